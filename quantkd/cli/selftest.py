@@ -1,0 +1,43 @@
+"""`quantkd selftest MODEL`: are loss, alignment and gradients right on this very model?"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from quantkd.selftest import run_selftest
+from quantkd.teacher import load_teacher
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  quantkd selftest HuggingFaceTB/SmolLM2-135M-Instruct
+  quantkd selftest ./my-base-model --plain_prompts
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print one line a check.
+
+    Args:
+        argv: the arguments after `quantkd selftest`.
+
+    Raises:
+        SystemExit: 1 if any check failed.
+    """
+    parser = argparse.ArgumentParser(
+        "quantkd selftest", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a Hub name or a checkpoint folder; loaded in float32")
+    parser.add_argument("--plain_prompts", action="store_true", help="use no chat template, as for a base model")
+    parser.add_argument("--revision", help="branch, tag or commit")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code from the model's repository")
+    args = parser.parse_args(argv)
+    kwargs = {"revision": args.revision} if args.revision else {}
+    model, tokenizer = load_teacher(args.model, dtype="float32", trust_remote_code=args.trust_remote_code, **kwargs)
+    failed = 0
+    for check in run_selftest(model, tokenizer, chat_template=not args.plain_prompts):
+        failed += not check.passed
+        print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.figure}", flush=True)
+    if failed:
+        raise SystemExit(1)

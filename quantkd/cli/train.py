@@ -1,0 +1,78 @@
+"""`quantkd train`: a transfer set and a model in, an adapter out."""
+
+from __future__ import annotations
+
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import TrlParser
+
+from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
+from quantkd.config import QuantizedDistillationConfig
+from quantkd.errors import ConfigError
+from quantkd.trainer import QuantizedDistillationTrainer
+from quantkd.transfer_set import TransferSet
+
+__all__ = ["DataArguments", "main"]
+
+_EXAMPLES = """examples:
+  quantkd train --model_name_or_path MODEL --transfer_set runs/set --output_dir runs/student
+  quantkd train --model_name_or_path MODEL --transfer_set runs/set --eval_fraction 0.1 --lora_r 32 --alpha 0.9
+  quantkd train --config train.yaml --output_dir runs/student
+  accelerate launch -m quantkd train --config train.yaml --output_dir runs/student
+"""
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    transfer_set: str = field(metadata={"help": "Folder of the transfer set to learn from."})
+    eval_transfer_set: str | None = field(default=None, metadata={"help": "Folder of held-out rows."})
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Or: hold out this share of the transfer set's rows."}
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, train, save.
+
+    Args:
+        argv: the arguments after `quantkd train`.
+
+    Raises:
+        ConfigError: both ways of holding rows out at once.
+    """
+    # TrlParser's annotation leaves dataclass types out.
+    kinds: Any = [DataArguments, StudentArguments, QuantizedDistillationConfig]
+    parser = TrlParser(
+        kinds,
+        prog="quantkd train",
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    data, student, config = parser.parse_args_and_config(argv)
+    if data.eval_transfer_set and data.eval_fraction:
+        raise ConfigError("Give eval_transfer_set or eval_fraction, not both.")
+    rows, held_out = TransferSet.open(data.transfer_set), None
+    if data.eval_transfer_set:
+        held_out = TransferSet.open(data.eval_transfer_set)
+    elif data.eval_fraction:
+        rows, held_out = rows.split(data.eval_fraction, seed=config.seed)
+    trainer = QuantizedDistillationTrainer(
+        load_student_from(student),
+        config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        peft_config=peft_config_from(student),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if held_out is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"The adapter lies in {config.output_dir}.")

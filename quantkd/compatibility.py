@@ -1,0 +1,69 @@
+"""What must agree between a transfer set, the objective and the student, checked before the first step."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantkd.config import QuantizedDistillationConfig
+from quantkd.errors import ConfigError, DataError
+from quantkd.fingerprint import check_fingerprint
+from quantkd.transfer_set import TransferSet
+
+__all__ = ["check_student", "check_transfer_set"]
+
+
+def check_transfer_set(
+    transfer_set: TransferSet, tokenizer: PreTrainedTokenizerBase, args: QuantizedDistillationConfig
+) -> None:
+    """Refuse a set that another tokenizer wrote, or that the objective cannot be computed from.
+
+    Args:
+        transfer_set: what shall be learned from or measured on.
+        tokenizer: the student's.
+        args: the objective.
+
+    Raises:
+        TransferSetError: another tokenizer.
+        ConfigError: a temperature that was not captured, or reverse KL on sampled entries.
+    """
+    info = transfer_set.info
+    what = f"The transfer set of teacher {info.teacher_name}"
+    check_fingerprint(info.tokenizer_fingerprint, tokenizer, what=what)
+    if args.temperature != 1.0 and args.temperature not in info.temperatures:
+        raise ConfigError(
+            f"{what} holds log-normalizers for temperatures {', '.join(map(str, info.temperatures))}; training asked "
+            f"for {args.temperature}. Train with one of those, or capture again with --temperatures {args.temperature}."
+        )
+    if info.storage["kind"] == "sampled" and args.divergence == "reverse_kl":
+        raise ConfigError(
+            f"{what} stores sampled entries, which leave no mass to the tail, so reverse KL is infinite. "
+            "Use forward_kl or jsd, or capture Nucleus or TopK entries."
+        )
+
+
+def check_student(transfer_set: TransferSet, model: PreTrainedModel | PeftModel) -> None:
+    """Refuse a student whose vocabulary or context does not hold the set's rows.
+
+    Args:
+        transfer_set: what shall be learned from or measured on.
+        model: the student.
+
+    Raises:
+        ConfigError: another vocabulary size.
+        DataError: rows longer than the student's context.
+    """
+    config = model.config.get_text_config()
+    width = model.get_output_embeddings().weight.shape[0]
+    if width != transfer_set.info.vocab_size:
+        raise ConfigError(
+            f"The student's vocabulary has {width} ids, the teacher's logits had {transfer_set.info.vocab_size}. "
+            "Distil into a student of the same vocabulary."
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    longest = int(transfer_set.lengths.max())
+    if context is not None and longest > context:
+        raise DataError(
+            f"A row of the transfer set has {longest} tokens, the student's context holds {context}. "
+            "Capture with shorter prompts or fewer new tokens, or leave out long rows with transfer_set.select(...)."
+        )

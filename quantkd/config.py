@@ -1,0 +1,59 @@
+"""QuantizedDistillationConfig: TrainingArguments plus what distillation needs to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from quantkd.losses import check_objective
+
+__all__ = ["QuantizedDistillationConfig"]
+
+
+@dataclass
+class QuantizedDistillationConfig(TrainingArguments):
+    """Arguments of `QuantizedDistillationTrainer`; everything of `transformers.TrainingArguments` is here too.
+
+    Args:
+        alpha: weight of the soft loss, in [0, 1]: `loss = (1 - alpha) * ce + alpha * temperature**2 * divergence`.
+        temperature: distillation temperature, one that the transfer set was captured with.
+        divergence: `forward_kl`, `reverse_kl` or `jsd`, over the stored entries and the tail.
+        beta: the teacher's share of the mixture in `jsd`, in (0, 1).
+        model_init_kwargs: further arguments of `from_pretrained` when the student is given by name, such as
+            `{"revision": ..., "dtype": ...}`. `dtype` is also what the 4-bit layers compute in: bfloat16 where the
+            hardware has it, else float32, if it is not given. `trust_remote_code` is off unless set here.
+
+    Three defaults differ from `TrainingArguments`: `learning_rate` (2e-4, usual for LoRA on a 4-bit model),
+    `logging_steps` (10) and `remove_unused_columns` (off, for rows carry the teacher's entries).
+
+    Raises:
+        ConfigError: an objective that has no meaning.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the soft loss, in [0, 1]."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Distillation temperature; one that the transfer set was captured with."}
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "Soft loss over the stored entries and the tail: forward_kl, reverse_kl or jsd."},
+    )
+    beta: float = field(default=0.5, metadata={"help": "The teacher's share of the mixture in jsd, in (0, 1)."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of from_pretrained for a student given by name, as JSON."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every this many optimizer steps; below 1, a share of all steps."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave off: rows carry the teacher's entries beside the model's inputs."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        check_objective(self.alpha, self.temperature, self.divergence, self.beta)

@@ -1,0 +1,1 @@
+"""Prompts and the two word-problem sets: any JSONL or `datasets` name, GSM8K, and a built-in generator."""

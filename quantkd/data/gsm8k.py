@@ -1,0 +1,193 @@
+"""GSM8K: its rows, the prompt that asks for the answer in a fixed last line, and the graders of an answer.
+
+The prompt follows the paper's protocol: zero or eight question-answer pairs of the training set, and a line that asks
+for the final number after `####`, which is how GSM8K itself closes its answers (Cobbe et al. 2021, arXiv:2110.14168).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from quantkd.data.prompts import load_examples
+from quantkd.errors import ConfigError, DataError
+
+__all__ = [
+    "INSTRUCTION",
+    "STOP",
+    "build_prompt",
+    "extract_flexible",
+    "extract_strict",
+    "is_correct",
+    "load_gsm8k",
+    "normalize_number",
+    "remove_calculator_marks",
+]
+
+INSTRUCTION = (
+    "Solve the problem step by step. Write the final answer alone on the last line, "
+    "in the form `#### <number>`, with nothing after it."
+)
+
+STOP = "\nQuestion:"
+"""What a model writes when it has answered and invents the next question; generation ends there."""
+
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+# A minus right after a digit, a letter or a bracket is a subtraction or a hyphen ("10-2", "step-3"), not a sign.
+_NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_STRICT = re.compile(rf"####[ \t]*({_NUMBER})")
+_FLEXIBLE = re.compile(_NUMBER)
+_PLAIN_NUMBER = re.compile(r"([+-]?)(\d*)(?:\.(\d*))?")
+
+
+def load_gsm8k(path: str | Path | None, split: str, limit: int | None = None) -> list[dict[str, str]]:
+    """Read GSM8K rows, or rows of any set in its format.
+
+    Args:
+        path: a folder that holds `<split>.jsonl`, or one such file; None loads `openai/gsm8k` from the Hub.
+        split: "train" or "test".
+        limit: at most this many rows, from the front; None for all.
+
+    Returns:
+        Rows with the keys `question` and `answer`; the answer ends in `#### <number>`.
+
+    Raises:
+        DataError: the file is missing, empty or malformed, or an answer does not end in `#### <number>`.
+    """
+    source = "openai/gsm8k:main" if path is None else path
+    examples = load_examples(source, prompt_column="question", completion_column="answer", split=split, limit=limit)
+    rows = []
+    for index, example in enumerate(examples):
+        if not isinstance(example.prompt, str) or extract_strict(example.completion or "") is None:
+            raise DataError(
+                f"{source}, split {split}, row {index} has the answer {example.completion!r:.80}; expected text that "
+                "ends in `#### <number>`. For other data use load_examples and evaluate_prompts."
+            )
+        rows.append({"question": example.prompt, "answer": example.completion or ""})
+    return rows
+
+
+def build_prompt(question: str, shots: Sequence[Mapping[str, str]] = ()) -> str:
+    """The text that is shown to a model: the instruction, the solved examples, and the question, as one message.
+
+    What all questions share comes first, so that its key-value cache can be reused.
+
+    Args:
+        question: the question to answer.
+        shots: rows with `question` and `answer`, shown as solved examples; GSM8K's calculator marks are removed.
+
+    Returns:
+        The prompt, which ends in "Answer:".
+
+    Example:
+        >>> print(build_prompt("What is 2 + 3?", [{"question": "What is 1 + 1?", "answer": "1+1=<<1+1=2>>2\\n#### 2"}]))
+        Solve the problem step by step. Write the final answer alone on the last line, in the form `#### <number>`, with nothing after it.
+        <BLANKLINE>
+        Question: What is 1 + 1?
+        Answer: 1+1=2
+        #### 2
+        <BLANKLINE>
+        Question: What is 2 + 3?
+        Answer:
+    """  # noqa: E501  (the doctest shows the prompt as it is)
+    solved = [f"Question: {shot['question']}\nAnswer: {remove_calculator_marks(shot['answer'])}" for shot in shots]
+    return "\n\n".join([INSTRUCTION, *solved, f"Question: {question}\nAnswer:"])
+
+
+def remove_calculator_marks(answer: str) -> str:
+    """The answer without GSM8K's `<<48/2=24>>` marks, which its authors added for a calculator and no person writes.
+
+    Args:
+        answer: an answer in GSM8K's format.
+
+    Returns:
+        The answer as a person would read it.
+    """
+    return _CALCULATOR_MARK.sub("", answer)
+
+
+def extract_strict(text: str) -> str | None:
+    """The number after the first `####`, as the official grader takes it.
+
+    Args:
+        text: a model's output, or a gold answer.
+
+    Returns:
+        The number in the form of `normalize_number`; None where `####` with a number is missing.
+
+    Reference:
+        `extract_answer` in openai/grade-school-math, and the `strict-match` filter of lm-evaluation-harness' gsm8k
+        task: both take the first match. Unlike them, a dollar sign before the number is allowed.
+
+    Example:
+        >>> extract_strict("She has 9 * 2 = $18.\\n#### 18"), extract_strict("The answer is 18.")
+        ('18', None)
+    """
+    match = _STRICT.search(text)
+    return normalize_number(match.group(1)) if match else None
+
+
+def extract_flexible(text: str) -> str | None:
+    """The last number in the text, wherever it stands.
+
+    Args:
+        text: a model's output.
+
+    Returns:
+        The number in the form of `normalize_number`; None where the text holds no number.
+
+    Reference:
+        The `flexible-extract` filter of lm-evaluation-harness' gsm8k task (last match of a number).
+
+    Example:
+        >>> extract_flexible("So she earns $1,250.00 in total."), extract_flexible("No idea.")
+        ('1250', None)
+    """
+    matches = _FLEXIBLE.findall(text)
+    return normalize_number(matches[-1]) if matches else None
+
+
+def normalize_number(text: str) -> str | None:
+    """One spelling for one number: no spaces, commas, `$`, `%`, trailing dot or trailing zeros.
+
+    Args:
+        text: a number as people write it, such as "$1,250.00".
+
+    Returns:
+        The number, such as "1250"; None if the text is not a number. Exact for any number of digits.
+
+    Example:
+        >>> [normalize_number(text) for text in ("$1,250.00", "18.", "-0.50", "25%", "-0", "seven")]
+        ['1250', '18', '-0.5', '25', '0', None]
+    """
+    match = _PLAIN_NUMBER.fullmatch(re.sub(r"[\s,$%]", "", text))
+    if match is None or not (match[2] or match[3]):
+        return None
+    whole, fraction = match[2].lstrip("0") or "0", (match[3] or "").rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
+    return f"-{number}" if match[1] == "-" and number != "0" else number
+
+
+def is_correct(prediction: str, gold_answer: str, mode: Literal["strict", "flexible"]) -> bool:
+    """Whether an output gives the gold answer's number.
+
+    Args:
+        prediction: the model's output text.
+        gold_answer: GSM8K's answer text, which ends in `#### <number>`.
+        mode: "strict" wants the number after `####`; "flexible" takes the last number in the output.
+
+    Returns:
+        True if both numbers are there and equal.
+
+    Raises:
+        ConfigError: an unknown mode.
+        DataError: the gold answer holds no `#### <number>`.
+    """
+    if mode not in ("strict", "flexible"):
+        raise ConfigError(f"Found the mode {mode!r}; expected 'strict' or 'flexible'.")
+    gold = extract_strict(gold_answer)
+    if gold is None:
+        raise DataError(f"The gold answer {gold_answer!r:.80} holds no `#### <number>`; expected GSM8K's format.")
+    return gold == (extract_strict(prediction) if mode == "strict" else extract_flexible(prediction))

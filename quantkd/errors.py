@@ -1,0 +1,29 @@
+"""The errors that quantkd raises. Each says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["ConfigError", "DataError", "MissingDependencyError", "QuantKDError", "TeacherError", "TransferSetError"]
+
+
+class QuantKDError(Exception):
+    """Base of every error that quantkd raises on purpose."""
+
+
+class ConfigError(QuantKDError, ValueError):
+    """An argument, or a combination of arguments, that cannot work."""
+
+
+class DataError(QuantKDError, ValueError):
+    """Prompts or rows that cannot be used: missing, empty, malformed, too long."""
+
+
+class TransferSetError(QuantKDError, ValueError):
+    """A transfer set that is damaged, unfinished, foreign, or does not fit the student."""
+
+
+class TeacherError(QuantKDError, RuntimeError):
+    """A teacher whose output cannot be stored, such as logits that are not finite."""
+
+
+class MissingDependencyError(QuantKDError, ImportError):
+    """An optional package that the requested feature needs."""

@@ -1,0 +1,69 @@
+"""Fidelity: how near a model's distribution is to the stored teacher's, on held-out rows, teacher-forced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from quantkd.collator import DistillationCollator
+from quantkd.row_metrics import ROW_COLUMNS, compute_row_metrics, summarize_rows
+from quantkd.transfer_set import TransferSet
+
+__all__ = ["Fidelity", "evaluate_fidelity"]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Sums per held-out row, so that means and intervals over rows follow.
+
+    Args:
+        rows: (R, 4) float64 in the set's order, columns as in `quantkd.row_metrics.ROW_COLUMNS`.
+    """
+
+    rows: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Means over tokens (`kl` and `ce` in nats, `perplexity`, `top1_agreement`) and the sums of every row."""
+        per_row = [
+            {
+                name: int(value) if name in ("tokens", "agree") else value
+                for name, value in zip(ROW_COLUMNS, row, strict=True)
+            }
+            for row in self.rows.tolist()
+        ]
+        return {"rows": per_row, **summarize_rows(self.rows)}
+
+
+def evaluate_fidelity(model: Any, transfer_set: TransferSet, *, batch_size: int = 8, progress: bool = True) -> Fidelity:
+    """Run a model over held-out rows and compare it with the teacher at every target position.
+
+    Args:
+        model: a causal language model, with or without adapters; in evaluation mode meanwhile.
+        transfer_set: the held-out rows.
+        batch_size: rows a batch. Rows of like length go together; the result is in the set's order.
+        progress: show a bar if there is a terminal.
+
+    Returns:
+        The sums of every row. Forward KL is at temperature 1 over the stored entries and the tail.
+    """
+    collate = DistillationCollator(pad_token_id=0)  # whatever fills the padding is masked and never a target
+    order = sorted(range(len(transfer_set)), key=lambda index: -int(transfer_set.lengths[index]))
+    rows = torch.zeros(len(transfer_set), len(ROW_COLUMNS), dtype=torch.float64)
+    training = model.training
+    model.eval()
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc="fidelity", unit="batch", disable=None if progress else True):
+        indices = order[start : start + batch_size]
+        batch = collate(transfer_set.__getitems__(indices))
+        with torch.inference_mode():
+            logits = model(
+                input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
+            ).logits
+            found = compute_row_metrics(logits, batch["labels"].to(logits.device), batch["teacher"].to(logits.device))
+        rows[indices] = found.double().cpu()
+    model.train(training)
+    return Fidelity(rows)

@@ -1,0 +1,65 @@
+"""A tokenizer's fingerprint: what must agree between the teacher that wrote a set and the student that reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from quantkd.errors import TransferSetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["check_fingerprint", "compute_fingerprint"]
+
+# Where each part's digest lies in the 64 hexadecimal digits, so that a mismatch can say which part differs.
+_PARTS = {"vocabulary": slice(0, 24), "special tokens": slice(24, 40), "chat template": slice(40, 64)}
+
+
+def compute_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of the token ids and strings, the special tokens, and the chat template.
+
+    The padding token is left out: trainers move it freely, and no target is ever a padding position.
+
+    Args:
+        tokenizer: any tokenizer of transformers.
+
+    Returns:
+        64 hexadecimal digits: truncated sha256 digests of the three parts, end to end.
+    """
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    specials = {
+        "added": sorted(
+            (index, str(token)) for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        ),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+    }
+    values = (vocabulary, specials, tokenizer.chat_template)
+    return "".join(_digest(value)[part] for part, value in zip(_PARTS.values(), values, strict=True))
+
+
+def check_fingerprint(found: str, tokenizer: PreTrainedTokenizerBase, *, what: str) -> None:
+    """Refuse a transfer set that another tokenizer wrote.
+
+    Args:
+        found: the set's fingerprint.
+        tokenizer: the student's tokenizer.
+        what: the set, in words, for the message.
+
+    Raises:
+        TransferSetError: any part differs; the message names which.
+    """
+    expected = compute_fingerprint(tokenizer)
+    if found == expected:
+        return
+    differing = [name for name, part in _PARTS.items() if found[part] != expected[part]]
+    raise TransferSetError(
+        f"{what} was written with another tokenizer than the student's: the {' and the '.join(differing)} differ "
+        f"(found {found}, expected {expected}). Distil into a student of the teacher's own tokenizer, or capture again."
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()

@@ -1,0 +1,98 @@
+"""Generation on the model's own distribution: of a checkpoint's own settings only its end tokens are kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from quantkd.errors import ConfigError, DataError
+
+__all__ = ["build_generation_config", "cache_argument", "check_context", "find_end_tokens", "generation_mode"]
+
+
+def find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: those of the model's generation config and the tokenizer's own, ascending.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ConfigError: neither names one.
+    """
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ends:
+        raise ConfigError(
+            f"Neither the tokenizer of {tokenizer.name_or_path!r} nor the model names an end-of-sequence token; "
+            "expected one to end answers with. Set tokenizer.eos_token."
+        )
+    return sorted(ends)
+
+
+def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """Greedy search without any penalty, filter or forced token.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; its padding token is used, or an end token if it has none.
+        max_new_tokens: the length limit of an answer.
+    """
+    ends = find_end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if pad is None else pad,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def generation_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, and `config` in place of the model's own, which `generate` would fill gaps from.
+
+    Args:
+        model: a causal language model; restored afterwards.
+        config: the generation config to use alone.
+    """
+    training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
+
+
+def check_context(model: Any, prompt_lengths: list[int], new_tokens: int) -> None:
+    """Refuse prompts that leave no room for the answer, before any work is spent.
+
+    Args:
+        model: a causal language model.
+        prompt_lengths: tokens of each prompt.
+        new_tokens: tokens of the longest answer.
+
+    Raises:
+        DataError: the first prompt that is empty or too long, by its index.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, length in enumerate(prompt_lengths):
+        if length < 1:
+            raise DataError(f"Row {index} has a prompt without tokens; expected at least one. Remove the row.")
+        if limit is not None and length + new_tokens > limit:
+            raise DataError(
+                f"Row {index} has a prompt of {length} tokens; with {new_tokens} tokens for the answer that is more "
+                f"than the model's context of {limit}. Shorten it (fewer shots), remove it, or lower max_new_tokens."
+            )
+
+
+def cache_argument(model: Any) -> str:
+    """transformers renamed `past_key_values` to `cache` in the course of its fifth version."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,0 +1,62 @@
+"""What the hardware does natively: the device to run on, and the dtype to compute in."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkd.errors import ConfigError
+
+__all__ = ["default_device", "native_compute_dtype", "parse_dtype"]
+
+
+def default_device() -> torch.device:
+    """This process's accelerator if there is one, else the CPU; under a launcher each process gets its own."""
+    from accelerate import PartialState
+
+    device: torch.device = PartialState().device
+    return device
+
+
+def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
+    """bfloat16 where `device` multiplies it natively, else float32.
+
+    Without native support bfloat16 is emulated: measured at a seventh of float32's speed for a forward pass on CPU.
+
+    Args:
+        device: the device to ask about; `default_device()` if None.
+    """
+    device = device or default_device()
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type in ("xpu", "npu", "hpu") else torch.float32
+
+
+def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = None) -> torch.dtype:
+    """A dtype from its name; None or "auto" follows the hardware.
+
+    Args:
+        name: "float32", "bfloat16", "float16", "auto", a dtype, or None.
+        device: the device that "auto" asks about.
+
+    Raises:
+        ConfigError: any other name.
+    """
+    if name is None or name == "auto":
+        return native_compute_dtype(device)
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"Expected a dtype of float32, bfloat16, float16 or auto, found {name!r}.")
+    return dtype
+
+
+def _cpu_has_bfloat16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any("bf16" in name and bool(found) for name, found in torch.cpu.get_capabilities().items())
+    # torch before 2.11 has no public question for it
+    return any(
+        bool(ask())
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if (ask := getattr(torch.cpu, name, None)) is not None
+    )

@@ -1,0 +1,230 @@
+"""The distillation loss over logits in plain PyTorch: the readable reference that every faster path is held against.
+
+Per target position, with label y, student logits z, stored teacher log-probabilities l_i and temperature T:
+
+    CE         = -log softmax(z)[y]
+    p_i, q_i   = the teacher's and the student's probability of stored entry i at temperature T
+    p_r, q_r   = all the mass outside the stored entries, kept as one further class, the tail
+    forward_kl = sum_i p_i (log p_i - log q_i) + p_r (log p_r - log q_r)
+    loss       = (1 - alpha) * CE + alpha * T^2 * divergence
+
+`reverse_kl` and `jsd` are computed over the same k + 1 classes. See docs/loss.md for the derivation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from quantkd.errors import ConfigError
+from quantkd.topk import TopKLogprobs
+
+__all__ = [
+    "Divergence",
+    "PositionTerms",
+    "check_objective",
+    "compute_distillation_loss",
+    "compute_position_terms",
+    "select_targets",
+]
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+# A teacher's tail below float32's half unit of 1.0 is rounding; reverse KL would take its logarithm.
+MIN_TAIL = 2.0**-24
+
+
+@dataclass(frozen=True)
+class PositionTerms:
+    """The two terms of the loss at each of N target positions.
+
+    Args:
+        ce: (N,) cross-entropy of the labels, nats.
+        kl: (N,) divergence between teacher and student at the training temperature, nats, without the factor T^2.
+    """
+
+    ce: Tensor
+    kl: Tensor
+
+    def mix(self, alpha: float, temperature: float) -> Tensor:
+        """(N,) `(1 - alpha) * ce + alpha * temperature**2 * kl`.
+
+        Args:
+            alpha: weight of the soft term, in [0, 1].
+            temperature: the temperature that `kl` was computed at.
+        """
+        return (1 - alpha) * self.ce + alpha * temperature**2 * self.kl
+
+
+def check_objective(alpha: float, temperature: float, divergence: str, beta: float) -> None:
+    """Refuse an objective that has no meaning, before any work is spent.
+
+    Args:
+        alpha: weight of the soft term.
+        temperature: distillation temperature.
+        divergence: one of `forward_kl`, `reverse_kl`, `jsd`.
+        beta: the teacher's share of the mixture in `jsd`.
+
+    Raises:
+        ConfigError: alpha outside [0, 1], temperature not above 0, an unknown divergence, beta outside (0, 1).
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha weighs the soft loss and lies in [0, 1], found {alpha}.")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError(f"temperature must be above 0 and finite, found {temperature}.")
+    if divergence not in get_args(Divergence):
+        raise ConfigError(f"Unknown divergence {divergence!r}; choose one of {', '.join(get_args(Divergence))}.")
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ConfigError(
+            f"jsd needs 0 < beta < 1, found {beta}. Its ends are forward_kl (beta near 0) and reverse_kl (near 1)."
+        )
+
+
+def select_targets(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair every label with the logits that predict it. The one place where the causal shift happens.
+
+    Args:
+        logits: (B, T, V) student logits.
+        labels: (B, T) int64, unshifted, -100 where there is no target. A label at position 0 has no logits.
+
+    Returns:
+        (N, V) logits and (N,) labels of the N target positions, row by row from left to right.
+    """
+    shifted = labels[:, 1:]
+    is_target = shifted != -100
+    return logits[:, :-1][is_target], shifted[is_target]
+
+
+def compute_position_terms(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: TopKLogprobs,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+) -> PositionTerms:
+    """Cross-entropy and divergence at every target position, differentiable in `logits`.
+
+    Args:
+        logits: (N, V) student logits that predict `labels`; computed in float32, or float64 if they are float64.
+        labels: (N,) int64 target ids.
+        teacher: the teacher's distributions at the same N positions.
+        temperature: one that `teacher` holds normalizers for.
+        divergence: `forward_kl` (teacher to student), `reverse_kl` (student to teacher) or `jsd`.
+        beta: for `jsd`, `beta * KL(p || m) + (1 - beta) * KL(q || m)` with `m = beta * p + (1 - beta) * q`.
+
+    Raises:
+        ConfigError: the three disagree on N, an entry lies outside the student's vocabulary, or the temperature is
+            not one of the teacher's.
+
+    Reference:
+        Hinton et al. 2015 (arXiv:1503.02531); generalised JSD as in Agarwal et al. 2024 (arXiv:2306.13649).
+
+    Example:
+        >>> import torch
+        >>> logits, labels = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+        >>> terms = compute_position_terms(logits, labels, TopKLogprobs.from_dense(logits))
+        >>> f"{terms.ce.item():.4f} {abs(terms.kl.item()):.4f}"
+        '0.4076 0.0000'
+    """
+    if not logits.shape[0] == labels.shape[0] == len(teacher):
+        raise ConfigError(
+            f"Expected one teacher distribution and one label for each of {logits.shape[0]} target positions, found "
+            f"{len(teacher)} and {labels.shape[0]}. Was the batch truncated after the transfer set was read?"
+        )
+    if teacher.token_ids.numel() and int(teacher.token_ids.max()) >= logits.shape[1]:
+        raise ConfigError(
+            f"The teacher's entries reach id {int(teacher.token_ids.max())}, the student's vocabulary ends at "
+            f"{logits.shape[1] - 1}. Teacher and student must share a tokenizer."
+        )
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    log_z = logits.logsumexp(-1)
+    ce = log_z - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    scaled = logits / temperature
+    log_z = log_z if temperature == 1.0 else scaled.logsumexp(-1)
+    log_p, p_tail = teacher.at_temperature(temperature)
+    positions = teacher.positions
+    log_q = scaled[positions, teacher.token_ids] - log_z[positions]  # (E,)
+    # Not 1 - sum(q): that loses all digits when the entries hold nearly all mass. A position that stores the whole
+    # vocabulary has no tail; its logits stay, so that the logarithm stays finite, and its tail gets no weight.
+    has_tail = teacher.counts < logits.shape[1]
+    left_out = has_tail[positions]
+    rest = scaled.index_put((positions[left_out], teacher.token_ids[left_out]), scaled.new_tensor(-torch.inf))
+    log_q_tail = rest.logsumexp(-1) - log_z
+    kl = _divergence(
+        log_p.to(log_q.dtype), log_q, p_tail.to(log_q.dtype), log_q_tail, has_tail, positions, divergence, beta
+    )
+    return PositionTerms(ce=ce, kl=kl)
+
+
+def compute_distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: TopKLogprobs,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """The scalar loss of a batch: `sum over targets of (1 - alpha) * ce + alpha * T^2 * kl`, over `num_items`.
+
+    Args:
+        logits: (B, T, V) student logits.
+        labels: (B, T) int64, unshifted, -100 where there is no target.
+        teacher: distributions of the N targets of all rows, in order.
+        alpha: weight of the soft term, in [0, 1].
+        temperature: distillation temperature.
+        divergence: see `compute_position_terms`.
+        beta: see `compute_position_terms`.
+        num_items: what the sum is divided by; the number of targets here if None. Give the count of the whole
+            accumulated, distributed batch to make the gradient independent of how it was split.
+
+    Returns:
+        A scalar in nats; 0 with a zero gradient when nothing is a target.
+    """
+    check_objective(alpha, temperature, divergence, beta)
+    target_logits, target_labels = select_targets(logits, labels)
+    terms = compute_position_terms(
+        target_logits, target_labels, teacher, temperature=temperature, divergence=divergence, beta=beta
+    )
+    count = max(len(teacher), 1) if num_items is None else num_items
+    return terms.mix(alpha, temperature).sum() / count
+
+
+def _divergence(
+    log_p: Tensor,
+    log_q: Tensor,
+    p_tail: Tensor,
+    log_q_tail: Tensor,
+    has_tail: Tensor,
+    positions: Tensor,
+    divergence: Divergence,
+    beta: float,
+) -> Tensor:
+    """(N,) divergence over the entries (E,) and the tail (N,)."""
+    p, q = log_p.exp(), log_q.exp()
+    q_tail = log_q_tail.exp().masked_fill(~has_tail, 0)
+    if divergence == "forward_kl":
+        entries = p * (log_p - log_q)
+        tail = torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail
+    elif divergence == "reverse_kl":
+        entries = q * (log_q - log_p)
+        tail = q_tail * (log_q_tail - p_tail.clamp_min(MIN_TAIL).log())
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        log_m_tail = torch.logaddexp(p_tail.log() + math.log(beta), log_q_tail + math.log1p(-beta))
+        entries = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
+        tail = beta * (torch.xlogy(p_tail, p_tail) - p_tail * log_m_tail)
+        tail = tail + (1 - beta) * q_tail * (log_q_tail - log_m_tail)
+    # With k = V a position sums a whole vocabulary, one term after the other: float32 would lose three digits.
+    wide = torch.float32 if tail.device.type == "mps" else torch.float64
+    return tail.to(wide).index_add(0, positions, entries.to(wide)).to(tail.dtype)

@@ -1,0 +1,154 @@
+"""One experiment from teacher to report: capture, teacher measured, student measured, trained, measured again."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftConfig
+
+from quantkd.config import QuantizedDistillationConfig
+from quantkd.data.gsm8k import build_prompt
+from quantkd.evaluation.arms import evaluate_arm
+from quantkd.report import build_report
+from quantkd.student import load_student
+from quantkd.teacher import capture, load_teacher
+from quantkd.trainer import QuantizedDistillationTrainer
+
+__all__ = ["Experiment", "run_experiment"]
+
+logger = logging.getLogger(__name__)
+
+Rows = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment is run on. Rows are in GSM8K's format: `question`, and an `answer` that ends in `#### n`.
+
+    Args:
+        model: Hub name or checkpoint folder; in full precision the teacher, quantized the student.
+        run_dir: everything is written below this folder.
+        train_rows: their questions make the transfer set that is learned from, with the teacher's own answers.
+        held_out_rows: their questions make the transfer set that fidelity is measured on.
+        test_rows: questions for the accuracy; none to leave it out.
+        few_shot_rows: what the shots are taken from; disjoint from the test rows.
+        shots: numbers of shots to test with.
+        capture: further arguments of `quantkd.capture`, such as `storage` and `max_new_tokens`.
+        dtype: of the teacher, and of what the student computes in; after the hardware if None.
+        quantization_config: of the student; NF4 if None.
+        peft_config: of the student; rank 16 on all linear layers if None.
+        chat_template: False prompts with plain text, for a base model.
+        model_init_kwargs: further arguments of `from_pretrained`, for both.
+        eval_batch_size: rows or questions a batch while measuring.
+    """
+
+    model: str
+    run_dir: Path
+    train_rows: Rows
+    held_out_rows: Rows
+    test_rows: Rows = ()
+    few_shot_rows: Rows = ()
+    shots: Sequence[int] = (0,)
+    capture: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    quantization_config: Any | None = None
+    peft_config: PeftConfig | None = None
+    chat_template: bool = True
+    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    eval_batch_size: int = 8
+
+
+def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:
+    """Run all steps and write the report. Under a launcher, processes share capture and training; one measures.
+
+    Args:
+        experiment: models, data and places.
+        args: the training arguments; the adapter is saved to `args.output_dir` and pushed if `args.push_to_hub`.
+
+    Returns:
+        The path of `report.md`; `results.json` and the chart lie beside it.
+    """
+    state, run_dir = PartialState(), Path(experiment.run_dir)
+    _say("the teacher answers")
+    teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
+    sets = {
+        name: capture(
+            teacher,
+            [build_prompt(row["question"], ()) for row in rows],
+            run_dir / name,
+            tokenizer=tokenizer,
+            chat_template=experiment.chat_template,
+            **experiment.capture,
+        )
+        for name, rows in (("transfer_set", experiment.train_rows), ("held_out", experiment.held_out_rows))
+    }
+
+    def measure(model: Any, arm: str, memory_bytes: int) -> None:
+        if state.is_main_process:
+            _say(f"measuring {arm}")
+            evaluate_arm(
+                model,
+                tokenizer,
+                run_dir,
+                arm=arm,
+                model_name=experiment.model,
+                memory_bytes=memory_bytes,
+                held_out=sets["held_out"],
+                questions=experiment.test_rows,
+                few_shot=experiment.few_shot_rows,
+                shots=experiment.shots,
+                batch_size=experiment.eval_batch_size,
+                max_new_tokens=experiment.capture.get("max_new_tokens", 256),
+                chat_template=experiment.chat_template,
+            )
+        state.wait_for_everyone()
+
+    measure(teacher, "teacher", teacher.get_memory_footprint())
+    del teacher
+    gc.collect()
+
+    _say("the 4-bit student is loaded")
+    student = load_student(
+        experiment.model,
+        quantization_config=experiment.quantization_config,
+        dtype=experiment.dtype,
+        **experiment.model_init_kwargs,
+    )
+    footprint = student.get_memory_footprint()
+    trainer = QuantizedDistillationTrainer(
+        student,
+        args,
+        train_dataset=sets["transfer_set"],
+        eval_dataset=sets["held_out"],
+        processing_class=tokenizer,
+        peft_config=experiment.peft_config,
+    )
+    adapted: Any = trainer.model
+    adapter = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
+    with adapted.disable_adapter():
+        measure(adapted, "before", footprint)
+    _say("distillation")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if state.is_main_process:
+        for stale in (run_dir / "evaluation").glob("after-*"):  # answers of an adapter that was trained before
+            stale.unlink()
+    measure(adapted, "after", footprint + adapter)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    report = run_dir / "report.md"
+    if state.is_main_process:
+        report = build_report(run_dir)
+    state.wait_for_everyone()
+    return report
+
+
+def _say(step: str) -> None:
+    if PartialState().is_main_process:
+        print(f"== {step}", flush=True)

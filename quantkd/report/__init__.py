@@ -1,0 +1,40 @@
+"""From evaluated arms to a page: results.json, report.md and a bar chart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quantkd.report.arms import load_arms
+from quantkd.report.page import format_table, render_page
+from quantkd.report.results import compute_results
+
+__all__ = ["build_report", "compute_results", "format_table", "load_arms"]
+
+_FIGURE_NAME = "gap.png"
+
+
+def build_report(run_dir: str | Path) -> Path:
+    """Compare the arms of a run and write `results.json`, `report.md` and `gap.png` beside them.
+
+    The same arms give the same bytes, so a report can be checked by building it again.
+
+    Args:
+        run_dir: a folder that holds `evaluation/<arm>.json`, at least for teacher, before and after.
+
+    Returns:
+        The path of report.md; `format_table` prints results.json on a terminal.
+
+    Raises:
+        DataError: arms that are missing, malformed, or evaluated on different items.
+    """
+    from quantkd.report.figure import draw_figure  # matplotlib takes a second to import
+
+    run_dir = Path(run_dir)
+    results = compute_results(load_arms(run_dir / "evaluation"))
+    text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    (run_dir / "results.json").write_text(text + "\n", encoding="utf-8")
+    draw_figure(results, run_dir / _FIGURE_NAME)
+    page = run_dir / "report.md"
+    page.write_text(render_page(results, _FIGURE_NAME), encoding="utf-8")
+    return page

@@ -1,0 +1,134 @@
+"""The arms of a comparison, as `quantkd evaluate` leaves them: one JSON file a model, checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkd.errors import DataError
+
+__all__ = ["Arm", "load_arms"]
+
+_REQUIRED = ("teacher", "before", "after")
+_FIDELITY_KEYS = ("tokens", "kl_sum", "ce_sum", "agree")
+_VERDICT_KEYS = ("id", "correct_strict", "correct_flexible")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model's evaluation.
+
+    Args:
+        name: the file's name, such as "before".
+        title: what the report calls it.
+        model: the model's name.
+        memory_bytes: its memory footprint; None if it was not measured.
+        transfer_set_digest: the held-out set of `fidelity`; None if that is missing.
+        fidelity: one column of row sums a key of `tokens`, `kl_sum`, `ce_sum`, `agree`; None if it was not evaluated.
+        accuracy: for each setting, such as "0-shot", the verdicts in the order of the questions' ids.
+    """
+
+    name: str
+    title: str
+    model: str
+    memory_bytes: int | None
+    transfer_set_digest: str | None
+    fidelity: dict[str, list[float]] | None
+    accuracy: dict[str, list[dict[str, Any]]]
+
+
+def load_arms(folder: Path) -> list[Arm]:
+    """Read all arms of a run, and see to it that they were evaluated on the same items.
+
+    Args:
+        folder: holds `<arm>.json`, at least teacher, before and after.
+
+    Returns:
+        Teacher, before, after, then any others by name.
+
+    Raises:
+        DataError: an arm that is missing or malformed, or arms evaluated on different rows or questions.
+    """
+    # Records of answers may lie in the same folder; an arm is a file of its own kind, *.json.
+    paths = {path.stem: path for path in sorted(folder.glob("*.json")) if not path.name.endswith(".settings.json")}
+    missing = [name for name in _REQUIRED if name not in paths]
+    if missing:
+        raise DataError(
+            f"{folder} holds the arms {sorted(paths)}; {missing} missing. A report compares at least "
+            f"{', '.join(_REQUIRED)}: write the others with `quantkd evaluate`."
+        )
+    order = [*_REQUIRED, *(name for name in paths if name not in _REQUIRED)]
+    arms = [_load_arm(paths[name]) for name in order]
+    _check_same_items(arms)
+    return arms
+
+
+def _load_arm(path: Path) -> Arm:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}. Evaluate this arm again.") from error
+    if not isinstance(data, dict) or data.get("arm") != path.stem:
+        found = data.get("arm") if isinstance(data, dict) else type(data).__name__
+        raise DataError(f"{path} says it is the arm {found!r}; expected {path.stem!r}, after the file's name.")
+    fidelity = data.get("fidelity")
+    accuracy = {
+        str(setting): sorted(_read_rows(path, f"accuracy {setting}", rows, _VERDICT_KEYS), key=lambda row: row["id"])
+        for setting, rows in (data.get("accuracy") or {}).items()
+    }
+    if not fidelity and not accuracy:
+        raise DataError(f"{path} holds neither fidelity nor accuracy; expected at least one. Evaluate this arm again.")
+    columns = None
+    if fidelity:
+        rows = _read_rows(path, "fidelity", fidelity.get("rows"), _FIDELITY_KEYS)
+        columns = {key: [float(row[key]) for row in rows] for key in _FIDELITY_KEYS}
+    memory = data.get("memory_bytes")
+    return Arm(
+        name=path.stem,
+        title=str(data.get("title") or path.stem),
+        model=str(data.get("model") or "unknown"),
+        memory_bytes=None if memory is None else int(memory),
+        transfer_set_digest=data.get("transfer_set_digest") if columns else None,
+        fidelity=columns,
+        accuracy=accuracy,
+    )
+
+
+def _read_rows(path: Path, part: str, rows: Any, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path}, {part}: expected a list of rows, found {rows!r:.60}. Evaluate this arm again.")
+    for place, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not all(
+            isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys
+        ):
+            raise DataError(
+                f"{path}, {part}, row {place} is {row!r:.120}; expected finite numbers for {', '.join(keys)}. "
+                "Evaluate this arm again."
+            )
+    return [dict(row) for row in rows]
+
+
+def _check_same_items(arms: list[Arm]) -> None:
+    """A difference between arms means something only on the same items."""
+    with_fidelity = [arm for arm in arms if arm.fidelity is not None]
+    for arm in with_fidelity[1:]:
+        first = with_fidelity[0]
+        assert arm.fidelity is not None and first.fidelity is not None
+        if arm.transfer_set_digest != first.transfer_set_digest or arm.fidelity["tokens"] != first.fidelity["tokens"]:
+            raise DataError(
+                f"Fidelity of {arm.name!r} is over {len(arm.fidelity['tokens'])} rows of the transfer set "
+                f"{arm.transfer_set_digest}, that of {first.name!r} over {len(first.fidelity['tokens'])} rows of "
+                f"{first.transfer_set_digest}. Evaluate both on the same held-out rows."
+            )
+    for setting in sorted({setting for arm in arms for setting in arm.accuracy}):
+        answered = [(arm.name, [row["id"] for row in arm.accuracy[setting]]) for arm in arms if setting in arm.accuracy]
+        for name, ids in answered[1:]:
+            if ids != answered[0][1]:
+                raise DataError(
+                    f"{setting} accuracy of {name!r} is over {len(ids)} questions, that of {answered[0][0]!r} over "
+                    f"{len(answered[0][1])}, and their ids differ. Evaluate both on the same questions."
+                )

@@ -1,0 +1,98 @@
+"""The words of a report: the Markdown page, and the plain-text table for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from quantkd.report.results import order_results
+
+__all__ = ["format_table", "render_page"]
+
+_PERCENT = ("accuracy_", "top1_agreement")
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The results as a plain-text table: a line a metric, a column an arm, and the gap recovered by "after".
+
+    Args:
+        results: as `compute_results` gives them.
+
+    Returns:
+        The table, without a newline at its end.
+    """
+    results = order_results(results)
+    arms = results["arms"]
+    rows = [["", *(arm["title"] for arm in arms.values()), "gap recovered"]]
+    for key, title in results["metrics"].items():
+        cells = [_format_measured(key, arm["metrics"].get(key)) for arm in arms.values()]
+        rows.append([title, *cells, _format_share(arms["after"]["gap_recovered"][key], short=True)])
+    rows.append(["Memory footprint", *(_format_memory(arm, arms["teacher"]) for arm in arms.values()), ""])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    confidence = f"Brackets: {results['confidence']:.0%} intervals."
+    reasons = [f"{results['metrics'][key]}: not measurable: {why}." for key, why in results["not_measurable"].items()]
+    return "\n".join([*lines, "", confidence, *reasons, *results["missing"]])
+
+
+def render_page(results: dict[str, Any], figure_name: str) -> str:
+    """The Markdown page of a report.
+
+    Args:
+        results: as `compute_results` gives them.
+        figure_name: the chart's file name beside the page.
+
+    Returns:
+        The page, with a newline at its end.
+    """
+    environment = Environment(
+        loader=PackageLoader("quantkd", "report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the page is Markdown, not HTML; `cell` escapes what would break a table
+    )
+    environment.filters.update(
+        measured=_format_measured,
+        share=_format_share,
+        memory=_format_memory,
+        p_value=_format_p_value,
+        cell=_escape_cell,
+    )
+    return environment.get_template("report.md.j2").render(order_results(results), figure_name=figure_name)
+
+
+def _format_measured(key: str, measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "not evaluated"
+    percent = key.startswith(_PERCENT)
+    value, *bounds = (
+        f"{100 * number:.1f}" if percent else f"{number:.4f}"
+        for number in (measured["value"], *(measured["interval"] or ()))
+    )
+    return value + "%" * percent + (f" [{', '.join(bounds)}]" if bounds else "")
+
+
+def _format_share(share: dict[str, Any], short: bool = False) -> str:
+    if share["value"] is None:
+        return "not measurable" if short else f"not measurable: {share['reason']}"
+    text = f"{100 * share['value']:.1f}%"
+    return f"{text} [{100 * share['interval'][0]:.1f}, {100 * share['interval'][1]:.1f}]" if share["interval"] else text
+
+
+def _format_memory(arm: dict[str, Any], teacher: dict[str, Any]) -> str:
+    if arm["memory_bytes"] is None:
+        return "not measured"
+    text = f"{arm['memory_bytes'] / 1e6:,.1f} MB"
+    return f"{text} ({arm['memory_bytes'] / teacher['memory_bytes']:.0%})" if teacher["memory_bytes"] else text
+
+
+def _format_p_value(p_value: float) -> str:
+    return "< 0.0001" if p_value < 1e-4 else f"{p_value:.4f}"
+
+
+def _escape_cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")

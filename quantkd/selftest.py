@@ -1,0 +1,154 @@
+"""Checks that need no ground truth, on any model: alignment, loss and gradients are what they claim to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from quantkd.collator import DistillationCollator
+from quantkd.data.prompts import encode_prompt
+from quantkd.losses import compute_distillation_loss, compute_position_terms, select_targets
+from quantkd.row_metrics import compute_row_metrics, summarize_rows
+from quantkd.storage import TopK
+from quantkd.teacher.transformers import EncodedPrompt, GenerationSettings, TransformersTeacher
+from quantkd.topk import TopKLogprobs
+from quantkd.transfer_set import TransferRow
+
+__all__ = ["Check", "run_selftest"]
+
+_PROMPTS = (
+    "A pencil costs 3 coins. How many coins do 7 pencils cost?",
+    "Name two colours.",
+    "Tom has 12 apples and gives away 5. How many are left? Explain step by step.",
+    "Write one short sentence about the sea.",
+)
+_MAX_KL = 1e-6
+_MIN_SHIFTED_KL = 1e-2
+_MAX_GRADIENT_ERROR = 1e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the self-test: what must hold, whether it does, and the figure that says so."""
+
+    name: str
+    passed: bool
+    figure: str
+
+
+def run_selftest(
+    model: Any, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True, max_new_tokens: int = 24
+) -> Iterator[Check]:
+    """Distil a model into itself and check what must then be true.
+
+    Args:
+        model: a causal language model in float32; used as teacher and as student.
+        tokenizer: its tokenizer.
+        chat_template: False prompts with plain text, for a base model.
+        max_new_tokens: length of the teacher's answers.
+
+    Yields:
+        One check after the other.
+    """
+    rule = TopK(min(50, model.get_output_embeddings().weight.shape[0]))
+    teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens))
+    prompts = [
+        EncodedPrompt(index, encode_prompt(tokenizer, text, chat_template=chat_template))
+        for index, text in enumerate(_PROMPTS)
+    ]
+    rows = [_as_item(row, teacher) for row in teacher.answer(prompts)]
+    collate = DistillationCollator(pad_token_id=0)
+    batch = collate(rows)
+    model.eval()
+    with torch.no_grad():
+        logits = _logits(model, batch)
+        metrics = summarize_rows(compute_row_metrics(logits, batch["labels"], batch["teacher"]).cpu())
+        yield Check(
+            f"teacher = student has a KL below {_MAX_KL:g}",
+            abs(metrics["kl"]) < _MAX_KL,
+            f"KL {metrics['kl']:.2e}, top-1 agreement {metrics['top1_agreement']:.4f}",
+        )
+        for name, shift in (("late", 1), ("early", -1)):
+            target_logits, targets = select_targets(logits.roll(shift, dims=1), batch["labels"])
+            kl = float(compute_position_terms(target_logits, targets, batch["teacher"]).kl.mean())
+            yield Check(f"a shift by one, {name}, is detected", kl > _MIN_SHIFTED_KL, f"KL {kl:.3f}")
+        target_logits, targets = select_targets(logits, batch["labels"])
+        dense = TopKLogprobs.from_dense(target_logits, (1.0, 2.0))
+        student = target_logits.roll(1, dims=0)
+        ours = compute_position_terms(student, targets, dense, temperature=2.0).kl.sum()
+        log_p, log_q = (x.double().div(2).log_softmax(-1) for x in (target_logits, student))
+        exact = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        error = abs(float(ours) / float(exact) - 1)
+        yield Check("with every class stored, KL is the dense KL", error < 1e-5, f"relative error {error:.1e}")
+    yield from _gradient_checks(model, collate, rows)
+
+
+def _gradient_checks(model: Any, collate: DistillationCollator, rows: list[dict[str, Any]]) -> Iterator[Check]:
+    total = sum(len(row["teacher"]) for row in rows)
+    with _only_vectors_trainable(model) as parameters:
+        whole = _gradient(model, parameters, [collate(rows)], total)
+        splits = {
+            "one row at a time": [collate([row]) for row in rows],
+            "unequal micro-batches": [collate(rows[:1]), collate(rows[1:])],
+            "more padding": [DistillationCollator(0, pad_to_multiple_of=64)(rows)],
+        }
+        for name, batches in splits.items():
+            error = float((_gradient(model, parameters, batches, total) - whole).norm() / whole.norm())
+            yield Check(
+                f"the gradient is the same with {name}", error < _MAX_GRADIENT_ERROR, f"relative error {error:.1e}"
+            )
+
+
+def _gradient(model: Any, parameters: list[Tensor], batches: list[dict[str, Any]], total: int) -> Tensor:
+    model.zero_grad()
+    for batch in batches:
+        # Against a teacher at another temperature, so that the gradient is far from zero.
+        loss = compute_distillation_loss(
+            _logits(model, batch), batch["labels"], batch["teacher"], temperature=2.0, num_items=total
+        )
+        loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
+
+
+@contextmanager
+def _only_vectors_trainable(model: Any) -> Iterator[list[Tensor]]:
+    """Gradients for norms and biases alone: they see every layer, and cost no memory."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    try:
+        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
+    finally:
+        model.zero_grad()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    device = model.device
+    output = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+    logits: Tensor = output.logits
+    return logits.cpu()
+
+
+def _as_item(row: TransferRow, teacher: TransformersTeacher) -> dict[str, Any]:
+    input_ids = torch.from_numpy(row.input_ids)
+    labels = torch.full_like(input_ids, -100)
+    start, stop = row.spans[0]
+    labels[start:stop] = input_ids[start:stop]
+    counts = torch.from_numpy(row.counts)
+    entries = TopKLogprobs(
+        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        token_ids=torch.from_numpy(row.token_ids),
+        logprobs=torch.from_numpy(row.logprobs),
+        log_normalizers=torch.from_numpy(row.log_normalizers),
+        temperatures=teacher.temperatures,
+        vocab_size=teacher.vocab_size,
+    )
+    return {"input_ids": input_ids, "labels": labels, "teacher": entries}

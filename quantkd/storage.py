@@ -1,0 +1,252 @@
+"""Storage rules: which entries of a teacher's distribution are kept, and how they are picked from the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkd.errors import ConfigError
+from quantkd.topk import TopKLogprobs
+
+__all__ = [
+    "Nucleus",
+    "PickedEntries",
+    "Sampled",
+    "StorageRule",
+    "TopK",
+    "check_temperatures",
+    "parse_storage_rule",
+    "pick_entries",
+    "select_entries",
+    "storage_rule_from_dict",
+    "storage_rule_to_dict",
+]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the `k` most probable tokens of every position.
+
+    Raises:
+        ConfigError: `k` is below 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.k, int) and self.k >= 1, f"TopK needs a whole k of at least 1, found {self.k!r}.")
+
+
+@dataclass(frozen=True)
+class Nucleus:
+    """Keep the fewest most probable tokens that together hold at least the mass `p`, and never more than `max_k`.
+
+    A sure position costs one entry, an unsure one up to `max_k`.
+
+    Raises:
+        ConfigError: `p` is outside (0, 1], or `max_k` is below 1.
+    """
+
+    p: float
+    max_k: int = 64
+
+    def __post_init__(self) -> None:
+        _require(0 < self.p <= 1, f"Nucleus needs 0 < p <= 1, found p={self.p!r}.")
+        _require(
+            isinstance(self.max_k, int) and self.max_k >= 1,
+            f"Nucleus needs a whole max_k of at least 1, found {self.max_k!r}.",
+        )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Keep the distinct tokens of `n` draws with replacement, each weighing its share of the draws.
+
+    The stored distribution is an unbiased estimate of the teacher's at temperature 1, and only there.
+
+    Reference:
+        Anshumann et al. 2025, Sparse Logit Sampling (arXiv:2503.16870).
+
+    Raises:
+        ConfigError: `n` is below 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.n, int) and self.n >= 1, f"Sampled needs a whole n of at least 1, found {self.n!r}.")
+
+
+StorageRule = TopK | Nucleus | Sampled
+_KINDS: dict[str, type] = {"topk": TopK, "nucleus": Nucleus, "sampled": Sampled}
+
+
+def storage_rule_to_dict(rule: StorageRule) -> dict[str, Any]:
+    """The rule as JSON, such as `{"kind": "nucleus", "p": 0.95, "max_k": 64}`."""
+    return {"kind": type(rule).__name__.lower(), **asdict(rule)}
+
+
+def storage_rule_from_dict(value: dict[str, Any]) -> StorageRule:
+    """The inverse of `storage_rule_to_dict`.
+
+    Raises:
+        ConfigError: an unknown kind, or fields that the kind does not have.
+    """
+    fields = {key: field for key, field in value.items() if key != "kind"}
+    try:
+        rule: StorageRule = _KINDS[value["kind"]](**fields)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"Unknown storage rule {value!r}; known kinds: {', '.join(_KINDS)}.") from error
+    return rule
+
+
+def parse_storage_rule(text: str) -> StorageRule:
+    """A rule from the command line: `topk:50`, `nucleus:0.95`, `nucleus:0.95:64` or `sampled:50`.
+
+    Raises:
+        ConfigError: the text is none of those.
+
+    Example:
+        >>> parse_storage_rule("nucleus:0.9:32")
+        Nucleus(p=0.9, max_k=32)
+    """
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = [float(part) if "." in part or "e" in part else int(part) for part in rest.split(":")]
+        rule: StorageRule = _KINDS[kind](*numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"Cannot read the storage rule {text!r}; write topk:50, nucleus:0.95, nucleus:0.95:64 or sampled:50."
+        ) from error
+    return rule
+
+
+def check_temperatures(rule: StorageRule, temperatures: Sequence[float]) -> tuple[float, ...]:
+    """The temperatures as a tuple, sorted and checked against the rule.
+
+    Raises:
+        ConfigError: none given, one not above 0, or one other than 1.0 with `Sampled`.
+    """
+    values = tuple(sorted({float(t) for t in temperatures}))
+    _require(bool(values) and values[0] > 0, f"Temperatures must be above 0, found {list(temperatures)}.")
+    _require(
+        not isinstance(rule, Sampled) or values == (1.0,),
+        f"Sampled entries estimate the teacher at temperature 1.0 only, found {list(values)}. "
+        "Capture with temperatures=(1.0,), or store Nucleus or TopK entries.",
+    )
+    return values
+
+
+@dataclass(frozen=True)
+class PickedEntries:
+    """Candidates of equal width at every position, on the logits' device, before they are cut to a ragged value.
+
+    Args:
+        token_ids: (N, W) int64 ids, most probable first.
+        logprobs: (N, W) float32, nats at temperature 1.
+        keep: (N, W) bool, which candidates the rule keeps; at least the first.
+        log_normalizers: (N, len(temperatures)) float32.
+        is_finite: (N,) bool, whether the logits had a finite normalizer at all; entries of others mean nothing.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    keep: Tensor
+    log_normalizers: Tensor
+    is_finite: Tensor
+
+    def ragged(self, temperatures: Sequence[float], vocab_size: int) -> TopKLogprobs:
+        """The kept candidates as one ragged value.
+
+        Args:
+            temperatures: those of `log_normalizers`.
+            vocab_size: V of the logits that the candidates come from.
+        """
+        counts = self.keep.sum(-1)
+        return TopKLogprobs(
+            offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            token_ids=self.token_ids[self.keep],
+            logprobs=self.logprobs[self.keep],
+            log_normalizers=self.log_normalizers,
+            temperatures=tuple(temperatures),
+            vocab_size=vocab_size,
+        )
+
+
+def pick_entries(
+    logits: Tensor, rule: StorageRule, temperatures: Sequence[float], uniforms: Tensor | None = None
+) -> PickedEntries:
+    """Pick the entries that `rule` keeps from raw logits, with the log-normalizers of the whole vocabulary.
+
+    Nothing here waits for the device, so it can run after every generated token.
+
+    Args:
+        logits: (N, V) raw teacher logits, any float dtype; computed in float32.
+        rule: what to keep.
+        temperatures: distillation temperatures to keep log-normalizers for.
+        uniforms: (N, n) numbers in [0, 1), the draws of `Sampled(n)`; other rules take none.
+
+    Raises:
+        ConfigError: `TopK.k` exceeds the vocabulary, or `Sampled` without `uniforms`.
+    """
+    logits = logits.float()
+    vocab_size = logits.shape[-1]
+    log_z = logits.logsumexp(-1)  # (N,)
+    columns = [torch.zeros_like(log_z) if t == 1.0 else (logits / t).logsumexp(-1) - log_z / t for t in temperatures]
+    if isinstance(rule, Sampled):
+        _require(uniforms is not None, f"{rule} needs uniforms of shape (N, {rule.n}).")
+        assert uniforms is not None
+        token_ids, logprobs, keep = _draw(logits - log_z.unsqueeze(-1), uniforms)
+    else:
+        width = rule.k if isinstance(rule, TopK) else min(rule.max_k, vocab_size)
+        _require(width <= vocab_size, f"{rule} exceeds the teacher's vocabulary of {vocab_size}; choose a smaller k.")
+        top, token_ids = logits.topk(width, dim=-1)  # (N, width), descending
+        logprobs = (top - log_z.unsqueeze(-1)).clamp_max(0)  # rounding can leave a sure token above 0
+        keep = torch.isfinite(logprobs)  # a vocabulary that is masked with -inf may have fewer than `width` tokens
+        if isinstance(rule, Nucleus):
+            mass = logprobs.exp()
+            keep &= mass.cumsum(-1) - mass < rule.p  # the mass before an entry, so the first always stays
+    return PickedEntries(token_ids, logprobs, keep, torch.stack(columns, dim=-1), log_z.isfinite())
+
+
+def select_entries(
+    logits: Tensor, rule: StorageRule, temperatures: Sequence[float], uniforms: Tensor | None = None
+) -> TopKLogprobs:
+    """`pick_entries`, cut to a ragged value: N positions, each with its entries most probable first.
+
+    Args:
+        logits: (N, V) raw teacher logits.
+        rule: what to keep.
+        temperatures: distillation temperatures to keep log-normalizers for.
+        uniforms: (N, n) numbers in [0, 1), the draws of `Sampled(n)`.
+
+    Example:
+        >>> import torch
+        >>> entries = select_entries(torch.tensor([[9.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), Nucleus(0.9), (1.0,))
+        >>> entries.counts.tolist()
+        [1, 3]
+    """
+    return pick_entries(logits, rule, temperatures, uniforms).ragged(temperatures, logits.shape[-1])
+
+
+def _draw(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw by inverse transform; returns ids, log of each id's share of the draws, and which of them are distinct."""
+    cumulative = logprobs.exp().double().cumsum(-1)
+    draws = torch.searchsorted(cumulative, uniforms.double() * cumulative[:, -1:], right=True)
+    draws = draws.clamp_max(logprobs.shape[-1] - 1).sort(-1).values  # (N, n), equal ids side by side
+    shares = (draws.unsqueeze(-1) == draws.unsqueeze(-2)).sum(-1) / draws.shape[-1]
+    first = torch.ones_like(draws, dtype=torch.bool)
+    first[:, 1:] = draws[:, 1:] != draws[:, :-1]
+    order = torch.where(first, shares, -1).argsort(dim=-1, descending=True, stable=True)
+    return draws.gather(-1, order), shares.gather(-1, order).log(), first.gather(-1, order)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

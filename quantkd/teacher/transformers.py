@@ -1,0 +1,290 @@
+"""The transformers teacher: answers prompts, or scores given answers, and keeps the entries as it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from quantkd.errors import ConfigError, TeacherError
+from quantkd.generation import build_generation_config, cache_argument, generation_mode
+from quantkd.storage import PickedEntries, Sampled, StorageRule, pick_entries
+from quantkd.transfer_set import TransferRow
+
+__all__ = ["EncodedPrompt", "GenerationSettings", "TransformersTeacher"]
+
+# Scoring walks over given answers in pieces whose logits stay below this.
+_MAX_LOGITS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as token ids, with its place in the data set, and the given answer if there is one."""
+
+    index: int
+    prompt_ids: list[int]
+    completion_ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How the teacher answers. Part of a capture's plan: the same settings give the same answers.
+
+    Args:
+        max_new_tokens: length limit of an answer; what reaches it is kept, counted and marked as cut.
+        do_sample: sample instead of taking the most probable token. What is stored is the teacher's unfiltered
+            distribution either way.
+        generation_temperature: sampling temperature; not the distillation temperature.
+        top_p: sample from the smallest set of tokens with this mass; 1.0 for all.
+        top_k: sample from the k most probable tokens; 0 for all.
+        seed: each row draws from a stream of its own, derived from this and its index, whatever batch it is in.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    generation_temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
+        if not (self.generation_temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise ConfigError(
+                "Sampling needs generation_temperature > 0, 0 < top_p <= 1 and top_k >= 0, found "
+                f"{self.generation_temperature}, {self.top_p} and {self.top_k}. For greedy answers leave do_sample off."
+            )
+
+
+class TransformersTeacher:
+    """A causal language model of transformers as a teacher.
+
+    Args:
+        model: the model, in the dtype that its distribution shall be taken in.
+        tokenizer: its tokenizer.
+        rule: which entries to keep.
+        temperatures: distillation temperatures to keep log-normalizers for.
+        settings: how it answers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        rule: StorageRule,
+        temperatures: Sequence[float],
+        settings: GenerationSettings,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.rule, self.temperatures, self.settings = rule, tuple(temperatures), settings
+        self.config = build_generation_config(model, tokenizer, settings.max_new_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits; at least the tokenizer's size, and more where the head is padded."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
+        """Generate one answer a prompt, in one batch, keeping each token's entries in the pass that generates it.
+
+        Args:
+            prompts: the batch.
+
+        Returns:
+            One row a prompt, in order; `finished` is False where the length limit cut the answer.
+
+        Raises:
+            TeacherError: logits that are not finite.
+        """
+        width = max(len(prompt.prompt_ids) for prompt in prompts)
+        input_ids, mask = self._left_padded(prompts, width)
+        recorder = _Recorder(self.rule, self.temperatures, self.settings, prompts)
+        with generation_mode(self.model, self.config), torch.inference_mode():
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=self.config,
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        picks = _stack(recorder.picks)
+        rows = []
+        for position, prompt in enumerate(prompts):
+            tokens = output[position, width:].tolist()
+            ends = [place for place, token in enumerate(tokens) if token in self.config.eos_token_id]
+            response = tokens[: ends[0] + 1] if ends else tokens
+            rows.append(self._row(prompt, response, picks, position, finished=bool(ends)))
+        return rows
+
+    def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
+        """Keep the entries at every token of given answers, teacher-forced, in one batch.
+
+        The answers pass through the key-value cache in short pieces, so that the logits of a whole answer are never
+        held at once.
+
+        Args:
+            prompts: the batch, each with `completion_ids`.
+
+        Returns:
+            One row a prompt, in order.
+
+        Raises:
+            TeacherError: logits that are not finite.
+        """
+        completions = [prompt.completion_ids or [] for prompt in prompts]
+        width, steps = max(len(prompt.prompt_ids) for prompt in prompts), max(map(len, completions))
+        input_ids, mask = self._left_padded(prompts, width)
+        answers = torch.full((len(prompts), steps), self.config.pad_token_id)
+        answers_mask = torch.zeros(len(prompts), steps, dtype=torch.long)
+        for position, completion in enumerate(completions):
+            answers[position, : len(completion)] = torch.tensor(completion)
+            answers_mask[position, : len(completion)] = 1
+        input_ids = torch.cat([input_ids, answers.to(input_ids.device)], dim=1)
+        mask = torch.cat([mask, answers_mask.to(mask.device)], dim=1)
+        draws = _Draws(prompts, self.rule, self.settings.seed)
+        piece = max(1, _MAX_LOGITS_BYTES // (4 * self.vocab_size * len(prompts)))
+        picks: list[PickedEntries] = []
+        parameters = inspect.signature(self.model.forward).parameters
+        cache: dict[str, Any] = {cache_argument(self.model): DynamicCache(config=self.model.config.get_text_config())}
+        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+        with generation_mode(self.model, self.config), torch.inference_mode():
+            start, stop = 0, width
+            while start < width + steps - 1:
+                kwargs: dict[str, Any] = {"position_ids": position_ids[:, start:stop]}
+                if "logits_to_keep" in parameters:
+                    kwargs["logits_to_keep"] = 1 if start == 0 else 0  # of the prompt, only what predicts the answer
+                outputs = self.model(
+                    input_ids=input_ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **kwargs, **cache
+                )
+                logits = outputs.logits[:, -1:] if start == 0 else outputs.logits
+                for step in range(logits.shape[1]):
+                    picks.append(pick_entries(logits[:, step], self.rule, self.temperatures, draws.entries()))
+                start, stop = stop, min(stop + piece, width + steps - 1)
+        stacked = _stack(picks)
+        ends = set(self.config.eos_token_id)
+        return [
+            self._row(prompt, completion, stacked, position, finished=completion[-1] in ends)
+            for position, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+
+    def _left_padded(self, prompts: Sequence[EncodedPrompt], width: int) -> tuple[Tensor, Tensor]:
+        input_ids = torch.full((len(prompts), width), self.config.pad_token_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for position, prompt in enumerate(prompts):
+            input_ids[position, width - len(prompt.prompt_ids) :] = torch.tensor(prompt.prompt_ids)
+            mask[position, width - len(prompt.prompt_ids) :] = 1
+        return input_ids.to(self.model.device), mask.to(self.model.device)
+
+    def _row(
+        self, prompt: EncodedPrompt, response: list[int], picks: PickedEntries, position: int, finished: bool
+    ) -> TransferRow:
+        steps = slice(0, len(response))
+        finite = picks.is_finite[steps, position]
+        if not bool(finite.all()):
+            place = int((~finite).nonzero()[0])
+            raise TeacherError(
+                f"The teacher's logits for prompt {prompt.index} are not finite at response position {place}. "
+                "Expected finite numbers: load the teacher in bfloat16 or float32 instead of float16 (--dtype), "
+                "or check its weights."
+            )
+        keep = picks.keep[steps, position]
+        sequence = prompt.prompt_ids + response
+        return TransferRow(
+            input_ids=np.asarray(sequence, dtype=np.int64),
+            spans=np.asarray([[len(prompt.prompt_ids), len(sequence)]], dtype=np.int64),
+            counts=keep.sum(-1).numpy(),
+            token_ids=picks.token_ids[steps, position][keep].numpy(),
+            logprobs=picks.logprobs[steps, position][keep].float().numpy(),
+            log_normalizers=picks.log_normalizers[steps, position].float().numpy(),
+            finished=finished,
+        )
+
+
+class _Draws:
+    """A stream of uniform numbers for each row of a batch, which does not depend on the batch it is in."""
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], rule: StorageRule, seed: int) -> None:
+        self.count = rule.n if isinstance(rule, Sampled) else 0
+        self.generators = [
+            (_seeded(f"{seed}:{prompt.index}:entries"), _seeded(f"{seed}:{prompt.index}:tokens")) for prompt in prompts
+        ]
+
+    def entries(self) -> Tensor | None:
+        """(B, n) for the entries of `Sampled(n)`; None for rules that draw nothing."""
+        if not self.count:
+            return None
+        return torch.stack([torch.rand(self.count, generator=entries) for entries, _ in self.generators])
+
+    def tokens(self) -> Tensor:
+        """(B, 1) for the next token."""
+        return torch.stack([torch.rand(1, generator=tokens, dtype=torch.float64) for _, tokens in self.generators])
+
+
+class _Recorder(LogitsProcessor):
+    """Keeps the entries of every step from the raw logits, then, if asked, samples the token from filtered ones."""
+
+    def __init__(
+        self,
+        rule: StorageRule,
+        temperatures: Sequence[float],
+        settings: GenerationSettings,
+        prompts: Sequence[EncodedPrompt],
+    ) -> None:
+        self.rule, self.temperatures, self.settings = rule, temperatures, settings
+        self.draws = _Draws(prompts, rule, settings.seed)
+        self.picks: list[PickedEntries] = []
+        self.warpers: Any = LogitsProcessorList()
+        if settings.generation_temperature != 1.0:
+            self.warpers.append(TemperatureLogitsWarper(settings.generation_temperature))
+        if settings.top_k:
+            self.warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            self.warpers.append(TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniforms = self.draws.entries()
+        if uniforms is not None:
+            uniforms = uniforms.to(scores.device)
+        self.picks.append(pick_entries(scores, self.rule, self.temperatures, uniforms))
+        if not self.settings.do_sample:
+            return scores
+        # The draw is ours, by inverse transform from the row's own stream, and `generate` takes its maximum: so a row
+        # samples the same answer in any batch, which torch.multinomial on one global stream cannot give.
+        cumulative = self.warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
+        draws = self.draws.tokens().to(scores.device) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, draws, right=True).clamp_max(scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+
+
+def _seeded(text: str) -> torch.Generator:
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _stack(picks: list[PickedEntries]) -> PickedEntries:
+    """(steps, B, ...) on the CPU: one transfer a batch instead of one a token."""
+    return PickedEntries(
+        token_ids=torch.stack([pick.token_ids for pick in picks]).cpu(),
+        logprobs=torch.stack([pick.logprobs for pick in picks]).cpu(),
+        keep=torch.stack([pick.keep for pick in picks]).cpu(),
+        log_normalizers=torch.stack([pick.log_normalizers for pick in picks]).cpu(),
+        is_finite=torch.stack([pick.is_finite for pick in picks]).cpu(),
+    )

@@ -1,0 +1,175 @@
+"""TopKLogprobs: a teacher's next-token distributions, sparse. The one value that travels from teacher to loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkd.errors import ConfigError
+
+__all__ = ["TopKLogprobs"]
+
+
+@dataclass(frozen=True)
+class TopKLogprobs:
+    """Teacher distributions at N positions: ragged entries per position, and all other mass as one tail class.
+
+    Position n owns the entries `offsets[n]:offsets[n + 1]`. A sure position holds one entry, an unsure one many; the
+    mass that no entry holds is the tail, and is never stored because it follows from the entries.
+
+    Args:
+        offsets: (N + 1,) int64, monotone, `offsets[0] == 0` and `offsets[N] == E`.
+        token_ids: (E,) int64 vocabulary ids, unique within a position, the most probable one first.
+        logprobs: (E,) float, natural log of the teacher's probability at temperature 1 (nats, at most 0).
+        log_normalizers: (N, len(temperatures)) float, `A_T = log sum_v exp(logprob_v / T)` over the whole vocabulary,
+            one column a temperature. `A_1` is 0.
+        temperatures: the distillation temperatures that `log_normalizers` covers.
+        vocab_size: V, the width of the teacher's logits.
+
+    Example:
+        >>> import torch
+        >>> teacher = TopKLogprobs.from_dense(torch.tensor([[2.0, 1.0, 0.0]]), temperatures=(1.0, 2.0))
+        >>> len(teacher), teacher.counts.tolist()
+        (1, [3])
+        >>> logprobs, tail = teacher.at_temperature(2.0)
+        >>> round(float(logprobs.exp().sum() + tail.sum()), 6)
+        1.0
+    """
+
+    offsets: Tensor
+    token_ids: Tensor
+    logprobs: Tensor
+    log_normalizers: Tensor
+    temperatures: tuple[float, ...]
+    vocab_size: int
+
+    @classmethod
+    def from_dense(cls, logits: Tensor, temperatures: Sequence[float] = (1.0,)) -> TopKLogprobs:
+        """Store every class of `logits` (N, V): k = V, so the tail is empty and the loss is the dense one.
+
+        Args:
+            logits: (N, V) raw teacher logits; computed in float32, or float64 if they are float64.
+            temperatures: the distillation temperatures to keep log-normalizers for.
+        """
+        logprobs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        positions, vocab_size = logprobs.shape
+        return cls(
+            offsets=torch.arange(positions + 1, device=logits.device) * vocab_size,
+            token_ids=torch.arange(vocab_size, device=logits.device).repeat(positions),
+            logprobs=logprobs.flatten(),
+            log_normalizers=torch.stack([(logprobs / t).logsumexp(-1) for t in temperatures], dim=-1),
+            temperatures=tuple(temperatures),
+            vocab_size=vocab_size,
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TopKLogprobs]) -> TopKLogprobs:
+        """Join several values end to end; all must share temperatures and vocabulary size.
+
+        Raises:
+            ConfigError: no parts, or parts of different temperatures or vocabulary sizes.
+        """
+        kinds = {(part.temperatures, part.vocab_size) for part in parts}
+        if len(kinds) != 1:
+            raise ConfigError(
+                f"Expected one set of temperatures and one vocabulary size, found {sorted(kinds)}. "
+                "Capture all parts with the same teacher and temperatures."
+            )
+        counts = torch.cat([part.counts for part in parts])
+        return cls(
+            offsets=_offsets_from_counts(counts),
+            token_ids=torch.cat([part.token_ids for part in parts]),
+            logprobs=torch.cat([part.logprobs for part in parts]),
+            log_normalizers=torch.cat([part.log_normalizers for part in parts]),
+            temperatures=parts[0].temperatures,
+            vocab_size=parts[0].vocab_size,
+        )
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def counts(self) -> Tensor:
+        """(N,) int64: the number of entries of each position."""
+        return self.offsets.diff()
+
+    @property
+    def positions(self) -> Tensor:
+        """(E,) int64: the position that each entry belongs to."""
+        return torch.repeat_interleave(self.counts, output_size=self.token_ids.numel())
+
+    @property
+    def top_ids(self) -> Tensor:
+        """(N,) int64: the teacher's most probable token at each position."""
+        return self.token_ids[self.offsets[:-1]]
+
+    def select(self, index: Tensor) -> TopKLogprobs:
+        """The positions named by `index` ((M,) int64, or (N,) bool), in that order."""
+        if index.dtype == torch.bool:
+            index = index.nonzero().squeeze(1)
+        counts = self.counts[index]
+        offsets = _offsets_from_counts(counts)
+        shift = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)
+        entries = torch.arange(shift.numel(), device=shift.device) + shift
+        return TopKLogprobs(
+            offsets=offsets,
+            token_ids=self.token_ids[entries],
+            logprobs=self.logprobs[entries],
+            log_normalizers=self.log_normalizers[index],
+            temperatures=self.temperatures,
+            vocab_size=self.vocab_size,
+        )
+
+    def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the entries, and the mass outside them, at a distillation temperature.
+
+        Args:
+            temperature: one of `self.temperatures`, or 1.0, where the normalizer is 0.
+
+        Returns:
+            (E,) log-probabilities in nats, and (N,) tail masses in [0, 1]. The tail is exactly 0 where a position
+            stores the whole vocabulary.
+
+        Raises:
+            ConfigError: the temperature was not declared at capture, so its normalizer is unknown.
+        """
+        if temperature != 1.0 and temperature not in self.temperatures:
+            raise ConfigError(
+                f"The teacher's log-normalizers are known for temperatures {list(self.temperatures)}; "
+                f"{temperature} was asked for. Use one of those, or capture again with --temperatures {temperature}."
+            )
+        positions = self.positions
+        # 1 - sum cancels: in float32 a tail of 1e-7 would be noise. The entries are few, so float64 costs nothing.
+        wide = torch.float32 if self.logprobs.device.type == "mps" else torch.float64
+        logprobs = self.logprobs.to(wide) / temperature
+        if temperature != 1.0:
+            logprobs -= self.log_normalizers[:, self.temperatures.index(temperature)].to(wide)[positions]
+        covered = torch.zeros(len(self), dtype=wide, device=logprobs.device).index_add_(0, positions, logprobs.exp())
+        tail = (1 - covered).clamp_min(0).masked_fill(self.counts == self.vocab_size, 0)
+        dtype = self.logprobs.dtype if self.logprobs.dtype == torch.float64 else torch.float32
+        return logprobs.to(dtype), tail.to(dtype)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TopKLogprobs:
+        """The same value with its tensors on `device`; `accelerate` calls this when it places a batch."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TopKLogprobs:
+        """The same value in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TopKLogprobs:
+        return TopKLogprobs(
+            offsets=function(self.offsets),
+            token_ids=function(self.token_ids),
+            logprobs=function(self.logprobs),
+            log_normalizers=function(self.log_normalizers),
+            temperatures=self.temperatures,
+            vocab_size=self.vocab_size,
+        )
+
+
+def _offsets_from_counts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -1,0 +1,275 @@
+"""QuantizedDistillationTrainer: the Hugging Face Trainer with a stored teacher and a quantized student."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from quantkd.collator import DistillationCollator
+from quantkd.compatibility import check_student, check_transfer_set
+from quantkd.config import QuantizedDistillationConfig
+from quantkd.cpu_packing import keep_trainable_on_cpu
+from quantkd.errors import ConfigError
+from quantkd.losses import Divergence, PositionTerms, compute_position_terms, select_targets
+from quantkd.row_metrics import compute_row_metrics, sum_by_row, summarize_rows
+from quantkd.student import attach_lora, load_student
+from quantkd.transfer_set import TransferSet
+
+__all__ = ["QuantizedDistillationTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class QuantizedDistillationTrainer(Trainer):
+    """Distil a stored teacher into a quantized student.
+
+    Args:
+        model: a Hub name or checkpoint folder, loaded in NF4 with adapters; or a loaded model. A loaded model is taken
+            as it is; if it is quantized and has no adapters yet, or `peft_config` is given, adapters are attached.
+        args: the training arguments; defaults with output in `quantkd_output` if None.
+        train_dataset: a `TransferSet`, or any data set whose rows hold `input_ids`, `labels` and `teacher`.
+        eval_dataset: held-out rows of the same kind, or a dict of several.
+        processing_class: the student's tokenizer; loaded from the model's name if None.
+        peft_config: adapters to attach; rank 16 on all linear layers if None.
+        quantization_config: for a model given by name, any quantization config of transformers; NF4 if None.
+        **trainer_kwargs: everything else that `transformers.Trainer` takes (callbacks, optimizers, ...).
+
+    Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Evaluation adds `eval_kl` (forward
+    KL to the teacher at temperature 1, whatever is trained), `eval_ce`, `eval_perplexity` and `eval_top1_agreement`.
+
+    Raises:
+        ConfigError: arguments that do not fit each other or the transfer set.
+        TransferSetError: a set that another tokenizer wrote.
+        DataError: rows longer than the student's context.
+
+    Reference:
+        DESIGN of the loss: docs/loss.md. Hinton et al. 2015 (arXiv:1503.02531).
+    """
+
+    # `compute_loss` divides by the count of the whole accumulated, distributed batch.
+    loss_is_scaled_for_ga = True
+    args: QuantizedDistillationConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: QuantizedDistillationConfig | None = None,
+        train_dataset: Any | None = None,
+        eval_dataset: Any | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any | None = None,
+        data_collator: Any | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        args = args or QuantizedDistillationConfig("quantkd_output")
+        if args.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible to one process; training on the first. "
+                "Start one process each with `accelerate launch` to use them all.",
+                args.n_gpu,
+            )
+            args._n_gpu = 1
+        name = model if isinstance(model, str) else model.config._name_or_path
+        assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
+        init_kwargs = dict(args.model_init_kwargs or {})
+        if processing_class is None:
+            if not name:
+                raise ConfigError("The model does not say where its tokenizer is; pass it as processing_class.")
+            tokenizer_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "trust_remote_code", "token")}
+            processing_class = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs)
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        self.transfer_sets = [dataset for dataset in datasets if isinstance(dataset, TransferSet)]
+        for transfer_set in self.transfer_sets:
+            check_transfer_set(transfer_set, processing_class, args)
+
+        if isinstance(model, str):
+            model = load_student(model, quantization_config=quantization_config, **init_kwargs)
+        elif quantization_config is not None:
+            raise ConfigError(
+                "quantization_config applies to a model given by name; a loaded model is taken as it is. "
+                "Pass the name, or load the model quantized and leave quantization_config out."
+            )
+        model = self._with_adapters(model, peft_config, args)
+        keep_trainable_on_cpu(model)
+        for transfer_set in self.transfer_sets:
+            check_student(transfer_set, model)
+
+        if data_collator is None:
+            pad = processing_class.pad_token_id
+            data_collator = DistillationCollator(processing_class.eos_token_id or 0 if pad is None else pad)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **trainer_kwargs,
+        )
+        # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
+        self.model_accepts_loss_kwargs = True
+        self._train_terms = torch.zeros(3, dtype=torch.float64)  # summed ce, summed kl, optimizer steps
+        self._eval_rows: list[Tensor] = []
+
+    @staticmethod
+    def _with_adapters(
+        model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: QuantizedDistillationConfig
+    ) -> PreTrainedModel | PeftModel:
+        if isinstance(model, PeftModel):
+            if peft_config is not None:
+                raise ConfigError(
+                    "The model already carries adapters and peft_config asks for new ones. "
+                    "Leave peft_config out to train those there, or merge_and_unload() them first."
+                )
+            return model
+        if peft_config is None and not getattr(model, "is_quantized", False):
+            return model  # a full-precision model that the caller chose to train whole
+        kwargs = args.gradient_checkpointing_kwargs
+        assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
+        torch.manual_seed(args.seed)
+        return attach_lora(
+            model,
+            peft_config,
+            gradient_checkpointing=bool(args.gradient_checkpointing),
+            gradient_checkpointing_kwargs=kwargs,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """`sum over targets of (1 - alpha) * ce + alpha * T^2 * divergence`, over the targets of the global batch.
+
+        Args:
+            model: the student, wrapped or not.
+            inputs: a batch of `DistillationCollator`.
+            return_outputs: also return the model's outputs.
+            num_items_in_batch: targets in all accumulated micro-batches of all processes; those here if None.
+
+        Returns:
+            The scalar loss in nats, or `(loss, outputs)`.
+        """
+        outputs, terms = self._forward(model, inputs)
+        if num_items_in_batch is None:
+            scale: Tensor | float = 1.0 / max(len(terms.ce), 1)
+        else:
+            # Data-parallel wrappers average gradients over processes; the count is over all of them.
+            world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            scale = world / num_items_in_batch
+        loss = terms.mix(self.args.alpha, self.args.temperature).sum() * scale
+        if model.training:
+            sums = torch.stack([terms.ce.sum() * scale, terms.kl.sum() * scale]).detach().double().cpu()
+            self._train_terms[:2] += sums
+            self._train_terms[2] += float(self.accelerator.sync_gradients)
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, PositionTerms]:
+        outputs = model(**{key: value for key, value in inputs.items() if key not in ("labels", "teacher")})
+        logits, targets = select_targets(outputs.logits, inputs["labels"])
+        terms = compute_position_terms(
+            logits,
+            targets,
+            inputs["teacher"].to(logits.device),
+            temperature=self.args.temperature,
+            divergence=cast(Divergence, self.args.divergence),
+            beta=self.args.beta,
+        )
+        return outputs, terms
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `ce` and `kl`, averaged over the steps since the last log, beside the Trainer's `loss`.
+
+        Args:
+            logs: what the Trainer logs.
+            start_time: passed on.
+        """
+        if "loss" in logs and self._train_terms[2] > 0:
+            mean = self.accelerator.reduce(self._train_terms.float().to(self.args.device), "mean").cpu().double()
+            logs["ce"], logs["kl"] = (float(mean[i] / mean[2]) for i in (0, 1))
+            self._train_terms.zero_()
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """One evaluation batch: its loss, and per-row sums of KL, CE and agreement kept for the epoch's metrics.
+
+        Args:
+            model: the student, wrapped or not.
+            inputs: a batch of `DistillationCollator`.
+            prediction_loss_only: return no logits and labels.
+            ignore_keys: unused; the outputs' logits are what is returned.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs, terms = self._forward(model, inputs)
+            rows = compute_row_metrics(outputs.logits, labels, inputs["teacher"].to(outputs.logits.device))
+            objective = sum_by_row(terms.mix(self.args.alpha, self.args.temperature).unsqueeze(1), labels)
+        # By rows, so that those which fill up the last batch of the processes are not counted twice.
+        self._eval_rows.append(self.accelerator.gather_for_metrics(torch.cat([rows, objective], dim=1)).cpu())
+        loss = (objective.sum() / rows[:, 0].sum().clamp_min(1)).float()
+        return (loss, None, None) if prediction_loss_only else (loss, outputs.logits, labels)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's loop, with the metrics of `prediction_step` added; its loss is per target token.
+
+        Args:
+            dataloader: batches of `DistillationCollator`.
+            description: passed on.
+            prediction_loss_only: passed on.
+            ignore_keys: passed on.
+            metric_key_prefix: what the metrics' names begin with.
+        """
+        self._eval_rows = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        rows = torch.cat(self._eval_rows)
+        self._eval_rows = []
+        metrics = {**summarize_rows(rows[:, :4]), "loss": float(rows[:, 4].sum() / rows[:, 0].sum().clamp_min(1))}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        # It is a pickle, can hold a Hub token, and nothing reads it back.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / "quantkd.json").write_text(json.dumps(self._provenance(), indent=2, sort_keys=True) + "\n")
+
+    def _provenance(self) -> dict[str, Any]:
+        from quantkd import __version__
+
+        trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
+        return {
+            "quantkd_version": __version__,
+            "transfer_set_digest": trained_on.digest if trained_on is not None else None,
+            "teacher": trained_on.info.teacher_name if trained_on is not None else None,
+            "objective": {name: getattr(self.args, name) for name in ("alpha", "temperature", "divergence", "beta")},
+        }

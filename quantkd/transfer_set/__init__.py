@@ -1,0 +1,27 @@
+"""The transfer set: a teacher's sparse distributions on disk, written once and read many times."""
+
+from quantkd.transfer_set.batch import RowBatch
+from quantkd.transfer_set.conversion import convert, estimate_bytes
+from quantkd.transfer_set.info import TransferSetInfo
+from quantkd.transfer_set.layout import FORMAT_VERSION, Plan, TransferRow
+from quantkd.transfer_set.profiles import PROFILES
+from quantkd.transfer_set.reader import TransferSet, concatenate
+from quantkd.transfer_set.verification import Verification, verify
+from quantkd.transfer_set.writer import ShardTask, TransferSetWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PROFILES",
+    "Plan",
+    "RowBatch",
+    "ShardTask",
+    "TransferRow",
+    "TransferSet",
+    "TransferSetInfo",
+    "TransferSetWriter",
+    "Verification",
+    "concatenate",
+    "convert",
+    "estimate_bytes",
+    "verify",
+]

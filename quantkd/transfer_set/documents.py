@@ -1,0 +1,116 @@
+"""The JSON documents of a transfer set: written in one canonical form, read as if a stranger had made them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import numpy as np
+
+from quantkd.errors import TransferSetError
+
+__all__ = ["MAX_DOCUMENT_BYTES", "MAX_JSON_DEPTH", "canonical_json", "parse_canonical_json", "quote", "require_fields"]
+
+# An array of empty objects takes about 27 times its text in memory: 2 MiB of text stay below 64 MiB.
+MAX_DOCUMENT_BYTES = 2 * 2**20
+MAX_JSON_DEPTH = 16
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = np.zeros(256, dtype=np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+# C0 without tab and newline, DEL, C1, the bidirectional controls, and lone surrogates: none of them reaches a terminal.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def canonical_json(value: Any) -> bytes:
+    """`value` as JSON bytes: keys sorted, no spaces, ASCII, one newline at the end.
+
+    Raises:
+        TransferSetError: the value is not JSON, holds a number that is not finite or a control character, or nests
+            deeper than `MAX_JSON_DEPTH`.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TransferSetError(
+            f"A transfer set's description must be plain JSON with finite numbers: {quote(error)}. "
+            "Use strings, numbers, booleans, lists and dictionaries only."
+        ) from error
+    _check_depth(text.encode(), "the description")
+    _check_strings(value, "the description")
+    return text.encode() + b"\n"
+
+
+def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
+    """The object in `data`, which must be byte for byte what `canonical_json` writes.
+
+    Args:
+        data: the bytes of the file.
+        name: the file's name, for the error.
+
+    Raises:
+        TransferSetError: too large or too deep, not JSON, not canonical, not an object, or with control characters.
+    """
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise TransferSetError(f"{name} has {len(data)} bytes; at most {MAX_DOCUMENT_BYTES} are read.")
+    _check_depth(data, name)
+    try:
+        value = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise TransferSetError(f"{name} is not JSON: {quote(error)}. It is damaged; get the set anew.") from error
+    if not isinstance(value, dict):
+        raise TransferSetError(f"{name} holds a JSON {type(value).__name__}; expected an object. Get the set anew.")
+    _check_strings(value, name)
+    canonical = canonical_json(value)
+    if canonical != data:
+        at = next((i for i, (a, b) in enumerate(zip(canonical, data, strict=False)) if a != b), len(canonical))
+        raise TransferSetError(f"{name} is not in canonical form at byte {at}. The file is damaged; get the set anew.")
+    return value
+
+
+def quote(text: object, limit: int = 200) -> str:
+    """`text` fit for a message: ASCII, escapes spelled out, cut at `limit` characters."""
+    shown = ascii(str(text)[: limit + 1])[1:-1]
+    return shown if len(shown) <= limit else shown[:limit] + "..."
+
+
+def require_fields(value: Any, name: str, fields: Iterable[str]) -> dict[str, Any]:
+    """`value`, checked to be an object with exactly `fields`.
+
+    Raises:
+        TransferSetError: not an object, or fields missing or unknown.
+    """
+    expected = set(fields)
+    if not isinstance(value, dict) or set(value) != expected:
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise TransferSetError(
+            f"{name} has {quote(found)}; expected the fields {sorted(expected)}. "
+            "The set is damaged, or a newer quantkd wrote it: upgrade quantkd, or get the set anew."
+        )
+    return value
+
+
+def _check_depth(data: bytes, name: str) -> None:
+    """Refuse deep nesting before the parser recurses; a numpy scan, for the text may hold millions of brackets."""
+    steps = _STEPS[np.frombuffer(_STRING.sub(b"", data).translate(None, _NOT_BRACKETS), dtype=np.uint8)]
+    if np.cumsum(steps, dtype=np.int32).max(initial=0) > MAX_JSON_DEPTH:
+        raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set anew.")
+
+
+def _check_strings(value: Any, name: str) -> None:
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple):
+            stack.extend(item)
+        elif isinstance(item, str) and _UNSAFE.search(item):
+            raise TransferSetError(f"{name} holds a control character in {quote(item)!r}. Remove it.")
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")

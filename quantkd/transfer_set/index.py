@@ -1,0 +1,178 @@
+"""The index of a finished set, the records of an unfinished one, and the root digest that names a set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkd.errors import TransferSetError
+from quantkd.transfer_set.documents import (
+    MAX_DOCUMENT_BYTES,
+    canonical_json,
+    parse_canonical_json,
+    quote,
+    require_fields,
+)
+from quantkd.transfer_set.encoded import MAX_SHARD_ITEMS, ShardSize
+from quantkd.transfer_set.filesystem import read_regular
+from quantkd.transfer_set.layout import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
+
+__all__ = ["INDEX_NAME", "PLAN_NAME", "Index", "ShardRecord", "read_index", "read_plan", "read_record", "record_name"]
+
+INDEX_NAME = "index.json"
+PLAN_NAME = "plan.json"
+FORMAT_NAME = "quantkd transfer set"
+_SIZES = tuple(ShardSize.__dataclass_fields__)
+
+
+def record_name(index: int) -> str:
+    """The file name of the record that marks shard `index` as committed."""
+    return f"shard-{index:05d}.json"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a committed shard.
+
+    Args:
+        size: its rows, tokens, spans, targets and entries.
+        sha256: of the file, in hexadecimal.
+        counters: what its capture counted; kept in the record and summed in the index.
+    """
+
+    size: ShardSize
+    sha256: str
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as it stands in an index, without counters."""
+        return {**asdict(self.size), "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, value: Any, name: str) -> ShardRecord:
+        """The inverse of `to_json`, with every number checked.
+
+        Raises:
+            TransferSetError: missing or unknown fields, or numbers that cannot be.
+        """
+        fields = require_fields(value, name, (*_SIZES, "sha256"))
+        size = ShardSize(**{key: fields[key] for key in _SIZES})
+        whole = all(is_whole(fields[key], 0, MAX_SHARD_ITEMS) for key in _SIZES)
+        if not whole or not size.is_possible() or not is_sha256(fields["sha256"]):
+            raise TransferSetError(f"{name} holds sizes or a digest that cannot be: {quote(fields)}. Get the set anew.")
+        return cls(size, fields["sha256"])
+
+
+@dataclass(frozen=True)
+class Index:
+    """A whole set: its plan, one record a shard, and the summed counters."""
+
+    plan: Plan
+    shards: tuple[ShardRecord, ...]
+    counters: dict[str, int]
+    complete: bool = True
+
+    @classmethod
+    def from_records(cls, plan: Plan, records: Sequence[ShardRecord]) -> Index:
+        """The index over the first `len(records)` shards of a plan."""
+        total: Counter[str] = Counter()
+        for record in records:
+            total.update(record.counters)
+        return cls(plan, tuple(records), dict(total), complete=len(records) == plan.num_shards)
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "plan": self.plan.to_json(),
+            "shards": [record.to_json() for record in self.shards],
+            "counters": self.counters,
+        }
+
+    def digest(self) -> str:
+        """The root digest: sha256 of the canonical JSON of everything else in the index, in hexadecimal."""
+        return hashlib.sha256(canonical_json(self._content())).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The content of index.json."""
+        return canonical_json({**self._content(), "digest": self.digest()})
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a finished set.
+
+    Raises:
+        TransferSetError: missing, damaged, of another format version, or with values that cannot be.
+    """
+    value = parse_canonical_json(read_regular(folder / INDEX_NAME, MAX_DOCUMENT_BYTES), INDEX_NAME)
+    _check_format(value, INDEX_NAME)
+    require_fields(value, INDEX_NAME, ("format", "version", "plan", "shards", "counters", "digest"))
+    plan = Plan.from_json(value["plan"])
+    shards = value["shards"]
+    if not isinstance(shards, list) or len(shards) != plan.num_shards:
+        raise TransferSetError(
+            f"{INDEX_NAME} lists {len(shards) if isinstance(shards, list) else quote(shards)} shards; "
+            f"its plan has {plan.num_shards}. Get the set anew."
+        )
+    records = tuple(ShardRecord.from_json(shard, f"Shard {i} of {INDEX_NAME}") for i, shard in enumerate(shards))
+    for shard, record in enumerate(records):
+        start, stop = plan.prompt_range(shard)
+        if record.size.rows > stop - start:
+            raise TransferSetError(
+                f"Shard {shard} of {INDEX_NAME} has {record.size.rows} rows for {stop - start} prompts. Get it anew."
+            )
+    index = Index(plan, records, check_counters(value["counters"]))
+    if index.digest() != value["digest"]:
+        raise TransferSetError(
+            f"{INDEX_NAME} has the digest {index.digest()} but states {quote(value['digest'])}. "
+            "The index was changed or damaged; get the set anew."
+        )
+    return index
+
+
+def plan_to_bytes(plan: Plan) -> bytes:
+    """The content of plan.json."""
+    return canonical_json({"format": FORMAT_NAME, "version": FORMAT_VERSION, "plan": plan.to_json()})
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of an unfinished set.
+
+    Raises:
+        TransferSetError: missing, damaged, of another format version, or with values that cannot be.
+    """
+    value = parse_canonical_json(read_regular(folder / PLAN_NAME, MAX_DOCUMENT_BYTES), PLAN_NAME)
+    _check_format(value, PLAN_NAME)
+    require_fields(value, PLAN_NAME, ("format", "version", "plan"))
+    return Plan.from_json(value["plan"])
+
+
+def record_to_bytes(record: ShardRecord) -> bytes:
+    """The content of a record file."""
+    return canonical_json({"shard": record.to_json(), "counters": record.counters})
+
+
+def read_record(folder: Path, index: int) -> ShardRecord:
+    """The record of shard `index` of an unfinished set.
+
+    Raises:
+        TransferSetError: missing, damaged, or with values that cannot be.
+    """
+    name = record_name(index)
+    value = parse_canonical_json(read_regular(folder / name, MAX_DOCUMENT_BYTES), name)
+    fields = require_fields(value, name, ("shard", "counters"))
+    record = ShardRecord.from_json(fields["shard"], name)
+    return ShardRecord(record.size, record.sha256, check_counters(fields["counters"]))
+
+
+def _check_format(value: dict[str, Any], name: str) -> None:
+    if value.get("format") != FORMAT_NAME or value.get("version") != FORMAT_VERSION:
+        raise TransferSetError(
+            f"{name} is of format {quote(value.get('format'))}, version {quote(value.get('version'))}; this quantkd "
+            f"reads {FORMAT_NAME!r}, version {FORMAT_VERSION}. Upgrade quantkd, or convert the set with the one that "
+            "wrote it."
+        )

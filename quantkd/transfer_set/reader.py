@@ -1,0 +1,292 @@
+"""TransferSet: the rows of a transfer set as a torch dataset, mapped from disk and decoded on demand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from quantkd.errors import ConfigError, DataError
+from quantkd.topk import TopKLogprobs
+from quantkd.transfer_set.batch import RowBatch
+from quantkd.transfer_set.documents import canonical_json
+from quantkd.transfer_set.info import TransferSetInfo
+from quantkd.transfer_set.layout import Plan
+from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.store import ShardStore, Verify
+
+__all__ = ["TransferSet", "concatenate"]
+
+IGNORED_LABEL = -100
+
+
+class TransferSet(Dataset[dict[str, Any]]):
+    """Rows with the teacher's distributions. Indexing decodes one row, `__getitems__` a batch, slices are lazy views.
+
+    A set can be pickled, forked and spawned: each process maps the files for itself. Nothing in it is executed, and no
+    file outside its folder is opened. Do not cut a set's files while it is open.
+
+    Args:
+        path: the set's folder.
+        verify: "auto" hashes downloaded sets in full and otherwise compares sizes and headers now and each row when it
+            is first read; "full" always hashes; "off" trusts all but sizes and structure.
+        allow_incomplete: accept an unfinished set and read its committed prefix.
+
+    Raises:
+        TransferSetError: not a set, unfinished, or damaged.
+
+    Example:
+        transfer_set = TransferSet("runs/gsm8k")
+        row = transfer_set[0]                    # {"input_ids", "labels", "teacher", "finished"}
+        train, held_out = transfer_set.split(0.1, seed=0)
+    """
+
+    def __init__(self, path: str | Path, *, verify: Verify = "auto", allow_incomplete: bool = False) -> None:
+        store = ShardStore(path, verify, allow_incomplete)
+        self._sources: tuple[tuple[ShardStore, float | None], ...] = ((store, None),)
+        self._starts = np.array([0, store.num_rows], dtype=np.int64)
+        self._rows: NDArray[np.int64] | range = range(store.num_rows)
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: Verify = "auto", allow_incomplete: bool = False) -> TransferSet:
+        """The set at `path`; the same as calling the class."""
+        return cls(path, verify=verify, allow_incomplete=allow_incomplete)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[row] for row in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> TransferSet: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | TransferSet:
+        """One row, or a view of a slice.
+
+        Returns:
+            For an int: `input_ids` (L,) int64, `labels` (L,) int64 unshifted and -100 outside the targets, `teacher`
+            (TopKLogprobs over the targets), `finished` (bool), and `weight` (float) if a joined set was weighted.
+
+        Raises:
+            IndexError: no such row.
+            TransferSetError: the row is damaged.
+        """
+        if isinstance(index, slice):
+            return self._view(self._rows[index])
+        batch = self.__getitems__([index])
+        row = {
+            "input_ids": batch.input_ids,
+            "labels": batch.labels,
+            "teacher": batch.teacher,
+            "finished": bool(batch.finished[0]),
+        }
+        if batch.weights is not None:
+            row["weight"] = float(batch.weights[0])
+        return row
+
+    def __getitems__(self, indices: Sequence[int]) -> RowBatch:
+        """Several rows at once, decoded together; DataLoader calls this and hands the result to its `collate_fn`.
+
+        Raises:
+            IndexError: no such row.
+            TransferSetError: a row is damaged.
+        """
+        rows = self._resolve(indices)
+        sources = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
+        cuts = [0, *(i for i in range(1, len(rows)) if sources[i] != sources[i - 1]), len(rows)]
+        if len(rows) == 0:
+            sources = [0]
+        return RowBatch.concatenate([self._fetch(sources[a], rows[a:b]) for a, b in pairwise(cuts)])
+
+    def row(self, index: int) -> TransferRow:
+        """One row as numpy arrays, such as `TransferSetWriter.commit` takes."""
+        return self.rows([index])[0]
+
+    def rows(self, indices: Sequence[int]) -> list[TransferRow]:
+        """Several rows as numpy arrays."""
+        located = self._resolve(indices)
+        sources = np.searchsorted(self._starts, located, side="right") - 1
+        return [
+            self._sources[source][0].fetch([int(row - self._starts[source])]).rows()[0]
+            for source, row in zip(sources.tolist(), located, strict=True)
+        ]
+
+    def select(self, indices: Sequence[int] | NDArray[Any]) -> TransferSet:
+        """A view of the rows named by `indices` (integers, negative from the end; or one bool a row), in that order."""
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if len(chosen) != len(self):
+                raise ConfigError(f"The mask has {len(chosen)} values for {len(self)} rows; give one a row.")
+            chosen = np.flatnonzero(chosen)
+        return self._view(self._resolve(chosen.tolist()))
+
+    def split(self, fraction: float, seed: int) -> tuple[TransferSet, TransferSet]:
+        """Two disjoint views `(rest, held_out)` in the old order; `held_out` has `round(fraction * len(self))` rows.
+
+        Raises:
+            ConfigError: one of the two would be empty.
+        """
+        held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
+        if not 0 < held_out < len(self):
+            raise ConfigError(
+                f"A split of {fraction} of {len(self)} rows leaves one part empty. Choose a fraction between 0 and 1 "
+                "that leaves at least one row on either side."
+            )
+        order = _permutation(len(self), (seed,))
+        return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
+
+    def shuffle(self, seed: int, epoch: int = 0) -> TransferSet:
+        """A view in an order that depends on `seed` and `epoch` alone; no global random state is read or changed."""
+        return self.select(_permutation(len(self), (seed, epoch)))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the set, or of the first one of joined sets."""
+        return self._sources[0][0].index.plan
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows,) tokens of every row, read from the row tables without decoding."""
+        return self._table[:, 0].copy()
+
+    @property
+    def digest(self) -> str:
+        """The root digest; of a view or of joined sets, a digest over theirs, the weights and the chosen rows."""
+        whole = isinstance(self._rows, range) and self._rows == range(self._starts[-1])
+        if len(self._sources) == 1 and self._sources[0][1] is None and whole:
+            return self._sources[0][0].index.digest()
+        rows = np.asarray(self._rows, dtype="<i8").tobytes()
+        sources = [[store.index.digest(), weight] for store, weight in self._sources]
+        view = {"sources": sources, "rows": hashlib.sha256(rows).hexdigest()}
+        return hashlib.sha256(canonical_json(view)).hexdigest()
+
+    @cached_property
+    def info(self) -> TransferSetInfo:
+        """What the set is and what it costs."""
+        stores = [store for store, _ in self._sources]
+        plan = self.plan
+        tokens, targets, entries = (int(total) for total in self._table.sum(axis=0))
+        counters: Counter[str] = Counter()
+        for store in stores:
+            counters.update(store.index.counters)
+        num_bytes = sum(store.num_bytes for store in stores)
+        all_targets = sum(shard.size.targets for store in stores for shard in store.index.shards)
+        return TransferSetInfo(
+            teacher_name=", ".join(dict.fromkeys(store.index.plan.teacher_name for store in stores)),
+            teacher_revision=plan.teacher_revision,
+            teacher_dtype=plan.teacher_dtype,
+            tokenizer_fingerprint=plan.tokenizer_fingerprint,
+            vocab_size=plan.vocab_size,
+            storage=plan.storage,
+            profile=plan.profile,
+            temperatures=plan.temperatures,
+            generation=plan.generation,
+            responses=plan.responses,
+            num_rows=len(self),
+            num_prompts=sum(store.index.plan.num_prompts for store in stores),
+            num_tokens=tokens,
+            num_response_tokens=targets,
+            num_entries=entries,
+            num_bytes=num_bytes,
+            bytes_per_response_token=num_bytes / all_targets if all_targets else float("nan"),
+            mean_entries=entries / targets if targets else float("nan"),
+            counters=dict(counters),
+            digest=self.digest,
+            complete=all(store.index.complete for store in stores),
+        )
+
+    @property
+    def _table(self) -> NDArray[np.int64]:
+        return np.concatenate([store.table() for store, _ in self._sources])[np.asarray(self._rows, dtype=np.int64)]
+
+    def _resolve(self, indices: Sequence[int]) -> list[int]:
+        length = len(self._rows)
+        for index in indices:
+            if not -length <= index < length:
+                raise IndexError(f"Row {index} was asked for; the transfer set has {length} rows.")
+        return [int(self._rows[index]) for index in indices]
+
+    def _view(self, rows: NDArray[np.int64] | range | list[int]) -> TransferSet:
+        view = object.__new__(type(self))
+        view._sources, view._starts = self._sources, self._starts
+        view._rows = np.array(rows, dtype=np.int64) if isinstance(rows, list) else rows
+        return view
+
+    def _fetch(self, source: int, rows: list[int]) -> RowBatch:
+        store, weight = self._sources[source]
+        start = int(self._starts[source])
+        decoded = store.fetch([row - start for row in rows])
+        labels = np.full(len(decoded.input_ids), IGNORED_LABEL, dtype=np.int64)
+        labels[decoded.targets] = decoded.input_ids[decoded.targets]
+        return RowBatch(
+            lengths=torch.from_numpy(decoded.lengths),
+            input_ids=torch.from_numpy(decoded.input_ids),
+            labels=torch.from_numpy(labels),
+            targets=torch.from_numpy(decoded.targets),
+            target_counts=torch.from_numpy(decoded.target_counts),
+            teacher=TopKLogprobs(
+                offsets=torch.from_numpy(np.append(0, np.cumsum(decoded.counts))),
+                token_ids=torch.from_numpy(decoded.token_ids),
+                logprobs=torch.from_numpy(decoded.logprobs),
+                log_normalizers=torch.from_numpy(decoded.log_normalizers),
+                temperatures=store.codec.temperatures,
+                vocab_size=store.codec.vocab_size,
+            ),
+            finished=torch.from_numpy(decoded.finished),
+            weights=None if weight is None else torch.full((len(rows),), weight),
+        )
+
+
+def concatenate(sets: Sequence[TransferSet], weights: Sequence[float] | None = None) -> TransferSet:
+    """Several sets (or views) one after the other, without copying.
+
+    Args:
+        sets: at least one; all of one tokenizer, vocabulary size and list of temperatures.
+        weights: one a set; its rows then carry it as `weight`, for a loss that counts some data more. None: no weights.
+
+    Raises:
+        ConfigError: no sets, sets that do not fit together, or weights that are not finite and above 0.
+    """
+    if not sets:
+        raise ConfigError("concatenate needs at least one transfer set.")
+    if len(sets) == 1 and weights is None:
+        return sets[0]
+    if weights is not None and (len(weights) != len(sets) or not all(0 < w < float("inf") for w in weights)):
+        raise ConfigError(f"weights are {list(weights)} for {len(sets)} sets; give each a finite number above 0.")
+    plans = [store.index.plan for each in sets for store, _ in each._sources]
+    for name in ("tokenizer_fingerprint", "vocab_size", "temperatures"):
+        found = list(dict.fromkeys(getattr(plan, name) for plan in plans))
+        if len(found) > 1:
+            raise ConfigError(f"The sets differ in {name}: {found[0]} and {found[1]}. Capture them alike to join them.")
+    joined = object.__new__(TransferSet)
+    sources: list[tuple[ShardStore, float | None]] = []
+    rows: list[NDArray[np.int64]] = []
+    shift = 0
+    for position, each in enumerate(sets):
+        rows.append(np.asarray(each._rows, dtype=np.int64) + shift)
+        for store, weight in each._sources:
+            sources.append((store, weight if weights is None else (weight or 1.0) * weights[position]))
+            shift += store.num_rows
+    joined._sources = tuple(sources)
+    joined._starts = np.append(0, np.cumsum([store.num_rows for store, _ in sources], dtype=np.int64))
+    joined._rows = np.concatenate(rows)
+    return joined
+
+
+def _permutation(length: int, entropy: tuple[int, ...]) -> NDArray[np.int64]:
+    if any(number < 0 for number in entropy):
+        raise DataError(f"seed and epoch must be at least 0, found {entropy}.")
+    # The raw output of a bit generator never changes between numpy releases; that of `permutation` may.
+    keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
+    return np.argsort(np.asarray(keys), kind="stable")

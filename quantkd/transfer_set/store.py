@@ -1,0 +1,191 @@
+"""ShardStore: one set's shards, mapped on demand, as decoded rows. Safe to copy to other processes."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkd.errors import ConfigError, TransferSetError
+from quantkd.transfer_set.codec import Codec, DecodedRows
+from quantkd.transfer_set.encoded import CHECKSUM, ENTRIES, TOKENS, RowCodes
+from quantkd.transfer_set.index import INDEX_NAME, Index, ShardRecord, read_index, read_plan, read_record, record_name
+from quantkd.transfer_set.row import check_entries
+from quantkd.transfer_set.shard import TARGETS, ShardMap, concatenate_codes, shard_name
+
+__all__ = ["ShardStore", "Verify"]
+
+Verify = Literal["auto", "full", "off"]
+MAX_OPEN_MAPS = 256
+_DOWNLOAD_MARK = Path(".cache") / "huggingface"  # what `snapshot_download(local_dir=...)` leaves in the folder
+
+
+class ShardStore:
+    """The shards of one set.
+
+    Args:
+        path: the set's folder.
+        verify: "full" hashes every shard first; "auto" does so for downloaded sets and otherwise compares sizes and
+            headers now and each row when it is first read; "off" compares sizes and structure alone.
+        allow_incomplete: accept an unfinished set and read its committed prefix.
+        hash_downloads: whether "auto" looks for downloads; `quantkd verify` hashes by itself.
+
+    Raises:
+        TransferSetError: not a set, unfinished, or damaged.
+        ConfigError: an unknown `verify`.
+    """
+
+    def __init__(
+        self, path: str | Path, verify: Verify, allow_incomplete: bool, *, hash_downloads: bool = True
+    ) -> None:
+        if verify not in ("auto", "full", "off"):
+            raise ConfigError(f"verify is {verify!r}; expected 'auto', 'full' or 'off'.")
+        self.path = Path(path)
+        self.index = _find_index(self.path, allow_incomplete)
+        self.codec = Codec(self.index.plan)
+        self.row_starts = np.append(0, np.cumsum([shard.size.rows for shard in self.index.shards], dtype=np.int64))
+        self._check_rows = verify != "off"
+        self._maps: OrderedDict[int, ShardMap] = OrderedDict()
+        downloaded = hash_downloads and (self.path / _DOWNLOAD_MARK).exists()
+        full = verify == "full" or (verify == "auto" and downloaded)
+        for shard, record in enumerate(self.index.shards):
+            mapped = self.map(shard)
+            if full:
+                check_digest(mapped, record)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Maps do not travel to another process; it opens its own.
+        return {**self.__dict__, "_maps": OrderedDict()}
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the shards hold."""
+        return int(self.row_starts[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the set's files on disk, index included."""
+        shards = range(len(self.index.shards))
+        names = [*map(shard_name, shards), *([INDEX_NAME] if self.index.complete else map(record_name, shards))]
+        return sum(os.stat(self.path / name).st_size for name in names)
+
+    def table(self) -> NDArray[np.int64]:
+        """(rows, 3): tokens, targets and entries of every row, from the row tables alone."""
+        columns = [TOKENS, TARGETS, ENTRIES]
+        parts = [np.diff(self.map(s).edges, axis=0)[:, columns] for s in range(len(self.index.shards))]
+        return np.concatenate([np.zeros((0, 3), dtype=np.int64), *parts])
+
+    def fetch(self, rows: Sequence[int]) -> DecodedRows:
+        """The given rows, decoded, in the order asked for.
+
+        Raises:
+            TransferSetError: a row is damaged; names its shard and number.
+        """
+        shards = (np.searchsorted(self.row_starts, np.asarray(rows, dtype=np.int64), side="right") - 1).tolist()
+        located = [(self.map(s), row - int(self.row_starts[s])) for s, row in zip(shards, rows, strict=True)]
+        parts: list[RowCodes] = []
+        fresh = False
+        position = 0
+        while position < len(located):
+            mapped, local = located[position]
+            run = 1
+            if mapped.checked[local]:
+                # Neighbours that are known to be good come as one slice.
+                while (
+                    position + run < len(located)
+                    and located[position + run] == (mapped, local + run)
+                    and mapped.checked[local + run]
+                ):
+                    run += 1
+            codes = mapped.fetch(local, local + run)
+            if not mapped.checked[local]:
+                fresh = True
+                if self._check_rows and codes.checksum() != int(codes.rows[0, CHECKSUM]):
+                    raise _damaged(mapped, local, "does not match its checksum")
+            parts.append(codes)
+            position += run
+        codes = concatenate_codes(parts) if parts else RowCodes.empty(self.codec.num_normalizers, self.codec.high_bits)
+        if not fresh:
+            return self.codec.decode(codes)
+        fault = codes.find_fault(self.codec.max_entries, self.codec.vocab_size)
+        if fault is not None:
+            raise _damaged(*located[fault[0]], fault[1])
+        decoded = self.codec.decode(codes)
+        if self._check_rows:
+            self._check_content(decoded, located)
+        for mapped, local in located:
+            mapped.checked[local] = True
+        return decoded
+
+    def _check_content(self, decoded: DecodedRows, located: list[tuple[ShardMap, int]]) -> None:
+        try:
+            self._check_values(decoded)
+        except TransferSetError:
+            for mapped, local in located:  # which one was it?
+                try:
+                    self._check_values(self.codec.decode(mapped.fetch(local, local + 1)))
+                except TransferSetError as error:
+                    raise TransferSetError(f"Row {local} of {mapped.path}: {error}") from error
+            raise
+
+    def _check_values(self, decoded: DecodedRows) -> None:
+        check_entries(
+            decoded.input_ids, decoded.counts, decoded.token_ids, decoded.logprobs, decoded.log_normalizers,
+            self.codec.vocab_size, self.codec.temperatures,
+        )  # fmt: skip
+
+    def map(self, shard: int) -> ShardMap:
+        """The shard, mapped and with its header and row table checked."""
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            mapped = ShardMap(self.path / shard_name(shard), self.codec, self.index.shards[shard].size)
+            self._maps[shard] = mapped
+            if len(self._maps) > MAX_OPEN_MAPS:
+                self._maps.popitem(last=False)
+        else:
+            self._maps.move_to_end(shard)
+        return mapped
+
+
+def check_digest(mapped: ShardMap, record: ShardRecord) -> None:
+    """Compare a shard's sha256 with its record.
+
+    Raises:
+        TransferSetError: they differ.
+    """
+    digest = mapped.sha256()
+    if digest != record.sha256:
+        raise TransferSetError(
+            f"{mapped.path} has the sha256 {digest}; the index says {record.sha256}. `quantkd verify` names the row. "
+            "Get the shard anew."
+        )
+
+
+def _damaged(mapped: ShardMap, row: int, what: str) -> TransferSetError:
+    return TransferSetError(f"Row {row} of {mapped.path} {what}. The shard is damaged: get it anew.")
+
+
+def _find_index(path: Path, allow_incomplete: bool) -> Index:
+    if not path.is_dir():
+        raise TransferSetError(f"There is no transfer set at {path}: it is no folder. Capture one, or mend the path.")
+    if (path / INDEX_NAME).exists():
+        return read_index(path)
+    try:
+        plan = read_plan(path)
+    except TransferSetError as error:
+        raise TransferSetError(f"There is no transfer set at {path}: it has no {INDEX_NAME}. {error}") from error
+    records: list[ShardRecord] = []
+    while len(records) < plan.num_shards and (path / record_name(len(records))).exists():
+        records.append(read_record(path, len(records)))
+    if not allow_incomplete:
+        raise TransferSetError(
+            f"The transfer set at {path} is unfinished: it has the first {len(records)} of {plan.num_shards} shards. "
+            "Run its capture again to finish it, or open it with allow_incomplete=True to read those."
+        )
+    return replace(Index.from_records(plan, records), complete=False)

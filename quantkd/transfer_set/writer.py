@@ -1,0 +1,290 @@
+"""Writing a transfer set so that no crash, full disk or second writer can spoil it.
+
+The plan fixes which prompts belong to which shard before the first token. A shard is committed in this order: temporary
+file, fsync, rename, fsync of the folder, and the same for its record, which is what marks it as committed. When every
+record is there, one process writes index.json the same way; from then on the set is complete and is not written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from quantkd.errors import TransferSetError
+from quantkd.transfer_set.claims import ShardClaims, lock_name
+from quantkd.transfer_set.codec import Codec
+from quantkd.transfer_set.filesystem import FileLock, FileSystem, write_atomically
+from quantkd.transfer_set.index import (
+    INDEX_NAME,
+    PLAN_NAME,
+    Index,
+    ShardRecord,
+    plan_to_bytes,
+    read_index,
+    read_plan,
+    read_record,
+    record_name,
+    record_to_bytes,
+)
+from quantkd.transfer_set.layout import Plan, check_counters
+from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.shard import serialize_shard, shard_bytes, shard_name
+
+__all__ = ["ShardTask", "TransferSetWriter"]
+
+WRITER_LOCK = "writer.lock"
+COMMIT_LOCK = "commit.lock"
+POLL_SECONDS = 0.05
+_TEMPORARY = re.compile(r"(plan\.json|index\.json|shard-\d{5}\.(json|safetensors))\.tmp")
+LOCK_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard that this writer has claimed: the prompts `[start, stop)` of the plan."""
+
+    index: int
+    start: int
+    stop: int
+
+
+class TransferSetWriter:
+    """Writes one transfer set, alone or together with other processes. Use `open`, and close it or use `with`.
+
+    Example:
+        with TransferSetWriter.open("runs/gsm8k", plan) as writer:
+            for task in writer.claim():
+                writer.commit(task, rows_of(prompts[task.start : task.stop]), {"responses_cut": 0})
+            digest = writer.finalize()
+    """
+
+    def __init__(self, path: Path, plan: Plan, filesystem: FileSystem, lock: FileLock, digest: str | None) -> None:
+        self.path = path
+        self.plan = plan
+        self._filesystem = filesystem
+        self._codec = Codec(plan)
+        self._lock = lock
+        self._digest = digest
+        self._claims = ShardClaims(path)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, plan: Plan, *, join: bool = False, filesystem: FileSystem | None = None
+    ) -> TransferSetWriter:
+        """Start a set at `path`, or resume the one that lies there with the same plan.
+
+        Args:
+            path: the set's folder; created with its parents.
+            plan: what will be written.
+            join: share the work with other writers of the same plan, each of which must join too.
+            filesystem: the disk; tests pass one that fails.
+
+        Returns:
+            A writer that holds the folder's lock. If the set is finished, `is_complete` is true and nothing is to do.
+
+        Raises:
+            TransferSetError: another plan or strange files lie there, another writer is at work, or the disk fails.
+        """
+        folder = Path(path)
+        disk = filesystem or FileSystem()
+        lock = FileLock(folder / WRITER_LOCK)
+        with _disk_errors(folder):
+            disk.mkdir(folder)
+            if not (folder / INDEX_NAME).exists() and not lock.acquire(shared=join):
+                raise TransferSetError(
+                    f"Another writer is at work on {folder}. Wait for it, or, to share the work, start every process "
+                    "with the same plan and join=True (`accelerate launch` does)."
+                )
+            try:
+                digest = None
+                if (folder / INDEX_NAME).exists():
+                    index = read_index(folder)
+                    _require_same(folder, index.plan, plan)
+                    digest = index.digest()
+                else:
+                    _establish_plan(disk, folder, plan)
+                writer = cls(folder, plan, disk, lock, digest)
+                if digest is not None:
+                    writer._remove_leftovers()
+            except BaseException:
+                lock.release()
+                raise
+        return writer
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the set has its index, so that nothing is left to do."""
+        return self._digest is not None
+
+    def claim(self) -> Iterator[ShardTask]:
+        """The shards that are left, each claimed for this writer alone. Ends when nobody has one left.
+
+        While other writers hold the last shards, this waits: if one of them dies, its shard is handed out here.
+
+        Yields:
+            One task after the other; commit each before you ask for the next.
+        """
+        while self._digest is None:
+            others = False
+            for shard in range(self.plan.num_shards):
+                if self._claims.holds(shard):
+                    continue
+                with _disk_errors(self.path):
+                    state = self._claims.try_claim(shard)
+                if state == "finished":
+                    return
+                others |= state == "taken"
+                if state == "ours":
+                    yield ShardTask(shard, *self.plan.prompt_range(shard))
+            if not others:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def commit(self, task: ShardTask, rows: Sequence[TransferRow], counters: Mapping[str, int] | None = None) -> None:
+        """Store a claimed shard; when this returns, it survives a power cut.
+
+        Args:
+            task: from `claim`.
+            rows: at most one a prompt, in the order of the prompts. Each is checked.
+            counters: what to add up over the set, such as `{"responses_cut": 3}`. They are part of the root digest, so
+                they must not depend on the run.
+
+        Raises:
+            TransferSetError: the shard is not claimed or would be too large, a row is not valid, or the disk fails. The
+                shard is then not committed, and stays claimed until the writer is closed.
+        """
+        if not self._claims.holds(task.index):
+            raise TransferSetError(f"Shard {task.index} is not claimed by this writer; commit what `claim` handed out.")
+        if len(rows) > task.stop - task.start:
+            raise TransferSetError(
+                f"Shard {task.index} holds the prompts {task.start} to {task.stop - 1}; found {len(rows)} rows."
+            )
+        for number, row in enumerate(rows):
+            try:
+                row.validate(self.plan.vocab_size, self.plan.temperatures, self._codec.max_entries)
+            except TransferSetError as error:
+                raise TransferSetError(f"Row {number} of shard {task.index}: {error}") from error
+        size, tensors = self._codec.encode(rows)
+        if not size.is_possible():
+            raise TransferSetError(f"Shard {task.index} would be too large: {size}. Plan fewer rows per shard.")
+        data = serialize_shard(self._codec, size, tensors)
+        record = ShardRecord(size, hashlib.sha256(data).hexdigest(), check_counters(dict(counters or {})))
+        with _disk_errors(self.path):
+            write_atomically(self._filesystem, self.path / shard_name(task.index), data, "shard")
+            write_atomically(self._filesystem, self.path / record_name(task.index), record_to_bytes(record), "record")
+            self._claims.release(task.index, committed=True)
+
+    def finalize(self, wait: bool = True) -> str:
+        """Write the index once every shard is committed; the set is then complete.
+
+        Args:
+            wait: wait for the shards that other writers hold; otherwise they are an error.
+
+        Returns:
+            The root digest that names the set.
+
+        Raises:
+            TransferSetError: shards are missing and nobody is at work on them, or the disk fails.
+        """
+        while self._digest is None:
+            with _disk_errors(self.path):
+                missing = [shard for shard in range(self.plan.num_shards) if not self._claims.is_committed(shard)]
+                if (self.path / INDEX_NAME).exists():
+                    self._digest = read_index(self.path).digest()
+                elif not missing:
+                    self._write_index()
+                else:
+                    orphan = next((s for s in missing if not wait or self._claims.is_abandoned(s)), None)
+                    if orphan is not None:
+                        raise TransferSetError(
+                            f"{self.path} lacks {len(missing)} of {self.plan.num_shards} shards, first {orphan}. "
+                            "Write them by the tasks of `claim`, then finalize."
+                        )
+                    time.sleep(POLL_SECONDS)
+        return self._digest
+
+    def close(self) -> None:
+        """Release all locks. An unfinished set stays resumable."""
+        self._claims.release_all()
+        self._lock.release()
+
+    def __enter__(self) -> TransferSetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_index(self) -> None:
+        with FileLock(self.path / COMMIT_LOCK) as lock:
+            finished = (self.path / INDEX_NAME).exists
+            if not lock.wait(LOCK_TIMEOUT_SECONDS, finished):
+                return
+            if finished():  # the other one has cleaned up already, so this lock's file is ours to remove
+                lock.release(remove=True)
+                return
+            records = [read_record(self.path, shard) for shard in range(self.plan.num_shards)]
+            for shard, record in enumerate(records):
+                found = os.stat(self.path / shard_name(shard)).st_size
+                if found != shard_bytes(self._codec, record.size):
+                    raise TransferSetError(
+                        f"{self.path / shard_name(shard)} has {found} bytes; its record promises "
+                        f"{shard_bytes(self._codec, record.size)}. Remove {record_name(shard)} and resume to redo it."
+                    )
+            index = Index.from_records(self.plan, records)
+            write_atomically(self._filesystem, self.path / INDEX_NAME, index.to_bytes(), "index")
+            self._digest = index.digest()
+            self._filesystem.reach("cleanup:started")
+            self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what only an unfinished set needs. A crash in here leaves files that every reader ignores."""
+        names = {PLAN_NAME, COMMIT_LOCK, WRITER_LOCK}
+        for shard in range(self.plan.num_shards):
+            names |= {record_name(shard), lock_name(shard)}
+        for entry in os.scandir(self.path):
+            if entry.name in names or _TEMPORARY.fullmatch(entry.name):
+                self._filesystem.unlink(self.path / entry.name)
+
+
+def _establish_plan(disk: FileSystem, folder: Path, plan: Plan) -> None:
+    with FileLock(folder / COMMIT_LOCK) as lock:
+        if not lock.wait(LOCK_TIMEOUT_SECONDS):
+            raise TransferSetError(f"Another writer keeps {folder / COMMIT_LOCK} locked. Stop it, then start again.")
+        if (folder / PLAN_NAME).exists():
+            _require_same(folder, read_plan(folder), plan)
+            return
+        strays = sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith("shard-"))
+        if strays:
+            raise TransferSetError(
+                f"{folder} holds {strays[0]} but neither {PLAN_NAME} nor {INDEX_NAME}: its shards belong to something "
+                "else. Choose another folder, or remove them."
+            )
+        write_atomically(disk, folder / PLAN_NAME, plan_to_bytes(plan), "plan")
+
+
+def _require_same(folder: Path, found: Plan, wanted: Plan) -> None:
+    if found.digest() != wanted.digest():
+        raise TransferSetError(
+            f"{folder} holds a transfer set of another plan; it differs in {', '.join(found.differences(wanted))}. "
+            "Choose another folder, or ask for the same teacher, prompts and settings."
+        )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TransferSetError(
+            f"Could not write the transfer set at {path}: {error}. Committed shards are kept: mend the cause, such "
+            "as a full disk, then run the same command again to resume."
+        ) from error

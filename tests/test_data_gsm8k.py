@@ -1,0 +1,119 @@
+"""GSM8K: rows, the prompt, and the graders, against the official grader's own pattern."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkd.data import arithmetic, gsm8k
+from quantkd.errors import ConfigError, DataError
+
+ROW = {"question": "How many?", "answer": "It is 2*3=<<2*3=6>>6.\nThen 6+1,000=<<6+1000=1006>>1,006\n#### 1,006"}
+
+
+def test_prompt_without_shots() -> None:
+    assert gsm8k.build_prompt("Why?") == f"{gsm8k.INSTRUCTION}\n\nQuestion: Why?\nAnswer:"
+    assert "#### <number>" in gsm8k.INSTRUCTION and "last line" in gsm8k.INSTRUCTION
+
+
+def test_prompt_shows_shots_in_order_and_without_calculator_marks() -> None:
+    prompt = gsm8k.build_prompt("Why?", [ROW, {"question": "Other?", "answer": "#### 2"}])
+    assert prompt.endswith(
+        "\n\nQuestion: How many?\nAnswer: It is 2*3=6.\nThen 6+1,000=1,006\n#### 1,006"
+        "\n\nQuestion: Other?\nAnswer: #### 2\n\nQuestion: Why?\nAnswer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("She makes 9 * 2 = $18.\n#### 18", "18", "18"),
+        ("#### $1,250.00", "1250", "1250"),
+        ("####18", "18", "18"),
+        ("#### -3", "-3", "-3"),
+        ("#### 25%", "25", "25"),
+        ("#### 18\nThe end, 2024.", "18", "2024"),
+        ("#### 5\n\n#### 7", "5", "7"),
+        ("#### Step one\nso\n#### 4", "4", "4"),
+        ("The answer is 18.", None, "18"),
+        ("That is 10-2", None, "2"),
+        ("Change of -2.50 dollars...", None, "-2.5"),
+        ("costs $.75", None, "0.75"),
+        ("in 3,4 and 5.", None, "5"),
+        ("####\n18", None, "18"),
+        ("I do not know...", None, None),
+        ("", None, None),
+    ],
+)
+def test_extraction(text: str, strict: str | None, flexible: str | None) -> None:
+    assert (gsm8k.extract_strict(text), gsm8k.extract_flexible(text)) == (strict, flexible)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**9), max_value=10**9, places=3))
+def test_normalized_numbers_are_equal_when_their_values_are(value: Decimal) -> None:
+    spellings = {
+        gsm8k.normalize_number(text) for text in (f"{value:f}", f"${value:,f}", f"{value:f}00", f" {value:f}% ")
+    }
+    assert len(spellings) == 1
+    assert Decimal(spellings.pop() or "nan") == value
+
+
+@pytest.mark.parametrize("text", ["", ".", "-", "$", "seven", "1.2.3", "1e5", "12 apples"])
+def test_not_a_number(text: str) -> None:
+    assert gsm8k.normalize_number(text) is None
+
+
+def test_long_numbers_stay_exact() -> None:
+    assert gsm8k.normalize_number("1" * 60 + ".10") == "1" * 60 + ".1"
+
+
+def test_verdict() -> None:
+    assert gsm8k.is_correct("#### 1006", ROW["answer"], "strict")
+    assert gsm8k.is_correct("so 1,006.00.", ROW["answer"], "flexible")
+    assert not gsm8k.is_correct("so 1,006.", ROW["answer"], "strict")
+    assert not gsm8k.is_correct("", ROW["answer"], "flexible")
+    with pytest.raises(DataError, match="holds no `#### <number>`"):
+        gsm8k.is_correct("1", "one", "strict")
+    with pytest.raises(ConfigError, match="'loose'"):
+        gsm8k.is_correct("1", "#### 1", "loose")  # type: ignore[arg-type]
+
+
+def test_strict_agrees_with_the_official_pattern_on_generated_answers() -> None:
+    official = re.compile(r"#### (\-?[0-9\.\,]+)")  # grade_school_math/dataset.py of openai/grade-school-math
+    for row in arithmetic.generate_problems(500, seed=5):
+        match = official.search(row["answer"])
+        assert match is not None
+        assert gsm8k.extract_strict(row["answer"]) == match.group(1).replace(",", "")
+
+
+def test_load_from_a_folder_and_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n")
+    assert gsm8k.load_gsm8k(tmp_path, "test") == gsm8k.load_gsm8k(path, "test") == [ROW, ROW]
+    assert gsm8k.load_gsm8k(str(tmp_path), "test", limit=1) == [ROW]
+    with pytest.raises(DataError, match=r"expected train\.jsonl"):
+        gsm8k.load_gsm8k(tmp_path, "train")
+
+
+def test_load_refuses_answers_without_a_number(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({"question": "?", "answer": "six"}) + "\n")
+    with pytest.raises(DataError, match="row 1 has the answer 'six'"):
+        gsm8k.load_gsm8k(tmp_path, "test")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "?"}) + "\n")
+    with pytest.raises(DataError, match="'answer' was asked for"):
+        gsm8k.load_gsm8k(tmp_path, "test")
+
+
+def test_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    seen: list[object] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: seen.append((a, k)) or [ROW])
+    assert gsm8k.load_gsm8k(None, "train") == [ROW]
+    assert seen == [(("openai/gsm8k", "main"), {"split": "train"})]

@@ -1,0 +1,177 @@
+"""Prompts: every kind of source, every kind of bad row, and both ways of becoming token ids."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from quantkd.data.prompts import Example, encode_completion, encode_prompt, load_examples
+from quantkd.errors import DataError
+
+ROWS = [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "2"}]
+EXPECTED = [Example("one", "1"), Example("two", "2")]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", "user", "assistant", "one", "two"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def write(folder: Path, suffix: str) -> Path:
+    path = folder / f"train{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    elif suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif suffix == ".csv":
+        path.write_text('prompt,completion\none,1\n"two",2\n')
+    else:
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_files_and_folders(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path, suffix)
+    assert load_examples(path) == load_examples(str(path)) == load_examples(tmp_path) == EXPECTED
+    assert load_examples(path, limit=1) == EXPECTED[:1]
+
+
+def test_values_in_memory() -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert load_examples(ROWS) == load_examples(datasets.Dataset.from_list(ROWS)) == EXPECTED
+    assert load_examples({"train": ROWS, "test": ROWS[1:]}, split="test") == EXPECTED[1:]
+    assert load_examples(iter(["one", messages, Example("x", "y")])) == [
+        Example("one"),
+        Example(messages),
+        Example("x", "y"),
+    ]
+    conversational = [{"prompt": messages, "completion": [{"role": "assistant", "content": "hello"}]}]
+    assert load_examples(conversational) == [Example(messages, "hello")]
+
+
+def test_limit_reads_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "one"}\nnot json\n')
+    assert load_examples(path, limit=1) == [Example("one")]
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        load_examples(path)
+
+
+def test_name_is_split_into_path_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or ROWS)
+    assert load_examples("openai/gsm8k:main", split="test", limit=1) == EXPECTED[:1]
+    load_examples("squad")
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test"}), (("squad", None), {"split": "train"})]
+
+
+def test_unknown_name_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"'nobody/nothing' is neither a file .*offline"):
+        load_examples("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no rows"),
+        ([{"question": "one"}], r"has the columns \['question'\]; 'prompt' was asked for"),
+        ([{"prompt": 7}], "the prompt is 7; expected text"),
+        ([{"prompt": None}], "the prompt is None"),
+        (["one", "  "], "row 1: the prompt is empty"),
+        ([[]], "expected text or a non-empty list"),
+        ([[{"role": "user"}]], "expected text under 'role' and 'content'"),
+        ([{"prompt": "one", "completion": 4}], "the completion is a int"),
+        ([3], "is a int; expected text"),
+    ],
+)
+def test_bad_rows(rows: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_examples(rows)
+
+
+def test_named_completion_column_must_exist() -> None:
+    with pytest.raises(DataError, match=r"\['completion', 'prompt'\]; 'answer' was asked for"):
+        load_examples(ROWS, completion_column="answer")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "There is no file"),
+        ("rows.txt", "one", r"ends in '\.txt'"),
+        ("rows.json", '{"prompt": "one"}', "holds a JSON dict"),
+        ("rows.json", "[", "cannot be parsed"),
+        ("rows.parquet", "PAR1", "is not a Parquet file"),
+        ("rows.jsonl", "", "holds no rows"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_examples(tmp_path / name)
+
+
+def test_folder_without_the_split_names_its_files(tmp_path: Path) -> None:
+    write(tmp_path, ".jsonl")
+    with pytest.raises(DataError, match=r"\['train\.jsonl'\]; expected test\.jsonl"):
+        load_examples(tmp_path, split="test")
+    with pytest.raises(DataError, match="There is no"):
+        load_examples(str(tmp_path / "absent"))
+    with pytest.raises(DataError, match="limit is 0"):
+        load_examples(tmp_path, limit=0)
+
+
+def test_chat_prompt_uses_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = TEMPLATE
+    assert encode_prompt(tokenizer, "one two") == [3, 5, 6, 4]
+    assert encode_prompt(tokenizer, [{"role": "assistant", "content": "one"}]) == [4, 5, 4]
+
+
+def test_chat_prompt_without_a_template_names_the_plain_option(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"no chat template.*chat_template=False"):
+        encode_prompt(tokenizer, "one")
+    with pytest.raises(DataError, match="must be text, found 1 chat messages"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "one"}], chat_template=False)
+
+
+def test_plain_prompt_never_ends_in_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode_prompt(tokenizer, "one two", chat_template=False) == [1, 5, 6]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert encode_prompt(tokenizer, "one two", chat_template=False) == [1, 5, 6]
+
+
+def test_completion_is_the_text_alone_and_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode_completion(tokenizer, "one two") == [5, 6, 2]
+    assert encode_completion(tokenizer, "") == [2]
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        encode_completion(tokenizer, "one")
+
+
+def test_module_is_light() -> None:
+    code = "import sys, quantkd.data.gsm8k; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"

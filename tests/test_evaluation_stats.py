@@ -1,0 +1,202 @@
+"""The statistics against published figures and references computed another way."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkd.errors import ConfigError, DataError
+from quantkd.evaluation.stats import (
+    GapRecovered,
+    RowSums,
+    bootstrap_ratio_interval,
+    compute_gap_recovered,
+    mcnemar_exact,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "expected"),
+    [  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0000, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_interval_as_published(correct: int, n: int, expected: tuple[float, float]) -> None:
+    assert wilson_interval(correct, n) == pytest.approx(expected, abs=5e-5)
+
+
+@given(
+    st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([1.0, 1.5, 1.96])
+)
+def test_wilson_bounds_solve_the_score_equation(case: tuple[int, int], z: float) -> None:
+    correct, n = case
+    for bound in wilson_interval(correct, n, confidence=math.erf(z / math.sqrt(2))):
+        assert (correct / n - bound) ** 2 == pytest.approx(z**2 * bound * (1 - bound) / n, abs=1e-9)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 5)])
+def test_wilson_refuses_impossible_counts(correct: int, n: int) -> None:
+    with pytest.raises(DataError, match=f"{correct} correct of {n}"):
+        wilson_interval(correct, n)
+
+
+def verdicts(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
+    a = [True] * (both + only_a) + [False] * (only_b + neither)
+    return a, [True] * both + [False] * only_a + [True] * only_b + [False] * neither
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(9, 2), (2, 9), (0, 6), (5, 5), (1, 0), (40, 20), (0, 0)])
+def test_mcnemar_equals_the_sum_of_binomial_terms(only_a: int, only_b: int) -> None:
+    n = only_a + only_b
+    tail = sum(Fraction(math.comb(n, k), 2**n) for k in range(min(only_a, only_b) + 1))
+    result = mcnemar_exact(*verdicts(30, only_a, only_b, 12))
+    assert (result.only_a, result.only_b) == (only_a, only_b)
+    assert result.p_value == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-12)
+
+
+def test_mcnemar_as_published() -> None:
+    """The worked example of https://stat-tools.xyz/mcnemar?b=12&c=5, where the exact p-value is 0.1435."""
+    assert mcnemar_exact(*verdicts(40, 12, 5, 43)).p_value == pytest.approx(0.1435, abs=5e-5)
+
+
+def test_mcnemar_needs_the_same_questions() -> None:
+    with pytest.raises(DataError, match="same questions"):
+        mcnemar_exact([True], [True, False])
+    with pytest.raises(DataError, match="same questions"):
+        mcnemar_exact([], [])
+
+
+def test_bootstrap_matches_the_normal_interval_on_many_rows() -> None:
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(20, 200, 3_000)
+    nats = tokens * rng.gamma(2, 0.1, 3_000)
+    ratio = nats.sum() / tokens.sum()
+    half = 1.96 * (nats - ratio * tokens).std() / tokens.mean() / math.sqrt(3_000)  # the ratio estimator's delta method
+    low, high = bootstrap_ratio_interval(nats, tokens)
+    assert (low, high) == pytest.approx((ratio - half, ratio + half), abs=0.15 * half)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap_ratio_interval(rng.normal(1.0, 1.0, 60), None, resamples=300)
+        hits += low <= 1.0 <= high
+    assert 178 <= hits <= 199  # 95% of 200 is 190, four standard deviations either way
+
+
+def test_bootstrap_draws_rows_not_tokens() -> None:
+    """100 identical copies of each token add no information: the interval stays as wide as with one."""
+    nats = np.random.default_rng(1).normal(2.0, 1.0, 40)
+    assert bootstrap_ratio_interval(nats * 100, np.full(40, 100)) == pytest.approx(bootstrap_ratio_interval(nats, None))
+
+
+def test_bootstrap_is_seeded_and_takes_constant_rows() -> None:
+    nats = np.random.default_rng(1).normal(2.0, 1.0, 40)
+    assert bootstrap_ratio_interval(nats, None) == bootstrap_ratio_interval(nats, None, seed=0)
+    assert bootstrap_ratio_interval(nats, None) != bootstrap_ratio_interval(nats, None, seed=1)
+    assert bootstrap_ratio_interval(np.zeros(5), np.ones(5)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("numerators", "denominators", "message"),
+    [
+        ([1.0], None, "1 row"),
+        ([], None, "N at least 1"),
+        ([1.0, 2.0], [1.0], "one shape"),
+        ([1.0, math.nan], None, "not finite"),
+        ([1.0, 2.0], [0.0, 0.0], "none above 0"),
+    ],
+)
+def test_bootstrap_refuses(numerators: list[float], denominators: list[float] | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        bootstrap_ratio_interval(numerators, denominators)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"confidence=1\.5"):
+        wilson_interval(1, 2, confidence=1.5)
+    with pytest.raises(ConfigError, match="resamples=0"):
+        bootstrap_ratio_interval([1.0, 2.0], None, resamples=0)
+
+
+def gap(after: list[float], **changes: object) -> GapRecovered:
+    arms: dict[str, object] = {"teacher": [0.0] * 50, "before": [2.0, 4.0] * 25, "higher_is_better": False}
+    arms.update(changes)
+    teacher, before = RowSums(arms.pop("teacher")), RowSums(arms.pop("before"))  # type: ignore[arg-type]
+    return compute_gap_recovered(teacher, before, RowSums(after), **arms)  # type: ignore[arg-type]
+
+
+def test_all_none_and_three_quarters_of_the_gap() -> None:
+    assert gap([0.0] * 50) == GapRecovered(1.0, None, (1.0, 1.0))
+    assert gap([2.0, 4.0] * 25) == GapRecovered(0.0, None, (0.0, 0.0))
+    result = gap([1.5, 0.0] * 25)
+    assert result.value == 0.75 and result.interval is not None
+    assert result.interval[0] < 0.75 < result.interval[1] < 1.0
+
+
+def test_worse_than_before_is_negative() -> None:
+    assert gap([3.0, 6.0] * 25).value == pytest.approx(-0.5)
+
+
+def test_interval_is_paired() -> None:
+    """Rows differ a thousandfold, and each recovers exactly half: only a paired interval has no width."""
+    before = np.logspace(0, 3, 50)
+    result = gap(list(before / 2), before=list(before))
+    assert result.value == pytest.approx(0.5) and result.interval == pytest.approx((0.5, 0.5))
+
+
+def test_gap_inside_noise_is_not_measurable() -> None:
+    rng = np.random.default_rng(0)
+    before = list(rng.normal(0.01, 1.0, 50))
+    result = gap(before, before=before)
+    assert result.value is None and result.interval is None
+    assert "inside noise (95% interval" in str(result.reason)
+
+
+def test_equal_arms_a_single_row_and_a_worse_teacher_are_not_measurable() -> None:
+    assert gap([1.0] * 50, before=[0.0] * 50).reason == "teacher and before score the same"
+    assert gap([1.0], teacher=[0.0], before=[2.0]).reason == "a single row gives no interval"
+    assert "teacher scores worse" in str(gap([1.0] * 50, higher_is_better=True, teacher=[0.0] * 50).reason)
+
+
+def test_few_verdicts_are_judged_by_the_exact_test() -> None:
+    """Of ten questions four are solved by the teacher alone: a bootstrap calls that a gap, McNemar has p = 0.125."""
+    teacher, before = [1.0] * 8 + [0.0] * 2, [1.0] * 4 + [0.0] * 6
+    assert gap(teacher, teacher=teacher, before=before, higher_is_better=True).value == 1.0
+    result = gap(teacher, teacher=teacher, before=before, higher_is_better=True, binary=True)
+    assert result.value is None and "exact McNemar p = 0.12, n = 10" in str(result.reason)
+    many = gap(teacher * 5, teacher=teacher * 5, before=before * 5, higher_is_better=True, binary=True)
+    assert many.value == 1.0
+
+
+def test_perplexity_gap_is_taken_between_perplexities() -> None:
+    teacher, before, after = 1.0, 2.0, 1.5
+    result = gap([after] * 50, teacher=[teacher] * 50, before=[before] * 50, transform="exp")
+    expected = (math.exp(after) - math.exp(before)) / (math.exp(teacher) - math.exp(before))
+    assert result.value == pytest.approx(expected)
+
+
+def test_arms_need_the_same_rows() -> None:
+    with pytest.raises(DataError, match=r"\[50, 50, 49\] rows"):
+        gap([0.0] * 49)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(-1, 2), st.integers(0, 10))
+def test_scale_and_shift_do_not_matter(share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    before, teacher = rng.normal(5, 1, 30), rng.normal(1, 1, 30)
+    after = before + share * (teacher - before)
+    plain = gap(list(after), teacher=list(teacher), before=list(before))
+    moved = gap(list(7 * after + 3), teacher=list(7 * teacher + 3), before=list(7 * before + 3))
+    assert plain.value == pytest.approx(share, abs=1e-9) and moved.value == pytest.approx(share, abs=1e-9)

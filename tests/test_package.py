@@ -1,0 +1,115 @@
+"""What an installation promises before anything is computed: light import, public names, shipped files, tidiness."""
+
+from __future__ import annotations
+
+import configparser
+import fnmatch
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quantkd
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PUBLIC_NAMES = {
+    "Nucleus",
+    "QuantKDError",
+    "QuantizedDistillationConfig",
+    "QuantizedDistillationTrainer",
+    "Sampled",
+    "TopK",
+    "TopKLogprobs",
+    "TransferSet",
+    "capture",
+}
+HEAVY = ["bitsandbytes", "matplotlib", "torch", "transformers", "trl", "vllm"]
+MAX_FILE_BYTES = 500_000
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def list_checkout() -> list[Path]:
+    """Every file that is tracked, or would be if it were added."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [REPOSITORY / name for name in listed.stdout.split("\0") if name]
+    return [file for file in files if file.is_file()]
+
+
+def read_setup() -> configparser.ConfigParser:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    return setup
+
+
+def test_import_is_light() -> None:
+    loaded = run_python(f"import sys, quantkd; print([name for name in {HEAVY} if name in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys; sys.argv = ['quantkd', '--help']\n"
+        "from quantkd.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
+def test_public_names() -> None:
+    assert set(quantkd.__all__) - {"__version__"} == PUBLIC_NAMES
+    for name in PUBLIC_NAMES:
+        assert getattr(quantkd, name).__name__ == name
+    assert set(dir(quantkd)) >= PUBLIC_NAMES
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        quantkd.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("page", ["docs/api.md", "docs/design.md"])
+def test_page_names_every_public_name(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert {name for name in PUBLIC_NAMES if not re.search(rf"\b{name}\b", text)} == set()
+
+
+def test_version_is_the_one_in_setup_cfg() -> None:
+    assert importlib.metadata.version("quantkd") == read_setup()["metadata"]["version"]
+
+
+def test_every_data_file_of_the_package_is_shipped() -> None:
+    package = REPOSITORY / "quantkd"
+    patterns = read_setup()["options.package_data"]["quantkd"].split()
+    data = [
+        path.relative_to(package).as_posix()
+        for path in list_checkout()
+        if path.is_relative_to(package) and path.suffix != ".py"
+    ]
+    assert "py.typed" in data
+    assert [name for name in data if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
+
+
+def test_every_folder_of_the_package_is_a_package() -> None:
+    folders = {path.parent for path in list_checkout() if path.suffix == ".py"}
+    package = REPOSITORY / "quantkd"
+    inside = [folder for folder in folders if folder.is_relative_to(package)]
+    assert [folder.name for folder in inside if not (folder / "__init__.py").is_file()] == []
+
+
+def test_no_file_is_too_large_for_the_repository() -> None:
+    assert [path.name for path in list_checkout() if path.stat().st_size > MAX_FILE_BYTES] == []
+
+
+def test_no_file_names_a_home_folder() -> None:
+    home = re.compile(rb"/(?:home|Users)/\w|/roo" + rb"t/|[A-Z]:\\Users\\")
+    assert [path.name for path in list_checkout() if home.search(path.read_bytes())] == []

@@ -1,0 +1,241 @@
+"""Capture: what is recorded while generating is what a dense second pass over the same tokens gives."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from quantkd import Nucleus, Sampled, TopK, TransferSet, capture
+from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+
+PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat, and how many have two cats?"]
+
+
+@pytest.fixture
+def set_of(tiny_model, tiny_tokenizer, tmp_path):
+    def build(name="set", prompts=PROMPTS, **kwargs):
+        kwargs = {"max_new_tokens": 12, "batch_size": 2, "tokenizer": tiny_tokenizer, "progress": False, **kwargs}
+        return capture(tiny_model, prompts, tmp_path / name, **kwargs)
+
+    return build
+
+
+def dense_logprobs(model, row) -> torch.Tensor:
+    """(R, V) float64 from one unpadded pass: no batch, no cache, no padding."""
+    with torch.inference_mode():
+        logits = model(input_ids=row["input_ids"].unsqueeze(0)).logits[0].double()
+    targets = (row["labels"] != -100).nonzero().squeeze(1)
+    return logits[targets - 1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("storage", [TopK(5), Nucleus(0.7, max_k=40)])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "generation_temperature": 1.5, "top_p": 0.9, "top_k": 50}]
+)
+def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storage, sampling):
+    transfer_set = set_of(storage=storage, temperatures=(1.0, 2.0, 4.0), **sampling)
+    assert len(transfer_set) == 3
+    for row in transfer_set:
+        dense, teacher = dense_logprobs(tiny_model, row), row["teacher"]
+        assert len(teacher) == len(dense) >= 1
+        for place in range(len(teacher)):
+            ids = teacher.token_ids[teacher.offsets[place] : teacher.offsets[place + 1]]
+            stored = teacher.logprobs[teacher.offsets[place] : teacher.offsets[place + 1]]
+            best = dense[place].topk(len(ids)).values
+            torch.testing.assert_close(stored.double(), dense[place][ids], atol=2e-2, rtol=2e-3)
+            torch.testing.assert_close(dense[place][ids], best, atol=1e-4, rtol=1e-4)  # the top ones, but for ties
+        for column, temperature in enumerate((1.0, 2.0, 4.0)):
+            expected = (dense / temperature).logsumexp(-1)
+            torch.testing.assert_close(teacher.log_normalizers[:, column].double(), expected, atol=1e-2, rtol=1e-2)
+
+
+def test_the_end_token_is_a_target_and_cut_answers_are_counted(tiny_model, tiny_tokenizer, set_of):
+    transfer_set = set_of(max_new_tokens=6)
+    ends = {tiny_tokenizer.eos_token_id}
+    cut = 0
+    for row in transfer_set:
+        response = row["input_ids"][row["labels"] != -100]
+        assert bool(row["finished"]) == (int(response[-1]) in ends)
+        assert not any(int(token) in ends for token in response[:-1])
+        assert len(response) == 6 or row["finished"]
+        cut += not row["finished"]
+    assert transfer_set.info.counters["responses_cut"] == cut
+
+
+def test_generation_stops_at_the_end_token(tiny_model, tiny_tokenizer, set_of):
+    """A head that is biased to end: the end token closes each row, and nothing after it is recorded."""
+    weight = tiny_model.get_output_embeddings().weight
+    with torch.no_grad():
+        saved = weight.clone()
+        weight[tiny_tokenizer.eos_token_id] *= 60
+    try:
+        transfer_set = set_of(max_new_tokens=40, prompts=PROMPTS * 4)
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    lengths = {int((row["labels"] != -100).sum()) for row in transfer_set if row["finished"]}
+    assert lengths and max(lengths) < 40
+    for row in transfer_set:
+        if row["finished"]:
+            assert int(row["input_ids"][-1]) == tiny_tokenizer.eos_token_id == int(row["labels"][-1])
+
+
+def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, set_of, monkeypatch):
+    monkeypatch.setattr("quantkd.teacher.transformers._MAX_LOGITS_BYTES", 1)  # pieces of one token
+    rows = [
+        {"prompt": "One and one?", "completion": "two"},
+        {"prompt": "A longer question with many words in it?", "completion": "a longer answer, which goes on and on"},
+    ]
+    transfer_set = set_of(prompts=rows, responses="given", storage=TopK(7))
+    for row, given in zip(transfer_set, rows, strict=True):
+        response = row["input_ids"][row["labels"] != -100]
+        assert tiny_tokenizer.decode(response[:-1]) == given["completion"]
+        assert int(response[-1]) == tiny_tokenizer.eos_token_id and row["finished"]
+        dense = dense_logprobs(tiny_model, row)
+        teacher = row["teacher"]
+        torch.testing.assert_close(teacher.top_ids, dense.argmax(-1))
+        torch.testing.assert_close(teacher.logprobs.view(-1, 7).double(), dense.topk(7).values, atol=2e-2, rtol=2e-3)
+
+
+def test_rows_scored_from_generated_answers_agree_with_rows_captured_while_generating(
+    tiny_model, tiny_tokenizer, set_of
+):
+    generated = set_of("generated", storage=TopK(5))
+    rows = []
+    for row, prompt in zip(generated, PROMPTS, strict=True):
+        response = row["input_ids"][row["labels"] != -100]
+        rows.append((prompt, response))
+    from quantkd.teacher.transformers import EncodedPrompt, GenerationSettings, TransformersTeacher
+
+    teacher = TransformersTeacher(tiny_model, tiny_tokenizer, TopK(5), (1.0,), GenerationSettings())
+    prompts = [
+        EncodedPrompt(i, row["input_ids"][row["labels"] == -100].tolist(), response.tolist())
+        for i, (row, (_, response)) in enumerate(zip(generated, rows, strict=True))
+    ]
+    for scored, row in zip(teacher.score(prompts), generated, strict=True):
+        torch.testing.assert_close(torch.as_tensor(scored.token_ids).view(-1, 5)[:, 0], row["teacher"].top_ids)
+        torch.testing.assert_close(torch.as_tensor(scored.logprobs), row["teacher"].logprobs, atol=2e-2, rtol=2e-3)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(set_of):
+    sampling = {"do_sample": True, "generation_temperature": 2.0, "seed": 3}
+    alone = set_of("alone", batch_size=1, **sampling)
+    together = set_of("together", batch_size=3, **sampling)
+    other = set_of("other", batch_size=3, **{**sampling, "seed": 4})
+    tokens = [[row["input_ids"].tolist() for row in transfer_set] for transfer_set in (alone, together, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_sampled_entries_are_shares_of_the_draws(set_of):
+    transfer_set = set_of(storage=Sampled(20))
+    assert transfer_set.info.temperatures == (1.0,)
+    for row in transfer_set:
+        shares = row["teacher"].logprobs.exp() * 20
+        torch.testing.assert_close(shares, shares.round(), atol=2e-2, rtol=1e-2)
+        mass = torch.zeros(len(row["teacher"])).index_add_(0, row["teacher"].positions, shares / 20)
+        torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-2, rtol=1e-2)
+
+
+def test_the_checkpoints_own_generation_settings_change_nothing(tiny_model, tiny_tokenizer, set_of):
+    plain = set_of("plain")
+    tiny_model.generation_config.repetition_penalty = 5.0
+    tiny_model.generation_config.do_sample = True
+    tiny_model.generation_config.temperature = 3.0
+    try:
+        again = set_of("again")
+        assert tiny_model.generation_config.repetition_penalty == 5.0  # and the model gets its own back
+    finally:
+        tiny_model.generation_config.repetition_penalty = 1.0
+        tiny_model.generation_config.do_sample = False
+        tiny_model.generation_config.temperature = 1.0
+    assert plain.digest == again.digest
+
+
+def test_a_complete_set_is_opened_and_said_to_be_complete(set_of, caplog):
+    first = set_of()
+    with caplog.at_level(logging.WARNING, logger="quantkd"):
+        second = set_of()
+    assert first.digest == second.digest and "complete already" in caplog.text
+
+
+def test_another_plan_in_the_same_folder_is_refused(set_of):
+    set_of()
+    with pytest.raises(TransferSetError, match="another"):
+        set_of(max_new_tokens=5)
+
+
+def test_a_killed_capture_goes_on_to_the_same_bytes(set_of, monkeypatch):
+    from quantkd.teacher.transformers import TransformersTeacher
+
+    whole = set_of("whole", prompts=PROMPTS * 2, rows_per_shard=2)
+    answer, calls = TransformersTeacher.answer, []
+
+    def dies(self, prompts):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(self, prompts)
+
+    monkeypatch.setattr(TransformersTeacher, "answer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        set_of("killed", prompts=PROMPTS * 2, rows_per_shard=2)
+    resumed = set_of("killed", prompts=PROMPTS * 2, rows_per_shard=2)
+    assert resumed.digest == whole.digest
+    assert len(calls) == 4  # two committed shards were not redone: 2 + the one that died + 1
+
+
+def test_a_teacher_that_emits_nan_is_named_with_prompt_and_position(tiny_model, set_of):
+    weight = tiny_model.get_output_embeddings().weight
+    saved = weight.detach().clone()
+    with torch.no_grad():
+        weight[3] = float("nan")
+    try:
+        with pytest.raises(TeacherError, match=r"prompt \d+ are not finite at response position 0.*--dtype"):
+            set_of()
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+
+
+def test_bad_input_is_refused_in_words(set_of, tiny_tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"missing.jsonl"):
+        set_of(prompts=str(tmp_path / "missing.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="no rows"):
+        set_of(prompts=str(tmp_path / "empty.jsonl"))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"question": "x"}) + "\n")
+    with pytest.raises(DataError, match=r"'question'.*prompt_column"):
+        set_of(prompts=str(tmp_path / "other.jsonl"))
+    with pytest.raises(DataError, match=r"Row 0 has a prompt of .* context of"):
+        set_of(prompts=["word " * 2000])
+    with pytest.raises(DataError, match="Row 1 has no completion"):
+        set_of(prompts=[{"prompt": "a", "completion": "b"}, {"prompt": "a"}], responses="given")
+    with pytest.raises(ConfigError, match=r"exceeds the teacher's vocabulary"):
+        set_of(storage=TopK(10**6))
+    with pytest.raises(ConfigError, match=r"temperature 1\.0 only"):
+        set_of(storage=Sampled(5), temperatures=(1.0, 2.0))
+    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1"):
+        set_of(max_new_tokens=0)
+
+
+def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tokenizer, set_of, tiny_model):
+    template, tiny_tokenizer.chat_template = tiny_tokenizer.chat_template, None
+    try:
+        with pytest.raises(DataError, match=r"no chat template.*plain_prompts"):
+            set_of("refused")
+        transfer_set = set_of("plain", chat_template=False)
+    finally:
+        tiny_tokenizer.chat_template = template
+    row = transfer_set[0]
+    assert tiny_tokenizer.decode(row["input_ids"][row["labels"] == -100], skip_special_tokens=True) == PROMPTS[0]
+
+
+def test_no_local_path_is_written(tiny_model_path, tmp_path):
+    capture(str(tiny_model_path), PROMPTS, tmp_path / "set", max_new_tokens=4, progress=False)
+    assert TransferSet.open(tmp_path / "set").info.teacher_name == tiny_model_path.name
+    for file in (tmp_path / "set").rglob("*"):
+        if file.is_file():
+            assert str(tiny_model_path.parent).encode() not in file.read_bytes()

@@ -1,0 +1,116 @@
+"""Re-encoding, trimming, and the estimate before a capture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transfer_sets import make_plan, make_row, write_set
+
+from quantkd.errors import ConfigError, TransferSetError
+from quantkd.storage import Nucleus, Sampled, StorageRule, TopK
+from quantkd.transfer_set import PROFILES, TransferSet, convert, estimate_bytes, verify
+from quantkd.transfer_set.conversion import expect_entries
+from quantkd.transfer_set.layout import max_entries
+from quantkd.transfer_set.trimming import narrow, trim
+
+
+def test_convert_to_compact(tmp_path: Path) -> None:
+    write_set(tmp_path / "faithful", make_plan(num_prompts=40, rows_per_shard=40, vocab_size=5000))
+    digest = convert(tmp_path / "faithful", tmp_path / "compact", "compact")
+    source, small = TransferSet(tmp_path / "faithful"), TransferSet(tmp_path / "compact")
+    assert verify(tmp_path / "compact").digest == digest == small.digest
+    assert small.info.profile == "compact"
+    assert small.info.storage == {"kind": "nucleus", "p": PROFILES["compact"].storage.p, "max_k": 16}
+    assert small.info.bytes_per_response_token < source.info.bytes_per_response_token
+    assert small.plan.extra == {"converted_from": source.digest}
+    for number in range(40):
+        before, after = source.row(number), small.row(number)
+        np.testing.assert_array_equal(after.input_ids, before.input_ids)
+        assert (after.counts <= before.counts).all() and (after.counts >= 1).all()
+        _, tail = small[number]["teacher"].at_temperature(1.0)
+        kept = trim(before, small.plan.rule)
+        starts = np.cumsum(kept.counts) - kept.counts
+        np.testing.assert_allclose(tail, 1 - np.add.reduceat(np.exp(kept.logprobs), starts), atol=0.02)
+    assert convert(tmp_path / "faithful", tmp_path / "compact", "compact") == digest, "a second time is nothing to do"
+
+
+def test_convert_with_a_rule_of_ones_own_and_of_a_view(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", make_plan())
+    view = TransferSet(tmp_path / "set")[2:7]
+    convert(view, tmp_path / "top3", "faithful", storage=TopK(3))
+    top = TransferSet(tmp_path / "top3")
+    assert len(top) == 5 and top.info.mean_entries <= 3
+    np.testing.assert_array_equal(top.row(0).input_ids, view.row(0).input_ids)
+    with pytest.raises(TransferSetError, match="one of faithful, compact"):
+        convert(view, tmp_path / "tiny", "tiny")
+
+
+def test_draws_are_never_trimmed(tmp_path: Path) -> None:
+    plan = make_plan(storage={"kind": "sampled", "n": 50}, temperatures=(1.0,))
+    write_set(tmp_path / "set", plan)
+    convert(tmp_path / "set", tmp_path / "compact", "compact")
+    assert TransferSet(tmp_path / "compact").info.num_entries == TransferSet(tmp_path / "set").info.num_entries
+    with pytest.raises(ConfigError, match="cannot be trimmed"):
+        convert(tmp_path / "set", tmp_path / "other", "compact", storage=Nucleus(0.9))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "result"),
+    [
+        (TopK(50), TopK(8), TopK(8)),
+        (TopK(5), TopK(8), TopK(5)),
+        (TopK(50), Nucleus(0.9, 64), Nucleus(0.9, 50)),
+        (Nucleus(0.8, 10), TopK(20), Nucleus(0.8, 10)),
+        (Nucleus(0.8, 10), Nucleus(0.9, 5), Nucleus(0.8, 5)),
+        (Sampled(9), Sampled(9), Sampled(9)),
+    ],
+)
+def test_narrow(stored: StorageRule, wanted: StorageRule, result: StorageRule) -> None:
+    assert narrow(stored, wanted) == result
+    assert narrow(result, result) == result
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(Sampled(9), Sampled(8)), (Sampled(9), TopK(3)), (TopK(3), Sampled(9))])
+def test_draws_and_rules_do_not_mix(stored: StorageRule, wanted: StorageRule) -> None:
+    with pytest.raises(ConfigError, match="draws would lose their balance"):
+        narrow(stored, wanted)
+
+
+def test_trim_keeps_the_fewest_entries_that_hold_the_mass() -> None:
+    row = make_row(make_plan(), 3)
+    for rule in (Nucleus(0.5, 64), Nucleus(0.9, 3), TopK(2), Sampled(5)):
+        cut = trim(row, rule)
+        start = at = 0
+        for count, kept in zip(row.counts.tolist(), cut.counts.tolist(), strict=True):
+            order = sorted(range(start, start + count), key=lambda i: -row.logprobs[i])
+            wanted = order
+            if isinstance(rule, TopK):
+                wanted = order[: rule.k]
+            if isinstance(rule, Nucleus):
+                mass = [float(np.exp(np.float64(row.logprobs[order[:n]])).sum()) for n in range(count)]
+                wanted = [i for n, i in enumerate(order[: rule.max_k]) if mass[n] < rule.p]
+            assert cut.token_ids[at : at + kept].tolist() == row.token_ids[wanted].tolist()
+            start, at = start + count, at + kept
+
+
+@pytest.mark.parametrize("profile", ["faithful", "compact"])
+@pytest.mark.parametrize("vocab_size", [200, 1000, 140_000])
+def test_the_estimate_is_close(tmp_path: Path, profile: str, vocab_size: int) -> None:
+    plan = make_plan(num_prompts=30, rows_per_shard=8, profile=profile, vocab_size=vocab_size)
+    write_set(tmp_path / "set", plan)
+    info = TransferSet(tmp_path / "set").info
+    prompt_tokens = info.num_tokens - info.num_response_tokens
+    estimate = estimate_bytes(plan, prompt_tokens, info.num_response_tokens, info.mean_entries)
+    assert abs(estimate / info.num_bytes - 1) < 0.04
+    assert estimate_bytes(plan, prompt_tokens, info.num_response_tokens) > 0
+
+
+def test_expected_entries() -> None:
+    assert expect_entries(TopK(50)) == 50
+    assert 5 < expect_entries(Sampled(50)) < 6.5
+    for p, entries in ((0.9, 5.0), (0.95, 9.1), (0.99, 22.3)):  # measured, see DESIGN
+        assert abs(expect_entries(Nucleus(p)) / entries - 1) < 0.25
+    assert expect_entries(Nucleus(1.0, max_k=64)) == 64
+    assert max_entries(Nucleus(0.9, max_k=64), 10) == 10

@@ -1,0 +1,139 @@
+"""Whatever happens to a set's bytes, `verify` sees it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transfer_sets import make_plan, make_row, write_set
+
+from quantkd.errors import TransferSetError
+from quantkd.transfer_set import TransferSet, verify
+from quantkd.transfer_set.writer import TransferSetWriter
+
+FILES = ["index.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "set"
+    # 65,537 ids need a 17th bit, so every kind of tensor is there.
+    plan = make_plan(vocab_size=65_537, num_prompts=3, rows_per_shard=2)
+    with TransferSetWriter.open(folder, plan) as writer:
+        for task in writer.claim():
+            rows = [make_row(plan, prompt, tokens=3) for prompt in range(task.start, task.stop)]
+            writer.commit(task, rows, {"responses_cut": 1})
+        writer.finalize()
+    return folder
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Iterator[Path]:
+    yield Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+def test_the_set_is_good_and_small(small: Path) -> None:
+    assert verify(small).rows == 3
+    assert sum((small / name).stat().st_size for name in FILES) < 6000
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_in_every_byte(copy: Path, name: str) -> None:
+    data = (copy / name).read_bytes()
+    for at in range(len(data)):
+        (copy / name).write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+        with pytest.raises(TransferSetError):
+            verify(copy)
+    (copy / name).write_bytes(data)
+    verify(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_truncation_and_appended_bytes(copy: Path, name: str) -> None:
+    data = (copy / name).read_bytes()
+    for length in range(len(data)):
+        os.truncate(copy / name, 0)
+        (copy / name).write_bytes(data[:length])
+        with pytest.raises(TransferSetError):
+            verify(copy)
+    for extra in (b"\0", b"\n", data):
+        (copy / name).write_bytes(data + extra)
+        with pytest.raises(TransferSetError):
+            verify(copy)
+
+
+def test_swapped_missing_and_foreign_shards(copy: Path, tmp_path: Path) -> None:
+    first, second = copy / FILES[1], copy / FILES[2]
+    kept = second.read_bytes()
+    second.unlink()
+    with pytest.raises(TransferSetError, match=FILES[2]):
+        verify(copy)
+    shutil.copy(first, second)
+    with pytest.raises(TransferSetError, match=FILES[2]):
+        verify(copy)
+    second.write_bytes(kept)
+    (copy / "shard-00002.safetensors").write_bytes(kept)
+    with pytest.raises(TransferSetError, match=r"shard-00002.safetensors is no shard of the index"):
+        verify(copy)
+
+
+def test_a_shard_of_the_same_size_from_another_set(tmp_path: Path) -> None:
+    # The same rows in the other order: every number of the index agrees, only the digest does not.
+    plan = make_plan(num_prompts=2, rows_per_shard=1, vocab_size=10)
+    rows = [make_row(plan, prompt, tokens=2) for prompt in (0, 0)]
+    rows[1].input_ids[0] ^= 1
+    for name, order in (("a", (0, 1)), ("b", (1, 0))):
+        with TransferSetWriter.open(tmp_path / name, plan) as writer:
+            for task in writer.claim():
+                writer.commit(task, [rows[order[task.index]]])
+            writer.finalize()
+    shutil.copy(tmp_path / "b" / FILES[1], tmp_path / "a" / FILES[1])
+    TransferSet(tmp_path / "a")[0]  # cheap checks do not hash
+    with pytest.raises(TransferSetError, match="holds the rows of another shard"):
+        verify(tmp_path / "a")
+    with pytest.raises(TransferSetError, match="sha256"):
+        TransferSet(tmp_path / "a", verify="full")
+
+
+def test_verify_names_the_row_and_its_bytes(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", make_plan(num_prompts=6, rows_per_shard=6))
+    shard = tmp_path / "set" / FILES[1]
+    transfer_set = TransferSet(tmp_path / "set")
+    mapped = transfer_set._sources[0][0].map(0)
+    at = mapped.offsets["logprobs"] + int(mapped.edges[4, 2])  # in the first entry of row 4
+    data = bytearray(shard.read_bytes())
+    data[at] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(TransferSetError, match=r"in row 4, .* bytes (\d+) and (\d+)") as caught:
+        verify(tmp_path / "set")
+    first, last = map(int, re.search(r"bytes (\d+) and (\d+)", str(caught.value)).groups())  # type: ignore[union-attr]
+    assert first <= at <= last
+    damaged = TransferSet(tmp_path / "set")
+    damaged[3]
+    with pytest.raises(TransferSetError, match=r"Row 4 of .* does not match its checksum"):
+        damaged[4]
+
+
+def test_downloaded_sets_are_hashed_when_opened(copy: Path) -> None:
+    record = copy / FILES[1]
+    data = bytearray(record.read_bytes())
+    data[-1] ^= 1
+    record.write_bytes(data)
+    TransferSet(copy)
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    with pytest.raises(TransferSetError, match="sha256"):
+        TransferSet(copy)
+
+
+def test_verify_of_an_unfinished_set(tmp_path: Path) -> None:
+    plan = make_plan()
+    with TransferSetWriter.open(tmp_path / "set", plan) as writer:
+        task = next(writer.claim())
+        writer.commit(task, [make_row(plan, prompt) for prompt in range(task.start, task.stop)])
+    with pytest.raises(TransferSetError, match="unfinished: it has the first 1 of 3 shards"):
+        verify(tmp_path / "set")
+    assert verify(tmp_path / "set", allow_incomplete=True).rows == 4

@@ -1,0 +1,139 @@
+"""Sets that a stranger made to do harm: each is read, or refused with TransferSetError, in little time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile_sets import SHARD, hostile_sets, reshard, seal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sandbox import Watch, in_sandbox
+from transfer_sets import make_plan, make_row, write_set
+
+from quantkd.errors import TransferSetError
+from quantkd.transfer_set import Plan, TransferSet, verify
+
+SECONDS = 2.0
+
+
+def read_all(folder: Path) -> None:
+    transfer_set = TransferSet(folder)
+    transfer_set.__getitems__(range(len(transfer_set)))
+    str(transfer_set.info)
+    verify(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_set(tmp_path / "set", make_plan(num_prompts=4, vocab_size=60), label_rank=1)
+    return tmp_path / "set"
+
+
+def test_hand_made_hostile_sets(folder: Path, tmp_path: Path) -> None:
+    def attack(watch: Watch) -> None:
+        watch.run(lambda: read_all(folder), 60)
+        reshard(folder, lambda tensors: None)
+        read_all(folder)  # so the sets below fail for what was changed, not for a wrong seal
+        names = []
+        for name, path in hostile_sets(folder, tmp_path / "scratch"):
+            try:
+                watch.run(lambda path=path: read_all(path), SECONDS)
+            except TransferSetError as error:
+                assert str(error).replace("\n", "").isprintable() and str(error).isascii(), name
+                assert len(str(error)) < 2000, name
+                names.append(name)
+            except BaseException as error:
+                raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+            else:
+                raise AssertionError(f"{name} was accepted")
+        assert len(names) >= 150
+
+    in_sandbox(attack, tmp_path)
+
+
+MUTATION = st.tuples(
+    st.sampled_from(["flip", "set", "insert", "delete", "copy", "cut", "number"]),
+    st.floats(0, 1, exclude_max=True),
+    st.binary(min_size=1, max_size=8),
+)
+
+
+def mutate(data: bytes, kind: str, where: float, value: bytes) -> bytes:
+    at = int(where * len(data))
+    if kind == "flip":
+        return data[:at] + bytes([data[at] ^ (value[0] or 1)]) + data[at + 1 :]
+    if kind == "set":
+        return data[:at] + value + data[at + len(value) :]
+    if kind == "insert":
+        return data[:at] + value + data[at:]
+    if kind == "delete":
+        return data[:at] + data[at + len(value) :]
+    if kind == "copy":
+        return data[:at] + data[at // 2 : at // 2 + 64] + data[at:]
+    if kind == "cut":
+        return data[:at]
+    digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
+    at = digits[int(where * len(digits))] if digits else 0
+    return data[:at] + str(int.from_bytes(value, "little")).encode() + data[at + 1 :]
+
+
+def reseal(folder: Path, data: bytes, name: str) -> None:
+    """Make the digests fit again, where the mutated index can still be read."""
+    try:
+        index = json.loads(data if name == "index.json" else (folder / "index.json").read_bytes())
+        index["shards"][0]["sha256"] = hashlib.sha256((folder / SHARD).read_bytes()).hexdigest()
+        (folder / "index.json").write_bytes(seal(index))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        (folder / "index.json").write_bytes(data if name == "index.json" else (folder / "index.json").read_bytes())
+
+
+@pytest.mark.parametrize("examples", [250, pytest.param(5000, marks=pytest.mark.slow)])
+def test_mutated_sets(folder: Path, tmp_path: Path, examples: int) -> None:
+    originals = {name: (folder / name).read_bytes() for name in ("index.json", SHARD)}
+
+    def attack(watch: Watch) -> None:
+        read_all(folder)
+
+        @settings(
+            max_examples=examples, deadline=None, database=None, derandomize=True, print_blob=False,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(st.sampled_from(sorted(originals)), st.lists(MUTATION, min_size=1, max_size=4), st.booleans())
+        def run(name: str, mutations: list[Any], sealed: bool) -> None:
+            for each, data in originals.items():
+                (folder / each).write_bytes(data)
+            data = originals[name]
+            for mutation in mutations:
+                data = mutate(data, *mutation) or b"0"
+            (folder / name).write_bytes(data)
+            if sealed:
+                reseal(folder, data, name)
+            with contextlib.suppress(TransferSetError):
+                watch.run(lambda: read_all(folder), SECONDS)
+
+        run()
+
+    in_sandbox(attack, tmp_path)
+
+
+def test_what_a_plan_says_reaches_the_terminal_harmlessly() -> None:
+    with pytest.raises(TransferSetError) as caught:
+        make_plan(teacher_name="\x1b]0;owned\x07\u202e")
+    assert "\\x1b]0;owned" in str(caught.value)
+    assert str(caught.value).isascii()
+    with pytest.raises(TransferSetError, match="control character"):
+        make_plan(generation={"stop": ["ok\n\t", "\x9b31m"]})
+    assert isinstance(make_plan(generation={"stop": ["ok\n\t"]}), Plan)
+
+
+def test_a_row_of_the_wrong_shape_is_never_written(tmp_path: Path) -> None:
+    plan = make_plan()
+    row = make_row(plan, 0)
+    object.__setattr__(row, "token_ids", row.token_ids * 0)
+    with pytest.raises(TransferSetError, match="occurs twice"):
+        row.validate(plan.vocab_size, plan.temperatures)

@@ -1,0 +1,230 @@
+"""Reading a transfer set: rows, batches, views, joined sets, and what `info` says of them."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transfer_sets import make_plan, make_row, storage_order, write_set
+
+from quantkd.errors import ConfigError, DataError, TransferSetError
+from quantkd.topk import TopKLogprobs
+from quantkd.transfer_set import TransferSet, TransferSetWriter, concatenate, store
+from quantkd.transfer_set.batch import RowBatch
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reader") / "set"
+    write_set(folder, make_plan(num_prompts=23))
+    return folder
+
+
+def numbers(transfer_set: TransferSet) -> list[tuple[int, ...]]:
+    return [tuple(row["input_ids"].tolist()) for row in transfer_set]
+
+
+def test_a_row(path: Path) -> None:
+    plan = make_plan(num_prompts=23)
+    for number in (0, 5, 22, -1):
+        wanted = make_row(plan, number % 23)
+        row = TransferSet.open(path)[number]
+        assert set(row) == {"input_ids", "labels", "teacher", "finished"}
+        start = int(wanted.spans[0, 0])
+        np.testing.assert_array_equal(row["input_ids"], wanted.input_ids)
+        assert row["labels"][:start].eq(-100).all()
+        np.testing.assert_array_equal(row["labels"][start:], wanted.input_ids[start:])
+        assert isinstance(row["teacher"], TopKLogprobs)
+        assert (row["teacher"].temperatures, row["teacher"].vocab_size) == ((1.0, 2.0), 1000)
+        np.testing.assert_array_equal(row["teacher"].counts, wanted.counts)
+        np.testing.assert_array_equal(row["teacher"].token_ids, wanted.token_ids[storage_order(wanted)])
+        assert row["finished"] is wanted.finished
+        for temperature in (1.0, 2.0):
+            logprobs, tail = row["teacher"].at_temperature(temperature)
+            assert (tail >= 0).all() and torch.isfinite(logprobs).all()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_batch_is_its_rows_end_to_end(path: Path, again: bool) -> None:
+    transfer_set = TransferSet(path)
+    chosen = [7, 8, 9, 3, 22, 3, 4, -1, 0, 1]
+    for _ in range(1 + again):  # the second time rows are known to be good, and come as slices
+        batch = transfer_set.__getitems__(chosen)
+    rows = [transfer_set[number] for number in chosen]
+    assert len(batch) == len(chosen)
+    assert torch.equal(batch.input_ids, torch.cat([row["input_ids"] for row in rows]))
+    assert torch.equal(batch.labels, torch.cat([row["labels"] for row in rows]))
+    assert batch.lengths.tolist() == [len(row["input_ids"]) for row in rows]
+    assert batch.target_counts.tolist() == [int((row["labels"] != -100).sum()) for row in rows]
+    assert torch.equal(batch.targets, torch.nonzero(batch.labels != -100).squeeze(1))
+    assert batch.finished.tolist() == [row["finished"] for row in rows]
+    teacher = TopKLogprobs.concatenate([row["teacher"] for row in rows])
+    for name in ("offsets", "token_ids", "logprobs", "log_normalizers"):
+        assert torch.equal(getattr(batch.teacher, name), getattr(teacher, name))
+
+
+def test_an_empty_batch(path: Path) -> None:
+    batch = TransferSet(path).__getitems__([])
+    assert len(batch) == batch.input_ids.numel() == len(batch.teacher) == 0
+
+
+@pytest.mark.parametrize("number", [23, -24, 10**9])
+def test_no_such_row(path: Path, number: int) -> None:
+    with pytest.raises(IndexError, match="23 rows"):
+        TransferSet(path)[number]
+
+
+def test_views(path: Path) -> None:
+    transfer_set = TransferSet(path)
+    every = numbers(transfer_set)
+    assert numbers(transfer_set[3:11:2]) == every[3:11:2]
+    assert numbers(transfer_set[10:][2:5]) == every[12:15]
+    assert numbers(transfer_set[::-1]) == every[::-1]
+    assert numbers(transfer_set.select([4, -1, 4])) == [every[4], every[-1], every[4]]
+    assert numbers(transfer_set.select(np.arange(23) % 5 == 0)) == every[::5]
+    assert len(transfer_set[5:5]) == 0 and transfer_set[5:5].info.num_tokens == 0
+    assert transfer_set[2:4].lengths.tolist() == [len(row) for row in every[2:4]]
+    with pytest.raises(ConfigError, match="mask has 3 values for 23 rows"):
+        transfer_set.select(np.array([True, False, True]))
+    with pytest.raises(IndexError):
+        transfer_set.select([23])
+
+
+def test_split(path: Path) -> None:
+    transfer_set = TransferSet(path)
+    rest, held_out = transfer_set.split(0.1, seed=3)
+    assert (len(rest), len(held_out)) == (21, 2)
+    assert sorted(numbers(rest) + numbers(held_out)) == sorted(numbers(transfer_set))
+    again, _ = TransferSet(path).split(0.1, seed=3)
+    assert again.digest == rest.digest != transfer_set.split(0.1, seed=4)[0].digest
+    for fraction in (0.0, 1.0, 0.01, 0.99, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="leaves one part empty"):
+            transfer_set.split(fraction, seed=0)
+    with pytest.raises(DataError, match="at least 0"):
+        transfer_set.split(0.5, seed=-1)
+
+
+def test_shuffling_depends_on_seed_and_epoch_alone(path: Path) -> None:
+    transfer_set = TransferSet(path)
+    state = (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())  # type: ignore[index]
+    orders = {(seed, epoch): transfer_set.shuffle(seed, epoch).digest for seed in range(3) for epoch in range(3)}
+    assert len(set(orders.values())) == 9
+    assert orders[1, 2] == TransferSet(path).shuffle(1, epoch=2).digest
+    assert sorted(numbers(transfer_set.shuffle(0))) == sorted(numbers(transfer_set))
+    assert state == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())  # type: ignore[index]
+    # The order is part of what a run can be repeated by: it must never change between releases.
+    assert [int(n) for n in transfer_set.shuffle(0, 0)._rows[:6]] == [11, 3, 20, 13, 2, 21]
+
+
+def test_joined_sets(path: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "other", make_plan(profile="compact", num_prompts=5, teacher_name="second"))
+    first, second = TransferSet(path), TransferSet(tmp_path / "other")
+    joined = concatenate([first, second[1:4], first[:1]])
+    assert numbers(joined) == numbers(first) + numbers(second[1:4]) + numbers(first[:1])
+    assert joined.info.teacher_name == "tiny-teacher, second"
+    assert joined.info.num_rows == 27 and joined.info.num_prompts == 23 + 5 + 23
+    mixed = joined.__getitems__([22, 23, 26, 0])
+    assert torch.equal(mixed.input_ids, torch.cat([joined[number]["input_ids"] for number in (22, 23, 26, 0)]))
+    assert torch.equal(mixed.targets, torch.nonzero(mixed.labels != -100).squeeze(1))
+    assert mixed.weights is None and "weight" not in joined[0]
+    assert len({joined.digest, first.digest, second.digest, concatenate([first]).digest}) == 3
+    weighted = concatenate([concatenate([first, second], [2.0, 1.0]), second], [1.0, 0.5])
+    batch = weighted.__getitems__([0, 23, 28])
+    assert batch.weights is not None and batch.weights.tolist() == [2.0, 1.0, 0.5]
+    assert weighted[0]["weight"] == 2.0
+    assert weighted.digest != concatenate([first, second, second]).digest
+    half = RowBatch.concatenate([first.__getitems__([0]), weighted.__getitems__([0])])
+    assert half.weights is not None and half.weights.tolist() == [1.0, 2.0]
+
+
+def test_sets_that_cannot_be_joined(path: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "other", make_plan(tokenizer_fingerprint="f" * 64, num_prompts=2))
+    sets = [TransferSet(path), TransferSet(tmp_path / "other")]
+    with pytest.raises(ConfigError, match="differ in tokenizer_fingerprint"):
+        concatenate(sets)
+    with pytest.raises(ConfigError, match="at least one"):
+        concatenate([])
+    for weights in ([1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, float("nan")]):
+        with pytest.raises(ConfigError, match="finite number above 0"):
+            concatenate(sets, weights)
+
+
+def test_info(path: Path) -> None:
+    plan = make_plan(num_prompts=23)
+    rows = [make_row(plan, number) for number in range(23)]
+    info = TransferSet(path).info
+    assert (info.num_rows, info.num_prompts, info.complete, info.vocab_size) == (23, 23, True, 1000)
+    assert info.num_tokens == sum(len(row.input_ids) for row in rows)
+    assert info.num_response_tokens == sum(len(row.counts) for row in rows)
+    assert info.num_entries == sum(len(row.token_ids) for row in rows)
+    assert info.num_bytes == sum(file.stat().st_size for file in path.iterdir())
+    assert info.bytes_per_response_token == info.num_bytes / info.num_response_tokens
+    assert info.counters == {"responses_cut": sum(not row.finished for row in rows)}
+    assert info.storage == {"kind": "nucleus", "p": 0.95, "max_k": 16}
+    view = TransferSet(path)[:2].info
+    assert (view.num_rows, view.num_entries) == (2, sum(len(row.token_ids) for row in rows[:2]))
+    assert view.bytes_per_response_token == info.bytes_per_response_token
+    assert np.isnan(TransferSet(path)[:0].info.mean_entries)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_what_this_process_reads(path: Path, context: str) -> None:
+    transfer_set = TransferSet(path)
+    transfer_set[0]  # maps are open when the workers start
+    loader = DataLoader(transfer_set, batch_size=5, num_workers=2, collate_fn=_ids, multiprocessing_context=context)
+    assert [ids for batch in loader for ids in batch] == [ids for row in numbers(transfer_set) for ids in row]
+
+
+def _ids(batch: RowBatch) -> list[int]:
+    return batch.input_ids.tolist()
+
+
+def test_a_set_can_be_pickled(path: Path) -> None:
+    transfer_set = TransferSet(path)[2:9]
+    transfer_set[0]
+    data = pickle.dumps(transfer_set)
+    assert len(data) < 10_000
+    assert numbers(pickle.loads(data)) == numbers(transfer_set)
+
+
+def test_open_maps_are_limited(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_OPEN_MAPS", 2)
+    transfer_set = TransferSet(path)
+    assert numbers(transfer_set.shuffle(0)) == [numbers(transfer_set)[n] for n in transfer_set.shuffle(0)._rows]
+    assert len(transfer_set._sources[0][0]._maps) == 2
+
+
+@pytest.mark.parametrize("verify", ["auto", "full", "off"])
+def test_how_much_is_verified(path: Path, verify: str) -> None:
+    assert len(numbers(TransferSet(path, verify=verify))) == 23  # type: ignore[arg-type]
+
+
+def test_wrong_arguments_and_missing_sets(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected 'auto', 'full' or 'off'"):
+        TransferSet(path, verify="never")  # type: ignore[arg-type]
+    with pytest.raises(TransferSetError, match="is no folder"):
+        TransferSet(tmp_path / "nowhere")
+    with pytest.raises(TransferSetError, match=r"it has no index\.json"):
+        TransferSet(tmp_path)
+
+
+def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path: Path) -> None:
+    plan = make_plan()
+    with TransferSetWriter.open(tmp_path / "set", plan) as writer:
+        tasks = [*writer.claim()]
+        for task in (tasks[0], tasks[2]):
+            writer.commit(task, [make_row(plan, prompt) for prompt in range(task.start, task.stop)])
+        with pytest.raises(TransferSetError, match="the first 1 of 3 shards"):
+            TransferSet(tmp_path / "set")
+        prefix = TransferSet(tmp_path / "set", allow_incomplete=True)
+        assert (len(prefix), prefix.info.complete) == (4, False)
+        writer.commit(tasks[1], [make_row(plan, prompt) for prompt in range(4, 8)])
+        whole = TransferSet(tmp_path / "set", allow_incomplete=True)
+        assert whole.info.num_bytes == sum(f.stat().st_size for f in (tmp_path / "set").glob("shard-*[s0-9]*.*s*"))
+        assert writer.finalize() == whole.digest == TransferSet(tmp_path / "set").digest
+    assert prefix.digest != whole.digest

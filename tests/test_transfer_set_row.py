@@ -1,0 +1,260 @@
+"""Rows, plans and codes: what is refused, the stated error bounds, and no false alarm on valid sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transfer_sets import make_plan, make_row, storage_order
+
+from quantkd.errors import TransferSetError
+from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter, verify
+from quantkd.transfer_set import row as row_module
+from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
+from quantkd.transfer_set.idpacking import decode_rest, encode_rest, rest_bytes
+from quantkd.transfer_set.layout import check_counters
+from quantkd.transfer_set.quantization import (
+    decode_logprobs,
+    decode_normalizers,
+    encode_logprobs,
+    encode_normalizers,
+)
+
+
+def change(**fields: Any) -> TransferRow:
+    row = TransferRow(
+        input_ids=np.array([5, 6, 7, 8]),
+        spans=np.array([[1, 2], [3, 4]]),
+        counts=np.array([2, 1]),
+        token_ids=np.array([6, 9, 8]),
+        logprobs=np.log(np.array([0.5, 0.25, 0.75], dtype=np.float32)),
+        log_normalizers=np.array([[0.0, 1.5], [0.0, 1.0]], dtype=np.float32),
+    )
+    return dataclasses.replace(row, **fields)
+
+
+def test_a_valid_row() -> None:
+    change().validate(10, (1.0, 2.0))
+    change(input_ids=np.array([5, 6, 7, 8], dtype=np.uint16)).validate(10, (1.0, 2.0), max_entries=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"input_ids": np.array([5.0, 6, 7, 8])}, "`input_ids` must be an integer array"),
+        ({"input_ids": [5, 6, 7, 8]}, "`input_ids` must be an integer array"),
+        ({"spans": np.array([1, 2])}, "`spans` must be an integer array of 2"),
+        ({"spans": np.array([[1, 2, 3]])}, r"shape \(S, 2\)"),
+        ({"input_ids": np.zeros(0, int)}, "holds 1 to"),
+        ({"spans": np.array([[0, 2]])}, "ascending, disjoint"),
+        ({"spans": np.array([[1, 2], [4, 5]])}, "ascending, disjoint"),
+        ({"spans": np.array([[2, 2], [3, 4]])}, "ascending, disjoint"),
+        ({"spans": np.array([[1, 3], [2, 3]])}, "ascending, disjoint"),
+        ({"spans": np.array([[1, 2]])}, "cover 1 targets, but `counts` has 2"),
+        ({"counts": np.array([0, 3])}, "`counts` must lie from 1"),
+        ({"counts": np.array([2, 2])}, "sum to 4, but there are 3 ids"),
+        ({"logprobs": np.zeros(3, int)}, "`logprobs` must be a float array"),
+        ({"logprobs": np.zeros(2, np.float32)}, "`logprobs` must be a float array"),
+        ({"log_normalizers": np.zeros((2, 1), np.float32)}, "`log_normalizers` must be a float array"),
+        ({"input_ids": np.array([5, 6, 7, 10])}, "holds 10 at 3; the vocabulary ends at 10"),
+        ({"input_ids": np.array([-1, 6, 7, 8])}, "`input_ids` must not be negative"),
+        ({"token_ids": np.array([6, 9, -1])}, "`token_ids` holds -1 at 2"),
+        ({"token_ids": np.array([9, 9, 8])}, "Token 9 occurs twice among the entries of target 0"),
+        ({"logprobs": np.array([0.0, math.nan, 0.0], np.float32)}, "must be finite"),
+        ({"logprobs": np.array([0.0, -math.inf, 0.0], np.float32)}, "must be finite"),
+        ({"logprobs": np.array([-1.0, -1.0, 0.1], np.float32)}, "at most 0"),
+        ({"logprobs": np.array([-0.1, -0.1, 0.0], np.float32)}, "target 0 hold a mass of 1.8"),
+        ({"log_normalizers": np.array([[0.1, 1.5], [0, 1]], np.float32)}, "temperature 1 must be 0"),
+        ({"log_normalizers": np.array([[0, math.inf], [0, 1]], np.float32)}, "`log_normalizers` must be finite"),
+        ({"log_normalizers": np.array([[0, 0.1], [0, 1]], np.float32)}, "at temperature 2.0; it cannot exceed 1"),
+    ],
+)
+def test_rows_that_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TransferSetError, match=message):
+        change(**fields).validate(10, (1.0, 2.0))
+
+
+def test_limits_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TransferSetError, match="from 1 to 1"):
+        change().validate(10, (1.0, 2.0), max_entries=1)
+    monkeypatch.setattr(row_module, "MAX_ROW_ENTRIES", 2)
+    with pytest.raises(TransferSetError, match="at most 2 entries, found 3"):
+        change().validate(10, (1.0, 2.0))
+
+
+def test_what_a_plan_refuses_and_says() -> None:
+    plan = make_plan()
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json()).digest() == plan.digest()
+    assert plan.num_shards == 3 and plan.prompt_range(2) == (8, 10)
+    assert plan.differences(make_plan(extra={"a": 1})) == ["extra"]
+    for fields, message in (
+        ({"temperatures": [1.0]}, "ascending floats"),
+        ({"num_prompts": 9000, "rows_per_shard": 1}, "at most 8192 shards, so at least 2 rows"),
+        ({"generation": {1: {2}}}, "plain JSON"),
+        ({"generation": {"x": math.nan}}, "plain JSON"),
+        ({"extra": {"x": "y" * 2**18}}, "262144 in all"),
+    ):
+        with pytest.raises(TransferSetError, match=message):
+            make_plan(**fields)
+    with pytest.raises(TransferSetError, match="the fields"):
+        Plan.from_json({**plan.to_json(), "new": 1})
+    with pytest.raises(TransferSetError, match="the fields"):
+        Plan.from_json("plan")
+    with pytest.raises(TransferSetError, match="a list"):
+        Plan.from_json({**plan.to_json(), "temperatures": 1.0})
+    assert check_counters({"a": 1}) == {"a": 1}
+
+
+def test_documents_are_canonical() -> None:
+    value = {"b": [1, 2.5, None, True], "a": "caf\u00e9 \\[{"}
+    assert parse_canonical_json(canonical_json(value), "x.json") == value
+    with pytest.raises(TransferSetError, match=r"x.json is not in canonical form at byte 1"):
+        parse_canonical_json(b'{ "a":1}\n', "x.json")
+    assert quote("\x1b" * 500) == "\\x1b" * 50 + "..."
+
+
+LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LOGITS, st.sampled_from([256, 65_536]), st.integers(0, 40), st.floats(0, 1))
+def test_logprobs_stay_within_the_stated_bounds(logits: list[float], levels: int, kept: int, scale: float) -> None:
+    logits64 = np.array(logits, dtype=np.float64) * scale
+    logprobs = np.sort(logits64 - np.log(np.exp(logits64 - logits64.max()).sum()) - logits64.max())[::-1][: kept + 1]
+    counts = np.array([len(logprobs)])
+    decoded = decode_logprobs(*encode_logprobs(logprobs, counts, levels), counts, levels)
+    p, q = np.exp(logprobs), np.exp(decoded.astype(np.float64))
+    assert q.sum() <= 1 + 2e-6
+    assert np.isfinite(decoded).all() and decoded[0] == decoded.max()
+    # Twice the bound of rounding to the nearest, for a mass above 1 is rounded down. The angle is the exact measure.
+    angle = abs(np.arcsin(np.sqrt(min(p[0], 1))) - np.arcsin(np.sqrt(min(q[0], 1))))
+    assert angle <= 2 * np.pi / 2 / levels + 1e-4 / np.sqrt(levels)
+    cap = min(q[0], 1 - q[0])
+    for wanted, found in zip(p[1:], q[1:], strict=True):
+        assert abs(min(wanted / cap, 1) ** 0.25 - (found / cap) ** 0.25) <= 1 / 256 + 1e-6
+
+
+def test_a_sure_target_is_exact() -> None:
+    for levels in (256, 65_536):
+        one = encode_logprobs(np.array([0.0]), np.array([1]), levels)
+        assert decode_logprobs(*one, np.array([1]), levels).tolist() == [0.0]
+        # With a further entry the first one must leave it some mass.
+        two = decode_logprobs(*encode_logprobs(np.array([0.0, -60.0]), np.array([2]), levels), np.array([2]), levels)
+        assert two[0] < 0 and np.isfinite(two[1])
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0, 10.0])
+@pytest.mark.parametrize("levels", [256, 65_536])
+def test_normalizers_stay_within_a_step_and_leave_a_tail(temperature: float, levels: int) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(50, 300)) * rng.uniform(0, 9, size=(50, 1))
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    wanted = np.log(np.exp(logprobs / temperature).sum(-1))
+    kept = np.sort(logprobs, -1)[:, ::-1][:, :20].astype(np.float32)
+    temperatures = (temperature, 1.0) if temperature < 1 else (1.0, temperature)
+    column = temperatures.index(temperature)
+    table = np.zeros((50, 2))
+    table[:, column] = wanted
+    counts = np.full(50, 20)
+    codes = encode_normalizers(table, kept.ravel(), counts, temperatures, 300, levels)
+    found = decode_normalizers(codes, temperatures, 300, levels)
+    assert codes.shape == (50, 1) and (found[:, 1 - column] == 0).all()
+    step = abs((1 - 1 / temperature) * np.log(300)) / (levels - 1)
+    assert np.abs(found[:, column] - wanted).max() <= step * 1.001 + 1e-6
+    assert (np.exp(kept / temperature - found[:, [column]]).sum(-1) <= 1 + 1e-5).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from([2, 3, 16, 255, 256, 1000, 49_152, 65_537, 2**24]))
+def test_ids_come_back(data: st.DataObject, vocab_size: int) -> None:
+    rows = data.draw(st.lists(st.lists(st.sets(st.integers(0, vocab_size - 1), max_size=min(vocab_size - 1, 70)))))
+    sizes = [np.array([len(ids) for ids in row], dtype=np.int64) for row in rows]
+    flat = [np.array([i for ids in row for i in sorted(ids)], dtype=np.int64) for row in rows]
+    streams = [encode_rest(ids, size, vocab_size) for ids, size in zip(flat, sizes, strict=True)]
+    low, high = (np.concatenate([np.zeros(0, "u1"), *(s[part] for s in streams)]) for part in (0, 1))
+    every = np.concatenate([np.zeros(0, np.int64), *sizes])
+    row_ends = np.append(0, np.cumsum([len(size) for size in sizes], dtype=np.int64))
+    np.testing.assert_array_equal(
+        decode_rest(low, high, every, row_ends, vocab_size), np.concatenate([np.zeros(0, np.int64), *flat])
+    )
+    lengths = rest_bytes(every, row_ends, vocab_size)
+    assert lengths[0].tolist() == [len(s[0]) for s in streams] and lengths[1].tolist() == [len(s[1]) for s in streams]
+
+
+ROW = st.tuples(st.integers(1, 12), st.integers(0, 11), st.integers(0, 2**20), st.booleans(), st.booleans())
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_false_alarm_on_valid_sets(examples: int) -> None:
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(
+        st.lists(st.one_of(ROW, st.none()), min_size=1, max_size=6),
+        st.sampled_from([1, 2, 100, 256, 257, 65_536, 66_000]),
+        st.sampled_from(["faithful", "compact"]),
+        st.sampled_from([(1.0,), (1.0, 2.0), (0.5,), (0.5, 1.0, 4.0)]),
+        st.integers(1, 4),
+    )
+    def run(rows: list[Any], vocab: int, profile: str, temperatures: tuple[float, ...], per_shard: int) -> None:
+        plan = make_plan(
+            vocab_size=vocab, profile=profile, temperatures=temperatures, num_prompts=len(rows),
+            rows_per_shard=per_shard, storage={"kind": "topk", "k": min(vocab, 300)},
+        )  # fmt: skip
+        made = [None if row is None else _row(plan, *row) for row in rows]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "set"
+            with TransferSetWriter.open(path, plan) as writer:
+                for task in writer.claim():
+                    writer.commit(task, [row for row in made[task.start : task.stop] if row is not None])
+                digest = writer.finalize()
+            assert verify(path).digest == digest
+            found = TransferSet(path).rows(range(len(TransferSet(path))))
+        for wanted, got in zip([row for row in made if row is not None], found, strict=True):
+            np.testing.assert_array_equal(got.input_ids, wanted.input_ids)
+            np.testing.assert_array_equal(got.spans, wanted.spans)
+            np.testing.assert_array_equal(got.token_ids, wanted.token_ids[storage_order(wanted)])
+            assert got.finished == wanted.finished
+
+    run()
+
+
+def _row(plan: Plan, length: int, start: int, seed: int, two_spans: bool, dense: bool) -> TransferRow:
+    """A valid row: none or all positions targets, one entry or the whole vocabulary, huge or flat logits."""
+    rng = np.random.default_rng(seed)
+    start = min(1 + start, length)
+    spans = [[start, length]] if start < length else []
+    if two_spans and length - start >= 3:
+        spans = [[start, start + 1], [start + 2, length]]
+    targets = sum(stop - begin for begin, stop in spans)
+    logits = rng.normal(size=(targets, plan.vocab_size)) * rng.choice([0.0, 1e-6, 1.0, 5.0, 50.0])
+    logprobs = logits - logits.max(-1, keepdims=True, initial=-1e9)
+    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
+    limit = min(plan.vocab_size, 300)
+    counts = np.full(targets, limit) if dense else rng.integers(1, min(limit, 20) + 1, size=targets)
+    ids = np.concatenate([[], *(rng.permutation(plan.vocab_size)[:c] for c in counts)]).astype(np.int64)
+    where = np.repeat(np.arange(targets), counts)
+    normalizers = [np.log(np.exp(logprobs / t).sum(-1)) * (t != 1.0) for t in plan.temperatures]
+    return TransferRow(
+        input_ids=rng.integers(0, plan.vocab_size, size=length),
+        spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
+        counts=counts,
+        token_ids=ids,
+        logprobs=logprobs[where, ids].astype(np.float32),
+        log_normalizers=np.stack(normalizers, -1).astype(np.float32),
+        finished=bool(seed % 2),
+    )
+
+
+def test_make_row_is_valid() -> None:
+    plan = make_plan()
+    for prompt in range(20):
+        make_row(plan, prompt).validate(plan.vocab_size, plan.temperatures, 16)

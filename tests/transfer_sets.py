@@ -1,0 +1,153 @@
+"""Made-up transfer sets for the tests: plans, rows and finished folders, all from a seed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkd.transfer_set.filesystem import FileSystem
+from quantkd.transfer_set.layout import Plan
+from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.writer import TransferSetWriter
+
+
+def make_plan(**changes: Any) -> Plan:
+    fields: dict[str, Any] = {
+        "teacher_name": "tiny-teacher",
+        "teacher_revision": "",
+        "teacher_dtype": "float32",
+        "tokenizer_fingerprint": "0" * 64,
+        "vocab_size": 1000,
+        "storage": {"kind": "nucleus", "p": 0.95, "max_k": 16},
+        "profile": "faithful",
+        "temperatures": (1.0, 2.0),
+        "responses": "generate",
+        "generation": {"max_new_tokens": 32},
+        "prompts_digest": "1" * 64,
+        "num_prompts": 10,
+        "rows_per_shard": 4,
+        "batch_size": 2,
+    }
+    return Plan(**{**fields, **changes})
+
+
+def make_row(plan: Plan, prompt: int, *, tokens: int | None = None, label_rank: int | None = 0) -> TransferRow:
+    """A row that depends on the prompt's number alone: a real softmax, its nucleus, and its true normalizers."""
+    rng = np.random.default_rng([prompt, plan.vocab_size])
+    length = tokens or int(rng.integers(3, 20))
+    prompt_length = int(rng.integers(1, length))
+    targets = length - prompt_length
+    logits = rng.normal(size=(targets, plan.vocab_size)) * rng.uniform(1, 6, size=(targets, 1))
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    order = np.argsort(-logprobs, axis=-1)
+    ranked = np.take_along_axis(logprobs, order, -1)
+    mass = np.exp(ranked)
+    keep = np.cumsum(mass, -1) - mass < 0.95
+    keep[:, min(16, plan.vocab_size) :] = False
+    input_ids = rng.integers(0, plan.vocab_size, size=length)
+    if label_rank is not None:
+        input_ids[prompt_length:] = order[:, label_rank]
+    columns = [np.log(np.exp(logprobs / t).sum(-1)) if t != 1.0 else np.zeros(targets) for t in plan.temperatures]
+    return TransferRow(
+        input_ids=input_ids,
+        spans=np.array([[prompt_length, length]]),
+        counts=keep.sum(-1),
+        token_ids=order[keep],
+        logprobs=ranked[keep].astype(np.float32),
+        log_normalizers=np.stack(columns, -1).astype(np.float32),
+        finished=bool(prompt % 3),
+    )
+
+
+def storage_order(row: TransferRow) -> Any:
+    """The order in which a set gives entries back, by a loop over targets: most probable first, then ascending ids."""
+    order, start = [], 0
+    for count in row.counts.tolist():
+        indices = list(range(start, start + count))
+        first = max(indices, key=lambda i: (row.logprobs[i], -i))
+        order += [first, *sorted((i for i in indices if i != first), key=lambda i: row.token_ids[i])]
+        start += count
+    return np.array(order, dtype=np.int64)
+
+
+def write_set(path: Path, plan: Plan | None = None, filesystem: FileSystem | None = None, **row: Any) -> str:
+    """A finished set at `path`; returns its root digest."""
+    plan = plan or make_plan()
+    with TransferSetWriter.open(path, plan, filesystem=filesystem) as writer:
+        for task in writer.claim():
+            rows = [make_row(plan, prompt, **row) for prompt in range(task.start, task.stop)]
+            writer.commit(task, rows, {"responses_cut": sum(not row.finished for row in rows)})
+        return writer.finalize()
+
+
+class FaultyDisk(FileSystem):
+    """Fails its n-th call that touches the disk, once or from then on. `fsync` is counted but not carried out.
+
+    Args:
+        fail_at: the number of the call that fails, from 1; 0 for none.
+        kind: an errno, or "short" for a write that takes one byte and then goes on.
+        for_good: fail every later call, too.
+    """
+
+    def __init__(self, fail_at: int = 0, kind: int | str = errno.EIO, for_good: bool = False) -> None:
+        self.calls, self.fail_at, self.kind, self.for_good = 0, fail_at, kind, for_good
+
+    def _count(self) -> bool:
+        self.calls += 1
+        due = self.fail_at and (self.calls == self.fail_at or (self.for_good and self.calls > self.fail_at))
+        if due and isinstance(self.kind, int):
+            raise OSError(self.kind, os.strerror(self.kind))
+        return bool(due)
+
+    def create(self, path: Path) -> int:
+        self._count()
+        return super().create(path)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        return super().write(descriptor, data[:1] if self._count() else data)
+
+    def fsync(self, descriptor: int) -> None:
+        self._count()
+
+    def rename(self, source: Path, destination: Path) -> None:
+        self._count()
+        super().rename(source, destination)
+
+    def unlink(self, path: Path) -> None:
+        self._count()
+        super().unlink(path)
+
+
+class DyingDisk(FaultyDisk):
+    """Kills its own process when a step is reached for the n-th time."""
+
+    def __init__(self, step: str, times: int = 1) -> None:
+        super().__init__()
+        self.step, self.left = step, times
+
+    def reach(self, step: str) -> None:
+        if step == self.step:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def capture_slowly(path: Path, log: Path, seconds_per_row: float = 0.0, *, join: bool = False, disk: Any = None) -> str:
+    """A small fake teacher's capture; every claimed shard leaves a line in `log`."""
+    plan = make_plan(num_prompts=16, vocab_size=50)
+    with TransferSetWriter.open(path, plan, join=join, filesystem=disk or FaultyDisk()) as writer:
+        for task in writer.claim():
+            with log.open("a") as file:
+                file.write(f"{task.index}\n")
+            rows = []
+            for prompt in range(task.start, task.stop):
+                time.sleep(seconds_per_row)
+                rows.append(make_row(plan, prompt))
+            writer.commit(task, rows, {"responses_cut": sum(not row.finished for row in rows)})
+        return writer.finalize()
