@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from quantkd.errors import ConfigError
 from quantkd.losses import check_objective
 
 __all__ = ["QuantizedDistillationConfig"]
@@ -21,6 +22,11 @@ class QuantizedDistillationConfig(TrainingArguments):
         temperature: distillation temperature, one that the transfer set was captured with.
         divergence: `forward_kl`, `reverse_kl` or `jsd`, over the stored entries and the tail.
         beta: the teacher's share of the mixture in `jsd`, in (0, 1).
+        init: where new adapters on a quantized student start: `covariance`, at the best correction of each layer's
+            quantization error for the inputs that rows of the transfer set give it, or `zero`, at no correction.
+        init_rows: rows of the transfer set that `covariance` looks at.
+        use_fused_loss: compute the loss from hidden states in chunks, without holding logits. Models that it cannot
+            serve fall back to their logits with a warning that says why.
         model_init_kwargs: further arguments of `from_pretrained` when the student is given by name, such as
             `{"revision": ..., "dtype": ...}`. `dtype` is also what the 4-bit layers compute in: bfloat16 where the
             hardware has it, else float32, if it is not given. `trust_remote_code` is off unless set here.
@@ -29,7 +35,7 @@ class QuantizedDistillationConfig(TrainingArguments):
     `logging_steps` (10) and `remove_unused_columns` (off, for rows carry the teacher's entries).
 
     Raises:
-        ConfigError: an objective that has no meaning.
+        ConfigError: an objective that has no meaning, or an unknown start.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
@@ -43,6 +49,14 @@ class QuantizedDistillationConfig(TrainingArguments):
         metadata={"help": "Soft loss over the stored entries and the tail: forward_kl, reverse_kl or jsd."},
     )
     beta: float = field(default=0.5, metadata={"help": "The teacher's share of the mixture in jsd, in (0, 1)."})
+    init: str = field(
+        default="covariance",
+        metadata={"help": "Start of new adapters: covariance (from the quantization error) or zero."},
+    )
+    init_rows: int = field(default=32, metadata={"help": "Rows of the transfer set that init=covariance looks at."})
+    use_fused_loss: bool = field(
+        default=True, metadata={"help": "Compute the loss from hidden states in chunks, without holding logits."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of from_pretrained for a student given by name, as JSON."}
     )
@@ -57,3 +71,7 @@ class QuantizedDistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_objective(self.alpha, self.temperature, self.divergence, self.beta)
+        if self.init not in ("covariance", "zero"):
+            raise ConfigError(f"init is 'covariance' or 'zero', found {self.init!r}.")
+        if self.init_rows < 1:
+            raise ConfigError(f"init_rows must be at least 1, found {self.init_rows}.")

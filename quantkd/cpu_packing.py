@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["keep_trainable_on_cpu"]
+__all__ = ["keep_trainable_on_cpu", "unpack"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def keep_trainable_on_cpu(model: nn.Module) -> None:
         setattr(layer, _STASH, None)
         layer.register_forward_pre_hook(_before_forward)
         # Taking a state dict makes bitsandbytes unpack, in its rounding way: a checkpoint would alter the model.
-        layer.register_state_dict_pre_hook(lambda layer, prefix, keep_vars: _restore(layer))
+        layer.register_state_dict_pre_hook(lambda layer, prefix, keep_vars: unpack(layer))
 
 
 def _before_forward(module: Any, args: tuple[Tensor, ...]) -> None:
@@ -51,29 +51,35 @@ def _before_forward(module: Any, args: tuple[Tensor, ...]) -> None:
     if state is None or module.weight.device.type != "cpu":
         return
     if module.training or args[0].requires_grad:
-        _restore(module)
+        unpack(module)
     elif not _is_packed(state):
         # A shallow copy is enough: repacking gives the state new tensors and leaves the old ones alone.
         setattr(module, _STASH, (module.weight.data, copy.copy(state)))
 
 
-def _restore(module: Any) -> None:
-    state = module.weight.quant_state
+def unpack(module: Any) -> None:
+    """Put a layer's own weight back if it is repacked; its next forward pass in evaluation mode repacks it.
+
+    Args:
+        module: a layer, 4-bit or not.
+    """
+    state = getattr(module.weight, "quant_state", None)
     if state is None or not _is_packed(state):
         return
-    data, state = getattr(module, _STASH) or _unpack(module)
+    data, state = getattr(module, _STASH, None) or _round_back(module)
     module.weight.data = data
     module.weight.quant_state = state
     if module.quant_state is not None:
         module.quant_state = state
-    setattr(module, _STASH, None)
+    if hasattr(module, _STASH):
+        setattr(module, _STASH, None)
 
 
 def _is_packed(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def _unpack(module: Any) -> tuple[Tensor, Any]:
+def _round_back(module: Any) -> tuple[Tensor, Any]:
     """The way back for a layer that was repacked before it came to us; the constants are rounded anew."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

@@ -24,6 +24,7 @@ from quantkd.errors import ConfigError
 from quantkd.topk import TopKLogprobs
 
 __all__ = [
+    "MIN_TAIL",
     "Divergence",
     "PositionTerms",
     "check_objective",

@@ -7,62 +7,81 @@ import math
 import torch
 from torch import Tensor
 
-from quantkd.losses import compute_position_terms, select_targets
+from quantkd.fused import Head
+from quantkd.losses import Divergence, compute_position_terms
 from quantkd.topk import TopKLogprobs
 
-__all__ = ["ROW_COLUMNS", "compute_row_metrics", "sum_by_row", "summarize_rows"]
+__all__ = ["ROW_COLUMNS", "compute_row_metrics", "summarize_rows"]
 
-ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree")
+ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
 
-
-def compute_row_metrics(logits: Tensor, labels: Tensor, teacher: TopKLogprobs) -> Tensor:
-    """Per row: target tokens, summed forward KL and cross-entropy at temperature 1 (nats), and top-1 agreements.
-
-    Args:
-        logits: (B, T, V) student logits.
-        labels: (B, T) int64, unshifted, -100 where there is no target.
-        teacher: distributions of the N targets of all rows, in order.
-
-    Returns:
-        (B, 4) float64 on the logits' device, columns as in `ROW_COLUMNS`.
-    """
-    target_logits, target_labels = select_targets(logits, labels)
-    terms = compute_position_terms(target_logits, target_labels, teacher)
-    agree = target_logits.argmax(-1) == teacher.top_ids
-    columns = [torch.ones_like(terms.kl), terms.kl, terms.ce, agree.to(terms.kl.dtype)]
-    return sum_by_row(torch.stack(columns, dim=-1), labels)
+_CHUNK_BYTES = 64 * 2**20
 
 
-def sum_by_row(values: Tensor, labels: Tensor) -> Tensor:
-    """Sum values of target positions over each row.
+def compute_row_metrics(
+    hidden: Tensor,
+    targets: Tensor,
+    teacher: TopKLogprobs,
+    labels: Tensor,
+    *,
+    head: Head | None = None,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+) -> Tensor:
+    """Per row: targets, forward KL and cross-entropy at temperature 1 (nats), top-1 agreements, and the training loss.
 
     Args:
-        values: (N, C), one row of values a target, in the order of `select_targets`.
-        labels: (B, T) int64, unshifted, -100 where there is no target.
+        hidden: (N, H) last hidden states of the targets if `head` is given, else their (N, V) logits.
+        targets: (N,) int64 target ids; `select_targets` gives both.
+        teacher: the teacher's distributions at the N targets.
+        labels: (B, T) int64, unshifted, -100 where there is no target: which row each target belongs to.
+        head: makes logits of hidden states, a chunk at a time.
+        alpha: weight of the soft term in the training loss.
+        temperature: of the training loss.
+        divergence: of the training loss.
+        beta: of the training loss.
 
     Returns:
-        (B, C) float64 (float32 on MPS, which has no float64).
+        (B, 5) float64 sums (float32 on MPS, which has no float64), columns as in `ROW_COLUMNS`.
     """
+    width = hidden.shape[1] if head is None else head.weight.shape[0]
+    step = max(1, _CHUNK_BYTES // (4 * width))
+    wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+    columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=hidden.device)
+    for start in range(0, len(targets), step):
+        part = slice(start, min(start + step, len(targets)))
+        logits = hidden[part] if head is None else head.logits(hidden[part])
+        entries = teacher.select(torch.arange(part.start, part.stop, device=hidden.device))
+        terms = compute_position_terms(logits, targets[part], entries)
+        loss = terms
+        if (temperature, divergence) != (1.0, "forward_kl"):
+            loss = compute_position_terms(
+                logits, targets[part], entries, temperature=temperature, divergence=divergence, beta=beta
+            )
+        agree = logits.argmax(-1) == entries.top_ids
+        found = [torch.ones_like(terms.kl), terms.kl, terms.ce, agree, loss.mix(alpha, temperature)]
+        columns[part] = torch.stack([column.to(wide) for column in found], dim=-1)
     rows = (labels[:, 1:] != -100).nonzero()[:, 0]
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    sums = torch.zeros(labels.shape[0], values.shape[1], dtype=wide, device=values.device)
-    return sums.index_add_(0, rows, values.to(wide))
+    return torch.zeros(labels.shape[0], len(ROW_COLUMNS), dtype=wide, device=hidden.device).index_add_(0, rows, columns)
 
 
 def summarize_rows(rows: Tensor) -> dict[str, float]:
     """Means over all target tokens of `rows`.
 
     Args:
-        rows: (R, 4) as `compute_row_metrics` gives them, of any number of batches.
+        rows: (R, 5) as `compute_row_metrics` gives them, of any number of batches.
 
     Returns:
-        `kl` and `ce` in nats per token, `perplexity` = exp(ce), `top1_agreement` in [0, 1].
+        `kl`, `ce` and `loss` in nats per token, `perplexity` = exp(ce), `top1_agreement` in [0, 1].
     """
-    tokens, kl, ce, agree = (float(value) for value in rows.sum(0))
+    tokens, kl, ce, agree, loss = (float(value) for value in rows.sum(0))
     tokens = max(tokens, 1.0)
     return {
         "kl": kl / tokens,
         "ce": ce / tokens,
         "perplexity": math.exp(min(ce / tokens, 700.0)),
         "top1_agreement": agree / tokens,
+        "loss": loss / tokens,
     }

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 
-__all__ = ["attach_lora", "default_lora_config", "default_quantization_config", "load_student"]
+__all__ = ["attach_lora", "default_lora_config", "default_quantization_config", "is_quantized", "load_student"]
 
 
 def default_lora_config(r: int = 16) -> LoraConfig:
@@ -31,6 +31,16 @@ def default_quantization_config(compute_dtype: torch.dtype | None = None) -> Bit
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype or native_compute_dtype(),
     )
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether transformers loaded the model quantized, with or without adapters around it.
+
+    Args:
+        model: a model of transformers or PEFT.
+    """
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(network, "is_quantized", False))
 
 
 def load_student(
@@ -83,7 +93,7 @@ def attach_lora(
         gradient_checkpointing: recompute activations in the backward pass.
         gradient_checkpointing_kwargs: passed on; not reentrant unless it says otherwise.
     """
-    if getattr(model, "is_quantized", False):
+    if is_quantized(model):
         model = prepare_model_for_kbit_training(
             model,
             use_gradient_checkpointing=gradient_checkpointing,

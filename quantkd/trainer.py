@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -20,9 +21,12 @@ from quantkd.compatibility import check_student, check_transfer_set
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
-from quantkd.losses import Divergence, PositionTerms, compute_position_terms, select_targets
-from quantkd.row_metrics import compute_row_metrics, sum_by_row, summarize_rows
-from quantkd.student import attach_lora, load_student
+from quantkd.fused import compute_fused_loss
+from quantkd.head import find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.initialization import initialize_from_transfer_set
+from quantkd.losses import compute_position_terms, select_targets
+from quantkd.row_metrics import compute_row_metrics, summarize_rows
+from quantkd.student import attach_lora, is_quantized, load_student
 from quantkd.transfer_set import TransferSet
 
 __all__ = ["QuantizedDistillationTrainer"]
@@ -100,10 +104,17 @@ class QuantizedDistillationTrainer(Trainer):
                 "quantization_config applies to a model given by name; a loaded model is taken as it is. "
                 "Pass the name, or load the model quantized and leave quantization_config out."
             )
-        model = self._with_adapters(model, peft_config, args)
+        adapted = self._with_adapters(model, peft_config, args)
+        is_new = adapted is not model
+        model = adapted
         keep_trainable_on_cpu(model)
         for transfer_set in self.transfer_sets:
             check_student(transfer_set, model)
+        if is_new and args.init == "covariance" and isinstance(train_dataset, TransferSet) and is_quantized(model):
+            revision = init_kwargs.get("revision")
+            initialize_from_transfer_set(
+                model, train_dataset, name, revision=revision, rows=args.init_rows, seed=args.seed
+            )
 
         if data_collator is None:
             pad = processing_class.pad_token_id
@@ -119,6 +130,11 @@ class QuantizedDistillationTrainer(Trainer):
         )
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
+        self._fused = args.use_fused_loss
+        reason = why_not_fusable(model) if args.use_fused_loss else None
+        if reason is not None:
+            logger.warning("The fused loss is off for this model, for %s; its logits are held instead.", reason)
+            self._fused = False
         self._train_terms = torch.zeros(3, dtype=torch.float64)  # summed ce, summed kl, optimizer steps
         self._eval_rows: list[Tensor] = []
 
@@ -133,7 +149,7 @@ class QuantizedDistillationTrainer(Trainer):
                     "Leave peft_config out to train those there, or merge_and_unload() them first."
                 )
             return model
-        if peft_config is None and not getattr(model, "is_quantized", False):
+        if peft_config is None and not is_quantized(model):
             return model  # a full-precision model that the caller chose to train whole
         kwargs = args.gradient_checkpointing_kwargs
         assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
@@ -163,32 +179,40 @@ class QuantizedDistillationTrainer(Trainer):
         Returns:
             The scalar loss in nats, or `(loss, outputs)`.
         """
-        outputs, terms = self._forward(model, inputs)
+        outputs, hidden, labels = self._forward(model, inputs)
+        teacher = inputs["teacher"].to(hidden.device)
+        if self._fused:
+            fused = compute_fused_loss(hidden, find_head(self._unwrapped(model)), labels, teacher, **self._objective)
+            total, ce, kl = fused.loss, fused.ce, fused.kl
+        else:
+            objective = {name: value for name, value in self._objective.items() if name != "alpha"}
+            terms = compute_position_terms(hidden, labels, teacher, **objective)
+            total, ce, kl = terms.mix(self.args.alpha, self.args.temperature).sum(), terms.ce, terms.kl
         if num_items_in_batch is None:
-            scale: Tensor | float = 1.0 / max(len(terms.ce), 1)
+            scale: Tensor | float = 1.0 / max(len(labels), 1)
         else:
             # Data-parallel wrappers average gradients over processes; the count is over all of them.
             world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             scale = world / num_items_in_batch
-        loss = terms.mix(self.args.alpha, self.args.temperature).sum() * scale
+        loss = total * scale
         if model.training:
-            sums = torch.stack([terms.ce.sum() * scale, terms.kl.sum() * scale]).detach().double().cpu()
-            self._train_terms[:2] += sums
+            self._train_terms[:2] += torch.stack([ce.sum() * scale, kl.sum() * scale]).detach().double().cpu()
             self._train_terms[2] += float(self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, PositionTerms]:
-        outputs = model(**{key: value for key, value in inputs.items() if key not in ("labels", "teacher")})
-        logits, targets = select_targets(outputs.logits, inputs["labels"])
-        terms = compute_position_terms(
-            logits,
-            targets,
-            inputs["teacher"].to(logits.device),
-            temperature=self.args.temperature,
-            divergence=cast(Divergence, self.args.divergence),
-            beta=self.args.beta,
-        )
-        return outputs, terms
+    @property
+    def _objective(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in ("alpha", "temperature", "divergence", "beta")}
+
+    def _unwrapped(self, model: nn.Module) -> Any:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+        """Outputs, and hidden states (N, H) of the N targets; their logits (N, V) without the fused loss."""
+        kwargs = {key: value for key, value in inputs.items() if key not in ("labels", "teacher")}
+        with hidden_states_as_logits(self._unwrapped(model)) if self._fused else nullcontext():
+            outputs = model(**kwargs)
+        return outputs, *select_targets(outputs.logits, inputs["labels"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `ce` and `kl`, averaged over the steps since the last log, beside the Trainer's `loss`.
@@ -219,15 +243,18 @@ class QuantizedDistillationTrainer(Trainer):
             ignore_keys: unused; the outputs' logits are what is returned.
         """
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs, terms = self._forward(model, inputs)
-            rows = compute_row_metrics(outputs.logits, labels, inputs["teacher"].to(outputs.logits.device))
-            objective = sum_by_row(terms.mix(self.args.alpha, self.args.temperature).unsqueeze(1), labels)
-        # By rows, so that those which fill up the last batch of the processes are not counted twice.
-        self._eval_rows.append(self.accelerator.gather_for_metrics(torch.cat([rows, objective], dim=1)).cpu())
-        loss = (objective.sum() / rows[:, 0].sum().clamp_min(1)).float()
-        return (loss, None, None) if prediction_loss_only else (loss, outputs.logits, labels)
+            outputs, hidden, labels = self._forward(model, inputs)
+            head = find_head(self._unwrapped(model)) if self._fused else None
+            teacher = inputs["teacher"].to(hidden.device)
+            rows = compute_row_metrics(hidden, labels, teacher, inputs["labels"], head=head, **self._objective)
+            # By rows, so that those which fill up the last batch of the processes are not counted twice.
+            self._eval_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
+            loss = (rows[:, -1].sum() / rows[:, 0].sum().clamp_min(1)).float()
+            if prediction_loss_only:
+                return loss, None, None
+            logits = outputs.logits if head is None else head.logits(outputs.logits.flatten(0, 1))
+        return loss, logits.view(*inputs["labels"].shape, -1), inputs["labels"]
 
     def evaluation_loop(
         self,
@@ -250,7 +277,7 @@ class QuantizedDistillationTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         rows = torch.cat(self._eval_rows)
         self._eval_rows = []
-        metrics = {**summarize_rows(rows[:, :4]), "loss": float(rows[:, 4].sum() / rows[:, 0].sum().clamp_min(1))}
+        metrics = summarize_rows(rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 

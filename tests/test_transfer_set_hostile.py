@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_sets import SHARD, hostile_sets, reshard, seal
+from hostile_sets import SHARD, hostile_sets, reshard, seal, tensor_changes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sandbox import Watch, in_sandbox
@@ -30,7 +30,7 @@ def read_all(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_set(tmp_path / "set", make_plan(num_prompts=4, vocab_size=60), label_rank=1)
+    write_set(tmp_path / "set", make_plan(num_prompts=3, vocab_size=60), label_rank=1)
     return tmp_path / "set"
 
 
@@ -119,6 +119,47 @@ def test_mutated_sets(folder: Path, tmp_path: Path, examples: int) -> None:
         run()
 
     in_sandbox(attack, tmp_path)
+
+
+MESSAGES = {
+    "counts-zero": "Row 0 of .* has a target without entries",
+    "counts-more": "Row 0 of .* has counts that do not sum to its entries",
+    "label-flags": "Row 0 of .* has more or fewer explicit ids",
+    "finished": "Row 0 of .* has a finished flag above 1",
+    "ids-more": "Row 0 of .* has more or fewer ids",
+    "ids-large": "Row 0 of .* the vocabulary ends at 60",
+    "mass": "Row 0 of .* hold a mass of",
+    "certain-but-shared": "Row 0 of .* must be finite",
+    "normalizers": "Row 0 of .* at temperature 2.0",
+    "span-empty": "Row 0 of .* has spans or sizes that cannot be",
+    "rows-0-moved": "Row 1 of .* has spans or sizes that cannot be",
+    "padding": "padding bits of `label_is_first`",
+    "rows-2-211": "sums to .* in its column `entries`",
+    "index-link": "it is a symbolic link",
+    "index-folder": "not a plain file",
+    "shard-fifo": "not a plain file",
+    "too-large": "is larger than 2097152 bytes",
+    "list": "holds a JSON list",
+    "nan": "NaN is not a JSON number",
+    "deep-objects": "nests deeper than 16 levels",
+    "raw-escape": "is not JSON",
+}
+
+
+def test_the_message_names_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    left = dict(MESSAGES)
+    for name, path in hostile_sets(folder, tmp_path / "scratch"):
+        if name in left:
+            with pytest.raises(TransferSetError, match=left.pop(name)):
+                read_all(path)
+    assert not left
+
+
+def test_damage_is_named_in_a_batch_of_good_rows(folder: Path) -> None:
+    reshard(folder, tensor_changes()["mass"])
+    with pytest.raises(TransferSetError, match="Row 2 of"):
+        TransferSet(folder).__getitems__([2, 0, 1])
+    TransferSet(folder, verify="off").__getitems__([2, 0, 1])  # told to trust, it does
 
 
 def test_what_a_plan_says_reaches_the_terminal_harmlessly() -> None:

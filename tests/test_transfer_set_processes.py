@@ -1,10 +1,11 @@
-"""Many processes read one set: the same content everywhere, and memory that stays where it was."""
+"""Many processes write one set, and many read it: the same bytes and content everywhere, and memory that stays flat."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transfer_sets import make_plan, make_row
+from transfer_sets import capture_slowly, make_plan, make_row
 
 from quantkd.transfer_set import RowBatch, TransferSet, TransferSetWriter
 
@@ -108,3 +109,39 @@ def test_memory_is_flat_and_does_not_follow_the_size(tmp_path: Path) -> None:
     _, large, large_size = in_child(read_epochs, tmp_path / "large", 0)()
     assert large_size > 7.5 * size
     assert large < 1.1 * before
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def start(*args: Any, join: bool) -> Any:
+    process = fork.Process(target=capture_slowly, args=args, kwargs={"join": join})
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_any_number_of_processes_gives_the_same_digest(tmp_path: Path, processes: int) -> None:
+    reference = capture_slowly(tmp_path / "reference", tmp_path / "log")
+    join = processes > 1
+    workers = [start(tmp_path / "set", tmp_path / "log", 0.002, join=join) for _ in range(processes)]
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * processes
+    assert files(tmp_path / "set") == files(tmp_path / "reference")
+    assert TransferSet(tmp_path / "set").digest == reference
+
+
+@pytest.mark.parametrize(("first", "then"), [(3, 1), (1, 4), (4, 2)])
+def test_resumed_on_another_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
+    reference = capture_slowly(tmp_path / "reference", tmp_path / "log")
+    workers = [start(tmp_path / "set", tmp_path / "a", 0.01, join=first > 1) for _ in range(first)]
+    time.sleep(0.06)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    workers = [start(tmp_path / "set", tmp_path / "b", 0.0, join=then > 1) for _ in range(then)]
+    for worker in workers:
+        worker.join(60)
+    assert TransferSet(tmp_path / "set", verify="full").digest == reference

@@ -12,7 +12,7 @@ from quantkd.transfer_set.reader import TransferSet
 
 
 @pytest.mark.parametrize("profile", ["faithful", "compact"])
-@pytest.mark.parametrize("vocab_size", [1, 2, 17, 256, 257, 4096, 65_536, 65_537, 140_000])
+@pytest.mark.parametrize("vocab_size", [1, 2, 17, 256, 257, 4096, 65_536, 65_537, 70_000])
 def test_rows_come_back(tmp_path: Path, profile: str, vocab_size: int) -> None:
     plan = make_plan(profile=profile, vocab_size=vocab_size)
     digest = write_set(tmp_path / "set", plan)

@@ -153,23 +153,24 @@ def test_a_sure_target_is_exact() -> None:
 
 @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0, 10.0])
 @pytest.mark.parametrize("levels", [256, 65_536])
-def test_normalizers_stay_within_a_step_and_leave_a_tail(temperature: float, levels: int) -> None:
+@pytest.mark.parametrize("kept", [20, 300])  # 300 is the whole vocabulary: no tail hides a mass above 1
+def test_normalizers_stay_within_a_step_and_leave_a_tail(temperature: float, levels: int, kept: int) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(50, 300)) * rng.uniform(0, 9, size=(50, 1))
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     wanted = np.log(np.exp(logprobs / temperature).sum(-1))
-    kept = np.sort(logprobs, -1)[:, ::-1][:, :20].astype(np.float32)
+    stored = np.sort(logprobs, -1)[:, ::-1][:, :kept].astype(np.float32)
     temperatures = (temperature, 1.0) if temperature < 1 else (1.0, temperature)
     column = temperatures.index(temperature)
     table = np.zeros((50, 2))
     table[:, column] = wanted
-    counts = np.full(50, 20)
-    codes = encode_normalizers(table, kept.ravel(), counts, temperatures, 300, levels)
+    counts = np.full(50, kept)
+    codes = encode_normalizers(table, stored.ravel(), counts, temperatures, 300, levels)
     found = decode_normalizers(codes, temperatures, 300, levels)
     assert codes.shape == (50, 1) and (found[:, 1 - column] == 0).all()
     step = abs((1 - 1 / temperature) * np.log(300)) / (levels - 1)
     assert np.abs(found[:, column] - wanted).max() <= step * 1.001 + 1e-6
-    assert (np.exp(kept / temperature - found[:, [column]]).sum(-1) <= 1 + 1e-5).all()
+    assert (np.exp(stored / temperature - found[:, [column]]).sum(-1) <= 1 + 1e-5).all()
 
 
 @settings(max_examples=150, deadline=None)

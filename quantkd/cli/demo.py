@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 _EXAMPLES = """examples:
   quantkd demo
-  quantkd demo --train_rows 256 --epochs 3 --output_dir runs/longer
+  quantkd demo --train_rows 256 --epochs 2 --output_dir runs/longer
 """
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--train_rows", type=int, default=96, help="problems to learn from (96)")
     parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure the fidelity on (32)")
     parser.add_argument("--test_rows", type=int, default=32, help="problems to solve, before and after (32)")
-    parser.add_argument("--epochs", type=float, default=2, help="passes over the transfer set (2)")
+    parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of problems and training (0)")
     args = parser.parse_args(argv)
     train = generate_problems(args.train_rows, args.seed)
@@ -55,10 +55,10 @@ def main(argv: Sequence[str]) -> None:
             str(run_dir / "student"),
             num_train_epochs=args.epochs,
             per_device_train_batch_size=8,
-            learning_rate=1e-3,
+            learning_rate=1e-4,
             lr_scheduler_type="cosine",
-            warmup_steps=2,
-            alpha=0.9,
+            warmup_steps=4,
+            alpha=1.0,
             logging_steps=2,
             save_strategy="no",
             seed=args.seed,

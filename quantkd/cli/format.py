@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from quantkd.transfer_set import TransferSetInfo
+import itertools
 
-__all__ = ["format_bytes", "format_info"]
+from quantkd.transfer_set import TransferSetInfo
+from quantkd.transfer_set.histograms import Histograms
+
+__all__ = ["format_bytes", "format_histograms", "format_info"]
 
 
 def format_bytes(count: float) -> str:
@@ -18,6 +21,33 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def format_histograms(histograms: Histograms) -> str:
+    """Entries and entropy per response token as bars of text.
+
+    Args:
+        histograms: from `compute_histograms`.
+    """
+    edges = [1, 2, 3, 5, 9, 17, 33, len(histograms.entries)]
+    entries = [
+        (f"{low}" if high == low + 1 else f"{low}-{high - 1}", int(histograms.entries[low:high].sum()))
+        for low, high in itertools.pairwise(edges)
+        if low < high
+    ]
+    step = 4  # bins of a quarter nat, joined
+    entropy = [
+        (f"{histograms.entropy_edges[low]:.0f}-{histograms.entropy_edges[low] + 1:.0f} nats", int(part.sum()))
+        for low in range(0, len(histograms.entropy), step)
+        if (part := histograms.entropy[low : low + step]).sum()
+    ]
+    lines = ["  entries a token", *_bars(entries), "  entropy of the teacher, at least", *_bars(entropy)]
+    return "\n".join(lines)
+
+
+def _bars(counts: list[tuple[str, int]]) -> list[str]:
+    total = max(sum(count for _, count in counts), 1)
+    return [f"    {name:<10} {100 * count / total:5.1f} %  {'#' * round(40 * count / total)}" for name, count in counts]
 
 
 def format_info(info: TransferSetInfo) -> str:

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from quantkd.cli.format import format_info
+from quantkd.cli.format import format_histograms, format_info
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.histograms import compute_histograms
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
   quantkd inspect runs/set
   quantkd inspect runs/set --rows 2 --tokens 10 --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
+  quantkd inspect runs/set --histogram runs/set.png
   quantkd inspect runs/set --json
 """
 
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=12, help="response tokens to show of each (12)")
     parser.add_argument("--alternatives", type=int, default=3, help="teacher's entries to show of each token (3)")
     parser.add_argument("--tokenizer", help="the teacher's tokenizer, to show text; without it ids are shown")
+    parser.add_argument("--histogram", metavar="PNG", help="also draw entries and entropy per token into this file")
     parser.add_argument("--allow_incomplete", action="store_true", help="show the committed part of an unfinished set")
     args = parser.parse_args(argv)
     transfer_set = TransferSet.open(args.path, allow_incomplete=args.allow_incomplete)
@@ -43,10 +46,17 @@ def main(argv: Sequence[str]) -> None:
         _describe(transfer_set[index], decode, args.tokens, args.alternatives)
         for index in range(min(max(args.rows, 0), len(transfer_set)))
     ]
+    histograms = compute_histograms(transfer_set)
+    if args.histogram:
+        from quantkd.report.histograms import draw_histograms  # matplotlib takes a second to import
+
+        draw_histograms(histograms, args.histogram)
     if args.json:
-        print(json.dumps({**asdict(transfer_set.info), "sample": rows}, sort_keys=True))
+        counts = {"entries": histograms.entries.tolist(), "entropy": histograms.entropy.tolist()}
+        print(json.dumps({**asdict(transfer_set.info), "histograms": counts, "sample": rows}, sort_keys=True))
         return
     print(format_info(transfer_set.info))
+    print(f"\n{format_histograms(histograms)}")
     if args.tokenizer is None and rows:
         print("\nTokens are shown as ids; name the teacher's tokenizer with --tokenizer to see text.")
     for number, row in enumerate(rows):

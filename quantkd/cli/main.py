@@ -13,6 +13,8 @@ __all__ = ["main"]
 _COMMANDS = {
     "capture": "let a teacher answer prompts and store its distributions as a transfer set",
     "inspect": "show what a transfer set holds",
+    "verify": "check every byte and row of a transfer set",
+    "convert": "write a transfer set again, smaller or trimmed",
     "train": "distil a transfer set into a quantized student",
     "evaluate": "measure one model: fidelity to the teacher and GSM8K accuracy",
     "report": "put evaluated models side by side: table, JSON, chart",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantkd.collator import DistillationCollator
+from quantkd.head import find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.losses import select_targets
 from quantkd.row_metrics import ROW_COLUMNS, compute_row_metrics, summarize_rows
 from quantkd.transfer_set import TransferSet
 
@@ -21,21 +24,24 @@ class Fidelity:
     """Sums per held-out row, so that means and intervals over rows follow.
 
     Args:
-        rows: (R, 4) float64 in the set's order, columns as in `quantkd.row_metrics.ROW_COLUMNS`.
+        rows: (R, 5) float64 in the set's order, columns as in `quantkd.row_metrics.ROW_COLUMNS`.
     """
 
     rows: Tensor
 
     def to_json(self) -> dict[str, Any]:
         """Means over tokens (`kl` and `ce` in nats, `perplexity`, `top1_agreement`) and the sums of every row."""
+        names = ("tokens", "kl_sum", "ce_sum", "agree")
+        counts = ("tokens", "agree")
         per_row = [
             {
-                name: int(value) if name in ("tokens", "agree") else value
-                for name, value in zip(ROW_COLUMNS, row, strict=True)
+                name: int(row[ROW_COLUMNS.index(name)]) if name in counts else row[ROW_COLUMNS.index(name)]
+                for name in names
             }
             for row in self.rows.tolist()
         ]
-        return {"rows": per_row, **summarize_rows(self.rows)}
+        summary = summarize_rows(self.rows)
+        return {"rows": per_row, **{name: value for name, value in summary.items() if name != "loss"}}
 
 
 def evaluate_fidelity(model: Any, transfer_set: TransferSet, *, batch_size: int = 8, progress: bool = True) -> Fidelity:
@@ -55,15 +61,20 @@ def evaluate_fidelity(model: Any, transfer_set: TransferSet, *, batch_size: int 
     rows = torch.zeros(len(transfer_set), len(ROW_COLUMNS), dtype=torch.float64)
     training = model.training
     model.eval()
+    head = find_head(model) if why_not_fusable(model) is None else None
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc="fidelity", unit="batch", disable=None if progress else True):
         indices = order[start : start + batch_size]
         batch = collate(transfer_set.__getitems__(indices))
         with torch.inference_mode():
-            logits = model(
-                input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
-            ).logits
-            found = compute_row_metrics(logits, batch["labels"].to(logits.device), batch["teacher"].to(logits.device))
+            labels = batch["labels"].to(model.device)
+            with hidden_states_as_logits(model) if head is not None else nullcontext():
+                outputs = model(
+                    input_ids=batch["input_ids"].to(model.device),
+                    attention_mask=batch["attention_mask"].to(model.device),
+                )
+            hidden, targets = select_targets(outputs.logits, labels)
+            found = compute_row_metrics(hidden, targets, batch["teacher"].to(hidden.device), labels, head=head)
         rows[indices] = found.double().cpu()
     model.train(training)
     return Fidelity(rows)

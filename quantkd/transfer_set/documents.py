@@ -47,14 +47,12 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
     """The object in `data`, which must be byte for byte what `canonical_json` writes.
 
     Args:
-        data: the bytes of the file.
+        data: the bytes of the file, at most `MAX_DOCUMENT_BYTES`.
         name: the file's name, for the error.
 
     Raises:
-        TransferSetError: too large or too deep, not JSON, not canonical, not an object, or with control characters.
+        TransferSetError: too deep, not JSON, not canonical, not an object, or with control characters.
     """
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise TransferSetError(f"{name} has {len(data)} bytes; at most {MAX_DOCUMENT_BYTES} are read.")
     _check_depth(data, name)
     try:
         value = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)

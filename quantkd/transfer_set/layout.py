@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantkd.errors import ConfigError, TransferSetError
-from quantkd.storage import Nucleus, Sampled, StorageRule, TopK, storage_rule_from_dict
+from quantkd.storage import Nucleus, StorageRule, TopK, storage_rule_from_dict
 from quantkd.transfer_set.documents import canonical_json, quote, require_fields
 from quantkd.transfer_set.encoded import MAX_SHARD_ROWS
 from quantkd.transfer_set.profiles import PROFILES
@@ -143,13 +143,7 @@ class Plan:
 
 def max_entries(rule: StorageRule, vocab_size: int) -> int:
     """The most entries that a position can hold under `rule`."""
-    match rule:
-        case TopK():
-            limit = rule.k
-        case Nucleus():
-            limit = rule.max_k
-        case Sampled():
-            limit = rule.n
+    limit = rule.k if isinstance(rule, TopK) else rule.max_k if isinstance(rule, Nucleus) else rule.n
     return min(limit, vocab_size)
 
 

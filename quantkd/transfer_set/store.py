@@ -132,7 +132,7 @@ class ShardStore:
                     self._check_values(self.codec.decode(mapped.fetch(local, local + 1)))
                 except TransferSetError as error:
                     raise TransferSetError(f"Row {local} of {mapped.path}: {error}") from error
-            raise
+            raise  # pragma: no cover - what is wrong with several rows is wrong with one of them
 
     def _check_values(self, decoded: DecodedRows) -> None:
         check_entries(

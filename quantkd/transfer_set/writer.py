@@ -226,9 +226,9 @@ class TransferSetWriter:
     def _write_index(self) -> None:
         with FileLock(self.path / COMMIT_LOCK) as lock:
             finished = (self.path / INDEX_NAME).exists
-            if not lock.wait(LOCK_TIMEOUT_SECONDS, finished):
-                return
-            if finished():  # the other one has cleaned up already, so this lock's file is ours to remove
+            if not lock.wait(LOCK_TIMEOUT_SECONDS, finished) and not finished():
+                raise _stuck(lock)
+            if finished():  # by another writer, which has cleaned up: a lock file made since then is ours to remove
                 lock.release(remove=True)
                 return
             records = [read_record(self.path, shard) for shard in range(self.plan.num_shards)]
@@ -258,7 +258,7 @@ class TransferSetWriter:
 def _establish_plan(disk: FileSystem, folder: Path, plan: Plan) -> None:
     with FileLock(folder / COMMIT_LOCK) as lock:
         if not lock.wait(LOCK_TIMEOUT_SECONDS):
-            raise TransferSetError(f"Another writer keeps {folder / COMMIT_LOCK} locked. Stop it, then start again.")
+            raise _stuck(lock)
         if (folder / PLAN_NAME).exists():
             _require_same(folder, read_plan(folder), plan)
             return
@@ -269,6 +269,10 @@ def _establish_plan(disk: FileSystem, folder: Path, plan: Plan) -> None:
                 "else. Choose another folder, or remove them."
             )
         write_atomically(disk, folder / PLAN_NAME, plan_to_bytes(plan), "plan")
+
+
+def _stuck(lock: FileLock) -> TransferSetError:
+    return TransferSetError(f"Another writer keeps {lock.path} locked. Stop it, then run the same command again.")
 
 
 def _require_same(folder: Path, found: Plan, wanted: Plan) -> None:

@@ -1,0 +1,59 @@
+"""How many entries the targets of a set hold, and how unsure the teacher was: the figures behind `quantkd inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkd.transfer_set.reader import TransferSet
+
+__all__ = ["Histograms", "compute_histograms"]
+
+_ROWS_AT_ONCE = 256
+_NATS_PER_BIN = 0.25
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """Counts of target positions.
+
+    Args:
+        entries: `entries[n]` targets hold n entries.
+        entropy: `entropy[b]` targets have an entropy in `[entropy_edges[b], entropy_edges[b + 1])`. It is taken over
+            the entries and the tail as one class, so it is a lower bound of the teacher's own.
+        entropy_edges: edges of the bins in nats, the last one open.
+    """
+
+    entries: NDArray[np.int64]
+    entropy: NDArray[np.int64]
+    entropy_edges: NDArray[np.float64]
+
+
+def compute_histograms(transfer_set: TransferSet) -> Histograms:
+    """Read a set once and count.
+
+    Args:
+        transfer_set: a set or a view.
+
+    Raises:
+        TransferSetError: a row is damaged.
+    """
+    top = np.log(transfer_set.plan.vocab_size)
+    edges = np.arange(np.ceil(top / _NATS_PER_BIN) + 1) * _NATS_PER_BIN
+    entries = np.zeros(1, dtype=np.int64)
+    entropy = np.zeros(len(edges), dtype=np.int64)
+    for start in range(0, len(transfer_set), _ROWS_AT_ONCE):
+        teacher = transfer_set.__getitems__(range(start, min(start + _ROWS_AT_ONCE, len(transfer_set)))).teacher
+        counts = teacher.counts.numpy()
+        held = np.bincount(counts, minlength=len(entries))
+        held[: len(entries)] += entries
+        entries = held
+        logprobs, tail = (part.double().numpy() for part in teacher.at_temperature(1.0))
+        terms = np.append(-logprobs * np.exp(logprobs), 0.0)  # the last term keeps an empty batch from failing
+        sums = np.diff(np.append(0.0, np.cumsum(terms))[np.append(0, np.cumsum(counts))])
+        sums -= tail * np.log(np.where(tail > 0, tail, 1.0))
+        bins = np.clip(np.digitize(sums, edges) - 1, 0, len(edges) - 1)
+        entropy += np.bincount(bins, minlength=len(edges))
+    return Histograms(entries, entropy, np.append(edges, np.inf))
