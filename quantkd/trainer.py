@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +24,7 @@ from quantkd.fused import compute_fused_loss
 from quantkd.head import find_head, hidden_states_as_logits, why_not_fusable
 from quantkd.initialization import initialize_from_transfer_set
 from quantkd.losses import compute_position_terms, select_targets
+from quantkd.provenance import remove_local_paths, write_provenance
 from quantkd.row_metrics import compute_row_metrics, summarize_rows
 from quantkd.student import attach_lora, is_quantized, load_student
 from quantkd.transfer_set import TransferSet
@@ -288,15 +288,12 @@ class QuantizedDistillationTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         # It is a pickle, can hold a Hub token, and nothing reads it back.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        (folder / "quantkd.json").write_text(json.dumps(self._provenance(), indent=2, sort_keys=True) + "\n")
-
-    def _provenance(self) -> dict[str, Any]:
-        from quantkd import __version__
-
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
-        return {
-            "quantkd_version": __version__,
-            "transfer_set_digest": trained_on.digest if trained_on is not None else None,
-            "teacher": trained_on.info.teacher_name if trained_on is not None else None,
-            "objective": {name: getattr(self.args, name) for name in ("alpha", "temperature", "divergence", "beta")},
-        }
+        write_provenance(folder, trained_on, self._objective)
+        remove_local_paths(folder, self.model)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's model card, without the path of a base model that lies in a local folder."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            remove_local_paths(Path(str(self.args.output_dir)), self.model)

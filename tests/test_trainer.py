@@ -52,6 +52,7 @@ def make_trainer(tiny_model_path, transfer_set, tmp_path):
             "save_strategy": "no",
             "lr_scheduler_type": "constant",
             "model_init_kwargs": {"dtype": "float32"},
+            "init": "zero",
             "disable_tqdm": True,
             **kwargs,
         }
@@ -134,7 +135,7 @@ keep = Keep()
 args = QuantizedDistillationConfig({str(tmp_path / "ddp")!r}, per_device_train_batch_size=2,
     gradient_accumulation_steps=2, learning_rate=1e-2, max_steps=2, logging_steps=1, save_strategy="no",
     lr_scheduler_type="constant", max_grad_norm=0.0,
-    model_init_kwargs={{"dtype": "float32"}}, disable_tqdm=True, use_cpu=True)
+    model_init_kwargs={{"dtype": "float32"}}, init="zero", disable_tqdm=True, use_cpu=True)
 trainer = QuantizedDistillationTrainer({str(tiny_model_path)!r}, args, callbacks=[keep],
     train_dataset=TransferSet({str(set_path)!r}), eval_dataset=TransferSet({str(set_path)!r})[:3])
 trainer.train()
@@ -221,6 +222,9 @@ def test_it_learns_and_the_saved_adapter_gives_the_same_logits(make_trainer, tra
     assert (out / "adapter_config.json").is_file() and (out / "adapter_model.safetensors").is_file()
     assert json.loads((out / "quantkd.json").read_text())["transfer_set_digest"] == transfer_set.digest
     assert not [file for file in out.rglob("*") if file.suffix in (".bin", ".pkl")]
+    trainer.create_model_card()
+    for file in out.iterdir():
+        assert file.is_dir() or str(tiny_model_path.parent).encode() not in file.read_bytes(), file.name
 
     base = AutoModelForCausalLM.from_pretrained(
         tiny_model_path, dtype=torch.float32, quantization_config=default_quantization_config(torch.float32)
