@@ -71,6 +71,8 @@ class QuantizedDistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_objective(self.alpha, self.temperature, self.divergence, self.beta)
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch
         if self.init not in ("covariance", "zero"):
             raise ConfigError(f"init is 'covariance' or 'zero', found {self.init!r}.")
         if self.init_rows < 1:

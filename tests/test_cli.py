@@ -106,6 +106,17 @@ def test_errors_are_one_line_and_exit_with_one(capsys, tmp_path, set_path, tiny_
         tmp_path / "o", "--temperature", "4.0",
     )  # fmt: skip
     assert code == 1 and "capture again with --temperatures 4.0" in err
+    code, _, err = run(
+        capsys, "capture", "--model", tiny_model_path, "--prompts", "x.jsonl", "--output_dir", tmp_path / "s",
+        "--attn_implementation", "flash_attention_2",
+    )  # fmt: skip
+    assert code == 1 and "x.jsonl" in err
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    code, _, err = run(
+        capsys, "capture", "--model", tiny_model_path, "--prompts", tmp_path / "p.jsonl", "--output_dir",
+        tmp_path / "s", "--attn_implementation", "flash_attention_2",
+    )  # fmt: skip
+    assert code == 1 and "FlashAttention2" in err and "Traceback" not in err
     code, _, err = run(capsys, "report", tmp_path)
     assert code == 1
 

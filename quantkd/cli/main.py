@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
-    except QuantKDError as error:
+    # The latter two are how transformers and datasets say that a model, file or package is not there.
+    except (QuantKDError, ImportError, OSError) as error:
         print(f"quantkd {command}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
