@@ -45,8 +45,11 @@ def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storag
             ids = teacher.token_ids[teacher.offsets[place] : teacher.offsets[place + 1]]
             stored = teacher.logprobs[teacher.offsets[place] : teacher.offsets[place + 1]]
             best = dense[place].topk(len(ids)).values
-            torch.testing.assert_close(stored.double(), dense[place][ids], atol=2e-2, rtol=2e-3)
-            torch.testing.assert_close(dense[place][ids], best, atol=1e-4, rtol=1e-4)  # the top ones, but for ties
+            # The store rounds; its own tests hold the bounds.
+            torch.testing.assert_close(stored.double().exp(), dense[place][ids].exp(), atol=2e-3, rtol=5e-2)
+            kept = dense[place][ids].sort(descending=True).values
+            torch.testing.assert_close(kept, best, atol=1e-4, rtol=1e-4)  # the top ones, but for ties
+            torch.testing.assert_close(dense[place][ids[0]], best[0], atol=1e-4, rtol=1e-4)
         for column, temperature in enumerate((1.0, 2.0, 4.0)):
             expected = (dense / temperature).logsumexp(-1)
             torch.testing.assert_close(teacher.log_normalizers[:, column].double(), expected, atol=1e-2, rtol=1e-2)
@@ -97,7 +100,8 @@ def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, 
         dense = dense_logprobs(tiny_model, row)
         teacher = row["teacher"]
         torch.testing.assert_close(teacher.top_ids, dense.argmax(-1))
-        torch.testing.assert_close(teacher.logprobs.view(-1, 7).double(), dense.topk(7).values, atol=2e-2, rtol=2e-3)
+        kept = teacher.logprobs.view(-1, 7).double().sort(descending=True).values
+        torch.testing.assert_close(kept.exp(), dense.topk(7).values.exp(), atol=2e-3, rtol=5e-2)
 
 
 def test_rows_scored_from_generated_answers_agree_with_rows_captured_while_generating(
@@ -117,7 +121,10 @@ def test_rows_scored_from_generated_answers_agree_with_rows_captured_while_gener
     ]
     for scored, row in zip(teacher.score(prompts), generated, strict=True):
         torch.testing.assert_close(torch.as_tensor(scored.token_ids).view(-1, 5)[:, 0], row["teacher"].top_ids)
-        torch.testing.assert_close(torch.as_tensor(scored.logprobs), row["teacher"].logprobs, atol=2e-2, rtol=2e-3)
+        order = torch.as_tensor(scored.token_ids).view(-1, 5)[:, 1:].argsort(-1)  # stored: the first, then by id
+        values = torch.as_tensor(scored.logprobs).view(-1, 5)
+        ordered = torch.cat([values[:, :1], values[:, 1:].gather(1, order)], 1).flatten()
+        torch.testing.assert_close(ordered.exp(), row["teacher"].logprobs.exp(), atol=2e-3, rtol=5e-2)
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(set_of):
