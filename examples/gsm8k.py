@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from accelerate import PartialState
 from trl import TrlParser, get_quantization_config
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.cli.arguments import StudentArguments, peft_config_from
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.demo import load_demo_model
-from quantkd.hardware import parse_dtype
+from quantkd.hardware import parse_dtype, process_state
 from quantkd.pipeline import Experiment, run_experiment
 from quantkd.report import format_table
 from quantkd.storage import parse_storage_rule
@@ -98,7 +97,7 @@ def main() -> None:
     tests = load_gsm8k(data.dataset_path, "test", max(data.held_out_rows, data.test_rows))
     dtype = parse_dtype(student.dtype)
     student.dtype = str(dtype).removeprefix("torch.")
-    with PartialState().local_main_process_first():
+    with process_state().local_main_process_first():
         model = student.model_name_or_path or str(load_demo_model())
     kwargs = {"revision": student.model_revision, "trust_remote_code": student.trust_remote_code}
     if student.attn_implementation:
@@ -126,7 +125,7 @@ def main() -> None:
         ),
         config,
     )
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(format_table(json.loads((run_dir / "results.json").read_text())))
         print(f"\nThe report is {report}.")
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from quantkd.errors import ConfigError
+from quantkd.hardware import has_accelerator
 from quantkd.losses import check_objective
 
 __all__ = ["QuantizedDistillationConfig"]
@@ -69,6 +70,8 @@ class QuantizedDistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Without it the processes of `torchrun` on CPUs would not find each other.
+        self.use_cpu = self.use_cpu or not has_accelerator()
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_objective(self.alpha, self.temperature, self.divergence, self.beta)
         if self.device.type == "cpu":

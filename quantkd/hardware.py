@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import torch
+from accelerate import PartialState
 
 from quantkd.errors import ConfigError
 
-__all__ = ["default_device", "native_compute_dtype", "parse_dtype"]
+__all__ = ["default_device", "has_accelerator", "native_compute_dtype", "parse_dtype", "process_state"]
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a GPU or another accelerator."""
+    return (
+        torch.cuda.is_available()
+        or torch.backends.mps.is_available()
+        or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
+    )
+
+
+def process_state() -> PartialState:
+    """accelerate's view of this process: its device, its rank, and how many there are.
+
+    Without an accelerator it must be told so, or processes that `torchrun` started would not find each other.
+    """
+    return PartialState(cpu=not has_accelerator())
 
 
 def default_device() -> torch.device:
     """This process's accelerator if there is one, else the CPU; under a launcher each process gets its own."""
-    from accelerate import PartialState
-
-    device: torch.device = PartialState().device
+    device: torch.device = process_state().device
     return device
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import PeftConfig
 
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.data.gsm8k import build_prompt
 from quantkd.evaluation.arms import evaluate_arm
+from quantkd.hardware import process_state
 from quantkd.report import build_report
 from quantkd.student import load_student
 from quantkd.teacher import capture, load_teacher
@@ -74,7 +74,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     Returns:
         The path of `report.md`; `results.json` and the chart lie beside it.
     """
-    state, run_dir = PartialState(), Path(experiment.run_dir)
+    state, run_dir = process_state(), Path(experiment.run_dir)
     _say("the teacher answers")
     teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
     sets = {
@@ -150,5 +150,5 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
 
 
 def _say(step: str) -> None:
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(f"== {step}", flush=True)

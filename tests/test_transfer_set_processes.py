@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transfer_sets import capture_slowly, make_plan, make_row
+from transfer_sets import capture_slowly, make_plan, make_row, write_set
 
 from quantkd.transfer_set import RowBatch, TransferSet, TransferSetWriter
+from quantkd.transfer_set.filesystem import FileLock
 
 fork = multiprocessing.get_context("fork")
 
@@ -131,6 +133,24 @@ def test_any_number_of_processes_gives_the_same_digest(tmp_path: Path, processes
     assert [worker.exitcode for worker in workers] == [0] * processes
     assert files(tmp_path / "set") == files(tmp_path / "reference")
     assert TransferSet(tmp_path / "set").digest == reference
+
+
+def test_a_late_joiner_may_meet_a_set_that_was_finished_just_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at the index and its turn at the plan, the others finish and remove the plan."""
+    plan = make_plan()
+    reference = write_set(tmp_path / "done", plan)
+    wait = FileLock.wait
+
+    def finish_meanwhile(self: FileLock, *args: Any) -> bool:
+        shutil.copytree(tmp_path / "done", tmp_path / "set", dirs_exist_ok=True)
+        return wait(self, *args)
+
+    monkeypatch.setattr(FileLock, "wait", finish_meanwhile)
+    with TransferSetWriter.open(tmp_path / "set", plan, join=True) as writer:
+        assert writer.is_complete and writer.finalize() == reference
+    assert files(tmp_path / "set") == files(tmp_path / "done")
 
 
 @pytest.mark.parametrize(("first", "then"), [(3, 1), (1, 4), (4, 2)])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from trl import TrlParser
 
 from quantkd.cli.format import format_info
+from quantkd.hardware import process_state
 from quantkd.storage import parse_storage_rule
 from quantkd.teacher import capture
 
@@ -107,7 +108,6 @@ def main(argv: Sequence[str]) -> None:
         dtype=args.dtype,
         model_init_kwargs=init_kwargs,
     )
-    from accelerate import PartialState
 
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(f"{args.output_dir}\n{format_info(transfer_set.info)}")

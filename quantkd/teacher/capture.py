@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ from quantkd.data.prompts import Example, encode_completion, encode_prompt, load
 from quantkd.errors import ConfigError, DataError
 from quantkd.fingerprint import compute_fingerprint
 from quantkd.generation import check_context
-from quantkd.hardware import default_device, parse_dtype
+from quantkd.hardware import default_device, parse_dtype, process_state
 from quantkd.storage import Nucleus, Sampled, StorageRule, check_temperatures, storage_rule_to_dict
 from quantkd.teacher.transformers import EncodedPrompt, GenerationSettings, TransformersTeacher
 from quantkd.transfer_set import PROFILES, Plan, TransferRow, TransferSet, TransferSetWriter
@@ -171,7 +170,7 @@ def capture(
         rows_per_shard=rows_per_shard,
         batch_size=batch_size,
     )
-    state = PartialState()
+    state = process_state()
     bar = tqdm(
         total=len(encoded), desc="capture", unit="row", disable=None if progress and state.is_main_process else True
     )

@@ -104,12 +104,12 @@ class TransferSetWriter:
                 )
             try:
                 digest = None
+                if not (folder / INDEX_NAME).exists():
+                    _establish_plan(disk, folder, plan)
                 if (folder / INDEX_NAME).exists():
                     index = read_index(folder)
                     _require_same(folder, index.plan, plan)
                     digest = index.digest()
-                else:
-                    _establish_plan(disk, folder, plan)
                 writer = cls(folder, plan, disk, lock, digest)
                 if digest is not None:
                     writer._remove_leftovers()
@@ -259,6 +259,8 @@ def _establish_plan(disk: FileSystem, folder: Path, plan: Plan) -> None:
     with FileLock(folder / COMMIT_LOCK) as lock:
         if not lock.wait(LOCK_TIMEOUT_SECONDS):
             raise _stuck(lock)
+        if (folder / INDEX_NAME).exists():
+            return  # finished by others while this process waited; they removed the plan
         if (folder / PLAN_NAME).exists():
             _require_same(folder, read_plan(folder), plan)
             return
