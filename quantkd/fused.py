@@ -20,44 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkd.errors import ConfigError
-from quantkd.losses import MIN_TAIL, Divergence, check_objective
+from quantkd.head import Head
+from quantkd.losses import MIN_TAIL, Divergence, check_objective, check_positions
 from quantkd.topk import TopKLogprobs
 
-__all__ = ["FusedTerms", "Head", "compute_fused_loss"]
+__all__ = ["FusedTerms", "compute_fused_loss"]
 
 # Logits of one chunk. Larger chunks cost memory, smaller ones make the matrix products read the head more often.
 _CHUNK_BYTES = 64 * 2**20
 # On a CPU the passes between the two products run over this much at a time, which stays in the cache.
 _CPU_BLOCK_BYTES = 2 * 2**20
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`.
-
-    Args:
-        weight: (V, H).
-        bias: (V,) or None.
-        scale: a factor on the logits (Cohere, Granite); 1.0 for most models.
-        softcap: the final soft-capping (Gemma 2); None for most models.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V), in float32, or float64 if the product is."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
 
 
 @dataclass(frozen=True)
@@ -104,17 +76,8 @@ def compute_fused_loss(
         ConfigError: an objective without meaning, positions that do not match, or entries outside the vocabulary.
     """
     check_objective(alpha, temperature, divergence, beta)
-    if not hidden.shape[0] == labels.shape[0] == len(teacher):
-        raise ConfigError(
-            f"Expected one teacher distribution and one label for each of {hidden.shape[0]} target positions, found "
-            f"{len(teacher)} and {labels.shape[0]}. Was the batch truncated after the transfer set was read?"
-        )
     vocab_size = head.weight.shape[0]
-    if teacher.vocab_size > vocab_size and teacher.token_ids.numel() and int(teacher.token_ids.max()) >= vocab_size:
-        raise ConfigError(
-            f"The teacher's entries reach id {int(teacher.token_ids.max())}, the student's vocabulary ends at "
-            f"{vocab_size - 1}. Teacher and student must share a tokenizer."
-        )
+    check_positions(hidden.shape[0], labels, teacher, vocab_size)
     log_p, p_tail = teacher.at_temperature(temperature)
     rows = chunk_rows or max(1, _CHUNK_BYTES // (4 * vocab_size))
     objective = _Objective(alpha, temperature, divergence, beta)

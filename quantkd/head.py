@@ -4,17 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkd.fused import Head
-
-__all__ = ["find_head", "hidden_states_as_logits", "why_not_fusable"]
+__all__ = ["Head", "find_head", "hidden_states_as_logits", "why_not_fusable"]
 
 # What families do to the logits after the head: the attribute, where it lies, and the value that makes it do nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`.
+
+    Args:
+        weight: (V, H).
+        bias: (V,) or None.
+        scale: a factor on the logits (Cohere, Granite); 1.0 for most models.
+        softcap: the final soft-capping (Gemma 2); None for most models.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V), in float32, or float64 if the product is."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
 
 
 def find_head(model: Any) -> Head:

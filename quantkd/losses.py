@@ -28,6 +28,7 @@ __all__ = [
     "Divergence",
     "PositionTerms",
     "check_objective",
+    "check_positions",
     "compute_distillation_loss",
     "compute_position_terms",
     "select_targets",
@@ -85,6 +86,31 @@ def check_objective(alpha: float, temperature: float, divergence: str, beta: flo
         )
 
 
+def check_positions(count: int, labels: Tensor, teacher: TopKLogprobs, vocab_size: int) -> None:
+    """Refuse labels and distributions that do not belong to the same positions, or to another vocabulary.
+
+    Args:
+        count: N, the positions that the student was asked for.
+        labels: (N,) target ids.
+        teacher: distributions at N positions.
+        vocab_size: V of the student.
+
+    Raises:
+        ConfigError: the three disagree on N, or an entry lies outside the student's vocabulary.
+    """
+    if not count == labels.shape[0] == len(teacher):
+        raise ConfigError(
+            f"Expected one teacher distribution and one label for each of {count} target positions, found "
+            f"{len(teacher)} and {labels.shape[0]}. Was the batch truncated after the transfer set was read?"
+        )
+    # Looked at only where it can be: on a GPU the maximum waits for the device.
+    if teacher.vocab_size > vocab_size and teacher.token_ids.numel() and int(teacher.token_ids.max()) >= vocab_size:
+        raise ConfigError(
+            f"The teacher's entries reach id {int(teacher.token_ids.max())}, the student's vocabulary ends at "
+            f"{vocab_size - 1}. Teacher and student must share a tokenizer."
+        )
+
+
 def select_targets(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair every label with the logits that predict it. The one place where the causal shift happens.
 
@@ -133,16 +159,7 @@ def compute_position_terms(
         >>> f"{terms.ce.item():.4f} {abs(terms.kl.item()):.4f}"
         '0.4076 0.0000'
     """
-    if not logits.shape[0] == labels.shape[0] == len(teacher):
-        raise ConfigError(
-            f"Expected one teacher distribution and one label for each of {logits.shape[0]} target positions, found "
-            f"{len(teacher)} and {labels.shape[0]}. Was the batch truncated after the transfer set was read?"
-        )
-    if teacher.token_ids.numel() and int(teacher.token_ids.max()) >= logits.shape[1]:
-        raise ConfigError(
-            f"The teacher's entries reach id {int(teacher.token_ids.max())}, the student's vocabulary ends at "
-            f"{logits.shape[1] - 1}. Teacher and student must share a tokenizer."
-        )
+    check_positions(logits.shape[0], labels, teacher, logits.shape[1])
     if logits.dtype != torch.float64:
         logits = logits.float()
     log_z = logits.logsumexp(-1)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from quantkd.fused import Head
+from quantkd.head import Head
 from quantkd.losses import Divergence, compute_position_terms
 from quantkd.topk import TopKLogprobs
 

@@ -153,7 +153,12 @@ class TopKLogprobs:
         return logprobs.to(dtype), tail.to(dtype)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TopKLogprobs:
-        """The same value with its tensors on `device`; `accelerate` calls this when it places a batch."""
+        """The same value with its tensors on `device`; `accelerate` calls this when it places a batch.
+
+        Args:
+            device: where to.
+            non_blocking: do not wait for copies from pinned memory.
+        """
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TopKLogprobs:

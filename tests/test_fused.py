@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkd.errors import ConfigError
-from quantkd.fused import Head, compute_fused_loss
+from quantkd.fused import compute_fused_loss
+from quantkd.head import Head
 from quantkd.losses import compute_position_terms
 from quantkd.storage import Nucleus, Sampled, TopK, select_entries
 from quantkd.topk import TopKLogprobs

@@ -138,7 +138,7 @@ def test_teacher_equal_to_student_gives_no_divergence(positions, vocab, data):
     for temperature, divergence in itertools.product((1.0, 2.0), DIVERGENCES):
         entries = select_entries(logits, TopK(k), (1.0, 2.0))
         terms = compute_position_terms(logits, labels, entries, temperature=temperature, divergence=divergence)
-        assert terms.kl.abs().max() < 2e-6
+        assert terms.kl.abs().max() < 5e-6  # float32 rounds a log-normalizer of 16 to 1e-6
 
 
 def test_tail_survives_where_one_minus_the_sum_would_be_noise():

@@ -147,7 +147,12 @@ class TransferSet(Dataset[dict[str, Any]]):
         return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
 
     def shuffle(self, seed: int, epoch: int = 0) -> TransferSet:
-        """A view in an order that depends on `seed` and `epoch` alone; no global random state is read or changed."""
+        """A view in an order that depends on `seed` and `epoch` alone; no global random state is read or changed.
+
+        Args:
+            seed: of the run.
+            epoch: of the pass over the data.
+        """
         return self.select(_permutation(len(self), (seed, epoch)))
 
     @property
