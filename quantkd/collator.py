@@ -1,4 +1,4 @@
-"""Rows of a transfer set to a padded batch with the teacher's entries, still ragged."""
+"""Rows of a transfer set to a padded or packed batch with the teacher's entries, still ragged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkd.errors import DataError
+from quantkd.packing import position_ids_of
 from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set import RowBatch
 
@@ -17,41 +19,65 @@ __all__ = ["DistillationCollator"]
 
 @dataclass(frozen=True)
 class DistillationCollator:
-    """Pad rows on the right to the longest of the batch.
+    """Rows to one batch: padded on the right to the longest, or packed end to end.
 
     Args:
         pad_token_id: what `input_ids` are padded with; `labels` get -100 and `attention_mask` 0.
         pad_to_multiple_of: round the padded length up to a multiple of this.
+        packing: lay the rows end to end in one sequence of T tokens instead, told apart by `position_ids`.
 
     Returns (from a call):
-        `input_ids`, `attention_mask`, `labels` (B, T), and `teacher`: one `TopKLogprobs` over the targets of all
-        rows, in order. Entries are never padded.
+        `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and `position_ids`
+        (1, T); and `teacher`, one `TopKLogprobs` over the targets of all rows in order, if the rows hold one. Entries
+        are never padded.
+
+    Raises (from a call):
+        DataError: some rows hold the teacher's entries and some do not.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    packing: bool = False
 
     def __call__(self, rows: RowBatch | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        teacher: TopKLogprobs | None = None
         if isinstance(rows, RowBatch):
             lengths, input_ids, labels, teacher = rows.lengths, rows.input_ids, rows.labels, rows.teacher
         else:
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-            input_ids = torch.cat([row["input_ids"] for row in rows])
-            labels = torch.cat([row["labels"] for row in rows])
-            teacher = TopKLogprobs.concatenate([row["teacher"] for row in rows])
+            input_ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
+            labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
+            taught = [row["teacher"] for row in rows if "teacher" in row]
+            if taught and len(taught) < len(rows):
+                raise DataError(
+                    f"{len(rows) - len(taught)} of {len(rows)} rows hold no teacher entries; give all or none."
+                )
+            teacher = TopKLogprobs.concatenate(taught) if taught else None
+        batch = self._pack(lengths, input_ids, labels) if self.packing else self._pad(lengths, input_ids, labels)
+        return batch if teacher is None else {**batch, "teacher": teacher}
+
+    def _pack(self, lengths: Tensor, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
+        positions = position_ids_of(lengths)
+        return {
+            "input_ids": input_ids.unsqueeze(0),
+            "position_ids": positions.unsqueeze(0),
+            # Nothing predicts a row's first token; in a packed sequence the row before it would.
+            "labels": labels.masked_fill(positions == 0, -100).unsqueeze(0),
+        }
+
+    def _pad(self, lengths: Tensor, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
         width = int(lengths.max())
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         mask = torch.arange(width) < lengths.unsqueeze(1)
         return {
-            "input_ids": _pad(input_ids, mask, self.pad_token_id),
+            "input_ids": _fill(input_ids, mask, self.pad_token_id),
             "attention_mask": mask.long(),
-            "labels": _pad(labels, mask, -100),
-            "teacher": teacher,
+            "labels": _fill(labels, mask, -100),
         }
 
 
-def _pad(flat: Tensor, mask: Tensor, value: int) -> Tensor:
+def _fill(flat: Tensor, mask: Tensor, value: int) -> Tensor:
     """(B, T) with the flat values where `mask` is set, row by row, and `value` elsewhere."""
     padded = torch.full(mask.shape, value, dtype=flat.dtype)
     padded[mask] = flat

@@ -9,6 +9,7 @@ from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError, DataError
 from quantkd.fingerprint import check_fingerprint
 from quantkd.transfer_set import TransferSet
+from quantkd.weights import count_rows
 
 __all__ = ["check_student", "check_transfer_set"]
 
@@ -54,7 +55,7 @@ def check_student(transfer_set: TransferSet, model: PreTrainedModel | PeftModel)
         DataError: rows longer than the student's context.
     """
     config = model.config.get_text_config()
-    width = model.get_output_embeddings().weight.shape[0]
+    width = count_rows(model.get_output_embeddings().weight)
     if width != transfer_set.info.vocab_size:
         raise ConfigError(
             f"The student's vocabulary has {width} ids, the teacher's logits had {transfer_set.info.vocab_size}. "

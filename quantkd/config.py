@@ -28,18 +28,26 @@ class QuantizedDistillationConfig(TrainingArguments):
         init_rows: rows of the transfer set that `covariance` looks at.
         use_fused_loss: compute the loss from hidden states in chunks, without holding logits. Models that it cannot
             serve fall back to their logits with a warning that says why.
+        packing: lay the rows of a batch end to end in one sequence, without padding and without sight of each other.
+            Needs a model whose attention follows position ids, which is tried; pays with FlashAttention.
         model_init_kwargs: further arguments of `from_pretrained` when the student is given by name, such as
             `{"revision": ..., "dtype": ...}`. `dtype` is also what the 4-bit layers compute in: bfloat16 where the
             hardware has it, else float32, if it is not given. `trust_remote_code` is off unless set here.
+        teacher_model_init_kwargs: the same for the trainer's `teacher_model`, if that is given by name.
 
-    Three defaults differ from `TrainingArguments`: `learning_rate` (2e-4, usual for LoRA on a 4-bit model),
-    `logging_steps` (10) and `remove_unused_columns` (off, for rows carry the teacher's entries).
+    Four defaults differ from `TrainingArguments`: `learning_rate` (2e-4, usual for LoRA on a 4-bit model),
+    `logging_steps` (10), `remove_unused_columns` (off, for rows carry the teacher's entries) and
+    `train_sampling_strategy` (`group_by_length`: rows of like length share a batch, so that little is padding).
 
     Raises:
         ConfigError: an objective that has no meaning, or an unknown start.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "teacher_model_init_kwargs",
+    ]
 
     alpha: float = field(default=0.5, metadata={"help": "Weight of the soft loss, in [0, 1]."})
     temperature: float = field(
@@ -58,12 +66,27 @@ class QuantizedDistillationConfig(TrainingArguments):
     use_fused_loss: bool = field(
         default=True, metadata={"help": "Compute the loss from hidden states in chunks, without holding logits."}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Lay the rows of a batch end to end in one sequence, without padding."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of from_pretrained for a student given by name, as JSON."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of from_pretrained for a teacher_model given by name, as JSON."},
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     logging_steps: float = field(
         default=10, metadata={"help": "Log every this many optimizer steps; below 1, a share of all steps."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training rows: group_by_length (rows of like length share a batch), random, "
+            "sequential, or batch_rebalance.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Leave off: rows carry the teacher's entries beside the model's inputs."}

@@ -47,7 +47,7 @@ def keep_trainable_on_cpu(model: nn.Module) -> None:
 
 
 def _before_forward(module: Any, args: tuple[Tensor, ...]) -> None:
-    state = module.weight.quant_state
+    state = getattr(module.weight, "quant_state", None)  # a layer that FSDP has just gathered keeps it elsewhere
     if state is None or module.weight.device.type != "cpu":
         return
     if module.training or args[0].requires_grad:

@@ -21,6 +21,9 @@ def find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]
         model: a causal language model.
         tokenizer: its tokenizer.
 
+    Returns:
+        At least one id.
+
     Raises:
         ConfigError: neither names one.
     """
@@ -41,6 +44,12 @@ def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_
         model: a causal language model.
         tokenizer: its tokenizer; its padding token is used, or an end token if it has none.
         max_new_tokens: the length limit of an answer.
+
+    Returns:
+        Settings that name every token that `generate` may need.
+
+    Raises:
+        ConfigError: no end token.
     """
     ends = find_end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
@@ -60,6 +69,9 @@ def generation_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     Args:
         model: a causal language model; restored afterwards.
         config: the generation config to use alone.
+
+    Yields:
+        Nothing.
     """
     training, own = model.training, model.generation_config
     model.eval()
@@ -94,5 +106,12 @@ def check_context(model: Any, prompt_lengths: list[int], new_tokens: int) -> Non
 
 
 def cache_argument(model: Any) -> str:
-    """transformers renamed `past_key_values` to `cache` in the course of its fifth version."""
+    """transformers renamed `past_key_values` to `cache` in the course of its fifth version.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        The name of the argument of its `forward` that takes the key-value cache.
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -11,7 +11,11 @@ __all__ = ["default_device", "has_accelerator", "native_compute_dtype", "parse_d
 
 
 def has_accelerator() -> bool:
-    """Whether torch sees a GPU or another accelerator."""
+    """Whether torch sees a GPU or another accelerator.
+
+    Returns:
+        True for CUDA, MPS, XPU and the like.
+    """
     return (
         torch.cuda.is_available()
         or torch.backends.mps.is_available()
@@ -23,12 +27,19 @@ def process_state() -> PartialState:
     """accelerate's view of this process: its device, its rank, and how many there are.
 
     Without an accelerator it must be told so, or processes that `torchrun` started would not find each other.
+
+    Returns:
+        The one state of this process, however often it is asked for.
     """
     return PartialState(cpu=not has_accelerator())
 
 
 def default_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU; under a launcher each process gets its own."""
+    """This process's accelerator if there is one, else the CPU; under a launcher each process gets its own.
+
+    Returns:
+        The device.
+    """
     device: torch.device = process_state().device
     return device
 
@@ -40,6 +51,9 @@ def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
 
     Args:
         device: the device to ask about; `default_device()` if None.
+
+    Returns:
+        `torch.bfloat16` or `torch.float32`.
     """
     device = device or default_device()
     if device.type == "cuda":
@@ -55,6 +69,9 @@ def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = No
     Args:
         name: "float32", "bfloat16", "float16", "auto", a dtype, or None.
         device: the device that "auto" asks about.
+
+    Returns:
+        One of float32, bfloat16 and float16.
 
     Raises:
         ConfigError: any other name.

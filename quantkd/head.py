@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["Head", "find_head", "hidden_states_as_logits", "why_not_fusable"]
+from quantkd.weights import is_sharded, whole_parameters
+
+__all__ = ["Head", "find_head", "gathered_head", "hidden_states_as_logits", "why_not_fusable"]
 
 # What families do to the logits after the head: the attribute, where it lies, and the value that makes it do nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
@@ -48,14 +52,35 @@ def find_head(model: Any) -> Head:
     """The head of a causal language model as it stands now, with the scale and soft-capping of its family.
 
     Args:
-        model: a causal language model, with or without adapters, not wrapped.
+        model: a causal language model, with or without adapters, not wrapped and not sharded.
     """
-    module, network = model.get_output_embeddings(), _network(model)
+    with gathered_head(model) as head:
+        return head
+
+
+@contextmanager
+def gathered_head(model: Any, dtype: torch.dtype | None = None) -> Iterator[Head]:
+    """`find_head` for a model whose weights may be sharded or 4-bit: inside, the head's are whole and floating point.
+
+    Every process enters, for gathering takes them all. What FSDP2 or ZeRO-3 has sharded again after the forward pass
+    is gathered without a gradient; that is right for a frozen head, and `why_not_fusable` refuses a trainable one.
+
+    Args:
+        model: a causal language model, with or without adapters, not wrapped.
+        dtype: of the hidden states; what mixed precision or quantization made of the weight is cast to it. A weight
+            that requires a gradient stays itself.
+    """
+    module, network = _head_module(model), _network(model)
     config = network.config.get_text_config()
     scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     if isinstance(getattr(network, "logit_scale", None), (int, float)):
         scale *= network.logit_scale
-    return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    with whole_parameters(module) as (weight, bias):
+        if dtype is not None and weight is not module.weight:
+            weight = weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        yield Head(weight, bias, scale, softcap)
 
 
 @contextmanager
@@ -68,12 +93,21 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
     Args:
         model: a causal language model, not wrapped; wrappers around it may be called.
     """
-    head, network = model.get_output_embeddings(), _network(model)
+    head, network = _head_module(model), _network(model)
     config = network.config.get_text_config()
     places = [(config, "final_logit_softcapping"), (config, "logits_scaling"), (network, "logit_scale")]
     saved = [(place, name, value) for place, name in places if _is_plain(value := getattr(place, name, None))]
     own_forward = head.__dict__.get("forward")  # accelerate's hooks put one there
-    head.forward = lambda hidden: hidden
+    # FSDP2 hangs its hooks on what a layer returns, and warns of a view, which the model's slice of its states is.
+    is_fsdp = isinstance(head, FSDPModule) or isinstance(model, FSDPModule)
+
+    def pass_through(hidden: Tensor) -> Tensor:
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        if trained and torch.is_grad_enabled():
+            hidden = _PassThrough.apply(hidden, *trained)  # type: ignore[no-untyped-call]
+        return hidden.clone() if is_fsdp else hidden
+
+    head.forward = pass_through
     for place, name, _ in saved:
         setattr(place, name, _NEUTRAL[name])
     try:
@@ -87,40 +121,94 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
             setattr(place, name, value)
 
 
-def why_not_fusable(model: Any) -> str | None:
+def why_not_fusable(model: Any, forward: Callable[..., Any] | None = None) -> str | None:
     """Why the loss of this model cannot be taken from its hidden states; None if it can.
 
-    Tries it: on two tokens, the model's logits must be what `find_head` makes of the head's input, and
-    `hidden_states_as_logits` must hand out that input.
+    Tries it: on two tokens, the model's logits must be what `gathered_head` makes of the head's input, and
+    `hidden_states_as_logits` must hand out that input. Modes, random state and packed weights are left as they were.
 
     Args:
         model: a causal language model, with or without adapters, not wrapped.
+        forward: what is called; the wrapper around `model` where only its own forward pass has the weights whole
+            (FSDP, ZeRO-3), on all processes together; `model` itself if None.
     """
-    head = model.get_output_embeddings()
+    head = _head_module(model)
     if head is None:
         return "the model names no output embeddings"
-    if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__name__}, not a plain linear layer"
-    if head.weight.device.type == "meta" or head.weight.numel() == 0:
+    if not _is_linear(head):
+        library = type(head).__module__.split(".")[0]
+        return f"its head is {library}'s {type(head).__name__}, not a plain linear layer"
+    if forward is None and (head.weight.device.type == "meta" or head.weight.numel() == 0):
         return "its head's weight is not on this device"
+    forward = forward or model
     inputs: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
-        with torch.no_grad():
-            logits = model(input_ids=tokens).logits
-            expected = find_head(model).logits(inputs[-1][0])
+        with torch.no_grad(), _undisturbed(model, tokens.device):
+            logits = forward(**batch).logits
+            if head.weight.requires_grad and is_sharded(head.weight):
+                return "its head is trained and sharded over processes"
+            with gathered_head(model, inputs[-1].dtype) as whole:
+                vocab_size, expected = len(whole.weight), whole.logits(inputs[-1][0])
             with hidden_states_as_logits(model):
-                hidden = model(input_ids=tokens).logits
+                hidden = forward(**batch).logits
     finally:
         hook.remove()
-    if logits.shape[-1] != head.weight.shape[0] or not torch.allclose(
-        logits[0].float(), expected, atol=1e-2, rtol=1e-2
-    ):
+    if logits.shape[-1] != vocab_size or not torch.allclose(logits[0].float(), expected, atol=1e-2, rtol=1e-2):
         return "its logits are not what its head makes of the last hidden states"
     if hidden.shape != inputs[-1].shape or not torch.equal(hidden, inputs[-1]):
         return "it changes what its head returns"
     return None
+
+
+def _head_module(model: Any) -> Any:
+    """The output embeddings; of a head that PEFT trains whole (`modules_to_save`), the copy in use."""
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters and head.active_adapters:
+        return head.modules_to_save[head.active_adapters[0]]
+    return head
+
+
+def _is_linear(head: nn.Module) -> bool:
+    """Whether it is a linear layer and nothing else, be its weight 4-bit; FSDP2 makes a subclass of each layer's."""
+    name = type(head).__name__.removeprefix("FSDP")
+    return type(head) is nn.Linear or (isinstance(head, nn.Linear) and name in ("Linear", "Linear4bit"))
+
+
+class _PassThrough(torch.autograd.Function):
+    """The hidden states, tied to the head's trained parameters without giving them a gradient.
+
+    DDP walks the graph from the model's output to find parameters that will get none. It must find the head's, whose
+    gradient comes from the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *trained: Tensor) -> Tensor:
+        ctx.count = len(trained)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_hidden, *[None] * ctx.count
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without its traces: each layer's own mode returns, and nothing is drawn from the generators.
+
+    4-bit layers go in training mode meanwhile, for on some CPUs bitsandbytes repacks their weights in the other.
+    """
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = hasattr(module, "quant_state")
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _network(model: Any) -> Any:

@@ -26,12 +26,10 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from quantkd.collator import DistillationCollator
 from quantkd.cpu_packing import unpack
 from quantkd.errors import ConfigError
-from quantkd.transfer_set import TransferSet
 
-__all__ = ["OriginalWeights", "compute_correction", "initialize_from_error", "initialize_from_transfer_set"]
+__all__ = ["OriginalWeights", "compute_correction", "initialize_from_error", "initialize_from_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,30 +161,27 @@ def initialize_from_error(
     return done[0]
 
 
-def initialize_from_transfer_set(
-    model: Any,
-    transfer_set: TransferSet,
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    rows: int = 32,
-    seed: int = 0,
+def initialize_from_rows(
+    model: Any, dataset: Any, name_or_path: str, *, revision: str | None = None, rows: int = 32, seed: int = 0
 ) -> None:
-    """`initialize_from_error` on rows of a transfer set; where it cannot be done, the zero start stays, with a warning.
+    """`initialize_from_error` on rows of a data set; where it cannot be done, the zero start stays, with a warning.
 
     Args:
         model: a quantized model with LoRA attached by PEFT.
-        transfer_set: where the rows are drawn from.
+        dataset: a `TransferSet`, or any sized data set whose rows hold `input_ids`.
         name_or_path: the checkpoint that the model was quantized from.
         revision: of a Hub name.
-        rows: how many.
+        rows: how many rows to look at, drawn at random.
         seed: which.
     """
-    sample = transfer_set.shuffle(seed)[:rows]
-    batch = DistillationCollator(pad_token_id=0)(sample.__getitems__(range(len(sample))))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows]
+    chosen = [torch.as_tensor(dataset[row]["input_ids"]) for row in order.tolist()]
+    input_ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+    lengths = torch.tensor([len(row) for row in chosen])
+    mask = (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long()
     try:
         weights = OriginalWeights(name_or_path, revision)
-        initialize_from_error(model, batch["input_ids"], batch["attention_mask"], weights)
+        initialize_from_error(model, input_ids, mask, weights)
     except (ConfigError, OSError) as error:
         logger.warning("The adapters start from zero: %s", error)
 

@@ -65,7 +65,7 @@ class Experiment:
 
 
 def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:
-    """Run all steps and write the report. Under a launcher, processes share capture and training; one measures.
+    """Run all steps and write the report. Under a launcher, processes share every step.
 
     Args:
         experiment: models, data and places.
@@ -90,23 +90,23 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     }
 
     def measure(model: Any, arm: str, memory_bytes: int) -> None:
-        if state.is_main_process:
-            _say(f"measuring {arm}")
-            evaluate_arm(
-                model,
-                tokenizer,
-                run_dir,
-                arm=arm,
-                model_name=experiment.model,
-                memory_bytes=memory_bytes,
-                held_out=sets["held_out"],
-                questions=experiment.test_rows,
-                few_shot=experiment.few_shot_rows,
-                shots=experiment.shots,
-                batch_size=experiment.eval_batch_size,
-                max_new_tokens=experiment.capture.get("max_new_tokens", 256),
-                chat_template=experiment.chat_template,
-            )
+        _say(f"measuring {arm}")
+        evaluate_arm(
+            model,
+            tokenizer,
+            run_dir,
+            arm=arm,
+            model_name=experiment.model,
+            memory_bytes=memory_bytes,
+            held_out=sets["held_out"],
+            questions=experiment.test_rows,
+            few_shot=experiment.few_shot_rows,
+            shots=experiment.shots,
+            batch_size=experiment.eval_batch_size,
+            max_new_tokens=experiment.capture.get("max_new_tokens", 256),
+            chat_template=experiment.chat_template,
+            share=True,
+        )
         state.wait_for_everyone()
 
     measure(teacher, "teacher", teacher.get_memory_footprint())

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from quantkd.fused import DenseTeacher
 from quantkd.head import Head
 from quantkd.losses import Divergence, compute_position_terms
 from quantkd.topk import TopKLogprobs
@@ -21,7 +22,7 @@ _CHUNK_BYTES = 64 * 2**20
 def compute_row_metrics(
     hidden: Tensor,
     targets: Tensor,
-    teacher: TopKLogprobs,
+    teacher: TopKLogprobs | DenseTeacher,
     labels: Tensor,
     *,
     head: Head | None = None,
@@ -53,7 +54,10 @@ def compute_row_metrics(
     for start in range(0, len(targets), step):
         part = slice(start, min(start + step, len(targets)))
         logits = hidden[part] if head is None else head.logits(hidden[part])
-        entries = teacher.select(torch.arange(part.start, part.stop, device=hidden.device))
+        if isinstance(teacher, DenseTeacher):
+            entries = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden[part]), (1.0, temperature))
+        else:
+            entries = teacher.select(torch.arange(part.start, part.stop, device=hidden.device))
         terms = compute_position_terms(logits, targets[part], entries)
         loss = terms
         if (temperature, divergence) != (1.0, "forward_kl"):

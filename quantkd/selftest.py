@@ -92,6 +92,7 @@ def run_selftest(
 
 
 def _gradient_checks(model: Any, collate: DistillationCollator, rows: list[dict[str, Any]]) -> Iterator[Check]:
+    """Whether the gradient is the same however the same rows are split and padded."""
     total = sum(len(row["teacher"]) for row in rows)
     with _only_vectors_trainable(model) as parameters:
         whole = _gradient(model, parameters, [collate(rows)], total)
@@ -140,6 +141,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def _as_item(row: TransferRow, teacher: TransformersTeacher) -> dict[str, Any]:
+    """A row as `TransferSet` would give it, without the rounding of a store."""
     input_ids = torch.from_numpy(row.input_ids)
     labels = torch.full_like(input_ids, -100)
     start, stop = row.spans[0]

@@ -86,12 +86,25 @@ _KINDS: dict[str, type] = {"topk": TopK, "nucleus": Nucleus, "sampled": Sampled}
 
 
 def storage_rule_to_dict(rule: StorageRule) -> dict[str, Any]:
-    """The rule as JSON, such as `{"kind": "nucleus", "p": 0.95, "max_k": 64}`."""
+    """The rule as JSON, such as `{"kind": "nucleus", "p": 0.95, "max_k": 64}`.
+
+    Args:
+        rule: the rule.
+
+    Returns:
+        A JSON object.
+    """
     return {"kind": type(rule).__name__.lower(), **asdict(rule)}
 
 
 def storage_rule_from_dict(value: dict[str, Any]) -> StorageRule:
     """The inverse of `storage_rule_to_dict`.
+
+    Args:
+        value: a JSON object.
+
+    Returns:
+        The rule.
 
     Raises:
         ConfigError: an unknown kind, or fields that the kind does not have.
@@ -106,6 +119,12 @@ def storage_rule_from_dict(value: dict[str, Any]) -> StorageRule:
 
 def parse_storage_rule(text: str) -> StorageRule:
     """A rule from the command line: `topk:50`, `nucleus:0.95`, `nucleus:0.95:64` or `sampled:50`.
+
+    Args:
+        text: kind and numbers, with colons between.
+
+    Returns:
+        The rule.
 
     Raises:
         ConfigError: the text is none of those.
@@ -129,6 +148,13 @@ def parse_storage_rule(text: str) -> StorageRule:
 
 def check_temperatures(rule: StorageRule, temperatures: Sequence[float]) -> tuple[float, ...]:
     """The temperatures as a tuple, sorted and checked against the rule.
+
+    Args:
+        rule: the storage rule that goes with them.
+        temperatures: in any order; doubles count once.
+
+    Returns:
+        Ascending.
 
     Raises:
         ConfigError: none given, one not above 0, or one other than 1.0 with `Sampled`.
@@ -167,6 +193,9 @@ class PickedEntries:
         Args:
             temperatures: those of `log_normalizers`.
             vocab_size: V of the logits that the candidates come from.
+
+        Returns:
+            N positions, most probable entry first.
         """
         counts = self.keep.sum(-1)
         return TopKLogprobs(
@@ -191,6 +220,9 @@ def pick_entries(
         rule: what to keep.
         temperatures: distillation temperatures to keep log-normalizers for.
         uniforms: (N, n) numbers in [0, 1), the draws of `Sampled(n)`; other rules take none.
+
+    Returns:
+        The candidates; where `is_finite` is false they mean nothing.
 
     Raises:
         ConfigError: `TopK.k` exceeds the vocabulary, or `Sampled` without `uniforms`.
@@ -225,6 +257,12 @@ def select_entries(
         rule: what to keep.
         temperatures: distillation temperatures to keep log-normalizers for.
         uniforms: (N, n) numbers in [0, 1), the draws of `Sampled(n)`.
+
+    Returns:
+        The kept entries.
+
+    Raises:
+        ConfigError: as `pick_entries`.
 
     Example:
         >>> import torch

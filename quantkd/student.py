@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from quantkd.cpu_packing import keep_trainable_on_cpu
+from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 
-__all__ = ["attach_lora", "default_lora_config", "default_quantization_config", "is_quantized", "load_student"]
+__all__ = [
+    "attach_lora",
+    "default_lora_config",
+    "default_quantization_config",
+    "is_quantized",
+    "load_student",
+    "shard_dtype",
+    "shares_weights",
+]
 
 
 def default_lora_config(r: int = 16) -> LoraConfig:
@@ -24,13 +36,35 @@ def default_quantization_config(compute_dtype: torch.dtype | None = None) -> Bit
 
     Args:
         compute_dtype: what the dequantized weights are multiplied in; after the hardware if None.
+
+    Under FSDP or ZeRO-3 the packed weights lie in tensors of `shard_dtype`, so that they can be sharded.
     """
+    compute_dtype = compute_dtype or native_compute_dtype()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype or native_compute_dtype(),
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=shard_dtype(compute_dtype) if shares_weights() else torch.uint8,
     )
+
+
+def shares_weights() -> bool:
+    """Whether the launcher shares the weights out over the processes: FSDP, or DeepSpeed ZeRO-3."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled()
+
+
+def shard_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """What packed 4-bit weights must be stored in where they are sharded: the dtype of the parameters beside them.
+
+    FSDP shards floating parameters alone, and mixed precision casts them when it gathers them. Packed bits survive
+    that only where the cast is to the dtype that they are in already.
+
+    Args:
+        compute_dtype: the dtype of the unquantized layers, which holds where the launcher asks for no mixed precision.
+    """
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed, compute_dtype)
 
 
 def is_quantized(model: Any) -> bool:
@@ -60,19 +94,34 @@ def load_student(
         **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
 
     Returns:
-        The model, without adapters, in evaluation mode.
+        The model, without adapters, in evaluation mode. Under FSDP or ZeRO-3 the wrapper places it.
+
+    Raises:
+        ConfigError: 4-bit weights stored in another floating dtype than FSDP gathers in.
     """
     compute_dtype = parse_dtype(dtype)
     kwargs: dict[str, Any] = {
         "dtype": compute_dtype,
-        "device_map": {"": default_device()},
         "trust_remote_code": False,
         "quantization_config": quantization_config or default_quantization_config(compute_dtype),
         **model_init_kwargs,
     }
+    if shares_weights():
+        _check_storage(kwargs["quantization_config"], shard_dtype(compute_dtype))
+    else:
+        kwargs.setdefault("device_map", {"": default_device()})
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     keep_trainable_on_cpu(model)
     return model
+
+
+def _check_storage(quantization_config: Any, expected: torch.dtype) -> None:
+    storage = getattr(quantization_config, "bnb_4bit_quant_storage", None)
+    if storage is not None and storage.is_floating_point and storage != expected:
+        raise ConfigError(
+            f"bnb_4bit_quant_storage is {storage}, and the sharded parameters are gathered in {expected}: the cast "
+            f"would destroy the packed weights. Set bnb_4bit_quant_storage={expected}, or leave it out."
+        )
 
 
 def attach_lora(

@@ -56,10 +56,14 @@ class TopKLogprobs:
         """
         logprobs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
         positions, vocab_size = logprobs.shape
+        token_ids = torch.arange(vocab_size, device=logits.device).repeat(positions, 1)
+        top = logprobs.argmax(-1, keepdim=True)
+        token_ids.scatter_(-1, top, 0)  # the most probable one and id 0 change places
+        token_ids[:, :1] = top
         return cls(
             offsets=torch.arange(positions + 1, device=logits.device) * vocab_size,
-            token_ids=torch.arange(vocab_size, device=logits.device).repeat(positions),
-            logprobs=logprobs.flatten(),
+            token_ids=token_ids.flatten(),
+            logprobs=logprobs.gather(-1, token_ids).flatten(),
             log_normalizers=torch.stack([(logprobs / t).logsumexp(-1) for t in temperatures], dim=-1),
             temperatures=tuple(temperatures),
             vocab_size=vocab_size,

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from quantkd.collator import DistillationCollator
-from quantkd.compatibility import check_student, check_transfer_set
+from quantkd.compatibility import check_transfer_set
 from quantkd.config import QuantizedDistillationConfig
-from quantkd.cpu_packing import keep_trainable_on_cpu
-from quantkd.errors import ConfigError
-from quantkd.fused import compute_fused_loss
-from quantkd.head import find_head, hidden_states_as_logits, why_not_fusable
-from quantkd.initialization import initialize_from_transfer_set
+from quantkd.errors import ConfigError, DataError
+from quantkd.fused import DenseTeacher, compute_fused_loss
+from quantkd.head import gathered_head, hidden_states_as_logits, why_not_fusable
+from quantkd.live_teacher import LiveTeacher
 from quantkd.losses import compute_position_terms, select_targets
+from quantkd.preparation import model_init_kwargs, prepare_student
 from quantkd.provenance import remove_local_paths, write_provenance
 from quantkd.row_metrics import compute_row_metrics, summarize_rows
-from quantkd.student import attach_lora, is_quantized, load_student
+from quantkd.sampling import LengthGroupedBatches, row_lengths
+from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set import TransferSet
 
 __all__ = ["QuantizedDistillationTrainer"]
@@ -41,11 +45,14 @@ class QuantizedDistillationTrainer(Trainer):
         model: a Hub name or checkpoint folder, loaded in NF4 with adapters; or a loaded model. A loaded model is taken
             as it is; if it is quantized and has no adapters yet, or `peft_config` is given, adapters are attached.
         args: the training arguments; defaults with output in `quantkd_output` if None.
-        train_dataset: a `TransferSet`, or any data set whose rows hold `input_ids`, `labels` and `teacher`.
+        train_dataset: a `TransferSet`, or any data set whose rows hold `input_ids`, `labels` and `teacher`; `teacher`
+            may be missing beside a `teacher_model`.
         eval_dataset: held-out rows of the same kind, or a dict of several.
         processing_class: the student's tokenizer; loaded from the model's name if None.
         peft_config: adapters to attach; rank 16 on all linear layers if None.
         quantization_config: for a model given by name, any quantization config of transformers; NF4 if None.
+        teacher_model: a full-precision model, or its name, that runs beside the student instead of stored entries; for
+            those who have the memory. Its whole distribution is learned from, and any stored entries are not read.
         **trainer_kwargs: everything else that `transformers.Trainer` takes (callbacks, optimizers, ...).
 
     Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Evaluation adds `eval_kl` (forward
@@ -73,6 +80,7 @@ class QuantizedDistillationTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any | None = None,
+        teacher_model: str | PreTrainedModel | None = None,
         data_collator: Any | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -85,8 +93,7 @@ class QuantizedDistillationTrainer(Trainer):
             )
             args._n_gpu = 1
         name = model if isinstance(model, str) else model.config._name_or_path
-        assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
-        init_kwargs = dict(args.model_init_kwargs or {})
+        init_kwargs = model_init_kwargs(args)
         if processing_class is None:
             if not name:
                 raise ConfigError("The model does not say where its tokenizer is; pass it as processing_class.")
@@ -96,29 +103,23 @@ class QuantizedDistillationTrainer(Trainer):
         self.transfer_sets = [dataset for dataset in datasets if isinstance(dataset, TransferSet)]
         for transfer_set in self.transfer_sets:
             check_transfer_set(transfer_set, processing_class, args)
-
-        if isinstance(model, str):
-            model = load_student(model, quantization_config=quantization_config, **init_kwargs)
-        elif quantization_config is not None:
-            raise ConfigError(
-                "quantization_config applies to a model given by name; a loaded model is taken as it is. "
-                "Pass the name, or load the model quantized and leave quantization_config out."
-            )
-        adapted = self._with_adapters(model, peft_config, args)
-        is_new = adapted is not model
-        model = adapted
-        keep_trainable_on_cpu(model)
-        for transfer_set in self.transfer_sets:
-            check_student(transfer_set, model)
-        if is_new and args.init == "covariance" and isinstance(train_dataset, TransferSet) and is_quantized(model):
-            revision = init_kwargs.get("revision")
-            initialize_from_transfer_set(
-                model, train_dataset, name, revision=revision, rows=args.init_rows, seed=args.seed
-            )
-
+        model = prepare_student(
+            model,
+            args,
+            self.transfer_sets,
+            train_dataset=train_dataset,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+        )
+        self.live_teacher = None
+        if teacher_model is not None:
+            teacher_kwargs = args.teacher_model_init_kwargs or {}
+            assert not isinstance(teacher_kwargs, str)  # TrainingArguments has parsed it
+            self.live_teacher = LiveTeacher(teacher_model, model, (args.temperature,), **teacher_kwargs)
         if data_collator is None:
             pad = processing_class.pad_token_id
-            data_collator = DistillationCollator(processing_class.eos_token_id or 0 if pad is None else pad)
+            pad = processing_class.eos_token_id or 0 if pad is None else pad
+            data_collator = DistillationCollator(pad, packing=args.packing)
         super().__init__(
             model=model,
             args=args,
@@ -130,36 +131,12 @@ class QuantizedDistillationTrainer(Trainer):
         )
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
-        self._fused = args.use_fused_loss
-        reason = why_not_fusable(model) if args.use_fused_loss else None
-        if reason is not None:
-            logger.warning("The fused loss is off for this model, for %s; its logits are held instead.", reason)
-            self._fused = False
+        self._fused: bool | None = None if args.use_fused_loss else False  # None: still to be tried
+        # Where weights are shared out, only the wrapper's forward pass has them whole: tried at the first one.
+        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            self._is_fused(model)
         self._train_terms = torch.zeros(3, dtype=torch.float64)  # summed ce, summed kl, optimizer steps
         self._eval_rows: list[Tensor] = []
-
-    @staticmethod
-    def _with_adapters(
-        model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: QuantizedDistillationConfig
-    ) -> PreTrainedModel | PeftModel:
-        if isinstance(model, PeftModel):
-            if peft_config is not None:
-                raise ConfigError(
-                    "The model already carries adapters and peft_config asks for new ones. "
-                    "Leave peft_config out to train those there, or merge_and_unload() them first."
-                )
-            return model
-        if peft_config is None and not is_quantized(model):
-            return model  # a full-precision model that the caller chose to train whole
-        kwargs = args.gradient_checkpointing_kwargs
-        assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
-        torch.manual_seed(args.seed)
-        return attach_lora(
-            model,
-            peft_config,
-            gradient_checkpointing=bool(args.gradient_checkpointing),
-            gradient_checkpointing_kwargs=kwargs,
-        )
 
     def compute_loss(
         self,
@@ -180,12 +157,15 @@ class QuantizedDistillationTrainer(Trainer):
             The scalar loss in nats, or `(loss, outputs)`.
         """
         outputs, hidden, labels = self._forward(model, inputs)
-        teacher = inputs["teacher"].to(hidden.device)
+        teacher = self._teacher(inputs, hidden.device)
         if self._fused:
-            fused = compute_fused_loss(hidden, find_head(self._unwrapped(model)), labels, teacher, **self._objective)
+            with gathered_head(self._unwrapped(model), hidden.dtype) as head:
+                fused = compute_fused_loss(hidden, head, labels, teacher, **self._objective)
             total, ce, kl = fused.loss, fused.ce, fused.kl
         else:
             objective = {name: value for name, value in self._objective.items() if name != "alpha"}
+            if isinstance(teacher, DenseTeacher):
+                teacher = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden), (self.args.temperature,))
             terms = compute_position_terms(hidden, labels, teacher, **objective)
             total, ce, kl = terms.mix(self.args.alpha, self.args.temperature).sum(), terms.ce, terms.kl
         if num_items_in_batch is None:
@@ -204,13 +184,33 @@ class QuantizedDistillationTrainer(Trainer):
     def _objective(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in ("alpha", "temperature", "divergence", "beta")}
 
+    def _is_fused(self, model: nn.Module) -> bool:
+        if self._fused is None:
+            reason = why_not_fusable(self._unwrapped(model), forward=model)
+            if reason is not None:
+                logger.warning("The fused loss is off for this model, for %s; its logits are held instead.", reason)
+            self._fused = reason is None
+        return self._fused
+
     def _unwrapped(self, model: nn.Module) -> Any:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
+    def _teacher(self, inputs: dict[str, Any], device: torch.device) -> TopKLogprobs | DenseTeacher:
+        """The teacher's distributions at the N targets, stored or computed now."""
+        if self.live_teacher is not None:
+            return self.live_teacher.distributions(_model_inputs(inputs), inputs["labels"], device)
+        if "teacher" not in inputs:
+            raise DataError(
+                "The batch holds no teacher entries. Train on a TransferSet, or on rows with a `teacher` each, or pass "
+                "teacher_model= to run the teacher beside the student."
+            )
+        stored: TopKLogprobs = inputs["teacher"].to(device)
+        return stored
+
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
         """Outputs, and hidden states (N, H) of the N targets; their logits (N, V) without the fused loss."""
-        kwargs = {key: value for key, value in inputs.items() if key not in ("labels", "teacher")}
-        with hidden_states_as_logits(self._unwrapped(model)) if self._fused else nullcontext():
+        kwargs = _model_inputs(inputs)
+        with hidden_states_as_logits(self._unwrapped(model)) if self._is_fused(model) else nullcontext():
             outputs = model(**kwargs)
         return outputs, *select_targets(outputs.logits, inputs["labels"])
 
@@ -226,6 +226,49 @@ class QuantizedDistillationTrainer(Trainer):
             logs["ce"], logs["kl"] = (float(mean[i] / mean[2]) for i in (0, 1))
             self._train_terms.zero_()
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = row_lengths(dataset) if self.args.train_sampling_strategy == "group_by_length" else None
+        if lengths is None:
+            inherited: Sampler[int] | None = super()._get_train_sampler(dataset)
+            return inherited
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedBatches(lengths, group, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        lengths = row_lengths(eval_dataset)
+        # The metrics are sums over rows, so the longest may come first.
+        return None if lengths is None else sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def get_eval_dataloader(self, eval_dataset: Any | None = None) -> DataLoader[Any]:
+        """The Trainer's, never packed: metrics are kept by row, and rows are counted by the batch's first dimension.
+
+        Args:
+            eval_dataset: passed on.
+        """
+        with self._unpacked():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The Trainer's, never packed.
+
+        Args:
+            test_dataset: passed on.
+        """
+        with self._unpacked():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _unpacked(self) -> Iterator[None]:
+        collator = self.data_collator
+        if isinstance(collator, DistillationCollator):
+            self.data_collator = replace(collator, packing=False)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def prediction_step(
         self,
@@ -245,15 +288,18 @@ class QuantizedDistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs, hidden, labels = self._forward(model, inputs)
-            head = find_head(self._unwrapped(model)) if self._fused else None
-            teacher = inputs["teacher"].to(hidden.device)
-            rows = compute_row_metrics(hidden, labels, teacher, inputs["labels"], head=head, **self._objective)
+            teacher = self._teacher(inputs, hidden.device)
+            gathered = gathered_head(self._unwrapped(model), hidden.dtype) if self._fused else nullcontext()
+            with gathered as head:
+                rows = compute_row_metrics(hidden, labels, teacher, inputs["labels"], head=head, **self._objective)
+                logits = None
+                if not prediction_loss_only:
+                    logits = outputs.logits if head is None else head.logits(outputs.logits.flatten(0, 1))
             # By rows, so that those which fill up the last batch of the processes are not counted twice.
             self._eval_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
             loss = (rows[:, -1].sum() / rows[:, 0].sum().clamp_min(1)).float()
-            if prediction_loss_only:
-                return loss, None, None
-            logits = outputs.logits if head is None else head.logits(outputs.logits.flatten(0, 1))
+        if logits is None:
+            return loss, None, None
         return loss, logits.view(*inputs["labels"].shape, -1), inputs["labels"]
 
     def evaluation_loop(
@@ -297,3 +343,9 @@ class QuantizedDistillationTrainer(Trainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             remove_local_paths(Path(str(self.args.output_dir)), self.model)
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {key: value for key, value in inputs.items() if key not in ("labels", "teacher")}
+    # With a cache at hand transformers takes position ids for a continued sequence, and packed rows see each other.
+    return {**kwargs, "use_cache": False} if "position_ids" in kwargs else kwargs

@@ -10,6 +10,7 @@ import pytest
 
 from quantkd import capture
 from quantkd.cli.main import main
+from quantkd.errors import TransferSetError
 
 PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
 
@@ -141,3 +142,67 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
     )
     code, out, _ = run(capsys, "capture", "--config", config, "--output_dir", tmp_path / "s", "--storage", "topk:2")
     assert code == 0 and "topk(k=2)" in out and "'max_new_tokens': 4" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["capture", "--frobnicate", "1"], 2, "required"),
+        (["capture", "--model", "M", "--prompts", "p", "--output_dir", "o", "--colour"], 2, "no option --colour"),
+        (["capture", "--config", "bad.yaml"], 1, "bad.yaml is not YAML"),
+        (["capture", "--config=text.yaml"], 1, "text.yaml holds a str; expected `option: value`"),
+        (["capture", "--config", "unknown.yaml", "--output_dir", "o"], 2, "no option --colour"),
+        (["capture", "--config", "no.yaml"], 1, "no.yaml cannot be read"),
+        (["capture", "--config"], 2, "expected one argument"),
+        (["capture", "--model", "./nowhere", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "no folder './nowhere'"),
+        (["capture", "--model", "empty", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "empty holds no config.json"),
+        (["capture", "--model", "no/model", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "'no/model' could not be"),
+        (["capture", "--model", "TINY", "--prompts", "p.jsonl", "--output_dir", "p.jsonl"], 1, "Could not write"),
+        (["inspect", "SET", "--rows", "-1"], 2, "found '-1'; expected a whole number of at least 0"),
+        (["inspect", "SET", "--histogram", "x.jpg"], 1, "ends in .png"),
+        (["inspect", "SET", "--histogram", "no/x.png"], 1, "No such file or directory: no/x.png"),
+        (["inspect", "SET", "--tokenizer", "empty"], 1, "holds no tokenizer_config.json"),
+        (["inspect", "empty"], 1, "neither index.json nor plan.json. Capture one"),
+        (["verify", "empty"], 1, "neither index.json nor plan.json"),
+        (["report", "nowhere"], 1, "There is no folder nowhere/evaluation"),
+        (["train", "TRAIN", "--num_train_epochs", "0"], 1, "Nothing would be trained"),
+        (["train", "TRAIN", "--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps is 0; expected"),
+        (["train", "TRAIN", "--alpha", "2"], 1, "alpha weighs the soft loss and lies in [0, 1], found 2.0"),
+        (["train", "TRAIN", "--lora_r", "0"], 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
+        (["evaluate", "EVALUATE", "--arm", "../x", "--prompts", "p.jsonl"], 1, "digits, - and _, found '../x'"),
+        (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--batch_size", "-2"], 1, "batch_size is -2"),
+        (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--adapter", "empty"], 1, "adapter_config.json"),
+        (["evaluate", "--run_dir", "r", "--arm", "x", "--held_out", "SET", "--full_precision"], 1, "Which model?"),
+        (["selftest", "empty"], 1, "empty holds no config.json"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line(capsys, tmp_path, monkeypatch, set_path, tiny_model_path, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "bad.yaml").write_text("model: [\n")
+    (tmp_path / "text.yaml").write_text("hello\n")
+    (tmp_path / "unknown.yaml").write_text("model: m\nprompts: p\ncolour: blue\n")
+    stands_for = {
+        "SET": [set_path],
+        "TINY": [tiny_model_path],
+        "TRAIN": ["--model_name_or_path", tiny_model_path, "--transfer_set", set_path, "--output_dir", "o"],
+        "EVALUATE": ["--model_name_or_path", tiny_model_path, "--run_dir", "r"],
+    }
+    found, out, err = run(capsys, *(part for word in words for part in stands_for.get(word, [word])))
+    last = [line for line in err.splitlines() if "quantkd " in line][-1]
+    assert found == code and said in last and "Traceback" not in out + err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_traceback_is_shown_when_it_is_asked_for(tmp_path):
+    with pytest.raises(TransferSetError, match="There is no transfer set"):
+        main(["--traceback", "verify", str(tmp_path / "nothing")])
+
+
+def test_eight_bit_is_asked_for_with_one_option():
+    from quantkd.cli.arguments import StudentArguments
+
+    args = StudentArguments(model_name_or_path="m", load_in_8bit=True)
+    assert (args.load_in_8bit, args.load_in_4bit) == (True, False)
+    assert StudentArguments(model_name_or_path="m").load_in_4bit

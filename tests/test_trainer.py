@@ -165,7 +165,8 @@ if trainer.is_world_process_zero():
     trainer.train()
     expected = trainer.evaluate()
     for name in ("eval_kl", "eval_ce", "eval_top1_agreement", "eval_loss"):
-        assert math.isclose(metrics[name], expected[name], rel_tol=1e-3), name
+        # Some CPUs evaluate 4-bit layers in bfloat16, whose rounding (2^-8) falls otherwise in batches of other shapes.
+        assert math.isclose(metrics[name], expected[name], rel_tol=2**-8), name
 
 
 def test_logged_terms_add_up_to_the_logged_loss(make_trainer):

@@ -209,7 +209,7 @@ def test_wrong_arguments_and_missing_sets(path: Path, tmp_path: Path) -> None:
         TransferSet(path, verify="never")  # type: ignore[arg-type]
     with pytest.raises(TransferSetError, match="is no folder"):
         TransferSet(tmp_path / "nowhere")
-    with pytest.raises(TransferSetError, match=r"it has no index\.json"):
+    with pytest.raises(TransferSetError, match=r"it has neither index\.json nor plan\.json"):
         TransferSet(tmp_path)
 
 

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from quantkd.checkpoint import naming
 from quantkd.errors import ConfigError
 from quantkd.hardware import parse_dtype
 from quantkd.student import load_student
@@ -36,6 +37,11 @@ class StudentArguments(ModelConfig):
     use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantize the quantization constants too."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
 
+    def __post_init__(self) -> None:
+        if self.load_in_8bit:  # 4 bit is the default, so asking for 8 is enough
+            self.load_in_4bit = False
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
 
 def load_student_from(args: StudentArguments) -> PreTrainedModel:
     """The quantized student that the arguments describe, without adapters.
@@ -43,8 +49,11 @@ def load_student_from(args: StudentArguments) -> PreTrainedModel:
     Args:
         args: `model_name_or_path` must be set.
 
+    Returns:
+        The model in evaluation mode, on this process's own device.
+
     Raises:
-        ConfigError: no model, or neither 4 nor 8 bit.
+        ConfigError: no model, one that cannot be found, or neither 4 nor 8 bit.
     """
     if not args.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
@@ -56,7 +65,8 @@ def load_student_from(args: StudentArguments) -> PreTrainedModel:
     kwargs: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
-    return load_student(args.model_name_or_path, quantization_config=quantization_config, dtype=dtype, **kwargs)
+    with naming(args.model_name_or_path):
+        return load_student(args.model_name_or_path, quantization_config=quantization_config, dtype=dtype, **kwargs)
 
 
 def peft_config_from(args: StudentArguments) -> PeftConfig:
@@ -64,6 +74,9 @@ def peft_config_from(args: StudentArguments) -> PeftConfig:
 
     Args:
         args: the student's arguments.
+
+    Returns:
+        A LoRA configuration.
 
     Raises:
         ConfigError: `use_peft` is off; a quantized model has nothing else to train.

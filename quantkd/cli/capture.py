@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from trl import TrlParser
+from typing import Literal
 
 from quantkd.cli.format import format_info
+from quantkd.cli.parsing import parse_options
 from quantkd.hardware import process_state
 from quantkd.storage import parse_storage_rule
 from quantkd.teacher import capture
@@ -76,9 +74,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: the arguments after `quantkd capture`.
     """
-    kinds: Any = CaptureArguments  # TrlParser's annotation leaves dataclass types out
-    parser = TrlParser(kinds, prog="quantkd capture", epilog=_EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    (args,) = parser.parse_args_and_config(argv)
+    (args,) = parse_options([CaptureArguments], argv, prog="quantkd capture", examples=_EXAMPLES)
     init_kwargs = {
         name: value
         for name in ("revision", "attn_implementation", "trust_remote_code")

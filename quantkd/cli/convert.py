@@ -1,4 +1,4 @@
-"""`quantkd convert`: a transfer set in another profile, smaller or the same."""
+"""`quantkd convert`: a transfer set in another profile, or one from the table of another toolkit."""
 
 from __future__ import annotations
 
@@ -14,25 +14,63 @@ __all__ = ["main"]
 _EXAMPLES = """examples:
   quantkd convert runs/set runs/small --profile compact
   quantkd convert runs/set runs/other --profile faithful --storage nucleus:0.9
+  quantkd convert --from distillkit captured/ runs/set --model meta-llama/Llama-3.1-8B-Instruct
+  quantkd convert --from axolotl last_run_prepared/0123abcd runs/set --model meta-llama/Llama-3.1-8B-Instruct
 """
 
 
 def main(argv: Sequence[str]) -> None:
-    """Re-encode a set, and print what the new one holds.
+    """Re-encode a set or import a table, and print what the new set holds.
 
     Args:
         argv: the arguments after `quantkd convert`.
+
+    Raises:
+        SystemExit: options that do not go together.
     """
     parser = argparse.ArgumentParser(
         "quantkd convert", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="folder of the transfer set")
+    parser.add_argument("source", help="folder of the transfer set; with --from a Parquet file, or a folder of them")
     parser.add_argument("destination", help="folder of the new one")
-    parser.add_argument("--profile", required=True, choices=list(PROFILES), help="precision of the new one")
+    parser.add_argument("--profile", choices=list(PROFILES), help="precision of the new one; faithful with --from")
     parser.add_argument(
         "--storage", help="rule to trim the entries to, such as nucleus:0.9; the profile's own if not given"
     )
+    parser.add_argument(
+        "--from", dest="toolkit", choices=["axolotl", "distillkit"], help="import that toolkit's table of the teacher"
+    )
+    parser.add_argument("--model", help="with --from: the teacher that made the table; only its tokenizer is loaded")
+    parser.add_argument("--revision", help="with --from: branch, tag or commit of the teacher")
     args = parser.parse_args(argv)
-    rule = parse_storage_rule(args.storage) if args.storage else None
-    convert(args.source, args.destination, args.profile, rule)
+    if args.toolkit:
+        if not args.model or args.storage:
+            parser.error("--from needs --model, and takes no --storage: convert the imported set to trim it")
+        _import_table(args)
+    elif not args.profile or args.model or args.revision:
+        parser.error("a transfer set is converted with --profile, and without --model and --revision")
+    else:
+        rule = parse_storage_rule(args.storage) if args.storage else None
+        convert(args.source, args.destination, args.profile, rule)
     print(f"{args.destination}\n{format_info(TransferSet.open(args.destination).info)}")
+
+
+def _import_table(args: argparse.Namespace) -> None:
+    """Ask the teacher's checkpoint for what its table does not say, and import."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from quantkd.checkpoint import naming, short_name
+    from quantkd.fingerprint import compute_fingerprint
+    from quantkd.transfer_set.importers import import_axolotl, import_distillkit
+
+    with naming(args.model):
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    (import_axolotl if args.toolkit == "axolotl" else import_distillkit)(
+        args.source,
+        args.destination,
+        vocab_size=config.get_text_config().vocab_size,
+        teacher_name=short_name(args.model),
+        tokenizer_fingerprint=compute_fingerprint(tokenizer),
+        profile=args.profile or "faithful",
+    )

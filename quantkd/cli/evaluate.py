@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,14 +9,16 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import AutoTokenizer
-from trl import TrlParser
 
+from quantkd.checkpoint import naming
 from quantkd.cli.arguments import StudentArguments, load_student_from
+from quantkd.cli.parsing import parse_options
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import load_examples
 from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import evaluate_prompts
-from quantkd.evaluation.arms import evaluate_arm
+from quantkd.evaluation.arms import check_arm_name, evaluate_arm
+from quantkd.hardware import process_state
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet
 
@@ -29,6 +30,7 @@ _EXAMPLES = """examples:
   quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --held_out runs/held --run_dir runs/x
   quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --gsm8k hub --run_dir runs/x
   quantkd evaluate --arm after --model_name_or_path MODEL --prompts my.jsonl --run_dir runs/x
+  accelerate launch -m quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
 """
 
 
@@ -61,18 +63,15 @@ def main(argv: Sequence[str]) -> None:
         argv: the arguments after `quantkd evaluate`.
 
     Raises:
-        ConfigError: nothing to measure.
+        ConfigError: nothing to measure, no model, or an arm's name that is no file name.
     """
-    kinds: Any = [EvaluationArguments, StudentArguments]  # TrlParser's annotation leaves dataclass types out
-    parser = TrlParser(
-        kinds,
-        prog="quantkd evaluate",
-        epilog=_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    args, student = parser.parse_args_and_config(argv)
+    kinds = [EvaluationArguments, StudentArguments]
+    args, student = parse_options(kinds, argv, prog="quantkd evaluate", examples=_EXAMPLES)
     if not (args.held_out or args.gsm8k or args.prompts):
         raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts, or several of them.")
+    check_arm_name(args.arm)
+    if not student.model_name_or_path:
+        raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
     model: Any
     if args.full_precision:
         dtype = None if student.dtype == "auto" else student.dtype
@@ -84,17 +83,20 @@ def main(argv: Sequence[str]) -> None:
         )
     else:
         model = load_student_from(student)
-        tokenizer = AutoTokenizer.from_pretrained(
-            student.model_name_or_path,
-            revision=student.model_revision,
-            trust_remote_code=student.trust_remote_code,
-        )
+        with naming(student.model_name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(
+                student.model_name_or_path,
+                revision=student.model_revision,
+                trust_remote_code=student.trust_remote_code,
+            )
     if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter)
+        with naming(args.adapter, "adapter_config.json"):
+            model = PeftModel.from_pretrained(model, args.adapter)
     shared = {
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
         "chat_template": not args.plain_prompts,
+        "share": True,
     }
     folder = Path(args.run_dir) / "evaluation"
     if args.held_out or args.gsm8k:
@@ -112,7 +114,8 @@ def main(argv: Sequence[str]) -> None:
             shots=args.shots,
             **shared,
         )
-        print(path)
+        if process_state().is_main_process:
+            print(path)
     if args.prompts:
         examples = load_examples(
             args.prompts,
@@ -123,5 +126,7 @@ def main(argv: Sequence[str]) -> None:
         )
         path = folder / f"{args.arm}-prompts.jsonl"
         records = [asdict(r) for r in evaluate_prompts(model, tokenizer, examples, records_path=path, **shared)]
+        if not process_state().is_main_process:
+            return
         graded = [record["correct"] for record in records if record["correct"] is not None]
         print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))

@@ -15,6 +15,9 @@ def format_bytes(count: float) -> str:
 
     Args:
         count: bytes.
+
+    Returns:
+        The number with its unit.
     """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -28,6 +31,9 @@ def format_histograms(histograms: Histograms) -> str:
 
     Args:
         histograms: from `compute_histograms`.
+
+    Returns:
+        Lines with shares in percent.
     """
     edges = [1, 2, 3, 5, 9, 17, 33, len(histograms.entries)]
     entries = [
@@ -55,16 +61,20 @@ def format_info(info: TransferSetInfo) -> str:
 
     Args:
         info: from `TransferSet.info`.
+
+    Returns:
+        Indented lines of name and value.
     """
     storage = ", ".join(f"{key}={value}" for key, value in info.storage.items() if key != "kind")
     revision = f" @ {info.teacher_revision[:12]}" if info.teacher_revision else ""
-    cut = info.counters.get("responses_cut", 0)
+    cut, rescaled = info.counters.get("responses_cut", 0), info.counters.get("targets_rescaled", 0)
     lines = {
         "teacher": f"{info.teacher_name}{revision} ({info.teacher_dtype})",
         "rows": f"{info.num_rows} of {info.num_prompts} prompts" + (f", {cut} cut by the length limit" if cut else ""),
         "tokens": f"{info.num_tokens}, of which {info.num_response_tokens} in responses",
         "storage": f"{info.storage['kind']}({storage}), profile {info.profile}",
-        "entries": f"{info.mean_entries:.2f} a response token",
+        "entries": f"{info.mean_entries:.2f} a response token"
+        + (f", {rescaled} targets scaled back to a mass of 1" if rescaled else ""),
         "size": f"{format_bytes(info.num_bytes)}, {info.bytes_per_response_token:.1f} bytes a response token",
         "temperatures": ", ".join(map(str, info.temperatures)),
         "responses": f"{info.responses} {info.generation}",

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from quantkd.cli.format import format_histograms, format_info
+from quantkd.cli.parsing import whole_number
+from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.histograms import compute_histograms
 
@@ -27,24 +29,31 @@ def main(argv: Sequence[str]) -> None:
 
     Args:
         argv: the arguments after `quantkd inspect`.
+
+    Raises:
+        ConfigError: a picture that is no PNG, or a tokenizer that cannot be found.
     """
     parser = argparse.ArgumentParser(
         "quantkd inspect", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", help="folder of the transfer set")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--rows", type=int, default=3, help="rows to show (3)")
-    parser.add_argument("--tokens", type=int, default=12, help="response tokens to show of each (12)")
-    parser.add_argument("--alternatives", type=int, default=3, help="teacher's entries to show of each token (3)")
+    parser.add_argument("--rows", type=whole_number(0), default=3, help="rows to show (3)")
+    parser.add_argument("--tokens", type=whole_number(0), default=12, help="response tokens to show of each (12)")
+    parser.add_argument(
+        "--alternatives", type=whole_number(0), default=3, help="teacher's entries to show of each token (3)"
+    )
     parser.add_argument("--tokenizer", help="the teacher's tokenizer, to show text; without it ids are shown")
     parser.add_argument("--histogram", metavar="PNG", help="also draw entries and entropy per token into this file")
     parser.add_argument("--allow_incomplete", action="store_true", help="show the committed part of an unfinished set")
     args = parser.parse_args(argv)
+    if args.histogram and not args.histogram.lower().endswith(".png"):
+        raise ConfigError(f"--histogram is {args.histogram!r}; expected a file name that ends in .png.")
     transfer_set = TransferSet.open(args.path, allow_incomplete=args.allow_incomplete)
     decode = _decoder(args.tokenizer, transfer_set)
     rows = [
         _describe(transfer_set[index], decode, args.tokens, args.alternatives)
-        for index in range(min(max(args.rows, 0), len(transfer_set)))
+        for index in range(min(args.rows, len(transfer_set)))
     ]
     histograms = compute_histograms(transfer_set)
     if args.histogram:
@@ -68,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _describe(row: dict[str, Any], decode: Any, tokens: int, alternatives: int) -> dict[str, Any]:
+    """Prompt, response, and the entries of the first tokens, most probable first."""
     is_target = row["labels"] != -100
     response, teacher = row["input_ids"][is_target].tolist(), row["teacher"]
     logprobs, tail = teacher.at_temperature(1.0)
@@ -100,9 +110,11 @@ def _decoder(name: str | None, transfer_set: TransferSet) -> Any:
         return lambda ids: " ".join(map(str, ids))
     from transformers import AutoTokenizer
 
+    from quantkd.checkpoint import naming
     from quantkd.fingerprint import check_fingerprint
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    with naming(name, "tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
     check_fingerprint(transfer_set.info.tokenizer_fingerprint, tokenizer, what="The transfer set")
     return tokenizer.decode
 

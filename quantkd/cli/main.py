@@ -14,7 +14,7 @@ _COMMANDS = {
     "capture": "let a teacher answer prompts and store its distributions as a transfer set",
     "inspect": "show what a transfer set holds",
     "verify": "check every byte and row of a transfer set",
-    "convert": "write a transfer set again, smaller or trimmed",
+    "convert": "write a transfer set again, smaller or trimmed, or one from another toolkit's table",
     "train": "distil a transfer set into a quantized student",
     "evaluate": "measure one model: fidelity to the teacher and GSM8K accuracy",
     "report": "put evaluated models side by side: table, JSON, chart",
@@ -30,9 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments after the program's name; those of the process if None.
 
     Raises:
-        SystemExit: 0 after help, 2 for wrong usage, 1 for an error of quantkd's own, 130 when interrupted.
+        SystemExit: 0 after help, 2 for wrong usage, 1 for an error that has a name, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments[:1]
+    arguments = arguments[show_traceback:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         raise SystemExit(0 if arguments else 2)
@@ -47,25 +49,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
-    # The latter two are how transformers and datasets say that a model, file or package is not there.
-    except (QuantKDError, ImportError, OSError) as error:
-        print(f"quantkd {command}: {error}", file=sys.stderr)
+    # The latter three are how torch, transformers, peft and datasets say that an argument, a model, a file or a package
+    # is not as it must be.
+    except (QuantKDError, ImportError, OSError, ValueError) as error:
+        if show_traceback:
+            raise
+        print(f"quantkd {command}: {_describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"quantkd {command}: interrupted. Run the same command again to go on.", file=sys.stderr)
         raise SystemExit(130) from None
 
 
+def _describe(error: Exception) -> str:
+    """One line; of errors that are not quantkd's own also what to do next."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, QuantKDError):
+        return text
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}. Give a path that is there and may be read or written."
+    return f"{text.rstrip('.')}. (`quantkd --traceback COMMAND ...` shows where.)"
+
+
 def _usage() -> str:
+    """What `quantkd --help` prints."""
     lines = [f"  {name:<10} {text}" for name, text in _COMMANDS.items()]
     return "\n".join(
         [
-            "usage: quantkd COMMAND [OPTIONS]",
+            "usage: quantkd [--traceback] COMMAND [OPTIONS]",
             "",
             "Distil a language model into a 4-bit instance of itself.",
             "",
             *lines,
             "",
-            "quantkd COMMAND --help shows a command's options and examples.",
+            "quantkd COMMAND --help shows a command's options and examples. --traceback shows where an error arose.",
         ]
     )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from trl import TrlParser
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
+from quantkd.cli.parsing import parse_options
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
 from quantkd.trainer import QuantizedDistillationTrainer
@@ -43,17 +40,11 @@ def main(argv: Sequence[str]) -> None:
         argv: the arguments after `quantkd train`.
 
     Raises:
-        ConfigError: both ways of holding rows out at once.
+        ConfigError: both ways of holding rows out at once, or amounts that train nothing.
     """
-    # TrlParser's annotation leaves dataclass types out.
-    kinds: Any = [DataArguments, StudentArguments, QuantizedDistillationConfig]
-    parser = TrlParser(
-        kinds,
-        prog="quantkd train",
-        epilog=_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    data, student, config = parser.parse_args_and_config(argv)
+    kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
+    data, student, config = parse_options(kinds, argv, prog="quantkd train", examples=_EXAMPLES)
+    _check_amounts(config)
     if data.eval_transfer_set and data.eval_fraction:
         raise ConfigError("Give eval_transfer_set or eval_fraction, not both.")
     rows, held_out = TransferSet.open(data.transfer_set), None
@@ -76,3 +67,15 @@ def main(argv: Sequence[str]) -> None:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         print(f"The adapter lies in {config.output_dir}.")
+
+
+def _check_amounts(config: QuantizedDistillationConfig) -> None:
+    """Refuse amounts that the Trainer would divide by, or take for "no training" without a word."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; expected at least 1.")
+    if config.num_train_epochs <= 0 and config.max_steps <= 0:
+        raise ConfigError(
+            f"Nothing would be trained: num_train_epochs is {config.num_train_epochs}, max_steps {config.max_steps}. "
+            "Set one of them above 0."
+        )

@@ -178,6 +178,7 @@ def _find_split(folder: Path, split: str) -> Path:
 
 
 def _read_file(path: Path) -> Iterator[Any]:
+    """The rows of one file, by its suffix."""
     if not path.is_file():
         raise DataError(f"There is no file {path}. Give the path of an existing file.")
     if path.suffix == ".parquet":
@@ -230,6 +231,7 @@ def _load_from_hub(name: str, split: str) -> Iterable[Any]:
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
+    """One row of any kind as an `Example`, or an error that says where it stands."""
     prompt: Any
     completion: Any
     if isinstance(row, Example):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
@@ -14,6 +15,9 @@ from quantkd.data.prompts import Example, encode_prompt
 from quantkd.errors import DataError
 from quantkd.evaluation.generation import Generated, generate_greedy
 from quantkd.evaluation.records import RecordFile, compute_model_fingerprint, compute_prompts_digest
+from quantkd.evaluation.sharing import deal_batches, gather_rounds
+from quantkd.generation import check_context
+from quantkd.hardware import process_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +92,7 @@ def evaluate_gsm8k(
     max_new_tokens: int = 256,
     chat_template: bool = True,
     records_path: str | Path | None = None,
+    share: bool = False,
     progress: bool = True,
 ) -> list[AnswerRecord]:
     """Let a model answer GSM8K questions greedily, and grade each answer in both ways.
@@ -102,6 +107,8 @@ def evaluate_gsm8k(
         chat_template: False prompts with plain text, for a base model.
         records_path: a JSONL file that takes every prompt, output and verdict as they come; a partial file of the same
             model and items is taken up where it ended.
+        share: deal the questions to all processes of the launcher (`accelerate launch`, `torchrun`), each of which
+            holds the whole model and must make this same call; all return all records, and the main process writes.
         progress: show a progress bar if there is a terminal.
 
     Returns:
@@ -137,7 +144,9 @@ def evaluate_gsm8k(
     prompts = [encode_prompt(tokenizer, build_prompt(r["question"], shots), chat_template=chat_template) for r in rows]
     limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": STOP}
     description = f"GSM8K {len(shots)}-shot"
-    return _answer(model, tokenizer, prompts, grade, AnswerRecord, golds, limits, records_path, progress, description)
+    return _answer(
+        model, tokenizer, prompts, grade, AnswerRecord, golds, limits, records_path, share, progress, description
+    )
 
 
 def evaluate_prompts(
@@ -149,6 +158,7 @@ def evaluate_prompts(
     max_new_tokens: int = 256,
     chat_template: bool = True,
     records_path: str | Path | None = None,
+    share: bool = False,
     progress: bool = True,
 ) -> list[PromptRecord]:
     """Let a model answer any prompts greedily; where a completion is given, compare by exact match.
@@ -161,6 +171,7 @@ def evaluate_prompts(
         max_new_tokens: the length limit of an answer.
         chat_template: False prompts with plain text, for a base model.
         records_path: as in `evaluate_gsm8k`.
+        share: as in `evaluate_gsm8k`.
         progress: show a progress bar if there is a terminal.
 
     Returns:
@@ -186,7 +197,9 @@ def evaluate_prompts(
     prompts = [encode_prompt(tokenizer, example.prompt, chat_template=chat_template) for example in examples]
     limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": None}
     golds = [example.completion for example in examples]
-    return _answer(model, tokenizer, prompts, grade, PromptRecord, golds, limits, records_path, progress, "Prompts")
+    return _answer(
+        model, tokenizer, prompts, grade, PromptRecord, golds, limits, records_path, share, progress, "Prompts"
+    )
 
 
 def _answer(
@@ -198,15 +211,20 @@ def _answer(
     golds: Sequence[str | None],
     limits: dict[str, Any],
     records_path: str | Path | None,
+    share: bool,
     progress: bool,
     description: str,
 ) -> list[Record]:
     """Answer the prompts that the records file does not hold yet, and return all records in order."""
     if not prompts:
         raise DataError("There is nothing to evaluate: 0 rows were given; expected at least one.")
+    # Before they are dealt: so that every process refuses the same row, by its number in the whole list.
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_context(network, [len(prompt) for prompt in prompts], limits["max_new_tokens"])
+    is_main = not share or process_state().is_main_process
     done: dict[int, Record] = {}
     file = None
-    if records_path is not None:
+    if records_path is not None and is_main:
         settings = {
             "model": compute_model_fingerprint(model),
             "prompts": compute_prompts_digest(prompts),
@@ -215,15 +233,20 @@ def _answer(
         }
         file = RecordFile(Path(records_path), settings)
         done = {record.id: record for record in (_from_json(kind, value, file.path) for value in file.existing)}
-    open_indices = [index for index in range(len(prompts)) if index not in done]
-    hidden = None if progress else True  # None: shown where there is a terminal
-    with tqdm(total=len(prompts), initial=len(done), desc=description, unit="answer", disable=hidden) as bar:
-        for batch in generate_greedy(model, tokenizer, [prompts[index] for index in open_indices], **limits):
-            records = []
-            for answer in batch:
-                index = open_indices[answer.index]
-                answer = Generated(index, answer.text, answer.finished, answer.num_tokens)
-                records.append(grade(answer, str(tokenizer.decode(prompts[index]))))
+    if share:
+        done = {record.id: record for record in gather_object(list(done.values()))}  # the main process has read them
+    left = [index for index in range(len(prompts)) if index not in done]
+    mine = deal_batches([len(prompts[index]) for index in left], limits["batch_size"], share)
+    own = sorted(left[place] for batch in mine for place in batch)  # which `generate_greedy` cuts as they were dealt
+
+    def answer() -> Iterator[list[Record]]:
+        for batch in generate_greedy(model, tokenizer, [prompts[index] for index in own], **limits):
+            numbered = [Generated(own[a.index], a.text, a.finished, a.num_tokens) for a in batch]
+            yield [grade(a, str(tokenizer.decode(prompts[a.index]))) for a in numbered]
+
+    quiet = None if progress and is_main else True  # None: shown where there is a terminal
+    with tqdm(total=len(prompts), initial=len(done), desc=description, unit="answer", disable=quiet) as bar:
+        for records in gather_rounds(answer(), -(-len(left) // limits["batch_size"]), share):
             done.update({record.id: record for record in records})
             if file is not None:
                 file.append(asdict(record) for record in records)

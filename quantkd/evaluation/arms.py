@@ -10,14 +10,29 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from quantkd.checkpoint import short_name
 from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import evaluate_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.hardware import process_state
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["TITLES", "evaluate_arm"]
+__all__ = ["TITLES", "check_arm_name", "evaluate_arm"]
 
 TITLES = {"teacher": "teacher", "before": "4-bit, before", "after": "4-bit, distilled"}
+
+
+def check_arm_name(arm: str) -> None:
+    """Refuse a name that would not be a plain file name.
+
+    Args:
+        arm: the name.
+
+    Raises:
+        ConfigError: it is empty, or holds anything but letters, digits, - and _.
+    """
+    if not arm or not all(character.isalnum() or character in "-_" for character in arm):
+        raise ConfigError(f"An arm's name is a file name of letters, digits, - and _, found {arm!r}. Choose another.")
 
 
 def evaluate_arm(
@@ -36,6 +51,7 @@ def evaluate_arm(
     batch_size: int = 8,
     max_new_tokens: int = 256,
     chat_template: bool = True,
+    share: bool = False,
     progress: bool = True,
 ) -> Path:
     """Measure a model and write `<run_dir>/evaluation/<arm>.json`, and each answer to a JSONL beside it.
@@ -55,6 +71,8 @@ def evaluate_arm(
         batch_size: rows or questions a batch.
         max_new_tokens: length limit of an answer.
         chat_template: False prompts with plain text, for a base model.
+        share: deal rows and questions to all processes of the launcher, each of which must make this same call; the
+            main process writes.
         progress: show bars.
 
     Returns:
@@ -65,8 +83,7 @@ def evaluate_arm(
     """
     if held_out is None and not questions:
         raise ConfigError("There is nothing to measure: give held_out rows, questions, or both.")
-    if not arm or not all(character.isalnum() or character in "-_" for character in arm):
-        raise ConfigError(f"An arm's name is a file name of letters, digits, - and _, found {arm!r}.")
+    check_arm_name(arm)
     if questions and max(shots) > len(few_shot):
         raise ConfigError(f"{max(shots)} shots need as many training rows, found {len(few_shot)}.")
     folder = Path(run_dir) / "evaluation"
@@ -74,12 +91,14 @@ def evaluate_arm(
     result: dict[str, Any] = {
         "arm": arm,
         "title": title or TITLES.get(arm, arm),
-        "model": Path(model_name).name if Path(model_name).exists() else model_name,
+        "model": short_name(model_name),
         "memory_bytes": int(model.get_memory_footprint() if memory_bytes is None else memory_bytes),
     }
     if held_out is not None:
         result["transfer_set_digest"] = held_out.digest
-        result["fidelity"] = evaluate_fidelity(model, held_out, batch_size=batch_size, progress=progress).to_json()
+        result["fidelity"] = evaluate_fidelity(
+            model, held_out, batch_size=batch_size, share=share, progress=progress
+        ).to_json()
     if questions:
         result["accuracy"] = {}
         for count in shots:
@@ -92,6 +111,7 @@ def evaluate_arm(
                 max_new_tokens=max_new_tokens,
                 chat_template=chat_template,
                 records_path=folder / f"{arm}-{count}-shot.jsonl",
+                share=share,
                 progress=progress,
             )
             result["accuracy"][f"{count}-shot"] = [
@@ -99,6 +119,8 @@ def evaluate_arm(
                 for r in records
             ]
     path = folder / f"{arm}.json"
+    if share and not process_state().is_main_process:
+        return path
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)

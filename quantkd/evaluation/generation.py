@@ -102,6 +102,7 @@ def _generate_batch(
     cache: DynamicCache | None,
     stop: str | None,
 ) -> list[Generated]:
+    """One batch: the shared prefix, padding in the middle, and each answer cut at its end."""
     # Rows are prefix + padding + rest: the prefix must lie at the same slots as in its cache, the end of every prompt
     # at the right edge. `generate` derives positions from the mask, so padding in the middle shifts none of them.
     rests = [list(prompts[index][len(prefix) :]) for index in indices]

@@ -117,6 +117,7 @@ def _check_settings(path: Path, settings_path: Path, settings: dict[str, Any]) -
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file whose last line may be cut off."""
     records = []
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):

@@ -1,7 +1,4 @@
-"""The statistics of a comparison: intervals, a paired test, and the share of the teacher's gap that came back.
-
-scipy does the arithmetic. docs/evaluation.md explains each in words.
-"""
+"""Intervals, a paired test, and the share of the teacher's gap that came back; docs/evaluation.md explains each."""
 
 from __future__ import annotations
 
@@ -59,14 +56,17 @@ class RowSums:
     denominators: ArrayLike | None = None
 
     def to_arrays(self) -> tuple[Floats, Floats]:
-        """Both sums as float64 (N,).
+        """Numerators and denominators as arrays.
+
+        Returns:
+            Both as float64 (N,).
 
         Raises:
             DataError: lengths that differ, no rows, values that are not finite, or denominators without a positive sum.
         """
         numerators = np.asarray(self.numerators, dtype=np.float64)
-        ones = np.ones_like(numerators)
-        denominators = ones if self.denominators is None else np.asarray(self.denominators, dtype=np.float64)
+        given = self.denominators
+        denominators = np.ones_like(numerators) if given is None else np.asarray(given, dtype=np.float64)
         if numerators.ndim != 1 or numerators.shape != denominators.shape or not numerators.size:
             raise DataError(
                 f"Found numerators of shape {numerators.shape} and denominators of shape {denominators.shape}; "
@@ -209,8 +209,7 @@ def compute_gap_recovered(
         before: those of the quantized model before distillation.
         after: those after it; all three on the same rows in the same order.
         higher_is_better: True for accuracy and agreement, False for KL and perplexity.
-        binary: the rows are verdicts, 0 or 1; McNemar's exact test then judges the gap too, as a bootstrap of few
-            verdicts is too sure of itself.
+        binary: rows are verdicts, 0 or 1: McNemar's exact test judges the gap, too; a bootstrap of few is too sure.
         transform: "exp" for perplexity, which is exp of a mean.
         confidence: the coverage of the intervals, and 1 - the level of the test.
         seed, resamples: of the paired bootstrap.

@@ -51,8 +51,13 @@ def load_arms(folder: Path) -> list[Arm]:
         Teacher, before, after, then any others by name.
 
     Raises:
-        DataError: an arm that is missing or malformed, or arms evaluated on different rows or questions.
+        DataError: no such folder, an arm that is missing or malformed, or arms evaluated on different items.
     """
+    if not folder.is_dir():
+        raise DataError(
+            f"There is no folder {folder}; expected what `quantkd evaluate --run_dir {folder.parent}` writes. "
+            "Evaluate first, or mend the path."
+        )
     # Records of answers may lie in the same folder; an arm is a file of its own kind, *.json.
     paths = {path.stem: path for path in sorted(folder.glob("*.json")) if not path.name.endswith(".settings.json")}
     missing = [name for name in _REQUIRED if name not in paths]
@@ -68,13 +73,15 @@ def load_arms(folder: Path) -> list[Arm]:
 
 
 def _load_arm(path: Path) -> Arm:
+    """One arm's file, with everything in it checked."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}. Evaluate this arm again.") from error
     if not isinstance(data, dict) or data.get("arm") != path.stem:
         found = data.get("arm") if isinstance(data, dict) else type(data).__name__
-        raise DataError(f"{path} says it is the arm {found!r}; expected {path.stem!r}, after the file's name.")
+        raise DataError(f"{path} says it is the arm {found!r}; expected {path.stem!r}, after the file's name. "
+                        "Evaluate this arm again.")  # fmt: skip
     fidelity = data.get("fidelity")
     accuracy = {
         str(setting): sorted(_read_rows(path, f"accuracy {setting}", rows, _VERDICT_KEYS), key=lambda row: row["id"])

@@ -48,6 +48,7 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
 
 
 def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) -> None:
+    """A group of bars a setting, with Wilson intervals."""
     arms = results["arms"]
     width = 0.8 / len(arms)
     for place, (name, arm) in enumerate(arms.items()):
@@ -67,6 +68,7 @@ def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) ->
 
 
 def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
+    """A bar an arm, with bootstrap intervals."""
     arms = results["arms"]
     for place, name in enumerate(names):
         _draw_bars(panel, [place], [arms[name]["metrics"]["kl"]], 0.72, _style(arms, name), scale=1, form="{:.3f}")

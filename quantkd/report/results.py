@@ -126,6 +126,7 @@ def order_results(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict[str, Any]:
+    """One arm as JSON: its figures with intervals, None where it was not evaluated."""
     description: dict[str, Any] = {
         "title": arm.title,
         "model": arm.model,
@@ -182,6 +183,7 @@ def _compare(arm: Arm, other: Arm, metric: Metric) -> dict[str, Any] | None:
 
 
 def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, Any]:
+    """The gap that one arm recovered in one metric, and why there is none."""
     involved = [arms["teacher"], arms["before"], arm]
     lacking = [one.name for one in involved if _get_sums(one, metric) is None]
     if lacking:

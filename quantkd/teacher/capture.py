@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from quantkd.checkpoint import naming, short_name
 from quantkd.data.prompts import Example, encode_completion, encode_prompt, load_examples
 from quantkd.errors import ConfigError, DataError
 from quantkd.fingerprint import compute_fingerprint
@@ -40,14 +41,21 @@ def load_teacher(
         name_or_path: a Hub name or a checkpoint folder.
         dtype: "bfloat16", "float16", "float32", or None to follow the hardware.
         **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
+
+    Returns:
+        The model in evaluation mode, on this process's own device, and its tokenizer.
+
+    Raises:
+        ConfigError: no such folder or model, a folder that holds none, or an unknown dtype.
     """
     kwargs: dict[str, Any] = {"trust_remote_code": False, **model_init_kwargs}
     tokenizer_kwargs = {
         key: value for key, value in kwargs.items() if key in ("revision", "trust_remote_code", "token")
     }
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_kwargs)
     kwargs = {"dtype": parse_dtype(dtype), "device_map": {"": default_device()}, **kwargs}
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs), tokenizer
+    with naming(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_kwargs)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs), tokenizer
 
 
 def capture(
@@ -154,8 +162,7 @@ def capture(
         if do_sample:
             generation |= {"temperature": generation_temperature, "top_p": top_p, "top_k": top_k}
     plan = Plan(
-        # A local folder's path says where its owner keeps things; its name says enough.
-        teacher_name=Path(name).name if Path(name).is_dir() else name,
+        teacher_name=short_name(name),
         teacher_revision=getattr(network.config, "_commit_hash", None) or "",
         teacher_dtype=str(network.dtype).removeprefix("torch."),
         tokenizer_fingerprint=compute_fingerprint(tokenizer),
@@ -190,6 +197,7 @@ def _fill(
     responses: str,
     bar: tqdm[Any],
 ) -> None:
+    """Run the teacher over every shard that this process gets, and commit each."""
     run = teacher.answer if responses == "generate" else teacher.score
     batch_size = writer.plan.batch_size
     tokens, started = 0, time.monotonic()
@@ -216,6 +224,7 @@ def _resolve_teacher(
     dtype: str | None,
     model_init_kwargs: dict[str, Any] | None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The teacher and its tokenizer, loaded where only a name is given."""
     if isinstance(model, str):
         loaded, own = load_teacher(model, dtype=dtype, **(model_init_kwargs or {}))
         return loaded, tokenizer or own
@@ -234,6 +243,7 @@ def _resolve_teacher(
 def _encode(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, responses: str, chat_template: bool
 ) -> list[EncodedPrompt]:
+    """Token ids of all prompts, and of their answers where these are given."""
     encoded = []
     for index, example in enumerate(examples):
         completion = None

@@ -196,6 +196,7 @@ class TransformersTeacher:
     def _row(
         self, prompt: EncodedPrompt, response: list[int], picks: PickedEntries, position: int, finished: bool
     ) -> TransferRow:
+        """One answer with its entries, refused if a logit was not finite."""
         steps = slice(0, len(response))
         finite = picks.is_finite[steps, position]
         if not bool(finite.all()):

@@ -41,7 +41,14 @@ class RowBatch:
 
     @classmethod
     def concatenate(cls, parts: list[RowBatch]) -> RowBatch:
-        """Several batches end to end; they must share temperatures and vocabulary size."""
+        """Several batches end to end; they must share temperatures and vocabulary size.
+
+        Args:
+            parts: at least one.
+
+        Returns:
+            One batch of all their rows, in order.
+        """
         if len(parts) == 1:
             return parts[0]
         shifts = torch.tensor([0] + [part.input_ids.numel() for part in parts[:-1]]).cumsum(0)

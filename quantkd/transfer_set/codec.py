@@ -56,7 +56,11 @@ class DecodedRows:
     finished: NDArray[np.bool_]
 
     def rows(self) -> list[TransferRow]:
-        """The rows one by one."""
+        """The rows one by one.
+
+        Returns:
+            Views of these arrays, one `TransferRow` a row.
+        """
         token_ends = np.cumsum(self.lengths)
         target_ends = np.cumsum(self.target_counts)
         span_ends = np.cumsum(self.span_counts)
@@ -101,7 +105,14 @@ class Codec:
         self.count_dtype = np.dtype("u1" if self.max_entries < 2**8 else "<u2" if self.max_entries < 2**16 else "<u4")
 
     def tensors(self, size: ShardSize) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor of a shard, in file order: wide items first, so all are aligned."""
+        """Name, dtype and shape of every tensor of a shard, in file order: wide items first, so all are aligned.
+
+        Args:
+            size: the numbers of the shard.
+
+        Returns:
+            What the header of the shard holds.
+        """
         byte = np.dtype("u1")
         planes, fine = self.high_bits, self.fine
         optional = [
@@ -131,6 +142,9 @@ class Codec:
 
         Each target's entries are stored with the most probable one first and the others by ascending id.
 
+        Args:
+            rows: the rows of one shard, checked by `TransferRow.validate`.
+
         Returns:
             The shard's size, and its tensors by name.
         """
@@ -159,7 +173,14 @@ class Codec:
         return size, tensors
 
     def decode(self, codes: RowCodes) -> DecodedRows:
-        """The rows behind `codes`, without a loop over rows or tokens."""
+        """The rows behind `codes`, without a loop over rows or tokens.
+
+        Args:
+            codes: the stored form of some rows, free of faults.
+
+        Returns:
+            The rows, flat.
+        """
         lengths = codes.rows[:, TOKENS].astype(np.int64)
         span_counts = codes.rows[:, SPANS].astype(np.int64)
         spans = codes.spans.astype(np.int64)
@@ -202,6 +223,7 @@ class Codec:
         )
 
     def _encode_row(self, row: TransferRow) -> RowCodes:
+        """The stored form of one valid row."""
         counts = row.counts.astype(np.int64)
         starts = np.cumsum(counts) - counts
         order = _storage_order(row, counts)

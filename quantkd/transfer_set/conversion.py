@@ -58,7 +58,14 @@ def convert(
 
 
 def expect_entries(rule: StorageRule) -> float:
-    """A guess at the mean entries per target, from SmolLM2-135M on its own GSM8K answers; larger models are surer."""
+    """A guess at the mean entries per target, from SmolLM2-135M on its own GSM8K answers; larger models are surer.
+
+    Args:
+        rule: the storage rule.
+
+    Returns:
+        Entries a target.
+    """
     if isinstance(rule, TopK):
         return float(rule.k)
     if isinstance(rule, Sampled):
@@ -75,6 +82,9 @@ def estimate_bytes(plan: Plan, prompt_tokens: int, response_tokens: int, entries
         prompt_tokens: tokens of all prompts.
         response_tokens: tokens of all responses, taken as the teacher's own most probable ones.
         entries_per_token: mean entries per response token; None for `expect_entries`.
+
+    Returns:
+        Bytes.
 
     Example:
         A plan of 1,000 prompts with 95 tokens each and 100 tokens an answer: `estimate_bytes(plan, 95_000, 100_000)`.

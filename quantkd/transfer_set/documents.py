@@ -27,6 +27,12 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 def canonical_json(value: Any) -> bytes:
     """`value` as JSON bytes: keys sorted, no spaces, ASCII, one newline at the end.
 
+    Args:
+        value: what JSON can hold.
+
+    Returns:
+        The bytes, the same for equal values.
+
     Raises:
         TransferSetError: the value is not JSON, holds a number that is not finite or a control character, or nests
             deeper than `MAX_JSON_DEPTH`.
@@ -50,6 +56,9 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
         data: the bytes of the file, at most `MAX_DOCUMENT_BYTES`.
         name: the file's name, for the error.
 
+    Returns:
+        The object.
+
     Raises:
         TransferSetError: too deep, not JSON, not canonical, not an object, or with control characters.
     """
@@ -69,13 +78,29 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def quote(text: object, limit: int = 200) -> str:
-    """`text` fit for a message: ASCII, escapes spelled out, cut at `limit` characters."""
+    """`text` fit for a message: ASCII, escapes spelled out, cut at `limit` characters.
+
+    Args:
+        text: anything, shown as `str` does.
+        limit: the most characters.
+
+    Returns:
+        Printable ASCII.
+    """
     shown = ascii(str(text)[: limit + 1])[1:-1]
     return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
 def require_fields(value: Any, name: str, fields: Iterable[str]) -> dict[str, Any]:
     """`value`, checked to be an object with exactly `fields`.
+
+    Args:
+        value: what should be the object.
+        name: what it is, for messages.
+        fields: the names it must have, and no others.
+
+    Returns:
+        The object.
 
     Raises:
         TransferSetError: not an object, or fields missing or unknown.

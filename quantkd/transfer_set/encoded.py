@@ -48,7 +48,11 @@ class ShardSize:
     high: int
 
     def is_possible(self) -> bool:
-        """Whether some rows could have these numbers, within the limits of the format."""
+        """Whether some rows could have these numbers, within the limits of the format.
+
+        Returns:
+            False for numbers that only a damaged or hostile file can hold.
+        """
         return (
             0 <= self.rows <= min(MAX_SHARD_ROWS, self.tokens)
             and 0 <= self.spans <= min(MAX_SHARD_SPANS, self.targets)
@@ -80,7 +84,15 @@ class RowCodes:
 
     @classmethod
     def empty(cls, num_normalizers: int, high_bits: int) -> RowCodes:
-        """No rows at all."""
+        """No rows at all.
+
+        Args:
+            num_normalizers: temperatures other than 1.
+            high_bits: bits of an id above the 16th.
+
+        Returns:
+            Arrays of length 0.
+        """
         nothing = np.zeros(0, "u1")
         planes = (nothing,) * high_bits
         return cls(
@@ -101,12 +113,24 @@ class RowCodes:
         )
 
     def checksum(self) -> int:
-        """crc32 over one row: every array in the order of the fields, without the checksum itself."""
+        """crc32 over one row: every array in the order of the fields, without the checksum itself.
+
+        Returns:
+            A whole number below 2**32.
+        """
         fields = list(vars(self).values())
         return zlib.crc32(b"".join([fields[0][0, :CHECKSUM].tobytes(), *_buffers(fields[1:])]))
 
     def find_fault(self, max_entries: int, vocab_size: int) -> tuple[int, str] | None:
-        """The first row whose numbers contradict each other, with what is wrong; None if all agree."""
+        """The first row whose numbers contradict each other, with what is wrong; None if all agree.
+
+        Args:
+            max_entries: the most entries that a target may hold.
+            vocab_size: V.
+
+        Returns:
+            The row's place and what is wrong with it, in words; None without a fault.
+        """
         rows = self.rows.astype(np.int64)
         span_edges = np.append(0, np.cumsum(rows[:, SPANS]))
         row_ends = np.append(0, np.cumsum(self.spans[:, 1].astype(np.int64) - self.spans[:, 0]))[span_edges]

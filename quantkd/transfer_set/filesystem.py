@@ -22,34 +22,74 @@ class FileSystem:
     """The disk as the operating system gives it."""
 
     def reach(self, step: str) -> None:
-        """Called at every named step of a commit; does nothing here."""
+        """Called at every named step of a commit; does nothing here.
+
+        Args:
+            step: such as "shard:renamed".
+        """
 
     def create(self, path: Path) -> int:
-        """Open a new or emptied file for writing; returns its descriptor."""
+        """Open a new or emptied file for writing; returns its descriptor.
+
+        Args:
+            path: its name; a link there is refused.
+
+        Returns:
+            A file descriptor.
+        """
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """Write some of `data`; returns how many bytes were taken."""
+        """Write some of `data`; returns how many bytes were taken.
+
+        Args:
+            descriptor: from `create`.
+            data: what to write.
+
+        Returns:
+            Bytes taken, which may be fewer than `data` has.
+        """
         return os.write(descriptor, data)
 
     def fsync(self, descriptor: int) -> None:
-        """Flush a file or folder to the disk."""
+        """Flush a file or folder to the disk.
+
+        Args:
+            descriptor: of an open file or folder.
+        """
         os.fsync(descriptor)
 
     def rename(self, source: Path, destination: Path) -> None:
-        """Move `source` over `destination` in one step."""
+        """Move `source` over `destination` in one step.
+
+        Args:
+            source: an existing file.
+            destination: its new name, on the same disk.
+        """
         os.replace(source, destination)
 
     def unlink(self, path: Path) -> None:
-        """Remove a file that may be gone already."""
+        """Remove a file that may be gone already.
+
+        Args:
+            path: the file.
+        """
         path.unlink(missing_ok=True)
 
     def mkdir(self, path: Path) -> None:
-        """Create a folder and its parents; it may exist."""
+        """Create a folder and its parents; it may exist.
+
+        Args:
+            path: the folder.
+        """
         path.mkdir(parents=True, exist_ok=True)
 
     def sync_folder(self, path: Path) -> None:
-        """Flush a folder's entries, so that a rename in it survives a power cut."""
+        """Flush a folder's entries, so that a rename in it survives a power cut.
+
+        Args:
+            path: the folder.
+        """
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.fsync(descriptor)
@@ -93,6 +133,12 @@ def write_atomically(filesystem: FileSystem, path: Path, data: bytes, what: str)
 def open_regular(path: Path) -> int:
     """A descriptor for reading `path`, which must be a plain file: no link leads out of the folder, no pipe blocks.
 
+    Args:
+        path: the file.
+
+    Returns:
+        A file descriptor; the caller closes it.
+
     Raises:
         TransferSetError: missing, unreadable, a link, or not a plain file.
     """
@@ -112,6 +158,13 @@ def open_regular(path: Path) -> int:
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
     """The content of the plain file `path`, of at most `max_bytes`.
+
+    Args:
+        path: the file.
+        max_bytes: the most that is read.
+
+    Returns:
+        All its bytes.
 
     Raises:
         TransferSetError: as `open_regular`, or the file is larger.
@@ -144,6 +197,9 @@ class FileLock:
 
         Args:
             shared: let other shared holders in.
+
+        Returns:
+            True if this object holds the lock now.
         """
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -165,7 +221,15 @@ class FileLock:
             os.close(descriptor)
 
     def wait(self, timeout_seconds: float, done: Callable[[], bool] = lambda: False) -> bool:
-        """Take the lock, polling, until `done()` or the timeout; returns whether it was taken."""
+        """Take the lock, polling, until `done()` or the timeout; returns whether it was taken.
+
+        Args:
+            timeout_seconds: how long to try.
+            done: asked between tries; True ends the waiting.
+
+        Returns:
+            True if this object holds the lock now.
+        """
         deadline = time.monotonic() + timeout_seconds
         while not self.acquire():
             if done() or time.monotonic() > deadline:
@@ -174,7 +238,11 @@ class FileLock:
         return True
 
     def release(self, *, remove: bool = False) -> None:
-        """Give the lock back; with `remove`, the file goes first, while it is still held."""
+        """Give the lock back; with `remove`, the file goes first, while it is still held.
+
+        Args:
+            remove: delete the lock file, too.
+        """
         if self._descriptor is not None:
             if remove:
                 self.path.unlink(missing_ok=True)

@@ -37,6 +37,9 @@ def compute_histograms(transfer_set: TransferSet) -> Histograms:
     Args:
         transfer_set: a set or a view.
 
+    Returns:
+        The counts, over all targets of the set.
+
     Raises:
         TransferSetError: a row is damaged.
     """

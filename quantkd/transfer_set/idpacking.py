@@ -21,14 +21,31 @@ Ints = NDArray[np.int64]
 
 
 def low_widths(sizes: Ints, vocab_size: int) -> Ints:
-    """floor(log2(V / m)) for sets of m ids, and 0 for empty sets."""
+    """floor(log2(V / m)) for sets of m ids, and 0 for empty sets.
+
+    Args:
+        sizes: (R,) ids a set.
+        vocab_size: V.
+
+    Returns:
+        (R,) bits of an id that go to the low stream.
+    """
     # The exponent of the quotient is its bit length; exact, for a quotient is far below 2**53.
     widths = np.frexp(vocab_size // np.maximum(sizes, 1))[1].astype(np.int64) - 1
     return np.where(sizes > 0, widths, 0)
 
 
 def high_lengths(sizes: Ints, widths: Ints, vocab_size: int) -> Ints:
-    """Bits of the high stream for sets of m ids: one set bit an id, and room for the largest gap sum."""
+    """Bits of the high stream for sets of m ids: one set bit an id, and room for the largest gap sum.
+
+    Args:
+        sizes: (R,) ids a set.
+        widths: (R,) from `low_widths`.
+        vocab_size: V.
+
+    Returns:
+        (R,) bits.
+    """
     return np.where(sizes > 0, sizes + ((vocab_size - 1) >> widths), 0)
 
 
@@ -56,6 +73,9 @@ def encode_rest(ids: Ints, sizes: Ints, vocab_size: int) -> tuple[NDArray[np.uin
         ids: all targets' ids beyond the first entries, ascending within each target.
         sizes: (R,) ids per target.
         vocab_size: V.
+
+    Returns:
+        The low stream and the high one, as bytes.
     """
     widths = low_widths(sizes, vocab_size)
     lengths = high_lengths(sizes, widths, vocab_size)
@@ -78,6 +98,9 @@ def decode_rest(low: NDArray[Any], high: NDArray[Any], sizes: Ints, row_ends: In
         sizes: (R,) ids per target.
         row_ends: (B + 1,) cumulative targets at the rows' ends, from 0.
         vocab_size: V.
+
+    Returns:
+        The ids of all targets, ascending within each.
     """
     widths = low_widths(sizes, vocab_size)
     lengths = high_lengths(sizes, widths, vocab_size)

@@ -30,7 +30,14 @@ _SIZES = tuple(ShardSize.__dataclass_fields__)
 
 
 def record_name(index: int) -> str:
-    """The file name of the record that marks shard `index` as committed."""
+    """The file name of the record that marks shard `index` as committed.
+
+    Args:
+        index: of the shard.
+
+    Returns:
+        A file name.
+    """
     return f"shard-{index:05d}.json"
 
 
@@ -49,12 +56,23 @@ class ShardRecord:
     counters: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as it stands in an index, without counters."""
+        """The record as it stands in an index, without counters.
+
+        Returns:
+            A JSON object.
+        """
         return {**asdict(self.size), "sha256": self.sha256}
 
     @classmethod
     def from_json(cls, value: Any, name: str) -> ShardRecord:
         """The inverse of `to_json`, with every number checked.
+
+        Args:
+            value: a JSON value.
+            name: what it is, for messages.
+
+        Returns:
+            The record.
 
         Raises:
             TransferSetError: missing or unknown fields, or numbers that cannot be.
@@ -78,7 +96,15 @@ class Index:
 
     @classmethod
     def from_records(cls, plan: Plan, records: Sequence[ShardRecord]) -> Index:
-        """The index over the first `len(records)` shards of a plan."""
+        """The index over the first `len(records)` shards of a plan.
+
+        Args:
+            plan: the plan.
+            records: those of the shards 0, 1, ... without a gap.
+
+        Returns:
+            An index that is complete if no record is missing.
+        """
         total: Counter[str] = Counter()
         for record in records:
             total.update(record.counters)
@@ -94,16 +120,30 @@ class Index:
         }
 
     def digest(self) -> str:
-        """The root digest: sha256 of the canonical JSON of everything else in the index, in hexadecimal."""
+        """The root digest: sha256 of the canonical JSON of everything else in the index, in hexadecimal.
+
+        Returns:
+            64 hexadecimal digits.
+        """
         return hashlib.sha256(canonical_json(self._content())).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The content of index.json."""
+        """The content of index.json.
+
+        Returns:
+            Canonical JSON.
+        """
         return canonical_json({**self._content(), "digest": self.digest()})
 
 
 def read_index(folder: Path) -> Index:
     """The index of a finished set.
+
+    Args:
+        folder: the set's folder.
+
+    Returns:
+        The index, with every number in it checked.
 
     Raises:
         TransferSetError: missing, damaged, of another format version, or with values that cannot be.
@@ -135,12 +175,25 @@ def read_index(folder: Path) -> Index:
 
 
 def plan_to_bytes(plan: Plan) -> bytes:
-    """The content of plan.json."""
+    """The content of plan.json.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        Canonical JSON.
+    """
     return canonical_json({"format": FORMAT_NAME, "version": FORMAT_VERSION, "plan": plan.to_json()})
 
 
 def read_plan(folder: Path) -> Plan:
     """The plan of an unfinished set.
+
+    Args:
+        folder: the set's folder.
+
+    Returns:
+        The plan, with every field checked.
 
     Raises:
         TransferSetError: missing, damaged, of another format version, or with values that cannot be.
@@ -152,12 +205,26 @@ def read_plan(folder: Path) -> Plan:
 
 
 def record_to_bytes(record: ShardRecord) -> bytes:
-    """The content of a record file."""
+    """The content of a record file.
+
+    Args:
+        record: of a committed shard.
+
+    Returns:
+        Canonical JSON.
+    """
     return canonical_json({"shard": record.to_json(), "counters": record.counters})
 
 
 def read_record(folder: Path, index: int) -> ShardRecord:
     """The record of shard `index` of an unfinished set.
+
+    Args:
+        folder: the set's folder.
+        index: of the shard.
+
+    Returns:
+        The record, with every number checked.
 
     Raises:
         TransferSetError: missing, damaged, or with values that cannot be.

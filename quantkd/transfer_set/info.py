@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["TransferSetInfo"]
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkd.transfer_set.store import ShardStore
+
+__all__ = ["TransferSetInfo", "describe_stores"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +67,46 @@ class TransferSetInfo:
     counters: dict[str, int]
     digest: str
     complete: bool
+
+
+def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64], digest: str) -> TransferSetInfo:
+    """The facts about some rows of one or several sets.
+
+    Args:
+        stores: the sets, at least one.
+        table: (rows, 3) tokens, targets and entries of the rows at hand.
+        digest: names the rows at hand.
+
+    Returns:
+        The facts.
+    """
+    plan = stores[0].index.plan
+    tokens, targets, entries = (int(total) for total in table.sum(axis=0))
+    counters: Counter[str] = Counter()
+    for store in stores:
+        counters.update(store.index.counters)
+    num_bytes = sum(store.num_bytes for store in stores)
+    all_targets = sum(shard.size.targets for store in stores for shard in store.index.shards)
+    return TransferSetInfo(
+        teacher_name=", ".join(dict.fromkeys(store.index.plan.teacher_name for store in stores)),
+        teacher_revision=plan.teacher_revision,
+        teacher_dtype=plan.teacher_dtype,
+        tokenizer_fingerprint=plan.tokenizer_fingerprint,
+        vocab_size=plan.vocab_size,
+        storage=plan.storage,
+        profile=plan.profile,
+        temperatures=plan.temperatures,
+        generation=plan.generation,
+        responses=plan.responses,
+        num_rows=len(table),
+        num_prompts=sum(store.index.plan.num_prompts for store in stores),
+        num_tokens=tokens,
+        num_response_tokens=targets,
+        num_entries=entries,
+        num_bytes=num_bytes,
+        bytes_per_response_token=num_bytes / all_targets if all_targets else float("nan"),
+        mean_entries=entries / targets if targets else float("nan"),
+        counters=dict(counters),
+        digest=digest,
+        complete=all(store.index.complete for store in stores),
+    )

@@ -23,7 +23,14 @@ Floats = NDArray[np.float32]
 
 @cache
 def first_entry_table(levels: int) -> tuple[Floats, Floats]:
-    """log p1 and log c for each of `levels` codes of the first entry; log c is -inf for the last code, p1 = 1."""
+    """log p1 and log c for each of `levels` codes of the first entry; log c is -inf for the last code, p1 = 1.
+
+    Args:
+        levels: codes, 256 or 65,536.
+
+    Returns:
+        Two (levels,) tables in nats.
+    """
     angle = np.pi / 2 * (np.arange(levels) + 1) / levels
     with np.errstate(divide="ignore"):
         first = 2 * np.log(np.sin(angle[:-1]))
@@ -34,7 +41,11 @@ def first_entry_table(levels: int) -> tuple[Floats, Floats]:
 
 @cache
 def other_entry_table() -> Floats:
-    """log(p / c) for each of the 256 codes of the other entries."""
+    """log(p / c) for each of the 256 codes of the other entries.
+
+    Returns:
+        (256,) nats.
+    """
     return (_POWER * np.log((np.arange(_CODES) + 1) / _CODES)).astype(np.float32)
 
 
@@ -73,7 +84,17 @@ def encode_logprobs(
 
 
 def decode_logprobs(first_codes: NDArray[Any], codes: NDArray[Any], counts: NDArray[np.int64], levels: int) -> Floats:
-    """The inverse of `encode_logprobs`: (E,) float32 natural logs."""
+    """The inverse of `encode_logprobs`: (E,) float32 natural logs.
+
+    Args:
+        first_codes: (R,) codes of the first entries.
+        codes: (E,) codes of all entries; those of first ones are not looked at.
+        counts: (R,) entries per target.
+        levels: codes of a first entry.
+
+    Returns:
+        (E,) nats.
+    """
     first, scale = first_entry_table(levels)
     logprobs: Floats = other_entry_table()[codes]
     logprobs += np.repeat(scale[first_codes], counts)
@@ -92,6 +113,14 @@ def encode_normalizers(
     """Codes of A_T for every temperature but 1: A_T = (1 - 1/T) * log V * code / (levels - 1).
 
     A_T never falls below the log of the decoded entries' own sum, so the tail stays at least 0.
+
+    Args:
+        log_normalizers: (R, number of temperatures) A_T.
+        decoded_logprobs: (E,) what `decode_logprobs` will give.
+        counts: (R,) entries per target.
+        temperatures: of the columns.
+        vocab_size: V.
+        levels: codes, 256 or 65,536.
 
     Returns:
         (R, M) codes, one column for each temperature other than 1.
@@ -119,7 +148,17 @@ def encode_normalizers(
 
 
 def decode_normalizers(codes: NDArray[Any], temperatures: tuple[float, ...], vocab_size: int, levels: int) -> Floats:
-    """(R, len(temperatures)) float32 log-normalizers; the column of temperature 1 is 0."""
+    """(R, len(temperatures)) float32 log-normalizers; the column of temperature 1 is 0.
+
+    Args:
+        codes: (R, M) from `encode_normalizers`.
+        temperatures: of the columns that are wanted.
+        vocab_size: V.
+        levels: codes, 256 or 65,536.
+
+    Returns:
+        One column a temperature.
+    """
     decoded = np.zeros((len(codes), len(temperatures)), dtype=np.float32)
     others = [column for column, temperature in enumerate(temperatures) if temperature != 1.0]
     for source, column in enumerate(others):
@@ -129,7 +168,15 @@ def decode_normalizers(codes: NDArray[Any], temperatures: tuple[float, ...], voc
 
 
 def expand(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The indices `starts[j] ... starts[j] + counts[j] - 1` of every j, end to end."""
+    """The indices `starts[j] ... starts[j] + counts[j] - 1` of every j, end to end.
+
+    Args:
+        starts: (R,) first indices.
+        counts: (R,) how many from there.
+
+    Returns:
+        (sum of counts,) indices.
+    """
     total = int(counts.sum())
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(total, dtype=np.int64)
 

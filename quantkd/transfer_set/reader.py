@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -19,12 +18,12 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set.batch import RowBatch
 from quantkd.transfer_set.documents import canonical_json
-from quantkd.transfer_set.info import TransferSetInfo
+from quantkd.transfer_set.info import TransferSetInfo, describe_stores
 from quantkd.transfer_set.layout import Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.store import ShardStore, Verify
 
-__all__ = ["TransferSet", "concatenate"]
+__all__ = ["TransferSet"]
 
 IGNORED_LABEL = -100
 
@@ -58,7 +57,19 @@ class TransferSet(Dataset[dict[str, Any]]):
 
     @classmethod
     def open(cls, path: str | Path, *, verify: Verify = "auto", allow_incomplete: bool = False) -> TransferSet:
-        """The set at `path`; the same as calling the class."""
+        """The set at `path`; the same as calling the class.
+
+        Args:
+            path: the set's folder.
+            verify: "auto", "full" or "off".
+            allow_incomplete: accept an unfinished set.
+
+        Returns:
+            The set.
+
+        Raises:
+            TransferSetError: not a set, unfinished, or damaged.
+        """
         return cls(path, verify=verify, allow_incomplete=allow_incomplete)
 
     def __len__(self) -> int:
@@ -110,11 +121,33 @@ class TransferSet(Dataset[dict[str, Any]]):
         return RowBatch.concatenate([self._fetch(sources[a], rows[a:b]) for a, b in pairwise(cuts)])
 
     def row(self, index: int) -> TransferRow:
-        """One row as numpy arrays, such as `TransferSetWriter.commit` takes."""
+        """One row as numpy arrays, such as `TransferSetWriter.commit` takes.
+
+        Args:
+            index: its place; negative from the end.
+
+        Returns:
+            The row.
+
+        Raises:
+            IndexError: no such row.
+            TransferSetError: the row is damaged.
+        """
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int]) -> list[TransferRow]:
-        """Several rows as numpy arrays."""
+        """Several rows as numpy arrays.
+
+        Args:
+            indices: their places; negative from the end.
+
+        Returns:
+            The rows, in the order of `indices`.
+
+        Raises:
+            IndexError: no such row.
+            TransferSetError: a row is damaged.
+        """
         located = self._resolve(indices)
         sources = np.searchsorted(self._starts, located, side="right") - 1
         return [
@@ -123,7 +156,18 @@ class TransferSet(Dataset[dict[str, Any]]):
         ]
 
     def select(self, indices: Sequence[int] | NDArray[Any]) -> TransferSet:
-        """A view of the rows named by `indices` (integers, negative from the end; or one bool a row), in that order."""
+        """A view of the rows named by `indices` (integers, negative from the end; or one bool a row), in that order.
+
+        Args:
+            indices: integers, negative from the end; or one bool a row.
+
+        Returns:
+            The view.
+
+        Raises:
+            ConfigError: a mask of another length.
+            IndexError: no such row.
+        """
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if len(chosen) != len(self):
@@ -133,6 +177,13 @@ class TransferSet(Dataset[dict[str, Any]]):
 
     def split(self, fraction: float, seed: int) -> tuple[TransferSet, TransferSet]:
         """Two disjoint views `(rest, held_out)` in the old order; `held_out` has `round(fraction * len(self))` rows.
+
+        Args:
+            fraction: the share to hold out, between 0 and 1.
+            seed: of the choice.
+
+        Returns:
+            `rest` and `held_out`.
 
         Raises:
             ConfigError: one of the two would be empty.
@@ -152,6 +203,12 @@ class TransferSet(Dataset[dict[str, Any]]):
         Args:
             seed: of the run.
             epoch: of the pass over the data.
+
+        Returns:
+            The view.
+
+        Raises:
+            DataError: a negative seed or epoch.
         """
         return self.select(_permutation(len(self), (seed, epoch)))
 
@@ -179,37 +236,7 @@ class TransferSet(Dataset[dict[str, Any]]):
     @cached_property
     def info(self) -> TransferSetInfo:
         """What the set is and what it costs."""
-        stores = [store for store, _ in self._sources]
-        plan = self.plan
-        tokens, targets, entries = (int(total) for total in self._table.sum(axis=0))
-        counters: Counter[str] = Counter()
-        for store in stores:
-            counters.update(store.index.counters)
-        num_bytes = sum(store.num_bytes for store in stores)
-        all_targets = sum(shard.size.targets for store in stores for shard in store.index.shards)
-        return TransferSetInfo(
-            teacher_name=", ".join(dict.fromkeys(store.index.plan.teacher_name for store in stores)),
-            teacher_revision=plan.teacher_revision,
-            teacher_dtype=plan.teacher_dtype,
-            tokenizer_fingerprint=plan.tokenizer_fingerprint,
-            vocab_size=plan.vocab_size,
-            storage=plan.storage,
-            profile=plan.profile,
-            temperatures=plan.temperatures,
-            generation=plan.generation,
-            responses=plan.responses,
-            num_rows=len(self),
-            num_prompts=sum(store.index.plan.num_prompts for store in stores),
-            num_tokens=tokens,
-            num_response_tokens=targets,
-            num_entries=entries,
-            num_bytes=num_bytes,
-            bytes_per_response_token=num_bytes / all_targets if all_targets else float("nan"),
-            mean_entries=entries / targets if targets else float("nan"),
-            counters=dict(counters),
-            digest=self.digest,
-            complete=all(store.index.complete for store in stores),
-        )
+        return describe_stores([store for store, _ in self._sources], self._table, self.digest)
 
     @property
     def _table(self) -> NDArray[np.int64]:
@@ -229,6 +256,7 @@ class TransferSet(Dataset[dict[str, Any]]):
         return view
 
     def _fetch(self, source: int, rows: list[int]) -> RowBatch:
+        """Some rows of one of the joined sets, as tensors."""
         store, weight = self._sources[source]
         start = int(self._starts[source])
         decoded = store.fetch([row - start for row in rows])
@@ -251,42 +279,6 @@ class TransferSet(Dataset[dict[str, Any]]):
             finished=torch.from_numpy(decoded.finished),
             weights=None if weight is None else torch.full((len(rows),), weight),
         )
-
-
-def concatenate(sets: Sequence[TransferSet], weights: Sequence[float] | None = None) -> TransferSet:
-    """Several sets (or views) one after the other, without copying.
-
-    Args:
-        sets: at least one; all of one tokenizer, vocabulary size and list of temperatures.
-        weights: one a set; its rows then carry it as `weight`, for a loss that counts some data more. None: no weights.
-
-    Raises:
-        ConfigError: no sets, sets that do not fit together, or weights that are not finite and above 0.
-    """
-    if not sets:
-        raise ConfigError("concatenate needs at least one transfer set.")
-    if len(sets) == 1 and weights is None:
-        return sets[0]
-    if weights is not None and (len(weights) != len(sets) or not all(0 < w < float("inf") for w in weights)):
-        raise ConfigError(f"weights are {list(weights)} for {len(sets)} sets; give each a finite number above 0.")
-    plans = [store.index.plan for each in sets for store, _ in each._sources]
-    for name in ("tokenizer_fingerprint", "vocab_size", "temperatures"):
-        found = list(dict.fromkeys(getattr(plan, name) for plan in plans))
-        if len(found) > 1:
-            raise ConfigError(f"The sets differ in {name}: {found[0]} and {found[1]}. Capture them alike to join them.")
-    joined = object.__new__(TransferSet)
-    sources: list[tuple[ShardStore, float | None]] = []
-    rows: list[NDArray[np.int64]] = []
-    shift = 0
-    for position, each in enumerate(sets):
-        rows.append(np.asarray(each._rows, dtype=np.int64) + shift)
-        for store, weight in each._sources:
-            sources.append((store, weight if weights is None else (weight or 1.0) * weights[position]))
-            shift += store.num_rows
-    joined._sources = tuple(sources)
-    joined._starts = np.append(0, np.cumsum([store.num_rows for store, _ in sources], dtype=np.int64))
-    joined._rows = np.concatenate(rows)
-    return joined
 
 
 def _permutation(length: int, entropy: tuple[int, ...]) -> NDArray[np.int64]:

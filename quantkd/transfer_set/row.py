@@ -109,6 +109,15 @@ def check_entries(
 ) -> None:
     """Check values over any number of rows: ids in range and unique, logprobs finite and at most 0, mass at most 1.
 
+    Args:
+        input_ids: (T,) tokens of all rows.
+        counts: (R,) entries per target.
+        token_ids: (E,) their ids.
+        logprobs: (E,) nats.
+        log_normalizers: (R, number of temperatures).
+        vocab_size: V.
+        temperatures: of the columns.
+
     Raises:
         TransferSetError: the first thing that is wrong, with the target's index.
     """

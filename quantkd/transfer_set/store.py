@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.codec import Codec, DecodedRows
 from quantkd.transfer_set.encoded import CHECKSUM, ENTRIES, TOKENS, RowCodes
-from quantkd.transfer_set.index import INDEX_NAME, Index, ShardRecord, read_index, read_plan, read_record, record_name
+from quantkd.transfer_set.index import (
+    INDEX_NAME,
+    PLAN_NAME,
+    Index,
+    ShardRecord,
+    read_index,
+    read_plan,
+    read_record,
+    record_name,
+)
 from quantkd.transfer_set.row import check_entries
 from quantkd.transfer_set.shard import TARGETS, ShardMap, concatenate_codes, shard_name
 
@@ -76,13 +85,23 @@ class ShardStore:
         return sum(os.stat(self.path / name).st_size for name in names)
 
     def table(self) -> NDArray[np.int64]:
-        """(rows, 3): tokens, targets and entries of every row, from the row tables alone."""
+        """(rows, 3): tokens, targets and entries of every row, from the row tables alone.
+
+        Returns:
+            (rows, 3) tokens, targets and entries of every row.
+        """
         columns = [TOKENS, TARGETS, ENTRIES]
         parts = [np.diff(self.map(s).edges, axis=0)[:, columns] for s in range(len(self.index.shards))]
         return np.concatenate([np.zeros((0, 3), dtype=np.int64), *parts])
 
     def fetch(self, rows: Sequence[int]) -> DecodedRows:
         """The given rows, decoded, in the order asked for.
+
+        Args:
+            rows: places in the set, in any order.
+
+        Returns:
+            The rows, in the order of `rows`.
 
         Raises:
             TransferSetError: a row is damaged; names its shard and number.
@@ -141,7 +160,14 @@ class ShardStore:
         )  # fmt: skip
 
     def map(self, shard: int) -> ShardMap:
-        """The shard, mapped and with its header and row table checked."""
+        """The shard, mapped and with its header and row table checked.
+
+        Args:
+            shard: its number.
+
+        Returns:
+            The open shard.
+        """
         mapped = self._maps.get(shard)
         if mapped is None:
             mapped = ShardMap(self.path / shard_name(shard), self.codec, self.index.shards[shard].size)
@@ -155,6 +181,10 @@ class ShardStore:
 
 def check_digest(mapped: ShardMap, record: ShardRecord) -> None:
     """Compare a shard's sha256 with its record.
+
+    Args:
+        mapped: the open shard.
+        record: what the index says of it.
 
     Raises:
         TransferSetError: they differ.
@@ -172,10 +202,16 @@ def _damaged(mapped: ShardMap, row: int, what: str) -> TransferSetError:
 
 
 def _find_index(path: Path, allow_incomplete: bool) -> Index:
+    """The index of a finished set, or one over the committed shards of an unfinished set."""
     if not path.is_dir():
         raise TransferSetError(f"There is no transfer set at {path}: it is no folder. Capture one, or mend the path.")
     if (path / INDEX_NAME).exists():
         return read_index(path)
+    if not (path / PLAN_NAME).exists():
+        raise TransferSetError(
+            f"There is no transfer set at {path}: it has neither {INDEX_NAME} nor {PLAN_NAME}. "
+            "Capture one, or mend the path."
+        )
     try:
         plan = read_plan(path)
     except TransferSetError as error:

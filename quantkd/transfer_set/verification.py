@@ -65,6 +65,7 @@ def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
 
 
 def _verify_digest(mapped: ShardMap, record: ShardRecord) -> None:
+    """Refuse a shard whose sha256 is wrong, and name the row that the damage lies in."""
     digest = mapped.sha256()
     if digest == record.sha256:
         return

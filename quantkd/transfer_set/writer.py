@@ -224,6 +224,7 @@ class TransferSetWriter:
         self.close()
 
     def _write_index(self) -> None:
+        """Write the index, unless another writer was faster, and remove what only an unfinished set needs."""
         with FileLock(self.path / COMMIT_LOCK) as lock:
             finished = (self.path / INDEX_NAME).exists
             if not lock.wait(LOCK_TIMEOUT_SECONDS, finished) and not finished():
@@ -256,6 +257,7 @@ class TransferSetWriter:
 
 
 def _establish_plan(disk: FileSystem, folder: Path, plan: Plan) -> None:
+    """Write the plan, or find that it is there and the same."""
     with FileLock(folder / COMMIT_LOCK) as lock:
         if not lock.wait(LOCK_TIMEOUT_SECONDS):
             raise _stuck(lock)

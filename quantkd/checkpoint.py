@@ -1,0 +1,56 @@
+"""A model's name: a folder here, or a repository on the Hub, and what to say when it is neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantkd.errors import ConfigError
+
+__all__ = ["naming", "short_name"]
+
+
+def short_name(name_or_path: str) -> str:
+    """The name without the path: where a local folder lies is its owner's business, and its name says enough.
+
+    Args:
+        name_or_path: a Hub name or a checkpoint folder.
+
+    Returns:
+        The folder's own name if there is such a folder, else the name as it is.
+    """
+    path = Path(name_or_path)
+    return path.resolve().name if path.is_dir() else name_or_path
+
+
+@contextmanager
+def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
+    """Turn what transformers and PEFT say of a model that they cannot find into one line that names it.
+
+    Args:
+        name_or_path: what is loaded in the `with` block.
+        file: what a folder must hold to be a candidate at all.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: a folder without `file`, a path where no folder is, or a name that could not be loaded.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        if not (path / file).is_file():
+            raise ConfigError(
+                f"{name_or_path} holds no {file}; expected a folder that `save_pretrained` wrote, or a name on the Hub."
+            )
+    elif name_or_path.startswith(("/", "./", "../", "~")) or not name_or_path:
+        raise ConfigError(f"There is no folder {name_or_path!r}. Give a checkpoint folder, or a name on the Hub.")
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{name_or_path!r} could not be loaded, neither as a folder here nor from the Hub. Check the name, the "
+            f"revision and the network. ({reason})"
+        ) from error

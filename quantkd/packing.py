@@ -1,0 +1,63 @@
+"""Whole rows side by side in one sequence: which models keep them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["position_ids_of", "why_not_packable"]
+
+
+def position_ids_of(lengths: Tensor) -> Tensor:
+    """(T,) int64 position ids of rows laid end to end: each row counts from 0, which is where models cut them apart.
+
+    Args:
+        lengths: (B,) int64, tokens per row.
+
+    Example:
+        >>> position_ids_of(torch.tensor([2, 3])).tolist()
+        [0, 1, 0, 1, 2]
+    """
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return torch.arange(starts.numel(), device=lengths.device) - starts
+
+
+def why_not_packable(model: Any) -> str | None:
+    """Why rows packed into one sequence would not stay apart in this model; None if they do.
+
+    Tries it: the second of two packed rows must give the same logits whatever the first one says, and those that it
+    gives alone. Attention follows the position ids in transformers; recurrent layers, ALiBi and some others do not.
+
+    Args:
+        model: a causal language model, with or without adapters, not wrapped.
+    """
+    device = model.get_input_embeddings().weight.device
+    lengths = torch.tensor([5, 6], device=device)
+    positions = position_ids_of(lengths).unsqueeze(0)
+    second = torch.arange(1, 7, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone = model(input_ids=second.unsqueeze(0), use_cache=False).logits[0]
+            packed = [
+                model(
+                    input_ids=torch.cat([torch.full((5,), token, device=device), second]).unsqueeze(0),
+                    position_ids=positions,
+                    use_cache=False,
+                ).logits[0, 5:]
+                for token in (0, 7)
+            ]
+    except TypeError:
+        return "its forward pass takes no position_ids"
+    finally:
+        model.train(was_training)
+    scale = alone.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    if float((packed[0] - packed[1]).float().norm() / scale) > 1e-6:
+        return "a packed row changes with the row before it"
+    # Looser: shapes differ, and so do the kernels and their rounding in bfloat16.
+    if float((packed[0] - alone).float().norm() / scale) > 5e-2:
+        return "a packed row does not give the logits that it gives alone"
+    return None

@@ -1,0 +1,64 @@
+"""The order of training rows: rows of like length share a batch, and the order follows from the seed and the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from quantkd.transfer_set import TransferSet
+
+__all__ = ["LengthGroupedBatches", "row_lengths"]
+
+
+def row_lengths(dataset: Any) -> list[int] | None:
+    """Tokens per row; None for a data set without a length, whose order is its own.
+
+    Args:
+        dataset: a `TransferSet`, which knows them without decoding, or rows with `input_ids`.
+    """
+    if isinstance(dataset, TransferSet):
+        return [int(length) for length in dataset.lengths]
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return None
+    return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
+
+
+class LengthGroupedBatches(Sampler[int]):
+    """Rows in groups of like length, the groups in random order and the one with the longest row first.
+
+    transformers groups them; its own sampler leaves a run of groups sorted from long to short, and takes its random
+    numbers from a state that a resumed run does not have in a later epoch.
+
+    Args:
+        lengths: tokens per row.
+        group: rows that belong together: those of one optimizer step over all processes.
+        seed: with the epoch, decides the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
+        self._lengths, self._group, self._seed, self._epoch = list(lengths), group, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """accelerate's data loader calls this at the start of every epoch.
+
+        Args:
+            epoch: counted from 0.
+        """
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        rows = get_length_grouped_indices(self._lengths, self._group, generator=generator)
+        groups = [rows[start : start + self._group] for start in range(0, len(rows), self._group)]
+        # The first stays: it has the longest row, so that too little memory shows at once. The last may be short.
+        inner = groups[1:-1]
+        shuffled = [inner[i] for i in torch.randperm(len(inner), generator=generator).tolist()]
+        ordered = [groups[0], *shuffled, *groups[len(groups) - 1 :]] if len(groups) > 1 else groups
+        return iter([row for group in ordered for row in group])

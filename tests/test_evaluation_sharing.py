@@ -1,0 +1,117 @@
+"""An evaluation shared by two processes gives what one process gives, and goes on from what another number began."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quantkd import TransferSet, capture
+from quantkd.data.arithmetic import generate_problems
+from quantkd.errors import ConfigError
+from quantkd.evaluation.arms import evaluate_arm
+from quantkd.evaluation.sharing import deal_batches, gather_rounds
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from quantkd import TransferSet
+from quantkd.data.arithmetic import generate_problems
+from quantkd.evaluation.arms import evaluate_arm
+from quantkd.hardware import process_state
+
+model_path, held_out, run_dir = sys.argv[1:4]
+model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+tokenizer = AutoTokenizer.from_pretrained(model_path)
+evaluate_arm(
+    model, tokenizer, run_dir, arm="before", model_name="tiny", held_out=TransferSet.open(held_out),
+    questions=generate_problems(7, seed=0), batch_size=2, max_new_tokens=6, share=True, progress=False,
+)
+state = process_state()
+assert state.num_processes == int(sys.argv[4]), state
+print("done", state.process_index)
+"""
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the launched processes have: another number of threads sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def launch(processes: int, *arguments: object) -> str:
+    """The script under torchrun on CPUs (gloo), and what it printed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run(
+        [*torchrun, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_two_processes_give_what_one_gives(one_thread: None, tiny_model_path: Path, tmp_path: Path) -> None:
+    prompts = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(7)]
+    capture(str(tiny_model_path), prompts, tmp_path / "held", max_new_tokens=5, dtype="float32", progress=False)
+    script = tmp_path / "measure.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    evaluate_arm(
+        AutoModelForCausalLM.from_pretrained(tiny_model_path).eval(), AutoTokenizer.from_pretrained(tiny_model_path),
+        tmp_path / "1", arm="before", model_name="tiny", held_out=TransferSet.open(tmp_path / "held"),
+        questions=generate_problems(7, seed=0), batch_size=2, max_new_tokens=6, progress=False,
+    )  # fmt: skip
+    assert launch(2, script, tiny_model_path, tmp_path / "held", tmp_path / "2", 2).count("done") == 2
+    arms = [json.loads((tmp_path / name / "evaluation" / "before.json").read_text()) for name in ("1", "2")]
+    assert len(arms[0]["fidelity"]["rows"]) == 7 and len(arms[0]["accuracy"]["0-shot"]) == 7
+    assert arms[0] == arms[1]
+    answers = [(tmp_path / name / "evaluation" / "before-0-shot.jsonl") for name in ("1", "2")]
+    assert answers[0].read_text() == answers[1].read_text()
+    # What one process left behind, two go on from: the answers that are there are not made again.
+    lines = answers[1].read_text().splitlines()
+    changed = {**json.loads(lines[3]), "output": "kept"}
+    answers[1].write_text("\n".join([*lines[:3], json.dumps(changed)]) + "\n")
+    launch(2, script, tiny_model_path, tmp_path / "held", tmp_path / "2", 2)
+    after = [json.loads(line) for line in answers[1].read_text().splitlines()]
+    assert [record["output"] for record in after] == [
+        "kept" if number == 3 else json.loads(line)["output"] for number, line in enumerate(lines)
+    ]
+
+
+def test_batches_are_dealt_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [5, 9, 1, 9, 7]
+    assert deal_batches(lengths, 2, share=False) == [[1, 3], [4, 0], [2]]
+
+    class State:
+        num_processes, process_index = 2, 0
+
+    monkeypatch.setattr("quantkd.evaluation.sharing.process_state", State)
+    assert deal_batches(lengths, 2, share=True) == [[1, 3], [2]]
+    monkeypatch.setattr(State, "process_index", 1)
+    assert deal_batches(lengths, 2, share=True) == [[4, 0]]
+    assert deal_batches([], 2, share=True) == []
+    with pytest.raises(ConfigError, match="batch_size is -2"):
+        deal_batches(lengths, -2, share=False)
+    # The process with fewer batches joins the last round with nothing, so that nobody waits for it.
+    rounds: list[list[str]] = []
+    monkeypatch.setattr("quantkd.evaluation.sharing.gather_object", lambda mine: rounds.append(mine) or mine)
+    assert list(gather_rounds(iter([["a", "b"]]), 3, share=True)) == [["a", "b"], []] == rounds
+
+
+def test_the_problems_are_of_several_lengths() -> None:
+    """Or the test above would not see items change places."""
+    assert len({len(row["question"]) for row in generate_problems(7, seed=0)}) > 3

@@ -1,0 +1,152 @@
+"""teacher_model=: dense KL to a model that runs beside the student, equal to a set that stores every class."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd.errors import ConfigError, DataError
+from quantkd.student import load_student
+from tests.conftest import build_tiny_model
+
+PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def transfer_set(tiny_model_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("live") / "set"
+    return capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=8, dtype="float32", progress=False)
+
+
+@pytest.fixture
+def make_trainer(tiny_model_path, tmp_path):
+    def build(train_dataset, model=None, **options):
+        trainer_kwargs = {
+            key: options.pop(key) for key in ("teacher_model", "eval_dataset", "processing_class") if key in options
+        }
+        options = {
+            "per_device_train_batch_size": 3,
+            "max_steps": 1,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "model_init_kwargs": {"dtype": "float32"},
+            "teacher_model_init_kwargs": {"dtype": "float32"},
+            "init": "zero",
+            "disable_tqdm": True,
+            **options,
+        }
+        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
+        return QuantizedDistillationTrainer(
+            model or str(tiny_model_path), args, train_dataset=train_dataset, **trainer_kwargs
+        )
+
+    return build
+
+
+def rows_of(transfer_set):
+    rows = [transfer_set[i] for i in range(len(transfer_set))]
+    return Dataset.from_list([{"input_ids": r["input_ids"].tolist(), "labels": r["labels"].tolist()} for r in rows])
+
+
+def loss_and_gradient(trainer, rows):
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(trainer.data_collator(rows)))
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def dense_loss(student, teacher, rows, alpha, temperature, divergence):
+    """Written out over the whole vocabulary, row by row, in float64."""
+    total, tokens = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor(row["input_ids"])[None], torch.tensor(row["labels"])
+        places = (labels != -100).nonzero().squeeze(1)
+        z, t = student(ids).logits[0, places - 1].double(), teacher(ids).logits[0, places - 1].double().detach()
+        q, p = (z / temperature).softmax(-1), (t / temperature).softmax(-1)
+        m = 0.5 * p + 0.5 * q
+
+        def kl(a, b):
+            return (a * (a / b).log()).sum()
+
+        soft = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": 0.5 * kl(p, m) + 0.5 * kl(q, m)}[divergence]
+        hard = torch.nn.functional.cross_entropy(z, labels[places], reduction="sum")
+        total, tokens = total + (1 - alpha) * hard + alpha * temperature**2 * soft, tokens + len(places)
+    return total / tokens
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("divergence", "temperature"), [("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0)])
+def test_equal_to_dense_kl(
+    make_trainer, transfer_set, tiny_model, tiny_model_path, divergence, temperature, fused, packing
+):
+    rows = rows_of(transfer_set)
+    trainer = make_trainer(
+        rows, teacher_model=str(tiny_model_path), use_fused_loss=fused, packing=packing, alpha=0.7,
+        divergence=divergence, temperature=temperature,
+    )  # fmt: skip
+    live, gradient = loss_and_gradient(trainer, list(rows))
+    trainer.model.zero_grad()
+    expected = dense_loss(trainer.model, tiny_model, rows, 0.7, temperature, divergence)
+    expected.backward()
+    own = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    assert math.isclose(live, expected.item(), rel_tol=1e-5)
+    assert float((gradient - own).norm() / own.norm()) < 1e-5
+    assert not any(p.requires_grad or p.grad is not None for p in trainer.live_teacher.model.parameters())
+
+
+def test_it_trains_evaluates_and_starts_from_the_quantization_error(make_trainer, transfer_set, tiny_model_path):
+    rows = rows_of(transfer_set)
+    zero = make_trainer(rows, teacher_model=str(tiny_model_path), eval_dataset=rows).evaluate()
+    trainer = make_trainer(
+        rows,
+        teacher_model=str(tiny_model_path),
+        eval_dataset=rows,
+        init="covariance",
+        max_steps=8,
+        alpha=1.0,
+        learning_rate=1e-3,
+    )
+    start = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_kl"] < start["eval_kl"] < zero["eval_kl"]
+    stored = make_trainer(rows, teacher_model=str(tiny_model_path), eval_dataset=transfer_set).evaluate()
+    assert stored["eval_kl"] == pytest.approx(zero["eval_kl"], rel=1e-6)  # entries are not read
+
+
+def test_what_cannot_teach_is_refused(make_trainer, transfer_set, tiny_model_path, tiny_tokenizer, tiny_model):
+    rows = rows_of(transfer_set)
+    with pytest.raises(ConfigError, match="is the 4-bit model itself"):
+        make_trainer(rows, teacher_model="adapter_disabled")
+    with pytest.raises(ConfigError, match="teacher_model is quantized"):
+        make_trainer(rows, teacher_model=load_student(str(tiny_model_path), dtype="float32"))
+    tiny_model.resize_token_embeddings(len(tiny_tokenizer) + 8)
+    with pytest.raises(ConfigError, match=r"vocabulary has \d+ ids, the teacher_model's"):
+        make_trainer(rows, teacher_model=tiny_model)
+
+
+def test_rows_without_entries_need_a_live_teacher(make_trainer, transfer_set):
+    with pytest.raises(DataError, match=r"holds no teacher entries.*teacher_model="):
+        make_trainer(rows_of(transfer_set)).train()
+
+
+def test_a_teacher_that_cannot_be_fused_gives_its_logits(make_trainer, transfer_set, tiny_tokenizer, caplog):
+    rows = rows_of(transfer_set)
+    plain = loss_and_gradient(make_trainer(rows, teacher_model=build_tiny_model(tiny_tokenizer)), list(rows))
+    teacher = build_tiny_model(tiny_tokenizer)
+    forward = teacher.forward
+
+    def shifted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits + 1.0  # the same distribution, but not what the head says
+        return output
+
+    teacher.forward = shifted
+    held = loss_and_gradient(make_trainer(rows, teacher_model=teacher), list(rows))
+    assert "The teacher's logits are held" in caplog.text
+    assert held[0] == pytest.approx(plain[0], rel=1e-5)
+    torch.testing.assert_close(held[1], plain[1], rtol=1e-4, atol=1e-6)

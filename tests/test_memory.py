@@ -1,0 +1,98 @@
+"""What saves memory changes nothing else: gradient checkpointing with adapters, and bitsandbytes' 8-bit optimizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd.student import load_student
+
+CHECKPOINTING = {
+    "by default": {"gradient_checkpointing": True},
+    "under its new name": {"activation_checkpointing": True},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def transfer_set(tiny_model_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("memory") / "set"
+    prompts = ["Two and two?", "Name a colour, and then another one.", "Why?", "Tell me about the sea."]
+    return capture(str(tiny_model_path), prompts, path, max_new_tokens=10, dtype="float32", progress=False)
+
+
+@pytest.fixture
+def make_trainer(tiny_model_path, tiny_tokenizer, transfer_set, tmp_path):
+    def build(student="by name", **kwargs):
+        options = {
+            "max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+            "save_strategy": "no", "logging_steps": 1, "init": "zero", "model_init_kwargs": {"dtype": "float32"}, "disable_tqdm": True,
+            "train_sampling_strategy": "sequential", **kwargs,
+        }  # fmt: skip
+        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        model, peft_config = str(tiny_model_path), lora
+        if student == "adapted, quantized":
+            model, peft_config = get_peft_model(load_student(str(tiny_model_path), dtype="float32"), lora), None
+        elif student == "adapted":
+            full = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+            model, peft_config = get_peft_model(full, lora), None
+        return QuantizedDistillationTrainer(
+            model, args, train_dataset=transfer_set, processing_class=tiny_tokenizer, peft_config=peft_config
+        )
+
+    return build
+
+
+def first_step(trainer):
+    """Loss, gradient of the adapters (read off SGD with a rate of 1), and the bytes that the graph held at its end."""
+    assert isinstance(trainer.model, PeftModel)
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    before = {name: trainer.model.get_parameter(name).detach().clone() for name in names}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    compute_loss = trainer.compute_loss
+
+    def counted(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = counted
+    trainer.train()
+    gradient = {name: before[name] - trainer.model.get_parameter(name).detach() for name in names}
+    return trainer.state.log_history[0]["loss"], gradient, sum(held.values())
+
+
+@pytest.mark.parametrize("student", ["by name", "adapted, quantized", "adapted"])
+@pytest.mark.parametrize("how", CHECKPOINTING)
+def test_checkpointing_keeps_loss_and_gradient_and_holds_less(make_trainer, student, how):
+    loss, gradient, held = first_step(make_trainer(student))
+    checkpointed = make_trainer(student, **CHECKPOINTING[how])
+    again, gradient_again, held_again = first_step(checkpointed)
+    assert again == pytest.approx(loss, rel=1e-6)
+    # B starts at zero, so the first gradient of every A is zero: what must have one is B.
+    assert all(value.abs().max() > 0 for name, value in gradient_again.items() if "lora_B" in name)
+    for name, value in gradient.items():
+        torch.testing.assert_close(gradient_again[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    assert held_again < 0.6 * held
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_optimizers_of_bitsandbytes_train(make_trainer, optim):
+    trainer = make_trainer(optim=optim, learning_rate=1e-2, max_steps=20, logging_steps=1, alpha=0.9)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert "bitsandbytes" in type(trainer.optimizer.optimizer).__module__
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

@@ -1,0 +1,124 @@
+"""Packed rows: the same loss and gradient as padded ones, and models that would mix rows are refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, MistralConfig, Qwen2Config
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd.collator import DistillationCollator
+from quantkd.errors import ConfigError, DataError
+from quantkd.packing import position_ids_of, why_not_packable
+
+PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?", "Tell me about the sea.", "One."]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def transfer_set(tiny_model_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packing") / "set"
+    return capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=12, dtype="float32", progress=False)
+
+
+@pytest.fixture
+def make_trainer(tiny_model_path, transfer_set, tmp_path):
+    def build(model=None, trainer_kwargs=None, **options):
+        options = {
+            "per_device_train_batch_size": 5,
+            "learning_rate": 1e-2,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "model_init_kwargs": {"dtype": "float32"},
+            "init": "zero",
+            "disable_tqdm": True,
+            **options,
+        }
+        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
+        return QuantizedDistillationTrainer(
+            model or str(tiny_model_path), args, train_dataset=transfer_set, **(trainer_kwargs or {})
+        )
+
+    return build
+
+
+def loss_and_gradient(trainer, rows):
+    trainer.model.train().zero_grad()
+    batch = trainer.data_collator(rows)
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad and p.grad is not None]
+    return batch, loss.item(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_packing_changes_nothing_but_the_layout(make_trainer, transfer_set, fused):
+    rows = transfer_set.__getitems__([0, 1, 2, 3, 4])
+    padded, expected, gradient = loss_and_gradient(make_trainer(use_fused_loss=fused), rows)
+    batch, loss, packed_gradient = loss_and_gradient(make_trainer(use_fused_loss=fused, packing=True), rows)
+    assert batch["input_ids"].shape == (1, int(rows.lengths.sum())) and "attention_mask" not in batch
+    assert padded["input_ids"].shape == (5, int(rows.lengths.max()))
+    assert math.isclose(loss, expected, rel_tol=1e-5)
+    assert float((packed_gradient - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_a_packed_run_trains_and_evaluates_like_a_padded_one(make_trainer, transfer_set):
+    runs = []
+    for packing in (False, True):
+        trainer = make_trainer(packing=packing, max_steps=3, per_device_train_batch_size=2,
+                               trainer_kwargs={"eval_dataset": transfer_set})  # fmt: skip
+        trainer.train()
+        logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runs.append((logs, trainer.evaluate()))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+    for name in ("eval_kl", "eval_ce", "eval_top1_agreement"):
+        # Some CPUs evaluate 4-bit layers in bfloat16, which enlarges the last bit of difference in the adapters.
+        assert runs[0][1][name] == pytest.approx(runs[1][1][name], rel=2e-3)
+
+
+def test_a_rows_first_token_is_never_the_target_of_the_row_before():
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    batch = DistillationCollator(0, packing=True)(rows)
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]] and "teacher" not in batch
+    assert position_ids_of(torch.tensor([1, 1, 2])).tolist() == [0, 0, 0, 1]
+
+
+def test_rows_with_and_without_entries_do_not_mix(transfer_set):
+    bare = {"input_ids": [5, 6], "labels": [-100, 6]}
+    with pytest.raises(DataError, match="1 of 2 rows hold no teacher entries"):
+        DistillationCollator(0)([transfer_set[0], bare])
+
+
+@pytest.mark.parametrize(
+    ("config", "packable"),
+    [
+        (Qwen2Config(**SIZES, vocab_size=64, intermediate_size=32), True),
+        (MistralConfig(**SIZES, vocab_size=64, intermediate_size=32, sliding_window=3), True),
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=64), True),
+        (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64), False),
+        (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64), False),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_models_that_mix_packed_rows_are_found(config, packable):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    assert (why_not_packable(model) is None) == packable, why_not_packable(model)
+
+
+def test_they_are_refused_before_the_first_step(make_trainer, tiny_tokenizer):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=len(tiny_tokenizer))
+    )
+    with pytest.raises(ConfigError, match=r"packing=True would let rows see each other.*group_by_length"):
+        make_trainer(model=model, packing=True, trainer_kwargs={"processing_class": tiny_tokenizer})

@@ -1,0 +1,50 @@
+"""Length-grouped order: every row once, like lengths together, the same order for the same seed and epoch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkd.sampling import LengthGroupedBatches, row_lengths
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
+def test_every_row_comes_once_and_the_longest_first(lengths, group, epoch):
+    sampler = LengthGroupedBatches(lengths, group, seed=3)
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
+    assert lengths[order[0]] == max(lengths)
+    assert order == list(sampler)
+
+
+def test_epochs_and_seeds_differ_and_a_new_sampler_repeats_them():
+    lengths = [(7 * i) % 101 + 1 for i in range(200)]
+    orders = {}
+    for seed in (0, 1):
+        for epoch in (0, 1):
+            sampler = LengthGroupedBatches(lengths, 8, seed)
+            sampler.set_epoch(epoch)
+            orders[seed, epoch] = list(sampler)
+    assert len({tuple(order) for order in orders.values()}) >= 3
+    sampler = LengthGroupedBatches(lengths, 8, 0)
+    sampler.set_epoch(1)
+    assert list(sampler) == orders[0, 1]
+
+
+def test_batches_hold_little_padding():
+    lengths = [(37 * i) % 301 + 20 for i in range(400)]
+    order = list(LengthGroupedBatches(lengths, 8, 0))
+    batches = [order[i : i + 8] for i in range(0, 400, 8)]
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert sum(lengths) / padded > 0.9
+    starts = [max(lengths[row] for row in batch) for batch in batches[1:-1]]
+    assert sum(a > b for a, b in pairwise(starts)) < 0.8 * len(starts)  # not sorted any more
+
+
+def test_lengths_come_from_rows_or_not_at_all():
+    assert row_lengths([{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]) == [3, 1]
+    assert row_lengths(iter([])) is None

@@ -1,0 +1,277 @@
+"""In from Axolotl's and DistillKit's tables."""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset
+
+from quantkd.cli.main import main
+from quantkd.errors import DataError, TransferSetError
+from quantkd.fingerprint import compute_fingerprint
+from quantkd.transfer_set import TransferSet, verify
+from quantkd.transfer_set.distillkit import CompressedLayout, ResidualBin
+from quantkd.transfer_set.importers import import_axolotl, import_distillkit
+
+FACTS: dict[str, Any] = {
+    "vocab_size": 100,
+    "teacher_name": "peer",
+    "tokenizer_fingerprint": "a" * 64,
+    "rows_per_shard": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def axolotl_rows() -> list[dict[str, Any]]:
+    """Three of five tokens are targets; the second target has one entry, and padding as its collator writes it."""
+    low = -1e9
+    return [
+        {
+            "input_ids": [3, 4, 5, 6, 7],
+            "labels": [-100, -100, 5, 6, 7],
+            "target_token_ids": [[0, 1], [0, 1], [5, 9], [6, 0], [8, 7]],
+            "target_logprobs": [
+                [-math.inf, -math.inf], [-math.inf, -math.inf], [math.log(0.75), math.log(0.25)], [0.0, low],
+                [math.log(0.4), math.log(0.6)],
+            ],
+            "target_mask": [[0, 0], [0, 0], [1, 1], [1, 0], [1, 1]],
+        },
+        {
+            "input_ids": [1, 2, 3],
+            "labels": [1, -100, 3],
+            "target_token_ids": [[1, 2], [1, 2], [1, 2]],
+            "target_logprobs": [[math.log(0.5)] * 2] * 3,
+            "target_mask": [[1, 1]] * 3,
+        },
+    ]  # fmt: skip
+
+
+def test_axolotl(tmp_path: Path) -> None:
+    Dataset.from_list(axolotl_rows()).to_parquet(tmp_path / "rows.parquet")
+    digest = import_axolotl(tmp_path / "rows.parquet", tmp_path / "set", **FACTS)
+    assert digest == import_axolotl([str(tmp_path / "rows.parquet")], tmp_path / "again", **FACTS)
+    transfer_set = TransferSet(tmp_path / "set")
+    assert transfer_set.info.storage == {"kind": "topk", "k": 2}
+    first, second = transfer_set.rows([0, 1])
+    assert first.spans.tolist() == [[2, 5]] and first.counts.tolist() == [2, 1, 2]
+    assert first.token_ids.tolist() == [5, 9, 6, 7, 8]
+    np.testing.assert_allclose(np.exp(first.logprobs), [0.75, 0.25, 1.0, 0.6, 0.4], atol=0.003)
+    assert second.spans.tolist() == [[2, 3]], "nothing predicts the token at position 0"
+
+
+def test_distillkit(tmp_path: Path) -> None:
+    values = [[math.log(0.5), math.log(0.25)], [math.log(0.9), -math.inf], [math.log(0.3), math.log(0.2)]]
+    row = {"input_ids": [3, 4, 5], "token_ids": [[4, 8], [5, 0], [1, 2]], "top_values": values}
+    # DistillKit's capture drops the last position, its live teacher keeps it.
+    for number, cut in enumerate((3, 2)):
+        rows = [{**row, "token_ids": row["token_ids"][:cut], "top_values": values[:cut]}]
+        import_distillkit(Dataset.from_list(rows), tmp_path / str(number), **FACTS)
+        found = TransferSet(tmp_path / str(number)).row(0)
+        assert found.spans.tolist() == [[1, 3]] and found.counts.tolist() == [2, 1]
+        assert found.token_ids.tolist() == [4, 8, 5]
+        np.testing.assert_allclose(np.exp(found.logprobs), [0.5, 0.25, 0.9], atol=0.003)
+    import_distillkit(Dataset.from_list([{**row, "labels": [-100, -100, 5]}]), tmp_path / "labels", **FACTS)
+    assert TransferSet(tmp_path / "labels").row(0).spans.tolist() == [[2, 3]]
+
+
+def test_tables_that_cannot_be_imported(tmp_path: Path) -> None:
+    rows = axolotl_rows()
+    with pytest.raises(DataError, match=r"lacks the columns \['top_values'\]"):
+        import_distillkit(
+            Dataset.from_list(rows).rename_column("target_token_ids", "token_ids"), tmp_path / "a", **FACTS
+        )
+    for row in rows:
+        row["labels"] = [-100] * len(row["labels"])
+    with pytest.raises(DataError, match="None of the 2 rows has a target"):
+        import_axolotl(Dataset.from_list(rows), tmp_path / "b", **FACTS)
+    rows = axolotl_rows()
+    rows[1]["target_logprobs"] = [[0.0, -0.1]] * 3
+    with pytest.raises(TransferSetError, match="hold a mass of"):
+        import_axolotl(Dataset.from_list(rows), tmp_path / "c", **FACTS)
+    rows = axolotl_rows()
+    rows[1]["target_mask"] = [[1, 1]]
+    with pytest.raises(DataError, match="Row 1 has lists that do not fit together"):
+        import_axolotl(Dataset.from_list(rows), tmp_path / "d", **FACTS)
+
+
+def to_bytes(values: list[float], dtype: str) -> bytes:
+    """Floats as little-endian bytes; a bfloat16 is the upper half of a float32."""
+    if dtype == "bfloat16":
+        return b"".join(struct.pack("<f", value)[2:] for value in values)
+    return struct.pack(f"<{len(values)}{ {'float16': 'e', 'float32': 'f', 'float64': 'd'}[dtype] }", *values)
+
+
+def to_bits(numbers: list[int], bits: int) -> bytes:
+    """Whole numbers one after the other, the highest bit first, filled up with zeros to whole bytes."""
+    text = "".join(format(number, f"0{bits}b") for number in numbers)
+    text += "0" * (-len(text) % 8)
+    return bytes(int(text[start : start + 8], 2) for start in range(0, len(text), 8))
+
+
+LAYOUTS = {
+    "floats alone": CompressedLayout(d=100, k=3, exact_k=3, exact_dtype="float16", delta_encoding=False),
+    "differences": CompressedLayout(d=100, k=3, exact_k=3, exact_dtype="bfloat16", delta_encoding=True),
+    "a polynomial": CompressedLayout(
+        d=70_000, k=6, exact_k=2, polynomial_terms=(0, 1, 2, "sqrt"), term_dtype="float64", delta_encoding=False
+    ),
+    "ranks from 0 to 1": CompressedLayout(
+        d=128, k=5, exact_k=1, polynomial_terms=(1, "exp"), normalize_t=True, delta_encoding=False
+    ),
+    "residuals": CompressedLayout(
+        d=300, k=7, exact_k=1, polynomial_terms=(0, 1), delta_encoding=True,
+        residual_bins=(ResidualBin("float16", 3, 3), ResidualBin("float32", 1, 2)),
+    ),
+    "no floats, no polynomial": CompressedLayout(
+        d=2, k=2, exact_k=0, delta_encoding=False, residual_bins=(ResidualBin("float32", 8, 2),)
+    ),
+}  # fmt: skip
+
+
+def write_position(layout: CompressedLayout, rng: np.random.Generator) -> tuple[bytes, list[float]]:
+    """One position's bytes, and the log-probabilities that they stand for, by plain loops."""
+    exact = [float(np.float16(round(x, 1))) for x in -np.sort(rng.uniform(0.5, 4, layout.exact_k))]
+    exact = [struct.unpack("<f", b"\0\0" + to_bytes([x], "bfloat16"))[0] for x in exact]  # the same in every dtype
+    coefficients = [float(x) for x in rng.integers(-8, -1, len(layout.polynomial_terms)) / 8]
+    data = to_bytes(exact, layout.exact_dtype) + to_bytes(coefficients, layout.term_dtype)
+    rest, numbers = layout.k - layout.exact_k, list(exact)
+    for place in range(rest):
+        rank = place / (rest - 1) if layout.normalize_t else place
+        terms = [getattr(math, t)(rank) if isinstance(t, str) else rank**t for t in layout.polynomial_terms]
+        numbers.append(sum(c * term for c, term in zip(coefficients, terms, strict=True)))
+    place = layout.exact_k
+    for part in layout.residual_bins:
+        codes = [int(x) for x in rng.integers(0, 2**part.element_bits, part.num_elements)]
+        data += to_bytes([0.25], part.scale_dtype) + to_bits(codes, part.element_bits)
+        for code in codes:
+            step = (-1, 1)[code] if part.element_bits == 1 else code - 2 ** (part.element_bits - 1)
+            numbers[place] += 0.25 * step
+            place += 1
+    if layout.delta_encoding:
+        numbers = [sum(numbers[: stop + 1]) for stop in range(len(numbers))]
+    return data, numbers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_compressed_positions_are_decoded(layout: CompressedLayout) -> None:
+    rng = np.random.default_rng(0)
+    positions = [write_position(layout, rng) for _ in range(4)]
+    found = layout.decode_logprobs([list(data) for data, _ in positions])
+    # Eighths are exact in every dtype, so that only the powers round: a few ulps of float64, far below 1e-12.
+    np.testing.assert_allclose(found, [numbers for _, numbers in positions], rtol=1e-12)
+    ids = [[int(x) for x in rng.choice(layout.d, layout.k, replace=False)] for _ in range(4)]
+    bits = math.ceil(math.log2(layout.d))
+    np.testing.assert_array_equal(layout.decode_ids([list(to_bits(row, bits)) for row in ids]), ids)
+    with pytest.raises(ValueError, match="bytes a position"):
+        layout.decode_logprobs([[*positions[0][0], 0]])
+    with pytest.raises(ValueError, match="bytes a position"):
+        layout.decode_ids([[0] * 99])
+
+
+def test_one_compressed_position_byte_by_byte() -> None:
+    layout = CompressedLayout(d=5, k=2, exact_k=1, exact_dtype="bfloat16", delta_encoding=False,
+                              residual_bins=(ResidualBin("float16", 4, 1),))  # fmt: skip
+    # -1.0 as bfloat16 is 0xBF80; the scale 0.5 as float16 is 0x3800; the code 0b0100 is 4 - 8 = -4 steps.
+    np.testing.assert_array_equal(layout.decode_logprobs([[0x80, 0xBF, 0x00, 0x38, 0b01000000]]), [[-1.0, -2.0]])
+    np.testing.assert_array_equal(layout.decode_ids([[0b100_011_00]]), [[4, 3]])
+
+
+def compressed_folder(folder: Path, logprobs: list[list[float]], ids: list[list[int]]) -> dict[str, Any]:
+    """One row as `distillkit.sample_logits_vllm` leaves it, in `data_0.parquet` with its configuration beside it."""
+    config = {
+        "d": 100, "k": 2, "exact_k": 2, "exact_dtype": "bfloat16", "polynomial_terms": None, "term_dtype": "float32",
+        "residual_bins": [], "delta_encoding": False, "error_diffusion": False, "normalize_t": False,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "compression_config.yaml").write_text(yaml.safe_dump(config))
+    row = {
+        "input_ids": list(range(3, 4 + len(ids))),
+        "compressed_logprobs": [list(to_bytes(values, "bfloat16")) for values in logprobs],
+        "bytepacked_indices": [list(to_bits(values, 7)) for values in ids],
+    }
+    Dataset.from_list([row]).to_parquet(folder / "data_0.parquet")
+    return row
+
+
+def test_distillkit_compressed(tmp_path: Path) -> None:
+    # ln 0.6 in bfloat16 is -0.5117, which is 0.5995; the second position's mass, 1.098, is scaled back to 1.
+    compressed_folder(tmp_path / "table", [[math.log(0.6), math.log(0.25)], [-0.25, -1.125]], [[4, 99], [5, 0]])
+    import_distillkit(tmp_path / "table", tmp_path / "set", **FACTS)
+    transfer_set = TransferSet(tmp_path / "set")
+    assert verify(tmp_path / "set").rows == 1 and transfer_set.info.counters == {"targets_rescaled": 1}
+    row = transfer_set.row(0)
+    assert row.spans.tolist() == [[1, 3]] and row.token_ids.tolist() == [4, 99, 5, 0]
+    total = math.exp(-0.25) + math.exp(-1.125)
+    wanted = [0.6, 0.25, math.exp(-0.25) / total, math.exp(-1.125) / total]
+    # A bfloat16 of 1 to 2 nats, cut and not rounded, is off by 2**-7; an entry near c by half of 4/256, or 2**-7.
+    np.testing.assert_allclose(np.exp(row.logprobs), wanted, rtol=2**-7 + 2**-7)
+
+
+def test_distillkit_tables_that_cannot_be_imported(tmp_path: Path) -> None:
+    row = compressed_folder(tmp_path / "table", [[-0.5, -2.0]], [[4, 99]])
+    with pytest.raises(DataError, match="the layout is not given"):
+        import_distillkit(Dataset.from_list([row]), tmp_path / "set", **FACTS)
+    short = {**row, "bytepacked_indices": [[1]]}
+    with pytest.raises(DataError, match="Row 0 has lists that do not fit together: ids of shape"):
+        layout = CompressedLayout.load(tmp_path / "table" / "compression_config.yaml")
+        import_distillkit(Dataset.from_list([short]), tmp_path / "set", layout=layout, **FACTS)
+    legacy = {"input_ids": [1, 2], "packed_indices": [[1]], "exact_values": [[1.0]], "coeffs": [[1.0]]}
+    with pytest.raises(DataError, match="older form, centred logits"):
+        import_distillkit(Dataset.from_list([legacy]), tmp_path / "set", **FACTS)
+    with pytest.raises(DataError, match=r"There is no .*nothing"):
+        import_distillkit(tmp_path / "nothing", tmp_path / "set", **FACTS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds nothing; expected \*.parquet"):
+        import_axolotl(tmp_path / "empty", tmp_path / "set", **FACTS)
+    (tmp_path / "empty" / "a.parquet").write_text("no")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
+        import_axolotl(tmp_path / "empty", tmp_path / "set", **FACTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"exact_k": 3}, "exact_k is 3"),
+        ({"k": True}, "k is True"),
+        ({"exact_dtype": "int8"}, "int8"),
+        ({"polynomial_terms": ["log"]}, "'log'"),
+        ({"residual_bins": [{"scale_dtype": "float32", "element_bits": 4, "num_elements": 1}]}, "1 residuals"),
+        ({"residual_bins": [{"bits": 4}]}, "bits"),
+        ({"colour": 1}, "colour"),
+        (None, "is not a compression configuration"),
+    ],
+)
+def test_layouts_that_make_no_sense(tmp_path: Path, change: dict[str, Any] | None, found: str) -> None:
+    file = tmp_path / "compression_config.yaml"
+    file.write_text(yaml.safe_dump({"d": 9, "k": 2, "exact_k": 2, "residual_bins": [], **change} if change else [1]))
+    with pytest.raises(DataError, match=found):
+        CompressedLayout.load(file)
+    file.write_text("a: [")
+    with pytest.raises(DataError, match="cannot be read"):
+        CompressedLayout.load(file)
+
+
+@pytest.mark.parametrize("toolkit", ["axolotl", "distillkit"])
+def test_convert_from_the_command_line(toolkit: str, tmp_path: Path, tiny_model_path, tiny_tokenizer, capsys) -> None:
+    if toolkit == "axolotl":  # a prepared data set, as `save_to_disk` leaves it
+        Dataset.from_list(axolotl_rows()).save_to_disk(tmp_path / "table")
+    else:
+        compressed_folder(tmp_path / "table", [[-0.5, -2.0]], [[4, 99]])
+    words = ["convert", "--from", toolkit, str(tmp_path / "table"), str(tmp_path / "set")]
+    main([*words, "--model", str(tiny_model_path)])
+    assert "topk(k=2)" in capsys.readouterr().out
+    info = TransferSet(tmp_path / "set").info
+    assert (info.teacher_name, info.vocab_size) == (tiny_model_path.name, len(tiny_tokenizer))
+    assert info.tokenizer_fingerprint == compute_fingerprint(tiny_tokenizer)
+    for wrong in (words, [*words, "--model", "x", "--storage", "topk:1"], ["convert", "a", "b"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)

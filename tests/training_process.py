@@ -1,0 +1,133 @@
+"""One process of a distributed run, started by `torchrun` or `accelerate launch`: train, evaluate, save, report.
+
+python training_process.py job.json, where the job names the model folder, the transfer set, the output folder, the kind
+of student and further training arguments. The first step's gradient is read off plain SGD with a rate of 1, which
+holds whatever DDP, FSDP2 or DeepSpeed do with gradients: it is the difference of the parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+
+ARGUMENTS = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1e6,  # 0 is "auto" to DeepSpeed, and that is 1
+    "max_steps": 1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "init": "zero",
+    "model_init_kwargs": {"dtype": "float32"},
+    "train_sampling_strategy": "sequential",
+    "use_cpu": True,
+}
+
+
+def build_student(kind: str, path: str) -> tuple[Any, LoraConfig | None]:
+    """`nf4` and `nf4, float storage` by name, the others loaded: the student, and adapters for it."""
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    if kind == "nf4":
+        return path, LoraConfig(r=4, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if kind == "full":
+        return model, None
+    return model, LoraConfig(r=4, modules_to_save=["lm_head"] if kind == "lora, head" else None, **options)
+
+
+def read_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters, whole, whoever holds their parts."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_shape"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name] = parameter.detach().clone()
+        else:
+            found[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
+    return found
+
+
+class KeepParameters(TrainerCallback):
+    """The trainable parameters as the first step finds them."""
+
+    before: dict[str, Tensor] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.before is None:
+            self.before = read_parameters(model)
+
+
+def main(job: dict[str, Any]) -> None:
+    if job.get("fsdp_on_cpu"):
+        use_fsdp_on_cpu()
+    torch.set_num_threads(1)
+    folder = Path(job["folder"])
+    model_path = job["model"]
+    args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **job["arguments"]})
+    student, peft_config = build_student(job["student"], model_path)
+    keeper = KeepParameters()
+    trainer = QuantizedDistillationTrainer(
+        student,
+        args,
+        train_dataset=TransferSet(job["transfer_set"]),
+        eval_dataset=TransferSet(job["transfer_set"])[:3],
+        processing_class=AutoTokenizer.from_pretrained(model_path),
+        peft_config=peft_config,
+        callbacks=[keeper],
+    )
+    trainer.train()
+    after = read_parameters(trainer.model)
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder / "saved"))
+    if trainer.is_world_process_zero():
+        first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        model = trainer.model_wrapped
+        weights = [parameter for name, parameter in model.named_parameters() if name.endswith("base_layer.weight")]
+        report = {
+            "logs": first,
+            "metrics": metrics,
+            "world_size": args.world_size,
+            "distributed_type": trainer.accelerator.distributed_type.value,
+            "fused": trainer._fused,
+            "wrapper": type(model).__name__,
+            "sharded_base": sum(hasattr(w, "placements") or hasattr(w, "ds_shape") for w in weights),
+        }
+        assert keeper.before is not None
+        torch.save({name: keeper.before[name] - after[name] for name in after}, folder / "gradient.pt")
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+def use_fsdp_on_cpu() -> None:
+    """accelerate turns to DDP on CPUs, whatever its configuration asks; let it take its FSDP path there too."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    initialize = AcceleratorState.__init__
+
+    def initialize_with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialize(self, *args, **kwargs)
+        if kwargs.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = kwargs["fsdp_plugin"]
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialize_with_fsdp
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
