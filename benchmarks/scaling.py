@@ -45,6 +45,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axes, (name, result) in zip(figure.subplots(1, 2), results.items(), strict=True):
         axes.loglog(result["sizes"], result["seconds"], "o-", label=f"time, exponent {result['time_exponent']:.2f}")
         axes.set(xlabel=name.replace("_", " "), ylabel="seconds")
+        axes.set_xticks(result["sizes"], [f"{size:,}" for size in result["sizes"]])
+        axes.minorticks_off()
         memory = axes.twinx()
         label = f"memory, exponent {result['memory_exponent']:.2f}"
         memory.loglog(result["sizes"], result["peak_mib"], "s--", color="C1", label=label)

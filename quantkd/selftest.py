@@ -16,7 +16,8 @@ from quantkd.data.prompts import encode_prompt
 from quantkd.losses import compute_distillation_loss, compute_position_terms, select_targets
 from quantkd.row_metrics import compute_row_metrics, summarize_rows
 from quantkd.storage import TopK
-from quantkd.teacher.transformers import EncodedPrompt, GenerationSettings, TransformersTeacher
+from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
+from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set import TransferRow
 

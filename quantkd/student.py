@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
@@ -51,7 +51,7 @@ def default_quantization_config(compute_dtype: torch.dtype | None = None) -> Bit
 
 def shares_weights() -> bool:
     """Whether the launcher shares the weights out over the processes: FSDP, or DeepSpeed ZeRO-3."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled()
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled())
 
 
 def shard_dtype(compute_dtype: torch.dtype) -> torch.dtype:

@@ -62,7 +62,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Nemotron": ("NemotronConfig", _LLAMA),
     "HunYuan": ("HunYuanDenseV1Config", {**_LLAMA, "head_dim": 8, "pad_token_id": 0}),
     "GPT-2": ("GPT2Config", _GPT2),
-    "GPT-Neo": ("GPTNeoConfig", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+    "GPT-Neo": (
+        "GPTNeoConfig",
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+    ),
     "GPT-NeoX": ("GPTNeoXConfig", {**_LLAMA, "rotary_pct": 1.0}),
     "GPT-J, with bias": ("GPTJConfig", {**_GPT2, "rotary_dim": 8}),
     "GPT-BigCode": ("GPTBigCodeConfig", _GPT2),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from quantkd.errors import ConfigError
 from quantkd.fused import DenseTeacher, compute_fused_loss
@@ -177,12 +178,23 @@ def test_far_apart_logits_stay_finite():
 def test_a_frozen_head_gets_no_gradient_and_costs_none():
     hidden, head, labels, teacher = make(5, 31)
     entries = select_entries(teacher, TopK(5), (1.0,))
+    product = 2 * 5 * 31 * 8  # floating point operations of one matrix product
+
+    def count() -> int:
+        with FlopCounterMode(display=False) as counter:
+            compute_fused_loss(hidden, head, labels, entries)
+        return counter.get_total_flops()
+
+    assert count() == product
     hidden.requires_grad_()
+    assert count() == 2 * product
     compute_fused_loss(hidden, head, labels, entries).loss.backward()
     assert head.weight.grad is None and hidden.grad is not None
     head.weight.requires_grad_()
+    assert count() == 3 * product
     with torch.no_grad():
         assert not compute_fused_loss(hidden, head, labels, entries).loss.requires_grad
+        assert count() == product
 
 
 def test_gradcheck():

@@ -20,7 +20,8 @@ from quantkd.fingerprint import compute_fingerprint
 from quantkd.generation import check_context
 from quantkd.hardware import default_device, parse_dtype, process_state
 from quantkd.storage import Nucleus, Sampled, StorageRule, check_temperatures, storage_rule_to_dict
-from quantkd.teacher.transformers import EncodedPrompt, GenerationSettings, TransformersTeacher
+from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
+from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set import PROFILES, Plan, TransferRow, TransferSet, TransferSetWriter
 
 __all__ = ["capture", "load_teacher"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,58 +20,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from quantkd.errors import ConfigError, TeacherError
+from quantkd.errors import TeacherError
 from quantkd.generation import build_generation_config, cache_argument, generation_mode
 from quantkd.storage import PickedEntries, Sampled, StorageRule, pick_entries
+from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
 from quantkd.transfer_set import TransferRow
 
-__all__ = ["EncodedPrompt", "GenerationSettings", "TransformersTeacher"]
+__all__ = ["TransformersTeacher"]
 
 # Scoring walks over given answers in pieces whose logits stay below this.
 _MAX_LOGITS_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt as token ids, with its place in the data set, and the given answer if there is one."""
-
-    index: int
-    prompt_ids: list[int]
-    completion_ids: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How the teacher answers. Part of a capture's plan: the same settings give the same answers.
-
-    Args:
-        max_new_tokens: length limit of an answer; what reaches it is kept, counted and marked as cut.
-        do_sample: sample instead of taking the most probable token. What is stored is the teacher's unfiltered
-            distribution either way.
-        generation_temperature: sampling temperature; not the distillation temperature.
-        top_p: sample from the smallest set of tokens with this mass; 1.0 for all.
-        top_k: sample from the k most probable tokens; 0 for all.
-        seed: each row draws from a stream of its own, derived from this and its index, whatever batch it is in.
-
-    Raises:
-        ConfigError: a value outside its range.
-    """
-
-    max_new_tokens: int = 256
-    do_sample: bool = False
-    generation_temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
-        if not (self.generation_temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
-            raise ConfigError(
-                "Sampling needs generation_temperature > 0, 0 < top_p <= 1 and top_k >= 0, found "
-                f"{self.generation_temperature}, {self.top_p} and {self.top_k}. For greedy answers leave do_sample off."
-            )
 
 
 class TransformersTeacher:
