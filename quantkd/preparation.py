@@ -15,6 +15,7 @@ from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.initialization import initialize_from_rows
 from quantkd.packing import why_not_packable
+from quantkd.row_attention import use_row_attention
 from quantkd.student import attach_lora, is_quantized, load_student
 from quantkd.transfer_set import TransferSet
 
@@ -60,6 +61,8 @@ def prepare_student(
     keep_trainable_on_cpu(adapted)
     for transfer_set in transfer_sets:
         check_student(transfer_set, adapted)
+    if args.packing:
+        use_row_attention(adapted)
     reason = why_not_packable(adapted) if args.packing else None
     if reason is not None:
         raise ConfigError(

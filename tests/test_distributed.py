@@ -16,73 +16,68 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quantkd import capture
+from quantkd import TransferSet, capture
 from quantkd.errors import ConfigError
 from quantkd.student import default_quantization_config, load_student
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "accelerate_configs"
 PROCESS = Path(__file__).with_name("training_process.py")
-PROMPTS = [
-    "Two and two?",
-    "Name a colour, and then another one.",
-    "How many legs?",
-    "What is the sum of three and four, in words, please?",
-    "Why?",
-    "Tell me about the sea.",
-    "One.",
-    "Count from one to nine and back again.",
+# Answers of unlike length, so that processes and micro-batches hold unlike counts of targets.
+EXAMPLES = [
+    {"prompt": "Two and two?", "completion": "Four."},
+    {"prompt": "Name a colour, and then another one.", "completion": "Red comes first, and then I would say green."},
+    {"prompt": "How many legs?", "completion": "Two or four"},
+    {"prompt": "What is the sum of three and four, in words, please?", "completion": "It is seven, of course."},
+    {"prompt": "Why?", "completion": "No."},
+    {"prompt": "Tell me about the sea.", "completion": "It is wide and deep, and nobody has seen all of it."},
+    {"prompt": "One.", "completion": "Two, three."},
+    {"prompt": "Count from one to nine and back again.", "completion": "1 2 3 4 5 6 7 8 9 8 7 6 5 4 3 2 1"},
 ]
 ONE_BATCH = {"per_device_train_batch_size": 8}
 TWO_BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 STUDENTS = ["nf4", "lora", "lora, head", "full"]
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed package"
-)
 
 
 @pytest.fixture(scope="module")
 def set_path(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("distributed") / "set"
-    capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=10, dtype="float32", progress=False)
+    capture(str(tiny_model_path), EXAMPLES, path, responses="given", dtype="float32", progress=False)
     return path
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model_path, set_path, tmp_path_factory):
-    """Train one step in processes of their own; the report of the first, with the gradient."""
+    """Train one step a job in processes of their own; the report of each job, with the gradient."""
 
-    def start(student, launcher=(), arguments=ONE_BATCH, fsdp_on_cpu=False):
-        folder = tmp_path_factory.mktemp("job")
-        job = {
-            "folder": str(folder), "model": str(tiny_model_path), "transfer_set": str(set_path), "student": student,
-            "arguments": arguments, "fsdp_on_cpu": fsdp_on_cpu,
-        }  # fmt: skip
-        (folder / "job.json").write_text(json.dumps(job))
+    def start(students, launcher=(), arguments=ONE_BATCH, fsdp_on_cpu=False):
+        folder = tmp_path_factory.mktemp("jobs")
+        common = {"model": str(tiny_model_path), "transfer_set": str(set_path), "arguments": arguments}
+        jobs = [{**common, "student": student, "folder": str(folder / student)} for student in students]
+        for job in jobs:
+            Path(job["folder"]).mkdir()
+        (folder / "jobs.json").write_text(json.dumps({"jobs": jobs, "fsdp_on_cpu": fsdp_on_cpu}))
         result = subprocess.run(
-            [sys.executable, *launcher, str(PROCESS), str(folder / "job.json")],
+            [sys.executable, *launcher, str(PROCESS), str(folder / "jobs.json")],
             capture_output=True,
             text=True,
             timeout=240,
             env={**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         )
         assert result.returncode == 0, result.stderr[-4000:]
-        gradient = torch.load(folder / "gradient.pt", weights_only=True)
-        return {**json.loads((folder / "report.json").read_text()), "gradient": gradient, "folder": folder}
+        return {job["student"]: read_report(Path(job["folder"])) for job in jobs}
 
     return start
 
 
+def read_report(folder):
+    gradient = torch.load(folder / "gradient.pt", weights_only=True)
+    return {**json.loads((folder / "report.json").read_text()), "gradient": gradient, "folder": folder}
+
+
 @pytest.fixture(scope="module")
 def alone(run):
-    """The report of one process, computed once for each student."""
-    reports = {}
-
-    def get(student):
-        if student not in reports:
-            reports[student] = run(student)
-        return reports[student]
-
-    return get
+    """The reports of one process."""
+    return run(STUDENTS)
 
 
 def torchrun():
@@ -103,80 +98,84 @@ def assert_equal(report, expected):
     gradient = torch.cat([g.flatten() for g in expected["gradient"].values()])
     assert float(difference.norm() / gradient.norm()) < 1e-5
     for name in ("loss", "ce", "kl"):
-        assert math.isclose(report["logs"][name], expected["logs"][name], rel_tol=1e-5), name
+        assert math.isclose(report["logs"][name], expected["logs"][name], rel_tol=1e-5, abs_tol=1e-7), name
     for name in ("eval_loss", "eval_kl", "eval_ce", "eval_top1_agreement"):
         assert math.isclose(report["metrics"][name], expected["metrics"][name], rel_tol=1e-4), name
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-def test_ddp_under_torchrun(run, alone, student):
-    report = run(student, torchrun(), TWO_BY_TWO)
-    assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
-    assert_equal(report, alone(student))
+def test_ddp_under_torchrun(run, alone):
+    for student, report in run(STUDENTS, torchrun(), TWO_BY_TWO).items():
+        assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
+        assert_equal(report, alone[student])
 
 
 def test_ddp_under_accelerate_launch(run, alone, tmp_path):
-    report = run("nf4", accelerate_launch("cpu.yaml", tmp_path), TWO_BY_TWO)
+    report = run(["nf4"], accelerate_launch("cpu.yaml", tmp_path), TWO_BY_TWO)["nf4"]
     assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
-    assert_equal(report, alone("nf4"))
+    assert_equal(report, alone["nf4"])
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-def test_fsdp2(run, alone, student, tmp_path):
+def test_fsdp2(run, alone, tiny_model_path, tmp_path):
     # accelerate takes its FSDP path on GPUs only, so the process is told to take it here too; gloo does the rest.
-    report = run(student, accelerate_launch("fsdp2.yaml", tmp_path), TWO_BY_TWO, fsdp_on_cpu=True)
-    assert report["world_size"] == 2 and report["wrapper"].startswith("FSDP") and report["fused"]
-    assert student == "full" or report["sharded_base"] > 0
-    assert_equal(report, alone(student))
+    reports = run(STUDENTS, accelerate_launch("fsdp2.yaml", tmp_path), TWO_BY_TWO, fsdp_on_cpu=True)
+    for student, report in reports.items():
+        assert report["world_size"] == 2 and report["wrapper"].startswith("FSDP") and report["fused"]
+        assert student == "full" or report["sharded_base"] > 0
+        assert_equal(report, alone[student])
+    check_saved_adapter(reports["lora"], tiny_model_path)
 
 
-def test_an_adapter_trained_under_fsdp2_is_saved_whole(run, tiny_model_path, tmp_path):
-    report = run("lora", accelerate_launch("fsdp2.yaml", tmp_path), TWO_BY_TWO, fsdp_on_cpu=True)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, report["folder"] / "saved").state_dict()
-    for name, change in report["gradient"].items():
-        if "lora_B" in name:  # which started at zero
-            torch.testing.assert_close(loaded[name], -change, msg=name)
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed package")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed(run, alone, student, stage, tmp_path):
-    name = f"deepspeed_zero{stage}.yaml"
+def test_deepspeed(run, alone, stage, tiny_model_path, tmp_path):
     settings = {
-        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+        "zero_optimization": {"stage": stage},
         "gradient_accumulation_steps": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_clipping": "auto",
         "zero_force_ds_cpu_optimizer": False,
     }
+    if stage == 3:
+        # All of this model is small enough to be kept everywhere, and then nothing would be tried.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
     changes = {
-        "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": False}
+        "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": False},
+        "mixed_precision": None,  # in a file of its own DeepSpeed is asked there
     }
-    launcher = accelerate_launch(name, tmp_path, **changes)
-    report = run(student, launcher, TWO_BY_TWO)
-    assert report["world_size"] == 2 and report["wrapper"] == "DeepSpeedEngine"
-    # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
-    assert report["fused"] == (stage == 2 or student in ("nf4", "lora"))
-    assert_equal(report, alone(student))
+    reports = run(STUDENTS, accelerate_launch(f"deepspeed_zero{stage}.yaml", tmp_path, **changes), TWO_BY_TWO)
+    for student, report in reports.items():
+        assert report["world_size"] == 2 and report["wrapper"] == "DeepSpeedEngine"
+        # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
+        assert report["fused"] == (stage == 2 or student in ("nf4", "lora"))
+        assert_equal(report, alone[student])
+    check_saved_adapter(reports["lora"], tiny_model_path)
+
+
+def check_saved_adapter(report, model_path):
+    """What was saved is what the processes trained, whole."""
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, report["folder"] / "saved").state_dict()
+    for name, change in report["gradient"].items():
+        if "lora_B" in name:  # which started at zero
+            torch.testing.assert_close(loaded[name.removeprefix("module.")], -change, msg=name)
 
 
 def test_without_average_tokens_each_process_averages_its_own(run, set_path):
     """Documented meaning: the mean over processes of each one's loss by its own count of targets."""
-    off = {"average_tokens_across_devices": False}
-    halves = [run("lora", (), {**off, "per_device_train_batch_size": 1, "max_steps": 1})]
-    two = run("lora", torchrun(), {**off, "per_device_train_batch_size": 1})
-    on = run("lora", torchrun(), {"per_device_train_batch_size": 1})
-    from quantkd import TransferSet
-
+    one_row, off = {"per_device_train_batch_size": 1}, {"average_tokens_across_devices": False}
     counts = [len(TransferSet(set_path)[row]["teacher"]) for row in range(2)]
     assert counts[0] != counts[1], "rows of unequal length, or the test cannot tell"
-    first = halves[0]["logs"]["loss"]
-    second = 2 * two["logs"]["loss"] - first
-    assert math.isclose(on["logs"]["loss"], (first * counts[0] + second * counts[1]) / sum(counts), rel_tol=1e-5)
-    assert not math.isclose(on["logs"]["loss"], two["logs"]["loss"], rel_tol=1e-3)
+    first = run(["lora"], (), one_row)["lora"]["logs"]["loss"]
+    both = run(["lora"], (), {"per_device_train_batch_size": 2})["lora"]["logs"]["loss"]
+    second = (both * sum(counts) - first * counts[0]) / counts[1]
+    on = run(["lora"], torchrun(), one_row)["lora"]["logs"]["loss"]
+    by_process = run(["lora"], torchrun(), {**one_row, **off})["lora"]["logs"]
+    assert math.isclose(on, both, rel_tol=1e-5)
+    assert math.isclose(by_process["loss"], (first + second) / 2, rel_tol=1e-5)
+    assert math.isclose(by_process["loss"], 0.5 * by_process["ce"] + 0.5 * by_process["kl"], rel_tol=1e-5)
+    assert not math.isclose(on, by_process["loss"], rel_tol=1e-3)
 
 
 def test_weights_that_are_sharded_are_stored_so_that_they_can_be(monkeypatch, tiny_model_path):

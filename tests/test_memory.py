@@ -29,8 +29,8 @@ def make_trainer(tiny_model_path, tiny_tokenizer, transfer_set, tmp_path):
     def build(student="by name", **kwargs):
         options = {
             "max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-            "save_strategy": "no", "logging_steps": 1, "init": "zero", "model_init_kwargs": {"dtype": "float32"}, "disable_tqdm": True,
-            "train_sampling_strategy": "sequential", **kwargs,
+            "save_strategy": "no", "logging_steps": 1, "init": "zero", "disable_tqdm": True,
+            "model_init_kwargs": {"dtype": "float32"}, "train_sampling_strategy": "sequential", **kwargs,
         }  # fmt: skip
         args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

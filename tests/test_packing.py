@@ -12,6 +12,7 @@ from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, c
 from quantkd.collator import DistillationCollator
 from quantkd.errors import ConfigError, DataError
 from quantkd.packing import position_ids_of, why_not_packable
+from quantkd.row_attention import ROW_ATTENTION, use_row_attention
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?", "Tell me about the sea.", "One."]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -63,6 +64,34 @@ def test_packing_changes_nothing_but_the_layout(make_trainer, transfer_set, fuse
     assert padded["input_ids"].shape == (5, int(rows.lengths.max()))
     assert math.isclose(loss, expected, rel_tol=1e-5)
     assert float((packed_gradient - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_by_row_equals_one_masked_attention(make_trainer, transfer_set, monkeypatch, checkpointing):
+    rows = transfer_set.__getitems__([0, 1, 2, 3, 4])
+    by_row = make_trainer(packing=True, gradient_checkpointing=checkpointing)
+    assert by_row.model.config._attn_implementation == ROW_ATTENTION
+    _, loss, gradient = loss_and_gradient(by_row, rows)
+    monkeypatch.setattr("quantkd.preparation.use_row_attention", lambda model: False)
+    masked = make_trainer(packing=True, gradient_checkpointing=checkpointing)
+    assert masked.model.config._attn_implementation == "sdpa"
+    _, expected, masked_gradient = loss_and_gradient(masked, rows)
+    assert math.isclose(loss, expected, rel_tol=1e-5)
+    assert float((gradient - masked_gradient).norm() / masked_gradient.norm()) < 1e-5
+
+
+def test_sliding_windows_and_unpacked_batches_keep_their_mask():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(**SIZES, vocab_size=64, intermediate_size=32, sliding_window=3), attn_implementation="sdpa"
+    ).eval()
+    padded = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3])}
+    packed = {"input_ids": torch.arange(12)[None], "position_ids": position_ids_of(torch.tensor([7, 5]))[None]}
+    with torch.no_grad():
+        expected = [model(**batch, use_cache=False).logits for batch in (padded, packed)]
+        use_row_attention(model)
+        for batch, logits in zip((padded, packed), expected, strict=True):
+            torch.testing.assert_close(model(**batch, use_cache=False).logits, logits)
 
 
 def test_a_packed_run_trains_and_evaluates_like_a_padded_one(make_trainer, transfer_set):

@@ -1,7 +1,7 @@
 """One process of a distributed run, started by `torchrun` or `accelerate launch`: train, evaluate, save, report.
 
-python training_process.py job.json, where the job names the model folder, the transfer set, the output folder, the kind
-of student and further training arguments. The first step's gradient is read off plain SGD with a rate of 1, which
+python training_process.py jobs.json, where each job names the model folder, the transfer set, the output folder, the
+kind of student and further training arguments. The first step's gradient is read off plain SGD with a rate of 1, which
 holds whatever DDP, FSDP2 or DeepSpeed do with gradients: it is the difference of the parameters.
 """
 
@@ -36,7 +36,7 @@ ARGUMENTS = {
 
 
 def build_student(kind: str, path: str) -> tuple[Any, LoraConfig | None]:
-    """`nf4` and `nf4, float storage` by name, the others loaded: the student, and adapters for it."""
+    """`nf4` by name, the others loaded: the student, and adapters for it."""
     options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     if kind == "nf4":
         return path, LoraConfig(r=4, **options)
@@ -73,9 +73,6 @@ class KeepParameters(TrainerCallback):
 
 
 def main(job: dict[str, Any]) -> None:
-    if job.get("fsdp_on_cpu"):
-        use_fsdp_on_cpu()
-    torch.set_num_threads(1)
     folder = Path(job["folder"])
     model_path = job["model"]
     args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **job["arguments"]})
@@ -130,4 +127,9 @@ def use_fsdp_on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    if jobs["fsdp_on_cpu"]:
+        use_fsdp_on_cpu()
+    for job in jobs["jobs"]:
+        main(job)
