@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from quantkd.compatibility import check_student
@@ -14,12 +15,67 @@ from quantkd.config import QuantizedDistillationConfig
 from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.initialization import initialize_from_rows
+from quantkd.live_teacher import LiveTeacher
 from quantkd.packing import why_not_packable
 from quantkd.row_attention import use_row_attention
 from quantkd.student import attach_lora, is_quantized, load_student
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["prepare_student"]
+__all__ = ["load_live_teacher", "load_tokenizer", "model_init_kwargs", "prepare_student", "take_one_gpu"]
+
+logger = logging.getLogger(__name__)
+
+
+def take_one_gpu(args: QuantizedDistillationConfig) -> None:
+    """Train on one GPU a process, where the Trainer would wrap the model in `DataParallel`.
+
+    Args:
+        args: the training arguments; changed where more than one GPU is visible.
+    """
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible to one process; training on the first. "
+            "Start one process each with `accelerate launch` to use them all.",
+            args.n_gpu,
+        )
+        args._n_gpu = 1
+
+
+def load_tokenizer(
+    model: str | PreTrainedModel | PeftModel, args: QuantizedDistillationConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model.
+
+    Args:
+        model: the model or its name.
+        args: whose `model_init_kwargs` name a revision.
+
+    Raises:
+        ConfigError: a loaded model that does not say where it came from.
+    """
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if not name:
+        raise ConfigError("The model does not say where its tokenizer is; pass it as processing_class.")
+    kwargs = {k: v for k, v in model_init_kwargs(args).items() if k in ("revision", "trust_remote_code", "token")}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **kwargs)
+    return tokenizer
+
+
+def load_live_teacher(
+    teacher_model: str | PreTrainedModel, student: Any, args: QuantizedDistillationConfig
+) -> LiveTeacher:
+    """The teacher that runs beside the student.
+
+    Args:
+        teacher_model: its name, or the loaded model.
+        student: the student.
+        args: the training arguments.
+
+    Raises:
+        ConfigError: a teacher that cannot teach this student.
+    """
+    assert not isinstance(args.teacher_model_init_kwargs, str)  # TrainingArguments has parsed it
+    return LiveTeacher(teacher_model, student, (args.temperature,), **(args.teacher_model_init_kwargs or {}))
 
 
 def prepare_student(

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["LengthGroupedBatches", "row_lengths"]
+__all__ = ["LengthGroupedBatches", "order_for_evaluation", "order_for_training", "row_lengths"]
 
 
 def row_lengths(dataset: Any) -> list[int] | None:
@@ -65,3 +66,27 @@ class LengthGroupedBatches(Sampler[int]):
         shuffled = [inner[i] for i in torch.randperm(len(inner), generator=generator).tolist()]
         ordered = [groups[0], *shuffled, *groups[len(groups) - 1 :]] if len(groups) > 1 else groups
         return iter([row for group in ordered for row in group])
+
+
+def order_for_training(dataset: Any, args: TrainingArguments) -> LengthGroupedBatches | None:
+    """Rows of like length together, in groups of one optimizer step; None where the Trainer's own order is asked for.
+
+    Args:
+        dataset: the training rows.
+        args: whose `train_sampling_strategy` asks.
+    """
+    lengths = row_lengths(dataset) if args.train_sampling_strategy == "group_by_length" else None
+    if lengths is None:
+        return None
+    group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return LengthGroupedBatches(lengths, group, args.seed if args.data_seed is None else args.data_seed)
+
+
+def order_for_evaluation(dataset: Any) -> list[int] | None:
+    """The longest rows first, for metrics that are sums over rows; None for the data set's own order.
+
+    Args:
+        dataset: the rows.
+    """
+    lengths = row_lengths(dataset)
+    return None if lengths is None else sorted(range(len(lengths)), key=lambda row: -lengths[row])

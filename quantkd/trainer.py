@@ -13,23 +13,23 @@ import torch
 from accelerate import DistributedType
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from quantkd.collator import DistillationCollator
 from quantkd.compatibility import check_transfer_set
 from quantkd.config import QuantizedDistillationConfig
-from quantkd.errors import ConfigError, DataError
-from quantkd.fused import DenseTeacher, compute_fused_loss
+from quantkd.errors import DataError
+from quantkd.fused import DenseTeacher
 from quantkd.head import gathered_head, hidden_states_as_logits, why_not_fusable
-from quantkd.live_teacher import LiveTeacher
-from quantkd.losses import compute_position_terms, select_targets
-from quantkd.preparation import model_init_kwargs, prepare_student
+from quantkd.losses import select_targets
+from quantkd.objective import compute_terms
+from quantkd.preparation import load_live_teacher, load_tokenizer, prepare_student, take_one_gpu
 from quantkd.provenance import remove_local_paths, write_provenance
 from quantkd.row_metrics import compute_row_metrics, summarize_rows
-from quantkd.sampling import LengthGroupedBatches, row_lengths
+from quantkd.sampling import order_for_evaluation, order_for_training
 from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set import TransferSet
 
@@ -85,20 +85,8 @@ class QuantizedDistillationTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         args = args or QuantizedDistillationConfig("quantkd_output")
-        if args.n_gpu > 1:
-            logger.warning(
-                "%d GPUs are visible to one process; training on the first. "
-                "Start one process each with `accelerate launch` to use them all.",
-                args.n_gpu,
-            )
-            args._n_gpu = 1
-        name = model if isinstance(model, str) else model.config._name_or_path
-        init_kwargs = model_init_kwargs(args)
-        if processing_class is None:
-            if not name:
-                raise ConfigError("The model does not say where its tokenizer is; pass it as processing_class.")
-            tokenizer_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "trust_remote_code", "token")}
-            processing_class = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs)
+        take_one_gpu(args)
+        processing_class = processing_class or load_tokenizer(model, args)
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         self.transfer_sets = [dataset for dataset in datasets if isinstance(dataset, TransferSet)]
         for transfer_set in self.transfer_sets:
@@ -111,11 +99,7 @@ class QuantizedDistillationTrainer(Trainer):
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
-        self.live_teacher = None
-        if teacher_model is not None:
-            teacher_kwargs = args.teacher_model_init_kwargs or {}
-            assert not isinstance(teacher_kwargs, str)  # TrainingArguments has parsed it
-            self.live_teacher = LiveTeacher(teacher_model, model, (args.temperature,), **teacher_kwargs)
+        self.live_teacher = None if teacher_model is None else load_live_teacher(teacher_model, model, args)
         if data_collator is None:
             pad = processing_class.pad_token_id
             pad = processing_class.eos_token_id or 0 if pad is None else pad
@@ -158,25 +142,19 @@ class QuantizedDistillationTrainer(Trainer):
         """
         outputs, hidden, labels = self._forward(model, inputs)
         teacher = self._teacher(inputs, hidden.device)
-        if self._fused:
-            with gathered_head(self._unwrapped(model), hidden.dtype) as head:
-                fused = compute_fused_loss(hidden, head, labels, teacher, **self._objective)
-            total, ce, kl = fused.loss, fused.ce, fused.kl
-        else:
-            objective = {name: value for name, value in self._objective.items() if name != "alpha"}
-            if isinstance(teacher, DenseTeacher):
-                teacher = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden), (self.args.temperature,))
-            terms = compute_position_terms(hidden, labels, teacher, **objective)
-            total, ce, kl = terms.mix(self.args.alpha, self.args.temperature).sum(), terms.ce, terms.kl
+        with gathered_head(self._unwrapped(model), hidden.dtype) if self._fused else nullcontext() as head:
+            terms = compute_terms(hidden, labels, teacher, head, **self._objective)
         if num_items_in_batch is None:
             scale: Tensor | float = 1.0 / max(len(labels), 1)
         else:
             # Data-parallel wrappers average gradients over processes; the count is over all of them.
             world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             scale = world / num_items_in_batch
-        loss = total * scale
+        loss = terms.loss * scale
         if model.training:
-            self._train_terms[:2] += torch.stack([ce.sum() * scale, kl.sum() * scale]).detach().double().cpu()
+            self._train_terms[:2] += (
+                torch.stack([terms.ce.sum() * scale, terms.kl.sum() * scale]).detach().double().cpu()
+            )
             self._train_terms[2] += float(self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
 
@@ -227,20 +205,12 @@ class QuantizedDistillationTrainer(Trainer):
             self._train_terms.zero_()
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = row_lengths(dataset) if self.args.train_sampling_strategy == "group_by_length" else None
-        if lengths is None:
-            inherited: Sampler[int] | None = super()._get_train_sampler(dataset)
-            return inherited
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedBatches(lengths, group, seed)
+        return order_for_training(dataset, self.args) or super()._get_train_sampler(dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        lengths = row_lengths(eval_dataset)
-        # The metrics are sums over rows, so the longest may come first.
-        return None if lengths is None else sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        return order_for_evaluation(eval_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any | None = None) -> DataLoader[Any]:
         """The Trainer's, never packed: metrics are kept by row, and rows are counted by the batch's first dimension.

@@ -49,9 +49,10 @@ def set_path(tiny_model_path, tmp_path_factory):
 def run(tiny_model_path, set_path, tmp_path_factory):
     """Train one step a job in processes of their own; the report of each job, with the gradient."""
 
-    def start(students, launcher=(), arguments=ONE_BATCH, fsdp_on_cpu=False):
+    def start(students, launcher=(), arguments=ONE_BATCH, fsdp_on_cpu=False, reshard=False):
         folder = tmp_path_factory.mktemp("jobs")
         common = {"model": str(tiny_model_path), "transfer_set": str(set_path), "arguments": arguments}
+        common["reshard"] = reshard
         jobs = [{**common, "student": student, "folder": str(folder / student)} for student in students]
         for job in jobs:
             Path(job["folder"]).mkdir()
@@ -125,6 +126,15 @@ def test_fsdp2(run, alone, tiny_model_path, tmp_path):
     check_saved_adapter(reports["lora"], tiny_model_path)
 
 
+def test_a_head_that_fsdp2_shards_again_is_gathered(run, alone, tmp_path):
+    launcher = accelerate_launch("fsdp2.yaml", tmp_path)
+    reports = run(STUDENTS, launcher, TWO_BY_TWO, fsdp_on_cpu=True, reshard=True)
+    for student, report in reports.items():
+        # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
+        assert report["fused"] == (student in ("nf4", "lora"))
+        assert_equal(report, alone[student])
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed package")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(run, alone, stage, tiny_model_path, tmp_path):
@@ -147,7 +157,6 @@ def test_deepspeed(run, alone, stage, tiny_model_path, tmp_path):
     reports = run(STUDENTS, accelerate_launch(f"deepspeed_zero{stage}.yaml", tmp_path, **changes), TWO_BY_TWO)
     for student, report in reports.items():
         assert report["world_size"] == 2 and report["wrapper"] == "DeepSpeedEngine"
-        # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
         assert report["fused"] == (stage == 2 or student in ("nf4", "lora"))
         assert_equal(report, alone[student])
     check_saved_adapter(reports["lora"], tiny_model_path)

@@ -63,9 +63,19 @@ def read_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class KeepParameters(TrainerCallback):
-    """The trainable parameters as the first step finds them."""
+    """The trainable parameters as the first step finds them.
 
-    before: dict[str, Tensor] | None = None
+    Args:
+        reshard: let FSDP2 take the head's weight apart after each forward pass, as accelerate before 1.13 does.
+    """
+
+    def __init__(self, reshard: bool) -> None:
+        self.before: dict[str, Tensor] | None = None
+        self.reshard = reshard
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.reshard:
+            model.set_reshard_after_forward(True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.before is None:
@@ -77,7 +87,7 @@ def main(job: dict[str, Any]) -> None:
     model_path = job["model"]
     args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **job["arguments"]})
     student, peft_config = build_student(job["student"], model_path)
-    keeper = KeepParameters()
+    keeper = KeepParameters(job["reshard"])
     trainer = QuantizedDistillationTrainer(
         student,
         args,
@@ -104,7 +114,7 @@ def main(job: dict[str, Any]) -> None:
             "wrapper": type(model).__name__,
             "sharded_base": sum(hasattr(w, "placements") or hasattr(w, "ds_shape") for w in weights),
         }
-        assert keeper.before is not None
+        assert keeper.before is not None, "no step was taken"
         torch.save({name: keeper.before[name] - after[name] for name in after}, folder / "gradient.pt")
         (folder / "report.json").write_text(json.dumps(report))
 

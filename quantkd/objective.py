@@ -1,0 +1,45 @@
+"""The loss of a batch: from hidden states where the head can be fused, from logits where it cannot."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantkd.fused import DenseTeacher, FusedTerms, compute_fused_loss
+from quantkd.head import Head
+from quantkd.losses import Divergence, compute_position_terms
+from quantkd.topk import TopKLogprobs
+
+__all__ = ["compute_terms"]
+
+
+def compute_terms(
+    hidden: Tensor,
+    labels: Tensor,
+    teacher: TopKLogprobs | DenseTeacher,
+    head: Head | None,
+    *,
+    alpha: float,
+    temperature: float,
+    divergence: Divergence,
+    beta: float,
+) -> FusedTerms:
+    """`compute_fused_loss` if there is a head, else the same from logits by `compute_position_terms`.
+
+    Args:
+        hidden: (N, H) last hidden states of the targets, or their (N, V) logits without a head.
+        labels: (N,) int64 target ids.
+        teacher: the teacher's distributions at the N targets.
+        head: what makes logits of hidden states; None if `hidden` are logits.
+        alpha: weight of the soft term.
+        temperature: distillation temperature.
+        divergence: `forward_kl`, `reverse_kl` or `jsd`.
+        beta: the teacher's share of the mixture in `jsd`.
+    """
+    if head is not None:
+        return compute_fused_loss(
+            hidden, head, labels, teacher, alpha=alpha, temperature=temperature, divergence=divergence, beta=beta
+        )
+    if isinstance(teacher, DenseTeacher):
+        teacher = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden), (temperature,))
+    terms = compute_position_terms(hidden, labels, teacher, temperature=temperature, divergence=divergence, beta=beta)
+    return FusedTerms(terms.mix(alpha, temperature).sum(), terms.ce.detach(), terms.kl.detach())
