@@ -66,7 +66,7 @@ class KeepParameters(TrainerCallback):
     """The trainable parameters as the first step finds them.
 
     Args:
-        reshard: let FSDP2 take the head's weight apart after each forward pass, as accelerate before 1.13 does.
+        reshard: let FSDP2 take the head's weight apart after each forward pass, which is left to the wrapper.
     """
 
     def __init__(self, reshard: bool) -> None:

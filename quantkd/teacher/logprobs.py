@@ -1,0 +1,253 @@
+"""From an engine's top log-probabilities to the rows of a transfer set, under a storage rule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkd.errors import ConfigError, TeacherError
+from quantkd.storage import Sampled, StorageRule, TopK
+from quantkd.teacher.interface import EncodedPrompt
+from quantkd.transfer_set import TransferRow
+
+__all__ = [
+    "TopLogprobs",
+    "build_row",
+    "check_rule",
+    "check_temperature_one",
+    "count_entries",
+    "locate_targets",
+    "seed_of",
+]
+
+# What vLLM's server writes for a probability of 0, for JSON has no infinity.
+_ZERO_PROBABILITY = -9999.0
+
+
+@dataclass(frozen=True)
+class TopLogprobs:
+    """What an engine said about R targets: ragged candidates in any order, doubles allowed.
+
+    Args:
+        counts: (R,) int64, candidates of each target.
+        token_ids: (E,) int64 vocabulary ids.
+        logprobs: (E,) float64, nats at temperature 1.
+    """
+
+    counts: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+    @classmethod
+    def from_pairs(cls, targets: Sequence[Sequence[tuple[int, float]]]) -> TopLogprobs:
+        """Join the candidates of every target.
+
+        Args:
+            targets: of each target, its (token id, log-probability) pairs.
+        """
+        return cls(
+            counts=np.asarray([len(target) for target in targets], dtype=np.int64),
+            token_ids=np.asarray([token for target in targets for token, _ in target], dtype=np.int64),
+            logprobs=np.asarray([logprob for target in targets for _, logprob in target], dtype=np.float64),
+        )
+
+
+def check_temperature_one(temperatures: Sequence[float], engine: str) -> tuple[float, ...]:
+    """Refuse log-normalizers of other temperatures, which take the whole vocabulary's logits.
+
+    Args:
+        temperatures: what was asked for.
+        engine: the engine, in words.
+
+    Returns:
+        (1.0,)
+
+    Raises:
+        ConfigError: any other temperature.
+    """
+    if {float(temperature) for temperature in temperatures} != {1.0}:
+        raise ConfigError(
+            f"{engine} gives log-probabilities at temperature 1.0 alone; log-normalizers for temperatures "
+            f"{[float(t) for t in temperatures]} need all logits. Capture with --temperatures 1.0, or with the "
+            "transformers engine."
+        )
+    return (1.0,)
+
+
+def check_rule(rule: StorageRule, engine: str) -> None:
+    """Refuse a storage rule that top log-probabilities cannot satisfy.
+
+    Args:
+        rule: the storage rule.
+        engine: the engine, in words.
+
+    Raises:
+        ConfigError: `Sampled`, whose draws need the whole distribution.
+    """
+    if isinstance(rule, Sampled):
+        raise ConfigError(
+            f"{engine} gives the most probable tokens alone, and {rule} draws from the whole distribution. "
+            "Store nucleus:0.95:64 or topk:64 entries, or capture with the transformers engine."
+        )
+
+
+def count_entries(rule: StorageRule, vocab_size: int) -> int:
+    """How many candidates a target must come with for the rule to choose from.
+
+    Args:
+        rule: `TopK` or `Nucleus`.
+        vocab_size: V.
+
+    Returns:
+        A number of at most V.
+
+    Raises:
+        ConfigError: `TopK.k` exceeds the vocabulary.
+    """
+    assert not isinstance(rule, Sampled)
+    if isinstance(rule, TopK):
+        if rule.k > vocab_size:
+            raise ConfigError(f"{rule} exceeds the teacher's vocabulary of {vocab_size}; choose a smaller k.")
+        return rule.k
+    return min(rule.max_k, vocab_size)
+
+
+def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64]]:
+    """The whole sequence of a given answer, and what of it is supervised.
+
+    Args:
+        prompt: a prompt with `completion_ids`.
+
+    Returns:
+        The token ids, and (S, 2) `[start, stop)` spans counted from the start of the prompt.
+
+    Raises:
+        TeacherError: an answer without tokens.
+    """
+    completion = prompt.completion_ids or []
+    if not completion:
+        raise TeacherError(f"Row {prompt.index} has an answer without tokens; expected at least one. Remove the row.")
+    sequence = prompt.prompt_ids + completion
+    spans = prompt.spans if prompt.spans is not None else ((len(prompt.prompt_ids), len(sequence)),)
+    return sequence, np.asarray(spans, dtype=np.int64)
+
+
+def seed_of(seed: int, index: int) -> int:
+    """A row's own seed for the engine's sampler, the same in any batch and for any number of workers.
+
+    Args:
+        seed: of the capture.
+        index: of the row.
+
+    Returns:
+        31 bits, which every engine takes.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}:tokens".encode()).digest()[:4], "little") >> 1
+
+
+def build_row(
+    index: int,
+    input_ids: Sequence[int],
+    spans: NDArray[np.int64],
+    candidates: TopLogprobs,
+    rule: StorageRule,
+    vocab_size: int,
+    *,
+    finished: bool,
+    engine: str,
+) -> TransferRow:
+    """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one a target.
+
+    Args:
+        index: the row's place, for messages.
+        input_ids: (L,) the sequence.
+        spans: (S, 2) its supervised parts, R targets together.
+        candidates: what the engine said about these targets.
+        rule: `TopK` or `Nucleus`.
+        vocab_size: V.
+        finished: False if the length limit cut the answer.
+        engine: the engine, in words.
+
+    Returns:
+        The row; its only log-normalizer is that of temperature 1.
+
+    Raises:
+        TeacherError: candidates for another number of targets, ids outside the vocabulary, values that are no
+            log-probabilities, or fewer candidates than the rule needs.
+    """
+    assert not isinstance(rule, Sampled)
+    targets = int((spans[:, 1] - spans[:, 0]).sum())
+    where = f"{engine} answered prompt {index}"
+    _require(len(candidates.counts) == targets, f"{where} with log-probabilities of {len(candidates.counts)} tokens, "
+             f"expected {targets}")  # fmt: skip
+    ids, logprobs = candidates.token_ids, candidates.logprobs
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    _require(not len(outside), f"{where} with token id {int(ids[outside[0]]) if len(outside) else 0}, and the "
+             f"vocabulary ends at {vocab_size}; name the width of its logits with vocab_size")  # fmt: skip
+    wrong = np.flatnonzero(np.isnan(logprobs) | (logprobs > 1e-3))
+    _require(not len(wrong), f"{where} with {float(logprobs[wrong[0]]) if len(wrong) else 0} as a log-probability; "
+             "expected finite numbers of at most 0: check the teacher's dtype and weights")  # fmt: skip
+
+    # The sampled token comes beside the most probable ones and may be one of them.
+    owners = np.repeat(np.arange(targets, dtype=np.int64), candidates.counts)
+    _, first = np.unique(owners * vocab_size + ids, return_index=True)
+    owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)
+    order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
+    owners, ids, logprobs = owners[order], ids[order], logprobs[order]
+    counts = np.bincount(owners, minlength=targets)
+    starts = np.cumsum(counts) - counts
+    width = count_entries(rule, vocab_size)
+    rank = np.arange(len(ids)) - starts[owners]
+    mass = np.exp(logprobs)
+    keep = (rank < width) & (logprobs > _ZERO_PROBABILITY)
+    complete = counts >= width
+    if not isinstance(rule, TopK):
+        before = np.cumsum(mass) - mass
+        before -= before[np.minimum(starts, len(before) - 1)][owners] if len(before) else 0.0
+        keep &= before < rule.p
+        complete |= np.bincount(owners, weights=mass, minlength=targets) >= rule.p
+    kept = np.bincount(owners[keep], minlength=targets)
+    short = np.flatnonzero(~complete | (kept == 0))
+    _require(not len(short), f"{where} with {int(counts[short[0]]) if len(short) else 0} log-probabilities at a "
+             f"token where {rule} needs {width}; raise the engine's limit, or choose a smaller rule")  # fmt: skip
+    return TransferRow(
+        input_ids=np.asarray(input_ids, dtype=np.int64),
+        spans=spans,
+        counts=kept,
+        token_ids=ids[keep],
+        logprobs=logprobs[keep].astype(np.float32),
+        log_normalizers=np.zeros((targets, 1), dtype=np.float32),
+        finished=finished,
+    )
+
+
+def engine_end_tokens(tokenizer: Any, own: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's, and those of the engine's generation config.
+
+    Args:
+        tokenizer: the teacher's tokenizer.
+        own: `eos_token_id` of the generation config: an id, several, or None.
+
+    Returns:
+        At least one id, ascending.
+
+    Raises:
+        ConfigError: neither names one.
+    """
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ends:
+        raise ConfigError(
+            f"Neither the tokenizer of {tokenizer.name_or_path!r} nor the model names an end-of-sequence token; "
+            "expected one to end answers with. Set tokenizer.eos_token."
+        )
+    return sorted(ends)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise TeacherError(f"{message}.")
