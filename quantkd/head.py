@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from quantkd.weights import is_sharded, whole_parameters
 
-__all__ = ["Head", "find_head", "gathered_head", "hidden_states_as_logits", "why_not_fusable"]
+__all__ = ["Head", "find_head", "gathered_head", "hidden_states_as_logits", "undisturbed", "why_not_fusable"]
 
 # What families do to the logits after the head: the attribute, where it lies, and the value that makes it do nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
@@ -146,7 +146,7 @@ def why_not_fusable(model: Any, forward: Callable[..., Any] | None = None) -> st
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
-        with torch.no_grad(), _undisturbed(model, tokens.device):
+        with torch.no_grad(), undisturbed(model, tokens.device):
             logits = forward(**batch).logits
             if head.weight.requires_grad and is_sharded(head.weight):
                 return "its head is trained and sharded over processes"
@@ -195,10 +195,14 @@ class _PassThrough(torch.autograd.Function):
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without its traces: each layer's own mode returns, and nothing is drawn from the generators.
 
     4-bit layers go in training mode meanwhile, for on some CPUs bitsandbytes repacks their weights in the other.
+
+    Args:
+        model: what shall be left as it was.
+        device: whose generator is kept, beside the CPU's.
     """
     modes = {module: module.training for module in model.modules()}
     for module in modes:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkd.head import undisturbed
+
 __all__ = ["position_ids_of", "why_not_packable"]
 
 
@@ -37,10 +39,8 @@ def why_not_packable(model: Any) -> str | None:
     lengths = torch.tensor([5, 6], device=device)
     positions = position_ids_of(lengths).unsqueeze(0)
     second = torch.arange(1, 7, device=device)
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(model, device):
             alone = model(input_ids=second.unsqueeze(0), use_cache=False).logits[0]
             packed = [
                 model(
@@ -52,8 +52,6 @@ def why_not_packable(model: Any) -> str | None:
             ]
     except TypeError:
         return "its forward pass takes no position_ids"
-    finally:
-        model.train(was_training)
     scale = alone.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
     if float((packed[0] - packed[1]).float().norm() / scale) > 1e-6:
         return "a packed row changes with the row before it"

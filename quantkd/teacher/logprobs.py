@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError, TeacherError
+from quantkd.generation import find_end_tokens
 from quantkd.storage import Sampled, StorageRule, TopK
 from quantkd.teacher.interface import EncodedPrompt
 from quantkd.transfer_set import TransferRow
@@ -21,12 +23,14 @@ __all__ = [
     "check_rule",
     "check_temperature_one",
     "count_entries",
+    "end_tokens",
     "locate_targets",
     "seed_of",
 ]
 
 # What vLLM's server writes for a probability of 0, for JSON has no infinity.
 _ZERO_PROBABILITY = -9999.0
+_ROUNDING = 1e-3  # nats above 0 that a float16 teacher reaches
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,33 @@ class TopLogprobs:
             token_ids=np.asarray([token for target in targets for token, _ in target], dtype=np.int64),
             logprobs=np.asarray([logprob for target in targets for _, logprob in target], dtype=np.float64),
         )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TopLogprobs]) -> TopLogprobs:
+        """Join several values end to end.
+
+        Args:
+            parts: at least one.
+        """
+        return cls(
+            counts=np.concatenate([part.counts for part in parts]),
+            token_ids=np.concatenate([part.token_ids for part in parts]),
+            logprobs=np.concatenate([part.logprobs for part in parts]),
+        )
+
+    def select(self, targets: NDArray[np.int64]) -> TopLogprobs:
+        """The targets named by their places, in that order; those beyond the end come without candidates.
+
+        Args:
+            targets: (M,) places of at least 0.
+        """
+        counts = np.append(self.counts, 0)
+        starts = np.cumsum(counts) - counts
+        targets = np.minimum(targets, len(self.counts))
+        chosen = counts[targets]
+        within = np.arange(chosen.sum()) - np.repeat(np.cumsum(chosen) - chosen, chosen)
+        entries = np.repeat(starts[targets], chosen) + within
+        return TopLogprobs(chosen, self.token_ids[entries], self.logprobs[entries])
 
 
 def check_temperature_one(temperatures: Sequence[float], engine: str) -> tuple[float, ...]:
@@ -182,16 +213,20 @@ def build_row(
     """
     assert not isinstance(rule, Sampled)
     targets = int((spans[:, 1] - spans[:, 0]).sum())
-    where = f"{engine} answered prompt {index}"
-    _require(len(candidates.counts) == targets, f"{where} with log-probabilities of {len(candidates.counts)} tokens, "
-             f"expected {targets}")  # fmt: skip
     ids, logprobs = candidates.token_ids, candidates.logprobs
-    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    _require(not len(outside), f"{where} with token id {int(ids[outside[0]]) if len(outside) else 0}, and the "
-             f"vocabulary ends at {vocab_size}; name the width of its logits with vocab_size")  # fmt: skip
-    wrong = np.flatnonzero(np.isnan(logprobs) | (logprobs > 1e-3))
-    _require(not len(wrong), f"{where} with {float(logprobs[wrong[0]]) if len(wrong) else 0} as a log-probability; "
-             "expected finite numbers of at most 0: check the teacher's dtype and weights")  # fmt: skip
+    where = f"{engine} answered prompt {index} with"
+    if len(candidates.counts) != targets:
+        raise TeacherError(f"{where} log-probabilities of {len(candidates.counts)} tokens; expected {targets}.")
+    for token in ids[(ids < 0) | (ids >= vocab_size)]:
+        raise TeacherError(
+            f"{where} the token id {token}, and the vocabulary ends at {vocab_size}. Check that the tokenizer is the "
+            "teacher's; if its logits are wider than that, name their width with vocab_size."
+        )
+    for logprob in logprobs[np.isnan(logprobs) | (logprobs > _ROUNDING)]:
+        raise TeacherError(
+            f"{where} the log-probability {logprob}; expected finite numbers of at most 0. "
+            "Check the teacher's dtype and weights."
+        )
 
     # The sampled token comes beside the most probable ones and may be one of them.
     owners = np.repeat(np.arange(targets, dtype=np.int64), candidates.counts)
@@ -212,9 +247,11 @@ def build_row(
         keep &= before < rule.p
         complete |= np.bincount(owners, weights=mass, minlength=targets) >= rule.p
     kept = np.bincount(owners[keep], minlength=targets)
-    short = np.flatnonzero(~complete | (kept == 0))
-    _require(not len(short), f"{where} with {int(counts[short[0]]) if len(short) else 0} log-probabilities at a "
-             f"token where {rule} needs {width}; raise the engine's limit, or choose a smaller rule")  # fmt: skip
+    for target in np.flatnonzero(~complete | (kept == 0)):
+        raise TeacherError(
+            f"{where} {counts[target]} log-probabilities at token {target} of the answer, where {rule} needs {width}. "
+            "Raise the engine's limit (vLLM: --max-logprobs), or choose a smaller rule."
+        )
     return TransferRow(
         input_ids=np.asarray(input_ids, dtype=np.int64),
         spans=spans,
@@ -226,12 +263,12 @@ def build_row(
     )
 
 
-def engine_end_tokens(tokenizer: Any, own: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and those of the engine's generation config.
+def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
+    """Ids that end an answer, where there is no model to ask: as `quantkd.generation.find_end_tokens`.
 
     Args:
         tokenizer: the teacher's tokenizer.
-        own: `eos_token_id` of the generation config: an id, several, or None.
+        own: `eos_token_id` of the teacher's generation config.
 
     Returns:
         At least one id, ascending.
@@ -239,15 +276,4 @@ def engine_end_tokens(tokenizer: Any, own: Any) -> list[int]:
     Raises:
         ConfigError: neither names one.
     """
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    if not ends:
-        raise ConfigError(
-            f"Neither the tokenizer of {tokenizer.name_or_path!r} nor the model names an end-of-sequence token; "
-            "expected one to end answers with. Set tokenizer.eos_token."
-        )
-    return sorted(ends)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise TeacherError(f"{message}.")
+    return find_end_tokens(SimpleNamespace(generation_config=GenerationConfig(eos_token_id=own)), tokenizer)

@@ -1,0 +1,153 @@
+"""JSON over HTTP to an inference server: retries with backoff, and a key that is sent and never shown."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import random
+import ssl
+import time
+import urllib.error
+import urllib.request
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from quantkd.errors import ConfigError, TeacherError
+
+__all__ = ["ServerClient"]
+
+logger = logging.getLogger(__name__)
+
+_API_KEY = "OPENAI_API_KEY"
+_MAX_DELAY_SECONDS = 60.0
+_MAX_DETAIL = 500  # characters of a server's own words in an error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another host."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Follow none: urllib then raises the answer as an error."""
+
+
+class ServerClient:
+    """Asks a server for JSON. Safe to use from several threads.
+
+    Answers 408, 429 and 5xx, time-outs, broken connections and bodies that are no JSON are tried again, after a pause
+    that doubles each time or that the server names in Retry-After. The key comes from the environment variable
+    OPENAI_API_KEY alone; it appears in no error and no log line, even where the server echoes it.
+
+    Args:
+        base_url: such as "http://127.0.0.1:8000/v1"; the part "/v1" may be missing.
+        timeout_seconds: how long one answer may take.
+        max_retries: how often a request is tried again.
+        backoff_seconds: the first pause.
+
+    Raises:
+        ConfigError: an address that is not http or https, or that carries a name or a password.
+    """
+
+    def __init__(
+        self, base_url: str, *, timeout_seconds: float = 600, max_retries: int = 8, backoff_seconds: float = 0.5
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.username is not None or parts.password is not None:
+            raise ConfigError(f"base_url must not carry a name or a password; put the key into {_API_KEY}.")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ConfigError(f"base_url is an address such as http://127.0.0.1:8000/v1, found {base_url!r}.")
+        if timeout_seconds <= 0 or max_retries < 0 or backoff_seconds < 0:
+            raise ConfigError(
+                "A server needs timeout_seconds > 0, max_retries >= 0 and backoff_seconds >= 0, found "
+                f"{timeout_seconds}, {max_retries} and {backoff_seconds}."
+            )
+        self.where = f"The server at {parts.netloc}"
+        self._root = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+        self._timeout, self._retries, self._backoff = timeout_seconds, max_retries, backoff_seconds
+        self._api_key = os.environ.get(_API_KEY, "").strip()
+        if not (self._api_key.isascii() and self._api_key.isprintable()):  # http.client would show it in its error
+            raise ConfigError(f"{_API_KEY} holds characters that cannot be sent; expected printable ASCII.")
+        self._opener = urllib.request.build_opener(_NoRedirects())
+
+    def request(self, path: str, body: dict[str, Any] | None = None, *, max_retries: int | None = None) -> Any:
+        """GET `path`, or POST `body` to it.
+
+        Args:
+            path: from the server's root, such as "/v1/models".
+            body: JSON to post; None gets.
+            max_retries: in place of the client's own.
+
+        Returns:
+            The parsed answer.
+
+        Raises:
+            TeacherError: the server refused the request, or did not answer after all retries.
+        """
+        retries = self._retries if max_retries is None else max_retries
+        for attempt in range(retries + 1):
+            try:
+                return self._once(path, body)
+            except _Again as fault:
+                if attempt == retries:
+                    raise TeacherError(
+                        f"{self.where} did not answer {path} after {attempt + 1} attempts; the last fault: {fault}. "
+                        "Check that it runs and is not overloaded; a capture goes on where it stopped."
+                    ) from fault
+                pause = min(self._backoff * 2**attempt, _MAX_DELAY_SECONDS) * random.uniform(0.5, 1)
+                pause = max(pause, min(fault.retry_after, _MAX_DELAY_SECONDS))
+                logger.info("%s: %s; attempt %d in %.1f s.", self.where, fault, attempt + 2, pause)
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> Any:
+        headers = {"Accept": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        data = None
+        if body is not None:
+            headers["Content-Type"], data = "application/json", json.dumps(body).encode()
+        request = urllib.request.Request(self._root + path, data=data, headers=headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                self._raise_status(error, path)
+        except (OSError, http.client.HTTPException) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise TeacherError(f"{self.where} shows a certificate that is not trusted: {cause}.") from error
+            raise _Again(f"{type(cause).__name__}: {cause}") from error
+        except ValueError as error:
+            raise _Again(f"a body that is no JSON ({error})") from error
+
+    def _raise_status(self, error: urllib.error.HTTPError, path: str) -> NoReturn:
+        try:
+            detail = error.read(64 * 2**10).decode(errors="replace")
+        except (OSError, http.client.HTTPException) as broken:
+            raise _Again(f"HTTP {error.code} and then {type(broken).__name__}") from broken
+        if self._api_key:
+            detail = detail.replace(self._api_key, "***")
+        detail = " ".join(detail.split())[:_MAX_DETAIL]
+        if error.code in (408, 429) or error.code >= 500:
+            pause = error.headers.get("Retry-After") or ""
+            raise _Again(f"HTTP {error.code} {detail}", float(pause) if pause.isdecimal() else 0.0) from error
+        advice = {
+            401: f"Set {_API_KEY}",
+            403: f"Set {_API_KEY}",
+            404: "Check base_url, and that the server speaks the OpenAI API",
+        }.get(error.code, "Change what was asked for, or the server's settings")
+        if "logprobs" in detail:
+            advice = "Raise the server's limit (vLLM: --max-logprobs), or choose a smaller storage rule"
+        if 300 <= error.code < 400:
+            advice = "It redirects, which is not followed; name the final address as base_url"
+        raise TeacherError(f"{self.where} refused {path} with HTTP {error.code}: {detail or 'no reason'}. {advice}.")
+
+
+class _Again(Exception):
+    """A fault that may pass."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -1,0 +1,208 @@
+"""The vLLM teacher, in process: its engine answers or scores, and hands out the log-probabilities of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
+from quantkd.storage import StorageRule
+from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
+from quantkd.teacher.logprobs import (
+    TopLogprobs,
+    build_row,
+    check_rule,
+    check_temperature_one,
+    count_entries,
+    end_tokens,
+    locate_targets,
+    seed_of,
+)
+from quantkd.transfer_set import TransferRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["VLLMTeacher"]
+
+_ENGINE = "vLLM"
+# Other modes hand out what the sampler made of the distribution, or logits without their normalizer.
+_LOGPROBS_MODE = "raw_logprobs"
+
+
+class VLLMTeacher:
+    """A model run by vLLM in this process. Needs the package vllm; loads the model itself.
+
+    vLLM schedules the rows of a batch on its own, so the last bits of a log-probability may differ from one run to
+    another; shards that are committed stay as they are.
+
+    Args:
+        model_name: a Hub name or a checkpoint folder.
+        tokenizer: the teacher's tokenizer; prompts and answers pass as token ids, so vLLM loads none.
+        rule: which entries to keep, `TopK` or `Nucleus`.
+        temperatures: (1.0,); vLLM gives log-probabilities, and other temperatures need all logits.
+        settings: how it answers.
+        **engine_kwargs: passed to `vllm.LLM`, such as `dtype`, `tensor_parallel_size`, `quantization`,
+            `kv_cache_dtype`, `max_model_len`, `gpu_memory_utilization` or `enforce_eager`.
+
+    Raises:
+        MissingDependencyError: vllm is not installed.
+        ConfigError: a rule or temperature that the engine cannot give, or more entries than `max_logprobs` allows.
+
+    Example:
+        VLLMTeacher("HuggingFaceTB/SmolLM2-135M-Instruct", tokenizer, Nucleus(0.95), (1.0,), GenerationSettings())
+    """
+
+    engine = "vllm"
+
+    def __init__(
+        self,
+        model_name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        rule: StorageRule,
+        temperatures: Sequence[float],
+        settings: GenerationSettings,
+        **engine_kwargs: Any,
+    ) -> None:
+        check_rule(rule, _ENGINE)
+        self.temperatures = check_temperature_one(temperatures, _ENGINE)
+        self.name, self.tokenizer, self.rule, self.settings = model_name, tokenizer, rule, settings
+        mode = engine_kwargs.setdefault("logprobs_mode", _LOGPROBS_MODE)
+        if mode != _LOGPROBS_MODE:
+            raise ConfigError(f"vLLM must run with logprobs_mode={_LOGPROBS_MODE!r}, found {mode!r}; leave it out.")
+        most = count_entries(rule, 2**24)  # of a vocabulary that is not known yet
+        limit = engine_kwargs.setdefault("max_logprobs", max(most, 64))
+        if 0 <= limit < most:
+            raise ConfigError(
+                f"{rule} needs {most} log-probabilities a token, and max_logprobs={limit} allows fewer. "
+                "Raise max_logprobs, or choose a smaller rule."
+            )
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"The vLLM engine needs the package vllm, which cannot be imported here ({error}). "
+                "Install it (pip install vllm), or take another --engine."
+            ) from error
+        self.llm: Any = LLM(model=model_name, skip_tokenizer_init=True, **engine_kwargs)
+        config = self.llm.model_config
+        self.revision = str(getattr(config.hf_config, "_commit_hash", None) or config.revision or "")
+        self.dtype = str(config.dtype).removeprefix("torch.")
+        self.width = count_entries(rule, self.vocab_size)
+        self.ends = end_tokens(tokenizer, config.try_get_generation_config().get("eos_token_id"))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of its logits."""
+        return int(self.llm.model_config.get_vocab_size())
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and answer together."""
+        return int(self.llm.model_config.max_model_len)
+
+    def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
+        """Generate one answer a prompt, keeping the entries of each token.
+
+        Args:
+            prompts: a batch; vLLM schedules it on its own, so give it many at once.
+
+        Returns:
+            One row a prompt, in order; `finished` is False where the length limit cut the answer.
+
+        Raises:
+            TeacherError: log-probabilities that cannot be stored.
+        """
+        settings = self.settings
+        sampling: dict[str, Any] = {"temperature": 0.0}
+        if settings.do_sample:
+            sampling = {
+                "temperature": settings.generation_temperature,
+                "top_p": settings.top_p,
+                "top_k": settings.top_k,
+            }
+        parameters = [
+            self._parameters(max_tokens=settings.max_new_tokens, seed=seed_of(settings.seed, prompt.index), **sampling)
+            for prompt in prompts
+        ]
+        outputs = self._run([prompt.prompt_ids for prompt in prompts], parameters)
+        rows = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            answer = output.outputs[0]
+            response = list(answer.token_ids)
+            sequence = prompt.prompt_ids + response
+            rows.append(
+                self._row(
+                    prompt.index,
+                    sequence,
+                    np.asarray([[len(prompt.prompt_ids), len(sequence)]], dtype=np.int64),
+                    _read(answer.logprobs),
+                    finished=bool(response) and response[-1] in self.ends,
+                )
+            )
+        return rows
+
+    def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
+        """Keep the entries at every supervised token of given answers.
+
+        The last token's entries are those of the one token that is generated after all before it; so an answer may
+        fill the context to its end.
+
+        Args:
+            prompts: a batch, each with `completion_ids`.
+
+        Returns:
+            One row a prompt, in order.
+
+        Raises:
+            TeacherError: log-probabilities that cannot be stored.
+        """
+        located = [locate_targets(prompt) for prompt in prompts]
+        parameters = self._parameters(max_tokens=1, temperature=0.0, prompt_logprobs=self.width)
+        outputs = self._run([sequence[:-1] for sequence, _ in located], [parameters] * len(prompts))
+        rows = []
+        for prompt, (sequence, spans), output in zip(prompts, located, outputs, strict=True):
+            before, last = _read(output.prompt_logprobs), _read(output.outputs[0].logprobs)
+            places = np.concatenate([np.arange(start, stop) for start, stop in spans])
+            candidates = TopLogprobs.concatenate([before, last]).select(places)
+            rows.append(self._row(prompt.index, sequence, spans, candidates, finished=sequence[-1] in self.ends))
+        return rows
+
+    def _parameters(self, **kwargs: Any) -> Any:
+        """Sampling parameters with `width` entries a token, ending at our end tokens alone."""
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            logprobs=self.width,
+            detokenize=False,
+            flat_logprobs=True,  # three lists a row instead of a dictionary a token
+            ignore_eos=True,  # the ids that end an answer are those in `stop_token_ids`, for every engine alike
+            stop_token_ids=self.ends,
+            **kwargs,
+        )
+
+    def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs: list[Any] = self.llm.generate(inputs, parameters, use_tqdm=False)
+        if len(outputs) != len(prompts):
+            raise TeacherError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; its log says why.")
+        return outputs
+
+    def _row(self, index: int, sequence: list[int], spans: Any, candidates: TopLogprobs, finished: bool) -> TransferRow:
+        return build_row(
+            index, sequence, spans, candidates, self.rule, self.vocab_size, finished=finished, engine=_ENGINE
+        )
+
+
+def _read(logprobs: Any) -> TopLogprobs:
+    """vLLM's flat lists, or its list of one dictionary a token with None where a prompt begins."""
+    if hasattr(logprobs, "start_indices"):
+        counts = np.asarray(logprobs.end_indices, dtype=np.int64) - np.asarray(logprobs.start_indices, dtype=np.int64)
+        return TopLogprobs(
+            counts, np.asarray(logprobs.token_ids, dtype=np.int64), np.asarray(logprobs.logprobs, dtype=np.float64)
+        )
+    return TopLogprobs.from_pairs(
+        [[(token, entry.logprob) for token, entry in (target or {}).items()] for target in logprobs or []]
+    )
