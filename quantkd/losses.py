@@ -29,6 +29,7 @@ __all__ = [
     "PositionTerms",
     "check_objective",
     "check_positions",
+    "check_weights",
     "compute_distillation_loss",
     "compute_position_terms",
     "select_targets",
@@ -108,6 +109,23 @@ def check_positions(count: int, labels: Tensor, teacher: TopKLogprobs, vocab_siz
         raise ConfigError(
             f"The teacher's entries reach id {int(teacher.token_ids.max())}, the student's vocabulary ends at "
             f"{vocab_size - 1}. Teacher and student must share a tokenizer."
+        )
+
+
+def check_weights(weights: Tensor | None, labels: Tensor) -> None:
+    """Refuse weights that are not one a position.
+
+    Args:
+        weights: what each position counts, or None for 1 each.
+        labels: (N,) target ids.
+
+    Raises:
+        ConfigError: another shape than the labels'.
+    """
+    if weights is not None and weights.shape != labels.shape:
+        raise ConfigError(
+            f"Expected one weight for each of {labels.shape[0]} target positions, found the shape "
+            f"{tuple(weights.shape)}. Repeat a row's weight once for each of its targets."
         )
 
 

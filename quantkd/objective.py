@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quantkd.fused import DenseTeacher, FusedTerms, compute_fused_loss
 from quantkd.head import Head
-from quantkd.losses import Divergence, compute_position_terms
+from quantkd.losses import Divergence, check_weights, compute_position_terms
 from quantkd.topk import TopKLogprobs
 
 __all__ = ["compute_terms"]
@@ -22,6 +22,7 @@ def compute_terms(
     temperature: float,
     divergence: Divergence,
     beta: float,
+    weights: Tensor | None = None,
 ) -> FusedTerms:
     """`compute_fused_loss` if there is a head, else the same from logits by `compute_position_terms`.
 
@@ -34,12 +35,17 @@ def compute_terms(
         temperature: distillation temperature.
         divergence: `forward_kl`, `reverse_kl` or `jsd`.
         beta: the teacher's share of the mixture in `jsd`.
+        weights: (N,) what each target counts in the loss; 1 each if None.
     """
     if head is not None:
         return compute_fused_loss(
-            hidden, head, labels, teacher, alpha=alpha, temperature=temperature, divergence=divergence, beta=beta
-        )
+            hidden, head, labels, teacher,
+            alpha=alpha, temperature=temperature, divergence=divergence, beta=beta, weights=weights,
+        )  # fmt: skip
     if isinstance(teacher, DenseTeacher):
         teacher = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden), (temperature,))
     terms = compute_position_terms(hidden, labels, teacher, temperature=temperature, divergence=divergence, beta=beta)
-    return FusedTerms(terms.mix(alpha, temperature).sum(), terms.ce.detach(), terms.kl.detach())
+    check_weights(weights, labels)
+    mixed = terms.mix(alpha, temperature)
+    loss = (mixed if weights is None else mixed * weights.to(mixed.dtype)).sum()
+    return FusedTerms(loss, terms.ce.detach(), terms.kl.detach())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 
 from quantkd.config import QuantizedDistillationConfig
@@ -46,6 +49,8 @@ class Experiment:
         chat_template: False prompts with plain text, for a base model.
         model_init_kwargs: further arguments of `from_pretrained`, for both.
         eval_batch_size: rows or questions a batch while measuring.
+        control: also train and measure a student by cross-entropy alone: the same rows, the same start, the same
+            steps, without the teacher's distributions. What the distributions are worth is the difference.
     """
 
     model: str
@@ -62,6 +67,7 @@ class Experiment:
     chat_template: bool = True
     model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
     eval_batch_size: int = 8
+    control: bool = False
 
 
 def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:
@@ -91,6 +97,10 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
 
     def measure(model: Any, arm: str, memory_bytes: int) -> None:
         _say(f"measuring {arm}")
+        if arm in ("control", "after") and state.is_main_process:
+            for stale in (run_dir / "evaluation").glob(f"{arm}-*"):  # answers of an adapter that was trained before
+                stale.unlink()
+        state.wait_for_everyone()
         evaluate_arm(
             model,
             tokenizer,
@@ -133,12 +143,17 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     adapter = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
     with adapted.disable_adapter():
         measure(adapted, "before", footprint)
+    if experiment.control:
+        _say("the control is trained, by cross-entropy alone")
+        with _own_training(adapted):
+            control = _with_objective(args, alpha=0.0, output_dir=f"{args.output_dir}-control")
+            QuantizedDistillationTrainer(
+                adapted, control, train_dataset=sets["transfer_set"], processing_class=tokenizer
+            ).train()
+            measure(adapted, "control", footprint + adapter)
     _say("distillation")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    if state.is_main_process:
-        for stale in (run_dir / "evaluation").glob("after-*"):  # answers of an adapter that was trained before
-            stale.unlink()
     measure(adapted, "after", footprint + adapter)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -147,6 +162,32 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         report = build_report(run_dir)
     state.wait_for_everyone()
     return report
+
+
+def _with_objective(args: QuantizedDistillationConfig, *, alpha: float, output_dir: str) -> Any:
+    """The same training arguments with another weight of the soft loss, for a run that is kept to itself.
+
+    Args:
+        args: the training arguments; left as they are.
+        alpha: weight of the soft loss.
+        output_dir: where its checkpoints go.
+    """
+    other = copy.deepcopy(args)
+    other.alpha, other.output_dir, other.push_to_hub = alpha, output_dir, False
+    return other
+
+
+@contextmanager
+def _own_training(model: Any) -> Iterator[None]:
+    """What is trained inside is undone at the end."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in start:
+                    parameter.copy_(start[name])
 
 
 def _say(step: str) -> None:

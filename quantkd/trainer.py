@@ -55,8 +55,10 @@ class QuantizedDistillationTrainer(Trainer):
             those who have the memory. Its whole distribution is learned from, and any stored entries are not read.
         **trainer_kwargs: everything else that `transformers.Trainer` takes (callbacks, optimizers, ...).
 
-    Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Evaluation adds `eval_kl` (forward
-    KL to the teacher at temperature 1, whatever is trained), `eval_ce`, `eval_perplexity` and `eval_top1_agreement`.
+    Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Weights of rows, as `concatenate`
+    gives them, enter the training loss alone: `ce`, `kl` and all of evaluation are without them. Evaluation adds
+    `eval_kl` (forward KL to the teacher at temperature 1, whatever is trained), `eval_ce`, `eval_perplexity` and
+    `eval_top1_agreement`.
 
     Raises:
         ConfigError: arguments that do not fit each other or the transfer set.
@@ -131,6 +133,8 @@ class QuantizedDistillationTrainer(Trainer):
     ) -> Any:
         """`sum over targets of (1 - alpha) * ce + alpha * T^2 * divergence`, over the targets of the global batch.
 
+        A target of a row with a weight counts that many times in the sum, and once in what it is divided by.
+
         Args:
             model: the student, wrapped or not.
             inputs: a batch of `DistillationCollator`.
@@ -143,7 +147,8 @@ class QuantizedDistillationTrainer(Trainer):
         outputs, hidden, labels = self._forward(model, inputs)
         teacher = self._teacher(inputs, hidden.device)
         with gathered_head(self._unwrapped(model), hidden.dtype) if self._fused else nullcontext() as head:
-            terms = compute_terms(hidden, labels, teacher, head, **self._objective)
+            weights = None if "weights" not in inputs else inputs["weights"].to(hidden.device)
+            terms = compute_terms(hidden, labels, teacher, head, weights=weights, **self._objective)
         if num_items_in_batch is None:
             scale: Tensor | float = 1.0 / max(len(labels), 1)
         else:
@@ -316,6 +321,6 @@ class QuantizedDistillationTrainer(Trainer):
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    kwargs = {key: value for key, value in inputs.items() if key not in ("labels", "teacher")}
+    kwargs = {key: value for key, value in inputs.items() if key not in ("labels", "teacher", "weights")}
     # With a cache at hand transformers takes position ids for a continued sequence, and packed rows see each other.
     return {**kwargs, "use_cache": False} if "position_ids" in kwargs else kwargs

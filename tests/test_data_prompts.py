@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,38 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     assert load_examples(path, limit=1) == [Example("one")]
     with pytest.raises(DataError, match="line 2 is not JSON"):
         load_examples(path)
+
+
+def test_sources_that_can_be_read_once() -> None:
+    read: list[int] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for index, row in enumerate(ROWS * 2):
+            read.append(index)
+            yield row
+
+    assert load_examples(rows()) == EXPECTED * 2
+    assert read == [0, 1, 2, 3]  # each once, in order
+    assert load_examples(rows(), limit=2) == EXPECTED
+    assert read[4:] == [0, 1]  # and no further than asked for
+    streamed = datasets.IterableDataset.from_generator(rows)
+    assert load_examples(streamed) == EXPECTED * 2
+    assert load_examples(streamed.filter(lambda row: row["completion"] == "2"), limit=1) == EXPECTED[1:]
+    assert load_examples(datasets.IterableDatasetDict({"train": streamed}), limit=2) == EXPECTED
+    assert load_examples(map(str, ["one", "two"])) == [Example("one"), Example("two")]
+
+
+def test_a_name_of_the_library_is_loaded_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the Hub would give, from a folder that `datasets` itself reads; its own cache goes to tmp_path as well.
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "owner" / "name" / "train.parquet")
+    real, folder = datasets.load_dataset, str(tmp_path / "owner" / "name")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, *rest, **kw: real(folder, *rest, cache_dir=str(tmp_path), **kw)
+    )
+    assert load_examples("owner/name") == EXPECTED
+    with pytest.raises(DataError, match="could be loaded with split 'test'"):
+        load_examples("owner/name", split="test")
 
 
 def test_name_is_split_into_path_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure the fidelity on (32)")
     parser.add_argument("--test_rows", type=int, default=32, help="problems to solve, before and after (32)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
+    parser.add_argument(
+        "--control", action="store_true", help="also train a student by cross-entropy alone, to compare with"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of problems and training (0)")
     args = parser.parse_args(argv)
     train = generate_problems(args.train_rows, args.seed)
@@ -50,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
             test_rows=test,
             capture={"max_new_tokens": 128, "batch_size": 16},
             eval_batch_size=16,
+            control=args.control,
         ),
         QuantizedDistillationConfig(
             str(run_dir / "student"),

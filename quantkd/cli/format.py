@@ -69,7 +69,7 @@ def format_info(info: TransferSetInfo) -> str:
     revision = f" @ {info.teacher_revision[:12]}" if info.teacher_revision else ""
     cut, rescaled = info.counters.get("responses_cut", 0), info.counters.get("targets_rescaled", 0)
     lines = {
-        "teacher": f"{info.teacher_name}{revision} ({info.teacher_dtype})",
+        "teacher": f"{info.teacher_name}{revision} ({', '.join(filter(None, (info.teacher_dtype, info.engine)))})",
         "rows": f"{info.num_rows} of {info.num_prompts} prompts" + (f", {cut} cut by the length limit" if cut else ""),
         "tokens": f"{info.num_tokens}, of which {info.num_response_tokens} in responses",
         "storage": f"{info.storage['kind']}({storage}), profile {info.profile}",

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkd.data.sources import iterate_rows
 from quantkd.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "Message", "encode_completion", "encode_prompt", "load_examples"]
+__all__ = ["Example", "Message", "encode_completion", "encode_prompt", "load_examples", "render_chat"]
 
 Message = dict[str, str]
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_DEFAULT_PROMPT = "prompt"
+_CONVERSATION = "messages"
 _DEFAULT_COMPLETION = "completion"
 
 
@@ -28,18 +28,26 @@ class Example:
     """One prompt, and the answer that the data set gives for it, if it gives one.
 
     Args:
-        prompt: plain text, or chat messages such as `[{"role": "user", "content": "Hello"}]`.
+        prompt: plain text, or chat messages such as `[{"role": "user", "content": "Hello"}]`; messages that end in an
+            assistant turn are a whole conversation, whose answers are its assistant turns.
         completion: the data set's own answer, None where there is none.
     """
 
     prompt: str | list[Message]
     completion: str | None = None
 
+    @property
+    def messages(self) -> list[Message] | None:
+        """The whole conversation, every assistant turn of which is a given answer; None if this is not one."""
+        if self.completion is None and isinstance(self.prompt, list) and self.prompt[-1]["role"] == "assistant":
+            return self.prompt
+        return None
+
 
 def load_examples(
     source: str | Path | Iterable[Any],
     *,
-    prompt_column: str = "prompt",
+    prompt_column: str = _DEFAULT_PROMPT,
     completion_column: str = _DEFAULT_COMPLETION,
     split: str = "train",
     limit: int | None = None,
@@ -50,9 +58,11 @@ def load_examples(
         source: a .jsonl, .json, .parquet or .csv file; a folder that holds `<split>` as one of these; a `datasets`
             name, with its configuration after a colon where it needs one ("openai/gsm8k:main"); a
             `datasets.Dataset` or `DatasetDict`; or an iterable of str, message lists, dicts or `Example`.
-        prompt_column: the column of the prompt: text, or a list of messages with `role` and `content`.
+        prompt_column: the column of the prompt: text, or a list of messages with `role` and `content`. Where there is
+            no `prompt`, and none is named on purpose, `messages` is read: the whole conversation.
         completion_column: the column of the answer: text, or a list holding one assistant message. The default one
-            may be absent; a column that is named on purpose may not.
+            may be absent; a column that is named on purpose may not. A conversation needs none: its assistant turns
+            are the answers.
         split: the split of a folder or of a `datasets` name.
         limit: at most this many examples, from the front; None for all.
 
@@ -72,7 +82,7 @@ def load_examples(
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; expected at least 1, or None for all rows.")
     name = str(source) if isinstance(source, (str, Path)) else f"The given {type(source).__name__}"
-    rows = itertools.islice(_iterate_rows(source, split), limit)
+    rows = itertools.islice(iterate_rows(source, split), limit)
     examples = [
         _to_example(row, f"{name}, row {index}", prompt_column, completion_column) for index, row in enumerate(rows)
     ]
@@ -98,7 +108,8 @@ def encode_prompt(
         The ids, without a trailing end-of-sequence token.
 
     Raises:
-        DataError: the tokenizer has no chat template, messages are given for a plain prompt, or no token results.
+        DataError: the tokenizer has no chat template or one that refuses the messages, messages are given for a plain
+            prompt, or no token results.
     """
     if chat_template:
         if not tokenizer.chat_template:
@@ -107,9 +118,7 @@ def encode_prompt(
                 "Use an instruct model's tokenizer, or plain prompts: chat_template=False (--plain_prompts)."
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        encoded = render_chat(tokenizer, messages, add_generation_prompt=True)
     elif not isinstance(prompt, str):
         raise DataError(
             f"A plain prompt must be text, found {len(prompt)} chat messages. "
@@ -123,6 +132,29 @@ def encode_prompt(
     if not encoded:
         raise DataError(f"The prompt {prompt!r} gives no tokens; expected at least one. Remove it from the data.")
     return [int(token) for token in encoded]
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> Any:
+    """Token ids of messages in the tokenizer's chat template.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: the turns.
+        **kwargs: passed to `apply_chat_template`.
+
+    Returns:
+        The ids, or what else was asked for.
+
+    Raises:
+        DataError: the template refuses the messages, such as a system turn or two user turns in a row.
+    """
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), **{"tokenize": True, "return_dict": False, **kwargs})
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"The chat template refuses messages of the roles {roles}: {error}. Mend them.") from error
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -146,90 +178,6 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     return [*(int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
 
 
-def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[Any]:
-    """The rows of any source, unchecked, and read only as far as they are asked for where the format allows."""
-    if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return _read_file(_find_split(path, split))
-        if path.suffix in _FILE_SUFFIXES or path.exists():
-            return _read_file(path)
-        if isinstance(source, Path) or source.startswith(("/", ".", "~")):
-            raise DataError(f"There is no {path}. Give a file ({', '.join(_FILE_SUFFIXES)}) or a folder of splits.")
-        return iter(_load_from_hub(source, split))
-    if isinstance(source, Mapping):
-        if split not in source:
-            raise DataError(
-                f"The data set has the splits {sorted(source)}; {split!r} was asked for. Name one of those."
-            )
-        return iter(source[split])
-    return iter(source)
-
-
-def _find_split(folder: Path, split: str) -> Path:
-    for suffix in _FILE_SUFFIXES:
-        if (folder / f"{split}{suffix}").is_file():
-            return folder / f"{split}{suffix}"
-    found = sorted(entry.name for entry in folder.iterdir())
-    raise DataError(
-        f"{folder} holds {found or 'nothing'}; expected {split}.jsonl (or .json, .parquet, .csv). "
-        "Name another split or another folder."
-    )
-
-
-def _read_file(path: Path) -> Iterator[Any]:
-    """The rows of one file, by its suffix."""
-    if not path.is_file():
-        raise DataError(f"There is no file {path}. Give the path of an existing file.")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{path} is not a Parquet file that can be read: {error}. Write it again.") from error
-        return
-    if path.suffix not in _FILE_SUFFIXES:
-        raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(_FILE_SUFFIXES)}. Convert it.")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                yield from csv.DictReader(file)
-            elif path.suffix == ".json":
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise DataError(f"{path} holds a JSON {type(rows).__name__}; expected a list of rows.")
-                yield from rows
-            else:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _parse_line(line, f"{path}, line {number}")
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be parsed: {error}. Expected UTF-8 text in {path.suffix} format.") from error
-
-
-def _parse_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}. Expected one JSON object a line; mend or remove it.") from error
-
-
-def _load_from_hub(name: str, split: str) -> Iterable[Any]:
-    import datasets
-
-    path, _, config = name.partition(":")
-    try:
-        rows: Iterable[Any] = datasets.load_dataset(path, config or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{name!r} is neither a file or folder here nor a data set that could be loaded with split {split!r}: "
-            f"{error}. Check the name, the configuration after the colon, and the network."
-        ) from error
-    return rows
-
-
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
     """One row of any kind as an `Example`, or an error that says where it stands."""
     prompt: Any
@@ -239,6 +187,8 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
     elif isinstance(row, (str, list)):
         prompt, completion = row, None
     elif isinstance(row, Mapping):
+        if prompt_column == _DEFAULT_PROMPT and prompt_column not in row and _CONVERSATION in row:
+            prompt_column = _CONVERSATION
         required = [prompt_column] + [completion_column] * (completion_column != _DEFAULT_COMPLETION)
         for column in required:
             if column not in row:
@@ -266,4 +216,6 @@ def _check_prompt(prompt: Any, where: str) -> str | list[Message]:
     for message in prompt:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{where}: found the message {message!r:.80}; expected text under 'role' and 'content'.")
+        if message.get("tool_calls"):
+            raise DataError(f"{where}: a message calls tools, which are not rendered. Remove the row, or the calls.")
     return [{"role": message["role"], "content": message["content"]} for message in prompt]

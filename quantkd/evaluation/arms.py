@@ -19,7 +19,12 @@ from quantkd.transfer_set import TransferSet
 
 __all__ = ["TITLES", "check_arm_name", "evaluate_arm"]
 
-TITLES = {"teacher": "teacher", "before": "4-bit, before", "after": "4-bit, distilled"}
+TITLES = {
+    "teacher": "teacher",
+    "before": "4-bit, before",
+    "after": "4-bit, distilled",
+    "control": "4-bit, cross-entropy alone",
+}
 
 
 def check_arm_name(arm: str) -> None:

@@ -2,65 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd.checkpoint import naming, short_name
-from quantkd.data.prompts import Example, encode_completion, encode_prompt, load_examples
-from quantkd.errors import ConfigError, DataError
-from quantkd.fingerprint import compute_fingerprint
-from quantkd.generation import check_context
-from quantkd.hardware import default_device, parse_dtype, process_state
-from quantkd.storage import Nucleus, Sampled, StorageRule, check_temperatures, storage_rule_to_dict
-from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
-from quantkd.teacher.transformers import TransformersTeacher
-from quantkd.transfer_set import PROFILES, Plan, TransferRow, TransferSet, TransferSetWriter
+from quantkd.data.conversations import with_context
+from quantkd.data.prompts import Example, load_examples
+from quantkd.errors import ConfigError
+from quantkd.hardware import process_state
+from quantkd.storage import Nucleus, Sampled, StorageRule, check_temperatures
+from quantkd.teacher.batching import Probe
+from quantkd.teacher.filters import CorrectOnly, DropDuplicates, Filter, as_filters
+from quantkd.teacher.growing import grow, opening
+from quantkd.teacher.interface import GenerationSettings, Teacher
+from quantkd.teacher.loading import Engine, build_teacher, check_engine, is_teacher, load_teacher
+from quantkd.teacher.planning import build_plan, check_disk, check_lengths, choose_batch_size, estimate_capture
+from quantkd.teacher.progress import CaptureObserver, CaptureSummary, Progress
+from quantkd.teacher.running import Work, fill
+from quantkd.teacher.table import encode_examples
+from quantkd.transfer_set import PROFILES, TransferSet, TransferSetWriter
 
 __all__ = ["capture", "load_teacher"]
 
 logger = logging.getLogger(__name__)
 
-# Small sets are still cut into this many shards, so that as many processes can share the work.
-_MIN_SHARDS = 16
-_MAX_ROWS_PER_SHARD = 1024
-
-
-def load_teacher(
-    name_or_path: str, *, dtype: str | None = None, **model_init_kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer in 16 bit, or in float32 where bfloat16 is not native.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder.
-        dtype: "bfloat16", "float16", "float32", or None to follow the hardware.
-        **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
-
-    Returns:
-        The model in evaluation mode, on this process's own device, and its tokenizer.
-
-    Raises:
-        ConfigError: no such folder or model, a folder that holds none, or an unknown dtype.
-    """
-    kwargs: dict[str, Any] = {"trust_remote_code": False, **model_init_kwargs}
-    tokenizer_kwargs = {
-        key: value for key, value in kwargs.items() if key in ("revision", "trust_remote_code", "token")
-    }
-    kwargs = {"dtype": parse_dtype(dtype), "device_map": {"": default_device()}, **kwargs}
-    with naming(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_kwargs)
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs), tokenizer
-
 
 def capture(
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | Teacher,
     prompts: str | Path | Iterable[Any],
     output_dir: str | Path,
     *,
@@ -72,19 +44,29 @@ def capture(
     generation_temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    num_samples: int = 1,
     seed: int = 0,
     prompt_column: str = "prompt",
     completion_column: str = "completion",
     split: str = "train",
     limit: int | None = None,
     chat_template: bool = True,
-    batch_size: int = 8,
+    system_prompt: str | None = None,
+    few_shot: Sequence[Example] = (),
+    filters: Sequence[Filter | Callable[[Example, str], bool]] = (),
+    extend: bool = False,
+    batch_size: int | Literal["auto"] = 8,
     rows_per_shard: int | None = None,
     profile: Literal["faithful", "compact"] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
+    teacher_adapter: str | None = None,
+    engine: Engine = "transformers",
+    base_url: str | None = None,
+    engine_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
+    observer: CaptureObserver | None = None,
 ) -> TransferSet:
     """Let a teacher answer prompts, or score given answers, and store its distributions as a transfer set.
 
@@ -93,33 +75,46 @@ def capture(
     shards. A set that is already complete is opened as it is.
 
     Args:
-        model: the teacher: a Hub name, a checkpoint folder, or a loaded model.
+        model: the teacher: a Hub name, a checkpoint folder, a loaded model, or a `quantkd.teacher.Teacher`, which
+            brings its own rule, temperatures and settings.
         prompts: a .jsonl, .json, .parquet or .csv file, a folder of splits, a `datasets` name, or an iterable of
             strings, message lists or dicts.
         output_dir: the folder of the set.
         storage: `Nucleus`, `TopK` or `Sampled`; `Nucleus(0.95, max_k=64)` if None and no profile is named.
-        temperatures: distillation temperatures to keep log-normalizers for; (1.0, 2.0) if None, and (1.0,) for
-            `Sampled`, which knows no other.
+        temperatures: distillation temperatures to keep log-normalizers for; (1.0, 2.0) if None, and (1.0,) where the
+            rule (`Sampled`) or the engine (vLLM, a server) knows no other.
         responses: "generate" lets the teacher answer; "given" takes the data set's own answers, teacher-forced.
         max_new_tokens: length limit of a generated answer. What reaches it is kept, counted and marked.
         do_sample: sample the answers instead of decoding greedily.
         generation_temperature: sampling temperature.
         top_p: nucleus of the sampling; 1.0 for all tokens.
         top_k: number of tokens to sample from; 0 for all.
-        seed: seed of sampled answers and sampled entries.
+        num_samples: answers a prompt, each a row; needs `do_sample`. Sample j of prompt i is row i * num_samples + j.
+        seed: seed of sampled answers and sampled entries; each row draws from a stream of (seed, row).
         prompt_column: column of the prompt.
-        completion_column: column of the given answer.
+        completion_column: column of the given answer, or of the reference that `CorrectOnly` compares with.
         split: split of a folder or a `datasets` name.
         limit: at most this many prompts, from the front.
         chat_template: render prompts with the tokenizer's chat template; False takes the plain text.
-        batch_size: prompts a batch. Part of the plan, for it moves the last bits of the logits.
+        system_prompt: put before every prompt whose messages bring none.
+        few_shot: `Example`s with completions, put before every prompt as turns of the chat.
+        filters: what is left out, and counted: those of `quantkd.teacher.filters`, or functions of an `Example` and
+            the answer's text that return whether to keep it.
+        extend: add the prompts to the finished set at `output_dir`; its shards stay as they are.
+        batch_size: prompts a batch, or "auto" to probe what fits and pays. Part of the plan, for it moves the last bits
+            of the logits; a capture that goes on takes the plan's.
         rows_per_shard: prompts a shard; chosen from the number of prompts if None.
         profile: "faithful" or "compact": precision of the encoding, and the storage rule that goes with it if `storage`
             is None. Without a name the encoding is faithful.
         tokenizer: the teacher's tokenizer; needed with a loaded model that does not name it.
         dtype: dtype of a teacher given by name; after the hardware if None.
         model_init_kwargs: further arguments of `from_pretrained` for a teacher given by name.
+        teacher_adapter: a PEFT adapter on the teacher, a Hub name or a folder.
+        engine: what runs a teacher given by name: "transformers", "vllm" or "server".
+        base_url: address of the server engine's OpenAI-compatible server.
+        engine_kwargs: further arguments of `vllm.LLM` or of `ServerTeacher`.
         progress: show a bar with tokens per second and the time left, if there is a terminal.
+        observer: is told the plan before anything is written, and what was done at the end.
 
     Returns:
         The complete set, opened.
@@ -128,141 +123,159 @@ def capture(
         DataError: prompts that are missing, empty, malformed or too long, or given answers that are missing.
         ConfigError: settings that do not fit each other or the teacher.
         TransferSetError: the folder holds another set.
-        TeacherError: the teacher's logits are not finite.
+        TeacherError: the teacher's logits are not finite, or memory ran out.
 
     Example:
         transfer_set = capture("HuggingFaceTB/SmolLM2-135M-Instruct", ["What is 12 * 7?"], "runs/set")
     """
     if profile not in (None, *PROFILES):
         raise ConfigError(f"profile is one of {', '.join(PROFILES)}, found {profile!r}.")
-    rule = storage or (PROFILES[profile].storage if profile else Nucleus(0.95, max_k=64))
-    kept = check_temperatures(rule, temperatures or ((1.0,) if isinstance(rule, Sampled) else (1.0, 2.0)))
-    settings = GenerationSettings(max_new_tokens, do_sample, generation_temperature, top_p, top_k, seed)
     if responses not in ("generate", "given"):
         raise ConfigError(f"responses is 'generate' or 'given', found {responses!r}.")
-    if batch_size < 1 or (rows_per_shard is not None and rows_per_shard < 1):
-        raise ConfigError(f"batch_size and rows_per_shard must be at least 1, found {batch_size} and {rows_per_shard}.")
+    check_engine(model, engine, base_url, engine_kwargs, teacher_adapter)
+    settings = GenerationSettings(max_new_tokens, do_sample, generation_temperature, top_p, top_k, seed)
+    _check_numbers(batch_size, rows_per_shard, num_samples, responses, do_sample)
+    chosen = as_filters(filters)
     examples = load_examples(
         prompts, prompt_column=prompt_column, completion_column=completion_column, split=split, limit=limit
     )
-    network, tokenizer = _resolve_teacher(model, tokenizer, dtype, model_init_kwargs)
-    teacher = TransformersTeacher(network, tokenizer, rule, kept, settings)
-    encoded = _encode(examples, tokenizer, responses, chat_template)
-    longest = (
-        max(len(prompt.completion_ids) for prompt in encoded if prompt.completion_ids) if responses == "given" else 0
-    )
-    check_context(network, [len(prompt.prompt_ids) for prompt in encoded], longest or max_new_tokens)
+    for each in chosen:
+        if isinstance(each, CorrectOnly):
+            each.check(examples, responses)
+    folder = Path(output_dir)
+    place = opening(folder, extend=extend)
 
-    if rows_per_shard is None:
-        batches = -(-len(encoded) // (_MIN_SHARDS * batch_size))
-        rows_per_shard = min(batches * batch_size, max(_MAX_ROWS_PER_SHARD // batch_size, 1) * batch_size)
-    name = str(network.config._name_or_path)
-    generation: dict[str, Any] = {"chat_template": chat_template, "seed": seed}
-    if responses == "generate":
-        generation |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
-        if do_sample:
-            generation |= {"temperature": generation_temperature, "top_p": top_p, "top_k": top_k}
-    plan = Plan(
-        teacher_name=short_name(name),
-        teacher_revision=getattr(network.config, "_commit_hash", None) or "",
-        teacher_dtype=str(network.dtype).removeprefix("torch."),
-        tokenizer_fingerprint=compute_fingerprint(tokenizer),
-        vocab_size=teacher.vocab_size,
-        storage=storage_rule_to_dict(rule),
-        profile=profile or "faithful",
-        temperatures=kept,
+    adapter: dict[str, str] = {}
+    if is_teacher(model):
+        teacher: Teacher = model  # type: ignore[assignment]
+        rule, settings, tokenizer = _own_settings(teacher, storage, temperatures, settings, profile, tokenizer)
+    else:
+        rule = storage or (PROFILES[profile].storage if profile else Nucleus(0.95, max_k=64))
+        plain = isinstance(rule, Sampled) or engine != "transformers"
+        kept = check_temperatures(rule, temperatures or ((1.0,) if plain else (1.0, 2.0)))
+        teacher, tokenizer, adapter = build_teacher(
+            model,  # type: ignore[arg-type]
+            tokenizer,
+            rule,
+            kept,
+            settings,
+            engine=engine,
+            base_url=base_url,
+            engine_kwargs=engine_kwargs,
+            adapter=teacher_adapter,
+            dtype=dtype,
+            model_init_kwargs=model_init_kwargs,
+        )
+    table, numbers = encode_examples(
+        with_context(examples, system_prompt=system_prompt, few_shot=few_shot),
+        tokenizer,
         responses=responses,
-        generation=generation,
-        prompts_digest=_digest(encoded),
-        num_prompts=len(encoded),
-        rows_per_shard=rows_per_shard,
-        batch_size=batch_size,
+        chat_template=chat_template,
+        num_samples=num_samples,
+        first_row=place.first_row,
+        drop_duplicates=any(isinstance(each, DropDuplicates) for each in chosen),
     )
-    state = process_state()
-    bar = tqdm(
-        total=len(encoded), desc="capture", unit="row", disable=None if progress and state.is_main_process else True
+    check_lengths(table, numbers, teacher.max_context, settings.max_new_tokens)
+    plan_with = partial(
+        build_plan,
+        teacher,
+        tokenizer,
+        table,
+        rule=rule,
+        settings=settings,
+        responses=responses,
+        chat_template=chat_template,
+        profile=profile or "faithful",
+        rows_per_shard=place.rows_per_shard or rows_per_shard,
+        filters=chosen,
+        adapter=adapter,
     )
-    with TransferSetWriter.open(output_dir, plan, join=state.num_processes > 1) as writer, bar:
+    probe = Probe(batch_size) if batch_size != "auto" else Probe(place.batch_size or 0)
+    if probe.batch_size == 0:
+        probe = choose_batch_size(
+            place.folder, teacher, table, responses, settings.max_new_tokens, lambda size: plan_with(batch_size=size)
+        )
+    plan = plan_with(batch_size=probe.batch_size)
+    if not place.check(plan):
+        logger.warning("The transfer set at %s was extended by these prompts already; nothing was captured.", folder)
+        return TransferSet.open(folder)
+    estimate = estimate_capture(plan, table, folder, probe, settings.max_new_tokens)
+    if observer is not None:
+        observer.planned(estimate)
+    check_disk(estimate, place.folder)
+
+    work = Work(
+        teacher,
+        table,
+        [examples[number] for number in numbers] if chosen else examples,
+        chosen,
+        partial(tokenizer.decode, skip_special_tokens=True),
+        responses,
+        duplicate_prompts=len(examples) - len(numbers),
+    )
+    reporter = Progress.over(plan.num_prompts, show=progress)
+    join = process_state().num_processes > 1
+    with reporter.bar, TransferSetWriter.open(place.folder, plan, join=join) as writer:
         if writer.is_complete:
-            logger.warning("The transfer set at %s is complete already; nothing was captured.", output_dir)
+            if not extend:
+                logger.warning("The transfer set at %s is complete already; nothing was captured.", output_dir)
         else:
-            _fill(writer, teacher, encoded, responses, bar)
+            fill(writer, work, reporter)
             writer.finalize()
-    return TransferSet.open(output_dir)
+    if extend:
+        grow(folder)
+    transfer_set = TransferSet.open(folder)
+    if not len(transfer_set):
+        logger.warning("No row passed the filters; the transfer set at %s is empty.", output_dir)
+    if observer is not None:
+        observer.finished(CaptureSummary(transfer_set.info, reporter.tokens, reporter.seconds))
+    return transfer_set
 
 
-def _fill(
-    writer: TransferSetWriter,
-    teacher: TransformersTeacher,
-    encoded: list[EncodedPrompt],
-    responses: str,
-    bar: tqdm[Any],
+def _check_numbers(
+    batch_size: Any, rows_per_shard: int | None, num_samples: int, responses: str, do_sample: bool
 ) -> None:
-    """Run the teacher over every shard that this process gets, and commit each."""
-    run = teacher.answer if responses == "generate" else teacher.score
-    batch_size = writer.plan.batch_size
-    tokens, started = 0, time.monotonic()
-    for task in writer.claim():
-        # Longest first, so that a batch pads little; rows go back to the order of the prompts.
-        order = sorted(
-            encoded[task.start : task.stop], key=lambda p: (-len(p.prompt_ids + (p.completion_ids or [])), p.index)
-        )
-        rows: dict[int, TransferRow] = {}
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            for prompt, row in zip(batch, run(batch), strict=True):
-                rows[prompt.index] = row
-                tokens += len(row.counts)
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
-        ordered = [rows[index] for index in range(task.start, task.stop)]
-        writer.commit(task, ordered, {"responses_cut": sum(not row.finished for row in ordered)})
-
-
-def _resolve_teacher(
-    model: str | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: str | None,
-    model_init_kwargs: dict[str, Any] | None,
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The teacher and its tokenizer, loaded where only a name is given."""
-    if isinstance(model, str):
-        loaded, own = load_teacher(model, dtype=dtype, **(model_init_kwargs or {}))
-        return loaded, tokenizer or own
-    if dtype is not None or model_init_kwargs:
+    """Refuse sizes below 1, and several answers a prompt that would all be the same."""
+    sizes = [1 if batch_size == "auto" else batch_size, 1 if rows_per_shard is None else rows_per_shard]
+    if not all(isinstance(size, int) and size >= 1 for size in sizes):
         raise ConfigError(
-            "dtype and model_init_kwargs apply to a teacher given by name; a loaded model is taken as it is. "
-            "Leave them out, or pass the name."
+            f"batch_size (a number or 'auto') and rows_per_shard must be at least 1, found {batch_size} and "
+            f"{rows_per_shard}."
         )
+    if num_samples < 1 or (num_samples > 1 and (responses == "given" or not do_sample)):
+        raise ConfigError(
+            f"num_samples is {num_samples} with responses={responses!r} and do_sample={do_sample}; more than one answer "
+            "a prompt needs a teacher that samples. Set do_sample=True (--do_sample), or leave num_samples at 1."
+        )
+
+
+def _own_settings(
+    teacher: Any,
+    storage: StorageRule | None,
+    temperatures: Sequence[float] | None,
+    settings: GenerationSettings,
+    profile: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[StorageRule, GenerationSettings, PreTrainedTokenizerBase]:
+    """What a teacher object was built with; what the call names besides must be the same."""
+    rule = getattr(teacher, "rule", None) or storage or Nucleus(0.95, max_k=64)
+    own = getattr(teacher, "settings", settings)
+    tokenizer = tokenizer or getattr(teacher, "tokenizer", None)
     if tokenizer is None:
-        if not model.config._name_or_path:
-            raise ConfigError("The loaded teacher does not say where its tokenizer is; pass it as tokenizer.")
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    return model, tokenizer
-
-
-def _encode(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, responses: str, chat_template: bool
-) -> list[EncodedPrompt]:
-    """Token ids of all prompts, and of their answers where these are given."""
-    encoded = []
-    for index, example in enumerate(examples):
-        completion = None
-        if responses == "given":
-            if not example.completion:
-                raise DataError(
-                    f"Row {index} has no completion, and responses='given' was asked for. Name the column with "
-                    "completion_column, or let the teacher answer with responses='generate'."
-                )
-            completion = encode_completion(tokenizer, example.completion)
-        encoded.append(
-            EncodedPrompt(index, encode_prompt(tokenizer, example.prompt, chat_template=chat_template), completion)
-        )
-    return encoded
-
-
-def _digest(encoded: list[EncodedPrompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in encoded:
-        digest.update(json.dumps([prompt.prompt_ids, prompt.completion_ids]).encode())
-    return digest.hexdigest()
+        raise ConfigError("The teacher does not hold its tokenizer; pass it as tokenizer.")
+    wanted = [
+        ("storage", storage, rule),
+        (
+            "temperatures",
+            None if temperatures is None else tuple(map(float, temperatures)),
+            tuple(teacher.temperatures),
+        ),
+        ("the generation settings", None if settings == GenerationSettings() else settings, own),
+    ]
+    for name, asked, found in wanted:
+        if asked is not None and asked != found:
+            raise ConfigError(
+                f"The teacher was built with {name} {found}, and the call asks for {asked}. Leave that out of the "
+                "call, or build the teacher with it."
+            )
+    return rule, own, tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,13 @@ class TransformersTeacher:
         rule: which entries to keep.
         temperatures: distillation temperatures to keep log-normalizers for.
         settings: how it answers.
+
+    Attributes:
+        batch_invariant: False: the shape of a batch moves the last bits of the logits.
     """
+
+    engine = "transformers"
+    batch_invariant = False
 
     def __init__(
         self,
@@ -54,11 +61,32 @@ class TransformersTeacher:
         self.model, self.tokenizer = model, tokenizer
         self.rule, self.temperatures, self.settings = rule, tuple(temperatures), settings
         self.config = build_generation_config(model, tokenizer, settings.max_new_tokens)
+        self.name = str(model.config._name_or_path)
+        self.revision = str(getattr(model.config, "_commit_hash", None) or "")
+        self.dtype = str(model.dtype).removeprefix("torch.")
 
     @property
     def vocab_size(self) -> int:
         """V, the width of the logits; at least the tokenizer's size, and more where the head is padded."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and answer together; None if the model's configuration names no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def with_max_new_tokens(self, max_new_tokens: int) -> TransformersTeacher:
+        """The same teacher with another length limit, sharing the model.
+
+        Args:
+            max_new_tokens: length limit of an answer.
+
+        Returns:
+            Another teacher.
+        """
+        settings = replace(self.settings, max_new_tokens=max_new_tokens)
+        return TransformersTeacher(self.model, self.tokenizer, self.rule, self.temperatures, settings)
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Generate one answer a prompt, in one batch, keeping each token's entries in the pass that generates it.
@@ -88,11 +116,11 @@ class TransformersTeacher:
             tokens = output[position, width:].tolist()
             ends = [place for place, token in enumerate(tokens) if token in self.config.eos_token_id]
             response = tokens[: ends[0] + 1] if ends else tokens
-            rows.append(self._row(prompt, response, picks, position, finished=bool(ends)))
+            rows.append(self._row(prompt, response, picks, position, range(len(response)), finished=bool(ends)))
         return rows
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Keep the entries at every token of given answers, teacher-forced, in one batch.
+        """Keep the entries at every supervised token of given answers, teacher-forced, in one batch.
 
         The answers pass through the key-value cache in short pieces, so that the logits of a whole answer are never
         held at once.
@@ -118,6 +146,8 @@ class TransformersTeacher:
         mask = torch.cat([mask, answers_mask.to(mask.device)], dim=1)
         draws = _Draws(prompts, self.rule, self.settings.seed)
         piece = max(1, _MAX_LOGITS_BYTES // (4 * self.vocab_size * len(prompts)))
+        supervised = [_supervised_steps(prompt) for prompt in prompts]
+        places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
         picks: list[PickedEntries] = []
         parameters = inspect.signature(self.model.forward).parameters
         cache: dict[str, Any] = {cache_argument(self.model): DynamicCache(config=self.model.config.get_text_config())}
@@ -132,14 +162,19 @@ class TransformersTeacher:
                     input_ids=input_ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **kwargs, **cache
                 )
                 logits = outputs.logits[:, -1:] if start == 0 else outputs.logits
-                for step in range(logits.shape[1]):
-                    picks.append(pick_entries(logits[:, step], self.rule, self.temperatures, draws.entries()))
+                first = 0 if start == 0 else start + 1 - width  # the step that the first of these logits predicts
+                for offset in range(logits.shape[1]):
+                    uniforms = draws.entries()  # one a step, kept or not, so that a row's draws are its own
+                    if first + offset in places:
+                        picks.append(pick_entries(logits[:, offset], self.rule, self.temperatures, uniforms))
                 start, stop = stop, min(stop + piece, width + steps - 1)
         stacked = _stack(picks)
         ends = set(self.config.eos_token_id)
         return [
-            self._row(prompt, completion, stacked, position, finished=completion[-1] in ends)
-            for position, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            self._row(
+                prompt, completion, stacked, position, [places[step] for step in steps], finished=completion[-1] in ends
+            )
+            for position, (prompt, completion, steps) in enumerate(zip(prompts, completions, supervised, strict=True))
         ]
 
     def _left_padded(self, prompts: Sequence[EncodedPrompt], width: int) -> tuple[Tensor, Tensor]:
@@ -151,10 +186,16 @@ class TransformersTeacher:
         return input_ids.to(self.model.device), mask.to(self.model.device)
 
     def _row(
-        self, prompt: EncodedPrompt, response: list[int], picks: PickedEntries, position: int, finished: bool
+        self,
+        prompt: EncodedPrompt,
+        response: list[int],
+        picks: PickedEntries,
+        position: int,
+        places: Sequence[int],
+        finished: bool,
     ) -> TransferRow:
-        """One answer with its entries, refused if a logit was not finite."""
-        steps = slice(0, len(response))
+        """One answer with its entries, those of `places` in the picks, refused if a logit was not finite."""
+        steps = torch.as_tensor(places)
         finite = picks.is_finite[steps, position]
         if not bool(finite.all()):
             place = int((~finite).nonzero()[0])
@@ -167,13 +208,21 @@ class TransformersTeacher:
         sequence = prompt.prompt_ids + response
         return TransferRow(
             input_ids=np.asarray(sequence, dtype=np.int64),
-            spans=np.asarray([[len(prompt.prompt_ids), len(sequence)]], dtype=np.int64),
+            spans=np.asarray(prompt.spans or [(len(prompt.prompt_ids), len(sequence))], dtype=np.int64),
             counts=keep.sum(-1).numpy(),
             token_ids=picks.token_ids[steps, position][keep].numpy(),
             logprobs=picks.logprobs[steps, position][keep].float().numpy(),
             log_normalizers=picks.log_normalizers[steps, position].float().numpy(),
             finished=finished,
         )
+
+
+def _supervised_steps(prompt: EncodedPrompt) -> list[int]:
+    """The places within `completion_ids` whose entries are kept."""
+    if prompt.spans is None:
+        return list(range(len(prompt.completion_ids or [])))
+    skipped = len(prompt.prompt_ids)
+    return [place - skipped for start, stop in prompt.spans for place in range(start, stop)]
 
 
 class _Draws:

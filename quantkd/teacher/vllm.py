@@ -40,7 +40,7 @@ class VLLMTeacher:
 
     Args:
         model_name: a Hub name or a checkpoint folder.
-        tokenizer: the teacher's tokenizer; prompts and answers pass as token ids, so vLLM loads none.
+        tokenizer: the teacher's tokenizer; prompts and answers pass as token ids.
         rule: which entries to keep, `TopK` or `Nucleus`.
         temperatures: (1.0,); vLLM gives log-probabilities, and other temperatures need all logits.
         settings: how it answers.
@@ -86,7 +86,7 @@ class VLLMTeacher:
                 f"The vLLM engine needs the package vllm, which cannot be imported here ({error}). "
                 "Install it (pip install vllm), or take another --engine."
             ) from error
-        self.llm: Any = LLM(model=model_name, skip_tokenizer_init=True, **engine_kwargs)
+        self.llm: Any = LLM(model=model_name, **engine_kwargs)
         config = self.llm.model_config
         self.revision = str(getattr(config.hf_config, "_commit_hash", None) or config.revision or "")
         self.dtype = str(config.dtype).removeprefix("torch.")

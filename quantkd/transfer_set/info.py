@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkd.transfer_set.extension import count_prompts
 from quantkd.transfer_set.store import ShardStore
 
 __all__ = ["TransferSetInfo", "describe_stores"]
@@ -42,6 +43,7 @@ class TransferSetInfo:
         bytes_per_response_token: `num_bytes` of the whole sets over their target positions; nan without any.
         mean_entries: entries per target position; nan without any.
         counters: what the captures counted, summed.
+        engine: what ran the teacher: "transformers", "vllm" or "server".
         digest: names the set, or the view.
         complete: whether every shard of the plan is there.
     """
@@ -65,6 +67,7 @@ class TransferSetInfo:
     bytes_per_response_token: float
     mean_entries: float
     counters: dict[str, int]
+    engine: str
     digest: str
     complete: bool
 
@@ -99,7 +102,7 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64], dige
         generation=plan.generation,
         responses=plan.responses,
         num_rows=len(table),
-        num_prompts=sum(store.index.plan.num_prompts for store in stores),
+        num_prompts=sum(count_prompts(store.index.plan) for store in stores),
         num_tokens=tokens,
         num_response_tokens=targets,
         num_entries=entries,
@@ -107,6 +110,8 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64], dige
         bytes_per_response_token=num_bytes / all_targets if all_targets else float("nan"),
         mean_entries=entries / targets if targets else float("nan"),
         counters=dict(counters),
+        # Only the engines that came later are written down.
+        engine=", ".join(dict.fromkeys(str(store.index.plan.extra.get("engine", "transformers")) for store in stores)),
         digest=digest,
         complete=all(store.index.complete for store in stores),
     )

@@ -19,7 +19,9 @@ def concatenate(sets: Sequence[TransferSet], weights: Sequence[float] | None = N
 
     Args:
         sets: at least one; all of one tokenizer, vocabulary size and list of temperatures.
-        weights: one a set; its rows then carry it as `weight`, for a loss that counts some data more. None: no weights.
+        weights: one a set; its rows then carry it as `weight`. The trainer multiplies the loss and gradient of a row's
+            targets by it and still divides by their number, so weights with a mean of 1 over the targets keep the
+            scale of the loss. Evaluation ignores them. None: no weights.
 
     Returns:
         One set of all their rows.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantkd.errors import TransferSetError
 from quantkd.transfer_set.encoded import CHECKSUM
+from quantkd.transfer_set.extension import EXTENSION_FOLDER
 from quantkd.transfer_set.index import ShardRecord
 from quantkd.transfer_set.shard import ShardMap, shard_name
 from quantkd.transfer_set.store import ShardStore
@@ -52,7 +53,9 @@ def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
     folder = Path(path)
     store = ShardStore(folder, "auto", allow_incomplete, hash_downloads=False)
     expected = {shard_name(shard) for shard in range(store.index.plan.num_shards)}
-    for entry in sorted(os.listdir(folder)):
+    # While a set is extended, further shards move in before the index names them.
+    growing = (folder / EXTENSION_FOLDER).is_dir()
+    for entry in [] if growing else sorted(os.listdir(folder)):
         if _SHARD_FILE.fullmatch(entry) and entry not in expected:
             raise TransferSetError(f"{folder / entry} is no shard of the index. Remove it, or get the set anew.")
     for shard, record in enumerate(store.index.shards):

@@ -1,0 +1,282 @@
+"""Which of a teacher's answers go into the set. What is left out is counted in the index by its reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from quantkd.data.gsm8k import is_correct
+from quantkd.data.prompts import Example
+from quantkd.errors import ConfigError, DataError
+from quantkd.transfer_set import TransferRow
+
+__all__ = [
+    "CorrectOnly",
+    "DropDuplicates",
+    "Filter",
+    "FinishedOnly",
+    "ResponseLength",
+    "UserFilter",
+    "apply_filters",
+    "as_filters",
+    "response_ids",
+]
+
+Verifier = Callable[[str, str], bool]
+"""From the answer's text and the reference answer to whether it is right."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row that is to be judged: the example it comes from, its supervised tokens, and their text on demand."""
+
+    example: Example
+    row: TransferRow
+    decode: Callable[[Sequence[int]], str]
+
+    @property
+    def text(self) -> str:
+        """The answer in words, without special tokens."""
+        return self.decode(response_ids(self.row).tolist())
+
+
+class Filter(Protocol):
+    """Keeps or rejects a row; must depend on nothing but the row, its example and earlier samples of its prompt."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan says of it."""
+
+    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
+        """Why a row is left out.
+
+        Args:
+            answered: the row.
+            earlier: rows of the same prompt that were kept.
+
+        Returns:
+            The reason, one word that names its counter; None to keep the row.
+        """
+
+
+@dataclass(frozen=True)
+class FinishedOnly:
+    """Leaves out answers that the length limit cut; counted as `filtered_unfinished`."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan says of it."""
+        return {"kind": "finished_only"}
+
+    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
+        """See `Filter`."""
+        return None if answered.row.finished else "unfinished"
+
+
+@dataclass(frozen=True)
+class ResponseLength:
+    """Leaves out answers of too few or too many tokens; counted as `filtered_short` and `filtered_long`.
+
+    Args:
+        minimum: fewest tokens of an answer, its end token included.
+        maximum: most tokens; None for any number.
+
+    Raises:
+        ConfigError: bounds that no answer meets.
+    """
+
+    minimum: int = 1
+    maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.minimum < 1 or (self.maximum is not None and self.maximum < self.minimum):
+            raise ConfigError(
+                f"Answers of {self.minimum} to {self.maximum} tokens were asked for; expected "
+                "1 <= min_response_tokens <= max_response_tokens."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan says of it."""
+        return {"kind": "response_length", "minimum": self.minimum, "maximum": self.maximum}
+
+    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
+        """See `Filter`."""
+        length = len(answered.row.counts)
+        if length < self.minimum:
+            return "short"
+        return "long" if self.maximum is not None and length > self.maximum else None
+
+
+@dataclass(frozen=True)
+class DropDuplicates:
+    """Keeps one of several equal rows. Prompts that come twice are dropped when the plan is made, counted as
+    `filtered_duplicate_prompts`; equal answers among the samples of one prompt while it runs, as `filtered_duplicate`.
+
+    The samples of a prompt lie in one shard, so both are the same whoever computes which shard.
+    """
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan says of it."""
+        return {"kind": "drop_duplicates"}
+
+    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
+        """See `Filter`."""
+        ids = answered.row.input_ids
+        return "duplicate" if any(np.array_equal(ids, other.input_ids) for other in earlier) else None
+
+
+@dataclass(frozen=True)
+class CorrectOnly:
+    """Leaves out answers that a verifier finds wrong; counted as `filtered_incorrect`.
+
+    The reference is the example's own completion, which the teacher does not see.
+
+    Args:
+        verifier: takes the answer's text and the reference; GSM8K's grader, the number after `####`, if None.
+    """
+
+    verifier: Verifier | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan says of it."""
+        return {"kind": "correct_only", "verifier": "gsm8k" if self.verifier is None else _name_of(self.verifier)}
+
+    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
+        """See `Filter`."""
+        reference = answered.example.completion or ""
+        right = self.verifier(answered.text, reference) if self.verifier else _grade(answered.text, reference)
+        return None if right else "incorrect"
+
+    def check(self, examples: Sequence[Example], responses: str) -> None:
+        """Refuse examples without a reference, before any work is spent.
+
+        Args:
+            examples: the prompts.
+            responses: "generate" or "given".
+
+        Raises:
+            ConfigError: given answers, which are their own reference.
+            DataError: an example without a reference, or one that GSM8K's grader cannot read.
+        """
+        if responses == "given":
+            raise ConfigError(
+                "correct_only compares the teacher's own answers with the data set's, and responses='given' takes the "
+                "data set's as they are. Leave it out, or filter by a function of your own: filters=[function]."
+            )
+        for index, example in enumerate(examples):
+            if not example.completion:
+                raise DataError(
+                    f"Row {index} has no reference answer, and correct_only was asked for. Name its column with "
+                    "completion_column (--answer_column)."
+                )
+            if self.verifier is None:
+                try:
+                    is_correct("", example.completion, "strict")
+                except DataError as error:
+                    raise DataError(
+                        f"Row {index}: {error} For other data give a verifier: filters=[CorrectOnly(verifier)]."
+                    ) from error
+
+
+@dataclass(frozen=True)
+class UserFilter:
+    """Leaves out what a function of the user's returns False for; counted as `filtered_<its name>`.
+
+    Args:
+        function: takes the example and the answer's text. It must give the same verdict in every process.
+    """
+
+    function: Callable[[Example, str], bool]
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan says of it: its name, for what it does cannot be written down."""
+        return {"kind": "function", "name": _name_of(self.function)}
+
+    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
+        """See `Filter`."""
+        return None if self.function(answered.example, answered.text) else _name_of(self.function)
+
+
+def as_filters(filters: Sequence[Filter | Callable[[Example, str], bool]]) -> list[Filter]:
+    """Filters, with plain functions taken for the user's own.
+
+    Args:
+        filters: filters and functions.
+
+    Returns:
+        Filters, in order.
+
+    Raises:
+        ConfigError: something that is neither.
+    """
+    made: list[Filter] = []
+    for each in filters:
+        if hasattr(each, "reject") and hasattr(each, "describe"):
+            made.append(each)
+        elif callable(each):
+            made.append(UserFilter(each))
+        else:
+            raise ConfigError(
+                f"filters holds {each!r:.80}; expected a filter of quantkd.teacher.filters, or a function of an "
+                "example and the answer's text."
+            )
+    return made
+
+
+def apply_filters(
+    filters: Sequence[Filter],
+    rows: Sequence[TransferRow],
+    groups: Sequence[int],
+    examples: Sequence[Example],
+    decode: Callable[[Sequence[int]], str],
+) -> tuple[list[TransferRow], Counter[str]]:
+    """The rows of a shard that pass every filter, and how many did not by the first reason that each met.
+
+    Args:
+        filters: in the order in which they are asked.
+        rows: the rows.
+        groups: of each row the number of its prompt; the same prompt's rows follow one another.
+        examples: of each row its example.
+        decode: from token ids to text.
+
+    Returns:
+        The rows that are kept, in order, and counts under `filtered_<reason>`.
+    """
+    kept: list[TransferRow] = []
+    counts: Counter[str] = Counter()
+    earlier: list[TransferRow] = []
+    group = None
+    for row, number, example in zip(rows, groups, examples, strict=True):
+        if number != group:
+            group, earlier = number, []
+        answered = Answered(example, row, decode)
+        reason = next((found for each in filters if (found := each.reject(answered, earlier)) is not None), None)
+        if reason is not None:
+            counts[f"filtered_{reason}"] += 1
+            continue
+        kept.append(row)
+        earlier.append(row)
+    return kept, counts
+
+
+def response_ids(row: TransferRow) -> Any:
+    """The supervised token ids of a row.
+
+    Args:
+        row: any row.
+
+    Returns:
+        (R,) int64.
+    """
+    return np.concatenate([row.input_ids[start:stop] for start, stop in row.spans.tolist()])
+
+
+def _grade(text: str, reference: str) -> bool:
+    return is_correct(text, reference, "strict")
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    name = str(getattr(function, "__name__", type(function).__name__))
+    return "".join(c if c.isalnum() or c in "_.-" else "_" for c in name)[:64]

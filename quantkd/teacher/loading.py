@@ -1,0 +1,237 @@
+"""From a name to a teacher: which engine runs it, its tokenizer, and an adapter on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from quantkd.checkpoint import naming, short_name
+from quantkd.errors import ConfigError
+from quantkd.hardware import default_device, parse_dtype
+from quantkd.storage import StorageRule
+from quantkd.teacher.interface import GenerationSettings, Teacher
+from quantkd.teacher.transformers import TransformersTeacher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Engine", "attach_adapter", "build_teacher", "check_engine", "is_teacher", "load_teacher", "load_tokenizer"]
+
+Engine = Literal["transformers", "vllm", "server"]
+_ENGINES = ("transformers", "vllm", "server")
+
+
+def load_teacher(
+    name_or_path: str, *, dtype: str | None = None, **model_init_kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer in 16 bit, or in float32 where bfloat16 is not native.
+
+    Args:
+        name_or_path: a Hub name or a checkpoint folder.
+        dtype: "bfloat16", "float16", "float32", or None to follow the hardware.
+        **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
+
+    Returns:
+        The model in evaluation mode, on this process's own device, and its tokenizer.
+
+    Raises:
+        ConfigError: no such folder or model, a folder that holds none, or an unknown dtype.
+    """
+    tokenizer = load_tokenizer(name_or_path, model_init_kwargs)
+    kwargs = {"dtype": parse_dtype(dtype), "device_map": {"": default_device()}, "trust_remote_code": False}
+    with naming(name_or_path):
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **model_init_kwargs}), tokenizer
+
+
+def load_tokenizer(name_or_path: str, model_init_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Args:
+        name_or_path: a Hub name or a checkpoint folder.
+        model_init_kwargs: those of the model, of which revision, token and `trust_remote_code` count.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ConfigError: no such folder or model.
+    """
+    kwargs = {key: model_init_kwargs[key] for key in ("revision", "token") if key in model_init_kwargs}
+    remote = bool(model_init_kwargs.get("trust_remote_code", False))
+    with naming(name_or_path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=remote, **kwargs
+        )
+    return tokenizer
+
+
+def is_teacher(model: object) -> bool:
+    """Whether `model` can be asked as a `Teacher`, and is not a bare model or its name.
+
+    Args:
+        model: anything.
+
+    Returns:
+        True if it answers, scores and names its engine.
+    """
+    return all(hasattr(model, name) for name in ("answer", "score", "engine"))
+
+
+def check_engine(
+    model: Any, engine: str, base_url: str | None, engine_kwargs: Mapping[str, Any] | None, adapter: str | None
+) -> None:
+    """Refuse arguments that belong to another engine.
+
+    Args:
+        model: a name, a loaded model or a teacher.
+        engine: the engine's name.
+        base_url: address of a server.
+        engine_kwargs: further arguments of the engine.
+        adapter: an adapter on the teacher.
+
+    Raises:
+        ConfigError: an unknown engine, or arguments that it does not take.
+    """
+    if engine not in _ENGINES:
+        raise ConfigError(f"engine is one of {', '.join(_ENGINES)}, found {engine!r}.")
+    if is_teacher(model):
+        if engine != "transformers" or base_url or engine_kwargs or adapter:
+            raise ConfigError(
+                "engine, base_url, engine_kwargs and teacher_adapter apply to a teacher given by name; a teacher "
+                "object is taken as it is. Leave them out."
+            )
+        return
+    if engine != "transformers" and not isinstance(model, str):
+        raise ConfigError(f"engine={engine!r} loads the model itself; found a loaded {type(model).__name__}. Name it.")
+    if (engine == "server") != (base_url is not None):
+        found = "none" if base_url is None else repr(base_url)
+        raise ConfigError(
+            f"base_url is the address of the server engine; found {found} with engine={engine!r}. "
+            "Give both engine='server' and base_url, or neither."
+        )
+    if engine == "transformers" and engine_kwargs:
+        raise ConfigError(
+            f"engine_kwargs {sorted(engine_kwargs)} go to vLLM or to the server engine; the transformers engine takes "
+            "model_init_kwargs. Name the engine, or move them."
+        )
+    if engine != "transformers" and adapter:
+        raise ConfigError(
+            f"teacher_adapter is attached by the transformers engine alone, found engine={engine!r}. "
+            "Merge the adapter into a checkpoint (PEFT's merge_and_unload), and name that."
+        )
+
+
+def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:
+    """The model with a PEFT adapter in its layers, unmerged, so that no weight is rounded.
+
+    Args:
+        model: a causal language model; changed in place.
+        adapter: a Hub name or a folder that PEFT saved.
+
+    Returns:
+        The model, and what the plan says of the adapter: its name and the sha256 of its weights.
+
+    Raises:
+        ConfigError: no such adapter, or one that is not a change of layers.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with naming(adapter, "adapter_config.json"):
+        wrapped = PeftModel.from_pretrained(model, adapter)
+    if wrapped.active_peft_config.is_prompt_learning:
+        raise ConfigError(
+            f"The adapter {adapter} learns a prompt ({wrapped.active_peft_config.peft_type}); expected one that "
+            "changes layers, such as LoRA."
+        )
+    digest = hashlib.sha256()
+    for name, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return wrapped.get_base_model(), {"name": short_name(adapter), "sha256": digest.hexdigest()}
+
+
+def build_teacher(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rule: StorageRule,
+    temperatures: Sequence[float],
+    settings: GenerationSettings,
+    *,
+    engine: str = "transformers",
+    base_url: str | None = None,
+    engine_kwargs: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+    dtype: str | None = None,
+    model_init_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Teacher, PreTrainedTokenizerBase, dict[str, str]]:
+    """A teacher on any engine, from a name or a loaded model.
+
+    Args:
+        model: a Hub name, a checkpoint folder, for the server engine the name that the server uses, or a loaded model.
+        tokenizer: its tokenizer; the one beside the model if None.
+        rule: which entries to keep.
+        temperatures: distillation temperatures to keep log-normalizers for.
+        settings: how it answers.
+        engine: "transformers", "vllm" or "server".
+        base_url: address of the server.
+        engine_kwargs: further arguments of `vllm.LLM` or `ServerTeacher`.
+        adapter: a PEFT adapter on the teacher.
+        dtype: dtype of a model given by name.
+        model_init_kwargs: further arguments of `from_pretrained`.
+
+    Returns:
+        The teacher, its tokenizer, and what the plan says of the adapter, empty without one.
+
+    Raises:
+        ConfigError: arguments that do not fit each other, or a model that cannot be found.
+        MissingDependencyError: the engine's package is not installed.
+    """
+    extra = dict(model_init_kwargs or {})
+    if engine == "transformers":
+        described: dict[str, str] = {}
+        network, tokenizer = _resolve_network(model, tokenizer, dtype, extra)
+        if adapter:
+            network, described = attach_adapter(network, adapter)
+        return TransformersTeacher(network, tokenizer, rule, temperatures, settings), tokenizer, described
+    assert isinstance(model, str)  # by check_engine
+    kwargs = dict(engine_kwargs or {})
+    if engine == "vllm":
+        from quantkd.teacher.vllm import VLLMTeacher
+
+        tokenizer = tokenizer or load_tokenizer(model, extra)
+        if dtype is not None:
+            kwargs.setdefault("dtype", dtype)
+        own = {key: value for key, value in extra.items() if key in ("revision", "trust_remote_code")}
+        vllm = VLLMTeacher(model, tokenizer, rule, temperatures, settings, **{**own, **kwargs})
+        return vllm, tokenizer, {}
+    from quantkd.teacher.server import ServerTeacher
+
+    # A server may use any name for its model; then the tokenizer is named beside it.
+    tokenizer = tokenizer or load_tokenizer(kwargs.pop("tokenizer", model), extra)
+    if dtype is not None:
+        kwargs.setdefault("dtype", dtype)
+    assert base_url is not None  # by check_engine
+    return ServerTeacher(base_url, model, tokenizer, rule, temperatures, settings, **kwargs), tokenizer, {}
+
+
+def _resolve_network(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, dtype: str | None, model_init_kwargs: Mapping[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, loaded where only a name is given."""
+    if isinstance(model, str):
+        loaded, own = load_teacher(model, dtype=dtype, **model_init_kwargs)
+        return loaded, tokenizer or own
+    if dtype is not None or model_init_kwargs:
+        raise ConfigError(
+            "dtype and model_init_kwargs apply to a teacher given by name; a loaded model is taken as it is. "
+            "Leave them out, or pass the name."
+        )
+    if tokenizer is None:
+        if not model.config._name_or_path:
+            raise ConfigError("The loaded teacher does not say where its tokenizer is; pass it as tokenizer.")
+        tokenizer = load_tokenizer(model.config._name_or_path, {})
+    return model, tokenizer

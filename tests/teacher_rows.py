@@ -1,0 +1,39 @@
+"""What the tests of teachers on other engines share: prompts, settings, and the entries by a dense float64 pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from quantkd import Nucleus, TopK
+from quantkd.teacher import GenerationSettings
+
+TEXTS = ["What is two plus three?", "Name a colour.", "user", "She has 3 + 4 apples and a train travels 60 miles."]
+SETTINGS, RULE = GenerationSettings(max_new_tokens=10), TopK(5)
+KINDS = ["vllm", "sglang", "llama.cpp"]
+
+
+def dense_logprobs(model, row) -> torch.Tensor:
+    """(R, V) float64 at the targets, from one unpadded pass."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([row.input_ids.tolist()])).logits[0].double()
+    return torch.cat([logits[start - 1 : stop - 1] for start, stop in row.spans.tolist()]).log_softmax(-1)
+
+
+def assert_entries(row, model, rule) -> None:
+    """The entries are those that the rule keeps of the dense distribution, found one target at a time."""
+    dense, place = dense_logprobs(model, row), 0
+    assert len(dense) == len(row.counts)
+    for target, count in zip(dense, row.counts.tolist(), strict=True):
+        ranked = sorted(target.tolist(), reverse=True)
+        expected = rule.k if isinstance(rule, TopK) else 1
+        if isinstance(rule, Nucleus):
+            while expected < rule.max_k and sum(np.exp(ranked[:expected])) < rule.p:
+                expected += 1
+        assert count == expected
+        ids, values = row.token_ids[place : place + count], row.logprobs[place : place + count]
+        np.testing.assert_allclose(values, ranked[:count], atol=1e-4)
+        np.testing.assert_allclose(values, target[torch.from_numpy(ids)], atol=1e-4)
+        place += count
+    assert place == len(row.token_ids)
+    assert not row.log_normalizers.any()

@@ -1,0 +1,236 @@
+"""Conversations: which tokens are the assistant's, with and without generation blocks, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from quantkd import TopK, capture
+from quantkd.data.conversations import encode_conversation, encode_example, with_context
+from quantkd.data.prompts import Example, load_examples
+from quantkd.errors import DataError
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How many apples?"},
+    {"role": "assistant", "content": "She has 7."},
+    {"role": "user", "content": "How far in 5 hours?"},
+    {"role": "assistant", "content": "300 miles."},
+]
+# The turns of the tiny tokenizer's ChatML, the assistant's up to and with its end token marked.
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3 does: what the assistant thought stays only after the last question.
+FORGETFUL = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.index0 < ns.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def with_template(tiny_tokenizer):
+    def build(template: str | None) -> Any:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return build
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def by_hand(tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """ChatML written out, each part tokenised alone: special tokens and newlines keep parts apart."""
+    ids: list[int] = []
+    spans = []
+    for index, message in enumerate(CONVERSATION):
+        start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        ids += [start, *tokenizer(message["role"] + "\n", add_special_tokens=False)["input_ids"]]
+        first = len(ids)
+        ids += [*tokenizer(message["content"], add_special_tokens=False)["input_ids"], end]
+        if message["role"] == "assistant":
+            spans.append((first, len(ids)))
+        if index < len(CONVERSATION) - 1:
+            ids += tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return ids, spans
+
+
+@pytest.mark.parametrize("template", ["own", MARKED])
+def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, tiny_tokenizer, template) -> None:
+    tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
+    assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
+
+
+def test_generation_blocks_decide_what_is_supervised(with_template) -> None:
+    tokenizer = with_template(
+        MARKED.replace("<|im_end|>{% endgen", "{% endgen").replace("endgeneration %}", "endgeneration %}<|im_end|>")
+    )
+    ids, spans = encode_conversation(tokenizer, CONVERSATION)
+    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == ["She has 7.", "300 miles."]
+    assert len(ids) == spans[-1][1]
+
+
+def test_one_turn_is_prompt_and_completion(tiny_tokenizer) -> None:
+    one = [turn("user", "How many apples?"), turn("assistant", "She has 7.")]
+    prompt, rest, spans = encode_example(tiny_tokenizer, Example(one), given=True)
+    assert (prompt, rest) == encode_example(tiny_tokenizer, Example("How many apples?", "She has 7."), given=True)[:2]
+    assert spans == ((len(prompt), len(prompt) + len(rest)),)
+
+
+def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_template) -> None:
+    tokenizer = with_template(FORGETFUL)
+    thinking = [dict(m) for m in CONVERSATION]
+    thinking[2]["content"] = "<think>3 + 4</think>She has 7."
+    with pytest.raises(DataError, match=r"assistant turn 1 differently once all turns are there \(from token \d+ on\)"):
+        encode_conversation(tokenizer, thinking)
+    # Without thoughts, or with thoughts in the last turn alone, nothing is forgotten.
+    assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
+    ids, ((start, stop),) = encode_conversation(tokenizer, thinking[:3])
+    assert tokenizer.decode(ids[start:stop]) == thinking[2]["content"] + "<|im_end|>"
+
+
+def test_a_generation_prompt_that_the_conversation_lacks_is_refused(with_template, tiny_tokenizer) -> None:
+    tokenizer = with_template(
+        tiny_tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    )
+    with pytest.raises(DataError, match="assistant turn 1 differently"):
+        encode_conversation(tokenizer, CONVERSATION)
+
+
+def test_what_is_no_conversation_is_refused(with_template, tiny_tokenizer) -> None:
+    with pytest.raises(DataError, match="no chat template, and a conversation"):
+        encode_conversation(with_template(None), CONVERSATION)
+    with pytest.raises(DataError, match="ends with 'user'; expected an assistant turn"):
+        encode_conversation(tiny_tokenizer, CONVERSATION[:-1])
+    with pytest.raises(DataError, match="ends with 'nothing'"):
+        encode_conversation(tiny_tokenizer, [])
+    with pytest.raises(DataError, match="mark no token of the conversation"):
+        encode_conversation(with_template(MARKED.replace("== 'assistant'", "== 'model'")), CONVERSATION)
+    with pytest.raises(DataError, match=r"refuses messages of the roles system, user, assistant.*no system here"):
+        refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        encode_conversation(with_template(refusing), CONVERSATION)
+    with pytest.raises(DataError, match=r"first token belongs to an assistant turn"):
+        bare = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        encode_conversation(with_template(bare), [turn("assistant", "Hello")])
+    with pytest.raises(DataError, match="adds nothing for assistant turn 1"):
+        silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+        encode_conversation(with_template(silent), CONVERSATION)
+
+
+def test_examples_that_do_not_fit_the_responses_are_refused_by_row(with_template, tiny_tokenizer) -> None:
+    with pytest.raises(DataError, match=r"Row 3 ends in an assistant turn.*responses='given'"):
+        encode_example(tiny_tokenizer, Example(CONVERSATION), given=False, where="Row 3")
+    with pytest.raises(DataError, match="Row 3 has no completion"):
+        encode_example(tiny_tokenizer, Example(CONVERSATION[:-1]), given=True, where="Row 3")
+    with pytest.raises(DataError, match="Row 3 is a conversation, and plain prompts"):
+        encode_example(tiny_tokenizer, Example(CONVERSATION), given=True, chat_template=False, where="Row 3")
+    refusing = with_template("{{ raise_exception('never') }}")
+    with pytest.raises(DataError, match=r"Row 3: The chat template refuses messages of the roles user: never"):
+        encode_example(refusing, Example("Hello"), given=False, where="Row 3")
+    with pytest.raises(DataError, match=r"Row 3: The tokenizer of .* has no chat template"):
+        encode_example(with_template(None), Example(CONVERSATION), given=True, where="Row 3")
+
+
+def test_the_last_user_turn_is_answered(tiny_tokenizer) -> None:
+    prompt, rest, spans = encode_example(tiny_tokenizer, Example(CONVERSATION[:-1]), given=False)
+    assert rest is spans is None
+    ids, turns = by_hand(tiny_tokenizer)
+    assert prompt == ids[: turns[-1][0]]
+
+
+def test_columns_of_conversations(tmp_path: Path) -> None:
+    rows = [{"messages": CONVERSATION}, {"messages": CONVERSATION[:-1]}]
+    found = load_examples(rows)
+    assert [example.messages for example in found] == [CONVERSATION, None]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    assert load_examples(tmp_path) == found == load_examples([row["messages"] for row in rows])
+    renamed = [{"chat": row["messages"]} for row in rows]
+    assert load_examples(renamed, prompt_column="chat") == found
+    both = {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:3]}
+    (example,) = load_examples([both])
+    assert example.completion == "She has 7." and example.messages is None
+    with pytest.raises(DataError, match="calls tools"):
+        load_examples([{"messages": [{**CONVERSATION[1], "tool_calls": [{"name": "f"}]}]}])
+    with pytest.raises(DataError, match=r"\['messages'\]; 'question' was asked for"):
+        load_examples(rows, prompt_column="question")
+
+
+def test_system_prompt_and_few_shot_are_turns_before_the_prompt() -> None:
+    shots = [Example("1 + 1?", "2"), Example("2 + 2?", "4")]
+    solved = [turn("user", "1 + 1?"), turn("assistant", "2"), turn("user", "2 + 2?"), turn("assistant", "4")]
+    plain, own = Example("3 + 3?", "6"), Example(CONVERSATION[:2])
+    system = turn("system", "Think.")
+    made = with_context([plain, own], system_prompt="Think.", few_shot=shots)
+    assert made == [
+        Example([system, *solved, turn("user", "3 + 3?")], "6"),
+        Example([CONVERSATION[0], *solved, CONVERSATION[1]]),
+    ]
+    assert with_context([plain, own]) == [plain, own]
+    (whole,) = with_context([Example(CONVERSATION[1:])], system_prompt="Think.")
+    assert whole.messages == [system, *CONVERSATION[1:]]
+    with pytest.raises(DataError, match="Row 0 is a whole conversation, and 2 few-shot"):
+        with_context([Example(CONVERSATION)], few_shot=shots)
+    with pytest.raises(DataError, match=r"Few-shot example 1 is .*expected a prompt in text and its completion"):
+        with_context([plain], few_shot=[shots[0], plain.__class__("no answer")])
+
+
+@pytest.mark.parametrize("template", ["own", MARKED])
+def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
+    with_template, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, template
+) -> None:
+    monkeypatch.setattr("quantkd.teacher.transformers._MAX_LOGITS_BYTES", 4 * 320 * 2 * 3)  # pieces of three tokens
+    tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
+    short = [turn("user", "Why?"), turn("assistant", "The sea.")]
+    found = capture(
+        tiny_model, [{"messages": CONVERSATION}, {"messages": short}], tmp_path / "set", responses="given",
+        tokenizer=tokenizer, storage=TopK(5), batch_size=2, progress=False, temperatures=(1.0, 2.0),
+    )  # fmt: skip
+    ids, spans = by_hand(tokenizer)
+    row = found[0]
+    assert row["input_ids"].tolist() == ids and row["finished"]
+    targets = [place for start, stop in spans for place in range(start, stop)]
+    assert (row["labels"] != -100).nonzero().squeeze(1).tolist() == targets
+    for row in found:
+        with torch.inference_mode():
+            logits = tiny_model(input_ids=row["input_ids"].unsqueeze(0)).logits[0].double()
+        places = (row["labels"] != -100).nonzero().squeeze(1)
+        exact = logits[places - 1].log_softmax(-1)
+        teacher = row["teacher"]
+        assert len(teacher) == len(places)
+        stored_ids = teacher.token_ids.view(-1, 5)
+        assert stored_ids.sort(-1).values.tolist() == exact.topk(5).indices.sort(-1).values.tolist()
+        torch.testing.assert_close(
+            teacher.logprobs.view(-1, 5).double().exp(), exact.exp().gather(1, stored_ids), atol=4e-3, rtol=0
+        )
+        normalizers = (exact / 2).logsumexp(-1)
+        torch.testing.assert_close(teacher.log_normalizers[:, 1].double(), normalizers, atol=2e-3, rtol=0)
+
+
+def test_system_prompt_and_few_shot_reach_the_tokens_and_count_as_no_answer(
+    tiny_model, tiny_tokenizer, tmp_path
+) -> None:
+    shots = [Example("1 + 1?", "2")]
+    found = capture(
+        tiny_model, ["3 + 3?"], tmp_path / "set", tokenizer=tiny_tokenizer, progress=False, max_new_tokens=3,
+        system_prompt="Think.", few_shot=shots,
+    )  # fmt: skip
+    row = found[0]
+    prompt = tiny_tokenizer.decode(row["input_ids"][row["labels"] == -100])
+    assert prompt == (
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\n3 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    )

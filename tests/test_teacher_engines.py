@@ -1,0 +1,180 @@
+"""Engines that give log-probabilities: from these to rows, what they cannot give, and vLLM's interface."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_openai_server import FakeServer
+from teacher_rows import SETTINGS, assert_entries
+
+from quantkd import Nucleus, Sampled, TopK
+from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
+from quantkd.teacher import EncodedPrompt, GenerationSettings
+from quantkd.teacher.logprobs import TopLogprobs, build_row
+from quantkd.teacher.server import ServerTeacher
+from quantkd.teacher.vllm import VLLMTeacher
+
+pytest_plugins = ["teacher_servers"]
+
+
+def test_what_no_engine_of_log_probabilities_can_give(connect, tiny_tokenizer):
+    for build in (
+        lambda rule, temperatures: VLLMTeacher("tiny", tiny_tokenizer, rule, temperatures, SETTINGS),
+        lambda rule, temperatures: ServerTeacher("http://h", "tiny", tiny_tokenizer, rule, temperatures, SETTINGS),
+    ):
+        with pytest.raises(ConfigError, match=r"Sampled\(n=8\) draws from the whole distribution"):
+            build(Sampled(8), (1.0,))
+        with pytest.raises(ConfigError, match=r"temperature 1.0 alone; .* \[1.0, 2.0\]"):
+            build(TopK(5), (1.0, 2.0))
+    with pytest.raises(ConfigError, match="exceeds the teacher's vocabulary"):
+        connect("http://127.0.0.1:9", TopK(321))
+
+
+def row_of(pairs, rule, vocab_size=10):
+    spans = np.asarray([[1, 1 + len(pairs)]])
+    candidates = TopLogprobs.from_pairs(pairs)
+    return build_row(4, [0] * (1 + len(pairs)), spans, candidates, rule, vocab_size, finished=True, engine="The engine")
+
+
+def test_candidates_are_sorted_joined_and_cut():
+    log = np.log
+    pairs = [
+        [(7, log(0.1)), (2, log(0.5)), (7, log(0.1)), (3, log(0.2))],  # the sampled token twice
+        [(9, log(0.001)), (1, log(0.25)), (0, log(0.25)), (5, log(0.25))],  # the sampled token beyond the top
+        [(4, 0.0), (6, -9999.0), (8, -np.inf)],  # nothing but one token is possible
+    ]
+    row = row_of(pairs, TopK(3))
+    assert row.counts.tolist() == [3, 3, 1]
+    assert row.token_ids.tolist() == [2, 3, 7, 0, 1, 5, 4]
+    row.validate(10)
+    nucleus = row_of(pairs, Nucleus(0.45, max_k=3))
+    assert nucleus.counts.tolist() == [1, 2, 1]
+    assert nucleus.token_ids.tolist() == [2, 0, 1, 4]
+    assert row_of([[(1, 5e-4)]], TopK(1)).logprobs.tolist() == [0.0]  # a float16 teacher's rounding
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([[(1, float("nan"))]], "prompt 4 with the log-probability nan"),
+        ([[(1, 0.5)]], "log-probability 0.5"),
+        ([[(10, -1.0)]], "token id 10, and the vocabulary ends at 10"),
+        ([[(-1, -1.0)]], "token id -1"),
+        ([[]], "0 log-probabilities at token 0"),
+        ([[(1, -1.0)], [(1, -9999.0)]], "at token 1"),
+    ],
+)
+def test_candidates_that_cannot_be_stored(pairs, message):
+    with pytest.raises(TeacherError, match=message):
+        row_of(pairs, TopK(1))
+
+
+def test_too_few_targets():
+    candidates = TopLogprobs.from_pairs([[(1, -1.0)]])
+    with pytest.raises(TeacherError, match="1 tokens; expected 2"):
+        build_row(0, [0] * 3, np.asarray([[1, 3]]), candidates, TopK(1), 10, finished=True, engine="The engine")
+
+
+class Parameters(SimpleNamespace):
+    """Stands in for vllm.SamplingParams."""
+
+
+@pytest.fixture(params=["flat", "dictionaries"])
+def fake_vllm(request, monkeypatch, tiny_model, tiny_tokenizer):
+    """A module `vllm` whose LLM answers from the tiny model in either of vLLM's two shapes."""
+    server = FakeServer(tiny_model, [])
+
+    def shape(targets):
+        if request.param == "dictionaries":
+            return [
+                None if target is None else {token: SimpleNamespace(logprob=value) for token, value in target}
+                for target in targets
+            ]
+        stops = np.cumsum([len(target or ()) for target in targets]).tolist()
+        flat = [pair for target in targets for pair in target or ()]
+        return SimpleNamespace(
+            start_indices=[0, *stops[:-1]],
+            end_indices=stops,
+            token_ids=[token for token, _ in flat],
+            logprobs=[value for _, value in flat],
+        )
+
+    def top(step, token, count):
+        values, ids = step.topk(count)
+        return [(token, float(step[token])), *zip(ids.tolist(), values.tolist(), strict=True)]
+
+    class LLM:
+        def __init__(self, model, **kwargs):
+            self.kwargs = kwargs
+            self.model_config = SimpleNamespace(
+                hf_config=SimpleNamespace(_commit_hash="abc"),
+                revision=None,
+                dtype=torch.float32,
+                max_model_len=512,
+                get_vocab_size=lambda: len(tiny_tokenizer),
+                try_get_generation_config=lambda: {"eos_token_id": [1, 2]},
+            )
+
+        def generate(self, inputs, parameters, use_tqdm):
+            outputs = []
+            for each, setting in zip(inputs, parameters, strict=True):
+                prompt = each["prompt_token_ids"]
+                seed = getattr(setting, "seed", 0)
+                tokens, steps = server.generate(
+                    prompt, setting.max_tokens, setting.stop_token_ids, setting.temperature, seed
+                )
+                targets = [top(step, token, setting.logprobs) for step, token in zip(steps, tokens, strict=True)]
+                output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=shape(targets))])
+                if count := getattr(setting, "prompt_logprobs", None):
+                    dense = server.distributions(prompt)
+                    before = [top(dense[place], prompt[place + 1], count) for place in range(len(prompt) - 1)]
+                    output.prompt_logprobs = shape([None, *before])
+                outputs.append(output)
+            return outputs
+
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, Parameters
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+@pytest.mark.parametrize("rule", [TopK(5), Nucleus(0.8, max_k=30)], ids=str)
+def test_vllm_answers_and_scores(fake_vllm, prompts, tiny_model, tiny_tokenizer, rule):
+    teacher = VLLMTeacher("tiny", tiny_tokenizer, rule, (1.0,), SETTINGS, dtype="float32")
+    assert (teacher.engine, teacher.revision, teacher.dtype, teacher.max_context) == ("vllm", "abc", "float32", 512)
+    assert teacher.ends == sorted({1, 2, tiny_tokenizer.eos_token_id})
+    assert teacher.llm.kwargs == {"logprobs_mode": "raw_logprobs", "max_logprobs": 64, "dtype": "float32"}
+    rows = teacher.answer(prompts)
+    given = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert_entries(row, tiny_model, rule)
+        given.append(EncodedPrompt(prompt.index, prompt.prompt_ids, row.input_ids[len(prompt.prompt_ids) :].tolist()))
+    for row, scored in zip(rows, teacher.score(given), strict=True):
+        assert scored.input_ids.tolist() == row.input_ids.tolist()
+        assert scored.token_ids.tolist() == row.token_ids.tolist()
+        assert scored.finished == row.finished
+    (turns,) = teacher.score([EncodedPrompt(0, [9], list(range(50, 62)), ((1, 3), (6, 7), (10, 13)))])
+    assert_entries(turns, tiny_model, rule)
+
+
+def test_vllm_samples_by_the_rows_own_seed(fake_vllm, prompts, tiny_model, tiny_tokenizer):
+    settings = GenerationSettings(8, do_sample=True, generation_temperature=1.7, seed=3)
+    teacher = VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), settings)
+    rows, alone = teacher.answer(prompts), teacher.answer(prompts[2:3])[0]
+    assert alone.input_ids.tolist() == rows[2].input_ids.tolist()
+    assert_entries(alone, tiny_model, TopK(5))
+    other = VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), GenerationSettings(8, True, 1.7, seed=4))
+    assert [row.input_ids.tolist() for row in other.answer(prompts)] != [row.input_ids.tolist() for row in rows]
+
+
+def test_vllm_refuses_in_words(monkeypatch, tiny_tokenizer):
+    with pytest.raises(ConfigError, match="max_logprobs=20 allows fewer"):
+        VLLMTeacher("tiny", tiny_tokenizer, TopK(50), (1.0,), SETTINGS, max_logprobs=20)
+    with pytest.raises(ConfigError, match="logprobs_mode"):
+        VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), SETTINGS, logprobs_mode="raw_logits")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingDependencyError, match="pip install vllm"):
+        VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)

@@ -1,0 +1,174 @@
+"""Servers that fail, answer what cannot be stored, or see a key: tried again or refused in words, and nothing leaks."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from teacher_rows import KINDS, SETTINGS, TEXTS
+
+from quantkd import Nucleus, TopK, capture
+from quantkd.errors import ConfigError, TeacherError
+from quantkd.teacher import GenerationSettings, TransformersTeacher
+from quantkd.teacher.server import ServerTeacher
+
+pytest_plugins = ["teacher_servers"]
+KEY = "sk-secret-0123456789"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fault_is_tried_again(serve, connect, prompts, kind, caplog):
+    caplog.set_level(logging.INFO, "quantkd")
+    expected = connect(serve(kind=kind)).answer(prompts)
+    server = serve(kind=kind)
+    teacher = connect(server, concurrency=2)
+    server.faults = [429, 500, "reset", "malformed", "truncated", 503]
+    rows = teacher.answer(prompts)
+    assert server.faults == []
+    for row, other in zip(rows, expected, strict=True):
+        assert row.token_ids.tolist() == other.token_ids.tolist()
+    for word in ("HTTP 429", "HTTP 500", "no JSON", "IncompleteRead"):
+        assert word in caplog.text
+
+
+def test_a_server_that_stays_down_is_one_line(serve, connect, prompts):
+    server = serve()
+    teacher = connect(server, max_retries=3)
+    server.faults = [500] * 4
+    with pytest.raises(TeacherError, match=r"did not answer /v1/completions after 4 attempts.*HTTP 500"):
+        teacher.answer(prompts[:1])
+    server.__exit__()
+    with pytest.raises(TeacherError, match="ConnectionRefusedError"):
+        connect(server)
+
+
+def test_a_slow_server_times_out(serve, connect, prompts):
+    server = serve()
+    teacher = connect(server, timeout_seconds=0.2, max_retries=1)
+    server.delay_seconds = 0.6
+    with pytest.raises(TeacherError, match=r"2 attempts.*(timed out|TimeoutError)"):
+        teacher.answer(prompts[:1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mangle", "message"),
+    [
+        ("other", None, "names tokens by their text"),
+        ("vllm", lambda body: {"choices": [{**body["choices"][0], "logprobs": None}]}, "no log-probabilities"),
+        ("vllm", lambda body: {"error": "what"}, "another shape than expected"),
+        ("vllm", lambda body: [], "another shape than expected"),
+        ("sglang", lambda body: {"text": "hello"}, "another shape than expected"),
+        ("llama.cpp", lambda body: {**body, "tokens": []}, "another shape than expected"),
+    ],
+)
+def test_answers_that_cannot_be_stored_are_refused_before_any_work(serve, connect, kind, mangle, message):
+    with pytest.raises(TeacherError, match=message):
+        connect(serve(kind=kind, mangle=mangle))
+
+
+def test_fewer_logprobs_than_asked_for_are_refused(serve, connect):
+    def cut(body):
+        for target in body["choices"][0]["logprobs"]["top_logprobs"]:
+            for token in list(target)[3:]:
+                del target[token]
+        return body
+
+    with pytest.raises(TeacherError, match=r"with 3 log-probabilities at token 0 .* TopK\(k=5\) needs 5"):
+        connect(serve(mangle=cut))
+    with pytest.raises(TeacherError, match="max-logprobs"):
+        connect(serve(max_logprobs=4))
+    connect(serve(mangle=cut), Nucleus(1e-6, max_k=5))  # three are more than it keeps
+
+
+def test_another_model_and_addresses_that_cannot_be(serve, connect, tiny_tokenizer):
+    server = serve()
+    with pytest.raises(ConfigError, match=r"serves 'tiny', and 'huge' was asked for"):
+        ServerTeacher(server.url, "huge", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)
+    for url in ("ftp://host/v1", "127.0.0.1:8000", "http://host/v1?key=1", ""):
+        with pytest.raises(ConfigError, match="base_url"):
+            connect(url)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY") as refused:
+        connect("http://user:hunter2@host/v1")
+    assert "hunter2" not in str(refused.value)
+    connect(server.url.removesuffix("/v1") + "/")
+    with pytest.raises(ConfigError, match="dialect is one of"):
+        connect(server, dialect="tgi")
+
+
+def test_the_key_is_sent_and_never_shown(serve, connect, prompts, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    caplog.set_level(logging.DEBUG)
+    server = serve(error_body=json.dumps({"error": f"Incorrect API key provided: {KEY}"}))
+    teacher = connect(server, max_retries=1)
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)
+    teacher.answer(prompts)
+    errors = []
+    for faults in ([401], [500, 500], ["reset", "malformed"]):
+        server.faults = list(faults)
+        with pytest.raises(TeacherError) as failed:
+            teacher.answer(prompts[:1])
+        error = failed.value
+        while error is not None:
+            errors.append(f"{error!r} {error}")
+            error = error.__cause__
+    assert "OPENAI_API_KEY" in errors[0]
+    assert KEY not in "".join(errors) + caplog.text + repr(teacher) + repr(vars(teacher))
+    monkeypatch.setenv("OPENAI_API_KEY", "line\r\nbreak-hunter2")
+    with pytest.raises(ConfigError, match="cannot be sent") as refused:
+        connect(server)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_capture_through_a_server_resumes_and_stores_neither_address_nor_key(
+    serve, prompts, tiny_model, tiny_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve()
+    kwargs = {
+        "tokenizer": tiny_tokenizer,
+        "engine": "server",
+        "base_url": server.url,
+        "engine_kwargs": {"vocab_size": len(tiny_tokenizer), "backoff_seconds": 0.001, "max_retries": 1},
+        "storage": TopK(8),
+        "max_new_tokens": 6,
+        "batch_size": 2,
+        "rows_per_shard": 2,
+        "chat_template": False,
+        "progress": False,
+    }
+    # The probe, the first shard's two prompts, and then the server is down.
+    answered = server.respond
+
+    def respond(path, body):
+        return answered(path, body) if len(server.requests) <= 4 else (503, KEY)
+
+    server.respond = respond
+    with pytest.raises(TeacherError, match="HTTP 503"):
+        capture("tiny", TEXTS, tmp_path / "set", **kwargs)
+    server.respond = answered
+    before = len(server.requests)
+    transfer_set = capture("tiny", TEXTS, tmp_path / "set", **kwargs)
+    assert len(server.requests) - before == 4  # the model's card, the probe, and the second shard alone
+    assert transfer_set.info.engine == "server"
+    own = TransformersTeacher(tiny_model, tiny_tokenizer, TopK(8), (1.0,), GenerationSettings(6)).answer(prompts)
+    for row, expected in zip(transfer_set, own, strict=True):
+        assert row["input_ids"].tolist() == expected.input_ids.tolist()
+        stored = {(int(token)) for token in row["teacher"].token_ids}
+        assert stored == set(expected.token_ids.tolist())
+    port = server.url.split(":")[-1].removesuffix("/v1")
+    for file in (tmp_path / "set").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert KEY.encode() not in content
+            assert f":{port}".encode() not in content
+            assert b"127.0.0.1" not in content
+
+
+def test_a_redirect_is_not_followed(serve, connect, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server, other = serve(), serve()
+    server.redirect_to = other.url + "/models"
+    with pytest.raises(TeacherError, match="redirects"):
+        connect(server)
+    assert other.requests == []
