@@ -54,7 +54,7 @@ class CaptureArguments:
     temperatures: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Distillation temperatures to keep log-normalizers for. Default: 1.0 2.0; 1.0 with vLLM or a server."
+            "help": "Distillation temperatures to keep log-normalizers for. Default: 1.0 2.0; 1.0 with other engines."
         },
     )
     responses: Literal["generate", "given"] = field(

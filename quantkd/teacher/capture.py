@@ -209,7 +209,7 @@ def capture(
         table,
         [examples[number] for number in numbers] if chosen else examples,
         chosen,
-        partial(tokenizer.decode, skip_special_tokens=True),
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         responses,
         duplicate_prompts=len(examples) - len(numbers),
     )
@@ -244,8 +244,8 @@ def _check_numbers(
         )
     if num_samples < 1 or (num_samples > 1 and (responses == "given" or not do_sample)):
         raise ConfigError(
-            f"num_samples is {num_samples} with responses={responses!r} and do_sample={do_sample}; more than one answer "
-            "a prompt needs a teacher that samples. Set do_sample=True (--do_sample), or leave num_samples at 1."
+            f"num_samples is {num_samples} with responses={responses!r} and do_sample={do_sample}; more than one "
+            "answer a prompt needs a teacher that samples. Set do_sample=True (--do_sample), or leave num_samples at 1."
         )
 
 

@@ -205,9 +205,9 @@ def check_lengths(table: PromptTable, numbers: Sequence[int], max_context: int |
     if too_long.any():
         index = int(too_long.argmax())
         raise DataError(
-            f"Row {numbers[index]} has a prompt of {lengths[index, 0]} tokens; with {answers[index]} tokens for the answer that "
-            f"is more than the teacher's context of {max_context}. Shorten it (fewer shots), remove it, or lower "
-            "max_new_tokens."
+            f"Row {numbers[index]} has a prompt of {lengths[index, 0]} tokens; with {answers[index]} tokens for the "
+            f"answer that is more than the teacher's context of {max_context}. Shorten it (fewer shots), "
+            "remove it, or lower max_new_tokens."
         )
 
 

@@ -70,8 +70,9 @@ def extended_plan(base: Plan, added: Plan) -> Plan:
     differences = differing_fields(base, added)
     if differences or added.extra.get("first_row") != first_row:
         raise TransferSetError(
-            f"The rows cannot be added: their plan differs from the set's in {', '.join(differences or ['first_row'])}. "
-            "Ask for the same teacher and settings, or capture another set and join them with `concatenate`."
+            "The rows cannot be added: their plan differs from the set's in "
+            f"{', '.join(differences or ['first_row'])}. Ask for the same teacher and settings, or "
+            "capture another set and join them with `concatenate`."
         )
     if base.num_shards + added.num_shards > MAX_SHARDS:
         raise TransferSetError(
