@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from quantkd.errors import DataError
 from quantkd.packing import position_ids_of
@@ -39,6 +40,16 @@ class DistillationCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     packing: bool = False
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> DistillationCollator:
+        """Pads with the tokenizer's padding token, or with its end token if it has none; either is masked.
+
+        Args:
+            tokenizer: the student's.
+        """
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        return cls((end or 0) if pad is None else pad)
 
     def __call__(self, rows: RowBatch | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         teacher: TopKLogprobs | None = None

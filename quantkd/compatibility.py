@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quantkd.collator import DistillationCollator
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError, DataError
 from quantkd.fingerprint import check_fingerprint
 from quantkd.transfer_set import TransferSet
 from quantkd.weights import count_rows
 
-__all__ = ["check_student", "check_transfer_set"]
+__all__ = ["check_collator", "check_student", "check_transfer_set", "find_transfer_sets"]
+
+
+def find_transfer_sets(train_dataset: Any, eval_dataset: Any) -> list[TransferSet]:
+    """The transfer sets among the trainer's data.
+
+    Args:
+        train_dataset: of any kind, or None.
+        eval_dataset: of any kind, several of them by name, or None.
+    """
+    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [dataset for dataset in (train_dataset, *held_out) if isinstance(dataset, TransferSet)]
 
 
 def check_transfer_set(
@@ -40,6 +54,23 @@ def check_transfer_set(
         raise ConfigError(
             f"{what} stores sampled entries, which leave no mass to the tail, so reverse KL is infinite. "
             "Use forward_kl or jsd, or capture Nucleus or TopK entries."
+        )
+
+
+def check_collator(collator: Any, args: QuantizedDistillationConfig) -> None:
+    """Refuse packing with a collator that does not know how.
+
+    Args:
+        collator: what makes batches of rows.
+        args: whose `packing` asks.
+
+    Raises:
+        ConfigError: packing with a collator of the caller's.
+    """
+    if args.packing and not isinstance(collator, DistillationCollator):
+        raise ConfigError(
+            f"packing=True packs with a DistillationCollator, found the data_collator {type(collator).__name__}. "
+            "Leave data_collator out, or pack in your own and leave packing off."
         )
 
 

@@ -215,6 +215,7 @@ class _FusedLoss(torch.autograd.Function):
         weights: Tensor | None,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, CE (N,) and divergence (N,); what requires a gradient gets it now, for `backward` to scale."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         wants_gradient = needs_hidden or needs_weight or needs_bias
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -270,6 +271,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        """The gradients of `forward`, times that of the loss."""
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
             None if grad_hidden is None else (grad_hidden * grad_loss).to(grad_hidden.dtype),

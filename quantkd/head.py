@@ -14,7 +14,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from quantkd.weights import is_sharded, whole_parameters
 
-__all__ = ["Head", "find_head", "gathered_head", "hidden_states_as_logits", "undisturbed", "why_not_fusable"]
+__all__ = [
+    "Head",
+    "base_network",
+    "find_head",
+    "gathered_head",
+    "hidden_states_as_logits",
+    "undisturbed",
+    "why_not_fusable",
+]
 
 # What families do to the logits after the head: the attribute, where it lies, and the value that makes it do nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
@@ -70,7 +78,7 @@ def gathered_head(model: Any, dtype: torch.dtype | None = None) -> Iterator[Head
         dtype: of the hidden states; what mixed precision or quantization made of the weight is cast to it. A weight
             that requires a gradient stays itself.
     """
-    module, network = _head_module(model), _network(model)
+    module, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
     scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     if isinstance(getattr(network, "logit_scale", None), (int, float)):
@@ -93,7 +101,7 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
     Args:
         model: a causal language model, not wrapped; wrappers around it may be called.
     """
-    head, network = _head_module(model), _network(model)
+    head, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
     places = [(config, "final_logit_softcapping"), (config, "logits_scaling"), (network, "logit_scale")]
     saved = [(place, name, value) for place, name in places if _is_plain(value := getattr(place, name, None))]
@@ -186,11 +194,13 @@ class _PassThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *trained: Tensor) -> Tensor:
+        """The hidden states."""
         ctx.count = len(trained)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        """Their gradient, and none for the parameters."""
         return grad_hidden, *[None] * ctx.count
 
 
@@ -215,7 +225,12 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
-def _network(model: Any) -> Any:
+def base_network(model: Any) -> Any:
+    """The model of transformers below PEFT's, or the model itself if nothing is around it.
+
+    Args:
+        model: a causal language model, with or without adapters, not wrapped.
+    """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from quantkd.errors import ConfigError
 from quantkd.fused import DenseTeacher
@@ -18,6 +19,7 @@ from quantkd.head import find_head, hidden_states_as_logits, why_not_fusable
 from quantkd.losses import select_targets
 from quantkd.student import is_quantized
 from quantkd.topk import TopKLogprobs
+from quantkd.weights import count_rows
 
 __all__ = ["LiveTeacher"]
 
@@ -34,7 +36,7 @@ class LiveTeacher:
         **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
 
     Raises:
-        ConfigError: "adapter_disabled", a quantized teacher, or one of another vocabulary.
+        ConfigError: "adapter_disabled", a quantized teacher, one of another vocabulary, or DeepSpeed ZeRO-3.
     """
 
     def __init__(
@@ -50,6 +52,11 @@ class LiveTeacher:
                 "quantized student that is the 4-bit model itself, whose errors shall be mended, not the 16-bit one. "
                 "Give the name of the full-precision model, or train on a transfer set."
             )
+        if is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                "teacher_model cannot run beside a student under DeepSpeed ZeRO-3, which would partition the teacher "
+                "too. Train on a transfer set, or under DDP, FSDP2 or ZeRO-2."
+            )
         if isinstance(model, str):
             kwargs = {"device_map": {"": default_device()}, "trust_remote_code": False, **model_init_kwargs}
             kwargs["dtype"] = parse_dtype(kwargs.get("dtype"))
@@ -59,7 +66,7 @@ class LiveTeacher:
                 "The teacher_model is quantized, so its errors would be taught. Load it in 16 or 32 bits, or train on "
                 "a transfer set that the full-precision model wrote."
             )
-        width, own = student.get_output_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
+        width, own = (count_rows(each.get_output_embeddings().weight) for each in (student, model))
         if width != own:
             raise ConfigError(
                 f"The student's vocabulary has {width} ids, the teacher_model's {own}. "

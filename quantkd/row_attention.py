@@ -10,6 +10,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from quantkd.head import base_network
+
 __all__ = ["ROW_ATTENTION", "attend_by_row", "use_row_attention"]
 
 ROW_ATTENTION = "quantkd_rows"
@@ -38,7 +40,7 @@ def use_row_attention(model: Any) -> bool:
         return False
     AttentionInterface.register(ROW_ATTENTION, attend_by_row)
     AttentionMaskInterface.register(ROW_ATTENTION, sdpa_mask)  # for batches that are not packed
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network = base_network(model)
     network.set_attn_implementation(ROW_ATTENTION)
     return True
 

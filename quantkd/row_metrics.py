@@ -55,7 +55,7 @@ def compute_row_metrics(
         part = slice(start, min(start + step, len(targets)))
         logits = hidden[part] if head is None else head.logits(hidden[part])
         if isinstance(teacher, DenseTeacher):
-            entries = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden[part]), (1.0, temperature))
+            entries = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden[part]), tuple({1.0, temperature}))
         else:
             entries = teacher.select(torch.arange(part.start, part.stop, device=hidden.device))
         terms = compute_position_terms(logits, targets[part], entries)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -25,6 +26,8 @@ def row_lengths(dataset: Any) -> list[int] | None:
         return [int(length) for length in dataset.lengths]
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return None
+    if isinstance(dataset, Dataset):  # a column is read without the others
+        return [len(ids) for ids in dataset["input_ids"]]
     return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
 
 
@@ -86,7 +89,9 @@ def order_for_evaluation(dataset: Any) -> list[int] | None:
     """The longest rows first, for metrics that are sums over rows; None for the data set's own order.
 
     Args:
-        dataset: the rows.
+        dataset: the rows. Only a `TransferSet` tells their lengths at no cost, and this is asked in every evaluation.
     """
-    lengths = row_lengths(dataset)
-    return None if lengths is None else sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    if not isinstance(dataset, TransferSet):
+        return None
+    lengths = dataset.lengths
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])

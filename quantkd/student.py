@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
+from quantkd.head import base_network
 
 __all__ = [
     "attach_lora",
@@ -73,7 +74,7 @@ def is_quantized(model: Any) -> bool:
     Args:
         model: a model of transformers or PEFT.
     """
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network = base_network(model)
     return bool(getattr(network, "is_quantized", False))
 
 

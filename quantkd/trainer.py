@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from quantkd.collator import DistillationCollator
-from quantkd.compatibility import check_transfer_set
+from quantkd.compatibility import check_collator, check_transfer_set, find_transfer_sets
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import DataError
 from quantkd.fused import DenseTeacher
@@ -45,20 +44,17 @@ class QuantizedDistillationTrainer(Trainer):
         model: a Hub name or checkpoint folder, loaded in NF4 with adapters; or a loaded model. A loaded model is taken
             as it is; if it is quantized and has no adapters yet, or `peft_config` is given, adapters are attached.
         args: the training arguments; defaults with output in `quantkd_output` if None.
-        train_dataset: a `TransferSet`, or any data set whose rows hold `input_ids`, `labels` and `teacher`; `teacher`
-            may be missing beside a `teacher_model`.
+        train_dataset: a `TransferSet`, or rows with `input_ids`, `labels` and, without a `teacher_model`, `teacher`.
         eval_dataset: held-out rows of the same kind, or a dict of several.
         processing_class: the student's tokenizer; loaded from the model's name if None.
         peft_config: adapters to attach; rank 16 on all linear layers if None.
         quantization_config: for a model given by name, any quantization config of transformers; NF4 if None.
-        teacher_model: a full-precision model, or its name, that runs beside the student instead of stored entries; for
-            those who have the memory. Its whole distribution is learned from, and any stored entries are not read.
+        teacher_model: a full-precision model, or its name, that runs beside the student; stored entries are not read.
         **trainer_kwargs: everything else that `transformers.Trainer` takes (callbacks, optimizers, ...).
 
-    Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Weights of rows, as `concatenate`
-    gives them, enter the training loss alone: `ce`, `kl` and all of evaluation are without them. Evaluation adds
-    `eval_kl` (forward KL to the teacher at temperature 1, whatever is trained), `eval_ce`, `eval_perplexity` and
-    `eval_top1_agreement`.
+    Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Evaluation adds `eval_kl` (forward
+    KL to the teacher at temperature 1, whatever is trained), `eval_ce`, `eval_perplexity` and `eval_top1_agreement`.
+    Weights of rows, as `concatenate` gives them, enter the training loss alone.
 
     Raises:
         ConfigError: arguments that do not fit each other or the transfer set.
@@ -89,8 +85,7 @@ class QuantizedDistillationTrainer(Trainer):
         args = args or QuantizedDistillationConfig("quantkd_output")
         take_one_gpu(args)
         processing_class = processing_class or load_tokenizer(model, args)
-        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-        self.transfer_sets = [dataset for dataset in datasets if isinstance(dataset, TransferSet)]
+        self.transfer_sets = find_transfer_sets(train_dataset, eval_dataset)
         for transfer_set in self.transfer_sets:
             check_transfer_set(transfer_set, processing_class, args)
         model = prepare_student(
@@ -102,10 +97,8 @@ class QuantizedDistillationTrainer(Trainer):
             quantization_config=quantization_config,
         )
         self.live_teacher = None if teacher_model is None else load_live_teacher(teacher_model, model, args)
-        if data_collator is None:
-            pad = processing_class.pad_token_id
-            pad = processing_class.eos_token_id or 0 if pad is None else pad
-            data_collator = DistillationCollator(pad, packing=args.packing)
+        data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class)
+        check_collator(data_collator, args)
         super().__init__(
             model=model,
             args=args,
@@ -121,7 +114,7 @@ class QuantizedDistillationTrainer(Trainer):
         # Where weights are shared out, only the wrapper's forward pass has them whole: tried at the first one.
         if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             self._is_fused(model)
-        self._train_terms = torch.zeros(3, dtype=torch.float64)  # summed ce, summed kl, optimizer steps
+        self._train_terms = torch.zeros(3)  # summed ce, summed kl, optimizer steps
         self._eval_rows: list[Tensor] = []
 
     def compute_loss(
@@ -147,8 +140,7 @@ class QuantizedDistillationTrainer(Trainer):
         outputs, hidden, labels = self._forward(model, inputs)
         teacher = self._teacher(inputs, hidden.device)
         with gathered_head(self._unwrapped(model), hidden.dtype) if self._fused else nullcontext() as head:
-            weights = None if "weights" not in inputs else inputs["weights"].to(hidden.device)
-            terms = compute_terms(hidden, labels, teacher, head, weights=weights, **self._objective)
+            terms = compute_terms(hidden, labels, teacher, head, weights=inputs.get("weights"), **self._objective)
         if num_items_in_batch is None:
             scale: Tensor | float = 1.0 / max(len(labels), 1)
         else:
@@ -157,9 +149,10 @@ class QuantizedDistillationTrainer(Trainer):
             scale = world / num_items_in_batch
         loss = terms.loss * scale
         if model.training:
-            self._train_terms[:2] += (
-                torch.stack([terms.ce.sum() * scale, terms.kl.sum() * scale]).detach().double().cpu()
-            )
+            # On the device, for reading them would wait for it in every step.
+            step = torch.stack([terms.ce.sum(), terms.kl.sum()]).float() * scale
+            self._train_terms = self._train_terms.to(step.device)
+            self._train_terms[:2] += step
             self._train_terms[2] += float(self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
 
@@ -205,45 +198,28 @@ class QuantizedDistillationTrainer(Trainer):
             start_time: passed on.
         """
         if "loss" in logs and self._train_terms[2] > 0:
-            mean = self.accelerator.reduce(self._train_terms.float().to(self.args.device), "mean").cpu().double()
-            logs["ce"], logs["kl"] = (float(mean[i] / mean[2]) for i in (0, 1))
+            mean = self.accelerator.reduce(self._train_terms.to(self.args.device), "mean").tolist()
+            logs["ce"], logs["kl"] = (total / mean[2] for total in mean[:2])
             self._train_terms.zero_()
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return order_for_training(dataset, self.args) or super()._get_train_sampler(dataset)
+        order = order_for_training(dataset, self.args)
+        return super()._get_train_sampler(dataset) if order is None else order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return order_for_evaluation(eval_dataset)
 
-    def get_eval_dataloader(self, eval_dataset: Any | None = None) -> DataLoader[Any]:
-        """The Trainer's, never packed: metrics are kept by row, and rows are counted by the batch's first dimension.
-
-        Args:
-            eval_dataset: passed on.
-        """
-        with self._unpacked():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """The Trainer's, never packed.
-
-        Args:
-            test_dataset: passed on.
-        """
-        with self._unpacked():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _unpacked(self) -> Iterator[None]:
-        collator = self.data_collator
-        if isinstance(collator, DistillationCollator):
-            self.data_collator = replace(collator, packing=False)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's, packed if asked for. Evaluation never is: its metrics are kept by row of the batch."""
+        padded = self.data_collator
+        if self.args.packing and isinstance(padded, DistillationCollator):  # no other, by `check_collator`
+            self.data_collator = replace(padded, packing=True)
         try:
-            yield
+            return super().get_train_dataloader()
         finally:
-            self.data_collator = collator
+            self.data_collator = padded
 
     def prediction_step(
         self,
@@ -296,10 +272,8 @@ class QuantizedDistillationTrainer(Trainer):
         """
         self._eval_rows = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        rows = torch.cat(self._eval_rows)
-        self._eval_rows = []
-        metrics = summarize_rows(rows)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        rows = summarize_rows(torch.cat(self._eval_rows))
+        named = {f"{metric_key_prefix}_{name}": value for name, value in rows.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

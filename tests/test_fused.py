@@ -44,6 +44,14 @@ def reference(hidden, head, labels, entries, alpha, temperature, **objective):
     return terms.mix(alpha, temperature).sum(), terms
 
 
+def assert_equal_in_float64(fused, expected, terms, leaves):
+    torch.testing.assert_close(fused.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fused.ce, terms.ce.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fused.kl, terms.kl.detach(), rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(gradients(fused.loss, *leaves), gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
 def gradients(loss, *tensors):
     return torch.autograd.grad(loss, [tensor for tensor in tensors if tensor is not None])
 
@@ -60,11 +68,7 @@ def test_equal_to_the_reference_in_float64(divergence, temperature, kind):
     fused = compute_fused_loss(
         hidden, head, labels, entries, alpha=0.7, temperature=temperature, chunk_rows=3, **objective
     )
-    torch.testing.assert_close(fused.loss, expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(fused.ce, terms.ce.detach(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(fused.kl, terms.kl.detach(), rtol=1e-9, atol=1e-12)
-    for ours, theirs in zip(gradients(fused.loss, *leaves), gradients(expected, *leaves), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert_equal_in_float64(fused, expected, terms, leaves)
 
 
 @settings(max_examples=60, deadline=None)
@@ -238,11 +242,7 @@ def test_a_dense_teacher_equals_its_whole_distribution_in_float64(divergence, te
     fused = compute_fused_loss(
         hidden, head, labels, teacher, alpha=0.7, temperature=temperature, chunk_rows=3, **objective
     )
-    torch.testing.assert_close(fused.loss, expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(fused.ce, terms.ce.detach(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(fused.kl, terms.kl.detach(), rtol=1e-9, atol=1e-12)
-    for ours, theirs in zip(gradients(fused.loss, *leaves), gradients(expected, *leaves), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert_equal_in_float64(fused, expected, terms, leaves)
 
 
 @settings(max_examples=60, deadline=None)

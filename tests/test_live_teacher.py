@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def rows_of(transfer_set):
 
 def loss_and_gradient(trainer, rows):
     trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, dict(trainer.data_collator(rows)))
+    batch = replace(trainer.data_collator, packing=trainer.args.packing)(rows)
+    loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
 
@@ -127,6 +129,12 @@ def test_what_cannot_teach_is_refused(make_trainer, transfer_set, tiny_model_pat
     tiny_model.resize_token_embeddings(len(tiny_tokenizer) + 8)
     with pytest.raises(ConfigError, match=r"vocabulary has \d+ ids, the teacher_model's"):
         make_trainer(rows, teacher_model=tiny_model)
+
+
+def test_zero3_is_refused(make_trainer, transfer_set, tiny_model_path, monkeypatch):
+    monkeypatch.setattr("quantkd.live_teacher.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match="cannot run beside a student under DeepSpeed ZeRO-3"):
+        make_trainer(rows_of(transfer_set), teacher_model=str(tiny_model_path))
 
 
 def test_rows_without_entries_need_a_live_teacher(make_trainer, transfer_set):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def make_trainer(tiny_model_path, transfer_set, tmp_path):
 
 def loss_and_gradient(trainer, rows):
     trainer.model.train().zero_grad()
-    batch = trainer.data_collator(rows)
+    batch = replace(trainer.data_collator, packing=trainer.args.packing)(rows)
     loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
     gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad and p.grad is not None]
@@ -151,3 +152,8 @@ def test_they_are_refused_before_the_first_step(make_trainer, tiny_tokenizer):
     )
     with pytest.raises(ConfigError, match=r"packing=True would let rows see each other.*group_by_length"):
         make_trainer(model=model, packing=True, trainer_kwargs={"processing_class": tiny_tokenizer})
+
+
+def test_packing_needs_our_collator(make_trainer):
+    with pytest.raises(ConfigError, match="packs with a DistillationCollator, found the data_collator function"):
+        make_trainer(packing=True, trainer_kwargs={"data_collator": lambda rows: rows})

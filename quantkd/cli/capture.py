@@ -122,6 +122,11 @@ class _Printer(CaptureObserver):
         self.output_dir, self.dry_run = output_dir, dry_run
 
     def planned(self, estimate: CaptureEstimate) -> None:
+        """Print the plan; a dry run ends here.
+
+        Args:
+            estimate: what the pass will take.
+        """
         if process_state().is_main_process:
             # The plan is what a dry run is asked for; otherwise it goes where the bar goes.
             print(format_estimate(estimate), file=sys.stdout if self.dry_run else sys.stderr, flush=True)
@@ -129,6 +134,11 @@ class _Printer(CaptureObserver):
             raise SystemExit(0)
 
     def finished(self, summary: CaptureSummary) -> None:
+        """Print what was done.
+
+        Args:
+            summary: of the finished set.
+        """
         if process_state().is_main_process:
             print(f"{self.output_dir}\n{format_info(summary.info)}\n{format_summary(summary)}".rstrip())
 

@@ -18,6 +18,7 @@ from quantkd.evaluation.records import RecordFile, compute_model_fingerprint, co
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
 from quantkd.generation import check_context
 from quantkd.hardware import process_state
+from quantkd.head import base_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,7 +220,7 @@ def _answer(
     if not prompts:
         raise DataError("There is nothing to evaluate: 0 rows were given; expected at least one.")
     # Before they are dealt: so that every process refuses the same row, by its number in the whole list.
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network = base_network(model)
     check_context(network, [len(prompt) for prompt in prompts], limits["max_new_tokens"])
     is_main = not share or process_state().is_main_process
     done: dict[int, Record] = {}

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from quantkd.errors import ConfigError
 from quantkd.generation import build_generation_config, cache_argument, check_context, generation_mode
+from quantkd.head import base_network
 
 __all__ = ["Generated", "generate_greedy"]
 
@@ -78,7 +79,7 @@ def generate_greedy(
         raise ConfigError(
             "The model has a prompt-learning adapter; evaluation supports LoRA-like ones. Merge it first."
         )
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network = base_network(model)
     check_context(network, [len(prompt) for prompt in prompts], max_new_tokens)
     settings = build_generation_config(network, tokenizer, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))

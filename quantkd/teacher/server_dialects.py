@@ -18,6 +18,12 @@ __all__ = ["DIALECTS", "Answer", "Completion", "Dialect"]
 _TOKEN_ID = "token_id:"
 
 
+_LLAMA_CPP_SCORES_NOTHING = (
+    "llama.cpp's server gives no log-probabilities of given answers. Let the teacher answer (responses='generate'), or "
+    "score with the transformers or vLLM engine, or vLLM's or SGLang's server."
+)
+
+
 @dataclass(frozen=True)
 class Completion:
     """What a server is asked for.
@@ -254,15 +260,12 @@ class LlamaCpp:
         return Answer(tokens, [place for _, place in places], TopLogprobs.from_pairs(pairs), reason)
 
     def ask_score(self, completion: Completion, first: int) -> tuple[str, dict[str, Any]]:
-        """Refused."""
-        raise ConfigError(
-            "llama.cpp's server gives no log-probabilities of given answers. Let the teacher answer "
-            "(responses='generate'), or score with the transformers or vLLM engine, or vLLM's or SGLang's server."
-        )
+        """Refused: the server gives no log-probabilities of given answers."""
+        raise ConfigError(_LLAMA_CPP_SCORES_NOTHING)
 
     def read_score(self, body: Any, completion: Completion) -> TopLogprobs:
-        """Never reached: `ask_score` refuses."""
-        raise NotImplementedError
+        """Refused: the server gives no log-probabilities of given answers."""
+        raise ConfigError(_LLAMA_CPP_SCORES_NOTHING)
 
 
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (VLLM(), SGLang(), LlamaCpp())}

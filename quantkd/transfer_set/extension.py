@@ -139,8 +139,10 @@ def merge_extension(path: str | Path, filesystem: FileSystem | None = None) -> s
             if not lock.wait(LOCK_TIMEOUT_SECONDS):
                 raise TransferSetError(f"Another process keeps {lock.path} locked. Stop it, and run the command again.")
             base = read_index(folder)
-            if staging.exists():
+            if (staging / INDEX_NAME).exists():
                 base = _merge(folder, staging, base, disk)
+            elif staging.exists():
+                _remove_emptied(staging)
             lock.release(remove=True)
     except OSError as error:
         raise TransferSetError(
@@ -182,6 +184,17 @@ def _merge(folder: Path, staging: Path, base: Index, disk: FileSystem) -> Index:
         disk.reach("extension:emptied")
     staging.rmdir()
     return base
+
+
+def _remove_emptied(staging: Path) -> None:
+    """What a kill between the last file and its folder leaves; the index went last, so anything else is unfinished."""
+    left = sorted(entry.name for entry in os.scandir(staging))
+    if left:
+        raise TransferSetError(
+            f"The extension at {staging} is not finished: it holds {', '.join(left[:5])} and no index. Run the command "
+            "that began it again."
+        )
+    staging.rmdir()
 
 
 def _next_row(plan: Plan) -> int:

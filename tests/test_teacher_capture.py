@@ -1,0 +1,329 @@
+"""Capture around the teacher: filters, samples, batches that do not fit, the probe, and growing a finished set."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
+from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
+from quantkd.teacher.progress import CaptureObserver
+from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.extension import merge_extension
+from quantkd.transfer_set.filesystem import FileSystem
+from quantkd.transfer_set.index import read_index
+from tests.conftest import build_tiny_model
+
+PROMPTS = [f"What is {a} + {b}?" for a in range(3) for b in range(4)]
+
+
+class FakeTeacher:
+    """Answers with a token for each of `lengths`, found by the row's number; no model is behind it."""
+
+    engine, name, revision, dtype, temperatures = "fake", "fake", "", "float32", (1.0,)
+    batch_invariant = False
+    max_context = 400
+
+    def __init__(self, tokenizer, fits=10**9, lengths=(3, 1, 5, 2)):
+        self.tokenizer, self.fits, self.lengths = tokenizer, fits, lengths
+        self.batches: list[int] = []
+        self.failures = 0
+
+    @property
+    def vocab_size(self):
+        return len(self.tokenizer)
+
+    def answer(self, prompts):
+        self.batches.append(len(prompts))
+        if len(prompts) > self.fits:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [self.row(prompt) for prompt in prompts]
+
+    score = answer
+
+    def row(self, prompt):
+        length = self.lengths[prompt.index % len(self.lengths)]
+        ids = [*prompt.prompt_ids, *range(10, 10 + length)]
+        return TransferRow(
+            input_ids=np.asarray(ids, dtype=np.int64),
+            spans=np.asarray([[len(prompt.prompt_ids), len(ids)]], dtype=np.int64),
+            counts=np.ones(length, dtype=np.int64),
+            token_ids=np.arange(10, 10 + length),
+            logprobs=np.full(length, -0.25, dtype=np.float32),
+            log_normalizers=np.zeros((length, 1), dtype=np.float32),
+            finished=length != 5,
+        )
+
+
+def run(teacher, path, prompts=PROMPTS, **kwargs):
+    return capture(teacher, prompts, path, progress=False, **{"batch_size": 4, "rows_per_shard": 4, **kwargs})
+
+
+def answers(transfer_set):
+    return Counter(len(transfer_set[row]["teacher"]) for row in range(len(transfer_set)))
+
+
+# -- filters ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_path):
+    def no_one_plus(example, text):
+        return "1 +" not in example.prompt
+
+    filters = [FinishedOnly(), ResponseLength(2, 3), no_one_plus]
+    transfer_set = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=filters)
+    # Of 12 rows 3 have 5 tokens and are cut, 3 have 1 token, and of the rest the middle four prompts hold two.
+    assert answers(transfer_set) == {3: 2, 2: 2}
+    counters = transfer_set.info.counters
+    assert (counters["filtered_unfinished"], counters["filtered_short"], counters["filtered_no_one_plus"]) == (3, 3, 2)
+    assert transfer_set.info.num_rows == 4 and transfer_set.info.num_prompts == 12
+    with pytest.raises(TransferSetError, match="differ"):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
+
+
+def test_a_set_may_end_up_empty_and_says_so(tiny_tokenizer, tmp_path, caplog):
+    transfer_set = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=[ResponseLength(9)])
+    assert len(transfer_set) == 0 and "No row passed the filters" in caplog.text
+
+
+def test_correct_answers_alone(tiny_tokenizer, tmp_path):
+    rows = [{"prompt": p, "completion": "#### 1" if i % 2 else "#### 2"} for i, p in enumerate(PROMPTS)]
+    kept = run(
+        FakeTeacher(tiny_tokenizer), tmp_path / "s", rows,
+        filters=[CorrectOnly(verifier=lambda text, reference: reference.endswith("1"))],
+    )  # fmt: skip
+    assert len(kept) == 6 and kept.info.counters["filtered_incorrect"] == 6
+    with pytest.raises(DataError, match="no reference answer, and correct_only was asked for"):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "t", filters=[CorrectOnly()])
+    with pytest.raises(ConfigError, match="responses='given' takes the data set's"):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "t", rows, filters=[CorrectOnly()], responses="given")
+
+
+def test_bad_filters_are_refused(tiny_tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="expected a filter of quantkd"):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=["finished"])
+    with pytest.raises(ConfigError, match="1 <= min_response_tokens <= max_response_tokens"):
+        ResponseLength(5, 2)
+
+
+# -- samples and duplicates ------------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(tiny_model, tiny_tokenizer, tmp_path):
+    def go(name, batch_size):
+        return capture(
+            tiny_model, PROMPTS[:3], tmp_path / name, tokenizer=tiny_tokenizer, num_samples=3, do_sample=True,
+            max_new_tokens=6, batch_size=batch_size, progress=False,
+        )  # fmt: skip
+
+    one, other = go("a", 2), go("b", 9)
+    assert len(one) == 9
+    rows = [one[row]["input_ids"].tolist() for row in range(9)]
+    assert rows == [other[row]["input_ids"].tolist() for row in range(9)]
+    assert len({tuple(row) for row in rows}) > 6
+    with pytest.raises(ConfigError, match="needs a teacher that samples"):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "c", num_samples=2)
+
+
+def test_duplicate_prompts_and_answers_are_dropped(tiny_model, tiny_tokenizer, tmp_path):
+    transfer_set = run(
+        FakeTeacher(tiny_tokenizer), tmp_path / "s", [*PROMPTS, *PROMPTS[:5]], filters=[DropDuplicates()]
+    )
+    assert len(transfer_set) == 12 and transfer_set.info.counters["filtered_duplicate_prompts"] == 5
+    sampled = capture(
+        tiny_model, PROMPTS[:2], tmp_path / "t", tokenizer=tiny_tokenizer, num_samples=4, do_sample=True,
+        generation_temperature=1e-4, max_new_tokens=4, filters=[DropDuplicates()], progress=False,
+    )  # fmt: skip
+    assert len(sampled) == 2 and sampled.info.counters["filtered_duplicate"] == 6
+
+
+# -- batches that do not fit -----------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_halved_only_where_the_bytes_stay(tiny_tokenizer, tmp_path):
+    expected = run(FakeTeacher(tiny_tokenizer), tmp_path / "plain").digest
+    invariant = FakeTeacher(tiny_tokenizer, fits=1)
+    invariant.batch_invariant = True
+    assert run(invariant, tmp_path / "halved").digest == expected and invariant.failures > 0
+    with pytest.raises(TeacherError, match=r"Memory ran out twice in a batch of 4 prompts.*--batch_size 2"):
+        run(FakeTeacher(tiny_tokenizer, fits=2), tmp_path / "other")
+    with pytest.raises(TeacherError, match="Memory ran out for prompt"):
+        nothing = FakeTeacher(tiny_tokenizer, fits=0)
+        nothing.batch_invariant = True
+        run(nothing, tmp_path / "none")
+
+
+def test_an_unlucky_batch_is_tried_again(tiny_tokenizer, tmp_path):
+    class Unlucky(FakeTeacher):
+        def answer(self, prompts):
+            if not self.failures:
+                self.failures += 1
+                raise RuntimeError("CUDA error: out of memory")
+            return super().answer(prompts)
+
+    assert (
+        run(Unlucky(tiny_tokenizer), tmp_path / "s").digest == run(FakeTeacher(tiny_tokenizer), tmp_path / "t").digest
+    )
+
+
+def test_other_errors_pass_through(tiny_tokenizer, tmp_path):
+    class Broken(FakeTeacher):
+        def answer(self, prompts):
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(Broken(tiny_tokenizer), tmp_path / "s")
+
+
+def test_the_probe_stays_below_what_fits_and_is_asked_once(tiny_tokenizer, tmp_path):
+    teacher = FakeTeacher(tiny_tokenizer, fits=5)
+    run(teacher, tmp_path / "s", batch_size="auto", rows_per_shard=None)
+    chosen = read_index(tmp_path / "s").plan.batch_size
+    assert chosen in (1, 2, 4) and max(teacher.batches[-12 // chosen :]) <= chosen
+    again = FakeTeacher(tiny_tokenizer, fits=5)
+    run(again, tmp_path / "s", batch_size="auto", rows_per_shard=None)
+    assert again.batches == []
+    with pytest.raises(TeacherError, match="does not fit into memory"):
+        run(FakeTeacher(tiny_tokenizer, fits=0), tmp_path / "t", batch_size="auto")
+
+
+def test_a_dry_run_writes_nothing(tiny_tokenizer, tmp_path):
+    class Stop(CaptureObserver):
+        def planned(self, estimate):
+            self.estimate = estimate
+            raise KeyboardInterrupt
+
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", observer=stop)
+    assert not (tmp_path / "s").exists()
+    assert stop.estimate.plan.num_prompts == 12 and stop.estimate.num_bytes > 0 and stop.estimate.free_bytes > 0
+
+
+# -- growing a set ---------------------------------------------------------------------------------------------------
+
+
+def grown(tokenizer, path):
+    run(FakeTeacher(tokenizer), path, PROMPTS[:6])
+    return run(FakeTeacher(tokenizer), path, PROMPTS[6:], extend=True)
+
+
+def test_old_shards_keep_their_bytes_and_the_digest_is_new(tiny_tokenizer, tmp_path):
+    first = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[:6])
+    old = {file.name: file.read_bytes() for file in (tmp_path / "s").glob("*.safetensors")}
+    both = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[6:], extend=True)
+    assert len(both) == 12 and both.digest != first.digest
+    assert all((tmp_path / "s" / name).read_bytes() == data for name, data in old.items())
+    assert TransferSet.open(tmp_path / "s", verify="full").digest == both.digest
+    prompts = [tiny_tokenizer.decode(both[row]["input_ids"]) for row in range(12)]
+    assert all(prompt in text for prompt, text in zip(PROMPTS, prompts, strict=True))
+    again = FakeTeacher(tiny_tokenizer)
+    assert run(again, tmp_path / "s", PROMPTS[6:], extend=True).digest == both.digest and again.batches == []
+
+
+def test_only_a_finished_set_of_the_same_plan_grows(tiny_tokenizer, tmp_path):
+    with pytest.raises(TransferSetError, match="no finished transfer set"):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", extend=True)
+    run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[:6])
+    with pytest.raises(TransferSetError, match="their plan differs from the set's in"):
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[6:], extend=True, profile="compact")
+
+
+class Dead(Exception):
+    """The process is killed."""
+
+
+class DyingDisk(FileSystem):
+    """Dies at the n-th of the named steps of an extension."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def reach(self, step):
+        if step.startswith(("extension", "index")):
+            self.left -= 1
+            if self.left < 0:
+                raise Dead(step)
+        super().reach(step)
+
+
+def test_killed_at_any_step_the_set_is_the_old_one_or_the_new_one(tiny_tokenizer, tmp_path):
+    whole = grown(tiny_tokenizer, tmp_path / "whole")
+    old = run(FakeTeacher(tiny_tokenizer), tmp_path / "base", PROMPTS[:6]).digest
+
+    # The extension finished, and not yet taken in: what `capture` leaves when it is killed just before.
+    staged = tmp_path / "staged"
+    shutil.copytree(tmp_path / "base", staged)
+    with pytest.MonkeyPatch.context() as patch:
+        # `quantkd.teacher.capture` is the function; the module of that name lies behind it.
+        patch.setattr(sys.modules["quantkd.teacher.capture"], "grow", lambda folder: None)
+        assert run(FakeTeacher(tiny_tokenizer), staged, PROMPTS[6:], extend=True).digest == old
+
+    seen, step = set(), 0
+    while True:
+        folder = tmp_path / f"at-{step}"
+        shutil.copytree(staged, folder)
+        try:
+            merge_extension(folder, DyingDisk(step))
+        except Dead:
+            seen.add(TransferSet.open(folder, verify="full").digest)
+            assert merge_extension(folder) == whole.digest  # the same command goes on
+        else:
+            break
+        assert TransferSet.open(folder, verify="full").digest == whole.digest
+        step += 1
+    assert step >= 4 and seen == {old, whole.digest}
+    (staged / "extension" / "index.json").unlink()
+    with pytest.raises(TransferSetError, match="is not finished: it holds"):
+        merge_extension(staged)
+
+
+# -- teachers --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    options = {"max_new_tokens": 5, "dtype": "float32", "progress": False}
+    plain = capture(str(tiny_model_path), PROMPTS[:3], tmp_path / "plain", **options)
+    adapted = capture(
+        str(tiny_model_path), PROMPTS[:3], tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options
+    )
+    assert adapted.digest != plain.digest
+    assert str(tmp_path).encode() not in (tmp_path / "adapted" / "index.json").read_bytes()
+    with pytest.raises(TransferSetError):
+        capture(str(tiny_model_path), PROMPTS[:3], tmp_path / "adapted", **options)
+
+
+def test_a_head_padded_beyond_the_tokenizer_teaches_its_own_student(tiny_tokenizer, tmp_path):
+    teacher = build_tiny_model(tiny_tokenizer)
+    teacher.resize_token_embeddings(len(tiny_tokenizer) + 8)
+    teacher.save_pretrained(tmp_path / "padded")
+    tiny_tokenizer.save_pretrained(tmp_path / "padded")
+    transfer_set = capture(
+        str(tmp_path / "padded"), PROMPTS[:4], tmp_path / "s", storage=Nucleus(0.9, 16), max_new_tokens=5,
+        dtype="float32", progress=False,
+    )  # fmt: skip
+    assert transfer_set.info.vocab_size == len(tiny_tokenizer) + 8
+    args = QuantizedDistillationConfig(
+        str(tmp_path / "o"), max_steps=1, save_strategy="no", model_init_kwargs={"dtype": "float32"}, disable_tqdm=True
+    )
+    QuantizedDistillationTrainer(str(tmp_path / "padded"), args, train_dataset=transfer_set).train()
+
+
+def test_no_address_reaches_the_set(tiny_tokenizer, tmp_path):
+    run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
+    for file in Path(tmp_path / "s").iterdir():
+        assert str(Path.home()).encode() not in file.read_bytes()
