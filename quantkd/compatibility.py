@@ -82,15 +82,16 @@ def check_student(transfer_set: TransferSet, model: PreTrainedModel | PeftModel)
         model: the student.
 
     Raises:
-        ConfigError: another vocabulary size.
+        ConfigError: a head that is smaller than the set's vocabulary.
         DataError: rows longer than the student's context.
     """
     config = model.config.get_text_config()
     width = count_rows(model.get_output_embeddings().weight)
-    if width != transfer_set.info.vocab_size:
+    if width < transfer_set.info.vocab_size:
         raise ConfigError(
-            f"The student's vocabulary has {width} ids, the teacher's logits had {transfer_set.info.vocab_size}. "
-            "Distil into a student of the same vocabulary."
+            f"The student's head has {width} rows, and the transfer set's entries may have ids up to "
+            f"{transfer_set.info.vocab_size - 1}. Distil into a student of the same vocabulary; if the tokenizer has "
+            "fewer ids than that, the set was captured with the padding of the teacher's head: capture it again."
         )
     context = getattr(config, "max_position_embeddings", None)
     longest = int(transfer_set.lengths.max())

@@ -11,7 +11,7 @@ from quantkd.errors import TransferSetError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_fingerprint", "compute_fingerprint"]
+__all__ = ["check_fingerprint", "compute_fingerprint", "count_token_ids"]
 
 # Where each part's digest lies in the 64 hexadecimal digits, so that a mismatch can say which part differs.
 _PARTS = {"vocabulary": slice(0, 24), "special tokens": slice(24, 40), "chat template": slice(40, 64)}
@@ -40,6 +40,21 @@ def compute_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(_digest(value)[part] for part, value in zip(_PARTS.values(), values, strict=True))
 
 
+def count_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the greatest id that the tokenizer knows.
+
+    A model's head is often padded beyond it, and by another number in each size of a family: Qwen2.5-7B has 152,064
+    rows and Qwen2.5-0.5B 151,936 for the same 151,665 ids.
+
+    Args:
+        tokenizer: any tokenizer of transformers.
+
+    Returns:
+        How many rows of a head can be a token at all.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_fingerprint(found: str, tokenizer: PreTrainedTokenizerBase, *, what: str) -> None:
     """Refuse a transfer set that another tokenizer wrote.
 
@@ -55,9 +70,15 @@ def check_fingerprint(found: str, tokenizer: PreTrainedTokenizerBase, *, what: s
     if found == expected:
         return
     differing = [name for name, part in _PARTS.items() if found[part] != expected[part]]
+    remedy = "To train on the teacher's layout of a chat, pass the teacher's tokenizer as processing_class."
+    if "vocabulary" in differing:
+        remedy = (
+            "Distil into a student of the teacher's own tokenizer, or capture again; from one tokenizer to another "
+            "distils TRL's GOLDTrainer (trl.experimental.gold)."
+        )
     raise TransferSetError(
         f"{what} was written with another tokenizer than the student's: the {' and the '.join(differing)} differ "
-        f"(found {found}, expected {expected}). Distil into a student of the teacher's own tokenizer, or capture again."
+        f"(found {found}, expected {expected}). {remedy}"
     )
 
 

@@ -70,7 +70,8 @@ class LiveTeacher:
         if width != own:
             raise ConfigError(
                 f"The student's vocabulary has {width} ids, the teacher_model's {own}. "
-                "Distil into a student of the same vocabulary."
+                "Distil into a student of the same vocabulary, or capture a transfer set: it leaves a head's padding "
+                "out, and so fits every student of the tokenizer."
             )
         self.model = model.eval().requires_grad_(False)
         self.temperatures = tuple(dict.fromkeys((1.0, *temperatures)))

@@ -77,10 +77,11 @@ class FakeServer:
                     owner.active += 1
                     owner.most_active = max(owner.most_active, owner.active)
                 try:
-                    self.fail(fault) if fault else self.reply(*owner.respond(self.path, body))
+                    answer = None if fault else owner.respond(self.path, body)
                 finally:
-                    with owner.lock:
+                    with owner.lock:  # before the answer leaves, for the next request may come at once
                         owner.active -= 1
+                self.fail(fault) if answer is None else self.reply(*answer)
 
             def reply(self, status: int, text: str, cut: int = 0) -> None:
                 data = text.encode()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from quantkd import Nucleus, Sampled, TopK, TransferSet, capture
+from quantkd.data.prompts import encode_prompt
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+from quantkd.teacher import EncodedPrompt, GenerationSettings, load_teacher
+from quantkd.teacher.transformers import TransformersTeacher
 
 PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat, and how many have two cats?"]
 
@@ -152,6 +157,44 @@ def test_rows_scored_from_generated_answers_agree_with_rows_captured_while_gener
         ordered = torch.cat([values[:, :1], values[:, 1:].gather(1, order)], 1)
         for stored, exact in zip(row["teacher"].logprobs.view(-1, 5), ordered, strict=True):
             assert_stored(stored, exact)
+
+
+def assert_same_entries(made, scored) -> None:
+    """The same ids but for ties, and log-probabilities within 1e-3, before anything is rounded for the disk."""
+    assert made.counts.tolist() == scored.counts.tolist()
+    pairs = [
+        dict(
+            zip(
+                zip(np.repeat(np.arange(len(row.counts)), row.counts), row.token_ids, strict=True),
+                row.logprobs,
+                strict=True,
+            )
+        )
+        for row in (made, scored)
+    ]
+    borders = np.split(made.logprobs, np.cumsum(made.counts)[:-1])
+    for place, token in pairs[0].keys() ^ pairs[1].keys():
+        value = pairs[0].get((place, token), pairs[1].get((place, token)))
+        assert abs(value - borders[place].min()) < 1e-3, "an entry that is no tie at the border is missing"
+    common = pairs[0].keys() & pairs[1].keys()
+    assert max(abs(pairs[0][key] - pairs[1][key]) for key in common) < 1e-3
+    np.testing.assert_allclose(made.log_normalizers, scored.log_normalizers, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", [TopK(5), Nucleus(0.9, 64)])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("smol", marks=pytest.mark.slow)])
+def test_answering_and_scoring_give_the_same_entries_in_float32(tiny_model_path, request, name, rule):
+    path = tiny_model_path if name == "tiny" else request.getfixturevalue("smol_path")
+    model, tokenizer = load_teacher(str(path), dtype="float32")
+    teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens=40))
+    prompts = [EncodedPrompt(index, encode_prompt(tokenizer, text)) for index, text in enumerate(PROMPTS)]
+    answers = teacher.answer(prompts)
+    given = [
+        replace(prompt, completion_ids=row.input_ids[row.spans[0, 0] :].tolist())
+        for prompt, row in zip(prompts, answers, strict=True)
+    ]
+    for made, scored in zip(answers, teacher.score(given), strict=True):
+        assert_same_entries(made, scored)
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(set_of):

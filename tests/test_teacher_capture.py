@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
+from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK, TransferSet, capture
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
 from quantkd.teacher.progress import CaptureObserver
@@ -71,6 +72,15 @@ def run(teacher, path, prompts=PROMPTS, **kwargs):
 
 def answers(transfer_set):
     return Counter(len(transfer_set[row]["teacher"]) for row in range(len(transfer_set)))
+
+
+def padded(model, rows):
+    """The model with rows of its head, and embeddings, that no token of the tokenizer has, and that say much."""
+    old = model.get_output_embeddings().weight.shape[0]
+    model.resize_token_embeddings(old + rows, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[old:] = 2 * model.get_output_embeddings().weight[:rows]
+    return model
 
 
 # -- filters ---------------------------------------------------------------------------------------------------------
@@ -307,20 +317,54 @@ def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tok
         capture(str(tiny_model_path), PROMPTS[:3], tmp_path / "adapted", **options)
 
 
-def test_a_head_padded_beyond_the_tokenizer_teaches_its_own_student(tiny_tokenizer, tmp_path):
-    teacher = build_tiny_model(tiny_tokenizer)
-    teacher.resize_token_embeddings(len(tiny_tokenizer) + 8)
-    teacher.save_pretrained(tmp_path / "padded")
-    tiny_tokenizer.save_pretrained(tmp_path / "padded")
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "generation_temperature": 3.0}])
+def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
+    ids = len(tiny_tokenizer)
+    teacher = padded(build_tiny_model(tiny_tokenizer), 8)
+    options = {"max_new_tokens": 8, "tokenizer": tiny_tokenizer, "progress": False, **sampling}
+    generated = capture(teacher, PROMPTS[:4], tmp_path / "s", storage=TopK(ids), temperatures=(1.0, 2.0), **options)
+    assert generated.info.vocab_size == ids
+    given = [{"prompt": prompt, "completion": "She has 7."} for prompt in PROMPTS[:4]]
+    scored = capture(teacher, given, tmp_path / "g", storage=Nucleus(0.9, 16), responses="given", **options)
+    for row in (*generated, *scored):
+        assert int(row["input_ids"].max()) < ids and int(row["teacher"].token_ids.max()) < ids
+        with torch.inference_mode():
+            logits = teacher(input_ids=row["input_ids"].unsqueeze(0)).logits[0, :, :ids].double()
+        targets = (row["labels"] != -100).nonzero().squeeze(1)
+        assert torch.equal(row["teacher"].top_ids, logits[targets - 1].argmax(-1))
+        expected = logits[targets - 1].log_softmax(-1).max(-1).values.exp()
+        first = row["teacher"].logprobs[row["teacher"].offsets[:-1]].double().exp()
+        torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
+        log_z = (logits[targets - 1] / 2).logsumexp(-1) - logits[targets - 1].logsumexp(-1) / 2
+        if len(row["teacher"].temperatures) == 2:
+            torch.testing.assert_close(row["teacher"].log_normalizers[:, 1].double(), log_z, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("teachers", "students"), [(8, 0), (8, 3), (0, 8), (8, 8)])
+def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
+    tiny_tokenizer, tmp_path, teachers, students
+):
+    """As Qwen2.5-7B, with 152,064 rows, does Qwen2.5-0.5B, with 151,936, of 151,665 ids."""
+    config = build_tiny_model(tiny_tokenizer).config
+    config.hidden_size, config.num_hidden_layers, config.head_dim = 128, 3, 32
+    torch.manual_seed(1)
+    teacher = padded(AutoModelForCausalLM.from_config(config).eval(), teachers)
+    padded(build_tiny_model(tiny_tokenizer), students).save_pretrained(tmp_path / "student")
+    tiny_tokenizer.save_pretrained(tmp_path / "student")
     transfer_set = capture(
-        str(tmp_path / "padded"), PROMPTS[:4], tmp_path / "s", storage=Nucleus(0.9, 16), max_new_tokens=5,
-        dtype="float32", progress=False,
-    )  # fmt: skip
-    assert transfer_set.info.vocab_size == len(tiny_tokenizer) + 8
-    args = QuantizedDistillationConfig(
-        str(tmp_path / "o"), max_steps=1, save_strategy="no", model_init_kwargs={"dtype": "float32"}, disable_tqdm=True
+        teacher, PROMPTS[:4], tmp_path / "s", max_new_tokens=8, tokenizer=tiny_tokenizer, progress=False
     )
-    QuantizedDistillationTrainer(str(tmp_path / "padded"), args, train_dataset=transfer_set).train()
+    args = QuantizedDistillationConfig(
+        str(tmp_path / "o"), max_steps=3, learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none",
+        per_device_train_batch_size=4, model_init_kwargs={"dtype": "float32"}, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = QuantizedDistillationTrainer(
+        str(tmp_path / "student"), args, train_dataset=transfer_set, eval_dataset=transfer_set
+    )
+    trainer.train()
+    losses = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    assert math.isfinite(trainer.evaluate()["eval_kl"])
 
 
 def test_no_address_reaches_the_set(tiny_tokenizer, tmp_path):

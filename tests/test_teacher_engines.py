@@ -54,6 +54,11 @@ def test_candidates_are_sorted_joined_and_cut():
     nucleus = row_of(pairs, Nucleus(0.45, max_k=3))
     assert nucleus.counts.tolist() == [1, 2, 1]
     assert nucleus.token_ids.tolist() == [2, 0, 1, 4]
+    padded = build_row(
+        4, [0] * 4, np.asarray([[1, 4]]), TopLogprobs.from_pairs(pairs), TopK(3), 7,
+        finished=True, engine="The engine", head_size=10,
+    )  # fmt: skip
+    assert padded.counts.tolist() == [2, 3, 1] and padded.token_ids.tolist() == [2, 3, 0, 1, 5, 4]  # 7 to the tail
     assert row_of([[(1, 5e-4)]], TopK(1)).logprobs.tolist() == [0.0]  # a float16 teacher's rounding
 
 

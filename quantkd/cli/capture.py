@@ -11,6 +11,7 @@ from typing import Any, Literal
 from quantkd.cli.format import format_info
 from quantkd.cli.format_capture import format_estimate, format_summary
 from quantkd.cli.parsing import parse_options
+from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import ConfigError
 from quantkd.hardware import process_state
 from quantkd.storage import parse_storage_rule
@@ -74,6 +75,10 @@ class CaptureArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "Put before every prompt whose messages bring none."}
     )
+    few_shot: str | None = field(
+        default=None,
+        metadata={"help": "Solved examples, in a file with the same columns, put before every prompt as turns."},
+    )
     plain_prompts: bool = field(default=False, metadata={"help": "Use no chat template, as for a base model."})
     finished_only: bool = field(default=False, metadata={"help": "Leave out answers that the length limit cut."})
     correct_only: bool = field(
@@ -88,6 +93,9 @@ class CaptureArguments:
         default=False, metadata={"help": "Leave out prompts that came before, and equal answers to one prompt."}
     )
     extend: bool = field(default=False, metadata={"help": "Add the prompts to the finished set in --output_dir."})
+    join: bool = field(
+        default=False, metadata={"help": "Share the work with the same command on other machines; give it to each."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop, with nothing written."})
     batch_size: str = field(
         default="8", metadata={"help": "Prompts a batch, or auto to probe once what fits into memory and pays."}
@@ -178,8 +186,10 @@ def main(argv: Sequence[str]) -> None:
         limit=args.limit,
         chat_template=not args.plain_prompts,
         system_prompt=args.system_prompt,
+        few_shot=_few_shot(args),
         filters=_filters(args),
         extend=args.extend,
+        join=args.join,
         batch_size=_batch_size(str(args.batch_size)),
         rows_per_shard=args.rows_per_shard,
         profile=args.profile,
@@ -190,6 +200,18 @@ def main(argv: Sequence[str]) -> None:
         base_url=args.base_url,
         engine_kwargs=_engine_kwargs(args.engine_kwargs),
         observer=_Printer(args.output_dir, args.dry_run),
+    )
+
+
+def _few_shot(args: CaptureArguments) -> list[Example]:
+    """The solved examples of the file, all of them."""
+    if args.few_shot is None:
+        return []
+    return load_examples(
+        args.few_shot,
+        prompt_column=args.prompt_column,
+        completion_column=args.answer_column or args.completion_column,
+        split=args.split,
     )
 
 

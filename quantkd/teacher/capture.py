@@ -55,6 +55,7 @@ def capture(
     few_shot: Sequence[Example] = (),
     filters: Sequence[Filter | Callable[[Example, str], bool]] = (),
     extend: bool = False,
+    join: bool = False,
     batch_size: int | Literal["auto"] = 8,
     rows_per_shard: int | None = None,
     profile: Literal["faithful", "compact"] | None = None,
@@ -101,6 +102,8 @@ def capture(
         filters: what is left out, and counted: those of `quantkd.teacher.filters`, or functions of an `Example` and
             the answer's text that return whether to keep it.
         extend: add the prompts to the finished set at `output_dir`; its shards stay as they are.
+        join: share the work with other launches of the same call, on any machine that sees the folder, now or later;
+            each must say so. The processes of one launch share it anyway.
         batch_size: prompts a batch, or "auto" to probe what fits and pays. Part of the plan, for it moves the last bits
             of the logits; a capture that goes on takes the plan's.
         rows_per_shard: prompts a shard; chosen from the number of prompts if None.
@@ -214,7 +217,7 @@ def capture(
         duplicate_prompts=len(examples) - len(numbers),
     )
     reporter = Progress.over(plan.num_prompts, show=progress)
-    join = process_state().num_processes > 1
+    join = join or process_state().num_processes > 1
     with reporter.bar, TransferSetWriter.open(place.folder, plan, join=join) as writer:
         if writer.is_complete:
             if not extend:

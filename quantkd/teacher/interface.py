@@ -72,7 +72,7 @@ class Teacher(Protocol):
         name: the model's name or path.
         revision: its commit, or "" if it has none.
         dtype: such as "bfloat16".
-        vocab_size: V, the width of its logits.
+        vocab_size: V, one more than the greatest id that can be a token; the padding of a head is not among them.
         max_context: tokens of prompt and answer together; None if it is not known.
         temperatures: the distillation temperatures it gives log-normalizers for, ascending; an engine that hands out
             log-probabilities alone gives (1.0,).
@@ -86,7 +86,7 @@ class Teacher(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """V, the width of its logits."""
+        """V, one more than the greatest id that can be a token."""
 
     @property
     def max_context(self) -> int | None:

@@ -191,6 +191,7 @@ def build_row(
     *,
     finished: bool,
     engine: str,
+    head_size: int | None = None,
 ) -> TransferRow:
     """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one a target.
 
@@ -203,6 +204,8 @@ def build_row(
         vocab_size: V.
         finished: False if the length limit cut the answer.
         engine: the engine, in words.
+        head_size: the width of the logits, where they are padded beyond `vocab_size`; candidates in the padding count
+            to the tail.
 
     Returns:
         The row; its only log-normalizer is that of temperature 1.
@@ -217,9 +220,10 @@ def build_row(
     where = f"{engine} answered prompt {index} with"
     if len(candidates.counts) != targets:
         raise TeacherError(f"{where} log-probabilities of {len(candidates.counts)} tokens; expected {targets}.")
-    for token in ids[(ids < 0) | (ids >= vocab_size)]:
+    head_size = max(head_size or vocab_size, vocab_size)
+    for token in ids[(ids < 0) | (ids >= head_size)]:
         raise TeacherError(
-            f"{where} the token id {token}, and the vocabulary ends at {vocab_size}. Check that the tokenizer is the "
+            f"{where} the token id {token}, and the vocabulary ends at {head_size}. Check that the tokenizer is the "
             "teacher's; if its logits are wider than that, name their width with vocab_size."
         )
     for logprob in logprobs[np.isnan(logprobs) | (logprobs > _ROUNDING)]:
@@ -230,7 +234,7 @@ def build_row(
 
     # The sampled token comes beside the most probable ones and may be one of them.
     owners = np.repeat(np.arange(targets, dtype=np.int64), candidates.counts)
-    _, first = np.unique(owners * vocab_size + ids, return_index=True)
+    _, first = np.unique(owners * head_size + ids, return_index=True)
     owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)
     order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
     owners, ids, logprobs = owners[order], ids[order], logprobs[order]
@@ -239,7 +243,7 @@ def build_row(
     width = count_entries(rule, vocab_size)
     rank = np.arange(len(ids)) - starts[owners]
     mass = np.exp(logprobs)
-    keep = (rank < width) & (logprobs > _ZERO_PROBABILITY)
+    keep = (rank < width) & (logprobs > _ZERO_PROBABILITY) & (ids < vocab_size)
     complete = counts >= width
     if not isinstance(rule, TopK):
         before = np.cumsum(mass) - mass

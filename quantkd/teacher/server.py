@@ -11,6 +11,7 @@ import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError, TeacherError
+from quantkd.fingerprint import count_token_ids
 from quantkd.storage import StorageRule
 from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
 from quantkd.teacher.logprobs import (
@@ -52,7 +53,7 @@ class ServerTeacher:
         temperatures: (1.0,); a server gives log-probabilities, and other temperatures need all logits.
         settings: how it answers.
         dialect: "vllm", "sglang" or "llama.cpp"; by what the server says about itself if None.
-        vocab_size: V, the width of the teacher's logits; that of the model's config beside the tokenizer if None, or
+        vocab_size: the width of the teacher's logits; that of the model's config beside the tokenizer if None, or
             the tokenizer's own.
         dtype: the dtype that the server runs the model in, as a note in the set; "" if it is not known.
         concurrency: requests under way at once.
@@ -96,7 +97,8 @@ class ServerTeacher:
             raise ConfigError(f"concurrency must be at least 1, found {concurrency}.")
         self.name, self.tokenizer, self.rule, self.settings, self.dtype = model_name, tokenizer, rule, settings, dtype
         width, own_ends = _read_config(tokenizer)
-        self._vocab_size = vocab_size or width
+        self.head_size = vocab_size or width
+        self._vocab_size = min(self.head_size, count_token_ids(tokenizer))
         self.width = count_entries(rule, self._vocab_size)
         self.ends = end_tokens(tokenizer, own_ends)
         self._concurrency = concurrency
@@ -113,7 +115,7 @@ class ServerTeacher:
 
     @property
     def vocab_size(self) -> int:
-        """V, the width of its logits."""
+        """V, the ids that can be a token; rows that pad the head beyond the tokenizer count to the tail."""
         return self._vocab_size
 
     @property
@@ -209,8 +211,9 @@ class ServerTeacher:
 
     def _row(self, index: int, sequence: list[int], spans: Any, candidates: Any, finished: bool) -> TransferRow:
         return build_row(
-            index, sequence, spans, candidates, self.rule, self._vocab_size, finished=finished, engine=_ENGINE
-        )
+            index, sequence, spans, candidates, self.rule, self._vocab_size,
+            finished=finished, engine=_ENGINE, head_size=self.head_size,
+        )  # fmt: skip
 
     def _parse(self, read: Callable[[], T], path: str) -> T:
         """Answers of another shape than the dialect's become one line."""

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from quantkd.errors import TeacherError
+from quantkd.fingerprint import count_token_ids
 from quantkd.generation import build_generation_config, cache_argument, generation_mode
 from quantkd.storage import PickedEntries, Sampled, StorageRule, pick_entries
 from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
@@ -44,6 +45,7 @@ class TransformersTeacher:
         settings: how it answers.
 
     Attributes:
+        vocab_size: V, the ids that can be a token; rows that pad the head beyond the tokenizer take no part.
         batch_invariant: False: the shape of a batch moves the last bits of the logits.
     """
 
@@ -64,11 +66,7 @@ class TransformersTeacher:
         self.name = str(model.config._name_or_path)
         self.revision = str(getattr(model.config, "_commit_hash", None) or "")
         self.dtype = str(model.dtype).removeprefix("torch.")
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the width of the logits; at least the tokenizer's size, and more where the head is padded."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        self.vocab_size = min(int(model.get_output_embeddings().weight.shape[0]), count_token_ids(tokenizer))
 
     @property
     def max_context(self) -> int | None:
@@ -102,7 +100,7 @@ class TransformersTeacher:
         """
         width = max(len(prompt.prompt_ids) for prompt in prompts)
         input_ids, mask = self._left_padded(prompts, width)
-        recorder = _Recorder(self.rule, self.temperatures, self.settings, prompts)
+        recorder = _Recorder(self.vocab_size, self.rule, self.temperatures, self.settings, prompts)
         with generation_mode(self.model, self.config), torch.inference_mode():
             output = self.model.generate(
                 input_ids=input_ids,
@@ -161,7 +159,7 @@ class TransformersTeacher:
                 outputs = self.model(
                     input_ids=input_ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **kwargs, **cache
                 )
-                logits = outputs.logits[:, -1:] if start == 0 else outputs.logits
+                logits = (outputs.logits[:, -1:] if start == 0 else outputs.logits)[..., : self.vocab_size]
                 first = 0 if start == 0 else start + 1 - width  # the step that the first of these logits predicts
                 for offset in range(logits.shape[1]):
                     uniforms = draws.entries()  # one a step, kept or not, so that a row's draws are its own
@@ -250,12 +248,13 @@ class _Recorder(LogitsProcessor):
 
     def __init__(
         self,
+        vocab_size: int,
         rule: StorageRule,
         temperatures: Sequence[float],
         settings: GenerationSettings,
         prompts: Sequence[EncodedPrompt],
     ) -> None:
-        self.rule, self.temperatures, self.settings = rule, temperatures, settings
+        self.vocab_size, self.rule, self.temperatures, self.settings = vocab_size, rule, temperatures, settings
         self.draws = _Draws(prompts, rule, settings.seed)
         self.picks: list[PickedEntries] = []
         self.warpers: Any = LogitsProcessorList()
@@ -270,14 +269,16 @@ class _Recorder(LogitsProcessor):
         uniforms = self.draws.entries()
         if uniforms is not None:
             uniforms = uniforms.to(scores.device)
-        self.picks.append(pick_entries(scores, self.rule, self.temperatures, uniforms))
+        padded = scores.shape[-1] - self.vocab_size
+        logits = scores[:, : self.vocab_size]
+        self.picks.append(pick_entries(logits, self.rule, self.temperatures, uniforms))
         if not self.settings.do_sample:
-            return scores
+            return torch.nn.functional.pad(logits, (0, padded), value=-torch.inf) if padded else scores
         # The draw is ours, by inverse transform from the row's own stream, and `generate` takes its maximum: so a row
         # samples the same answer in any batch, which torch.multinomial on one global stream cannot give.
-        cumulative = self.warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
+        cumulative = self.warpers(input_ids, logits).double().softmax(-1).cumsum(-1)
         draws = self.draws.tokens().to(scores.device) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, draws, right=True).clamp_max(scores.shape[-1] - 1)
+        tokens = torch.searchsorted(cumulative, draws, right=True).clamp_max(self.vocab_size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 

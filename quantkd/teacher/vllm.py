@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
+from quantkd.fingerprint import count_token_ids
 from quantkd.storage import StorageRule
 from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
 from quantkd.teacher.logprobs import (
@@ -90,13 +91,15 @@ class VLLMTeacher:
         config = self.llm.model_config
         self.revision = str(getattr(config.hf_config, "_commit_hash", None) or config.revision or "")
         self.dtype = str(config.dtype).removeprefix("torch.")
+        self.head_size = int(config.get_vocab_size())
+        self._vocab_size = min(self.head_size, count_token_ids(tokenizer))
         self.width = count_entries(rule, self.vocab_size)
         self.ends = end_tokens(tokenizer, config.try_get_generation_config().get("eos_token_id"))
 
     @property
     def vocab_size(self) -> int:
-        """V, the width of its logits."""
-        return int(self.llm.model_config.get_vocab_size())
+        """V, the ids that can be a token; rows that pad the head beyond the tokenizer count to the tail."""
+        return self._vocab_size
 
     @property
     def max_context(self) -> int | None:
@@ -192,8 +195,9 @@ class VLLMTeacher:
 
     def _row(self, index: int, sequence: list[int], spans: Any, candidates: TopLogprobs, finished: bool) -> TransferRow:
         return build_row(
-            index, sequence, spans, candidates, self.rule, self.vocab_size, finished=finished, engine=_ENGINE
-        )
+            index, sequence, spans, candidates, self.rule, self.vocab_size,
+            finished=finished, engine=_ENGINE, head_size=self.head_size,
+        )  # fmt: skip
 
 
 def _read(logprobs: Any) -> TopLogprobs:

@@ -100,7 +100,7 @@ class TransferSetWriter:
             if not (folder / INDEX_NAME).exists() and not lock.acquire(shared=join):
                 raise TransferSetError(
                     f"Another writer is at work on {folder}. Wait for it, or, to share the work, start every process "
-                    "with the same plan and join=True (`accelerate launch` does)."
+                    "with the same plan and join=True (--join; `accelerate launch` does so by itself)."
                 )
             try:
                 digest = None

@@ -1,0 +1,162 @@
+"""`quantkd capture`: its options reach the pass, its refusals say what to do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from quantkd import TransferSet
+from quantkd.cli.main import main
+
+ROWS = [{"prompt": f"What is {a} + 2?", "completion": f"It is {a + 2}.\n#### {a + 2}"} for a in range(6)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, rows in (
+        ("p.jsonl", ROWS),
+        ("more.jsonl", [{"prompt": f"What is {a} - 1?"} for a in range(4)]),
+        ("shots.jsonl", [{"prompt": "One and one?", "completion": "Two"}]),
+        ("twice.jsonl", [*ROWS, *ROWS[:2]]),
+        ("assistant.jsonl", [{"prompt": [*user("a"), *assistant("b")]}]),
+        ("unsolved.jsonl", [{"prompt": "One and one?"}]),
+    ):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def run(capsys, model, folder, *words, prompts="p.jsonl", out="s"):
+    code = 0
+    options = ["--model", model, "--prompts", folder / prompts, "--output_dir", folder / out, "--dtype", "float32"]
+    try:
+        main(["capture", *map(str, options), "--max_new_tokens", "6", *map(str, words)])
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, files, tiny_model_path):
+    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--batch_size", "auto")
+    assert code == 0 and not (files / "s").exists()
+    for line in ("rows          6", "batches of", "at most 36 in responses", "time          at most", " free"):
+        assert line in out
+
+
+def test_given_answers_have_an_exact_plan(capsys, files, tiny_model_path, tiny_tokenizer):
+    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--responses", "given")
+    tokens = sum(len(tiny_tokenizer(row["completion"]).input_ids) + 1 for row in ROWS)
+    assert code == 0 and f"in prompts, {tokens} in responses" in out and "known after the first batch" in out
+
+
+def test_samples_filters_and_summary(capsys, files, tiny_model_path):
+    code, out, _ = run(
+        capsys, tiny_model_path, files, "--do_sample", "--num_samples", 3, "--generation_temperature", 2.0,
+        "--drop_duplicates", "--min_response_tokens", 2, prompts="twice.jsonl",
+    )  # fmt: skip
+    assert code == 0 and "tokens/s in this process" in out
+    info = TransferSet.open(files / "s").info
+    counted = {name: count for name, count in info.counters.items() if name.startswith("filtered_")}
+    assert counted["filtered_duplicate_prompts"] == 2
+    assert info.num_rows == 18 - sum(counted.values()) + 2 and info.generation["num_samples"] == 3
+    assert f"filtered      {sum(counted.values())}: " in out
+
+
+def test_correct_answers_alone(capsys, files, tiny_model_path):
+    code, out, _ = run(capsys, tiny_model_path, files, "--correct_only")
+    assert code == 0 and "filtered      6: 6 incorrect" in out  # a random model solves nothing
+    assert TransferSet.open(files / "s").info.counters["filtered_incorrect"] == 6
+
+
+def test_extend_adds_rows_once(capsys, files, tiny_model_path):
+    assert run(capsys, tiny_model_path, files)[0] == 0
+    old = TransferSet.open(files / "s")
+    shards = {file.name: file.read_bytes() for file in (files / "s").glob("*.safetensors")}
+    assert run(capsys, tiny_model_path, files, "--extend", prompts="more.jsonl")[0] == 0
+    new = TransferSet.open(files / "s")
+    assert len(new) == 10 and new.digest != old.digest
+    assert all((files / "s" / name).read_bytes() == data for name, data in shards.items())
+    assert run(capsys, tiny_model_path, files, "--extend", prompts="more.jsonl")[0] == 0
+    assert TransferSet.open(files / "s").digest == new.digest
+
+
+def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tiny_model_path, tiny_tokenizer):
+    words = ("--system_prompt", "Be brief.", "--few_shot", files / "shots.jsonl")
+    assert run(capsys, tiny_model_path, files, *words)[0] == 0
+    turns = [{"role": "system", "content": "Be brief."}, *user("One and one?"), *assistant("Two")]
+    for row, given in zip(TransferSet.open(files / "s"), ROWS, strict=True):
+        expected = tiny_tokenizer.apply_chat_template(
+            [*turns, *user(given["prompt"])], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert row["input_ids"][row["labels"] == -100].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num_samples", "2"], "num_samples is 2 with responses='generate' and do_sample=False"),
+        (["--num_samples", "0"], "num_samples is 0"),
+        (["--num_samples", "2", "--do_sample", "--responses", "given"], "Set do_sample=True (--do_sample), or leave"),
+        (["--batch_size", "many"], "--batch_size is 'many'; expected a whole number, or auto"),
+        (["--batch_size", "0"], "must be at least 1, found 0"),
+        (["--rows_per_shard", "0"], "must be at least 1, found 8 and 0"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, found 0"),
+        (["--top_p", "0"], "0 < top_p <= 1"),
+        (["--generation_temperature", "0"], "For greedy answers leave do_sample off"),
+        (["--storage", "topk"], "write topk:50, nucleus:0.95"),
+        (["--storage", "topk:400"], "exceeds the teacher's vocabulary of"),
+        (["--storage", "sampled:50", "--temperatures", "2.0"], "Sampled entries estimate the teacher at temperature"),
+        (["--temperatures", "-1"], "Temperatures must be above 0"),
+        (["--limit", "0"], "limit is 0; expected at least 1"),
+        (["--prompt_column", "question"], "'question' was asked for. Name the right one"),
+        (["--responses", "given", "--completion_column", "answer"], "'answer' was asked for"),
+        (["--answer_column", "completion"], "names the reference of --correct_only, which is off. Give both"),
+        (["--min_response_tokens", "5", "--max_response_tokens", "2"], "Answers of 5 to 2 tokens were asked for"),
+        (["--correct_only", "--responses", "given"], "Leave it out, or filter by a function of your own"),
+        (["--few_shot", "UNSOLVED"], "expected a prompt in text and its completion"),
+        (["--few_shot", "no.jsonl"], "no.jsonl"),
+        (["--plain_prompts", "--system_prompt", "Be brief."], "A plain prompt must be text, found 2 chat messages"),
+        (["--max_new_tokens", "600"], "more than the teacher's context of 512"),
+        (["--extend"], "There is no finished transfer set at"),
+        (["--engine", "server"], "base_url is the address of the server engine; found none with engine='server'"),
+        (["--base_url", "http://127.0.0.1:1/v1"], "Give both engine='server' and base_url, or neither"),
+        (["--engine_kwargs", "{}x"], "expected a JSON object"),
+        (["--engine_kwargs", "[1]"], "is a JSON list; expected an object"),
+        (["--engine_kwargs", '{"a": 1}'], "go to vLLM or to the server engine"),
+        (["--engine", "vllm", "--teacher_adapter", "x"], "Merge the adapter into a checkpoint"),
+        (["--engine", "vllm", "--storage", "sampled:50"], "draws from the whole distribution"),
+        (["--engine", "vllm", "--temperatures", "2.0"], "gives log-probabilities at temperature 1.0 alone"),
+        (["--teacher_adapter", "EMPTY"], "adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_line(capsys, files, tiny_model_path, words, said):
+    (files / "empty").mkdir()
+    stands_for = {"UNSOLVED": files / "unsolved.jsonl", "EMPTY": files / "empty"}
+    code, _, err = run(capsys, tiny_model_path, files, *(stands_for.get(word, word) for word in words))
+    last = [line for line in err.splitlines() if "quantkd capture: " in line or "error: " in line][-1]
+    assert code == 1 and said in last, last
+    assert not list(files.glob("s/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words", "said"),
+    [
+        ("assistant.jsonl", [], "ends in an assistant turn, and the teacher is to answer"),
+        ("assistant.jsonl", ["--responses", "given", "--plain_prompts"], "plain prompts were asked for"),
+        ("more.jsonl", ["--responses", "given"], "Row 0 has no completion, and responses='given' was asked for"),
+        ("more.jsonl", ["--correct_only"], "completion"),
+    ],
+)
+def test_data_that_does_not_fit_is_named_by_its_row(capsys, files, tiny_model_path, prompts, words, said):
+    code, _, err = run(capsys, tiny_model_path, files, *words, prompts=prompts)
+    assert code == 1 and said in err and not list(files.glob("s/*.safetensors"))
