@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from quantkd.collator import DistillationCollator
 from quantkd.compatibility import check_collator, check_transfer_set, find_transfer_sets
 from quantkd.config import QuantizedDistillationConfig
+from quantkd.curves import TrainingCurves
 from quantkd.errors import DataError
 from quantkd.fused import DenseTeacher
 from quantkd.head import gathered_head, hidden_states_as_logits, why_not_fusable
@@ -54,19 +55,17 @@ class QuantizedDistillationTrainer(Trainer):
 
     Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Evaluation adds `eval_kl` (forward
     KL to the teacher at temperature 1, whatever is trained), `eval_ce`, `eval_perplexity` and `eval_top1_agreement`.
-    Weights of rows, as `concatenate` gives them, enter the training loss alone.
+    Weights of rows (`concatenate`) enter the training loss alone. `training.png` in the output folder has the curves.
 
     Raises:
         ConfigError: arguments that do not fit each other or the transfer set.
         TransferSetError: a set that another tokenizer wrote.
         DataError: rows longer than the student's context.
 
-    Reference:
-        DESIGN of the loss: docs/loss.md. Hinton et al. 2015 (arXiv:1503.02531).
+    Reference: docs/loss.md; Hinton et al. 2015 (arXiv:1503.02531).
     """
 
-    # `compute_loss` divides by the count of the whole accumulated, distributed batch.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the count of the whole accumulated, distributed batch
     args: QuantizedDistillationConfig
 
     def __init__(
@@ -108,6 +107,7 @@ class QuantizedDistillationTrainer(Trainer):
             data_collator=data_collator,
             **trainer_kwargs,
         )
+        self.add_callback(TrainingCurves())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
         self._fused: bool | None = None if args.use_fused_loss else False  # None: still to be tried

@@ -1,0 +1,95 @@
+"""What `quantkd train` leaves behind: the whole configuration, a picture, and how to go on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quantkd import capture
+from quantkd.cli.main import main
+
+CANARY = "hf_canaryCANARYcanaryCANARY"
+
+
+@pytest.fixture
+def words(tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = [f"What is {number} + 3?" for number in range(8)]
+    capture(str(tiny_model_path), prompts, "set", max_new_tokens=6, dtype="float32", progress=False)
+    Path("base.yaml").write_text("learning_rate: 0.003\nlora_r: 4\nlogging_steps: 1\nenv:\n  A_KEY: " + CANARY + "\n")
+    return ["train", "--config", "base.yaml", "--model_name_or_path", str(tiny_model_path), "--transfer_set", "set",
+            "--dtype", "float32", "--report_to", "none"]  # fmt: skip
+
+
+def losses(folder):
+    (state,) = Path(folder).glob("checkpoint-*/trainer_state.json")
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+def test_a_run_is_repeated_from_its_own_configuration(words, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    given = ["--eval_fraction", "0.25", "--max_steps", "3", "--seed", "7", "--lr_scheduler_type", "cosine"]
+    main(
+        [*words, "--output_dir", "first", *given, "--hub_token", CANARY, "--lr_scheduler_kwargs", '{"num_cycles": 0.4}']
+    )
+    options = yaml.safe_load(Path("first/config.yaml").read_text())
+    assert (options["learning_rate"], options["lora_r"], options["seed"], options["alpha"]) == (0.003, 4, 7, 0.5)
+    assert "hub_token" not in options and "env" not in options
+    os.environ.pop("A_KEY", None)
+    main(["train", "--config", "first/config.yaml", "--output_dir", "second"])
+    assert len(losses("first")) == 3 and losses("first") == losses("second")
+    again = yaml.safe_load(Path("second/config.yaml").read_text())
+    assert {**again, "output_dir": "first"} == options
+    weights = [Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("first", "second")]
+    assert weights[0] == weights[1]
+    assert Path("first/training.png").is_file()
+    kept = [file for folder in ("first", "second", "set") for file in Path(folder).rglob("*") if file.is_file()]
+    for file in kept:
+        assert CANARY.encode() not in file.read_bytes(), file
+
+
+def test_no_home_path_is_kept(words, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tiny_model_path.parent)
+    main([*words, "--output_dir", "o", "--max_steps", "1"])
+    options = yaml.safe_load(Path("o/config.yaml").read_text())
+    assert options["model_name_or_path"] == os.path.relpath(tiny_model_path)
+    assert str(tiny_model_path.parent) not in Path("o/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "Run the same command with --resume_from_checkpoint true"),
+        ("capture", "Run the same command again to go on."),
+        ("verify", "Nothing was changed."),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(capsys, monkeypatch, command, said):
+    import importlib
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"quantkd.cli.{command}"), "main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main([command])
+    err = capsys.readouterr().err
+    assert stop.value.code == 130 and f"quantkd {command}: interrupted. {said}" in err and "Traceback" not in err
+
+
+def test_bars_are_quiet_where_there_is_no_terminal(tiny_model_path, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "One?"}\n')
+    words = ["capture", "--model", tiny_model_path, "--prompts", tmp_path / "p.jsonl", "--output_dir", tmp_path / "s"]
+    result = subprocess.run(
+        [sys.executable, "-m", "quantkd", *map(str, words), "--max_new_tokens", "4"],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "it/s]" not in result.stderr and "%|" not in result.stderr and "\r" not in result.stderr
+    assert result.stderr.splitlines()[-6:][0] == "plan"
