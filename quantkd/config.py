@@ -11,7 +11,9 @@ from quantkd.errors import ConfigError
 from quantkd.hardware import has_accelerator
 from quantkd.losses import check_objective
 
-__all__ = ["QuantizedDistillationConfig"]
+__all__ = ["STARTS", "QuantizedDistillationConfig"]
+
+STARTS = ("covariance", "loftq", "zero")
 
 
 @dataclass
@@ -24,8 +26,11 @@ class QuantizedDistillationConfig(TrainingArguments):
         divergence: `forward_kl`, `reverse_kl` or `jsd`, over the stored entries and the tail.
         beta: the teacher's share of the mixture in `jsd`, in (0, 1).
         init: where new adapters on a quantized student start: `covariance`, at the best correction of each layer's
-            quantization error for the inputs that rows of the transfer set give it, or `zero`, at no correction.
+            quantization error for the inputs that rows of the transfer set give it; `loftq`, at the best one without
+            regard to inputs; or `zero`, at no correction. A run with `resume_from_checkpoint` takes its start there.
         init_rows: rows of the transfer set that `covariance` looks at.
+        init_from: the full-precision checkpoint that quantized weights are compared with, a folder or a Hub name; the
+            student's own if None. Needed for a student that was saved quantized, as GPTQ and AWQ checkpoints are.
         use_fused_loss: compute the loss from hidden states in chunks, without holding logits. Models that it cannot
             serve fall back to their logits with a warning that says why.
         packing: lay the rows of a batch end to end in one sequence, without padding and without sight of each other.
@@ -60,9 +65,18 @@ class QuantizedDistillationConfig(TrainingArguments):
     beta: float = field(default=0.5, metadata={"help": "The teacher's share of the mixture in jsd, in (0, 1)."})
     init: str = field(
         default="covariance",
-        metadata={"help": "Start of new adapters: covariance (from the quantization error) or zero."},
+        metadata={
+            "help": "Start of new adapters: covariance (from the quantization error and the inputs), loftq (from the "
+            "quantization error alone) or zero."
+        },
     )
-    init_rows: int = field(default=32, metadata={"help": "Rows of the transfer set that init=covariance looks at."})
+    init_rows: int = field(default=16, metadata={"help": "Rows of the transfer set that init=covariance looks at."})
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
+        },
+    )
     use_fused_loss: bool = field(
         default=True, metadata={"help": "Compute the loss from hidden states in chunks, without holding logits."}
     )
@@ -99,7 +113,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         check_objective(self.alpha, self.temperature, self.divergence, self.beta)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch
-        if self.init not in ("covariance", "zero"):
-            raise ConfigError(f"init is 'covariance' or 'zero', found {self.init!r}.")
+        if self.init not in STARTS:
+            raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
         if self.init_rows < 1:
             raise ConfigError(f"init_rows must be at least 1, found {self.init_rows}.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["keep_trainable_on_cpu", "unpack"]
+__all__ = ["keep_trainable_on_cpu", "unpack", "unpack_kept"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,17 @@ def unpack(module: Any) -> None:
         module.quant_state = state
     if hasattr(module, _STASH):
         setattr(module, _STASH, None)
+
+
+def unpack_kept(model: nn.Module) -> None:
+    """Put every layer's own weight back where it was put aside, bit for bit.
+
+    Args:
+        model: a model, evaluated or not.
+    """
+    for layer in model.modules():
+        if getattr(layer, _STASH, None) is not None:
+            unpack(layer)
 
 
 def _is_packed(state: Any) -> bool:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataError", "MissingDependencyError", "QuantKDError", "TeacherError", "TransferSetError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "HubError",
+    "MissingDependencyError",
+    "QuantKDError",
+    "TeacherError",
+    "TransferSetError",
+]
 
 
 class QuantKDError(Exception):
@@ -23,6 +31,10 @@ class TransferSetError(QuantKDError, ValueError):
 
 class TeacherError(QuantKDError, RuntimeError):
     """A teacher whose output cannot be stored, such as logits that are not finite."""
+
+
+class HubError(QuantKDError, ConnectionError):
+    """The Hub could not be reached, or refused what was asked of it."""
 
 
 class MissingDependencyError(QuantKDError, ImportError):

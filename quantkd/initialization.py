@@ -2,242 +2,250 @@
 
 With E = W - dequantize(Q(W)) and C the second moment of a layer's inputs, the rank-r correction D that least disturbs
 the layer's output, min E_x |(E - D) x|^2, is the rank-r SVD of E C^(1/2), with C^(1/2) undone on the right (EoRA, Liu
-et al. 2024, arXiv:2410.21271; QERA, Zhang et al. 2024, arXiv:2410.06040).
+et al. 2024, arXiv:2410.21271; QERA, Zhang et al. 2024, arXiv:2410.06040). That is D = U U^T E, where U holds the r
+leading eigenvectors of E C E^T, the second moment of the output's error: C is neither factorised nor inverted.
 
-The moments come from one forward pass over a few rows. A decoder layer is corrected as soon as its own forward pass is
-over, and run once more, so that the next layer sees corrected inputs; only one layer's moments exist at a time, and
-original weights are read from the checkpoint one by one.
+One forward pass over a few rows is enough. Each adapter is set when its layer's input arrives, before the layer runs,
+so that whatever comes later sees corrected inputs; one layer's inputs and original weight are held at a time.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
+from transformers.pytorch_utils import Conv1D
 
-from quantkd.cpu_packing import unpack
 from quantkd.errors import ConfigError
+from quantkd.hardware import process_state
+from quantkd.head import base_network, undisturbed
+from quantkd.original_weights import OriginalWeights
+from quantkd.student_formats import dequantize_weight
+from quantkd.weights import is_sharded
 
-__all__ = ["OriginalWeights", "compute_correction", "initialize_from_error", "initialize_from_rows"]
+__all__ = ["SHRINKAGE", "compute_correction", "draw_rows", "initialize_from_error", "initialize_from_rows"]
 
 logger = logging.getLogger(__name__)
 
-# With few tokens a moment's small eigenvalues are noise; this share of their mean is added to all of them.
-_SHRINKAGE = 1e-2
-_OVERSAMPLING, _POWER_ITERATIONS = 8, 4
+# The measured choice of docs/initialization.md.
+SHRINKAGE = 1e-2
+_OVERSAMPLING, _POWER_ITERATIONS = 8, 2
+# Padded tokens of the forward pass, and tokens that one correction looks at: they bound the memory.
+_MAX_TOKENS, _MAX_INPUTS = 16384, 4096
 
 
-class OriginalWeights:
-    """The full-precision weights of a checkpoint, read one at a time from its safetensors files.
-
-    Args:
-        name_or_path: a checkpoint folder, or a Hub name that `from_pretrained` has loaded.
-        revision: of a Hub name.
-
-    Raises:
-        ConfigError: the checkpoint has no safetensors files.
-    """
-
-    def __init__(self, name_or_path: str, revision: str | None = None) -> None:
-        def find(file: str) -> str | None:
-            found: str | None = cached_file(
-                name_or_path, file, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
-            return found
-
-        index, single = find(SAFE_WEIGHTS_INDEX_NAME), find(SAFE_WEIGHTS_NAME)
-        if index is not None:
-            places: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            self._find: Callable[[str], str | None] = find
-            self._files = places
-        elif single is not None:
-            with safe_open(single, framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
-            self._find = find
-        else:
-            raise ConfigError(
-                f"{name_or_path} has no safetensors weights to compare the quantized ones with. "
-                "Convert the checkpoint, or start from zero with init='zero'."
-            )
-
-    def read(self, module_name: str) -> Tensor | None:
-        """The weight of a linear layer by its module name in the base model; None if the checkpoint names none so."""
-        key = f"{module_name}.weight"
-        for candidate in (key, key.removeprefix("model."), f"model.{key}"):
-            if candidate in self._files and (path := self._find(self._files[candidate])) is not None:
-                with safe_open(path, framework="pt") as file:
-                    weight: Tensor = file.get_tensor(candidate)
-                return weight
-        return None
-
-
-def compute_correction(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def compute_correction(
+    error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE
+) -> tuple[Tensor, Tensor]:
     """Factors of the rank-r matrix D = B A that minimises `trace((E - D) C (E - D)^T)`.
+
+    C is the inputs' second moment X^T X / N, plus a share of its mean eigenvalue on the diagonal: where tokens are
+    fewer than dimensions, directions that no token took count a little. The leading eigenvectors come from a
+    randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
 
     Args:
         error: E (out, in), float32 or float64.
-        moment: C (in, in), symmetric, not negative; a share of its mean eigenvalue is added before it is inverted.
-        rank: r, at most min(out, in).
+        inputs: X (N, in); None for C = I, which is LoftQ's correction (Li et al. 2023, arXiv:2310.08659).
+        rank: r; what exceeds min(out, in) stays zero.
+        shrinkage: the share.
 
     Returns:
         B (out, r) and A (r, in); each pair of a column of B and a row of A has equal norms.
     """
-    size = moment.shape[0]
-    values, vectors = torch.linalg.eigh(moment + moment.diagonal().mean() * _SHRINKAGE * torch.eye(size).to(moment))
-    roots = values.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
-    weighted = (error @ vectors) * roots  # E C^(1/2), up to a rotation on the right that the SVD does not see
-    wide = min(rank + _OVERSAMPLING, *weighted.shape)
-    with torch.random.fork_rng(devices=[weighted.device] if weighted.device.type == "cuda" else []):
-        torch.manual_seed(0)  # the randomized SVD must not differ between processes
-        left, sigma, right = torch.svd_lowrank(weighted, q=wide, niter=_POWER_ITERATIONS)
-    up = left[:, :rank] * sigma[:rank]
-    down = (right[:, :rank].T / roots) @ vectors.T
-    balance = (down.norm(dim=1) / up.norm(dim=0).clamp_min(torch.finfo(up.dtype).tiny)).sqrt()
-    return up * balance, down / balance.unsqueeze(1).clamp_min(torch.finfo(up.dtype).tiny)
+    ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
+
+    def apply(block: Tensor) -> Tensor:  # E C E^T, on (out, q)
+        back = error.T @ block
+        through = ridge * back
+        if inputs is not None:
+            through += inputs.T @ (inputs @ back) / len(inputs)
+        return error @ through
+
+    rows, columns = error.shape
+    wide = min(rank + _OVERSAMPLING, rows, columns)
+    start = torch.randn(rows, wide, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(apply(start.to(error))).Q
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(apply(basis)).Q
+    _, vectors = torch.linalg.eigh(basis.T @ apply(basis))  # ascending
+    up = basis @ vectors.flip(1)[:, :rank]
+    down = up.T @ error
+    balance = down.norm(dim=1).sqrt()
+    up, down = up * balance, down / balance.unsqueeze(1).clamp_min(torch.finfo(down.dtype).tiny)
+    missing = rank - up.shape[1]
+    return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
 
 
 def initialize_from_error(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, weights: OriginalWeights, *, progress: bool = True
+    model: Any,
+    weights: OriginalWeights,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    shrinkage: float = SHRINKAGE,
+    progress: bool = True,
 ) -> int:
     """Set every LoRA adapter of a quantized model to the best correction of its layer's quantization error.
 
+    A layer that the rows do not reach, such as an expert without tokens, gets the correction without inputs.
+
     Args:
         model: a quantized model with LoRA attached by PEFT.
-        input_ids: (B, T) calibration rows.
-        attention_mask: (B, T), 0 at padding.
         weights: the checkpoint that the model was quantized from.
-        progress: show a bar over decoder layers, if there is a terminal.
+        input_ids: (B, T) calibration rows; None for corrections that look at no inputs (LoftQ).
+        attention_mask: (B, T), 0 at padding; all ones if None.
+        shrinkage: as in `compute_correction`.
+        progress: show a bar over adapters, if there is a terminal.
 
     Returns:
-        How many adapters were set; the others keep their zero start.
+        How many adapters were set; the others keep their zero start, with a warning that says why.
     """
-    layers = _decoder_layers(model)
-    names = {module: name for name, module in model.get_base_model().named_modules()}
-    mask = attention_mask.bool()
-    bar = tqdm(total=len(layers), desc="initialization", unit="layer", disable=None if progress else True)
-    handles, done = [], [0]
+    network = base_network(model)
+    waiting: dict[nn.Module, str] = {module: name for name, module in network.named_modules() if _has_lora(module)}
+    refused: dict[str, str] = {}
+    hooks: dict[nn.Module, Any] = {}
+    total = len(waiting)
+    bar = tqdm(total=total, desc="initialization", unit="adapter", disable=None if progress else True)
 
-    def attend(layer: nn.Module) -> None:
-        targets = {m: names[m] for m in layer.modules() if isinstance(m, LoraLayer)}
-        moments = _Moments(mask)
-        hooks: list[Any] = []
+    def settle(layer: nn.Module, inputs: Tensor | None) -> None:
+        name = waiting.pop(layer)
+        try:
+            _correct(layer, weights, name, inputs, shrinkage)
+        except ConfigError as error:
+            refused[name] = str(error)
+        bar.update()
 
-        def before(module: nn.Module, args: Any) -> None:
-            hooks.extend(target.register_forward_pre_hook(moments.add) for target in targets)
+    with torch.no_grad(), bar:
+        if input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            for hook in hooks:
-                hook.remove()
-            done[0] += sum(_correct(target, name, moments.of(target), weights) for target, name in targets.items())
-            bar.update()
-            return module.forward(*args, **kwargs)
+            def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+                hooks.pop(layer).remove()
+                settle(layer, _tokens(args[0], mask.bool()))
 
-        handles.append(layer.register_forward_pre_hook(before))
-        handles.append(layer.register_forward_hook(after, with_kwargs=True))
+            device = model.get_input_embeddings().weight.device
+            for layer in waiting:
+                hooks[layer] = layer.register_forward_pre_hook(before)
+            try:
+                with undisturbed(model, device):
+                    # Without the head, whose logits over all rows could be gigabytes.
+                    network.base_model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            finally:
+                for hook in hooks.values():
+                    hook.remove()
+        for layer in list(waiting):
+            settle(layer, None)
+    if refused:
+        name, reason = next(iter(refused.items()))
+        logger.warning("%d of %d adapters start from zero. That of %s: %s", len(refused), total, name, reason)
+    for name, reason in refused.items():
+        logger.info("The adapter of %s starts from zero: %s", name, reason)
+    return total - len(refused)
 
-    for layer in layers:
-        attend(layer)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), bar:
-            device = model.device
-            model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return done[0]
+
+def draw_rows(dataset: Any, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Calibration rows: drawn at random, as many as asked for or as memory allows.
+
+    Args:
+        dataset: a `TransferSet`, or any sized data set whose rows hold `input_ids`.
+        rows: how many at most.
+        seed: which.
+
+    Returns:
+        Ids and mask, (B, T), padded on the right; B * T is at most 16,384.
+    """
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows]
+    chosen: list[Tensor] = []
+    longest = 0
+    for row in order.tolist():
+        ids = torch.as_tensor(dataset[row]["input_ids"])[:_MAX_TOKENS]
+        if (len(chosen) + 1) * max(longest, len(ids)) > _MAX_TOKENS:
+            break
+        chosen.append(ids)
+        longest = max(longest, len(ids))
+    lengths = torch.tensor([len(ids) for ids in chosen])
+    return nn.utils.rnn.pad_sequence(chosen, batch_first=True), (torch.arange(longest) < lengths.unsqueeze(1)).long()
 
 
 def initialize_from_rows(
-    model: Any, dataset: Any, name_or_path: str, *, revision: str | None = None, rows: int = 32, seed: int = 0
+    model: Any,
+    dataset: Any,
+    name_or_path: str,
+    *,
+    start: str = "covariance",
+    revision: str | None = None,
+    rows: int = 16,
+    seed: int = 0,
 ) -> None:
     """`initialize_from_error` on rows of a data set; where it cannot be done, the zero start stays, with a warning.
 
+    Under a launcher the main process computes and all processes take its adapters.
+
     Args:
         model: a quantized model with LoRA attached by PEFT.
-        dataset: a `TransferSet`, or any sized data set whose rows hold `input_ids`.
+        dataset: a `TransferSet`, or any sized data set whose rows hold `input_ids`; not looked at for `loftq`.
         name_or_path: the checkpoint that the model was quantized from.
+        start: `covariance` or `loftq`.
         revision: of a Hub name.
         rows: how many rows to look at, drawn at random.
         seed: which.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows]
-    chosen = [torch.as_tensor(dataset[row]["input_ids"]) for row in order.tolist()]
-    input_ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-    lengths = torch.tensor([len(row) for row in chosen])
-    mask = (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long()
-    try:
-        weights = OriginalWeights(name_or_path, revision)
-        initialize_from_error(model, input_ids, mask, weights)
-    except (ConfigError, OSError) as error:
-        logger.warning("The adapters start from zero: %s", error)
+    adapters = [p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        logger.warning("The adapters start from zero: the weights are shared out over processes already.")
+        return
+    state = process_state()
+    if state.is_main_process:
+        try:
+            weights = OriginalWeights(name_or_path, base_network(model), revision)
+            drawn = draw_rows(dataset, rows, seed) if start == "covariance" else (None, None)
+            initialize_from_error(model, weights, *drawn)
+        except (ConfigError, OSError) as error:
+            logger.warning("The adapters start from zero: %s", error)
+    if state.num_processes > 1:
+        for parameter in adapters:
+            parameter.data.copy_(broadcast(parameter.data.to(state.device)))
 
 
-class _Moments:
-    """Second moments of inputs, without padding; layers that share an input share its moment."""
-
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-        self.last: tuple[Tensor, Tensor] | None = None
-        self.by_module: dict[nn.Module, Tensor] = {}
-
-    def add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0]
-        if self.last is None or self.last[0] is not inputs:
-            rows = inputs[self.mask.to(inputs.device)] if inputs.shape[:-1] == self.mask.shape else inputs
-            rows = rows.reshape(-1, rows.shape[-1]).float()
-            self.last = (inputs, rows.T @ rows / len(rows))
-        self.by_module[module] = self.last[1]
-
-    def of(self, module: nn.Module) -> Tensor | None:
-        return self.by_module.pop(module, None)
+def _has_lora(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer)
 
 
-def _correct(target: Any, name: str, moment: Tensor | None, weights: OriginalWeights) -> bool:
-    original = weights.read(name)
-    adapters = [adapter for adapter in target.active_adapters if adapter in target.lora_A]
-    if moment is None or original is None or len(adapters) != 1:
-        logger.warning("The adapter of %s starts from zero: %s.", name, _why(moment, original))
-        return False
+def _correct(layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | None, shrinkage: float) -> None:
+    adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(adapters) != 1:
+        raise ConfigError(f"it has {len(adapters)} active adapters; expected one.")
     (adapter,) = adapters
-    base = target.get_base_layer()
-    unpack(base)
-    error = original.to(moment.device).float() - dequantize_module_weight(base).float()
-    up, down = compute_correction(error, moment, target.r[adapter])
-    down_weight, up_weight = target.lora_A[adapter].weight, target.lora_B[adapter].weight
-    up_weight.data.copy_(up / target.scaling[adapter])
-    down_weight.data.copy_(down)
-    return True
+    if adapter in layer.lora_variant or not isinstance(layer.lora_A[adapter], nn.Linear):
+        raise ConfigError("its adapter is not a plain LoRA of a linear layer (DoRA, say).")
+    base = layer.get_base_layer()
+    quantized, original = dequantize_weight(base), weights.read(name)
+    if issubclass(getattr(base, "source_cls", type(base)), Conv1D):  # GPT-2's, stored as (in, out)
+        original = original.T
+    if original.shape != quantized.shape:
+        raise ConfigError(f"its checkpoint's weight is {tuple(original.shape)}, and its own {tuple(quantized.shape)}.")
+    original = original.to(quantized.device, torch.float32)
+    error = original - quantized.float()
+    if error.norm() > original.norm():
+        raise ConfigError("its weight is farther from the checkpoint's than zero is: it was not quantized from it.")
+    up, down = compute_correction(error, inputs, layer.r[adapter], shrinkage=shrinkage)
+    layer.lora_B[adapter].weight.data.copy_(up / layer.scaling[adapter])
+    # Where there is nothing to correct, PEFT's own start stays: with both factors at zero neither gets a gradient.
+    used = down.any(dim=1, keepdim=True)
+    start = layer.lora_A[adapter].weight
+    start.data.copy_(torch.where(used, down.to(start.dtype), start))
 
 
-def _why(moment: Tensor | None, original: Tensor | None) -> str:
-    if moment is None:
-        return "its layer was not run"
-    return "the checkpoint has no weight of its name" if original is None else "it has not one active adapter"
-
-
-def _decoder_layers(model: Any) -> list[nn.Module]:
-    """The modules of the longest list that holds LoRA layers: the decoder layers of any transformer."""
-
-    def lists() -> Iterator[nn.ModuleList]:
-        for module in model.modules():
-            if isinstance(module, nn.ModuleList) and any(isinstance(child, LoraLayer) for child in module.modules()):
-                yield module
-
-    found = max(lists(), key=len, default=None)
-    if found is None:
-        raise ConfigError("The model has no list of decoder layers with LoRA adapters; start from zero instead.")
-    return list(found)
+def _tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
+    """(N, in): a layer's inputs without padding, at most `_MAX_INPUTS` of them; None where there are none."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    kept = torch.arange(len(rows), device=rows.device)
+    if len(rows) == mask.numel():  # else a part of the tokens, as an expert gets them
+        kept = kept[mask.flatten().to(rows.device)]
+    step = -(-len(kept) // _MAX_INPUTS)
+    return rows[kept[::step]].float() if len(kept) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.data.gsm8k import build_prompt
+from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import evaluate_arm
-from quantkd.hardware import process_state
+from quantkd.evaluation.kept import discard_stale_arm
+from quantkd.export import export_merged, export_requantized, load_exported, read_provenance
+from quantkd.hardware import default_device, process_state
 from quantkd.report import build_report
 from quantkd.student import load_student
 from quantkd.teacher import capture, load_teacher
@@ -28,11 +32,13 @@ __all__ = ["Experiment", "run_experiment"]
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, str]]
+_EXPORTS = {"merged": export_merged, "requantized": export_requantized}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment is run on. Rows are in GSM8K's format: `question`, and an `answer` that ends in `#### n`.
+    """What an experiment is run on. Rows are in GSM8K's format: `question`, and an `answer` that ends in `#### n`; rows
+    that nothing but fidelity is measured on may hold a `prompt` instead, which is taken as it is.
 
     Args:
         model: Hub name or checkpoint folder; in full precision the teacher, quantized the student.
@@ -51,6 +57,8 @@ class Experiment:
         eval_batch_size: rows or questions a batch while measuring.
         control: also train and measure a student by cross-entropy alone: the same rows, the same start, the same
             steps, without the teacher's distributions. What the distributions are worth is the difference.
+        exports: also write and measure the student in these forms, "merged" and "requantized", below `run_dir`.
+        force: measure again what is there already of the same model on the same data.
     """
 
     model: str
@@ -68,6 +76,13 @@ class Experiment:
     model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
     eval_batch_size: int = 8
     control: bool = False
+    exports: Sequence[str] = ()
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [form for form in self.exports if form not in _EXPORTS]
+        if unknown:
+            raise ConfigError(f"exports are of {', '.join(_EXPORTS)}; found {unknown}.")
 
 
 def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:
@@ -86,7 +101,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     sets = {
         name: capture(
             teacher,
-            [build_prompt(row["question"], ()) for row in rows],
+            [row["prompt"] if "prompt" in row else build_prompt(row["question"]) for row in rows],
             run_dir / name,
             tokenizer=tokenizer,
             chat_template=experiment.chat_template,
@@ -95,11 +110,10 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         for name, rows in (("transfer_set", experiment.train_rows), ("held_out", experiment.held_out_rows))
     }
 
-    def measure(model: Any, arm: str, memory_bytes: int) -> None:
+    def measure(model: Any, arm: str) -> None:
         _say(f"measuring {arm}")
-        if arm in ("control", "after") and state.is_main_process:
-            for stale in (run_dir / "evaluation").glob(f"{arm}-*"):  # answers of an adapter that was trained before
-                stale.unlink()
+        if state.is_main_process:  # answers of an adapter that was trained before
+            discard_stale_arm(run_dir / "evaluation", arm, model)
         state.wait_for_everyone()
         evaluate_arm(
             model,
@@ -107,7 +121,6 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             run_dir,
             arm=arm,
             model_name=experiment.model,
-            memory_bytes=memory_bytes,
             held_out=sets["held_out"],
             questions=experiment.test_rows,
             few_shot=experiment.few_shot_rows,
@@ -115,22 +128,18 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             batch_size=experiment.eval_batch_size,
             max_new_tokens=experiment.capture.get("max_new_tokens", 256),
             chat_template=experiment.chat_template,
+            force=experiment.force,
             share=True,
         )
         state.wait_for_everyone()
 
-    measure(teacher, "teacher", teacher.get_memory_footprint())
+    measure(teacher, "teacher")
     del teacher
     gc.collect()
 
     _say("the 4-bit student is loaded")
-    student = load_student(
-        experiment.model,
-        quantization_config=experiment.quantization_config,
-        dtype=experiment.dtype,
-        **experiment.model_init_kwargs,
-    )
-    footprint = student.get_memory_footprint()
+    student = _load_student(experiment)
+    measure(student, "before")
     trainer = QuantizedDistillationTrainer(
         student,
         args,
@@ -139,29 +148,62 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         processing_class=tokenizer,
         peft_config=experiment.peft_config,
     )
-    adapted: Any = trainer.model
-    adapter = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
-    with adapted.disable_adapter():
-        measure(adapted, "before", footprint)
     if experiment.control:
         _say("the control is trained, by cross-entropy alone")
+        adapted: Any = trainer.model
         with _own_training(adapted):
             control = _with_objective(args, alpha=0.0, output_dir=f"{args.output_dir}-control")
-            QuantizedDistillationTrainer(
+            control_trainer = QuantizedDistillationTrainer(
                 adapted, control, train_dataset=sets["transfer_set"], processing_class=tokenizer
-            ).train()
-            measure(adapted, "control", footprint + adapter)
+            )
+            control_trainer.train()
+            control_trainer.save_model()
+            del control_trainer
+        measure(_load_trained(experiment, str(control.output_dir)), "control")
     _say("distillation")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    measure(adapted, "after", footprint + adapter)
+    measure(_load_trained(experiment, str(args.output_dir)), "after")
     if args.push_to_hub:
         trainer.push_to_hub()
+    for form in experiment.exports:
+        folder = run_dir / form
+        if state.is_main_process:
+            _export(experiment, form, str(args.output_dir), folder, tokenizer)
+        state.wait_for_everyone()
+        measure(load_exported(folder), form)
     report = run_dir / "report.md"
     if state.is_main_process:
         report = build_report(run_dir)
     state.wait_for_everyone()
     return report
+
+
+def _load_student(experiment: Experiment, **kwargs: Any) -> Any:
+    return load_student(
+        experiment.model,
+        quantization_config=copy.deepcopy(experiment.quantization_config),
+        dtype=experiment.dtype,
+        **{**kwargs, **experiment.model_init_kwargs},
+    )
+
+
+def _load_trained(experiment: Experiment, adapter: str) -> Any:
+    """The student as others will load it. While it trains, its head and norms are in float32: not what is used later.
+
+    Args:
+        experiment: says how the student is loaded.
+        adapter: the folder of the adapter.
+    """
+    return PeftModel.from_pretrained(_load_student(experiment, device_map={"": default_device()}), adapter)
+
+
+def _export(experiment: Experiment, form: str, adapter: str, folder: Path, tokenizer: Any) -> None:
+    """Write one form, over what an earlier run of the same experiment wrote."""
+    _say(f"exporting {form}")
+    if folder.is_dir() and "export" in read_provenance(str(folder)):
+        shutil.rmtree(folder)
+    _EXPORTS[form](_load_trained(experiment, adapter), tokenizer, folder, provenance=read_provenance(adapter))
 
 
 def _with_objective(args: QuantizedDistillationConfig, *, alpha: float, output_dir: str) -> Any:

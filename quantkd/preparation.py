@@ -125,9 +125,8 @@ def prepare_student(
             f"packing=True would let rows see each other: {reason}. Leave packing off; rows of like length still "
             "share a batch with train_sampling_strategy='group_by_length'."
         )
-    if is_new and args.init == "covariance" and _can_be_indexed(train_dataset) and is_quantized(adapted):
-        revision = init_kwargs.get("revision")
-        initialize_from_rows(adapted, train_dataset, name, revision=revision, rows=args.init_rows, seed=args.seed)
+    if is_new and is_quantized(adapted):
+        _start(adapted, args, train_dataset, name, init_kwargs.get("revision"))
     return adapted
 
 
@@ -139,6 +138,29 @@ def model_init_kwargs(args: QuantizedDistillationConfig) -> dict[str, Any]:
     """
     assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
     return args.model_init_kwargs or {}
+
+
+def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: str, revision: str | None) -> None:
+    """Move new adapters to the start that was asked for."""
+    if args.init == "zero" or dataset is None or args.resume_from_checkpoint:
+        return  # what is resumed brings its own adapters
+    own = [
+        config for config in model.peft_config.values() if isinstance(getattr(config, "init_lora_weights", True), str)
+    ]
+    if own:
+        logger.info("The adapters start as their PEFT config says: init_lora_weights=%r.", own[0].init_lora_weights)
+    elif args.init == "covariance" and not _can_be_indexed(dataset):
+        logger.warning("The adapters start from zero: init='covariance' needs a train_dataset that can be indexed.")
+    else:
+        initialize_from_rows(
+            model,
+            dataset,
+            args.init_from or name,
+            start=args.init,
+            revision=None if args.init_from else revision,
+            rows=args.init_rows,
+            seed=args.seed,
+        )
 
 
 def _can_be_indexed(dataset: Any) -> bool:

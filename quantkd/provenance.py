@@ -9,25 +9,101 @@ from typing import Any
 from quantkd import __version__
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["remove_local_paths", "write_provenance"]
+__all__ = ["describe_quantization", "describe_training", "remove_local_paths", "write_provenance"]
+
+# Named one by one: the arguments of a Trainer also hold folders, tokens and whatever a caller passes on.
+_TRAINING_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fp16",
+    "packing",
+    "init",
+    "init_rows",
+)
+_QUANTIZATION_SETTINGS = (
+    "quant_method",
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "nbits",
+    "bits",
+    "group_size",
+)
 
 
-def write_provenance(folder: Path, transfer_set: TransferSet | None, objective: dict[str, Any]) -> None:
-    """Write `quantkd.json`: version, the transfer set's digest, its teacher, and the objective.
+def write_provenance(
+    folder: Path,
+    transfer_set: TransferSet | None,
+    objective: dict[str, Any],
+    training: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """Write `quantkd.json`: version, the transfer set's digest, its teacher, the objective, and how it was trained.
 
     Args:
         folder: the adapter's folder.
         transfer_set: what was learned from, if it was one.
         objective: alpha, temperature, divergence and beta.
+        training: as `describe_training` gives it.
+        quantization: as `describe_quantization` gives it.
     """
+    # Of a set on the Hub its repository and commit; where a folder lies is its owner's business.
+    remote = [] if transfer_set is None else [str(source) for source in transfer_set.sources if source.is_remote]
     facts = {
         "quantkd_version": __version__,
+        "transfer_set": ", ".join(dict.fromkeys(remote)) or None,
         "transfer_set_digest": None if transfer_set is None else transfer_set.digest,
         "teacher": None if transfer_set is None else transfer_set.info.teacher_name,
         "objective": objective,
+        "training": training,
+        "quantization": quantization,
     }
     text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
     (folder / "quantkd.json").write_text(text, encoding="utf-8")
+
+
+def describe_training(args: Any, num_processes: int) -> dict[str, Any]:
+    """The training arguments that decide what is learned.
+
+    Args:
+        args: the training arguments.
+        num_processes: that shared each batch.
+
+    Returns:
+        Names and numbers, words or switches.
+    """
+    values = {name: getattr(args, name, None) for name in _TRAINING_ARGUMENTS}
+    plain = {name: getattr(value, "value", value) for name, value in values.items()}
+    return {**{name: value for name, value in plain.items() if value is not None}, "num_processes": num_processes}
+
+
+def describe_quantization(model: Any) -> dict[str, Any] | None:
+    """How the student's base model is quantized.
+
+    Args:
+        model: the student, with or without adapters.
+
+    Returns:
+        The settings by which it can be quantized again; None if it is not quantized.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    settings = config if isinstance(config, dict) else config.to_dict()
+    found = {name: settings[name] for name in _QUANTIZATION_SETTINGS if settings.get(name) not in (None, False)}
+    return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
 
 
 def remove_local_paths(folder: Path, model: Any) -> None:

@@ -9,14 +9,19 @@ from torch import Tensor
 
 from quantkd.fused import DenseTeacher
 from quantkd.head import Head
-from quantkd.losses import Divergence, compute_position_terms
+from quantkd.losses import Divergence, PositionTerms, compute_position_terms
+from quantkd.position_metrics import (
+    compare_with_entries,
+    compare_with_logits,
+    compute_predictions,
+    positions_per_chunk,
+    take_logits,
+)
 from quantkd.topk import TopKLogprobs
 
 __all__ = ["ROW_COLUMNS", "compute_row_metrics", "summarize_rows"]
 
 ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
-
-_CHUNK_BYTES = 64 * 2**20
 
 
 def compute_row_metrics(
@@ -48,24 +53,28 @@ def compute_row_metrics(
         (B, 5) float64 sums (float32 on MPS, which has no float64), columns as in `ROW_COLUMNS`.
     """
     width = hidden.shape[1] if head is None else head.weight.shape[0]
-    step = max(1, _CHUNK_BYTES // (4 * width))
+    step = positions_per_chunk(width)
     wide = torch.float32 if hidden.device.type == "mps" else torch.float64
     columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=hidden.device)
+    plain = (temperature, divergence) == (1.0, "forward_kl")  # then the training loss is a mixture of two columns
     for start in range(0, len(targets), step):
         part = slice(start, min(start + step, len(targets)))
-        logits = hidden[part] if head is None else head.logits(hidden[part])
+        logits = take_logits(hidden, part, head)
+        predictions = compute_predictions(logits, targets[part])
         if isinstance(teacher, DenseTeacher):
-            entries = TopKLogprobs.from_dense(teacher.head.logits(teacher.hidden[part]), tuple({1.0, temperature}))
+            teacher_logits = take_logits(teacher.hidden, part, teacher.head)
+            compared = compare_with_logits(logits, predictions, teacher_logits)
+            entries = None if plain else TopKLogprobs.from_dense(teacher_logits, tuple({1.0, temperature}))
         else:
             entries = teacher.select(torch.arange(part.start, part.stop, device=hidden.device))
-        terms = compute_position_terms(logits, targets[part], entries)
-        loss = terms
-        if (temperature, divergence) != (1.0, "forward_kl"):
-            loss = compute_position_terms(
+            compared = compare_with_entries(logits if plain else logits.clone(), predictions, entries)
+        terms = PositionTerms(predictions.ce.to(wide), compared.kl.to(wide))
+        if not plain and entries is not None:
+            terms = compute_position_terms(
                 logits, targets[part], entries, temperature=temperature, divergence=divergence, beta=beta
             )
-        agree = logits.argmax(-1) == entries.top_ids
-        found = [torch.ones_like(terms.kl), terms.kl, terms.ce, agree, loss.mix(alpha, temperature)]
+        agree = predictions.top_ids == compared.top_ids
+        found = [torch.ones_like(compared.kl), compared.kl, predictions.ce, agree, terms.mix(alpha, temperature)]
         columns[part] = torch.stack([column.to(wide) for column in found], dim=-1)
     rows = (labels[:, 1:] != -100).nonzero()[:, 0]
     return torch.zeros(labels.shape[0], len(ROW_COLUMNS), dtype=wide, device=hidden.device).index_add_(0, rows, columns)

@@ -1,23 +1,29 @@
-"""The student: the teacher's own model in NF4, with LoRA on every linear layer."""
+"""The student: the teacher's own model quantized, in NF4 unless another format is named, with LoRA on all its layers."""
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
 from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 from quantkd.head import base_network
+from quantkd.student_formats import build_quantization_config, check_format, format_of, stored_quantization
 
 __all__ = [
     "attach_lora",
+    "check_trainable",
     "default_lora_config",
     "default_quantization_config",
     "is_quantized",
@@ -40,14 +46,9 @@ def default_quantization_config(compute_dtype: torch.dtype | None = None) -> Bit
 
     Under FSDP or ZeRO-3 the packed weights lie in tensors of `shard_dtype`, so that they can be sharded.
     """
-    compute_dtype = compute_dtype or native_compute_dtype()
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=shard_dtype(compute_dtype) if shares_weights() else torch.uint8,
-    )
+    config = _build_config("nf4", compute_dtype or native_compute_dtype())
+    assert isinstance(config, BitsAndBytesConfig)
+    return config
 
 
 def shares_weights() -> bool:
@@ -69,13 +70,13 @@ def shard_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether transformers loaded the model quantized, with or without adapters around it.
+    """Whether the model was loaded quantized, with or without adapters around it.
 
     Args:
         model: a model of transformers or PEFT.
     """
     network = base_network(model)
-    return bool(getattr(network, "is_quantized", False))
+    return bool(getattr(network, "is_quantized", False) or getattr(network, "hqq_quantized", False))
 
 
 def load_student(
@@ -83,37 +84,91 @@ def load_student(
     *,
     quantization_config: Any | None = None,
     dtype: str | torch.dtype | None = None,
+    trainable: bool = True,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a causal language model quantized, on this process's own device.
 
     Args:
-        name_or_path: a Hub name or a checkpoint folder in full precision.
-        quantization_config: any quantization config of transformers; NF4 with double quantization if None.
+        name_or_path: a Hub name or a checkpoint folder, in full precision or quantized already.
+        quantization_config: a name of `quantkd.student_formats.STUDENT_FORMATS`, or any quantization config of
+            transformers. If None, what the checkpoint is stored in, else NF4 with double quantization.
         dtype: dtype of the layers that stay unquantized, and of NF4's multiplications; bfloat16 where the hardware
             has it, else float32, if None or "auto".
+        trainable: False to load a student that is only evaluated, also in a format that cannot be trained here.
         **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
 
     Returns:
         The model, without adapters, in evaluation mode. Under FSDP or ZeRO-3 the wrapper places it.
 
     Raises:
-        ConfigError: 4-bit weights stored in another floating dtype than FSDP gathers in.
+        ConfigError: a format that cannot run here, or another one than the checkpoint is stored in; 4-bit weights
+            stored in another floating dtype than FSDP gathers in.
+        MissingDependencyError: the format's package is not installed.
     """
     compute_dtype = parse_dtype(dtype)
-    kwargs: dict[str, Any] = {
-        "dtype": compute_dtype,
-        "trust_remote_code": False,
-        "quantization_config": quantization_config or default_quantization_config(compute_dtype),
-        **model_init_kwargs,
-    }
+    stored = stored_quantization(name_or_path, **model_init_kwargs)
+    config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
+    check_format(config or stored, device=default_device(), trainable=trainable, shared=shares_weights())
+    kwargs: dict[str, Any] = {"dtype": compute_dtype, "trust_remote_code": False, **model_init_kwargs}
     if shares_weights():
-        _check_storage(kwargs["quantization_config"], shard_dtype(compute_dtype))
+        _check_storage(config, shard_dtype(compute_dtype))
     else:
         kwargs.setdefault("device_map", {"": default_device()})
+    # transformers 5 has left out the quantizing with HQQ that its HqqConfig asks for.
+    by_hqq = format_of(config or stored).startswith("hqq") and _is_left_out(HqqHfQuantizer)
+    if by_hqq and stored is not None:
+        raise ConfigError(
+            f"{name_or_path} is a checkpoint in HQQ, which this transformers cannot read. Load the full-precision "
+            "checkpoint that it was made from, with quantization_config='hqq4'."
+        )
+    if config is not None and not by_hqq:
+        kwargs["quantization_config"] = config
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    if by_hqq:
+        _quantize_with_hqq(model, config, compute_dtype)
     keep_trainable_on_cpu(model)
     return model
+
+
+def _choose_config(name_or_path: str, wanted: Any, stored: dict[str, Any] | None, compute_dtype: torch.dtype) -> Any:
+    """The config to load with; None for a checkpoint that is loaded as it is stored."""
+    if stored is None:
+        wanted = "nf4" if wanted is None else wanted
+        return _build_config(wanted, compute_dtype) if isinstance(wanted, str) else wanted
+    if wanted is None:
+        return None
+    found, asked = format_of(stored), wanted if isinstance(wanted, str) else format_of(wanted)
+    if found != asked:
+        raise ConfigError(
+            f"{name_or_path} is stored in {found} already; a student in {asked} was asked for. Leave the format out to "
+            "load the checkpoint as it is, or give the full-precision one that it was made from."
+        )
+    return None if isinstance(wanted, str) else wanted
+
+
+def _build_config(name: str, compute_dtype: torch.dtype) -> Any:
+    storage_dtype = shard_dtype(compute_dtype) if shares_weights() else torch.uint8
+    return build_quantization_config(name, compute_dtype, storage_dtype)
+
+
+def _is_left_out(quantizer: type[HfQuantizer]) -> bool:
+    return quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops
+
+
+def _quantize_with_hqq(model: PreTrainedModel, config: Any, compute_dtype: torch.dtype) -> None:
+    """Replace the linear layers one by one, each freed before the next."""
+    from hqq.core.quantize import HQQLinear
+
+    model.requires_grad_(False)
+    skipped = set(config.skip_modules or ())
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        if name not in skipped and name.split(".")[-1] not in skipped:
+            layer: Any = model.get_submodule(name)
+            device = str(layer.weight.device)
+            model.set_submodule(name, HQQLinear(layer, config.quant_config, compute_dtype=compute_dtype, device=device))
+    model.hqq_quantized = True  # what PEFT knows such a model by
 
 
 def _check_storage(quantization_config: Any, expected: torch.dtype) -> None:
@@ -142,11 +197,48 @@ def attach_lora(
         peft_config: any PEFT config; `default_lora_config()` if None.
         gradient_checkpointing: recompute activations in the backward pass.
         gradient_checkpointing_kwargs: passed on; not reentrant unless it says otherwise.
+
+    Raises:
+        ConfigError: a quantized model that cannot be trained on its device.
     """
     if is_quantized(model):
+        check_trainable(model)
         model = prepare_model_for_kbit_training(
             model,
             use_gradient_checkpointing=gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})},
         )
-    return get_peft_model(model, peft_config or default_lora_config())
+    return get_peft_model(model, _name_linear_layers(model, peft_config or default_lora_config()))
+
+
+def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
+    """"all-linear" spelt out for HQQ, GPTQ and AWQ, whose layers PEFT adapts but does not count among the linear."""
+    names = [name for name, module in model.named_modules() if hasattr(module, "W_q") or hasattr(module, "qweight")]
+    if not names or getattr(peft_config, "target_modules", None) != "all-linear":
+        return peft_config
+    named: Any = copy.copy(peft_config)
+    named.target_modules = {name for name in names if model.get_submodule(name) is not model.get_output_embeddings()}
+    return named  # type: ignore[no-any-return]
+
+
+def check_trainable(model: Any) -> None:
+    """Refuse a loaded model whose format cannot be trained where the model is.
+
+    Args:
+        model: a model of transformers or PEFT, quantized or not.
+
+    Raises:
+        ConfigError: a format that the library, or the device, cannot train.
+        MissingDependencyError: the format's package is not installed.
+    """
+    network = base_network(model)
+    config = getattr(network.config, "quantization_config", None)
+    if not is_quantized(network) or config is None:
+        return
+    check_format(config, device=network.device, trainable=True)
+    quantizer = getattr(network, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise ConfigError(
+            f"The student is in {format_of(config)}, which transformers does not train. "
+            "Train nf4, fp4, hqq4 or torchao-int8, or only evaluate this one."
+        )

@@ -24,10 +24,11 @@ from quantkd.curves import TrainingCurves
 from quantkd.errors import DataError
 from quantkd.fused import DenseTeacher
 from quantkd.head import gathered_head, hidden_states_as_logits, why_not_fusable
+from quantkd.hub.training import PushesToHub
 from quantkd.losses import select_targets
 from quantkd.objective import compute_terms
 from quantkd.preparation import load_live_teacher, load_tokenizer, prepare_student, take_one_gpu
-from quantkd.provenance import remove_local_paths, write_provenance
+from quantkd.provenance import describe_quantization, describe_training, remove_local_paths, write_provenance
 from quantkd.row_metrics import compute_row_metrics, summarize_rows
 from quantkd.sampling import order_for_evaluation, order_for_training
 from quantkd.topk import TopKLogprobs
@@ -38,7 +39,7 @@ __all__ = ["QuantizedDistillationTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class QuantizedDistillationTrainer(Trainer):
+class QuantizedDistillationTrainer(PushesToHub, Trainer):
     """Distil a stored teacher into a quantized student.
 
     Args:
@@ -284,14 +285,9 @@ class QuantizedDistillationTrainer(Trainer):
         # It is a pickle, can hold a Hub token, and nothing reads it back.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
-        write_provenance(folder, trained_on, self._objective)
+        training = describe_training(self.args, self.accelerator.num_processes)
+        write_provenance(folder, trained_on, self._objective, training, describe_quantization(self.model))
         remove_local_paths(folder, self.model)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's model card, without the path of a base model that lies in a local folder."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            remove_local_paths(Path(str(self.args.output_dir)), self.model)
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -34,20 +33,23 @@ def test_prompt_shows_shots_in_order_and_without_calculator_marks() -> None:
     ("text", "strict", "flexible"),
     [
         ("She makes 9 * 2 = $18.\n#### 18", "18", "18"),
-        ("#### $1,250.00", "1250", "1250"),
-        ("####18", "18", "18"),
+        ("#### 1,250.", "1250", "1250"),
+        ("#### $1,250.00", None, "1250.00"),
+        ("####18", None, "18"),
         ("#### -3", "-3", "-3"),
         ("#### 25%", "25", "25"),
         ("#### 18\nThe end, 2024.", "18", "2024"),
         ("#### 5\n\n#### 7", "5", "7"),
         ("#### Step one\nso\n#### 4", "4", "4"),
         ("The answer is 18.", None, "18"),
-        ("That is 10-2", None, "2"),
-        ("Change of -2.50 dollars...", None, "-2.5"),
-        ("costs $.75", None, "0.75"),
+        ("That is 10-2", None, "-2"),
+        ("Change of -$2.50 for you", None, "-2.50"),
+        ("costs $.75", None, ".75"),
         ("in 3,4 and 5.", None, "5"),
         ("####\n18", None, "18"),
-        ("I do not know...", None, None),
+        ("#### ,", None, None),
+        ("It is 18, I guess...", None, ".."),
+        ("I do not know.", None, None),
         ("", None, None),
     ],
 )
@@ -55,27 +57,15 @@ def test_extraction(text: str, strict: str | None, flexible: str | None) -> None
     assert (gsm8k.extract_strict(text), gsm8k.extract_flexible(text)) == (strict, flexible)
 
 
-@given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**9), max_value=10**9, places=3))
-def test_normalized_numbers_are_equal_when_their_values_are(value: Decimal) -> None:
-    spellings = {
-        gsm8k.normalize_number(text) for text in (f"{value:f}", f"${value:,f}", f"{value:f}00", f" {value:f}% ")
-    }
-    assert len(spellings) == 1
-    assert Decimal(spellings.pop() or "nan") == value
-
-
-@pytest.mark.parametrize("text", ["", ".", "-", "$", "seven", "1.2.3", "1e5", "12 apples"])
-def test_not_a_number(text: str) -> None:
-    assert gsm8k.normalize_number(text) is None
-
-
-def test_long_numbers_stay_exact() -> None:
-    assert gsm8k.normalize_number("1" * 60 + ".10") == "1" * 60 + ".1"
+@given(st.integers(min_value=-(10**60), max_value=10**60))
+def test_spellings_of_a_whole_number_are_one(value: int) -> None:
+    for text in (f"{value}", f"{value:,}", f"{value:,}.", f"{value:,}".replace("-", "-$")):
+        assert gsm8k.normalize_number(text) == str(value)
 
 
 def test_verdict() -> None:
     assert gsm8k.is_correct("#### 1006", ROW["answer"], "strict")
-    assert gsm8k.is_correct("so 1,006.00.", ROW["answer"], "flexible")
+    assert gsm8k.is_correct("so $1,006.", ROW["answer"], "flexible")
     assert not gsm8k.is_correct("so 1,006.", ROW["answer"], "strict")
     assert not gsm8k.is_correct("", ROW["answer"], "flexible")
     with pytest.raises(DataError, match="holds no `#### <number>`"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom, norm
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.stats import (
@@ -16,6 +20,7 @@ from quantkd.evaluation.stats import (
     RowSums,
     bootstrap_ratio_interval,
     compute_gap_recovered,
+    compute_questions_needed,
     mcnemar_exact,
     wilson_interval,
 )
@@ -75,51 +80,53 @@ def test_mcnemar_needs_the_same_questions() -> None:
         mcnemar_exact([], [])
 
 
-def test_bootstrap_matches_the_normal_interval_on_many_rows() -> None:
-    rng = np.random.default_rng(3)
-    tokens = rng.integers(20, 200, 3_000)
-    nats = tokens * rng.gamma(2, 0.1, 3_000)
-    ratio = nats.sum() / tokens.sum()
-    half = 1.96 * (nats - ratio * tokens).std() / tokens.mean() / math.sqrt(3_000)  # the ratio estimator's delta method
-    low, high = bootstrap_ratio_interval(nats, tokens)
-    assert (low, high) == pytest.approx((ratio - half, ratio + half), abs=0.15 * half)
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        low, high = bootstrap_ratio_interval(rng.normal(1.0, 1.0, 60), None, resamples=300)
-        hits += low <= 1.0 <= high
-    assert 178 <= hits <= 199  # 95% of 200 is 190, four standard deviations either way
-
-
-def test_bootstrap_draws_rows_not_tokens() -> None:
-    """100 identical copies of each token add no information: the interval stays as wide as with one."""
-    nats = np.random.default_rng(1).normal(2.0, 1.0, 40)
-    assert bootstrap_ratio_interval(nats * 100, np.full(40, 100)) == pytest.approx(bootstrap_ratio_interval(nats, None))
-
-
-def test_bootstrap_is_seeded_and_takes_constant_rows() -> None:
-    nats = np.random.default_rng(1).normal(2.0, 1.0, 40)
-    assert bootstrap_ratio_interval(nats, None) == bootstrap_ratio_interval(nats, None, seed=0)
-    assert bootstrap_ratio_interval(nats, None) != bootstrap_ratio_interval(nats, None, seed=1)
-    assert bootstrap_ratio_interval(np.zeros(5), np.ones(5)) == (0.0, 0.0)
-
-
 @pytest.mark.parametrize(
-    ("numerators", "denominators", "message"),
+    ("only_a", "only_b", "n", "expected"),
     [
-        ([1.0], None, "1 row"),
-        ([], None, "N at least 1"),
-        ([1.0, 2.0], [1.0], "one shape"),
-        ([1.0, math.nan], None, "not finite"),
-        ([1.0, 2.0], [0.0, 0.0], "none above 0"),
+        (5, 45, 100, 23),  # the calculator of powerandsamplesize.com, which cites Connor 1987, page 209
+        (30, 15, 100, 155),  # that of clinicaltrials-tools.vercel.app, which cites Connor 1987
+        (15, 30, 100, 155),
+        (300, 150, 1000, 155),
+        (7, 7, 100, None),
+        (0, 0, 5, None),
     ],
 )
-def test_bootstrap_refuses(numerators: list[float], denominators: list[float] | None, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        bootstrap_ratio_interval(numerators, denominators)
+def test_questions_needed_as_published(only_a: int, only_b: int, n: int, expected: int | None) -> None:
+    assert compute_questions_needed(only_a, only_b, n) == expected
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "n"), [(15, 5, 100), (10, 5, 100), (30, 10, 1000), (30, 15, 100)])
+def test_questions_needed_give_the_power(only_a: int, only_b: int, n: int) -> None:
+    """Against the power of McNemar's z-test, added up over every count of questions that separate the models."""
+    needed = compute_questions_needed(only_a, only_b, n)
+    assert needed is not None
+
+    def power(questions: int) -> float:
+        total = 0.0
+        for apart in range(1, questions + 1):
+            wins = np.arange(apart + 1)
+            seen = abs(2 * wins - apart) >= norm.ppf(0.975) * math.sqrt(apart)
+            chance = binom.pmf(wins, apart, only_a / (only_a + only_b))[seen].sum()
+            total += binom.pmf(apart, questions, (only_a + only_b) / n) * chance
+        return total
+
+    assert power(needed) == pytest.approx(0.8, abs=0.035)  # the z-test's level jumps with the counts
+    assert power(int(0.7 * needed)) < 0.72 and power(int(1.4 * needed)) > 0.88
+
+
+def test_questions_needed_follow_level_and_power() -> None:
+    assert compute_questions_needed(15, 5, 100, power=0.9) > compute_questions_needed(15, 5, 100)  # type: ignore[operator]
+    assert compute_questions_needed(15, 5, 100, level=0.01) > compute_questions_needed(15, 5, 100)  # type: ignore[operator]
+    with pytest.raises(DataError, match="3 and 3 questions"):
+        compute_questions_needed(3, 3, 5)
+    with pytest.raises(ConfigError, match="power=1"):
+        compute_questions_needed(3, 2, 5, power=1.0)
+
+
+def test_examples_of_the_page() -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "statistics.md"
+    result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted > 20 and not result.failed
 
 
 def test_impossible_settings_are_refused() -> None:
@@ -132,8 +139,9 @@ def test_impossible_settings_are_refused() -> None:
 def gap(after: list[float], **changes: object) -> GapRecovered:
     arms: dict[str, object] = {"teacher": [0.0] * 50, "before": [2.0, 4.0] * 25, "higher_is_better": False}
     arms.update(changes)
-    teacher, before = RowSums(arms.pop("teacher")), RowSums(arms.pop("before"))  # type: ignore[arg-type]
-    return compute_gap_recovered(teacher, before, RowSums(after), **arms)  # type: ignore[arg-type]
+    transform: Any = arms.pop("transform", "identity")
+    sums = [RowSums(values, None, transform) for values in (arms.pop("teacher"), arms.pop("before"), after)]  # type: ignore[arg-type]
+    return compute_gap_recovered(*sums, **arms)  # type: ignore[arg-type]
 
 
 def test_all_none_and_three_quarters_of_the_gap() -> None:

@@ -154,7 +154,7 @@ def test_page_is_a_well_formed_table_and_names_the_chart(tmp_path: Path, arms: d
     assert "](gap.png)" in page and "The before \\| arm" in page
     blocks = [[line for line in block.splitlines() if line.startswith("|")] for block in page.split("\n\n")]
     widths = [{line.replace("\\|", "").count("|") for line in lines} for lines in blocks if lines]
-    assert len(widths) == 3 and all(len(width) == 1 for width in widths)
+    assert len(widths) == 4 and all(len(width) == 1 for width in widths)
     assert "\n\n\n" not in page
 
 

@@ -12,11 +12,13 @@ from quantkd.data.arithmetic import generate_problems
 from quantkd.demo import load_demo_model
 from quantkd.pipeline import Experiment, run_experiment
 from quantkd.report import format_table
+from quantkd.student import default_lora_config
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
   quantkd demo
+  quantkd demo --control ce --exports merged requantized
   quantkd demo --train_rows 256 --epochs 2 --output_dir runs/longer
 """
 
@@ -35,9 +37,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure the fidelity on (32)")
     parser.add_argument("--test_rows", type=int, default=32, help="problems to solve, before and after (32)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
+    parser.add_argument("--rank", type=int, default=64, help="rank of the adapters (64)")
     parser.add_argument(
-        "--control", action="store_true", help="also train a student by cross-entropy alone, to compare with"
+        "--control",
+        nargs="?",
+        const="ce",
+        default="ce",
+        choices=["ce", "none"],
+        help="also train one by cross-entropy alone, with as many steps, to compare with (ce)",
     )
+    parser.add_argument(
+        "--exports", nargs="+", default=[], choices=["merged", "requantized"], help="also write and measure these forms"
+    )
+    parser.add_argument("--force", action="store_true", help="measure again what was measured of the same model")
     parser.add_argument("--seed", type=int, default=0, help="seed of problems and training (0)")
     args = parser.parse_args(argv)
     train = generate_problems(args.train_rows, args.seed)
@@ -52,17 +64,21 @@ def main(argv: Sequence[str]) -> None:
             held_out_rows=held_out,
             test_rows=test,
             capture={"max_new_tokens": 128, "batch_size": 16},
+            peft_config=default_lora_config(args.rank),
             eval_batch_size=16,
-            control=args.control,
+            control=args.control == "ce",
+            exports=args.exports,
+            force=args.force,
         ),
         QuantizedDistillationConfig(
             str(run_dir / "student"),
             num_train_epochs=args.epochs,
             per_device_train_batch_size=8,
-            learning_rate=1e-4,
+            learning_rate=3e-5,  # larger steps lead away from the covariance start, see docs/recipes.md
             lr_scheduler_type="cosine",
             warmup_steps=4,
             alpha=1.0,
+            packing=True,
             logging_steps=2,
             save_strategy="no",
             seed=args.seed,

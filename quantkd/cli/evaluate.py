@@ -18,6 +18,7 @@ from quantkd.data.prompts import load_examples
 from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import evaluate_prompts
 from quantkd.evaluation.arms import check_arm_name, evaluate_arm
+from quantkd.evaluation.harness import HarnessTasks
 from quantkd.hardware import process_state
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet
@@ -28,8 +29,10 @@ _EXAMPLES = """examples:
   quantkd evaluate --arm teacher --full_precision --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
   quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
   quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --held_out runs/held --run_dir runs/x
+  quantkd evaluate --arm before --model_name_or_path MODEL --teacher MODEL --held_out runs/held --run_dir runs/x
   quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --gsm8k hub --run_dir runs/x
   quantkd evaluate --arm after --model_name_or_path MODEL --prompts my.jsonl --run_dir runs/x
+  quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --tasks gsm8k,arc_easy --run_dir runs/x
   accelerate launch -m quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
 """
 
@@ -44,6 +47,9 @@ class EvaluationArguments:
     full_precision: bool = field(default=False, metadata={"help": "Load the model unquantized, as the teacher is."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub name of a trained adapter."})
     held_out: str | None = field(default=None, metadata={"help": "Transfer set to measure the fidelity on."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "The teacher's checkpoint, to measure fidelity over the whole vocabulary too."}
+    )
     gsm8k: str | None = field(default=None, metadata={"help": "Folder with train.jsonl and test.jsonl, or `hub`."})
     shots: list[int] = field(default_factory=lambda: [0, 8], metadata={"help": "Numbers of shots."})
     prompts: str | None = field(default=None, metadata={"help": "Any other data: a file, folder or Hub name."})
@@ -51,6 +57,13 @@ class EvaluationArguments:
     completion_column: str = field(default="completion", metadata={"help": "Column of the answer in --prompts."})
     split: str = field(default="test", metadata={"help": "Split of --prompts."})
     limit: int = field(default=100, metadata={"help": "At most this many questions, from the front."})
+    tasks: str | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness, with commas between."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own for --tasks."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Shots of --tasks; each task's own if left out."})
+    task_limit: int | None = field(default=None, metadata={"help": "At most this many items of each of --tasks."})
+    apply_chat_template: bool = field(default=False, metadata={"help": "Put --tasks into the chat template."})
+    rerun_tasks: bool = field(default=False, metadata={"help": "Run --tasks anew that were finished before."})
+    force: bool = field(default=False, metadata={"help": "Measure again what was measured of this very model."})
     batch_size: int = field(default=8, metadata={"help": "Rows or questions a batch."})
     max_new_tokens: int = field(default=256, metadata={"help": "Length limit of an answer."})
     plain_prompts: bool = field(default=False, metadata={"help": "Use no chat template, as for a base model."})
@@ -67,17 +80,21 @@ def main(argv: Sequence[str]) -> None:
     """
     kinds = [EvaluationArguments, StudentArguments]
     args, student = parse_options(kinds, argv, prog="quantkd evaluate", examples=_EXAMPLES)
-    if not (args.held_out or args.gsm8k or args.prompts):
-        raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts, or several of them.")
+    if not (args.held_out or args.gsm8k or args.prompts or args.tasks):
+        raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts or --tasks.")
     check_arm_name(args.arm)
+    if args.teacher and not args.held_out:
+        raise ConfigError("--teacher is compared with on the rows of --held_out; give those, too.")
+    tasks = _tasks_from(args)
     if not student.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
+    if tasks is not None:
+        tasks.manager  # noqa: B018  (so that a wrong name is told before the model is loaded)
     model: Any
     if args.full_precision:
-        dtype = None if student.dtype == "auto" else student.dtype
         model, tokenizer = load_teacher(
             student.model_name_or_path,
-            dtype=dtype,
+            dtype=_plain_dtype(student),
             revision=student.model_revision,
             trust_remote_code=student.trust_remote_code,
         )
@@ -92,6 +109,10 @@ def main(argv: Sequence[str]) -> None:
     if args.adapter:
         with naming(args.adapter, "adapter_config.json"):
             model = PeftModel.from_pretrained(model, args.adapter)
+    teacher = None
+    if args.teacher:
+        is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
+        teacher = model if is_teacher else _load_teacher(args.teacher, student)
     shared = {
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
@@ -99,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
         "share": True,
     }
     folder = Path(args.run_dir) / "evaluation"
-    if args.held_out or args.gsm8k:
+    if args.held_out or args.gsm8k or args.tasks:
         source = None if args.gsm8k == "hub" else args.gsm8k
         path = evaluate_arm(
             model,
@@ -109,9 +130,12 @@ def main(argv: Sequence[str]) -> None:
             title=args.title,
             model_name=student.model_name_or_path,
             held_out=TransferSet.open(args.held_out) if args.held_out else None,
+            teacher=teacher,
             questions=load_gsm8k(source, "test", args.limit) if args.gsm8k else (),
             few_shot=load_gsm8k(source, "train", max(args.shots)) if args.gsm8k and max(args.shots) else (),
             shots=args.shots,
+            tasks=tasks,
+            force=args.force,
             **shared,
         )
         if process_state().is_main_process:
@@ -130,3 +154,27 @@ def main(argv: Sequence[str]) -> None:
             return
         graded = [record["correct"] for record in records if record["correct"] is not None]
         print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))
+
+
+def _plain_dtype(student: StudentArguments) -> str | None:
+    return None if student.dtype == "auto" else student.dtype
+
+
+def _load_teacher(name_or_path: str, student: StudentArguments) -> Any:
+    """The teacher beside the model, in the dtype that the model computes in."""
+    return load_teacher(name_or_path, dtype=_plain_dtype(student), trust_remote_code=student.trust_remote_code)[
+        0
+    ].requires_grad_(False)
+
+
+def _tasks_from(args: EvaluationArguments) -> HarnessTasks | None:
+    if not args.tasks:
+        return None
+    return HarnessTasks(
+        [name.strip() for name in args.tasks.split(",")],
+        include_path=args.include_path,
+        num_fewshot=args.num_fewshot,
+        limit=args.task_limit,
+        apply_chat_template=args.apply_chat_template,
+        rerun=args.rerun_tasks,
+    )

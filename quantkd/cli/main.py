@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,12 +16,26 @@ _COMMANDS = {
     "capture": "let a teacher answer prompts and store its distributions as a transfer set",
     "inspect": "show what a transfer set holds",
     "verify": "check every byte and row of a transfer set",
+    "audit": "compute a sample of a transfer set's rows again with its teacher",
     "convert": "write a transfer set again, smaller or trimmed, or one from another toolkit's table",
     "train": "distil a transfer set into a quantized student",
+    "sweep": "search training arguments for the least held-out KL",
     "evaluate": "measure one model: fidelity to the teacher and GSM8K accuracy",
+    "export": "write a student as a 16-bit checkpoint, a 4-bit one, or the adapter alone",
     "report": "put evaluated models side by side: table, JSON, chart",
+    "view": "write a page that shows, token by token, where a student departs from its teacher",
+    "push": "upload an adapter or a transfer set to the Hub, private unless told otherwise",
     "selftest": "check on your own model that the loss, the alignment and the gradients are right",
     "demo": "the whole way on a real small model: capture, train, evaluate, report",
+}
+
+_SAME_COMMAND = "Run the same command again to go on."
+_GO_ON = {
+    "train": "Run the same command with --resume_from_checkpoint true to go on from the last checkpoint.",
+    "inspect": "Nothing was changed.",
+    "verify": "Nothing was changed.",
+    "audit": "Nothing was changed.",
+    "selftest": "Nothing was changed.",
 }
 
 
@@ -47,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in _COMMANDS:
         print(f"quantkd: there is no command {command!r}; the commands are {', '.join(_COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
+    if not sys.stderr.isatty():  # tqdm and huggingface_hub read these when they are imported; what the user set stays
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _print_revisions()
     try:
         importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
     # The latter three are how torch, transformers, peft and datasets say that an argument, a model, a file or a package
@@ -57,8 +77,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"quantkd {command}: {_describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"quantkd {command}: interrupted. Run the same command again to go on.", file=sys.stderr)
+        print(f"quantkd {command}: interrupted. {_GO_ON.get(command, _SAME_COMMAND)}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _print_revisions() -> None:
+    """What is read from the Hub is named with its commit, on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("quantkd.hub")
+    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
 
 
 def _describe(error: Exception) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
-from quantkd.cli.parsing import parse_options
+from quantkd.cli.parsing import parse_options, save_options
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
 from quantkd.trainer import QuantizedDistillationTrainer
@@ -18,6 +19,8 @@ _EXAMPLES = """examples:
   quantkd train --model_name_or_path MODEL --transfer_set runs/set --output_dir runs/student
   quantkd train --model_name_or_path MODEL --transfer_set runs/set --eval_fraction 0.1 --lora_r 32 --alpha 0.9
   quantkd train --config train.yaml --output_dir runs/student
+  quantkd train --config runs/student/config.yaml --output_dir runs/again          the same run once more
+  quantkd train --config train.yaml --output_dir runs/student --control ce     writes to runs/student-control
   accelerate launch -m quantkd train --config train.yaml --output_dir runs/student
 """
 
@@ -30,6 +33,14 @@ class DataArguments:
     eval_transfer_set: str | None = field(default=None, metadata={"help": "Folder of held-out rows."})
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Or: hold out this share of the transfer set's rows."}
+    )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "ce: train the student to compare with instead, on the same rows from the same start by "
+            "cross-entropy alone, into a folder beside output_dir.",
+            "choices": ["ce"],
+        },
     )
 
 
@@ -47,6 +58,8 @@ def main(argv: Sequence[str]) -> None:
     _check_amounts(config)
     if data.eval_transfer_set and data.eval_fraction:
         raise ConfigError("Give eval_transfer_set or eval_fraction, not both.")
+    if data.control:
+        _make_control(config)
     rows, held_out = TransferSet.open(data.transfer_set), None
     if data.eval_transfer_set:
         held_out = TransferSet.open(data.eval_transfer_set)
@@ -59,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
         eval_dataset=held_out,
         peft_config=peft_config_from(student),
     )
+    if trainer.is_world_process_zero():
+        save_options(kinds, argv, Path(config.output_dir) / "config.yaml", command="quantkd train")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
@@ -67,6 +82,14 @@ def main(argv: Sequence[str]) -> None:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         print(f"The adapter lies in {config.output_dir}.")
+
+
+def _make_control(config: QuantizedDistillationConfig) -> None:
+    """The same training without the teacher's distributions, in a folder of its own."""
+    if config.push_to_hub:
+        raise ConfigError("A control is there to be compared with, not to be published. Leave push_to_hub off.")
+    config.alpha = 0.0
+    config.output_dir = f"{config.output_dir}-control"
 
 
 def _check_amounts(config: QuantizedDistillationConfig) -> None:

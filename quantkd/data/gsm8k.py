@@ -35,11 +35,10 @@ STOP = "\nQuestion:"
 """What a model writes when it has answered and invents the next question; generation ends there."""
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
-# A minus right after a digit, a letter or a bracket is a subtraction or a hyphen ("10-2", "step-3"), not a sign.
-_NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_STRICT = re.compile(rf"####[ \t]*({_NUMBER})")
-_FLEXIBLE = re.compile(_NUMBER)
-_PLAIN_NUMBER = re.compile(r"([+-]?)(\d*)(?:\.(\d*))?")
+# What lm-evaluation-harness takes for a number, so that a figure here is one that can be set beside published ones:
+# also a dollar sign alone with a dot, the dots of an ellipsis, and in "10-2" the number -2.
+_STRICT = re.compile(r"#### (-?[\d.,]+)", re.ASCII)
+_FLEXIBLE = re.compile(r"-?[$\d.,]{2,}|-?\d+", re.ASCII)
 
 
 def load_gsm8k(path: str | Path | None, split: str, limit: int | None = None) -> list[dict[str, str]]:
@@ -109,17 +108,17 @@ def remove_calculator_marks(answer: str) -> str:
 
 
 def extract_strict(text: str) -> str | None:
-    """The number after the first `####`, as the official grader takes it.
+    """The number after the first `#### ` that a number follows, as the official grader takes it.
 
     Args:
         text: a model's output, or a gold answer.
 
     Returns:
-        The number in the form of `normalize_number`; None where `####` with a number is missing.
+        The number in the form of `normalize_number`; None where `#### ` with a number is missing.
 
     Reference:
         `extract_answer` in openai/grade-school-math, and the `strict-match` filter of lm-evaluation-harness' gsm8k
-        task: both take the first match. Unlike them, a dollar sign before the number is allowed.
+        task: one space after `####`, no dollar sign.
 
     Example:
         >>> extract_strict("She has 9 * 2 = $18.\\n#### 18"), extract_strict("The answer is 18.")
@@ -139,10 +138,11 @@ def extract_flexible(text: str) -> str | None:
         The number in the form of `normalize_number`; None where the text holds no number.
 
     Reference:
-        The `flexible-extract` filter of lm-evaluation-harness' gsm8k task (last match of a number).
+        The `flexible-extract` filter of lm-evaluation-harness' gsm8k task, faults included: the last run of digits,
+        dots, commas and dollar signs counts, so an ellipsis at the end hides the number before it.
 
     Example:
-        >>> extract_flexible("So she earns $1,250.00 in total."), extract_flexible("No idea.")
+        >>> extract_flexible("So she earns $1,250 in total."), extract_flexible("No idea.")
         ('1250', None)
     """
     matches = _FLEXIBLE.findall(text)
@@ -150,24 +150,19 @@ def extract_flexible(text: str) -> str | None:
 
 
 def normalize_number(text: str) -> str | None:
-    """One spelling for one number: no spaces, commas, `$`, `%`, trailing dot or trailing zeros.
+    """The spelling that is compared: without commas, dollar signs and one dot at the end.
 
     Args:
-        text: a number as people write it, such as "$1,250.00".
+        text: a number as people write it, such as "$1,250.".
 
     Returns:
-        The number, such as "1250"; None if the text is not a number. Exact for any number of digits.
+        The number, such as "1250"; None if nothing is left. "18.00" stays apart from "18", as in the harness.
 
     Example:
-        >>> [normalize_number(text) for text in ("$1,250.00", "18.", "-0.50", "25%", "-0", "seven")]
-        ['1250', '18', '-0.5', '25', '0', None]
+        >>> [normalize_number(text) for text in ("$1,250", "18.", "-0.50", "18.00", ".")]
+        ['1250', '18', '-0.50', '18.00', None]
     """
-    match = _PLAIN_NUMBER.fullmatch(re.sub(r"[\s,$%]", "", text))
-    if match is None or not (match[2] or match[3]):
-        return None
-    whole, fraction = match[2].lstrip("0") or "0", (match[3] or "").rstrip("0")
-    number = f"{whole}.{fraction}" if fraction else whole
-    return f"-{number}" if match[1] == "-" and number != "0" else number
+    return text.replace(",", "").replace("$", "").removesuffix(".") or None
 
 
 def is_correct(prediction: str, gold_answer: str, mode: Literal["strict", "flexible"]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from quantkd.checkpoint import short_name
 from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import evaluate_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
+from quantkd.evaluation.kept import KeptArm, compute_arm_fingerprint, discard_arm
 from quantkd.hardware import process_state
 from quantkd.transfer_set import TransferSet
 
@@ -24,6 +27,8 @@ TITLES = {
     "before": "4-bit, before",
     "after": "4-bit, distilled",
     "control": "4-bit, cross-entropy alone",
+    "merged": "16-bit, distilled and merged",
+    "requantized": "4-bit, merged and quantized again",
 }
 
 
@@ -50,16 +55,22 @@ def evaluate_arm(
     model_name: str,
     memory_bytes: int | None = None,
     held_out: TransferSet | None = None,
+    teacher: Any = None,
     questions: Sequence[Mapping[str, str]] = (),
     few_shot: Sequence[Mapping[str, str]] = (),
     shots: Sequence[int] = (0,),
     batch_size: int = 8,
     max_new_tokens: int = 256,
     chat_template: bool = True,
+    tasks: HarnessTasks | None = None,
+    force: bool = False,
     share: bool = False,
     progress: bool = True,
 ) -> Path:
     """Measure a model and write `<run_dir>/evaluation/<arm>.json`, and each answer to a JSONL beside it.
+
+    What the file holds of the very same model stays: figures on the same data with the same settings are not measured
+    again, answers that are there are not asked for again, and what is not asked for this time is kept.
 
     Args:
         model: a causal language model, with or without adapters.
@@ -70,12 +81,15 @@ def evaluate_arm(
         model_name: what the model is; of a path only the last part is written.
         memory_bytes: the model's footprint; asked of the model if None.
         held_out: rows of a transfer set for the fidelity to the teacher; none if None.
+        teacher: the teacher's own model, `model` itself if it is that, for the same over the whole vocabulary as well.
         questions: GSM8K rows to answer; none if empty.
         few_shot: training rows that the shots are taken from, at least `max(shots)`.
         shots: numbers of shots to answer the questions with, such as (0, 8).
         batch_size: rows or questions a batch.
         max_new_tokens: length limit of an answer.
         chat_template: False prompts with plain text, for a base model.
+        tasks: tasks of lm-evaluation-harness to run; none if None. Finished ones are kept below `evaluation/lm-eval/`.
+        force: measure again what was measured of this very model, and drop records that are there.
         share: deal rows and questions to all processes of the launcher, each of which must make this same call; the
             main process writes.
         progress: show bars.
@@ -86,14 +100,22 @@ def evaluate_arm(
     Raises:
         ConfigError: nothing to measure, an arm's name that is no file name, or too few `few_shot` rows.
     """
-    if held_out is None and not questions:
-        raise ConfigError("There is nothing to measure: give held_out rows, questions, or both.")
+    if held_out is None and not questions and tasks is None:
+        raise ConfigError("There is nothing to measure: give held_out rows, questions, tasks, or several of them.")
     check_arm_name(arm)
     if questions and max(shots) > len(few_shot):
         raise ConfigError(f"{max(shots)} shots need as many training rows, found {len(few_shot)}.")
     folder = Path(run_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{arm}.json"
+    if force and process_state().is_main_process:
+        discard_arm(folder, arm)
+    if force and share:
+        process_state().wait_for_everyone()
+    kept = KeptArm(path, model, force=force, share=share)
     result: dict[str, Any] = {
+        **kept.parts,
+        "measured": kept.measured,
         "arm": arm,
         "title": title or TITLES.get(arm, arm),
         "model": short_name(model_name),
@@ -101,11 +123,19 @@ def evaluate_arm(
     }
     if held_out is not None:
         result["transfer_set_digest"] = held_out.digest
-        result["fidelity"] = evaluate_fidelity(
-            model, held_out, batch_size=batch_size, share=share, progress=progress
-        ).to_json()
+        result["fidelity"] = kept.fidelity(
+            {
+                "transfer_set": held_out.digest,
+                "batch_size": batch_size,
+                "teacher": None if teacher is None else compute_arm_fingerprint(teacher),
+            },
+            lambda: evaluate_fidelity(
+                model, held_out, teacher=teacher, batch_size=batch_size, share=share, progress=progress
+            ).to_json(),
+        )
+        if not share or process_state().is_main_process:
+            _write(path, result)  # so that a stop among the answers does not cost them
     if questions:
-        result["accuracy"] = {}
         for count in shots:
             records = evaluate_gsm8k(
                 model,
@@ -119,14 +149,25 @@ def evaluate_arm(
                 share=share,
                 progress=progress,
             )
-            result["accuracy"][f"{count}-shot"] = [
+            result.setdefault("accuracy", {})[f"{count}-shot"] = [
                 {"id": r.id, "correct_strict": r.correct_strict, "correct_flexible": r.correct_flexible}
                 for r in records
             ]
-    path = folder / f"{arm}.json"
-    if share and not process_state().is_main_process:
-        return path
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    if tasks is not None:
+        ran = evaluate_tasks(model, tokenizer, tasks, folder / "lm-eval" / arm, batch_size=batch_size, share=share)
+        figures = {task: found for one in ran.values() for task, found in one.figures.items()}
+        result["tasks"] = result.get("tasks", {}) | figures
+        for one in ran.values():
+            result.setdefault("accuracy", {}).update(one.verdicts)
+    if not share or process_state().is_main_process:
+        _write(path, result)
     return path
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".json.tmp")
+    text = json.dumps(result, indent=1, sort_keys=True)
+    # Plain numbers go on one line: the sums by bin would take one each.
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)

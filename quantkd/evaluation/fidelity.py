@@ -1,9 +1,13 @@
-"""Fidelity: how near a model's distribution is to the stored teacher's, on held-out rows, teacher-forced."""
+"""Fidelity: how near a model's distribution is to its teacher's, on held-out rows, teacher-forced.
+
+The teacher is what the transfer set stored, over k + 1 classes, and, where it is at hand, the model itself, over the
+whole vocabulary.
+"""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,85 +16,142 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantkd.collator import DistillationCollator
+from quantkd.errors import ConfigError
+from quantkd.evaluation.fidelity_sums import Fidelity, sum_rows
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.hardware import process_state
-from quantkd.head import find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.head import Head, find_head, hidden_states_as_logits, why_not_fusable
 from quantkd.losses import select_targets
-from quantkd.row_metrics import ROW_COLUMNS, compute_row_metrics, summarize_rows
+from quantkd.position_metrics import (
+    compare_with_entries,
+    compare_with_logits,
+    compute_predictions,
+    positions_per_chunk,
+    take_logits,
+)
+from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set import TransferSet
+from quantkd.weights import count_rows
 
 __all__ = ["Fidelity", "evaluate_fidelity"]
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """Sums per held-out row, so that means and intervals over rows follow.
-
-    Args:
-        rows: (R, 5) float64 in the set's order, columns as in `quantkd.row_metrics.ROW_COLUMNS`.
-    """
-
-    rows: Tensor
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures as JSON values.
-
-        Returns:
-            Means over tokens (`kl` and `ce` in nats, `perplexity`, `top1_agreement`), and under `rows` the sums of
-            every row.
-        """
-        names = ("tokens", "kl_sum", "ce_sum", "agree")
-        counts = ("tokens", "agree")
-        per_row = [
-            {
-                name: int(row[ROW_COLUMNS.index(name)]) if name in counts else row[ROW_COLUMNS.index(name)]
-                for name in names
-            }
-            for row in self.rows.tolist()
-        ]
-        summary = summarize_rows(self.rows)
-        return {"rows": per_row, **{name: value for name, value in summary.items() if name != "loss"}}
-
-
 def evaluate_fidelity(
-    model: Any, transfer_set: TransferSet, *, batch_size: int = 8, share: bool = False, progress: bool = True
+    model: Any,
+    transfer_set: TransferSet,
+    *,
+    teacher: Any = None,
+    batch_size: int = 8,
+    share: bool = False,
+    progress: bool = True,
 ) -> Fidelity:
     """Run a model over held-out rows and compare it with the teacher at every target position.
 
     Args:
         model: a causal language model, with or without adapters; in evaluation mode meanwhile.
         transfer_set: the held-out rows.
+        teacher: the teacher's own model, for the same figures over the whole vocabulary as well; `model` itself if it
+            is the teacher. Evaluation mode meanwhile. No more than a chunk of the logits of both exists at a time.
         batch_size: rows a batch. Rows of like length go together; the result is in the set's order.
         share: deal the rows to all processes of the launcher, each of which holds the whole model and must make this
             same call; all return all rows.
         progress: show a bar if there is a terminal.
 
     Returns:
-        The sums of every row. Forward KL is at temperature 1 over the stored entries and the tail.
+        The sums of every row, at temperature 1.
 
     Raises:
-        ConfigError: a batch size below 1.
+        ConfigError: a batch size below 1, or a teacher of another vocabulary.
     """
+    student = _Forward(model)
+    live = None
+    if teacher is not None:
+        live = student if teacher is model else _Forward(teacher)
+        widths = [count_rows(each.get_output_embeddings().weight) for each in (model, teacher)]
+        if widths[0] != widths[1]:
+            raise ConfigError(
+                f"The model's vocabulary has {widths[0]} ids, the teacher's {widths[1]}; figures over the whole "
+                "vocabulary need the same. Give the model's own teacher, or none: the transfer set's entries suffice."
+            )
     collate = DistillationCollator(pad_token_id=0)  # whatever fills the padding is masked and never a target
     batches = deal_batches(transfer_set.lengths.tolist(), batch_size, share)
     quiet = None if progress and (not share or process_state().is_main_process) else True
-    rows = torch.zeros(len(transfer_set), len(ROW_COLUMNS), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    head = find_head(model) if why_not_fusable(model) is None else None
+    found = Fidelity.zeros(len(transfer_set), dense=live is not None)
+    training = [(each, each.training) for each in (model, teacher) if each is not None]
+    for each, _ in training:
+        each.eval()
     for indices in tqdm(batches, desc="fidelity", unit="batch", disable=quiet):
         batch = collate(transfer_set.__getitems__(indices))
         with torch.inference_mode():
-            labels = batch["labels"].to(model.device)
-            with hidden_states_as_logits(model) if head is not None else nullcontext():
-                outputs = model(
-                    input_ids=batch["input_ids"].to(model.device),
-                    attention_mask=batch["attention_mask"].to(model.device),
-                )
-            hidden, targets = select_targets(outputs.logits, labels)
-            found = compute_row_metrics(hidden, targets, batch["teacher"].to(hidden.device), labels, head=head)
-        rows[indices] = found.double().cpu()
-    model.train(training)
+            hidden, targets = student(batch)
+            entries = batch["teacher"].to(hidden.device)
+            beside = None
+            if live is not None:
+                beside = (hidden if live is student else live(batch)[0].to(hidden.device), live.head_on(hidden.device))
+            positions = _measure_positions(hidden, student.head, targets, entries, beside)
+            found.place(indices, sum_rows(batch["labels"].to(hidden.device), positions))
+    for each, mode in training:
+        each.train(mode)
     if share and process_state().num_processes > 1:  # each process has filled in its own rows
-        rows = reduce(rows.to(process_state().device), "sum").cpu()
-    return Fidelity(rows)
+        found = Fidelity(reduce(found.rows.to(process_state().device), "sum").cpu(), found.dense)
+    return found
+
+
+class _Forward:
+    """A model's forward pass up to the hidden states at target positions, or to logits where it has no plain head."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.head: Head | None = find_head(model) if why_not_fusable(model) is None else None
+
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(N, H) hidden states or (N, V) logits, and the (N,) targets."""
+        device = self.model.get_input_embeddings().weight.device
+        with hidden_states_as_logits(self.model) if self.head is not None else nullcontext():
+            outputs = self.model(
+                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+            )
+        return select_targets(outputs.logits, batch["labels"].to(outputs.logits.device))
+
+    def head_on(self, device: torch.device) -> Head | None:
+        """The head where the other model's hidden states are."""
+        if self.head is None:
+            return None
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        return replace(self.head, weight=self.head.weight.to(device), bias=bias)
+
+
+def _measure_positions(
+    hidden: Tensor,
+    head: Head | None,
+    targets: Tensor,
+    entries: TopKLogprobs,
+    beside: tuple[Tensor, Head | None] | None,
+) -> dict[str, Tensor]:
+    """Every figure at each of N target positions, a chunk of logits at a time; `beside` is the teacher at hand."""
+    step = positions_per_chunk(hidden.shape[1] if head is None else head.weight.shape[0])
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, max(len(targets), 1), step):  # no target at all makes empty sums
+        part = slice(start, min(start + step, len(targets)))
+        logits = take_logits(hidden, part, head)
+        predictions = compute_predictions(logits, targets[part])
+        chunk = {
+            "ce": predictions.ce,
+            "confidence": predictions.confidence,
+            "correct": predictions.top_ids == targets[part],
+        }
+        comparisons = []
+        if beside is not None:
+            teacher_logits = take_logits(beside[0], part, beside[1])
+            comparisons.append(("dense_", compare_with_logits(logits, predictions, teacher_logits)))
+            del teacher_logits
+        stored = entries.select(torch.arange(part.start, part.stop, device=hidden.device))
+        comparisons.append(("", compare_with_entries(logits, predictions, stored)))  # overwrites the logits
+        for prefix, compared in comparisons:
+            chunk[f"{prefix}kl"] = compared.kl
+            chunk[f"{prefix}reverse_kl"] = compared.reverse_kl
+            chunk[f"{prefix}entropy"] = compared.entropy
+            chunk[f"{prefix}agree"] = predictions.top_ids == compared.top_ids
+        for name, values in chunk.items():
+            parts.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in parts.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from quantkd.cpu_packing import unpack_kept
 from quantkd.errors import DataError
 
 __all__ = ["RecordFile", "compute_model_fingerprint", "compute_prompts_digest"]
@@ -92,6 +93,7 @@ def compute_model_fingerprint(model: Any) -> str:
     Returns:
         16 hexadecimal digits.
     """
+    unpack_kept(model)  # the same model before its first answer and after it
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

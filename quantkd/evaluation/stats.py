@@ -1,16 +1,24 @@
-"""Intervals, a paired test, and the share of the teacher's gap that came back; docs/evaluation.md explains each."""
+"""Intervals, a paired test, and the share of the teacher's gap that came back; docs/statistics.md explains each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, bootstrap
+from numpy.typing import ArrayLike
+from scipy.stats import binomtest, norm
 
 from quantkd.errors import ConfigError, DataError
+from quantkd.evaluation.bootstrap import (
+    BootstrapSettings,
+    Interval,
+    bootstrap_ratio_interval,
+    check_confidence,
+    compute_percentiles,
+    resample,
+)
+from quantkd.evaluation.row_statistics import RowStatistic, RowSums, compute_value, divide
 
 __all__ = [
     "GapRecovered",
@@ -18,14 +26,10 @@ __all__ = [
     "RowSums",
     "bootstrap_ratio_interval",
     "compute_gap_recovered",
+    "compute_questions_needed",
     "mcnemar_exact",
     "wilson_interval",
 ]
-
-Interval = tuple[float, float]
-Floats = NDArray[np.float64]
-
-_BATCH = 256  # resamples drawn at once: (this, rows) indices are held in memory
 
 
 @dataclass(frozen=True)
@@ -41,42 +45,6 @@ class McNemarResult:
     only_a: int
     only_b: int
     p_value: float
-
-
-@dataclass(frozen=True)
-class RowSums:
-    """A metric that is a ratio of sums over rows, such as nats over tokens, or right answers over questions.
-
-    Args:
-        numerators: (N,) one sum a row.
-        denominators: (N,) what it is divided by; None counts each row once.
-    """
-
-    numerators: ArrayLike
-    denominators: ArrayLike | None = None
-
-    def to_arrays(self) -> tuple[Floats, Floats]:
-        """Numerators and denominators as arrays.
-
-        Returns:
-            Both as float64 (N,).
-
-        Raises:
-            DataError: lengths that differ, no rows, values that are not finite, or denominators without a positive sum.
-        """
-        numerators = np.asarray(self.numerators, dtype=np.float64)
-        given = self.denominators
-        denominators = np.ones_like(numerators) if given is None else np.asarray(given, dtype=np.float64)
-        if numerators.ndim != 1 or numerators.shape != denominators.shape or not numerators.size:
-            raise DataError(
-                f"Found numerators of shape {numerators.shape} and denominators of shape {denominators.shape}; "
-                "expected both of one shape (N,), N at least 1."
-            )
-        if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
-            raise DataError("Found a row sum that is not finite. Look for NaN in the evaluation that produced it.")
-        if denominators.min() < 0 or not denominators.sum():
-            raise DataError("Found a negative denominator, or none above 0; expected counts such as tokens in a row.")
-        return numerators, denominators
 
 
 @dataclass(frozen=True)
@@ -116,7 +84,7 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
         >>> [round(bound, 3) for bound in wilson_interval(40, 100)]
         [0.309, 0.498]
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if n < 1 or not 0 <= correct <= n:
         raise DataError(f"Found {correct} correct of {n}; expected at least 1 trial, and 0 to {n} correct.")
     interval = binomtest(int(correct), int(n)).proportion_ci(confidence_level=confidence, method="wilson")
@@ -153,49 +121,56 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemarResult:
     return McNemarResult(only_a, only_b, p_value)
 
 
-def bootstrap_ratio_interval(
-    numerators: ArrayLike,
-    denominators: ArrayLike | None,
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = 2000,
-) -> Interval:
-    """Percentile bootstrap interval of `sum(numerators) / sum(denominators)`, over whole rows.
+def compute_questions_needed(
+    only_a: int, only_b: int, n: int, *, level: float = 0.05, power: float = 0.8
+) -> int | None:
+    """How many questions McNemar's test would need to see a difference as large as the observed one.
 
-    Rows are drawn, not tokens: the tokens of one answer depend on each other, and an interval over tokens would be far
-    too narrow.
+    Of a share `d = (only_a + only_b) / n` of the questions one model alone is right, and their accuracies differ by
+    `e = (only_a - only_b) / n`. Were these the true rates, `((z_a * sqrt(d) + z_b * sqrt(d - e^2)) / e)^2` questions
+    give p < `level` with probability `power`, with the normal quantiles z_a at 1 - level / 2 and z_b at `power`.
 
     Args:
-        numerators: (N,) one sum a row, such as nats.
-        denominators: (N,) such as tokens in the row; None counts each row once.
-        confidence: the coverage, in (0, 1).
-        seed: of the resampling; the same seed gives the same interval.
-        resamples: how many resamples.
+        only_a: questions that only the first model solved.
+        only_b: questions that only the second solved.
+        n: all questions, those included that both or neither solved.
+        level: of the two-sided test.
+        power: how often the difference shall be seen.
 
     Returns:
-        The bounds.
+        The number, rounded up; None where both solved equally many, which no number of questions tells apart.
 
     Raises:
-        DataError: fewer than 2 rows, or rows that `RowSums` refuses.
-        ConfigError: a confidence outside (0, 1), or no resamples.
+        DataError: counts that cannot be.
+        ConfigError: a level or power outside (0, 1).
 
     Reference:
-        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+        Connor 1987, Biometrics 43:207. It is the test without continuity correction; the exact one takes up to a tenth
+        more.
+
+    Example:
+        >>> compute_questions_needed(15, 5, 100)
+        155
     """
-    num, den = RowSums(numerators, denominators).to_arrays()
-    values = _resample([num, den], lambda a, b, axis: _divide(a.sum(axis), b.sum(axis)), seed, resamples)
-    return _percentiles(values, confidence)
+    if min(only_a, only_b) < 0 or only_a + only_b > n or n < 1:
+        raise DataError(f"Found {only_a} and {only_b} questions that one model alone solved, of {n}; expected counts.")
+    if not (0 < level < 1 and 0 < power < 1):
+        raise ConfigError(f"Found level={level} and power={power}; expected both between 0 and 1.")
+    if only_a == only_b:
+        return None
+    discordant, difference = (only_a + only_b) / n, (only_a - only_b) / n
+    z_level, z_power = float(norm.ppf(1 - level / 2)), float(norm.ppf(power))
+    spread = z_level * math.sqrt(discordant) + z_power * math.sqrt(max(0.0, discordant - difference**2))
+    return math.ceil((spread / difference) ** 2)
 
 
 def compute_gap_recovered(
-    teacher: RowSums,
-    before: RowSums,
-    after: RowSums,
+    teacher: RowStatistic,
+    before: RowStatistic,
+    after: RowStatistic,
     *,
     higher_is_better: bool,
     binary: bool = False,
-    transform: Literal["identity", "exp"] = "identity",
     confidence: float = 0.95,
     seed: int = 0,
     resamples: int = 2000,
@@ -210,7 +185,6 @@ def compute_gap_recovered(
         after: those after it; all three on the same rows in the same order.
         higher_is_better: True for accuracy and agreement, False for KL and perplexity.
         binary: rows are verdicts, 0 or 1: McNemar's exact test judges the gap, too; a bootstrap of few is too sure.
-        transform: "exp" for perplexity, which is exp of a mean.
         confidence: the coverage of the intervals, and 1 - the level of the test.
         seed, resamples: of the paired bootstrap.
 
@@ -218,7 +192,7 @@ def compute_gap_recovered(
         The share with its interval, or the reason why there is none.
 
     Raises:
-        DataError: arms of different length, or rows that `RowSums` refuses.
+        DataError: arms of different length, or rows that a statistic refuses.
         ConfigError: a confidence outside (0, 1), or no resamples.
 
     Example:
@@ -226,73 +200,34 @@ def compute_gap_recovered(
         >>> compute_gap_recovered(teacher, before, after, higher_is_better=False).value
         0.75
     """
-    arms = [arm.to_arrays() for arm in (teacher, before, after)]
-    sizes = [numerators.size for numerators, _ in arms]
+    settings = BootstrapSettings(confidence, seed, resamples)
+    arms = (teacher, before, after)
+    columns = [arm.to_columns() for arm in arms]
+    sizes = [len(one) for one in columns]
     if len(set(sizes)) != 1:
         raise DataError(f"Teacher, before and after have {sizes} rows; expected the same rows for all three.")
-    _check_confidence(confidence)
-
-    def compute_values(*sums: Floats) -> list[Floats]:
-        ratios = [_divide(sums[place].sum(-1), sums[place + 1].sum(-1)) for place in (0, 2, 4)]
-        return [np.exp(ratio) for ratio in ratios] if transform == "exp" else ratios
-
-    sums = [values for arm in arms for values in arm]
-    teacher_value, before_value, after_value = (float(value) for value in compute_values(*sums))
+    teacher_value, before_value, after_value = (compute_value(arm) for arm in arms)
     gap = teacher_value - before_value
     if gap == 0:
         return GapRecovered(None, "teacher and before score the same")
     if sizes[0] < 2:
         return GapRecovered(None, "a single row gives no interval")
     noise = f"the teacher's gap of {gap:+.4g} is inside noise"
-    if binary and (p_value := mcnemar_exact(arms[0][0] > 0.5, arms[1][0] > 0.5).p_value) >= 1 - confidence:
-        return GapRecovered(None, f"{noise} (exact McNemar p = {p_value:.2g}, n = {sizes[0]})")
-    gaps = _resample(sums, lambda *drawn, axis: (v := compute_values(*drawn))[0] - v[1], seed, resamples)
-    low, high = _percentiles(gaps, confidence)
+    if binary:
+        test = mcnemar_exact(columns[0][:, 0] > 0.5, columns[1][:, 0] > 0.5)
+        if test.p_value >= 1 - confidence:
+            needed = compute_questions_needed(test.only_a, test.only_b, sizes[0], level=1 - confidence)
+            found = f"exact McNemar p = {test.p_value:.2g}, n = {sizes[0]}"
+            return GapRecovered(None, f"{noise} ({found}; to see it takes about {needed:,} questions)")
+    teachers, befores, afters = resample(arms, settings)
+    gaps = teachers - befores
+    low, high = compute_percentiles(gaps, confidence)
     if low <= 0 <= high:
         return GapRecovered(None, f"{noise} ({confidence:.0%} interval {low:+.4g} to {high:+.4g})")
     if (gap > 0) != higher_is_better:
         return GapRecovered(
             None, f"the teacher scores worse than before (gap {gap:+.4g}), so there is nothing to recover"
         )
-    # The same seed draws the same rows, so numerator and denominator of the share stay paired.
-    gains = _resample(sums, lambda *drawn, axis: (v := compute_values(*drawn))[2] - v[1], seed, resamples)
-    shares = _divide(gains, gaps)
-    interval = _percentiles(shares[~np.isnan(shares)], confidence)
+    shares = divide(afters - befores, gaps)  # of one draw, so numerator and denominator stay paired
+    interval = compute_percentiles(shares[~np.isnan(shares)], confidence)
     return GapRecovered((after_value - before_value) / gap, None, interval if np.isfinite(interval).all() else None)
-
-
-def _divide(numerator: Floats, denominator: Floats) -> Floats:
-    # A resample without a gap, or of rows that weigh nothing, gives infinity or NaN; callers treat them.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.divide(numerator, denominator), dtype=np.float64)
-
-
-def _resample(sums: list[Floats], statistic: Callable[..., Floats], seed: int, resamples: int) -> Floats:
-    """(resamples,) values of the statistic over rows drawn with replacement, the same rows of all sums."""
-    if resamples < 1:
-        raise ConfigError(f"Found resamples={resamples}; expected at least 1, and about 2000 for a 95% interval.")
-    if sums[0].size < 2:
-        raise DataError("A bootstrap over 1 row has nothing to draw from. Evaluate at least 2 rows.")
-    result = bootstrap(
-        sums,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_BATCH,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    )
-    return np.asarray(result.bootstrap_distribution, dtype=np.float64)
-
-
-def _percentiles(values: Floats, confidence: float) -> Interval:
-    _check_confidence(confidence)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ConfigError(f"Found confidence={confidence}; expected a share between 0 and 1, such as 0.95.")

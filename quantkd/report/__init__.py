@@ -12,10 +12,13 @@ from quantkd.report.results import compute_results
 __all__ = ["build_report", "compute_results", "format_table", "load_arms"]
 
 _FIGURE_NAME = "gap.png"
+_BREAKDOWN_NAME = "kl_bins.png"
 
 
 def build_report(run_dir: str | Path) -> Path:
     """Compare the arms of a run and write `results.json`, `report.md` and `gap.png` beside them.
+
+    Where the arms hold sums by position and by the teacher's entropy, `kl_bins.png` shows them.
 
     The same arms give the same bytes, so a report can be checked by building it again.
 
@@ -28,13 +31,16 @@ def build_report(run_dir: str | Path) -> Path:
     Raises:
         DataError: arms that are missing, malformed, or evaluated on different items.
     """
-    from quantkd.report.figure import draw_figure  # matplotlib takes a second to import
+    from quantkd.report.breakdown_figure import draw_breakdown  # matplotlib takes a second to import
+    from quantkd.report.figure import draw_figure
 
     run_dir = Path(run_dir)
     results = compute_results(load_arms(run_dir / "evaluation"))
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     (run_dir / "results.json").write_text(text + "\n", encoding="utf-8")
     draw_figure(results, run_dir / _FIGURE_NAME)
+    drawn = draw_breakdown(results, run_dir / _BREAKDOWN_NAME)
     page = run_dir / "report.md"
-    page.write_text(render_page(results, _FIGURE_NAME), encoding="utf-8")
+    text = render_page(results, _FIGURE_NAME, _BREAKDOWN_NAME if drawn else None)
+    page.write_text(text, encoding="utf-8")
     return page

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from quantkd.errors import DataError
+from quantkd.report.breakdown import read_bins
 
 __all__ = ["Arm", "load_arms"]
 
 _REQUIRED = ("teacher", "before", "after")
 _FIDELITY_KEYS = ("tokens", "kl_sum", "ce_sum", "agree")
-_VERDICT_KEYS = ("id", "correct_strict", "correct_flexible")
+_OPTIONAL_KEYS = ("reverse_kl_sum", "dense_kl_sum", "dense_reverse_kl_sum", "dense_agree")
+_VERDICT_KEYS = ("id", "correct_flexible")  # and correct_strict, where there are two verdicts
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,10 @@ class Arm:
         model: the model's name.
         memory_bytes: its memory footprint; None if it was not measured.
         transfer_set_digest: the held-out set of `fidelity`; None if that is missing.
-        fidelity: one column of row sums a key of `tokens`, `kl_sum`, `ce_sum`, `agree`; None if it was not evaluated.
+        fidelity: one column of row sums a key of `tokens`, `kl_sum`, `ce_sum`, `agree`, and of what else was measured;
+            None if it was not evaluated.
+        bins: for "position", "entropy" and "confidence", and the first two of the teacher at hand as "dense_position"
+            and "dense_entropy", the lower `edges` and the columns of sums, each (rows, bins); empty if there are none.
         accuracy: for each setting, such as "0-shot", the verdicts in the order of the questions' ids.
     """
 
@@ -38,6 +43,7 @@ class Arm:
     memory_bytes: int | None
     transfer_set_digest: str | None
     fidelity: dict[str, list[float]] | None
+    bins: dict[str, dict[str, Any]]
     accuracy: dict[str, list[dict[str, Any]]]
 
 
@@ -84,15 +90,18 @@ def _load_arm(path: Path) -> Arm:
                         "Evaluate this arm again.")  # fmt: skip
     fidelity = data.get("fidelity")
     accuracy = {
-        str(setting): sorted(_read_rows(path, f"accuracy {setting}", rows, _VERDICT_KEYS), key=lambda row: row["id"])
+        str(setting): sorted(_read_verdicts(path, f"accuracy {setting}", rows), key=lambda row: row["id"])
         for setting, rows in (data.get("accuracy") or {}).items()
     }
     if not fidelity and not accuracy:
         raise DataError(f"{path} holds neither fidelity nor accuracy; expected at least one. Evaluate this arm again.")
-    columns = None
+    columns, bins = None, {}
     if fidelity:
         rows = _read_rows(path, "fidelity", fidelity.get("rows"), _FIDELITY_KEYS)
-        columns = {key: [float(row[key]) for row in rows] for key in _FIDELITY_KEYS}
+        keys = (*_FIDELITY_KEYS, *(key for key in _OPTIONAL_KEYS if key in rows[0]))
+        rows = _read_rows(path, "fidelity", rows, keys)
+        columns = {key: [float(row[key]) for row in rows] for key in keys}
+        bins = read_bins(path, fidelity.get("bins") or {}, columns["tokens"])
     memory = data.get("memory_bytes")
     return Arm(
         name=path.stem,
@@ -101,8 +110,14 @@ def _load_arm(path: Path) -> Arm:
         memory_bytes=None if memory is None else int(memory),
         transfer_set_digest=data.get("transfer_set_digest") if columns else None,
         fidelity=columns,
+        bins=bins,
         accuracy=accuracy,
     )
+
+
+def _read_verdicts(path: Path, part: str, rows: Any) -> list[dict[str, Any]]:
+    read = _read_rows(path, part, rows, _VERDICT_KEYS)
+    return _read_rows(path, part, rows, (*_VERDICT_KEYS, "correct_strict")) if "correct_strict" in read[0] else read
 
 
 def _read_rows(path: Path, part: str, rows: Any, keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -131,6 +146,12 @@ def _check_same_items(arms: list[Arm]) -> None:
                 f"{arm.transfer_set_digest}, that of {first.name!r} over {len(first.fidelity['tokens'])} rows of "
                 f"{first.transfer_set_digest}. Evaluate both on the same held-out rows."
             )
+        for kind in sorted(arm.bins.keys() & first.bins.keys()):
+            if arm.bins[kind]["edges"] != first.bins[kind]["edges"]:
+                raise DataError(
+                    f"Fidelity by {kind} of {arm.name!r} has the bins {arm.bins[kind]['edges']}, that of "
+                    f"{first.name!r} {first.bins[kind]['edges']}. Evaluate both with one version of quantkd."
+                )
     for setting in sorted({setting for arm in arms for setting in arm.accuracy}):
         answered = [(arm.name, [row["id"] for row in arm.accuracy[setting]]) for arm in arms if setting in arm.accuracy]
         for name, ids in answered[1:]:

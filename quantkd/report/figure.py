@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from quantkd.report.results import order_results
 
-__all__ = ["draw_figure"]
+__all__ = ["COLORS", "clean_axes", "draw_figure"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the hatches do so in a black-and-white print.
-_COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _HATCHES = ("", "///", "", "...", "xxx", "\\\\\\", "+++", "ooo")
 _INK = "#222222"
 
@@ -64,7 +64,7 @@ def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) ->
     # Room for the numbers above the intervals, yet no tick above 100%.
     panel.set_ylim(0, max(5.0, 1.08 * panel.dataLim.ymax))
     panel.set_yticks([tick for tick in panel.get_yticks() if 0 <= tick <= min(100, panel.get_ylim()[1])])
-    _clean(panel)
+    clean_axes(panel)
 
 
 def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
@@ -82,7 +82,7 @@ def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
     num_rows = max(arms[name]["metrics"]["kl"]["n"] for name in names)
     panel.set_title(f"KL to the teacher ({num_rows} rows)", fontsize=10)
     panel.set_ylim(0, max(1e-6, 1.08 * panel.dataLim.ymax))
-    _clean(panel)
+    clean_axes(panel)
 
 
 def _draw_bars(
@@ -115,11 +115,16 @@ def _draw_bars(
 
 
 def _style(arms: dict[str, Any], name: str) -> dict[str, Any]:
-    place = list(arms).index(name) % len(_COLORS)
-    return {"color": _COLORS[place], "hatch": _HATCHES[place], "label": arms[name]["title"]}
+    place = list(arms).index(name) % len(COLORS)
+    return {"color": COLORS[place], "hatch": _HATCHES[place], "label": arms[name]["title"]}
 
 
-def _clean(panel: Axes) -> None:
+def clean_axes(panel: Axes) -> None:
+    """Take away the lines that say nothing, and add light ones to read values by.
+
+    Args:
+        panel: a chart whose vertical axis carries the values.
+    """
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(axis="x", length=0)
     panel.yaxis.grid(True, color="#DDDDDD", linewidth=0.6)

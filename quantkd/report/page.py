@@ -6,11 +6,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from quantkd.report.breakdown import tabulate_breakdown
 from quantkd.report.results import order_results
 
 __all__ = ["format_table", "render_page"]
 
-_PERCENT = ("accuracy_", "top1_agreement")
+_PERCENT = ("accuracy_", "top1_agreement", "dense_top1_agreement")
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -37,12 +38,13 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", confidence, *reasons, *results["missing"]])
 
 
-def render_page(results: dict[str, Any], figure_name: str) -> str:
+def render_page(results: dict[str, Any], figure_name: str, breakdown_name: str | None = None) -> str:
     """The Markdown page of a report.
 
     Args:
         results: as `compute_results` gives them.
         figure_name: the chart's file name beside the page.
+        breakdown_name: that of the chart of KL by position and entropy; None if there is none.
 
     Returns:
         The page, with a newline at its end.
@@ -61,8 +63,16 @@ def render_page(results: dict[str, Any], figure_name: str) -> str:
         memory=_format_memory,
         p_value=_format_p_value,
         cell=_escape_cell,
+        difference=_format_difference,
+        needed=_format_needed,
     )
-    return environment.get_template("report.md.j2").render(order_results(results), figure_name=figure_name)
+    ordered = order_results(results)
+    return environment.get_template("report.md.j2").render(
+        ordered,
+        figure_name=figure_name,
+        breakdown_name=breakdown_name,
+        breakdowns=[table for key in ("position", "entropy") if (table := tabulate_breakdown(ordered, key))],
+    )
 
 
 def _format_measured(key: str, measured: dict[str, Any] | None) -> str:
@@ -74,6 +84,18 @@ def _format_measured(key: str, measured: dict[str, Any] | None) -> str:
         for number in (measured["value"], *(measured["interval"] or ()))
     )
     return value + "%" * percent + (f" [{', '.join(bounds)}]" if bounds else "")
+
+
+def _format_difference(key: str, difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return "not evaluated"
+    scale, form = (100, "+.1f") if key.startswith(_PERCENT) else (1, "+.4f")
+    value, *bounds = (f"{scale * number:{form}}" for number in (difference["value"], *(difference["interval"] or ())))
+    return value + (" points" if scale == 100 else "") + (f" [{', '.join(bounds)}]" if bounds else "")
+
+
+def _format_needed(needed: int | None) -> str:
+    return "no difference" if needed is None else f"{needed:,}"
 
 
 def _format_share(share: dict[str, Any], short: bool = False) -> str:

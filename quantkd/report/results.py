@@ -2,76 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
 from typing import Any
 
+from quantkd.evaluation.bootstrap import BootstrapSettings, bootstrap_interval, compute_difference
+from quantkd.evaluation.row_statistics import RowStatistic, compute_value
 from quantkd.evaluation.stats import (
-    RowSums,
-    bootstrap_ratio_interval,
     compute_gap_recovered,
+    compute_questions_needed,
     mcnemar_exact,
     wilson_interval,
 )
 from quantkd.report.arms import Arm
+from quantkd.report.breakdown import describe_bins
+from quantkd.report.metrics import Metric, get_statistic, list_metrics
 
-__all__ = ["Metric", "compute_results", "list_metrics", "order_results"]
+__all__ = ["compute_results", "order_results"]
 
 CONFIDENCE = 0.95
-_SEED = 0
-_RESAMPLES = 2000
+_SETTINGS = BootstrapSettings(CONFIDENCE, seed=0, resamples=2000)
 # More digits would differ between processors by the order of their sums.
 _SIGNIFICANT_DIGITS = 10
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What one line of the report measures.
-
-    Args:
-        key: its name in results.json, such as "accuracy_0_shot".
-        title: its name on the page.
-        higher_is_better: the direction of the good.
-        percent: shown as a percentage.
-        setting: the accuracy setting it belongs to, such as "0-shot"; None for fidelity.
-        numerator, denominator: the keys of the row sums, or of the verdict; no denominator counts each row once.
-    """
-
-    key: str
-    title: str
-    higher_is_better: bool
-    percent: bool
-    numerator: str
-    denominator: str | None = "tokens"
-    setting: str | None = None
-
-
-_FIDELITY = (
-    Metric("kl", "KL to the teacher (nats/token)", False, False, "kl_sum"),
-    Metric("top1_agreement", "Top-1 agreement with the teacher", True, True, "agree"),
-    Metric("ce", "Cross-entropy (nats/token)", False, False, "ce_sum"),
-    Metric("perplexity", "Perplexity", False, False, "ce_sum"),
-)
-
-
-def list_metrics(arms: list[Arm]) -> list[Metric]:
-    """The metrics of a comparison: fidelity always, and accuracy in each setting that an arm was evaluated in.
-
-    Args:
-        arms: all arms.
-
-    Returns:
-        The metrics in the order of the report; fewer shots come first.
-    """
-    settings = {setting for arm in arms for setting in arm.accuracy}
-    accuracy = []
-    for setting in sorted(settings, key=lambda name: (int((re.match(r"\d+", name) or ["0"])[0]), name)):
-        key = "accuracy_" + re.sub(r"\W+", "_", setting)
-        accuracy.append(Metric(key, f"Accuracy, {setting}", True, True, "correct_flexible", None, setting))
-        title = f"Accuracy, {setting}, strict"
-        accuracy.append(Metric(f"{key}_strict", title, True, True, "correct_strict", None, setting))
-    return [*accuracy, *_FIDELITY]
+# What an arm's figures are subtracted from; "control" trained without the teacher.
+_COMPARED_WITH = ("before", "control", "teacher")
 
 
 def compute_results(arms: list[Arm]) -> dict[str, Any]:
@@ -81,9 +33,10 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
         arms: as `load_arms` gives them.
 
     Returns:
-        `arms` (per arm its metrics with intervals, paired tests and gap recovered), and for the arm "after" once more
-        at the top `gap_recovered` {metric: number or None}, `gap_recovered_interval` and `not_measurable` {metric:
-        why}; `missing` lists what was not evaluated.
+        `arms` (per arm its metrics with intervals, differences to other arms, paired tests, gap recovered, and KL by
+        position and by the teacher's entropy), and for the arm "after" once more at the top `gap_recovered` {metric:
+        number or None}, `gap_recovered_interval` and `not_measurable` {metric: why}; `questions_needed` {accuracy:
+        number or None} to see the teacher's gap; `missing` lists what was not evaluated.
     """
     metrics = list_metrics(arms)
     by_name = {arm.name: arm for arm in arms}
@@ -93,7 +46,7 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
         {
             "format_version": 1,
             "confidence": CONFIDENCE,
-            "bootstrap": {"seed": _SEED, "resamples": _RESAMPLES},
+            "bootstrap": {"seed": _SETTINGS.seed, "resamples": _SETTINGS.resamples},
             "transfer_set_digest": next((arm.transfer_set_digest for arm in arms if arm.fidelity), None),
             "arm_order": [arm.name for arm in arms],
             "metric_order": [metric.key for metric in metrics],
@@ -102,6 +55,11 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
             "gap_recovered": {key: share["value"] for key, share in after.items()},
             "gap_recovered_interval": {key: share["interval"] for key, share in after.items()},
             "not_measurable": {key: share["reason"] for key, share in after.items() if share["reason"]},
+            "questions_needed": {
+                key: tests["teacher"]["questions_needed"]
+                for key, tests in compared["before"]["mcnemar"].items()
+                if "teacher" in tests
+            },
             "missing": _list_missing(arms, metrics),
         }
     )
@@ -134,71 +92,83 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
         "num_rows": len(arm.fidelity["tokens"]) if arm.fidelity else 0,
         "num_tokens": int(sum(arm.fidelity["tokens"])) if arm.fidelity else 0,
         "metrics": {},
+        "differences": {},
         "mcnemar": {},
         "gap_recovered": {},
     }
     for metric in metrics:
-        sums = _get_sums(arm, metric)
-        if sums is not None:
-            description["metrics"][metric.key] = _measure(metric, sums)
+        statistic = get_statistic(arm, metric)
+        if statistic is not None:
+            description["metrics"][metric.key] = _measure(metric, statistic)
         if metric.setting is not None:
             tests = {other: _compare(arm, arms[other], metric) for other in ("teacher", "before") if other != arm.name}
             description["mcnemar"][metric.key] = {other: test for other, test in tests.items() if test is not None}
         if arm.name not in ("teacher", "before"):
             description["gap_recovered"][metric.key] = _compute_share(arm, arms, metric)
+    if arm.name not in ("teacher", "before"):
+        others = [arms[name] for name in _COMPARED_WITH if name in arms and name != arm.name]
+        description["differences"] = {other.name: _compute_differences(arm, other, metrics) for other in others}
+    for kind in ("position", "entropy", "dense_position", "dense_entropy"):
+        if kind in arm.bins:
+            prefix = "dense_" if kind.startswith("dense_") else ""
+            key = f"{prefix}kl_by_{kind.removeprefix('dense_')}"
+            description[key] = describe_bins(arm.bins[kind], _SETTINGS)
     return description
 
 
-def _get_sums(arm: Arm, metric: Metric) -> RowSums | None:
-    if metric.setting is None:
-        if arm.fidelity is None or metric.denominator is None:
-            return None
-        return RowSums(arm.fidelity[metric.numerator], arm.fidelity[metric.denominator])
-    rows = arm.accuracy.get(metric.setting)
-    return None if rows is None else RowSums([float(row[metric.numerator]) for row in rows])
-
-
-def _measure(metric: Metric, sums: RowSums) -> dict[str, Any]:
-    numerators, denominators = sums.to_arrays()
-    value = float(numerators.sum() / denominators.sum())
+def _measure(metric: Metric, statistic: RowStatistic) -> dict[str, Any]:
+    columns = statistic.to_columns()
     interval: tuple[float, float] | None = None
     if metric.setting is not None:
-        interval = wilson_interval(int(numerators.sum()), numerators.size, CONFIDENCE)
-    elif numerators.size > 1:
-        interval = bootstrap_ratio_interval(
-            numerators, denominators, confidence=CONFIDENCE, seed=_SEED, resamples=_RESAMPLES
-        )
-    if metric.key == "perplexity":  # exp is monotone, so it carries the interval over
-        value, interval = math.exp(value), interval and (math.exp(interval[0]), math.exp(interval[1]))
-    return {"value": value, "interval": list(interval) if interval else None, "n": numerators.size}
+        interval = wilson_interval(int(columns[:, 0].sum()), len(columns), CONFIDENCE)
+    elif len(columns) > 1:
+        interval = bootstrap_interval(statistic, _SETTINGS)
+    return {"value": compute_value(statistic), "interval": interval and list(interval), "n": len(columns)}
+
+
+def _compute_differences(arm: Arm, other: Arm, metrics: list[Metric]) -> dict[str, Any]:
+    """This arm's figures less the other's, where both have them."""
+    differences = {}
+    for metric in metrics:
+        own, others = get_statistic(arm, metric), get_statistic(other, metric)
+        if own is not None and others is not None:
+            found = compute_difference(own, others, _SETTINGS)
+            differences[metric.key] = {"value": found.value, "interval": found.interval and list(found.interval)}
+    return differences
 
 
 def _compare(arm: Arm, other: Arm, metric: Metric) -> dict[str, Any] | None:
-    assert metric.setting is not None
-    rows, other_rows = arm.accuracy.get(metric.setting), other.accuracy.get(metric.setting)
-    if rows is None or other_rows is None:
+    own, others = get_statistic(arm, metric), get_statistic(other, metric)
+    if own is None or others is None:
         return None
-    result = mcnemar_exact([row[metric.numerator] for row in rows], [row[metric.numerator] for row in other_rows])
-    return {"only_this": result.only_a, "only_other": result.only_b, "p_value": result.p_value}
+    verdicts = [statistic.to_columns()[:, 0] > 0.5 for statistic in (own, others)]
+    result = mcnemar_exact(*verdicts)
+    needed = compute_questions_needed(result.only_a, result.only_b, len(verdicts[0]), level=1 - CONFIDENCE)
+    return {
+        "only_this": result.only_a,
+        "only_other": result.only_b,
+        "p_value": result.p_value,
+        "questions_needed": needed,
+    }
 
 
 def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, Any]:
     """The gap that one arm recovered in one metric, and why there is none."""
     involved = [arms["teacher"], arms["before"], arm]
-    lacking = [one.name for one in involved if _get_sums(one, metric) is None]
-    if lacking:
+    found = [get_statistic(one, metric) for one in involved]
+    lacking = [one.name for one, statistic in zip(involved, found, strict=True) if statistic is None]
+    teacher, before, after = found
+    if teacher is None or before is None or after is None:
         return {"value": None, "interval": None, "reason": f"not evaluated for {', '.join(lacking)}"}
-    teacher, before, after = (_get_sums(one, metric) or RowSums([]) for one in involved)
     share = compute_gap_recovered(
         teacher,
         before,
         after,
         higher_is_better=metric.higher_is_better,
         binary=metric.setting is not None,
-        transform="exp" if metric.key == "perplexity" else "identity",
         confidence=CONFIDENCE,
-        seed=_SEED,
-        resamples=_RESAMPLES,
+        seed=_SETTINGS.seed,
+        resamples=_SETTINGS.resamples,
     )
     return {"value": share.value, "interval": share.interval and list(share.interval), "reason": share.reason}
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quantkd.topk import TopKLogprobs
+from quantkd.transfer_set.codec import DecodedRows
 
 __all__ = ["RowBatch"]
+
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,41 @@ class RowBatch:
 
     def __len__(self) -> int:
         return self.lengths.numel()
+
+    @classmethod
+    def from_decoded(
+        cls, decoded: DecodedRows, temperatures: tuple[float, ...], vocab_size: int, weight: float | None
+    ) -> RowBatch:
+        """Decoded rows as tensors.
+
+        Args:
+            decoded: the rows.
+            temperatures: those with a stored log-normalizer.
+            vocab_size: V.
+            weight: of each row; None without weights.
+
+        Returns:
+            The batch.
+        """
+        labels = np.full(len(decoded.input_ids), IGNORED_LABEL, dtype=np.int64)
+        labels[decoded.targets] = decoded.input_ids[decoded.targets]
+        return cls(
+            lengths=torch.from_numpy(decoded.lengths),
+            input_ids=torch.from_numpy(decoded.input_ids),
+            labels=torch.from_numpy(labels),
+            targets=torch.from_numpy(decoded.targets),
+            target_counts=torch.from_numpy(decoded.target_counts),
+            teacher=TopKLogprobs(
+                offsets=torch.from_numpy(np.append(0, np.cumsum(decoded.counts))),
+                token_ids=torch.from_numpy(decoded.token_ids),
+                logprobs=torch.from_numpy(decoded.logprobs),
+                log_normalizers=torch.from_numpy(decoded.log_normalizers),
+                temperatures=temperatures,
+                vocab_size=vocab_size,
+            ),
+            finished=torch.from_numpy(decoded.finished),
+            weights=None if weight is None else torch.full((len(decoded.lengths),), weight),
+        )
 
     @classmethod
     def concatenate(cls, parts: list[RowBatch]) -> RowBatch:

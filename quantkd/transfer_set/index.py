@@ -21,7 +21,17 @@ from quantkd.transfer_set.encoded import MAX_SHARD_ITEMS, ShardSize
 from quantkd.transfer_set.filesystem import read_regular
 from quantkd.transfer_set.layout import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
 
-__all__ = ["INDEX_NAME", "PLAN_NAME", "Index", "ShardRecord", "read_index", "read_plan", "read_record", "record_name"]
+__all__ = [
+    "INDEX_NAME",
+    "PLAN_NAME",
+    "Index",
+    "ShardRecord",
+    "parse_index",
+    "read_index",
+    "read_plan",
+    "read_record",
+    "record_name",
+]
 
 INDEX_NAME = "index.json"
 PLAN_NAME = "plan.json"
@@ -148,7 +158,22 @@ def read_index(folder: Path) -> Index:
     Raises:
         TransferSetError: missing, damaged, of another format version, or with values that cannot be.
     """
-    value = parse_canonical_json(read_regular(folder / INDEX_NAME, MAX_DOCUMENT_BYTES), INDEX_NAME)
+    return parse_index(read_regular(folder / INDEX_NAME, MAX_DOCUMENT_BYTES))
+
+
+def parse_index(data: bytes) -> Index:
+    """The index that the content of an index.json describes.
+
+    Args:
+        data: all bytes of the file.
+
+    Returns:
+        The index, with every number in it checked.
+
+    Raises:
+        TransferSetError: damaged, of another format version, or with values that cannot be.
+    """
+    value = parse_canonical_json(data, INDEX_NAME)
     _check_format(value, INDEX_NAME)
     require_fields(value, INDEX_NAME, ("format", "version", "plan", "shards", "counters", "digest"))
     plan = Plan.from_json(value["plan"])

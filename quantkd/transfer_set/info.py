@@ -15,6 +15,8 @@ from quantkd.transfer_set.store import ShardStore
 
 __all__ = ["TransferSetInfo", "describe_stores"]
 
+_TOTALS = ("tokens", "targets", "entries")
+
 
 @dataclass(frozen=True)
 class TransferSetInfo:
@@ -72,24 +74,28 @@ class TransferSetInfo:
     complete: bool
 
 
-def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64], digest: str) -> TransferSetInfo:
+def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | None, digest: str) -> TransferSetInfo:
     """The facts about some rows of one or several sets.
 
     Args:
         stores: the sets, at least one.
-        table: (rows, 3) tokens, targets and entries of the rows at hand.
+        table: (rows, 3) tokens, targets and entries of the rows at hand; None for all, whose sums the indices hold.
         digest: names the rows at hand.
 
     Returns:
         The facts.
     """
     plan = stores[0].index.plan
-    tokens, targets, entries = (int(total) for total in table.sum(axis=0))
+    shards = [shard.size for store in stores for shard in store.index.shards]
+    if table is None:
+        tokens, targets, entries = (sum(getattr(size, name) for size in shards) for name in _TOTALS)
+    else:
+        tokens, targets, entries = (int(total) for total in table.sum(axis=0))
     counters: Counter[str] = Counter()
     for store in stores:
         counters.update(store.index.counters)
     num_bytes = sum(store.num_bytes for store in stores)
-    all_targets = sum(shard.size.targets for store in stores for shard in store.index.shards)
+    all_targets = sum(size.targets for size in shards)
     return TransferSetInfo(
         teacher_name=", ".join(dict.fromkeys(store.index.plan.teacher_name for store in stores)),
         teacher_revision=plan.teacher_revision,
@@ -101,7 +107,7 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64], dige
         temperatures=plan.temperatures,
         generation=plan.generation,
         responses=plan.responses,
-        num_rows=len(table),
+        num_rows=sum(size.rows for size in shards) if table is None else len(table),
         num_prompts=sum(count_prompts(store.index.plan) for store in stores),
         num_tokens=tokens,
         num_response_tokens=targets,

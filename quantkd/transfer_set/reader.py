@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from quantkd.errors import ConfigError, DataError
-from quantkd.topk import TopKLogprobs
+from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.batch import RowBatch
-from quantkd.transfer_set.documents import canonical_json
 from quantkd.transfer_set.info import TransferSetInfo, describe_stores
 from quantkd.transfer_set.layout import Plan
 from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.source import ShardSource, find_source
 from quantkd.transfer_set.store import ShardStore, Verify
+from quantkd.transfer_set.views import permute_rows, split_rows, view_digest
+
+if TYPE_CHECKING:
+    from quantkd.hub.repository import PushedRepository
 
 __all__ = ["TransferSet"]
-
-IGNORED_LABEL = -100
 
 
 class TransferSet(Dataset[dict[str, Any]]):
@@ -35,7 +34,7 @@ class TransferSet(Dataset[dict[str, Any]]):
     file outside its folder is opened. Do not cut a set's files while it is open.
 
     Args:
-        path: the set's folder.
+        path: the set's folder; `TransferSet.open` also takes the name of one on the Hub.
         verify: "auto" hashes downloaded sets in full and otherwise compares sizes and headers now and each row when it
             is first read; "full" always hashes; "off" trusts all but sizes and structure.
         allow_incomplete: accept an unfinished set and read its committed prefix.
@@ -49,28 +48,50 @@ class TransferSet(Dataset[dict[str, Any]]):
         train, held_out = transfer_set.split(0.1, seed=0)
     """
 
-    def __init__(self, path: str | Path, *, verify: Verify = "auto", allow_incomplete: bool = False) -> None:
+    def __init__(
+        self, path: str | Path | ShardSource, *, verify: Verify = "auto", allow_incomplete: bool = False
+    ) -> None:
         store = ShardStore(path, verify, allow_incomplete)
         self._sources: tuple[tuple[ShardStore, float | None], ...] = ((store, None),)
         self._starts = np.array([0, store.num_rows], dtype=np.int64)
         self._rows: NDArray[np.int64] | range = range(store.num_rows)
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: Verify = "auto", allow_incomplete: bool = False) -> TransferSet:
-        """The set at `path`; the same as calling the class.
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        digest: str | None = None,
+        token: str | None = None,
+        verify: Verify = "auto",
+        allow_incomplete: bool = False,
+    ) -> TransferSet:
+        """The set in a folder, or in a dataset repository on the Hub, whose shards are fetched when first touched.
 
         Args:
-            path: the set's folder.
-            verify: "auto", "full" or "off".
-            allow_incomplete: accept an unfinished set.
+            path: the set's folder; or `user/name` on the Hub, if there is no such folder here.
+            revision: of the repository: a branch, tag or commit. It is pinned to its commit now.
+            digest: the root digest that the set must have.
+            token: for a private repository; else that of `hf auth login` or HF_TOKEN.
+            verify: "auto", "full" or "off". What comes from the Hub is hashed under each of them.
+            allow_incomplete: accept an unfinished set in a folder.
 
         Returns:
             The set.
 
         Raises:
-            TransferSetError: not a set, unfinished, or damaged.
+            TransferSetError: not a set, unfinished, damaged, or of another digest.
+            ConfigError: a revision of a folder.
+            HubError: the Hub could not be reached, and the set is not in the cache.
         """
-        return cls(path, verify=verify, allow_incomplete=allow_incomplete)
+        opened = cls(find_source(path, revision, token), verify=verify, allow_incomplete=allow_incomplete)
+        if digest not in (None, opened.digest):
+            raise TransferSetError(
+                f"The transfer set at {opened.sources[0]} has the digest {opened.digest}; expected {digest}. It is "
+                "another set, or was changed: name the folder or revision that holds the one you want."
+            )
+        return opened
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,17 +142,13 @@ class TransferSet(Dataset[dict[str, Any]]):
         return RowBatch.concatenate([self._fetch(sources[a], rows[a:b]) for a, b in pairwise(cuts)])
 
     def row(self, index: int) -> TransferRow:
-        """One row as numpy arrays, such as `TransferSetWriter.commit` takes.
+        """One row as numpy arrays, such as `TransferSetWriter.commit` takes; see `rows`.
 
         Args:
             index: its place; negative from the end.
 
         Returns:
             The row.
-
-        Raises:
-            IndexError: no such row.
-            TransferSetError: the row is damaged.
         """
         return self.rows([index])[0]
 
@@ -156,7 +173,7 @@ class TransferSet(Dataset[dict[str, Any]]):
         ]
 
     def select(self, indices: Sequence[int] | NDArray[Any]) -> TransferSet:
-        """A view of the rows named by `indices` (integers, negative from the end; or one bool a row), in that order.
+        """A view of some rows, in the order asked for.
 
         Args:
             indices: integers, negative from the end; or one bool a row.
@@ -176,7 +193,7 @@ class TransferSet(Dataset[dict[str, Any]]):
         return self._view(self._resolve(chosen.tolist()))
 
     def split(self, fraction: float, seed: int) -> tuple[TransferSet, TransferSet]:
-        """Two disjoint views `(rest, held_out)` in the old order; `held_out` has `round(fraction * len(self))` rows.
+        """Two disjoint views in the old order; the second has `round(fraction * len(self))` rows.
 
         Args:
             fraction: the share to hold out, between 0 and 1.
@@ -188,14 +205,8 @@ class TransferSet(Dataset[dict[str, Any]]):
         Raises:
             ConfigError: one of the two would be empty.
         """
-        held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
-        if not 0 < held_out < len(self):
-            raise ConfigError(
-                f"A split of {fraction} of {len(self)} rows leaves one part empty. Choose a fraction between 0 and 1 "
-                "that leaves at least one row on either side."
-            )
-        order = _permutation(len(self), (seed,))
-        return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
+        rest, held_out = split_rows(len(self), fraction, seed)
+        return self.select(rest), self.select(held_out)
 
     def shuffle(self, seed: int, epoch: int = 0) -> TransferSet:
         """A view in an order that depends on `seed` and `epoch` alone; no global random state is read or changed.
@@ -210,7 +221,7 @@ class TransferSet(Dataset[dict[str, Any]]):
         Raises:
             DataError: a negative seed or epoch.
         """
-        return self.select(_permutation(len(self), (seed, epoch)))
+        return self.select(permute_rows(len(self), (seed, epoch)))
 
     @property
     def plan(self) -> Plan:
@@ -225,18 +236,43 @@ class TransferSet(Dataset[dict[str, Any]]):
     @property
     def digest(self) -> str:
         """The root digest; of a view or of joined sets, a digest over theirs, the weights and the chosen rows."""
-        whole = isinstance(self._rows, range) and self._rows == range(self._starts[-1])
-        if len(self._sources) == 1 and self._sources[0][1] is None and whole:
+        if len(self._sources) == 1 and self._sources[0][1] is None and self._is_whole:
             return self._sources[0][0].index.digest()
-        rows = np.asarray(self._rows, dtype="<i8").tobytes()
-        sources = [[store.index.digest(), weight] for store, weight in self._sources]
-        view = {"sources": sources, "rows": hashlib.sha256(rows).hexdigest()}
-        return hashlib.sha256(canonical_json(view)).hexdigest()
+        return view_digest([(store.index.digest(), weight) for store, weight in self._sources], self._rows)
 
     @cached_property
     def info(self) -> TransferSetInfo:
         """What the set is and what it costs."""
-        return describe_stores([store for store, _ in self._sources], self._table, self.digest)
+        table = None if self._is_whole else self._table
+        return describe_stores([store for store, _ in self._sources], table, self.digest)
+
+    @property
+    def sources(self) -> tuple[ShardSource, ...]:
+        """Where the set lies, or each of joined sets; as text a folder, or a repository on the Hub and its commit."""
+        return tuple(store.source for store, _ in self._sources)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> PushedRepository:
+        """Upload the set as a dataset repository. After a failure, the same call goes on where it stopped.
+
+        Args:
+            repo_id: `user/name`; made if it is not there.
+            private: False makes a new repository public, and is needed to push to one that is.
+            **options: `licence`, `token` and others of `quantkd.hub.sets.push_transfer_set`.
+
+        Returns:
+            The repository and the commit that holds the set.
+
+        Raises:
+            ConfigError: a view, joined sets, or a public repository without `private=False`.
+            HubError: the Hub could not be reached, or refused.
+        """
+        from quantkd.hub.sets import push_transfer_set
+
+        return push_transfer_set(self, repo_id, private=private, **options)
+
+    @property
+    def _is_whole(self) -> bool:
+        return isinstance(self._rows, range) and self._rows == range(self._starts[-1])
 
     @property
     def _table(self) -> NDArray[np.int64]:
@@ -260,30 +296,4 @@ class TransferSet(Dataset[dict[str, Any]]):
         store, weight = self._sources[source]
         start = int(self._starts[source])
         decoded = store.fetch([row - start for row in rows])
-        labels = np.full(len(decoded.input_ids), IGNORED_LABEL, dtype=np.int64)
-        labels[decoded.targets] = decoded.input_ids[decoded.targets]
-        return RowBatch(
-            lengths=torch.from_numpy(decoded.lengths),
-            input_ids=torch.from_numpy(decoded.input_ids),
-            labels=torch.from_numpy(labels),
-            targets=torch.from_numpy(decoded.targets),
-            target_counts=torch.from_numpy(decoded.target_counts),
-            teacher=TopKLogprobs(
-                offsets=torch.from_numpy(np.append(0, np.cumsum(decoded.counts))),
-                token_ids=torch.from_numpy(decoded.token_ids),
-                logprobs=torch.from_numpy(decoded.logprobs),
-                log_normalizers=torch.from_numpy(decoded.log_normalizers),
-                temperatures=store.codec.temperatures,
-                vocab_size=store.codec.vocab_size,
-            ),
-            finished=torch.from_numpy(decoded.finished),
-            weights=None if weight is None else torch.full((len(rows),), weight),
-        )
-
-
-def _permutation(length: int, entropy: tuple[int, ...]) -> NDArray[np.int64]:
-    if any(number < 0 for number in entropy):
-        raise DataError(f"seed and epoch must be at least 0, found {entropy}.")
-    # The raw output of a bit generator never changes between numpy releases; that of `permutation` may.
-    keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
-    return np.argsort(np.asarray(keys), kind="stable")
+        return RowBatch.from_decoded(decoded, store.codec.temperatures, store.codec.vocab_size, weight)

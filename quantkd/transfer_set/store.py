@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,33 +13,25 @@ from numpy.typing import NDArray
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.codec import Codec, DecodedRows
 from quantkd.transfer_set.encoded import CHECKSUM, ENTRIES, TOKENS, RowCodes
-from quantkd.transfer_set.index import (
-    INDEX_NAME,
-    PLAN_NAME,
-    Index,
-    ShardRecord,
-    read_index,
-    read_plan,
-    read_record,
-    record_name,
-)
+from quantkd.transfer_set.index import ShardRecord, record_to_bytes
 from quantkd.transfer_set.row import check_entries
-from quantkd.transfer_set.shard import TARGETS, ShardMap, concatenate_codes, shard_name
+from quantkd.transfer_set.shard import TARGETS, ShardMap, concatenate_codes, shard_bytes
+from quantkd.transfer_set.source import FolderSource, ShardSource
 
 __all__ = ["ShardStore", "Verify"]
 
 Verify = Literal["auto", "full", "off"]
 MAX_OPEN_MAPS = 256
-_DOWNLOAD_MARK = Path(".cache") / "huggingface"  # what `snapshot_download(local_dir=...)` leaves in the folder
 
 
 class ShardStore:
     """The shards of one set.
 
     Args:
-        path: the set's folder.
+        path: the set's folder, or another source of its files.
         verify: "full" hashes every shard first; "auto" does so for downloaded sets and otherwise compares sizes and
-            headers now and each row when it is first read; "off" compares sizes and structure alone.
+            headers now and each row when it is first read; "off" compares sizes and structure alone. The shards of a
+            remote source are opened, and hashed under any of them, when they are first touched; by "full" now.
         allow_incomplete: accept an unfinished set and read its committed prefix.
         hash_downloads: whether "auto" looks for downloads; `quantkd verify` hashes by itself.
 
@@ -51,22 +41,33 @@ class ShardStore:
     """
 
     def __init__(
-        self, path: str | Path, verify: Verify, allow_incomplete: bool, *, hash_downloads: bool = True
+        self,
+        path: str | Path | ShardSource,
+        verify: Verify,
+        allow_incomplete: bool,
+        *,
+        hash_downloads: bool = True,
     ) -> None:
         if verify not in ("auto", "full", "off"):
             raise ConfigError(f"verify is {verify!r}; expected 'auto', 'full' or 'off'.")
-        self.path = Path(path)
-        self.index = _find_index(self.path, allow_incomplete)
+        downloaded = False
+        self.source: ShardSource
+        if isinstance(path, str | Path):
+            folder = FolderSource(Path(path), allow_incomplete)
+            self.source, downloaded = folder, hash_downloads and folder.is_downloaded
+        else:
+            self.source = path
+        self.index = self.source.read_index()
         self.codec = Codec(self.index.plan)
         self.row_starts = np.append(0, np.cumsum([shard.size.rows for shard in self.index.shards], dtype=np.int64))
         self._check_rows = verify != "off"
         self._maps: OrderedDict[int, ShardMap] = OrderedDict()
-        downloaded = hash_downloads and (self.path / _DOWNLOAD_MARK).exists()
+        self._hashed: set[int] = set()
         full = verify == "full" or (verify == "auto" and downloaded)
-        for shard, record in enumerate(self.index.shards):
+        for shard in range(0 if self.source.is_remote and not full else len(self.index.shards)):
             mapped = self.map(shard)
             if full:
-                check_digest(mapped, record)
+                self._hash(shard, mapped)
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps do not travel to another process; it opens its own.
@@ -79,10 +80,12 @@ class ShardStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the set's files on disk, index included."""
-        shards = range(len(self.index.shards))
-        names = [*map(shard_name, shards), *([INDEX_NAME] if self.index.complete else map(record_name, shards))]
-        return sum(os.stat(self.path / name).st_size for name in names)
+        """Bytes of the set's files, index included; of an unfinished set, the records."""
+        if self.index.complete:
+            documents = len(self.index.to_bytes())
+        else:
+            documents = sum(len(record_to_bytes(record)) for record in self.index.shards)
+        return documents + sum(shard_bytes(self.codec, record.size) for record in self.index.shards)
 
     def table(self) -> NDArray[np.int64]:
         """(rows, 3): tokens, targets and entries of every row, from the row tables alone.
@@ -170,13 +173,31 @@ class ShardStore:
         """
         mapped = self._maps.get(shard)
         if mapped is None:
-            mapped = ShardMap(self.path / shard_name(shard), self.codec, self.index.shards[shard].size)
+            mapped = ShardMap(self.locate(shard), self.codec, self.index.shards[shard].size)
+            if self.source.is_remote:
+                self._hash(shard, mapped)
             self._maps[shard] = mapped
             if len(self._maps) > MAX_OPEN_MAPS:
                 self._maps.popitem(last=False)
         else:
             self._maps.move_to_end(shard)
         return mapped
+
+    def locate(self, shard: int) -> Path:
+        """The file of a shard, fetched if need be and not yet checked.
+
+        Args:
+            shard: its number.
+
+        Returns:
+            A path.
+        """
+        return self.source.locate(shard, shard_bytes(self.codec, self.index.shards[shard].size))
+
+    def _hash(self, shard: int, mapped: ShardMap) -> None:
+        if shard not in self._hashed:
+            check_digest(mapped, self.index.shards[shard])
+            self._hashed.add(shard)
 
 
 def check_digest(mapped: ShardMap, record: ShardRecord) -> None:
@@ -199,29 +220,3 @@ def check_digest(mapped: ShardMap, record: ShardRecord) -> None:
 
 def _damaged(mapped: ShardMap, row: int, what: str) -> TransferSetError:
     return TransferSetError(f"Row {row} of {mapped.path} {what}. The shard is damaged: get it anew.")
-
-
-def _find_index(path: Path, allow_incomplete: bool) -> Index:
-    """The index of a finished set, or one over the committed shards of an unfinished set."""
-    if not path.is_dir():
-        raise TransferSetError(f"There is no transfer set at {path}: it is no folder. Capture one, or mend the path.")
-    if (path / INDEX_NAME).exists():
-        return read_index(path)
-    if not (path / PLAN_NAME).exists():
-        raise TransferSetError(
-            f"There is no transfer set at {path}: it has neither {INDEX_NAME} nor {PLAN_NAME}. "
-            "Capture one, or mend the path."
-        )
-    try:
-        plan = read_plan(path)
-    except TransferSetError as error:
-        raise TransferSetError(f"There is no transfer set at {path}: it has no {INDEX_NAME}. {error}") from error
-    records: list[ShardRecord] = []
-    while len(records) < plan.num_shards and (path / record_name(len(records))).exists():
-        records.append(read_record(path, len(records)))
-    if not allow_incomplete:
-        raise TransferSetError(
-            f"The transfer set at {path} is unfinished: it has the first {len(records)} of {plan.num_shards} shards. "
-            "Run its capture again to finish it, or open it with allow_incomplete=True to read those."
-        )
-    return replace(Index.from_records(plan, records), complete=False)

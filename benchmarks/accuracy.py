@@ -1,0 +1,202 @@
+"""Does accuracy come back? The paper's question, on a model and problems where 4 bits cost answers that can be counted.
+
+1. A small model is fine-tuned whole, by an ordinary `transformers.Trainer`, on built-in word problems until it solves
+   most unseen ones: that is the teacher.
+2. It is quantized to 4 bits, with bitsandbytes' FP4 or NF4 (--quantization).
+3. It answers other problems, and the 4-bit copy learns from its distributions.
+4. Teacher, 4-bit copy before and after solve the same test problems, greedily; the last number must stand after `####`.
+
+The three sets of problems share no question. The figures: `teacher`, `before` and `after` are shares of test problems
+solved; `p_value` is McNemar's exact test of teacher against before; `accuracy_gap_recovered` is (after - before) /
+(teacher - before), with a paired bootstrap interval over problems.
+
+    python benchmarks/accuracy.py --model HuggingFaceTB/SmolLM2-135M-Instruct --cache runs/accuracy
+
+The fine-tuned model, the transfer set, the adapter and every answer are kept in --cache, and found again there; what
+was cut off is taken up. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
+from quantkd.data.arithmetic import generate_problems
+from quantkd.data.gsm8k import build_prompt
+from quantkd.data.prompts import encode_completion, encode_prompt
+from quantkd.evaluation import compute_gap_recovered, evaluate_gsm8k, mcnemar_exact, wilson_interval
+from quantkd.evaluation.stats import RowSums
+from quantkd.hardware import default_device, native_compute_dtype
+from quantkd.student import default_lora_config, load_student
+from quantkd.teacher import load_teacher
+
+# Without a chat template: half the tokens, and the model is fine-tuned to the plain prompt.
+CHAT_TEMPLATE = False
+MAX_NEW_TOKENS = 96
+
+Problems = list[dict[str, str]]
+
+
+def make_problems(args: argparse.Namespace) -> dict[str, Problems]:
+    """Problems to test, to distil and to fine-tune on; no question is in two of them."""
+    test = generate_problems(args.test_rows, args.seed)
+    distill = generate_problems(args.distill_rows, args.seed + 1, exclude=test)
+    tune = generate_problems(args.tune_rows, args.seed + 2, exclude=[*test, *distill])
+    return {"test": test, "distill": distill, "tune": tune}
+
+
+def fine_tune(problems: Problems, args: argparse.Namespace) -> Path:
+    """The teacher: the model fine-tuned whole on the problems' written solutions, once."""
+    folder = Path(args.cache) / "teacher"
+    if (folder / "config.json").is_file():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = []
+    for problem in problems:
+        prompt = encode_prompt(tokenizer, build_prompt(problem["question"]), chat_template=CHAT_TEMPLATE)
+        answer = encode_completion(tokenizer, problem["answer"])
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    checkpoints = str(folder) + "-checkpoints"
+    arguments = TrainingArguments(
+        checkpoints, num_train_epochs=1, per_device_train_batch_size=16, learning_rate=args.tune_learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=20, logging_steps=20, save_steps=args.save_steps, save_total_limit=1,
+        report_to=[], disable_tqdm=True, use_cpu=default_device().type == "cpu", seed=args.seed,
+        bf16=native_compute_dtype() == torch.bfloat16,  # autocast: the weights stay in float32
+    )  # fmt: skip
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), arguments, train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if Path(checkpoints).is_dir() else None)
+    tokenizer.save_pretrained(folder)
+    trainer.model.save_pretrained(folder)
+    return folder
+
+
+def quantization_config(args: argparse.Namespace) -> BitsAndBytesConfig:
+    """4 bits of the kind asked for."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=args.quantization, bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=native_compute_dtype(),
+    )  # fmt: skip
+
+
+def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> Any:
+    """The 4-bit copy with its trained adapter, loaded as others load it; trained if the cache has none."""
+    folder = Path(args.cache) / f"student-{args.quantization}-{args.rank}-{args.distill_rows}-{args.epochs}"
+    if not (folder / "adapter_config.json").is_file():
+        train(teacher, problems, folder, args)
+    return PeftModel.from_pretrained(load_student(str(teacher), quantization_config=quantization_config(args)), folder)
+
+
+def train(teacher: Path, problems: Problems, folder: Path, args: argparse.Namespace) -> None:
+    """The teacher answers the problems, and a 4-bit copy learns from its distributions."""
+    transfer_set = Path(args.cache) / f"transfer_set-{args.distill_rows}"
+    prompts = [build_prompt(problem["question"]) for problem in problems]
+    capture(
+        str(teacher), prompts, transfer_set, chat_template=CHAT_TEMPLATE, max_new_tokens=MAX_NEW_TOKENS, batch_size=32
+    )
+    trainer = QuantizedDistillationTrainer(
+        load_student(str(teacher), quantization_config=quantization_config(args)),
+        QuantizedDistillationConfig(
+            str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=4, alpha=1.0, packing=True, save_strategy="no", report_to=[],
+            disable_tqdm=True, seed=args.seed,
+        ),
+        train_dataset=TransferSet(transfer_set),
+        peft_config=default_lora_config(args.rank),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+
+
+def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argparse.Namespace) -> list[bool]:
+    """Which test problems a model solves; every answer is kept."""
+    records = evaluate_gsm8k(
+        model, tokenizer, problems, batch_size=args.eval_batch_size, max_new_tokens=MAX_NEW_TOKENS,
+        chat_template=CHAT_TEMPLATE, records_path=Path(args.cache) / "records" / f"{arm}.jsonl",
+    )  # fmt: skip
+    verdicts = [record.correct_strict for record in records]
+    low, high = wilson_interval(sum(verdicts), len(verdicts))
+    print(f"{arm:24} {sum(verdicts) / len(verdicts):6.1%} of {len(verdicts)} [{low:.1%}, {high:.1%}]", flush=True)
+    return verdicts
+
+
+def summarize(solved: dict[str, list[bool]], args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON line."""
+    drop = mcnemar_exact(solved["teacher"], solved["before"])
+    left = mcnemar_exact(solved["teacher"], solved["after"])
+    sums = [RowSums([float(verdict) for verdict in solved[arm]]) for arm in ("teacher", "before", "after")]
+    share = compute_gap_recovered(*sums, higher_is_better=True, binary=True)
+    if share.value is None:
+        print(f"Nothing to recover can be seen: {share.reason}. Use more problems, or coarser --quantization.")
+    rates = {arm: round(sum(verdicts) / len(verdicts), 4) for arm, verdicts in solved.items()}
+    return {
+        **rates,
+        "accuracy_gap_recovered": None if share.value is None else round(share.value, 4),
+        "accuracy_gap_recovered_ci95": share.interval and [round(bound, 4) for bound in share.interval],
+        "p_value": drop.p_value,
+        "only_teacher_vs_before": [drop.only_a, drop.only_b],
+        "p_value_teacher_vs_after": left.p_value,
+        "only_teacher_vs_after": [left.only_a, left.only_b],
+        "dtype": str(native_compute_dtype()).removeprefix("torch."),
+        **{key: getattr(args, key) for key in ("test_rows", "distill_rows", "tune_rows", "quantization", "rank")},
+    }
+
+
+def main() -> None:
+    """Fine-tune, distil, solve, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--cache", default="runs/accuracy", help="where everything is kept and found again")
+    parser.add_argument("--quantization", choices=("nf4", "fp4"), default="nf4")
+    parser.add_argument("--test_rows", type=int, default=600, help="problems to solve")
+    parser.add_argument("--distill_rows", type=int, default=512, help="problems whose answers are learned from")
+    parser.add_argument("--tune_rows", type=int, default=4000, help="problems that the teacher is fine-tuned on")
+    parser.add_argument("--tune_learning_rate", type=float, default=2e-4)
+    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of the distillation")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the distillation")
+    parser.add_argument("--eval_batch_size", type=int, default=50)
+    parser.add_argument("--save_steps", type=int, default=100, help="fine-tuning steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few rows of everything: that it runs, not a result")
+    args = parser.parse_args()
+    if args.quick:
+        args.test_rows, args.distill_rows, args.tune_rows, args.rank = 16, 16, 64, 8
+    problems = make_problems(args)
+    started = time.perf_counter()
+    teacher = fine_tune(problems["tune"], args)
+    print(f"fine-tuning: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+    model, tokenizer = load_teacher(str(teacher))
+    solved = {"teacher": solve("teacher", model, tokenizer, problems["test"], args)}
+    del model
+    gc.collect()
+    started = time.perf_counter()
+    student = distill(teacher, problems["distill"], args)
+    print(f"capture and distillation: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+    with student.disable_adapter():
+        solved["before"] = solve(f"before-{args.quantization}", student, tokenizer, problems["test"], args)
+    solved["after"] = solve(f"after-{args.quantization}", student, tokenizer, problems["test"], args)
+    print(json.dumps(summarize(solved, args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What each format of a student costs and keeps: memory, KL to the teacher before training, speed of training.
+
+Every format of `quantkd.student_formats.STUDENT_FORMATS` is loaded from the same full-precision checkpoint, measured on
+the same held-out rows of a transfer set (KL at temperature 1, nats per target token), and trained for a few steps with
+LoRA of rank 16 on all linear layers. A checkpoint that is quantized already (GPTQ, AWQ) is measured by naming it with
+`--checkpoint`. A format that cannot run here gives the reason instead. Beside each stands its ratio to NF4.
+
+    python benchmarks/students.py --model HuggingFaceTB/SmolLM2-135M-Instruct --held_out runs/held
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+from quantkd.errors import QuantKDError
+from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.student import load_student
+from quantkd.student_formats import STUDENT_FORMATS
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every optimizer step, without what lies between steps."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def train(model: Any, rows: TransferSet, batch_size: int, steps: int) -> tuple[float, list[float]]:
+    """Real tokens a second in the median step after the first, and the loss of every step."""
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        args = QuantizedDistillationConfig(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=1e-4,
+            alpha=1.0,
+            init="zero",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        batch = rows.select(range(batch_size))  # the same rows in every step, so that the losses compare
+        trainer = QuantizedDistillationTrainer(model, args, train_dataset=batch, callbacks=[times])
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return int(batch.lengths.sum()) / statistics.median(times.seconds[1:]), losses
+
+
+def measure(name: str, format_: str | None, args: argparse.Namespace, rows: TransferSet) -> dict[str, Any]:
+    """One format's figures, or why there are none."""
+    found: dict[str, Any] = {"format": format_ or name}
+    try:
+        started = time.perf_counter()
+        model = load_student(name, quantization_config=format_, dtype=args.dtype, trainable=False)
+        found["load_seconds"] = round(time.perf_counter() - started, 1)
+        found["memory_mb"] = round(model.get_memory_footprint() / 1e6, 1)
+        found["kl"] = round(evaluate_fidelity(model, rows, batch_size=4, progress=False).to_json()["kl"], 4)
+        tokens, losses = train(model, rows, args.batch_size, args.steps)
+        found["tokens_per_second"] = round(tokens, 1)
+        found["losses"] = [round(loss, 4) for loss in losses]
+    except QuantKDError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def main() -> None:
+    """Measure, print a table, and one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="full-precision checkpoint that the transfer set comes from")
+    parser.add_argument("--held_out", required=True, help="transfer set of that model's own answers")
+    parser.add_argument("--rows", type=int, default=8, help="held-out rows to look at (8)")
+    parser.add_argument("--formats", nargs="*", default=list(STUDENT_FORMATS), help="which formats (all)")
+    parser.add_argument("--checkpoint", nargs="*", default=[], help="checkpoints that are quantized already")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows a training step (4)")
+    parser.add_argument("--steps", type=int, default=4, help="training steps (4)")
+    parser.add_argument("--dtype", default="float32", help="what is computed in (float32)")
+    args = parser.parse_args()
+    rows = TransferSet.open(args.held_out)
+    rows = rows.select(range(min(args.rows, len(rows))))
+    results = []
+    for name, format_ in [(args.model, f) for f in args.formats] + [(path, None) for path in args.checkpoint]:
+        results.append(measure(name, format_, args, rows))
+        print(json.dumps(results[-1]), flush=True)
+    print(f"\n| format | loads in s | memory, MB | KL before | training, tokens/s |\n|{' --- |' * 5}")
+    for found in results:
+        cells = [found.get(key, "") for key in ("load_seconds", "memory_mb", "kl", "tokens_per_second")]
+        print(f"| {found['format']} | {' | '.join(map(str, cells))} |")
+    print()
+    nf4 = next((found for found in results if found["format"] == "nf4"), None)
+    for found in results if nf4 is not None else []:
+        for key in ("memory_mb", "kl", "tokens_per_second"):
+            if key in found and key in nf4:
+                found[f"{key}_vs_nf4"] = round(found[key] / nf4[key], 3)
+    print(json.dumps({"rows": len(rows), "dtype": args.dtype, "students": results}))
+
+
+if __name__ == "__main__":
+    main()

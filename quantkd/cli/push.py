@@ -1,0 +1,85 @@
+"""`quantkd push`: an adapter or a transfer set to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantkd.cli.format import format_bytes
+from quantkd.errors import ConfigError
+from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  quantkd push runs/student user/name --licence apache-2.0         an adapter, with its page and its run's report
+  quantkd push runs/mine user/name --base_model HuggingFaceTB/SmolLM2-135M-Instruct
+  quantkd push runs/set user/name-set                              a transfer set
+  quantkd push runs/set user/name-set --public --licence mit
+  quantkd push runs/set user/name-set --dry_run                    list what would go, and stop
+
+The token is that of `hf auth login`, or HF_TOKEN. After a failure, the same command goes on where it stopped.
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Push what lies in the folder, or list what would be pushed.
+
+    Args:
+        argv: the arguments after `quantkd push`.
+
+    Raises:
+        ConfigError: options of an adapter with a transfer set.
+    """
+    parser = argparse.ArgumentParser(
+        "quantkd push", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", help="folder of an adapter, of a run with one adapter, or of a transfer set")
+    parser.add_argument("repo_id", help="repository on the Hub, user/name; made if it is not there")
+    visibility = parser.add_mutually_exclusive_group()
+    visibility.add_argument(
+        "--private", dest="private", action="store_true", default=True, help="readable by its owner alone (default)"
+    )
+    visibility.add_argument(
+        "--public", dest="private", action="store_false", help="readable by all; needed for a repository that is public"
+    )
+    parser.add_argument(
+        "--licence", "--license", help="short name of the Hub's list, such as apache-2.0; never guessed"
+    )
+    parser.add_argument("--base_model", help="adapter: the base model's name on the Hub, if it was trained on a folder")
+    parser.add_argument("--run_dir", help="adapter: folder of the run whose results.json and chart go on the page")
+    parser.add_argument("--revision", help="branch to push to (main)")
+    parser.add_argument("--dry_run", action="store_true", help="list the files that would be pushed, and stop")
+    args = parser.parse_args(argv)
+    folder = Path(args.path)
+    is_set = (folder / INDEX_NAME).is_file() or (folder / PLAN_NAME).is_file()
+    if is_set and (args.base_model or args.run_dir):
+        raise ConfigError(
+            f"{folder} is a transfer set; --base_model and --run_dir describe an adapter. Leave them out."
+        )
+    options = {"private": args.private, "licence": args.licence, "revision": args.revision}
+    if is_set:
+        from quantkd.hub.sets import list_set_files
+
+        transfer_set = TransferSet(folder)
+        if args.dry_run:
+            _print_files(list_set_files(transfer_set), args.repo_id, private=args.private)
+        else:
+            print(transfer_set.push_to_hub(args.repo_id, **options))
+        return
+    from quantkd.hub.adapter import list_adapter_files, push_adapter
+
+    described = {"base_model": args.base_model, "run_dir": args.run_dir}
+    if args.dry_run:
+        _print_files(list_adapter_files(folder, **described), args.repo_id, private=args.private)
+    else:
+        print(push_adapter(folder, args.repo_id, **options, **described))
+
+
+def _print_files(files: list[tuple[str, int]], repo_id: str, *, private: bool) -> None:
+    for name, size in files:
+        print(f"{format_bytes(size):>12}  {name}")
+    total = format_bytes(sum(size for _, size in files))
+    print(f"{len(files)} files, {total}, would go to {repo_id} ({'private' if private else 'public'}).")

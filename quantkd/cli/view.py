@@ -1,0 +1,86 @@
+"""`quantkd view`: the divergence page, one HTML file that shows where a student departs from its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from quantkd.checkpoint import naming, short_name
+from quantkd.cli.arguments import StudentArguments, load_student_from
+from quantkd.cli.format import format_bytes
+from quantkd.cli.parsing import parse_options
+from quantkd.errors import ConfigError
+from quantkd.transfer_set import TransferSet
+from quantkd.view import collect_divergence, write_page
+
+__all__ = ["ViewArguments", "main"]
+
+_EXAMPLES = """examples:
+  quantkd view --held_out runs/held --model_name_or_path MODEL --adapter runs/student --output page.html
+  quantkd view --held_out runs/held --model_name_or_path MODEL --adapter runs/student --output page.html --rows 10
+  quantkd view --held_out runs/held --model_name_or_path MODEL --adapter me/my-adapter --output page.html \\
+      --alternatives 4 --batch_size 2
+"""
+
+
+@dataclass
+class ViewArguments:
+    """What to look at, and where to write the page."""
+
+    held_out: str = field(metadata={"help": "Transfer set whose rows are shown; rows that were not trained on."})
+    adapter: str = field(metadata={"help": "Folder or Hub name of a trained adapter: off is before, on is after."})
+    output: str = field(metadata={"help": "The HTML file to write."})
+    rows: int = field(default=50, metadata={"help": "At most this many rows, from the front."})
+    alternatives: int = field(default=8, metadata={"help": "The teacher's most probable tokens to show at each place."})
+    batch_size: int = field(default=8, metadata={"help": "Rows a batch."})
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "alternatives", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; expected at least 1.")
+        if not self.output.lower().endswith((".html", ".htm")):
+            raise ConfigError(f"--output is {self.output!r}; expected a file name that ends in .html.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, run the student twice, write the page.
+
+    Args:
+        argv: the arguments after `quantkd view`.
+
+    Raises:
+        ConfigError: no model, a set or an adapter that is not there, or a page that cannot have that name.
+    """
+    args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
+    if not student.model_name_or_path:
+        raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
+    held_out = TransferSet.open(args.held_out)
+    model = load_student_from(student)
+    with naming(student.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            student.model_name_or_path,
+            revision=student.model_revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+    with naming(args.adapter, "adapter_config.json"):
+        adapted = PeftModel.from_pretrained(model, args.adapter)
+    divergence = collect_divergence(
+        adapted,
+        held_out,
+        tokenizer,
+        rows=args.rows,
+        alternatives=args.alternatives,
+        batch_size=args.batch_size,
+        student_name=short_name(student.model_name_or_path),
+        adapter_name=short_name(args.adapter),
+    )
+    path = write_page(divergence, Path(args.output))
+    before, after = divergence.mean_kl
+    print(
+        f"{path}: {len(divergence.rows)} rows, {divergence.num_tokens} tokens, {format_bytes(path.stat().st_size)}; "
+        f"KL {before:.4f} before, {after:.4f} after"
+    )

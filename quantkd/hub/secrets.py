@@ -1,0 +1,104 @@
+"""What must not leave this machine: tokens, and where its owner keeps things. Every file is searched for them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from quantkd.errors import ConfigError
+
+__all__ = ["check_shareable", "find_secrets", "public_name", "redact"]
+
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,})")
+_SECRET_VARIABLE = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+_MIN_SECRET_CHARACTERS = 8
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+def find_secrets(token: str | None = None) -> dict[str, str]:
+    """The secrets that this process knows of.
+
+    Args:
+        token: one that a caller passed, if any.
+
+    Returns:
+        Each secret, and what it is: the token that was passed, the one that the Hub's client uses, and the values of
+        environment variables whose names say so.
+    """
+    secrets = {}
+    for name, value in os.environ.items():
+        # A switch, a number or a path is none.
+        is_secret = len(value) >= _MIN_SECRET_CHARACTERS and not value.isalpha() and not value.isdigit()
+        if is_secret and _SECRET_VARIABLE.search(name) and not value.startswith(("/", "~", ".")):
+            secrets[value] = f"the value of {name}"
+    stored = get_token()
+    if stored:
+        secrets[stored] = "the Hub's token"
+    if token:
+        secrets[token] = "the token that was passed"
+    return secrets
+
+
+def redact(text: str, secrets: Mapping[str, str]) -> str:
+    """The text with every secret replaced, for messages.
+
+    Args:
+        text: such as what a server answered.
+        secrets: as `find_secrets` gives them.
+
+    Returns:
+        The text without them.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "[secret]")
+    return _TOKEN.sub("[secret]", text)
+
+
+def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths: bool) -> None:
+    """Refuse a file that holds a secret or says where its owner keeps things. The message holds neither.
+
+    Args:
+        name: of the file.
+        data: its bytes.
+        secrets: as `find_secrets` gives them.
+        paths: also look for the home folder; off for vocabularies, where "/root" is a token like any other.
+
+    Raises:
+        ConfigError: it holds one.
+    """
+    text = data.decode("utf-8", errors="replace")
+    for secret, what in secrets.items():
+        if secret in text:
+            raise ConfigError(f"{name} holds {what}; expected no secret in what is pushed. Remove it from the file.")
+    found = _TOKEN.search(text)
+    if found is not None:
+        raise ConfigError(
+            f"{name} holds what looks like an access token at character {found.start()}; expected no secret in what "
+            "is pushed. Remove it from the file."
+        )
+    homes = {str(Path.home()), os.path.expanduser("~")} - {"/"}
+    if paths and any(re.search(re.escape(home) + r"(?![\w.-])", text) for home in homes):
+        raise ConfigError(
+            f"{name} names your home folder; expected no local path in what is pushed. Name the model by its folder "
+            "alone or by its name on the Hub."
+        )
+
+
+def public_name(name_or_path: str) -> str:
+    """A model's name without the path, also of a folder that is gone or lies on another machine.
+
+    Args:
+        name_or_path: a Hub name or a checkpoint folder.
+
+    Returns:
+        `user/name` and plain names as they are; of anything else the last part.
+    """
+    if _HUB_NAME.fullmatch(name_or_path) and not Path(name_or_path).is_dir():
+        return name_or_path
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path).resolve().name
+    return re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]

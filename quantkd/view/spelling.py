@@ -1,0 +1,74 @@
+"""How a single token reads: its text with its leading space, or its bytes where they are no whole characters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["decode_text", "spell_tokens"]
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece spells a byte
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of some ids as it is, special tokens and spaces included.
+
+    Args:
+        tokenizer: any tokenizer of transformers.
+        ids: token ids.
+    """
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str | bytes]:
+    """How each id reads by itself.
+
+    A character of several bytes, such as an emoji, may be split over tokens; none of them is text then, and their
+    bytes are what there is to show.
+
+    Args:
+        tokenizer: any tokenizer of transformers.
+        ids: token ids; those that the tokenizer does not know, as a padded head has, read `<id 50000>`.
+
+    Returns:
+        Text for each id, or its bytes where they are not UTF-8 on their own.
+    """
+    # Some decoders drop the space at the start of a text: put a token before it and take its text off again.
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    before = decode_text(tokenizer, anchor)
+    spelled: dict[int, str | bytes] = {}
+    for index in sorted(set(ids)):
+        name = tokenizer.convert_ids_to_tokens(index)
+        if name is None:
+            spelled[index] = f"<id {index}>"
+            continue
+        text = decode_text(tokenizer, [*anchor, index])
+        text = text[len(before) :] if text.startswith(before) else decode_text(tokenizer, [index])
+        spelled[index] = _spell_bytes(name) if "\ufffd" in text else text or name
+    return spelled
+
+
+def _spell_bytes(name: str) -> str | bytes:
+    """The bytes behind a token's name in the vocabulary, as text if they are any; the name if it stands for none."""
+    alphabet = _byte_alphabet()
+    if found := _BYTE_TOKEN.fullmatch(name):
+        raw = bytes([int(found[1], 16)])
+    elif all(character in alphabet for character in name):
+        raw = bytes(alphabet[character] for character in name)
+    else:
+        return name
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's characters for the 256 bytes (Radford et al. 2019): printable ones are themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable}, **{chr(256 + n): byte for n, byte in enumerate(others)}}

@@ -1,0 +1,274 @@
+"""Fidelity against float64 expressions over the logits of plain forward passes, on a set that the tiny model wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from quantkd import Nucleus, TopK, TransferSet, capture
+from quantkd.cli.evaluate import main
+from quantkd.errors import ConfigError
+from quantkd.evaluation.bins import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, bin_confidence, bin_values
+from quantkd.evaluation.fidelity import Fidelity, evaluate_fidelity
+from quantkd.position_metrics import compare_with_entries, compare_with_logits, compute_predictions
+from quantkd.report import build_report
+from quantkd.topk import TopKLogprobs
+from tests.conftest import build_tiny_model
+
+PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
+
+
+@pytest.fixture(scope="module")
+def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers of up to 20 tokens, so that they reach the third bin of positions; the tails are real."""
+    folder = tmp_path_factory.mktemp("held")
+    rule = Nucleus(0.9, max_k=24)
+    capture(str(tiny_model_path), PROMPTS, folder, storage=rule, max_new_tokens=20, dtype="float32", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out(held_out_path: Path) -> TransferSet:
+    """The rows of `held_out_path`."""
+    return TransferSet.open(held_out_path)
+
+
+@pytest.fixture
+def student(tiny_model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The teacher with noise on every weight."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return tiny_model
+
+
+def dense_rows(model: LlamaForCausalLM, held_out: TransferSet) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per row the (n, V) float64 log-probabilities at its targets, from one unpadded pass, and the targets."""
+    rows = []
+    for place in range(len(held_out)):
+        item = held_out[place]
+        ids, labels = torch.as_tensor(item["input_ids"]), torch.as_tensor(item["labels"])
+        with torch.inference_mode():
+            logits = model(input_ids=ids[None]).logits[0].double()
+        at = (labels[1:] != -100).nonzero()[:, 0]
+        rows.append((logits[at].log_softmax(-1), ids[at + 1]))
+    return rows
+
+
+def test_dense_figures_equal_float64_expressions(
+    student: LlamaForCausalLM, tiny_model_path: Path, held_out: TransferSet
+) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
+    found = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=2, progress=False)
+    tokens = 0
+    for place, ((log_q, targets), (log_p, _)) in enumerate(
+        zip(dense_rows(student, held_out), dense_rows(teacher, held_out), strict=True)
+    ):
+        forward = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        backward = torch.nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
+        row = {name: float(found.column(name)[place]) for name in ("dense_kl_sum", "dense_reverse_kl_sum", "ce_sum")}
+        assert row["dense_kl_sum"] == pytest.approx(float(forward), rel=1e-4, abs=1e-5)
+        assert row["dense_reverse_kl_sum"] == pytest.approx(float(backward), rel=1e-4, abs=1e-5)
+        ce = torch.nn.functional.nll_loss(log_q, targets, reduction="sum")
+        assert row["ce_sum"] == pytest.approx(float(ce), rel=1e-5)
+        agree = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        assert int(found.column("dense_agree")[place]) == agree == int(found.column("agree")[place])
+        assert int(found.column("tokens")[place]) == len(targets)
+        tokens += len(targets)
+    figures = found.to_json()
+    assert figures["perplexity"] == pytest.approx(math.exp(float(found.column("ce_sum").sum()) / tokens))
+    assert 0.01 < figures["kl"] <= figures["dense_kl"] + 1e-6  # merging classes into a tail loses KL, never adds
+
+
+def test_sparse_figures_equal_float64_expressions(student: LlamaForCausalLM, held_out: TransferSet) -> None:
+    found = evaluate_fidelity(student, held_out, batch_size=3, progress=False)
+    for place, (log_q, _) in enumerate(dense_rows(student, held_out)):
+        teacher, forward, backward = held_out[place]["teacher"], 0.0, 0.0
+        for n, (start, stop) in enumerate(
+            zip(teacher.offsets[:-1].tolist(), teacher.offsets[1:].tolist(), strict=True)
+        ):
+            p = teacher.logprobs[start:stop].double().exp().tolist()
+            q = log_q[n].exp()[teacher.token_ids[start:stop]].tolist()
+            p.append(1 - sum(p))
+            q.append(1 - sum(q))
+            forward += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            backward += sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+        assert float(found.column("kl_sum")[place]) == pytest.approx(forward, rel=1e-4, abs=1e-5)
+        assert float(found.column("reverse_kl_sum")[place]) == pytest.approx(backward, rel=1e-4, abs=1e-5)
+    assert not found.dense and "dense_kl" not in found.to_json()
+
+
+def test_bins_add_up_and_hold_what_they_say(
+    student: LlamaForCausalLM, tiny_model_path: Path, held_out: TransferSet
+) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
+    found = evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
+    for kind in ("position", "entropy", "confidence", "dense_position", "dense_entropy"):
+        torch.testing.assert_close(found.column(f"{kind}/tokens").sum(1), found.column("tokens"))
+        if kind != "confidence":
+            total = "dense_kl_sum" if kind.startswith("dense") else "kl_sum"
+            torch.testing.assert_close(found.column(f"{kind}/kl_sum").sum(1), found.column(total))
+    student_rows, teacher_rows = dense_rows(student, held_out), dense_rows(teacher, held_out)
+    for place, ((log_q, targets), (log_p, _)) in enumerate(zip(student_rows, teacher_rows, strict=True)):
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
+        spots = np.searchsorted(POSITION_EDGES, np.arange(len(kl)), side="right") - 1
+        expected = [kl[spots == one].sum() for one in range(len(POSITION_EDGES))]
+        np.testing.assert_allclose(found.column("dense_position/kl_sum")[place], expected, rtol=1e-4, atol=1e-5)
+        entropy = -(log_p.exp() * log_p).sum(-1).numpy()
+        counts = np.histogram(entropy, [*ENTROPY_EDGES, np.inf])[0]
+        assert found.column("dense_entropy/tokens")[place].tolist() == counts.tolist()
+        confidence, top = log_q.exp().max(-1)
+        counts = np.histogram(-confidence, -np.linspace(1, 0, CONFIDENCE_BINS + 1))[0][::-1]  # (a, b], as in the paper
+        assert found.column("confidence/tokens")[place].tolist() == counts.tolist()
+        assert float(found.column("confidence/confidence_sum")[place].sum()) == pytest.approx(float(confidence.sum()))
+        assert int(found.column("confidence/correct")[place].sum()) == int((top == targets).sum())
+    assert found.column("position/tokens").sum(0)[2] > 0  # answers that reach the third bin
+
+
+def test_teacher_against_itself_is_at_zero(tiny_model: LlamaForCausalLM, held_out: TransferSet) -> None:
+    tiny_model.train()
+    figures = evaluate_fidelity(tiny_model, held_out, teacher=tiny_model, progress=False).to_json()
+    assert figures["dense_kl"] == figures["dense_reverse_kl"] == 0 and figures["dense_top1_agreement"] == 1
+    assert abs(figures["kl"]) < 1e-3 and figures["top1_agreement"] == 1  # the store rounds its entries
+    assert 0 <= figures["ece"] < 1 and tiny_model.training
+    assert all(parameter.requires_grad for parameter in tiny_model.parameters())
+
+
+def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(
+    student: LlamaForCausalLM, held_out: TransferSet, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
+    expected = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=5, progress=False).rows
+    monkeypatch.setattr("quantkd.position_metrics._CHUNK_BYTES", 4 * 320 * 3)  # three positions
+    monkeypatch.setattr("quantkd.position_metrics._CPU_BLOCK_BYTES", 4 * 320 * 2)
+    chunked = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=1, progress=False).rows
+    torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("quantkd.evaluation.fidelity.why_not_fusable", lambda model: "a test says so")
+    plain = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=2, progress=False).rows
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_more_than_a_chunk_of_logits(student: LlamaForCausalLM, held_out: TransferSet, tiny_model_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    widths: list[int] = []
+    real = torch.nn.functional.linear
+
+    def counting(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.shape[0] == 320:
+            widths.append(hidden.numel() // hidden.shape[-1])
+        return real(hidden, weight, bias)
+
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
+    monkeypatch.setattr("quantkd.position_metrics._CHUNK_BYTES", 4 * 320 * 3)
+    monkeypatch.setattr("torch.nn.functional.linear", counting)
+    evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
+    assert len(widths) > 20 and max(widths) <= 3
+
+
+def test_another_vocabulary_is_refused(
+    tiny_model: LlamaForCausalLM, held_out: TransferSet, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    other = build_tiny_model(tiny_tokenizer)
+    other.resize_token_embeddings(330)
+    with pytest.raises(ConfigError, match="vocabulary has 320 ids, the teacher's 330"):
+        evaluate_fidelity(tiny_model, held_out, teacher=other, progress=False)
+
+
+def test_json_is_small_and_finite(student: LlamaForCausalLM, held_out: TransferSet) -> None:
+    figures = evaluate_fidelity(student, held_out, progress=False).to_json()
+    text = json.dumps(figures, allow_nan=False)
+    assert len(text) < 1_500 * len(held_out) + 1_000
+    assert figures["bins"]["position"]["edges"] == list(POSITION_EDGES)
+    empty = Fidelity.zeros(2, dense=True).to_json()  # rows without a target
+    assert empty["ece"] == 0 and empty["kl"] == 0 and empty["rows"][0]["tokens"] == 0
+
+
+def test_every_class_stored_is_the_dense_divergence() -> None:
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(7, 50, dtype=torch.float64) * 3, torch.randn(7, 50, dtype=torch.float64) * 3
+    predictions = compute_predictions(logits, torch.arange(7))
+    dense = compare_with_logits(logits, predictions, teacher)
+    sparse = compare_with_entries(logits.clone(), predictions, TopKLogprobs.from_dense(teacher))
+    for name in ("kl", "reverse_kl", "entropy", "top_ids"):
+        torch.testing.assert_close(getattr(sparse, name), getattr(dense, name), rtol=1e-9, atol=1e-9)
+    log_p, log_q = teacher.log_softmax(-1), logits.log_softmax(-1)
+    torch.testing.assert_close(dense.entropy, torch.distributions.Categorical(logits=teacher).entropy())
+    torch.testing.assert_close(dense.kl, (log_p.exp() * (log_p - log_q)).sum(-1))
+    torch.testing.assert_close(predictions.confidence, log_q.exp().amax(-1))
+
+
+def test_a_teacher_as_sure_as_one_entry() -> None:
+    """Probability 1 on one token: forward KL is the cross-entropy of that token, and the entropy is 0."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    predictions = compute_predictions(logits, torch.tensor([1]))
+    sure = TopKLogprobs(torch.tensor([0, 1]), torch.tensor([1]), torch.zeros(1), torch.zeros(1, 1), (1.0,), 4)
+    compared = compare_with_entries(logits.clone(), predictions, sure)
+    assert float(compared.kl) == pytest.approx(float(predictions.ce)) and float(compared.entropy) == 0
+    q = float((-predictions.ce).exp())
+    tail = (1 - q) * (math.log(1 - q) + 24 * math.log(2))  # what the teacher left out counts as 2^-24
+    assert float(compared.reverse_kl) == pytest.approx(q * math.log(q) + tail, rel=1e-5)
+
+
+def test_bin_borders() -> None:
+    assert bin_values(torch.tensor([0, 7, 8, 15, 16, 511, 512, 9000]), POSITION_EDGES).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        6,
+        7,
+        7,
+    ]
+    assert bin_values(torch.tensor([-1e-9, 0.0, 0.01, 5.0]), ENTROPY_EDGES).tolist() == [0, 0, 1, 5]
+    confidences = torch.tensor([1e-9, 0.2, 0.2 + 1e-9, 0.5, 1.0], dtype=torch.float64)
+    assert bin_confidence(confidences).tolist() == [0, 2, 3, 7, 14]  # a bin has its upper end: 0.2 is 3/15
+
+
+def test_top_k_of_another_rule_has_the_same_dense_figures(
+    student: LlamaForCausalLM, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
+    figures = []
+    for name, rule in (("few", TopK(2)), ("many", TopK(320))):
+        capture(str(tiny_model_path), PROMPTS[:2], tmp_path / name, storage=rule, max_new_tokens=6, dtype="float32",
+                progress=False)  # fmt: skip
+        held = TransferSet.open(tmp_path / name)
+        figures.append(evaluate_fidelity(student, held, teacher=teacher, progress=False).to_json())
+    few, many = figures
+    assert few["dense_kl"] == pytest.approx(many["dense_kl"], rel=1e-6)
+    assert few["kl"] < 0.9 * many["kl"] and many["kl"] == pytest.approx(many["dense_kl"], rel=1e-2)  # the store rounds
+
+
+def test_arms_with_the_teacher_at_hand_make_a_report(
+    tiny_model_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, held_out_path: Path, tmp_path: Path
+) -> None:
+    """From the command line to the page: calibration of the teacher too, and the same bytes from the kept records."""
+    student = build_tiny_model(tiny_tokenizer, seed=1)
+    student.save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    shared = ["--held_out", str(held_out_path), "--run_dir", str(tmp_path / "run"), "--full_precision"]
+    shared += ["--teacher", str(tiny_model_path), "--dtype", "float32"]
+    for arm, model in (("teacher", tiny_model_path), ("before", tmp_path / "other"), ("after", tiny_model_path)):
+        main(["--arm", arm, "--model_name_or_path", str(model), *shared])
+    page = build_report(tmp_path / "run")
+    written = (page.parent / "results.json").read_bytes()
+    results = json.loads(written)
+    teacher, before, after = (results["arms"][name] for name in ("teacher", "before", "after"))
+    assert 0 <= teacher["metrics"]["ece"]["value"] == after["metrics"]["ece"]["value"] <= 1
+    assert teacher["metrics"]["dense_kl"]["value"] == 0 < before["metrics"]["dense_kl"]["value"]
+    assert results["gap_recovered"]["dense_kl"] == 1 and "whole vocabulary: entropy (nats)" in page.read_text()
+    main(["--arm", "after", "--model_name_or_path", str(tiny_model_path), *shared])
+    build_report(tmp_path / "run")
+    assert (page.parent / "results.json").read_bytes() == written
+    arm = (page.parent / "evaluation" / "before.json").read_text()
+    assert len(arm.splitlines()) < 40 * len(PROMPTS)
+    with pytest.raises(ConfigError, match="--teacher is compared"):
+        main(["--arm", "after", "--model_name_or_path", "x", "--run_dir", "r", "--prompts", "p", "--teacher", "y"])

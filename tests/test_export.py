@@ -1,0 +1,380 @@
+"""Export: the merged weights are the student's own, every form loads in plain transformers and PEFT, a loss is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from quantkd import TransferSet, capture
+from quantkd.cli.main import main
+from quantkd.errors import ConfigError
+from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.export import export_adapter, export_merged, export_requantized, load_exported
+from quantkd.merging import merge_adapters
+from quantkd.student import default_quantization_config, load_student
+from quantkd.student_formats import dequantize_weight
+
+PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "set"
+    capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=8, dtype="float32", progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with its head tied to its embeddings."""
+    folder = tmp_path_factory.mktemp("tied")
+    config = AutoConfig.from_pretrained(tiny_model_path, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(tiny_model_path).state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(folder)
+    assert model.config.tie_word_embeddings and "lm_head.weight" not in load_file(folder / "model.safetensors")
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, dtype: str = "float32", **config: Any) -> Path:
+    """A random adapter on the NF4 student, saved by PEFT."""
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
+    model = get_peft_model(load_student(str(base), dtype=dtype), LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02, alpha=1.0 if "lora" not in name else 0.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_adapted(base: Path, adapter: Path, dtype: str = "float32") -> PeftModel:
+    return PeftModel.from_pretrained(load_student(str(base), dtype=dtype), adapter)
+
+
+def rows_of(model: Any, held_out: Path) -> torch.Tensor:
+    return evaluate_fidelity(model, TransferSet.open(held_out), progress=False).rows
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"v_proj": 3}},
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "trained rows": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_merged_model_is_the_adapted_one(
+    name: str, tied: bool, tiny_model_path: Path, tied_path: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    base = tied_path if tied else tiny_model_path
+    adapter = save_adapter(base, tmp_path / "adapter", **VARIANTS[name])
+    model = load_adapted(base, adapter)
+    ids = torch.arange(5, 45).view(2, 20)
+    # In training mode, where bitsandbytes computes through the dequantized weight and not its bfloat16 kernel.
+    with torch.no_grad():
+        expected = model.train()(ids.requires_grad_(False)).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - expected).abs().max() > 0.1
+    export_merged(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=2e-4)
+    stays_tied = tied and name not in ("modules_to_save", "head", "embeddings")  # PEFT trains rows of both
+    assert merged.config.tie_word_embeddings == stays_tied
+
+
+def test_the_base_of_the_merge_is_what_was_quantized(
+    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter", r=2, lora_alpha=6)
+    export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    original = load_file(tiny_model_path / "model.safetensors")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    assert merged.keys() == original.keys()
+    name = "model.layers.1.mlp.up_proj"
+    up, down = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "BA")
+    rounded = merged[f"{name}.weight"].double() - 3.0 * up @ down
+    levels = {len(torch.unique(block.div(block.abs().max()).round(decimals=3))) for block in rounded.view(-1, 64)}
+    assert max(levels) <= 16  # 4 bit: what is left when the adapter is taken away
+    assert (rounded - original[f"{name}.weight"]).abs().max() > 1e-3
+    assert torch.equal(merged["model.norm.weight"], original["model.norm.weight"])
+
+
+def test_layers_are_let_go_of_one_by_one(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_adapted(tiny_model_path, save_adapter(tiny_model_path, tmp_path / "adapter"))
+    layers = [weakref.ref(module) for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    layers = [layer for layer in layers if hasattr(layer(), "quant_state")]
+    alive: list[int] = []
+
+    def dequantize(module: Any) -> torch.Tensor:
+        alive.append(sum(layer() is not None for layer in layers))
+        return dequantize_weight(module)
+
+    monkeypatch.setattr("quantkd.merging.dequantize_weight", dequantize)
+    merge_adapters(model)
+    assert alive == list(range(len(layers), 0, -1)) and len(layers) == 14
+
+
+@pytest.mark.parametrize("config", ["fp4", "int8"])
+def test_other_formats_merge(config: str, tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    quantization = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if config == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    )
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    student = load_student(str(tiny_model_path), quantization_config=quantization, dtype="float32")
+    ids = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(student, adapter).train()
+        expected = model(ids).logits
+        merged = merge_adapters(model, torch.float32)
+        # bitsandbytes multiplies int8 by int8: it rounds the activations, too.
+        difference = (merged(ids).logits - expected).abs().mean() / expected.abs().mean()
+    assert difference < (0.02 if config == "int8" else 1e-4)
+
+
+def test_gpt2_is_turned_back(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    adapter = save_adapter(tmp_path / "gpt2", tmp_path / "adapter")
+    model = load_adapted(tmp_path / "gpt2", adapter)
+    ids = torch.arange(5, 25).view(1, 20)
+    with torch.no_grad():
+        for part in (modules for modules in model.modules() if isinstance(modules, torch.nn.Dropout)):
+            part.p = 0.0
+        expected = model.train()(ids).logits
+        export_merged(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_rounds_once(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    for dtype in ("float32", "bfloat16"):
+        export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / dtype, dtype=dtype)
+    exact, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
+    assert all(torch.equal(exact[name].bfloat16(), tensor) for name, tensor in rounded.items())
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_lies_in_an_exported_folder(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt"):
+        (adapter / name).write_bytes(b"x")
+    (adapter / "quantkd.json").write_text('{"teacher": "T"}')
+    export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out" / "a", base=str(tiny_model_path))
+    model = load_adapted(tiny_model_path, adapter)
+    export_merged(model, tiny_tokenizer, tmp_path / "out" / "m", provenance={"teacher": "T"})
+    tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    facts = {"quantkd.json", "config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "out" / "m").iterdir()} == tokenizer_files | facts
+    assert {file.name for file in (tmp_path / "out" / "a").iterdir()} == tokenizer_files | {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "quantkd.json",
+    }  # fmt: skip
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["a", "m"]  # and no temporary folder
+    assert (tmp_path / "out" / "m").stat().st_mode & 0o777 == 0o777 & ~_umask()
+    for file in (tmp_path / "out").rglob("*.json"):
+        assert str(tiny_model_path.parent) not in file.read_text(), file
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "m").chat_template == tiny_tokenizer.chat_template
+    facts_of_m = json.loads((tmp_path / "out" / "m" / "quantkd.json").read_text())
+    assert facts_of_m["teacher"] == "T" and facts_of_m["export"]["form"] == "merged"
+    assert facts_of_m["export"]["dequantized_from"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def test_a_requantized_checkpoint_is_the_merged_one_quantized(
+    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path, held_out: Path
+) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
+    model = load_adapted(tiny_model_path, adapter)
+    export_requantized(model, tiny_tokenizer, tmp_path / "again", dtype="float32")
+    assert not (tmp_path / "again" / "merged").exists()
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert quantized.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", quantization_config=default_quantization_config(torch.float32), dtype=torch.float32
+    )
+    assert torch.equal(rows_of(quantized, held_out), rows_of(expected, held_out))
+    size = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("again", "merged")]
+    assert size[0] < 0.6 * size[1]  # embeddings and head are most of so small a model
+
+
+def test_the_second_rounding_is_to_the_students_own_format(
+    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    for name, config, expected in (
+        ("a", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), ("fp4", False)),
+        ("b", BitsAndBytesConfig(load_in_8bit=True), ("nf4", True)),
+    ):
+        student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
+        export_requantized(PeftModel.from_pretrained(student, adapter), tiny_tokenizer, tmp_path / name)
+        found = AutoConfig.from_pretrained(tmp_path / name).quantization_config
+        assert (found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"]) == expected
+
+
+def test_a_folder_that_is_not_new_is_refused(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="a folder that is not empty; an export is written to a new one"):
+        export_adapter(str(adapter), tiny_tokenizer, adapter, base="b")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="no folder"):
+        export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    export_adapter(str(adapter), tiny_tokenizer, tmp_path / "empty", base="b")
+    assert (tmp_path / "empty" / "adapter_model.safetensors").is_file()
+
+
+def test_a_failed_export_leaves_nothing(
+    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+
+    def fail(folder: Any) -> None:
+        assert (Path(folder) / "model.safetensors").is_file() and not (tmp_path / "out" / "m").exists()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tiny_tokenizer, "save_pretrained", fail, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "out" / "m")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_cannot_be_merged_is_said(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    student = load_student(str(tiny_model_path), dtype="float32")
+    with pytest.raises(ConfigError, match="lora_bias=True"):
+        merge_adapters(get_peft_model(student, LoraConfig(target_modules=["lm_head"], lora_bias=True)))
+    from peft import IA3Config
+
+    student = load_student(str(tiny_model_path), dtype="float32")
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="a merge knows LoRA"):
+        merge_adapters(get_peft_model(student, ia3))
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
+        export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out", base="b")
+    broken = save_adapter(tiny_model_path, tmp_path / "broken")
+    model = load_adapted(tiny_model_path, broken)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n)[0, 0] = torch.inf
+    with pytest.raises(ConfigError, match=r"merged weight of .*q_proj is not finite"):
+        merge_adapters(model)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_has_the_figures_of_the_report_to_the_digit(
+    capsys: pytest.CaptureFixture[str], tiny_model_path: Path, tmp_path: Path, held_out: Path, dtype: str
+) -> None:
+    """The command's scores, and those of a fresh load with nothing but transformers and PEFT."""
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter", dtype)
+    run_dir = tmp_path / "run"
+    for form in ("merged", "requantized", "adapter"):
+        code, out, err = run(
+            capsys, "export", "--form", form, "--model_name_or_path", tiny_model_path, "--adapter", adapter,
+            "--output_dir", tmp_path / "out" / form, "--held_out", held_out, "--run_dir", run_dir, "--dtype", dtype,
+            "--save_dtype", dtype,
+        )  # fmt: skip
+        assert code == 0, err
+        assert "KL to the teacher on 3 rows" in out
+        assert ("the second rounding took part" in err) == (form == "requantized")
+    torch_dtype = getattr(torch, dtype)
+
+    def load_plainly(form: str) -> Any:
+        if form != "adapter":
+            return AutoModelForCausalLM.from_pretrained(tmp_path / "out" / form)
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype,
+        )
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch_dtype, quantization_config=config)
+        return PeftModel.from_pretrained(base, tmp_path / "out" / form)
+
+    for form, arm in (("merged", "merged"), ("requantized", "requantized"), ("adapter", "after")):
+        reported = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())
+        found = evaluate_fidelity(load_plainly(form), TransferSet.open(held_out), progress=False).to_json()
+        assert reported["fidelity"] == json.loads(json.dumps(found)), form
+        assert reported["arm"] == arm
+
+
+def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(
+    capsys: pytest.CaptureFixture[str], tiny_model_path: Path, tmp_path: Path, held_out: Path
+) -> None:
+    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    words = [
+        "export", "--model_name_or_path", tiny_model_path, "--adapter", adapter, "--output_dir", tmp_path / "out",
+        "--form",
+    ]  # fmt: skip
+    code, _, err = run(capsys, *words, "requantized")
+    assert code == 1 and "loses part of what was learned. Give --held_out SET" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run(capsys, *words, "half")
+    assert code == 1 and "form is one of merged, requantized, adapter, found 'half'" in err
+    code, _, err = run(capsys, *words, "merged", "--run_dir", tmp_path / "run")
+    assert code == 1 and "Give --held_out, too" in err
+    trained_with = AutoTokenizer.from_pretrained(tiny_model_path)
+    trained_with.chat_template = "{{ messages[0]['content'] }}"
+    trained_with.save_pretrained(adapter)  # as the trainer does
+    code, out, err = run(capsys, *words, "requantized", "--accept_loss")
+    assert code == 0 and "was not measured" in err and "MB" in out
+    assert load_exported(tmp_path / "out").config.quantization_config.load_in_4bit
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == trained_with.chat_template
+    code, _, err = run(capsys, *words, "merged")
+    assert code == 1 and "is a folder that is not empty" in err

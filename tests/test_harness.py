@@ -1,0 +1,325 @@
+"""lm-evaluation-harness through its own API: figures and verdicts as the harness gives them, and its GSM8K grader."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install quantkd[eval]")
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from quantkd.cli.main import main
+from quantkd.data.gsm8k import is_correct
+from quantkd.errors import ConfigError, DataError, MissingDependencyError
+from quantkd.evaluation import wilson_interval
+from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
+from quantkd.report import build_report
+
+CHOICE = """task: sums_{name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm}}]
+metadata: {{version: 1.0}}
+"""
+WRITTEN = """task: written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+filter_list:
+  - {{name: letters, filter: [{{function: regex, regex_pattern: "([a-z])"}}, {{function: take_first}}]}}
+  - {{name: all, filter: [{{function: take_first}}]}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+LIKELY = """task: likely
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+GSM8K = """include: {package}/tasks/gsm8k/gsm8k.yaml
+task: gsm8k_here
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{train: {folder}/gsm8k.jsonl, test: {folder}/gsm8k.jsonl}}}}
+num_fewshot: 0
+"""
+
+
+@pytest.fixture
+def task_dir(tmp_path: Path) -> Path:
+    """Task files with their items beside them: two of the same kind in a group, one that writes, one of likelihoods."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    docs = [
+        {"question": f"{a} + {b} =", "choices": [str(a + b), str(a * b), "no"], "label": 0, "answer": "abc"[a % 3]}
+        for a, b in [(1, 2), (3, 4), (5, 6), (7, 8), (9, 1)]
+    ]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, folder=folder))
+    (folder / "written.yaml").write_text(WRITTEN.format(folder=folder))
+    (folder / "likely.yaml").write_text(LIKELY.format(folder=folder))
+    (folder / "group.yaml").write_text(
+        "group: sums\ntask: [sums_one, sums_two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    return folder
+
+
+def run_harness(path: Path, task_dir: Path, names: list[str], **options: Any) -> dict[str, Any]:
+    """What the harness gives when it loads the model by itself, as its own command line does."""
+    found = lm_eval.simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(path), "dtype": "float32"},
+        tasks=names,
+        batch_size=2,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(task_dir), include_defaults=False),
+        **options,
+    )
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model_path, task_dir, tmp_path, chat):
+    tasks = HarnessTasks(["sums_one", "written", "likely"], str(task_dir), limit=4, apply_chat_template=chat)
+    padding = tiny_tokenizer.padding_side
+    results = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept", batch_size=2)
+    assert tiny_tokenizer.padding_side == padding and not tiny_model.training
+    expected = run_harness(
+        tiny_model_path, task_dir, list(tasks.names), limit=4, apply_chat_template=chat, fewshot_as_multiturn=chat
+    )["results"]
+    assert list(results) == list(tasks.names)
+    for name in tasks.names:
+        (figures,) = results[name].figures.values()
+        wanted = {key: value for key, value in expected[name].items() if "," in key}
+        assert {key: figure["value"] for key, figure in figures.items()} == {
+            key: value for key, value in wanted.items() if "_stderr" not in key
+        }
+        for key, figure in figures.items():
+            error = wanted[key.replace(",", "_stderr,")]
+            assert figure["n"] == 4 and figure["stderr"] == (None if error == "N/A" else error)
+    way = "0-shot, chat" if chat else "0-shot"
+    assert set(results["sums_one"].verdicts) == {f"lm-eval sums_one, {way}, acc", f"lm-eval sums_one, {way}, acc_norm"}
+    assert set(results["written"].verdicts) == {
+        f"lm-eval written, {way}, exact_match, letters",
+        f"lm-eval written, {way}, exact_match, all",
+    }
+    assert results["likely"].verdicts == {}  # a likelihood is no verdict
+
+
+def test_every_item_is_kept(tiny_model, tiny_tokenizer, task_dir, tmp_path):
+    tasks = HarnessTasks(["written"], str(task_dir))
+    (result,) = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept").values()
+    records = [json.loads(line) for line in (tmp_path / "kept" / "written.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["filter"]) for r in records] == [(i, f) for i in range(5) for f in ("letters", "all")]
+    for record in records:
+        assert record["doc"]["question"] == record["arguments"][0][0] and record["resps"] and record["filtered_resps"]
+    rows = result.verdicts["lm-eval written, 0-shot, exact_match, letters"]
+    for row, record in zip(rows, records[::2], strict=True):
+        letter = re.search("[a-z]", record["resps"][0][0])
+        assert row["id"] == record["id"] and row["correct_flexible"] == bool(letter and letter[0] == record["target"])
+    figure = result.figures["written"]["exact_match,letters"]
+    assert figure["value"] == pytest.approx(sum(row["correct_flexible"] for row in rows) / 5)
+
+
+def test_a_group_pools_its_items(tiny_model, tiny_tokenizer, task_dir, tmp_path):
+    tasks = HarnessTasks(["sums", "sums_one"], str(task_dir))
+    results = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
+    pooled = results["sums"].verdicts["lm-eval sums, 0-shot, acc"]
+    alone = [row["correct_flexible"] for row in results["sums_one"].verdicts["lm-eval sums_one, 0-shot, acc"]]
+    assert [row["id"] for row in pooled] == list(range(10))
+    assert [row["correct_flexible"] for row in pooled] == alone * 2
+    assert set(results["sums"].figures) == {"sums", "sums_one", "sums_two"}
+    assert results["sums"].figures["sums"]["acc,none"]["n"] == 10
+    assert results["sums"].figures["sums"]["acc,none"]["value"] == pytest.approx(sum(alone) / 5)
+
+
+def test_a_finished_task_is_not_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_path, monkeypatch):
+    tasks = HarnessTasks(["sums_one"], str(task_dir), limit=3)
+    first = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
+    runs: list[str] = []
+    original = lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *a, **k: (runs.append(k["tasks"][0]), original(*a, **k))[1])
+    assert evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept", batch_size=1) == first and not runs
+    again = HarnessTasks(["sums_one"], str(task_dir), limit=3, rerun=True)
+    assert evaluate_tasks(tiny_model, tiny_tokenizer, again, tmp_path / "kept") == first and runs == ["sums_one"]
+
+    with pytest.raises(DataError, match="limit is 3, not 4"):
+        evaluate_tasks(
+            tiny_model, tiny_tokenizer, HarnessTasks(["sums_one"], str(task_dir), limit=4), tmp_path / "kept"
+        )
+    lines = (task_dir / "docs.jsonl").read_text()
+    (task_dir / "docs.jsonl").write_text(lines.replace("1 + 2", "2 + 1"))
+    with pytest.raises(DataError, match="another evaluation: items is"):
+        evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
+    (task_dir / "docs.jsonl").write_text(lines)
+    tiny_model.lm_head.weight.data.mul_(0.5)
+    with pytest.raises(DataError, match="another evaluation: model is"):
+        evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
+    assert runs == ["sums_one"]
+
+
+def test_a_killed_task_is_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_path, monkeypatch):
+    from quantkd.evaluation import task_results
+
+    tasks = HarnessTasks(["sums_one"], str(task_dir))
+    with monkeypatch.context() as patched:
+        patched.setattr(task_results.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
+    assert (tmp_path / "kept" / "sums_one.jsonl").exists() and not (tmp_path / "kept" / "sums_one.json").exists()
+    assert evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")["sums_one"].verdicts
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"names": ["sums_one", ""]}, "Expected names of tasks"),
+        ({"names": []}, "Expected names of tasks"),
+        ({"names": ["gsm8k"], "limit": 0}, "is 0; expected at least 1"),
+        ({"names": ["gsm8k"], "include_path": "nowhere"}, "There is no folder nowhere"),
+    ],
+)
+def test_wrong_tasks_are_refused(tiny_model, tiny_tokenizer, tmp_path, options, said):
+    with pytest.raises(ConfigError, match=said):
+        evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(**options), tmp_path)
+
+
+def test_a_missing_package_is_named(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install quantkd\[eval\]"):
+        evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(["gsm8k"]), tmp_path)
+
+
+def test_the_report_shows_tasks_with_intervals_and_paired_tests(tiny_model_path, task_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    shared = ["evaluate", "--model_name_or_path", str(tiny_model_path), "--run_dir", str(run_dir), "--tasks"]
+    shared += ["sums_one,written", "--include_path", str(task_dir), "--dtype", "float32"]
+    for arm in ("teacher", "before", "after"):
+        main([*shared, "--arm", arm, *(["--full_precision"] if arm == "teacher" else [])])
+    page = build_report(run_dir).read_text()
+    results = json.loads((run_dir / "results.json").read_text())
+    arm = json.loads((run_dir / "evaluation" / "before.json").read_text())
+    key = "accuracy_lm_eval_sums_one_0_shot_acc"
+    assert results["metrics"][key] == "Accuracy, lm-eval sums_one, 0-shot, acc" and results["metrics"][key] in page
+    assert not any(name.endswith("_strict") for name in results["metrics"])
+    right = sum(row["correct_flexible"] for row in arm["accuracy"]["lm-eval sums_one, 0-shot, acc"])
+    measured = results["arms"]["before"]["metrics"][key]
+    assert measured["value"] == arm["tasks"]["sums_one"]["acc,none"]["value"] == right / 5
+    assert measured["interval"] == pytest.approx(wilson_interval(right, 5))
+    assert 0 <= results["arms"]["after"]["mcnemar"][key]["before"]["p_value"] <= 1
+    # Two loads of one student give one answer.
+    assert results["arms"]["after"]["mcnemar"][key]["before"]["only_this"] == 0
+
+
+def test_an_unknown_task_is_told_before_a_model_is_loaded(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "evaluate",
+                "--arm",
+                "x",
+                "--model_name_or_path",
+                "no/model",
+                "--run_dir",
+                str(tmp_path),
+                "--tasks",
+                "gsm8l",
+            ]
+        )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and re.search("lm-eval knows no task 'gsm8l'; near it are .*'gsm8k'", error)
+
+
+class Scripted(LM):
+    """A model that answers what it is told to."""
+
+    def __init__(self, outputs: list[str]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return [self.outputs[request.doc_id] for request in requests]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def write_number(rng: random.Random, value: int) -> str:
+    if rng.random() < 0.6:
+        return rng.choice([f"{value}", f"{value:,}"]) + rng.choice(["", "", "."])
+    text = rng.choice([f"{value}", f"{value:,}", f"{value}.00", f"{value}.5", f"{value:,}.0", f"0{value}"])
+    text = rng.choice(["", "$", "-", "-$", "$-", " ", "+", "£"]) + text
+    return text + rng.choice(["", "", "", ".", "..", "...", "%", " ", ",", "!", " dollars", "\n", "\u00b2"])
+
+
+def write_output(rng: random.Random, gold: int) -> str:
+    """An answer as models write them, from the well-behaved to the odd."""
+    values = [gold] * 6 + [rng.randrange(2000), -gold]
+    parts = []
+    for _ in range(rng.randrange(4)):
+        a, b = rng.randrange(100), rng.randrange(100)
+        parts.append(rng.choice([
+            f"She has {a} + {b} = {a + b} of them.",
+            f"That is {a}-{b}={a - b}, or <<{a}*{b}={a * b}>>{a * b}.",
+            f"At 3:45 they pay ${a}.{b:02}, about {a / 7:.3f} each...",
+            f"1. Step {a}: {a}/{b + 1} = {a}\n2. Then {b}%",
+            "I am not sure...", "Let x be the number, then $x$ = $.", "So, in total, we get:",
+        ]))  # fmt: skip
+    mark = rng.choice(["####"] * 6 + ["###", "#####", "#### #", "Answer:"]) + rng.choice([" "] * 6 + ["", "  "])
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        parts.append(mark + write_number(rng, rng.choice(values)))
+    if rng.random() < 0.4:
+        parts.append(
+            rng.choice(["The answer is ", "So they have ", "= ", "**"]) + write_number(rng, rng.choice(values))
+        )
+    return rng.choice(["\n", " ", "\n\n"]).join(parts)
+
+
+def test_the_harness_and_we_grade_gsm8k_alike(tmp_path):
+    """500 outputs through the harness' own gsm8k task: its filters, its metric, and what the metric ignores."""
+    rng = random.Random(0)
+    golds = [rng.choice([rng.randrange(20), rng.randrange(1000), rng.randrange(10**6)]) for _ in range(500)]
+    outputs = [write_output(rng, gold) for gold in golds]
+    rows = [{"question": f"Q{i}?", "answer": f"so <<1+1=2>>2\n#### {gold:,}"} for i, gold in enumerate(golds)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    package = Path(lm_eval.__file__).parent
+    (tmp_path / "gsm8k.yaml").write_text(GSM8K.format(package=package, folder=tmp_path))
+    found = lm_eval.simple_evaluate(
+        Scripted(outputs),
+        tasks=["gsm8k_here"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )
+    assert found is not None
+    samples = found["samples"]["gsm8k_here"]
+    counts = {}
+    for name, mode in (("strict-match", "strict"), ("flexible-extract", "flexible")):
+        theirs = {sample["doc_id"]: bool(sample["exact_match"]) for sample in samples if sample["filter"] == name}
+        ours = {i: is_correct(outputs[i], rows[i]["answer"], mode) for i in range(500)}
+        assert {i: outputs[i] for i in ours if ours[i] != theirs[i]} == {}
+        counts[mode] = sum(ours.values())
+    assert all(100 < count < 400 for count in counts.values()), counts  # both verdicts are common, or nothing is shown

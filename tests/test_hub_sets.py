@@ -1,0 +1,268 @@
+"""Transfer sets on the Hub: the real client against the small Hub of fake_hub.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fake_hub import FakeHub, connect, disconnect, running_hub
+from hostile_sets import seal
+from huggingface_hub import constants
+from transfer_sets import make_plan, write_set
+
+from quantkd import TransferSet
+from quantkd.errors import ConfigError, HubError, TransferSetError
+from quantkd.transfer_set import concatenate
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with running_hub() as hub:
+        connect(hub, monkeypatch, tmp_path / "cache")
+        yield hub
+        disconnect()
+
+
+@pytest.fixture
+def small_set(tmp_path):
+    write_set(tmp_path / "small")
+    return TransferSet.open(tmp_path / "small")
+
+
+def files_of(opened: TransferSet) -> dict[str, bytes]:
+    folder = opened.sources[0].path
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def assert_equal(first: TransferSet, second: TransferSet) -> None:
+    assert first.digest == second.digest
+    assert len(first) == len(second)
+    for row, other in zip(first, second, strict=True):
+        assert torch.equal(row["input_ids"], other["input_ids"])
+        assert torch.equal(row["labels"], other["labels"])
+        assert torch.equal(row["teacher"].token_ids, other["teacher"].token_ids)
+        assert torch.equal(row["teacher"].logprobs, other["teacher"].logprobs)
+
+
+def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, caplog):
+    pushed = small_set.push_to_hub("user/set", licence="mit")
+    repository = hub.repositories["dataset", "user/set"]
+    assert repository.private and pushed.private
+    assert pushed.commit == repository.commits[-1].sha and pushed.commit in str(pushed)
+    stored = {name: data for name, data in repository.commits[-1].files.items() if name != ".gitattributes"}
+    assert stored.pop("README.md")
+    assert stored == files_of(small_set)
+    logging.getLogger("quantkd.hub").propagate = True  # the command line switches it off
+    with caplog.at_level("INFO", logger="quantkd.hub"):
+        opened = TransferSet.open("user/set", digest=small_set.digest)
+    assert f"user/set at {pushed.commit}, digest {small_set.digest}" in caplog.text
+    assert str(opened.sources[0]) == f"user/set at {pushed.commit}"
+    assert_equal(opened, small_set)
+    assert opened.info == small_set.info
+
+
+def test_the_owner_may_be_left_out(hub: FakeHub, small_set):
+    pushed = small_set.push_to_hub("set")
+    assert pushed.repo_id == "user/set"
+    assert '"user/set"' in hub.repositories["dataset", "user/set"].commits[-1].files["README.md"].decode()
+
+
+def test_shards_come_when_they_are_touched(hub: FakeHub, small_set):
+    small_set.push_to_hub("user/set")
+    hub.requests.clear()
+    opened = TransferSet.open("user/set")
+    assert len(opened) == 10 and opened.info.num_tokens == small_set.info.num_tokens
+    assert hub.count("GET", r"\.safetensors$") == 0
+    opened[5]
+    assert [path for verb, path in hub.requests if verb == "GET" and path.endswith(".safetensors")] == [
+        f"/datasets/user/set/resolve/{hub.repositories['dataset', 'user/set'].commits[-1].sha}/shard-00001.safetensors"
+    ]
+    opened[4], opened[6]
+    assert hub.count("GET", r"\.safetensors$") == 1
+
+
+def test_the_revision_is_fixed_when_the_set_is_opened(hub: FakeHub, small_set, tmp_path):
+    first = small_set.push_to_hub("user/set").commit
+    opened = TransferSet.open("user/set")
+    write_set(tmp_path / "other", make_plan(prompts_digest="2" * 64, num_prompts=5))
+    other = TransferSet.open(tmp_path / "other")
+    other.push_to_hub("user/set")
+    assert_equal(opened, small_set)  # read after the branch has moved on
+    assert_equal(TransferSet.open("user/set"), other)
+    assert_equal(TransferSet.open("user/set", revision=first), small_set)
+    with pytest.raises(TransferSetError, match=f"has the digest {other.digest}; expected {small_set.digest}"):
+        TransferSet.open("user/set", digest=small_set.digest)
+
+
+def test_offline_it_comes_from_the_cache(hub: FakeHub, small_set, monkeypatch):
+    commit = small_set.push_to_hub("user/set").commit
+    list(TransferSet.open("user/set"))
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        opened = TransferSet.open("user/set", revision=revision)
+        assert str(opened.sources[0]) == f"user/set at {commit}"
+        assert_equal(opened, small_set)
+    assert hub.requests == []
+    with pytest.raises(HubError, match=r"no folder 'user/other' here.*HF_HUB_OFFLINE"):
+        TransferSet.open("user/other")
+
+
+def test_a_hub_that_is_down_is_replaced_by_the_cache(hub: FakeHub, small_set, caplog):
+    small_set.push_to_hub("user/set")
+    list(TransferSet.open("user/set"))
+    hub.fault = lambda number, method, path: "503"
+    logging.getLogger("quantkd.hub").propagate = True
+    assert_equal(TransferSet.open("user/set"), small_set)
+    assert "from the cache" in caplog.text
+
+
+def test_it_travels_to_other_processes_without_its_token(hub: FakeHub, small_set):
+    small_set.push_to_hub("user/set")
+    opened = TransferSet.open("user/set", token="hf_CanaryCanaryCanaryCanary00")
+    opened[0]
+    data = pickle.dumps(opened)
+    assert b"hf_Canary" not in data
+    assert_equal(pickle.loads(data), small_set)
+
+
+def test_a_folder_wins_over_the_hub_and_has_no_revision(hub: FakeHub, small_set, tmp_path, monkeypatch):
+    (tmp_path / "user").mkdir()
+    shutil.copytree(tmp_path / "small", tmp_path / "user" / "set")
+    monkeypatch.chdir(tmp_path)
+    assert_equal(TransferSet.open("user/set", digest=small_set.digest), small_set)
+    assert hub.requests == []
+    with pytest.raises(ConfigError, match="only a set on the Hub has revisions"):
+        TransferSet.open("user/set", revision="main")
+    with pytest.raises(TransferSetError, match="expected 00"):
+        TransferSet.open("user/set", digest="0" * 64)
+
+
+def test_nothing_becomes_public_by_mistake(hub: FakeHub, small_set):
+    hub.make("dataset", "user/open", {}, private=False)
+    with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
+        small_set.push_to_hub("user/open")
+    assert len(hub.repositories["dataset", "user/open"].commits) == 1
+    assert not small_set.push_to_hub("user/open", private=False).private
+    assert not small_set.push_to_hub("user/new", private=False).private
+    assert not hub.repositories["dataset", "user/new"].private
+    small_set.push_to_hub("user/closed")
+    assert small_set.push_to_hub("user/closed", private=False).private  # stays as it is
+
+
+def test_pushed_again_nothing_changes(hub: FakeHub, small_set):
+    small_set.push_to_hub("user/set")
+    commits = len(hub.repositories["dataset", "user/set"].commits)
+    small_set.push_to_hub("user/set")
+    assert len(hub.repositories["dataset", "user/set"].commits) == commits
+    small_set.push_to_hub("user/set", licence="mit")  # the page alone
+    repository = hub.repositories["dataset", "user/set"]
+    assert len(repository.commits) == commits + 1
+    assert repository.commits[-1].files["index.json"] == repository.commits[-2].files["index.json"]
+
+
+def test_the_page(hub: FakeHub, small_set):
+    small_set.push_to_hub("user/set", licence="mit")
+    page = hub.repositories["dataset", "user/set"].commits[-1].files["README.md"].decode()
+    _, front, text = page.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["license"] == "mit" and {"quantkd", "distillation"} <= set(metadata["tags"])
+    for fact in (small_set.digest, "contains its training text", "tiny-teacher", "nucleus", "0" * 64, "6,059 bytes"):
+        assert fact in text
+    small_set.push_to_hub("user/bare")
+    page = hub.repositories["dataset", "user/bare"].commits[-1].files["README.md"].decode()
+    assert "license" not in page.split("---\n", 2)[1] and "Not stated" in page
+    with pytest.raises(ConfigError, match="short name of the Hub's list"):
+        small_set.push_to_hub("user/set", licence="My Own Licence!")
+
+
+def test_only_whole_and_sound_sets_are_pushed(hub: FakeHub, small_set, tmp_path):
+    for view in (small_set[:5], small_set.shuffle(0), concatenate([small_set, small_set])):
+        with pytest.raises(ConfigError, match="cannot be pushed"):
+            view.push_to_hub("user/set")
+    shard = tmp_path / "small" / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(TransferSetError, match="damaged"):
+        small_set.push_to_hub("user/set")
+    assert hub.requests == []
+
+
+def test_a_set_that_names_a_home_folder_stays_here(hub: FakeHub, tmp_path):
+    write_set(tmp_path / "told", make_plan(teacher_name=str(Path.home() / "models" / "llama")))
+    with pytest.raises(ConfigError, match=r"index\.json names your home folder"):
+        TransferSet.open(tmp_path / "told").push_to_hub("user/set")
+    assert hub.requests == []
+
+
+# What a stranger's repository may hold.
+
+
+def test_a_shard_that_is_not_the_index_s_is_refused_when_it_is_touched(hub: FakeHub, small_set):
+    files = files_of(small_set)
+    bad = bytearray(files["shard-00001.safetensors"])
+    bad[-3] ^= 1
+    hub.make("dataset", "user/bad", {**files, "shard-00001.safetensors": bytes(bad)}, private=False)
+    opened = TransferSet.open("user/bad", verify="off")
+    opened[0]
+    with pytest.raises(TransferSetError, match="sha256"):
+        opened[5]
+    with pytest.raises(TransferSetError, match="sha256"):
+        TransferSet.open("user/bad", verify="full")
+
+
+def test_a_shard_of_another_size_is_not_even_fetched(hub: FakeHub, small_set):
+    files = files_of(small_set)
+    hub.make("dataset", "user/huge", {**files, "shard-00001.safetensors": bytes(10**6)}, private=False)
+    opened = TransferSet.open("user/huge")
+    hub.requests.clear()
+    with pytest.raises(HubError, match=r"has 1000000 bytes; expected 17\d\d"):
+        opened[5]
+    assert hub.count("GET", "shard-00001") == 0
+
+
+def test_an_index_that_is_huge_is_not_fetched(hub: FakeHub):
+    hub.make("dataset", "user/huge", {"index.json": b" " * (2**21 + 1)}, private=False)
+    with pytest.raises(HubError, match="expected at most 2097152"):
+        TransferSet.open("user/huge")
+    assert hub.count("GET", "index.json") == 0
+
+
+def test_missing_parts_are_named(hub: FakeHub, small_set):
+    files = files_of(small_set)
+    lacking = {name: data for name, data in files.items() if name != "shard-00002.safetensors"}
+    hub.make("dataset", "user/lacking", lacking, private=False)
+    with pytest.raises(TransferSetError, match=r"holds no shard-00002.safetensors, which its index lists"):
+        TransferSet.open("user/lacking")[9]
+    del lacking["index.json"]
+    hub.make("dataset", "user/begun", lacking, private=False)
+    with pytest.raises(TransferSetError, match="user/begun at main is incomplete"):
+        TransferSet.open("user/begun")
+    with pytest.raises(HubError, match=r"no folder 'user/absent' here. On the Hub"):
+        TransferSet.open("user/absent")
+    with pytest.raises(HubError, match="Revision"):
+        TransferSet.open("user/lacking", revision="v9")
+
+
+def test_a_changed_index_is_refused(hub: FakeHub, small_set):
+    files = files_of(small_set)
+    index = json.loads(files["index.json"])
+    index["counters"]["responses_cut"] = 0
+    plain = json.dumps(index, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    hub.make("dataset", "user/changed", {**files, "index.json": plain}, private=False)
+    with pytest.raises(TransferSetError, match="changed or damaged"):
+        TransferSet.open("user/changed")
+    sealed = seal(index)  # a forger puts the digest right, too; only who knows the digest notices
+    assert hashlib.sha256(sealed).hexdigest()
+    hub.make("dataset", "user/forged", {**files, "index.json": sealed}, private=False)
+    assert TransferSet.open("user/forged").digest != small_set.digest
+    with pytest.raises(TransferSetError, match=f"expected {small_set.digest}"):
+        TransferSet.open("user/forged", digest=small_set.digest)
