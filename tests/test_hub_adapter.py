@@ -189,7 +189,7 @@ def test_a_later_push_takes_what_it_does_not_bring(hub, run):
 
 
 def test_failures_on_the_way(hub, run):
-    faults = iter(["503", "reset", "lost", "429", None, "lost", "503", None, "lost", "reset"])
+    faults = iter(["503", "reset", "429", None, "lost", None, None, "lost", None, "reset"])
     hub.fault = lambda number, method, path: next(faults, None)
     pushed = push_adapter(run, "user/student")
     assert set(files_at(hub, "user/student")) == PUSHED
@@ -344,6 +344,7 @@ def test_a_canary_token_is_found_nowhere(
     monkeypatch.setenv("MY_SERVICE_API_KEY", "canary-0123456789-canary")
     caplog.set_level(logging.DEBUG)
     for name in ("quantkd.hub", "huggingface_hub", "transformers"):
+        caplog.set_level(logging.DEBUG, logger=name)
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     hub.echo_token = True
     said = []
@@ -371,8 +372,11 @@ def test_a_canary_token_is_found_nowhere(
             said.append("".join(traceback.format_exception(caught.value)))
     assert "[secret]" in "".join(said)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(HubError) as caught:
         main(["--traceback", "push", str(run), "user/student"])
+    said.append("".join(traceback.format_exception(caught.value)))
+    with pytest.raises(SystemExit):
+        main(["push", str(run), "user/student"])
     captured = capfd.readouterr()
     printed = "\n".join([*said, captured.out, captured.err, *(record.getMessage() for record in caplog.records)])
     sent = b"\n".join(hub.received)

@@ -81,8 +81,9 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
         Wilson 1927, Journal of the American Statistical Association 22:209.
 
     Example:
-        >>> [round(bound, 3) for bound in wilson_interval(40, 100)]
-        [0.309, 0.498]
+        >>> low, high = wilson_interval(40, 100)
+        >>> print(f"{low:.3f} to {high:.3f}")
+        0.309 to 0.498
     """
     check_confidence(confidence)
     if n < 1 or not 0 <= correct <= n:
@@ -186,7 +187,8 @@ def compute_gap_recovered(
         higher_is_better: True for accuracy and agreement, False for KL and perplexity.
         binary: rows are verdicts, 0 or 1: McNemar's exact test judges the gap, too; a bootstrap of few is too sure.
         confidence: the coverage of the intervals, and 1 - the level of the test.
-        seed, resamples: of the paired bootstrap.
+        seed: of the paired bootstrap.
+        resamples: how many it draws.
 
     Returns:
         The share with its interval, or the reason why there is none.

@@ -12,6 +12,7 @@ from quantkd.transfer_set.encoded import CHECKSUM
 from quantkd.transfer_set.extension import EXTENSION_FOLDER
 from quantkd.transfer_set.index import ShardRecord
 from quantkd.transfer_set.shard import ShardMap, shard_name
+from quantkd.transfer_set.source import find_source
 from quantkd.transfer_set.store import ShardStore
 
 __all__ = ["Verification", "verify"]
@@ -41,7 +42,7 @@ def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
     """Check everything: the index and its digest, every shard's size, header and sha256, and every row's content.
 
     Args:
-        path: the set's folder.
+        path: the set's folder; or `user/name` on the Hub, if there is no such folder here.
         allow_incomplete: check the committed prefix of an unfinished set.
 
     Returns:
@@ -50,14 +51,10 @@ def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
     Raises:
         TransferSetError: names the first file, byte range or row that is wrong.
     """
-    folder = Path(path)
-    store = ShardStore(folder, "auto", allow_incomplete, hash_downloads=False)
-    expected = {shard_name(shard) for shard in range(store.index.plan.num_shards)}
-    # While a set is extended, further shards move in before the index names them.
-    growing = (folder / EXTENSION_FOLDER).is_dir()
-    for entry in [] if growing else sorted(os.listdir(folder)):
-        if _SHARD_FILE.fullmatch(entry) and entry not in expected:
-            raise TransferSetError(f"{folder / entry} is no shard of the index. Remove it, or get the set anew.")
+    source = find_source(path, None, None)
+    store = ShardStore(source, "auto", allow_incomplete, hash_downloads=False)
+    if isinstance(source, Path):
+        _refuse_strays(source, store)
     for shard, record in enumerate(store.index.shards):
         _verify_digest(store.map(shard), record)
         start = int(store.row_starts[shard])
@@ -65,6 +62,15 @@ def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
         for first in range(start, stop, _ROWS_AT_ONCE):
             store.fetch(range(first, min(first + _ROWS_AT_ONCE, stop)))
     return Verification(store.index.digest(), len(store.index.shards), store.num_rows, store.num_bytes)
+
+
+def _refuse_strays(folder: Path, store: ShardStore) -> None:
+    expected = {shard_name(shard) for shard in range(store.index.plan.num_shards)}
+    # While a set is extended, further shards move in before the index names them.
+    growing = (folder / EXTENSION_FOLDER).is_dir()
+    for entry in [] if growing else sorted(os.listdir(folder)):
+        if _SHARD_FILE.fullmatch(entry) and entry not in expected:
+            raise TransferSetError(f"{folder / entry} is no shard of the index. Remove it, or get the set anew.")
 
 
 def _verify_digest(mapped: ShardMap, record: ShardRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,7 @@ def _choose_alternatives(
     offsets, ids, logprobs = entries.offsets.tolist(), entries.token_ids.tolist(), entries.logprobs.tolist()
     extras = torch.stack([targets, *(own.top_ids for own in said)], dim=-1).tolist()
     counts, chosen, known = [], [], []
-    for target, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for target, (start, stop) in enumerate(itertools.pairwise(offsets)):
         stored = dict(zip(ids[start:stop], logprobs[start:stop], strict=True))
         ranked = sorted(stored, key=lambda token: -stored[token])  # stable: the stored first one stays the first
         kept = list(dict.fromkeys([*ranked[:count], *extras[target]]))

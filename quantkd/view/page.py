@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -130,7 +131,7 @@ def _describe_classes(divergence: Divergence) -> list[dict[str, Any]]:
     )
     names = [f"< {KL_EDGES[0]:g}", *(f"{low:g}" for low in KL_EDGES)]
     ranges = [f"below {KL_EDGES[0]:g}"]
-    ranges += [f"{low:g} to {high:g}" for low, high in zip(KL_EDGES[:-1], KL_EDGES[1:], strict=True)]
+    ranges += [f"{low:g} to {high:g}" for low, high in itertools.pairwise(KL_EDGES)]
     ranges += [f"{KL_EDGES[-1]:g} and more"]
     names[-1] = f"≥ {KL_EDGES[-1]:g}"
     return [

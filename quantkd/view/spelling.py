@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict
     before = decode_text(tokenizer, anchor)
     spelled: dict[int, str | bytes] = {}
     for index in sorted(set(ids)):
-        name = tokenizer.convert_ids_to_tokens(index)
+        name: Any = tokenizer.convert_ids_to_tokens(index)  # annotated as a list too, which one id never gives
         if name is None:
             spelled[index] = f"<id {index}>"
             continue
