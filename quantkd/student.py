@@ -19,7 +19,13 @@ from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 from quantkd.head import base_network
-from quantkd.student_formats import build_quantization_config, check_format, format_of, stored_quantization
+from quantkd.student_formats import (
+    build_quantization_config,
+    check_format,
+    choose_kernel,
+    format_of,
+    stored_quantization,
+)
 
 __all__ = [
     "attach_lora",
@@ -109,14 +115,14 @@ def load_student(
     compute_dtype = parse_dtype(dtype)
     stored = stored_quantization(name_or_path, **model_init_kwargs)
     config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
-    check_format(config or stored, device=default_device(), trainable=trainable, shared=shares_weights())
+    check_format(stored or config, device=default_device(), trainable=trainable, shared=shares_weights())
     kwargs: dict[str, Any] = {"dtype": compute_dtype, "trust_remote_code": False, **model_init_kwargs}
     if shares_weights():
         _check_storage(config, shard_dtype(compute_dtype))
     else:
         kwargs.setdefault("device_map", {"": default_device()})
     # transformers 5 has left out the quantizing with HQQ that its HqqConfig asks for.
-    by_hqq = format_of(config or stored).startswith("hqq") and _is_left_out(HqqHfQuantizer)
+    by_hqq = format_of(stored or config).startswith("hqq") and _is_left_out(HqqHfQuantizer)
     if by_hqq and stored is not None:
         raise ConfigError(
             f"{name_or_path} is a checkpoint in HQQ, which this transformers cannot read. Load the full-precision "
@@ -132,19 +138,19 @@ def load_student(
 
 
 def _choose_config(name_or_path: str, wanted: Any, stored: dict[str, Any] | None, compute_dtype: torch.dtype) -> Any:
-    """The config to load with; None for a checkpoint that is loaded as it is stored."""
+    """The config to load with; None for a checkpoint whose own says all."""
     if stored is None:
         wanted = "nf4" if wanted is None else wanted
         return _build_config(wanted, compute_dtype) if isinstance(wanted, str) else wanted
     if wanted is None:
-        return None
+        return choose_kernel(stored)
     found, asked = format_of(stored), wanted if isinstance(wanted, str) else format_of(wanted)
     if found != asked:
         raise ConfigError(
             f"{name_or_path} is stored in {found} already; a student in {asked} was asked for. Leave the format out to "
             "load the checkpoint as it is, or give the full-precision one that it was made from."
         )
-    return None if isinstance(wanted, str) else wanted
+    return choose_kernel(stored) if isinstance(wanted, str) else wanted
 
 
 def _build_config(name: str, compute_dtype: torch.dtype) -> Any:

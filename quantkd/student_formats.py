@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, HqqConfig, PreTrainedConfig, TorchAoConfig
+from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, HqqConfig, PreTrainedConfig, TorchAoConfig
 
 from quantkd.cpu_packing import unpack
 from quantkd.errors import ConfigError, MissingDependencyError
@@ -18,6 +18,7 @@ __all__ = [
     "STUDENT_FORMATS",
     "build_quantization_config",
     "check_format",
+    "choose_kernel",
     "dequantize_weight",
     "format_of",
     "stored_quantization",
@@ -121,6 +122,22 @@ def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **where)
     stored: dict[str, Any] | None = config.get("quantization_config")
     return stored
+
+
+def choose_kernel(stored: dict[str, Any]) -> GPTQConfig | AwqConfig | None:
+    """What must be said of a quantized checkpoint so that it can be trained.
+
+    gptqmodel's fastest kernels on a CPU have no gradient. They are passed over in evaluation too, so that a student is
+    measured with the kernel that it is trained with.
+
+    Args:
+        stored: the `quantization_config` of its `config.json`.
+
+    Returns:
+        A config whose kernel transformers takes, beside what is stored; None where there is nothing to choose.
+    """
+    kind = {"gptq": GPTQConfig, "awq": AwqConfig}.get(_method(stored))
+    return None if kind is None else kind(bits=stored.get("bits", 4), backend="auto_trainable")
 
 
 def check_format(quantization_config: Any, *, device: torch.device, trainable: bool, shared: bool = False) -> None:

@@ -84,7 +84,7 @@ class FakeHub:
         self.requests: list[tuple[str, str]] = []
         self.received: list[bytes] = []
         self.fault: Callable[[int, str, str], str | None] = lambda number, method, path: None
-        self.echo_token = False
+        self.echo = ""
         self.killed = False
         self.pid: int | None = None
         self.lock = threading.RLock()
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._die(fault)
             return
         if fault is not None and fault.isdigit():
-            self._answer(int(fault), {"error": "no luck" + (f" with {TOKEN}" if self.hub.echo_token else "")})
+            self._answer(int(fault), {"error": f"no luck {self.hub.echo}"})
             return
         with self.hub.lock:
             status, content, headers = self._respond(path, body)

@@ -103,7 +103,6 @@ def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, tiny_model_pa
     assert set(files) == PUSHED
     assert files["adapter_model.safetensors"] == (run / "student" / "adapter_model.safetensors").read_bytes()
 
-    logging.getLogger("quantkd.hub").propagate = True
     with caplog.at_level("INFO", logger="quantkd.hub"):
         ours = load_adapter(load_base(tiny_model_path), "user/student")
     assert f"Adapter user/student at {pushed.commit}" in caplog.text
@@ -261,7 +260,6 @@ def test_a_failed_push_does_not_end_the_training(hub, tiny_model_path, transfer_
         save_strategy="steps", save_steps=1,
     )  # fmt: skip
     hub.fault = lambda number, method, path: "503"
-    logging.getLogger("quantkd.hub").propagate = True
     trainer.train()
     assert trainer.state.global_step == 2
     assert "Training goes on" in caplog.text
@@ -346,7 +344,7 @@ def test_a_canary_token_is_found_nowhere(
     for name in ("quantkd.hub", "huggingface_hub", "transformers"):
         caplog.set_level(logging.DEBUG, logger=name)
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    hub.echo_token = True
+    hub.echo = f"with {TOKEN}, nor with canary-0123456789-canary"
     said = []
     faults = iter(["503", None, "429"])
     hub.fault = lambda number, method, path: next(faults, None)
@@ -377,6 +375,7 @@ def test_a_canary_token_is_found_nowhere(
     said.append("".join(traceback.format_exception(caught.value)))
     with pytest.raises(SystemExit):
         main(["push", str(run), "user/student"])
+    assert "nor with [secret]" in "".join(said)
     captured = capfd.readouterr()
     printed = "\n".join([*said, captured.out, captured.err, *(record.getMessage() for record in caplog.records)])
     sent = b"\n".join(hub.received)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import pickle
 import shutil
 from pathlib import Path
@@ -59,7 +58,6 @@ def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, cap
     stored = {name: data for name, data in repository.commits[-1].files.items() if name != ".gitattributes"}
     assert stored.pop("README.md")
     assert stored == files_of(small_set)
-    logging.getLogger("quantkd.hub").propagate = True  # the command line switches it off
     with caplog.at_level("INFO", logger="quantkd.hub"):
         opened = TransferSet.open("user/set", digest=small_set.digest)
     assert f"user/set at {pushed.commit}, digest {small_set.digest}" in caplog.text
@@ -119,7 +117,6 @@ def test_a_hub_that_is_down_is_replaced_by_the_cache(hub: FakeHub, small_set, ca
     small_set.push_to_hub("user/set")
     list(TransferSet.open("user/set"))
     hub.fault = lambda number, method, path: "503"
-    logging.getLogger("quantkd.hub").propagate = True
     assert_equal(TransferSet.open("user/set"), small_set)
     assert "from the cache" in caplog.text
 

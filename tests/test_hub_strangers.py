@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import sys
 
@@ -49,7 +48,6 @@ def watch():
 def hub(monkeypatch, tmp_path):
     with running_hub() as hub:
         connect(hub, monkeypatch, tmp_path / "cache")
-        monkeypatch.setattr(logging.getLogger("quantkd.hub"), "propagate", True)
         yield hub
         disconnect()
 

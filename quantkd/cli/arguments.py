@@ -13,6 +13,7 @@ from quantkd.checkpoint import naming
 from quantkd.errors import ConfigError
 from quantkd.hardware import parse_dtype
 from quantkd.student import load_student
+from quantkd.student_formats import STUDENT_FORMATS, stored_quantization
 
 __all__ = ["StudentArguments", "load_student_from", "peft_config_from"]
 
@@ -33,40 +34,73 @@ class StudentArguments(ModelConfig):
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
     )
+    student_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "The student's format; by default that of the checkpoint if it is quantized, else nf4.",
+            "choices": list(STUDENT_FORMATS),
+        },
+    )
     load_in_4bit: bool = field(default=True, metadata={"help": "Load the student in 4 bit (bitsandbytes)."})
     use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantize the quantization constants too."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
 
     def __post_init__(self) -> None:
+        if self.load_in_8bit and self.student_format not in (None, "int8"):
+            raise ConfigError(
+                f"load_in_8bit asks for int8, and student_format for {self.student_format}. Set one of the two."
+            )
+        if self.student_format in ("nf4", "fp4"):
+            self.load_in_4bit, self.bnb_4bit_quant_type = True, self.student_format
+        elif self.student_format is not None:
+            self.load_in_8bit = self.student_format == "int8"
+            self.load_in_4bit = False
         if self.load_in_8bit:  # 4 bit is the default, so asking for 8 is enough
             self.load_in_4bit = False
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 
-def load_student_from(args: StudentArguments) -> PreTrainedModel:
+def load_student_from(args: StudentArguments, *, trainable: bool = True) -> PreTrainedModel:
     """The quantized student that the arguments describe, without adapters.
 
     Args:
         args: `model_name_or_path` must be set.
+        trainable: False to load a student that is only evaluated, also in a format that cannot be trained here.
 
     Returns:
         The model in evaluation mode, on this process's own device.
 
     Raises:
-        ConfigError: no model, one that cannot be found, or neither 4 nor 8 bit.
+        ConfigError: no model, one that cannot be found, no format, or one that cannot run here.
+        MissingDependencyError: the format's package is not installed.
     """
     if not args.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
     dtype = parse_dtype(args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    quantization_config = get_quantization_config(args)
-    if quantization_config is None:
-        raise ConfigError("The student must be quantized; leave load_in_4bit on, or set load_in_8bit.")
     kwargs: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
     with naming(args.model_name_or_path):
-        return load_student(args.model_name_or_path, quantization_config=quantization_config, dtype=dtype, **kwargs)
+        return load_student(
+            args.model_name_or_path,
+            quantization_config=_quantization_from(args),
+            dtype=dtype,
+            trainable=trainable,
+            **kwargs,
+        )
+
+
+def _quantization_from(args: StudentArguments) -> Any:
+    """A config, a format's name, or None for a checkpoint that is loaded as it is stored."""
+    assert args.model_name_or_path is not None
+    if args.student_format is None and not args.load_in_8bit:
+        if stored_quantization(args.model_name_or_path, revision=args.model_revision) is not None:
+            return None
+        if not args.load_in_4bit:
+            raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
+    # TRL's options refine what bitsandbytes does; the other formats have none.
+    return get_quantization_config(args) or args.student_format
 
 
 def peft_config_from(args: StudentArguments) -> PeftConfig:

@@ -13,6 +13,7 @@ from quantkd.demo import load_demo_model
 from quantkd.pipeline import Experiment, run_experiment
 from quantkd.report import format_table
 from quantkd.student import default_lora_config
+from quantkd.student_formats import STUDENT_FORMATS
 
 __all__ = ["main"]
 
@@ -37,6 +38,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure the fidelity on (32)")
     parser.add_argument("--test_rows", type=int, default=32, help="problems to solve, before and after (32)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
+    parser.add_argument(
+        "--student_format", default="nf4", choices=STUDENT_FORMATS, help="what the student is quantized in (nf4)"
+    )
     parser.add_argument("--rank", type=int, default=64, help="rank of the adapters (64)")
     parser.add_argument(
         "--control",
@@ -64,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
             held_out_rows=held_out,
             test_rows=test,
             capture={"max_new_tokens": 128, "batch_size": 16},
+            quantization_config=args.student_format,
             peft_config=default_lora_config(args.rank),
             eval_batch_size=16,
             control=args.control == "ce",

@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
             trust_remote_code=student.trust_remote_code,
         )
     else:
-        model = load_student_from(student)
+        model = load_student_from(student, trainable=False)
         with naming(student.model_name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(
                 student.model_name_or_path,

@@ -6,7 +6,8 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from quantkd.errors import QuantKDError
 
@@ -66,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():  # tqdm and huggingface_hub read these when they are imported; what the user set stays
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _print_revisions()
     try:
-        importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
+        with _revisions_on_stderr():
+            importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
     # The latter three are how torch, transformers, peft and datasets say that an argument, a model, a file or a package
     # is not as it must be.
     except (QuantKDError, ImportError, OSError, ValueError) as error:
@@ -81,12 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _print_revisions() -> None:
-    """What is read from the Hub is named with its commit, on stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("quantkd.hub")
-    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
+@contextmanager
+def _revisions_on_stderr() -> Iterator[None]:
+    """What is read from the Hub is named with its commit."""
+    logger, handler = logging.getLogger("quantkd.hub"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _describe(error: Exception) -> str:

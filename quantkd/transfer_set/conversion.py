@@ -38,7 +38,7 @@ def convert(
         TransferSetError: the source is damaged, or another set lies at the destination.
         ConfigError: sampled entries and a rule that would trim them.
     """
-    transfer_set = source if isinstance(source, TransferSet) else TransferSet(source)
+    transfer_set = source if isinstance(source, TransferSet) else TransferSet.open(source)
     old = transfer_set.plan
     if storage is None:
         storage = old.rule if isinstance(old.rule, Sampled) or profile not in PROFILES else PROFILES[profile].storage
