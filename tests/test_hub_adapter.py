@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fake_hub import TOKEN, FakeHub, connect, disconnect, running_hub
+from fake_hub import TOKEN, FakeHub, running_hub
+from hub_client import connect, disconnect
 from peft import PeftModel
 from test_report import LEVELS, build, make_arm
 from transfer_sets import write_set
@@ -392,6 +393,6 @@ def test_a_canary_token_is_found_nowhere(
 def test_public_names():
     assert public_name("maker/model") == "maker/model"
     assert public_name("gone") == "gone"
-    assert public_name("/home/anna/models/llama-8b/") == "llama-8b"
-    assert public_name("../anna/models/llama-8b") == "llama-8b"
-    assert public_name("C:\\Users\\anna\\llama-8b") == "llama-8b"
+    assert public_name("/srv/gone/models/llama-8b/") == "llama-8b"
+    assert public_name("../gone/models/llama-8b") == "llama-8b"
+    assert public_name("C:\\gone\\llama-8b") == "llama-8b"

@@ -9,7 +9,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fake_hub import FakeHub, Killed, Repository, connect, disconnect, running_hub
+from fake_hub import FakeHub, Repository, running_hub
+from hub_client import Killed, connect, disconnect
 from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet

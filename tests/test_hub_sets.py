@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fake_hub import FakeHub, connect, disconnect, running_hub
+from fake_hub import FakeHub, running_hub
 from hostile_sets import seal
+from hub_client import connect, disconnect
 from huggingface_hub import constants
 from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet
 from quantkd.errors import ConfigError, HubError, TransferSetError
-from quantkd.transfer_set import concatenate
+from quantkd.transfer_set import concatenate, verify
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, cap
     assert str(opened.sources[0]) == f"user/set at {pushed.commit}"
     assert_equal(opened, small_set)
     assert opened.info == small_set.info
+    assert verify("user/set").digest == small_set.digest
 
 
 def test_the_owner_may_be_left_out(hub: FakeHub, small_set):
@@ -208,6 +210,8 @@ def test_a_shard_that_is_not_the_index_s_is_refused_when_it_is_touched(hub: Fake
     bad = bytearray(files["shard-00001.safetensors"])
     bad[-3] ^= 1
     hub.make("dataset", "user/bad", {**files, "shard-00001.safetensors": bytes(bad)}, private=False)
+    with pytest.raises(TransferSetError, match="sha256"):
+        verify("user/bad")
     opened = TransferSet.open("user/bad", verify="off")
     opened[0]
     with pytest.raises(TransferSetError, match="sha256"):

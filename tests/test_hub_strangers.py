@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from fake_hub import connect, disconnect, running_hub
+from fake_hub import running_hub
+from hub_client import connect, disconnect
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
 from transfer_sets import write_set
