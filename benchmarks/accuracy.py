@@ -56,9 +56,9 @@ Problems = list[dict[str, str]]
 
 def make_problems(args: argparse.Namespace) -> dict[str, Problems]:
     """Problems to test, to distil and to fine-tune on; no question is in two of them."""
-    test = generate_problems(args.test_rows, args.seed)
-    distill = generate_problems(args.distill_rows, args.seed + 1, exclude=test)
-    tune = generate_problems(args.tune_rows, args.seed + 2, exclude=[*test, *distill])
+    test = generate_problems(args.test_rows, args.seed, max_steps=args.max_steps)
+    distill = generate_problems(args.distill_rows, args.seed + 1, exclude=test, max_steps=args.max_steps)
+    tune = generate_problems(args.tune_rows, args.seed + 2, exclude=[*test, *distill], max_steps=args.max_steps)
     return {"test": test, "distill": distill, "tune": tune}
 
 
@@ -75,8 +75,8 @@ def fine_tune(problems: Problems, args: argparse.Namespace) -> Path:
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     checkpoints = str(folder) + "-checkpoints"
     arguments = TrainingArguments(
-        checkpoints, num_train_epochs=1, per_device_train_batch_size=16, learning_rate=args.tune_learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=20, logging_steps=20, save_steps=args.save_steps, save_total_limit=1,
+        checkpoints, num_train_epochs=1, per_device_train_batch_size=8, learning_rate=args.tune_learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=20, logging_steps=10, save_steps=args.save_steps, save_total_limit=1,
         report_to=[], disable_tqdm=True, use_cpu=default_device().type == "cpu", seed=args.seed,
         bf16=native_compute_dtype() == torch.bfloat16,  # autocast: the weights stay in float32
     )  # fmt: skip
@@ -157,7 +157,10 @@ def summarize(solved: dict[str, list[bool]], args: argparse.Namespace) -> dict[s
         "p_value_teacher_vs_after": left.p_value,
         "only_teacher_vs_after": [left.only_a, left.only_b],
         "dtype": str(native_compute_dtype()).removeprefix("torch."),
-        **{key: getattr(args, key) for key in ("test_rows", "distill_rows", "tune_rows", "quantization", "rank")},
+        **{
+            key: getattr(args, key)
+            for key in ("test_rows", "distill_rows", "tune_rows", "max_steps", "quantization", "rank")
+        },
     }
 
 
@@ -169,8 +172,9 @@ def main() -> None:
     parser.add_argument("--quantization", choices=("nf4", "fp4"), default="nf4")
     parser.add_argument("--test_rows", type=int, default=600, help="problems to solve")
     parser.add_argument("--distill_rows", type=int, default=512, help="problems whose answers are learned from")
-    parser.add_argument("--tune_rows", type=int, default=4000, help="problems that the teacher is fine-tuned on")
-    parser.add_argument("--tune_learning_rate", type=float, default=2e-4)
+    parser.add_argument("--tune_rows", type=int, default=2000, help="problems that the teacher is fine-tuned on")
+    parser.add_argument("--max_steps", type=int, default=1, choices=(1, 2, 3), help="the most steps of a problem")
+    parser.add_argument("--tune_learning_rate", type=float, default=1e-4)
     parser.add_argument("--rank", type=int, default=32, help="of the adapters")
     parser.add_argument("--epochs", type=float, default=1.0, help="of the distillation")
     parser.add_argument("--learning_rate", type=float, default=3e-5, help="of the distillation")

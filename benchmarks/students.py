@@ -2,8 +2,10 @@
 
 Every format of `quantkd.student_formats.STUDENT_FORMATS` is loaded from the same full-precision checkpoint, measured on
 the same held-out rows of a transfer set (KL at temperature 1, nats per target token), and trained for a few steps with
-LoRA of rank 16 on all linear layers. A checkpoint that is quantized already (GPTQ, AWQ) is measured by naming it with
-`--checkpoint`. A format that cannot run here gives the reason instead. Beside each stands its ratio to NF4.
+LoRA of rank 16 on all linear layers, on the same rows in each step. Memory is what the weights take, scales and
+embeddings and all, before adapters come to them. Seconds are of processor time on a CPU (set OMP_NUM_THREADS=1), else
+of the wall. A checkpoint that is quantized already (GPTQ, AWQ) is measured by naming it with `--checkpoint`. A format
+that cannot run here gives the reason instead. Beside each stands its ratio to NF4.
 
     python benchmarks/students.py --model HuggingFaceTB/SmolLM2-135M-Instruct --held_out runs/held
 
@@ -13,12 +15,15 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
 import time
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
@@ -35,10 +40,47 @@ class StepTimes(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = read_clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
+        self.seconds.append(read_clock() - self.started)
+
+
+def read_clock() -> float:
+    """Seconds: of this process's threads on a CPU, so that other work does not count; else those of the wall."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def count_bytes(model: Any) -> int:
+    """Bytes of a model's weights and of the scales that lie beside them, each storage once.
+
+    `get_memory_footprint` sees only parameters: not the constants of bitsandbytes and HQQ, and torchao's weights at the
+    size of the dtype that they stand for.
+    """
+    storages: dict[int, int] = {}
+
+    def add(tensor: Any) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, name))
+        elif isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            add(tensor.data if type(tensor.data) is Tensor else tensor)
+            state = getattr(tensor, "quant_state", None)
+            for constant in [] if state is None else state.as_dict(packed=True).values():
+                add(constant)
+            add(getattr(tensor, "SCB", None))
+        constants = getattr(module, "meta", None)  # HQQ's
+        for constant in constants.values() if isinstance(constants, dict) else ():
+            add(constant)
+    return sum(storages.values())
 
 
 def train(model: Any, rows: TransferSet, batch_size: int, steps: int) -> tuple[float, list[float]]:
@@ -67,11 +109,12 @@ def train(model: Any, rows: TransferSet, batch_size: int, steps: int) -> tuple[f
 def measure(name: str, format_: str | None, args: argparse.Namespace, rows: TransferSet) -> dict[str, Any]:
     """One format's figures, or why there are none."""
     found: dict[str, Any] = {"format": format_ or name}
+    gc.collect()  # a trained model and its adapters hold each other
     try:
-        started = time.perf_counter()
+        started = read_clock()
         model = load_student(name, quantization_config=format_, dtype=args.dtype, trainable=False)
-        found["load_seconds"] = round(time.perf_counter() - started, 1)
-        found["memory_mb"] = round(model.get_memory_footprint() / 1e6, 1)
+        found["load_seconds"] = round(read_clock() - started, 1)
+        found["memory_mb"] = round(count_bytes(model) / 1e6, 1)
         found["kl"] = round(evaluate_fidelity(model, rows, batch_size=4, progress=False).to_json()["kl"], 4)
         tokens, losses = train(model, rows, args.batch_size, args.steps)
         found["tokens_per_second"] = round(tokens, 1)

@@ -83,8 +83,10 @@ def check_student(transfer_set: TransferSet, model: PreTrainedModel | PeftModel)
 
     Raises:
         ConfigError: a head that is smaller than the set's vocabulary.
-        DataError: rows longer than the student's context.
+        DataError: no rows, or rows longer than the student's context.
     """
+    if not len(transfer_set):
+        raise DataError("The transfer set holds 0 rows; expected at least one. Capture some, or select others.")
     config = model.config.get_text_config()
     width = count_rows(model.get_output_embeddings().weight)
     if width < transfer_set.info.vocab_size:

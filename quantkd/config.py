@@ -13,7 +13,10 @@ from quantkd.losses import check_objective
 
 __all__ = ["STARTS", "QuantizedDistillationConfig"]
 
-STARTS = ("covariance", "loftq", "zero")
+# The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): a start that lies near
+# the optimum is led away from it by steps that a start from zero needs.
+_LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}
+STARTS = tuple(_LEARNING_RATES)
 
 
 @dataclass
@@ -40,9 +43,9 @@ class QuantizedDistillationConfig(TrainingArguments):
             hardware has it, else float32, if it is not given. `trust_remote_code` is off unless set here.
         teacher_model_init_kwargs: the same for the trainer's `teacher_model`, if that is given by name.
 
-    Four defaults differ from `TrainingArguments`: `learning_rate` (2e-4, usual for LoRA on a 4-bit model),
-    `logging_steps` (10), `remove_unused_columns` (off, for rows carry the teacher's entries) and
-    `train_sampling_strategy` (`group_by_length`: rows of like length share a batch, so that little is padding).
+    Five defaults differ from `TrainingArguments`: `learning_rate` (3e-5, and 3e-4 with `init="zero"`),
+    `logging_steps` (10), `logging_first_step` (on), `remove_unused_columns` (off, for rows carry the teacher's entries)
+    and `train_sampling_strategy` (`group_by_length`: rows of like length share a batch, so that little is padding).
 
     Raises:
         ConfigError: an objective that has no meaning, or an unknown start.
@@ -90,9 +93,18 @@ class QuantizedDistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "Further arguments of from_pretrained for a teacher_model given by name, as JSON."},
     )
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float | None = field(  # type: ignore[assignment]  # a number once the start is known
+        default=None,
+        metadata={
+            "help": "Peak learning rate; if not given, 3e-5 where adapters start at a correction of the quantization "
+            "error, and 3e-4 with init=zero."
+        },
+    )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every this many optimizer steps; below 1, a share of all steps."}
+    )
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Log the first step too, so that curves have a beginning."}
     )
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -107,13 +119,15 @@ class QuantizedDistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.init not in STARTS:
+            raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
+        if self.learning_rate is None:
+            self.learning_rate = _LEARNING_RATES[self.init]
         # Without it the processes of `torchrun` on CPUs would not find each other.
         self.use_cpu = self.use_cpu or not has_accelerator()
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_objective(self.alpha, self.temperature, self.divergence, self.beta)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch
-        if self.init not in STARTS:
-            raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
         if self.init_rows < 1:
             raise ConfigError(f"init_rows must be at least 1, found {self.init_rows}.")

@@ -11,12 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 __all__ = ["CURVES_NAME", "TrainingCurves", "draw_curves"]
 
 CURVES_NAME = "training.png"
-_BLUE, _ORANGE = "#0072B2", "#E69F00"  # of Okabe and Ito, apart for colour-blind readers
+_BLUE, _ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, apart for colour-blind readers
+# Of each metric its title and its unit.
 _PANELS = {
-    "loss": "loss",
-    "kl": "KL to the teacher, nats a token",
-    "ce": "cross-entropy, nats a token",
-    "top1_agreement": "top-1 agreement with the teacher",
+    "loss": ("loss", "nats a token"),
+    "kl": ("KL to the teacher", "nats a token"),
+    "ce": ("cross-entropy", "nats a token"),
+    "top1_agreement": ("top-1 agreement with the teacher", "% of tokens"),
 }
 
 
@@ -35,30 +36,83 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     if not curves:
         return False
     from matplotlib.figure import Figure  # a second to import, and only needed here
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.0 * len(curves), 3.0), dpi=150, layout="constrained")
-    for panel, (name, (trained, held_out)) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(),
-                                                  strict=True):  # fmt: skip
-        if trained:
-            panel.plot(*zip(*trained, strict=True), color=_BLUE, linewidth=1.5, label="training")
-        if held_out:
-            panel.plot(*zip(*held_out, strict=True), color=_ORANGE, marker="o", markersize=4, label="held out")
-        panel.set_title(_PANELS[name], fontsize=9)
+    rows = 2 if len(curves) == 4 else 1  # a row of four would be too small to read on a page
+    columns = len(curves) // rows
+    figure = Figure(figsize=(max(4.5, 3.6 * columns), 2.6 * rows + 0.4), dpi=150)
+    figure.set_layout_engine("constrained", wspace=0.06, hspace=0.08)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, (name, (trained, held_out)) in zip(panels, curves.items(), strict=True):
+        scale = 100 if name == "top1_agreement" else 1
+        for points, style in ((trained, _TRAINED), (held_out, _HELD_OUT)):
+            if points:
+                panel.plot([step for step, _ in points], [scale * value for _, value in points], **style)
+        title, unit = _PANELS[name]
+        panel.set_title(title, fontsize=10)
+        panel.set_ylabel(unit)
         panel.set_xlabel("optimizer step")
-        if name != "loss":  # the loss of reverse KL or of a weighted row may be anything
-            panel.set_ylim(
-                bottom=0 if name != "top1_agreement" else None, top=1.0 if name == "top1_agreement" else None
-            )
+        panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        # Zero is the teacher, or perfection, so that a small wiggle looks small; a weighted row's loss may lie below.
+        values = [value for _, value in trained + held_out]
+        if name == "top1_agreement":
+            panel.set_ylim(top=100)
+        elif 0 <= min(values) < max(values):
+            panel.set_ylim(0, 1.1 * max(values))
         panel.spines[["top", "right"]].set_visible(False)
+        panel.yaxis.grid(True, color="#DDDDDD", linewidth=0.6)
+        panel.set_axisbelow(True)
     handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(),
                                                                                strict=True)}  # fmt: skip
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})
     return True
 
 
+# Marked too, for a short run logs a single point, which is no line.
+_TRAINED: dict[str, Any] = {"color": _BLUE, "linewidth": 1.5, "marker": ".", "markersize": 5, "label": "training"}
+_HELD_OUT: dict[str, Any] = {
+    "color": _ORANGE, "linewidth": 1.2, "linestyle": "--", "marker": "D", "markersize": 5, "label": "held-out rows",
+}  # fmt: skip
+
+
 class TrainingCurves(TrainerCallback):
-    """Writes `training.png` to the output folder when training ends, on the main process."""
+    """Writes `training.png` to the output folder, when training ends and at every evaluation of it and after it.
+
+    The last step is always logged. An evaluation before training, as of `trainer.evaluate()`, is drawn at step 0.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[dict[str, Any]] = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Have the last step logged, wherever `logging_steps` falls.
+
+        Args:
+            args: unused.
+            state: whose step it is.
+            control: where logging is asked for.
+            **kwargs: unused.
+        """
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep what was measured before training; draw what came later.
+
+        Args:
+            args: whose output folder is taken.
+            state: with the log history.
+            control: unused.
+            **kwargs: unused.
+        """
+        if state.global_step == 0:
+            self._before = [entry for entry in state.log_history if entry["step"] == 0]
+        else:
+            self._draw(args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,12 +125,19 @@ class TrainingCurves(TrainerCallback):
             control: unused.
             **kwargs: unused.
         """
-        if state.is_world_process_zero and args.output_dir is not None:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            draw_curves(state.log_history, folder / CURVES_NAME)
+        self._draw(args, state)
+
+    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not state.is_world_process_zero or args.output_dir is None:
+            return
+        before = [] if any(entry["step"] == 0 for entry in state.log_history) else self._before
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_curves([*before, *state.log_history], folder / CURVES_NAME)
 
 
 def _series(log_history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Step and value of every entry that has it."""
-    return [(entry["step"], entry[name]) for entry in log_history if name in entry and "train_runtime" not in entry]
+    """Step and value of every entry that has it; of several at one step, as of two evaluations, the last."""
+    return list(
+        {entry["step"]: entry[name] for entry in log_history if name in entry and "train_runtime" not in entry}.items()
+    )

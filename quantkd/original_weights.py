@@ -53,6 +53,11 @@ class OriginalWeights:
         name = f"{module_name}.weight"
         if name in self._converted:
             raise ConfigError(f"{name} is made of other tensors of {self.name_or_path} when it is loaded.")
+        if name not in self._keys and f"{module_name}.qweight" in self._files:
+            raise ConfigError(
+                f"{module_name} of {self.name_or_path} is packed, as by GPTQ or AWQ; expected full precision. "
+                "Name the full-precision checkpoint as init_from."
+            )
         if name not in self._keys:
             raise ConfigError(f"{self.name_or_path} has no tensor for {name}.")
         path = self._find(self._files[self._keys[name]])

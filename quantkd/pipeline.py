@@ -23,6 +23,7 @@ from quantkd.evaluation.kept import discard_stale_arm
 from quantkd.export import export_merged, export_requantized, load_exported, read_provenance
 from quantkd.hardware import default_device, process_state
 from quantkd.report import build_report
+from quantkd.resuming import find_checkpoint
 from quantkd.student import load_student
 from quantkd.teacher import capture, load_teacher
 from quantkd.trainer import QuantizedDistillationTrainer
@@ -96,6 +97,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         The path of `report.md`; `results.json` and the chart lie beside it.
     """
     state, run_dir = process_state(), Path(experiment.run_dir)
+    args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     _say("the teacher answers")
     teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
     sets = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_mode
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.hqq import name_to_linear_tag
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
@@ -115,13 +117,15 @@ def load_student(
     compute_dtype = parse_dtype(dtype)
     stored = stored_quantization(name_or_path, **model_init_kwargs)
     config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
-    check_format(stored or config, device=default_device(), trainable=trainable, shared=shares_weights())
+    check_format(
+        stored or config, device=default_device(), trainable=trainable, shared=shares_weights(), dtype=compute_dtype
+    )
     kwargs: dict[str, Any] = {"dtype": compute_dtype, "trust_remote_code": False, **model_init_kwargs}
     if shares_weights():
-        _check_storage(config, shard_dtype(compute_dtype))
+        _check_storage(stored or config, shard_dtype(compute_dtype))
     else:
         kwargs.setdefault("device_map", {"": default_device()})
-    # transformers 5 has left out the quantizing with HQQ that its HqqConfig asks for.
+    # transformers 5 reads an HqqConfig and leaves out the quantizing that it asks for.
     by_hqq = format_of(stored or config).startswith("hqq") and _is_left_out(HqqHfQuantizer)
     if by_hqq and stored is not None:
         raise ConfigError(
@@ -143,14 +147,14 @@ def _choose_config(name_or_path: str, wanted: Any, stored: dict[str, Any] | None
         wanted = "nf4" if wanted is None else wanted
         return _build_config(wanted, compute_dtype) if isinstance(wanted, str) else wanted
     if wanted is None:
-        return choose_kernel(stored)
+        return choose_kernel(stored, default_device())
     found, asked = format_of(stored), wanted if isinstance(wanted, str) else format_of(wanted)
     if found != asked:
         raise ConfigError(
             f"{name_or_path} is stored in {found} already; a student in {asked} was asked for. Leave the format out to "
             "load the checkpoint as it is, or give the full-precision one that it was made from."
         )
-    return choose_kernel(stored) if isinstance(wanted, str) else wanted
+    return choose_kernel(stored, default_device()) if isinstance(wanted, str) else wanted
 
 
 def _build_config(name: str, compute_dtype: torch.dtype) -> Any:
@@ -163,26 +167,35 @@ def _is_left_out(quantizer: type[HfQuantizer]) -> bool:
 
 
 def _quantize_with_hqq(model: PreTrainedModel, config: Any, compute_dtype: torch.dtype) -> None:
-    """Replace the linear layers one by one, each freed before the next."""
+    """Replace the linear layers one by one, each freed before the next; which and how, as HqqConfig documents it."""
     from hqq.core.quantize import HQQLinear
 
     model.requires_grad_(False)
-    skipped = set(config.skip_modules or ())
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    for name in names:
-        if name not in skipped and name.split(".")[-1] not in skipped:
+    tags = {name: name_to_linear_tag(name) for name, module in model.named_modules() if type(module) is nn.Linear}
+    settings = config.quant_config
+    by_tag = any(tag in settings for tag in tags.values())  # else one setting for all
+    for name, tag in tags.items():
+        wanted = settings.get(tag) if by_tag else settings
+        if tag not in (config.skip_modules or ()) and wanted is not None:
             layer: Any = model.get_submodule(name)
             device = str(layer.weight.device)
-            model.set_submodule(name, HQQLinear(layer, config.quant_config, compute_dtype=compute_dtype, device=device))
+            model.set_submodule(name, HQQLinear(layer, dict(wanted), compute_dtype=compute_dtype, device=device))
     setattr(model, "hqq_quantized", True)  # what PEFT knows such a model by  # noqa: B010
 
 
 def _check_storage(quantization_config: Any, expected: torch.dtype) -> None:
-    storage = getattr(quantization_config, "bnb_4bit_quant_storage", None)
+    """Refuse 4-bit weights that lie, or would lie, in another floating dtype than they are gathered in."""
+    is_stored = isinstance(quantization_config, dict)
+    config: Any = SimpleNamespace(**quantization_config) if is_stored else quantization_config
+    storage = getattr(config, "bnb_4bit_quant_storage", None)
+    storage = getattr(torch, storage) if isinstance(storage, str) else storage
     if storage is not None and storage.is_floating_point and storage != expected:
+        remedy = f"Set bnb_4bit_quant_storage={expected}, or leave it out."
+        if is_stored:
+            remedy = "The checkpoint is stored so; load the full-precision one that it was made from."
         raise ConfigError(
             f"bnb_4bit_quant_storage is {storage}, and the sharded parameters are gathered in {expected}: the cast "
-            f"would destroy the packed weights. Set bnb_4bit_quant_storage={expected}, or leave it out."
+            f"would destroy the packed weights. {remedy}"
         )
 
 
@@ -195,8 +208,8 @@ def attach_lora(
 ) -> PeftModel:
     """Freeze the model and attach trainable adapters.
 
-    A quantized model first goes through PEFT's `prepare_model_for_kbit_training`, which keeps norms, embeddings and
-    head in float32.
+    A quantized model first goes through PEFT's `prepare_model_for_kbit_training`, which casts norms, embeddings and
+    head of bitsandbytes' and AWQ's formats to float32.
 
     Args:
         model: a model without adapters.
@@ -219,11 +232,14 @@ def attach_lora(
 
 def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
     """What "all-linear" means for HQQ, GPTQ and AWQ, whose layers PEFT adapts but does not count among the linear."""
-    names = [name for name, module in model.named_modules() if hasattr(module, "W_q") or hasattr(module, "qweight")]
-    if not names or getattr(peft_config, "target_modules", None) != "all-linear":
+    if getattr(peft_config, "target_modules", None) != "all-linear":
+        return peft_config
+    modules = {name: module for name, module in model.named_modules() if module is not model.get_output_embeddings()}
+    packed = {name for name, module in modules.items() if hasattr(module, "W_q") or hasattr(module, "qweight")}
+    if not packed:
         return peft_config
     named: Any = copy.copy(peft_config)
-    named.target_modules = {name for name in names if model.get_submodule(name) is not model.get_output_embeddings()}
+    named.target_modules = packed | {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     return named  # type: ignore[no-any-return]
 
 
@@ -239,12 +255,14 @@ def check_trainable(model: Any) -> None:
     """
     network = base_network(model)
     config = getattr(network.config, "quantization_config", None)
+    if config is None and getattr(network, "hqq_quantized", False):
+        config = {"quant_method": "hqq"}
     if not is_quantized(network) or config is None:
         return
-    check_format(config, device=network.device, trainable=True)
+    check_format(config, device=network.device, trainable=True, shared=shares_weights())
     quantizer = getattr(network, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise ConfigError(
             f"The student is in {format_of(config)}, which transformers does not train. "
-            "Train nf4, fp4, hqq4 or torchao-int8, or only evaluate this one."
+            "Train nf4, fp4, int8, hqq4 or torchao-int8, or only evaluate this one."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from importlib import metadata
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, HqqConfig, PreTrainedConfig, TorchAoConfig
+from transformers.utils.quantization_config import AwqBackend
 
 from quantkd.cpu_packing import unpack
 from quantkd.errors import ConfigError, MissingDependencyError
@@ -33,6 +33,8 @@ _PACKAGES = {
     "gptq": {"gptqmodel": "7.0", "optimum": "1.24"},
     "awq": {"gptqmodel": "7.0", "optimum": "1.24"},
 }
+# What a weight can be computed with in; float8 is stored with scales beside it.
+_FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -98,7 +100,7 @@ def format_of(quantization_config: Any) -> str:
     if method == "torchao":
         kind: Any = _get(quantization_config, "quant_type")
         # In a config.json it is {"default": {"_type": "Int8WeightOnlyConfig", ...}}.
-        name = kind["default"].get("_type", "") if isinstance(kind, dict) else type(kind).__name__
+        name = kind.get("default", {}).get("_type", "") if isinstance(kind, dict) else type(kind).__name__
         return {"Int4WeightOnlyConfig": "torchao-int4", "Int8WeightOnlyConfig": "torchao-int8"}.get(name, "torchao")
     return method
 
@@ -124,23 +126,36 @@ def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str
     return stored
 
 
-def choose_kernel(stored: dict[str, Any]) -> GPTQConfig | AwqConfig | None:
+def choose_kernel(stored: dict[str, Any], device: torch.device) -> GPTQConfig | AwqConfig | None:
     """What must be said of a quantized checkpoint so that it can be trained.
 
-    gptqmodel's fastest kernels on a CPU have no gradient. They are passed over in evaluation too, so that a student is
-    measured with the kernel that it is trained with.
+    Most of gptqmodel's kernels for a CPU have no gradient, or lose it for good at the first pass without one. They are
+    passed over in evaluation too, so that a student is measured with the kernel that it is trained with.
 
     Args:
         stored: the `quantization_config` of its `config.json`.
+        device: where the student shall run.
 
     Returns:
         A config whose kernel transformers takes, beside what is stored; None where there is nothing to choose.
     """
-    kind = {"gptq": GPTQConfig, "awq": AwqConfig}.get(_method(stored))
-    return None if kind is None else kind(bits=stored.get("bits", 4), backend="auto_trainable")
+    method, bits, is_cpu = _method(stored), stored.get("bits", 4), device.type == "cpu"
+    # "auto_trainable" would take ATen's packed kernel on a CPU (gptqmodel 7.7), which is one that loses the gradient.
+    if method == "gptq":
+        return GPTQConfig(bits=bits, backend="torch" if is_cpu else "auto_trainable")
+    if method == "awq":
+        return AwqConfig(bits=bits, backend=AwqBackend.TORCH_AWQ if is_cpu else AwqBackend.AUTO_TRAINABLE)
+    return None
 
 
-def check_format(quantization_config: Any, *, device: torch.device, trainable: bool, shared: bool = False) -> None:
+def check_format(
+    quantization_config: Any,
+    *,
+    device: torch.device,
+    trainable: bool,
+    shared: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Refuse a format that cannot run here, before any weight is read.
 
     Args:
@@ -148,6 +163,7 @@ def check_format(quantization_config: Any, *, device: torch.device, trainable: b
         device: where the student shall run.
         trainable: whether it gets adapters to train, or is only evaluated.
         shared: whether FSDP or ZeRO-3 shares the weights out.
+        dtype: what it is to be computed in; None if that is settled already.
 
     Raises:
         ConfigError: a format that this device, or this use, cannot have.
@@ -162,13 +178,18 @@ def check_format(quantization_config: Any, *, device: torch.device, trainable: b
         )
     if name == "torchao-int4" and trainable:
         raise ConfigError(
-            "The student is in torchao-int4, which PEFT attaches no adapters to and transformers does not train. "
-            "Train nf4, fp4, hqq4 or torchao-int8; torchao-int4 can be evaluated, on a CUDA GPU."
+            "The student is in torchao-int4, which transformers does not train. Train nf4, fp4, int8, hqq4 or "
+            "torchao-int8; torchao-int4 can be evaluated, on a CUDA GPU."
         )
-    if name == "torchao-int4" and device.type == "cpu":
+    if name == "torchao-int4" and device.type != "cuda":
         raise ConfigError(
-            "The student is in torchao-int4, whose kernels need a CUDA GPU; the device here is the CPU. "
-            "Take nf4, fp4, hqq4 or torchao-int8."
+            f"The student is in torchao-int4, whose kernels need a CUDA GPU; the device here is {device.type}. "
+            "Take nf4, fp4, int8, hqq4 or torchao-int8."
+        )
+    if name == "torchao-int4" and dtype not in (None, torch.bfloat16):
+        raise ConfigError(
+            f"The student is in torchao-int4, whose kernels compute in bfloat16; {dtype} was asked for, or follows "
+            "from this GPU. Set dtype='bfloat16' on a GPU of compute capability 8.0 or higher, or take another format."
         )
 
 
@@ -191,7 +212,7 @@ def dequantize_weight(module: nn.Module) -> Tensor:
         layer = layer.get_base_layer()
     with torch.no_grad():
         weight = _dequantize(layer)
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+    if weight is None or weight.dim() != 2 or weight.dtype not in _FULL_PRECISION:
         raise ConfigError(
             f"{type(layer).__module__}.{type(layer).__name__} gives no full-precision weight; expected a linear layer "
             "of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or an ordinary one."
@@ -236,13 +257,15 @@ def _through_identity(layer: Any, dtype: torch.dtype) -> Tensor:
 
 def _check_packages(method: str) -> None:
     for package, oldest in _PACKAGES.get(method, {}).items():
-        if importlib.util.find_spec(package) is None:
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
             raise MissingDependencyError(
                 f"A student in {method} needs {package}, which is not installed: pip install '{package}>={oldest}'"
-            )
-        if Version(metadata.version(package)) < Version(oldest):
+            ) from None
+        if Version(found) < Version(oldest):
             raise MissingDependencyError(
-                f"A student in {method} needs {package} {oldest} or newer, found {metadata.version(package)}: "
+                f"A student in {method} needs {package} {oldest} or newer, found {found}: "
                 f"pip install '{package}>={oldest}'"
             )
 

@@ -16,54 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from fake_repository import Commit, Repository, git_hash, is_lfs, list_tree, upload_mode
+
 TOKEN = "hf_CanaryCanaryCanaryCanary00"
 OWNER = "user"
 HOLD_SECONDS = 0.6
-
-
-@dataclass
-class Commit:
-    """One revision: its name, the one before it, and all its files."""
-
-    sha: str
-    parent: str
-    title: str
-    files: dict[str, bytes]
-
-
-@dataclass
-class Repository:
-    """A repository and its history, oldest first."""
-
-    name: str
-    private: bool
-    commits: list[Commit] = field(default_factory=list)
-
-    def at(self, revision: str) -> Commit | None:
-        if revision == "main":
-            return self.commits[-1]
-        return next((commit for commit in self.commits if commit.sha == revision), None)
-
-    def add(self, title: str, files: dict[str, bytes]) -> Commit:
-        parent = self.commits[-1].sha if self.commits else ""
-        tree = sorted((path, hashlib.sha1(data).hexdigest()) for path, data in files.items())
-        sha = hashlib.sha1(json.dumps([self.name, parent, title, tree, len(self.commits)]).encode()).hexdigest()
-        self.commits.append(Commit(sha, parent, title, files))
-        return self.commits[-1]
-
-
-def is_lfs(path: str) -> bool:
-    """As the .gitattributes of a new repository has it."""
-    return path.endswith((".safetensors", ".bin", ".model"))
-
-
-def git_hash(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class FakeHub:
@@ -192,7 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
         blob = re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path)
         if blob:
             return self._take_blob(blob[1], body, verify=bool(blob[2]))
-        found = re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|tree|preupload|commit)/(.+))?", path)
+        found = re.fullmatch(
+            r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|tree|preupload|commit|branch)/(.+))?", path
+        )
         if found:
             kind, name, action, revision = found.groups()
         else:
@@ -206,6 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get((kind, name))
         if repository is None or (repository.private and not is_known):
             return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+        if action == "branch":
+            return self._branch(repository, revision) if is_known else (403, {"error": "no permission"}, {})
+        if action == "tree":
+            revision, _, folder = revision.partition("/")
         commit = repository.at(revision or "main")
         if commit is None:
             return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
@@ -214,9 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "resolve":
             return self._resolve(commit, found[5])
         if action == "tree":
-            return 200, [_describe(file, data) for file, data in sorted(commit.files.items())], {}
+            tree = list_tree(commit.files, folder)
+            return (200, tree, {}) if tree or not folder else (404, {"error": "?"}, {"X-Error-Code": "EntryNotFound"})
         if action == "preupload":
-            return 200, {"files": [_mode(commit, file["path"]) for file in json.loads(body)["files"]]}, {}
+            return 200, {"files": [upload_mode(commit, file["path"]) for file in json.loads(body)["files"]]}, {}
         if action == "batch":
             return (
                 200,
@@ -224,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {},
             )
         if action == "commit":
-            return self._commit(repository, f"{'datasets/' if kind == 'dataset' else ''}{name}", body)
+            return self._commit(repository, revision, f"{'datasets/' if kind == 'dataset' else ''}{name}", body)
         siblings = [{"rfilename": file} for file in commit.files]
         return 200, {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings}, {}
 
@@ -236,6 +204,12 @@ class _Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or asked.get("private") is True
         self.hub.make(kind, name, {}, private=private)
         return 200, {"url": url}, {}
+
+    def _branch(self, repository: Repository, branch: str) -> tuple[int, Any, dict[str, str]]:
+        if branch in repository.branches:
+            return 409, {"error": "Reference already exists"}, {}
+        repository.branches[branch] = repository.branches["main"]
+        return 200, {}, {}
 
     def _take_blob(self, oid: str, body: bytes, *, verify: bool) -> tuple[int, Any, dict[str, str]]:
         if verify:
@@ -253,10 +227,12 @@ class _Handler(BaseHTTPRequestHandler):
             answer["actions"] = {"upload": {"href": href}, "verify": {"href": href + "/verify"}}
         return answer
 
-    def _commit(self, repository: Repository, page: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+    def _commit(self, repository: Repository, branch: str, page: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+        if branch not in repository.branches:
+            return 400, {"error": "a commit goes to a branch"}, {}
         lines = [json.loads(line) for line in body.splitlines()]
-        header, files = lines[0]["value"], dict(repository.commits[-1].files)
-        if header.get("parentCommit") not in (None, repository.commits[-1].sha):
+        header, files = lines[0]["value"], dict(repository.branches[branch].files)
+        if header.get("parentCommit") not in (None, repository.branches[branch].sha):
             return 412, {"error": "A commit has happened since. Please refresh and try again."}, {}
         for line in lines[1:]:
             kind, value = line["key"], line["value"]
@@ -272,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return 400, {"error": "A file with this name doesn't exist"}, {}
             else:
                 return 400, {"error": f"unknown operation {kind}"}, {}
-        commit = repository.add(header["summary"], files)
+        commit = repository.add(header["summary"], files, branch)
         return 200, {"commitUrl": f"{self.hub.endpoint}/{page}/commit/{commit.sha}", "commitOid": commit.sha}, {}
 
     def _resolve(self, commit: Commit, path: str) -> tuple[int, Any, dict[str, str]]:
@@ -284,16 +260,3 @@ class _Handler(BaseHTTPRequestHandler):
         if is_lfs(path):
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
         return 200, data, headers
-
-
-def _describe(path: str, data: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
-    if is_lfs(path):
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return entry
-
-
-def _mode(commit: Commit, path: str) -> dict[str, Any]:
-    data = commit.files.get(path)
-    oid = None if data is None else hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)
-    return {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False, "oid": oid}

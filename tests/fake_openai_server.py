@@ -51,6 +51,7 @@ class FakeServer:
         self.lock = threading.Lock()
         self.active, self.most_active, self.delay_seconds = 0, 0, 0.0
         self.redirect_to: str | None = None
+        self.name = "tiny"  # what the served model is called
 
     def __enter__(self) -> FakeServer:
         owner = self
@@ -66,7 +67,7 @@ class FakeServer:
                     self.end_headers()
                     return
                 owner.requests.append((self.path, dict(self.headers), None))
-                card = {"id": "tiny", "owned_by": OWNERS[owner.kind], "max_model_len": 512}
+                card = {"id": owner.name, "owned_by": OWNERS[owner.kind], "max_model_len": 512}
                 self.reply(200, json.dumps({"data": [card]}))
 
             def do_POST(self) -> None:

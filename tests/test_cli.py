@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
+import safetensors
+from matplotlib.figure import Figure
 
 from quantkd import capture
 from quantkd.cli.main import main
@@ -70,9 +73,25 @@ def test_inspect_as_json(capsys, set_path):
     assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_inspect_draws_histograms(capsys, set_path, tmp_path):
+def test_inspect_draws_histograms(capsys, set_path, tmp_path, monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
     assert run(capsys, "inspect", set_path, "--histogram", tmp_path / "h.png")[0] == 0
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+    for panel in figures[0].axes:
+        assert sum(bar.get_height() for bar in panel.patches) == pytest.approx(100)
+        assert panel.get_title() and panel.get_xlabel() and "%" in panel.get_ylabel()
+
+
+def test_evaluate_prints_what_it_measured(capsys, set_path, tiny_model_path, tmp_path):
+    code, out, _ = run(
+        capsys, "evaluate", "--arm", "before", "--model_name_or_path", tiny_model_path, "--held_out", set_path,
+        "--run_dir", tmp_path, "--dtype", "float32",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "evaluation" / "before.json").read_text())["fidelity"]
+    assert code == 0 and f"before.json: KL {found['kl']:.4f} nats a token, perplexity " in out
+    assert f"{100 * found['top1_agreement']:.1f}% on {len(PROMPTS)} rows" in out
 
 
 def test_verify_and_convert(capsys, set_path, tmp_path):
@@ -141,7 +160,7 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
         f"model: {tiny_model_path}\nprompts: {tmp_path / 'p.jsonl'}\nmax_new_tokens: 4\nstorage: topk:3\n"
     )
     code, out, _ = run(capsys, "capture", "--config", config, "--output_dir", tmp_path / "s", "--storage", "topk:2")
-    assert code == 0 and "topk(k=2)" in out and "'max_new_tokens': 4" in out
+    assert code == 0 and "topk(k=2)" in out and "max_new_tokens=4" in out
 
 
 @pytest.mark.parametrize(
@@ -157,7 +176,12 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
         (["capture", "--model", "./nowhere", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "no folder './nowhere'"),
         (["capture", "--model", "empty", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "empty holds no config.json"),
         (["capture", "--model", "no/model", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "'no/model' could not be"),
-        (["capture", "--model", "TINY", "--prompts", "p.jsonl", "--output_dir", "p.jsonl"], 1, "Could not write"),
+        (["capture", "OUT", "p.jsonl"], 1, "p.jsonl is a file; the"),
+        (["capture", "OUT", "p.jsonl/x"], 1, "p.jsonl is a file; the"),
+        (["capture", "OUT", "o", "--storage", "x"], 1, "Cannot read the storage rule 'x'"),
+        (["capture", "OUT", "o", "--temperature", "2"], 2, "no option --temperature; did you mean --temperatures?"),
+        (["capture", "OUT", "o", "--max_tokens", "3"], 2, "mean --max_new_"),
+        (["capture", "OUT", "o", "--seed", "x"], 2, "invalid int value: 'x'"),
         (["inspect", "SET", "--rows", "-1"], 2, "found '-1'; expected a whole number of at least 0"),
         (["inspect", "SET", "--histogram", "x.jpg"], 1, "ends in .png"),
         (["inspect", "SET", "--histogram", "no/x.png"], 1, "No such file or directory: no/x.png"),
@@ -168,11 +192,20 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
         (["train", "TRAIN", "--num_train_epochs", "0"], 1, "Nothing would be trained"),
         (["train", "TRAIN", "--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps is 0; expected"),
         (["train", "TRAIN", "--alpha", "2"], 1, "alpha weighs the soft loss and lies in [0, 1], found 2.0"),
+        (["train", "TRAIN", "--resume_from_checkpoint", "true"], 1, "o holds no checkpoint to go on from"),
+        (["train", "TRAIN", "--resume_from_checkpoint", "r"], 1, "is r, which is no whole checkpoint"),
+        (["train", "TRAIN", "--eval_strategy", "steps"], 1, "there are no held-out rows to evaluate on. Give"),
+        (["train", "TRAIN", "--report_to", "notrack"], 1, "--report_to names notrack; installed here"),
+        (["train", "TRAIN", "--bf16", "true", "--fp16", "true"], 1, "but not both. `quantkd train --help` lists the"),
         (["train", "TRAIN", "--lora_r", "0"], 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
-        (["evaluate", "EVALUATE", "--arm", "../x", "--prompts", "p.jsonl"], 1, "digits, - and _, found '../x'"),
+        (["evaluate", "EVALUATE", "--arm", "../x", "--prompts", "p.jsonl"], 1, "- and _, found '../x'"),
         (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--batch_size", "-2"], 1, "batch_size is -2"),
         (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--adapter", "empty"], 1, "adapter_config.json"),
         (["evaluate", "--run_dir", "r", "--arm", "x", "--held_out", "SET", "--full_precision"], 1, "Which model?"),
+        (["evaluate", "--model_name_or_path", "no", "--run_dir", "r", "--arm", "x", "--held_out", "empty"], 1,
+         "neither index.json nor plan.json. Capture one"),
+        (["evaluate", "--model_name_or_path", "no", "--run_dir", "r", "--arm", "x", "--prompts", "p.txt"], 1,
+         "'p.txt' is neither a file or folder here"),
         (["selftest", "empty"], 1, "empty holds no config.json"),
     ],
 )  # fmt: skip
@@ -186,12 +219,13 @@ def test_wrong_input_is_one_line(capsys, tmp_path, monkeypatch, set_path, tiny_m
     stands_for = {
         "SET": [set_path],
         "TINY": [tiny_model_path],
+        "OUT": ["--model", "no", "--prompts", "p.jsonl", "--output_dir"],
         "TRAIN": ["--model_name_or_path", tiny_model_path, "--transfer_set", set_path, "--output_dir", "o"],
         "EVALUATE": ["--model_name_or_path", tiny_model_path, "--run_dir", "r"],
     }
     found, out, err = run(capsys, *(part for word in words for part in stands_for.get(word, [word])))
     last = [line for line in err.splitlines() if "quantkd " in line][-1]
-    assert found == code and said in last and "Traceback" not in out + err
+    assert found == code and said in last and "Traceback" not in out + err and "usage:" not in err
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -206,3 +240,24 @@ def test_eight_bit_is_asked_for_with_one_option():
     args = StudentArguments(model_name_or_path="m", load_in_8bit=True)
     assert (args.load_in_8bit, args.load_in_4bit) == (True, False)
     assert StudentArguments(model_name_or_path="m").load_in_4bit
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (safetensors.SafetensorError("Error while serializing: No space left on device"), 1, "No space left on device"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), 1, "failed writing file"),
+        (RuntimeError("a bug"), None, ""),
+    ],
+)
+def test_a_full_disk_is_one_line_and_a_bug_is_not(capsys, monkeypatch, raised, code, said):
+    def fail(argv):
+        raise raised
+
+    monkeypatch.setattr(importlib.import_module("quantkd.cli.verify"), "main", fail)
+    if code is None:
+        with pytest.raises(RuntimeError, match="a bug"):
+            main(["verify", "x"])
+        return
+    found, _, err = run(capsys, "verify", "x")
+    assert found == code and said in err and len(err.splitlines()) == 1

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from conftest import REPOSITORY
 from matplotlib.figure import Figure
+from transformers.integrations.integration_utils import rewrite_logs
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
 from quantkd.curves import draw_curves
@@ -27,14 +31,27 @@ def drawn(monkeypatch):
 def test_lines_are_what_was_logged(tmp_path, drawn):
     assert draw_curves(HISTORY, tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    lines = {
-        panel.get_title().split(",")[0]: {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
-        for panel in drawn[0].axes
+    lines = shown(drawn[0])
+    assert lines["loss"] == {"training": [[2, 0.7], [4, 0.5]], "held-out rows": [[3, 0.6]]}
+    assert lines["KL to the teacher"] == {"training": [[2, 0.2], [4, 0.1]], "held-out rows": [[3, 0.15]]}
+    assert lines["top-1 agreement with the teacher"] == {"held-out rows": [[3, 90]]}
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["training", "held-out rows"]
+    units = {panel.get_title(): panel.get_ylabel() for panel in drawn[0].axes}
+    assert set(units.values()) == {"nats a token", "% of tokens"} and all(p.get_xlabel() for p in drawn[0].axes)
+    assert all(panel.get_ylim()[0] == 0 for panel in drawn[0].axes if "nats" in panel.get_ylabel())
+
+
+def test_a_loss_below_zero_is_shown_whole(tmp_path, drawn):
+    draw_curves([{"step": step, "loss": loss} for step, loss in ((1, 0.5), (2, -0.5))], tmp_path / "t.png")
+    assert drawn[0].axes[0].get_ylim()[0] < -0.5
+
+
+def shown(figure):
+    """Of each panel its lines."""
+    return {
+        panel.get_title(): {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
+        for panel in figure.axes
     }
-    assert lines["loss"] == {"training": [[2, 0.7], [4, 0.5]], "held out": [[3, 0.6]]}
-    assert lines["KL to the teacher"] == {"training": [[2, 0.2], [4, 0.1]], "held out": [[3, 0.15]]}
-    assert lines["top-1 agreement with the teacher"] == {"held out": [[3, 0.9]]}
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["training", "held out"]
 
 
 def test_nothing_logged_draws_nothing(tmp_path):
@@ -70,6 +87,29 @@ def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_sam
     trainer = QuantizedDistillationTrainer(
         str(tiny_model_path), args, train_dataset=transfer_set, eval_dataset=transfer_set, callbacks=[Tracker()]
     )
+    trainer.evaluate()
+    assert not (tmp_path / "o" / "training.png").exists()  # nothing was trained
     trainer.train()
-    assert (tmp_path / "o" / "training.png").is_file() and len(drawn[0].axes) == 4
+    trainer.evaluate()
+    assert (tmp_path / "o" / "training.png").is_file() and len(drawn[-1].axes) == 4
+    steps = [step for step, _ in shown(drawn[-1])["KL to the teacher"]["held-out rows"]]
+    assert steps == [0, 1, 2]  # before, during and after
     assert {"loss", "ce", "kl", "eval_kl", "eval_ce", "eval_top1_agreement", "eval_perplexity"} <= names
+    # TensorBoard, wandb and trackio all get what this makes of it, and the page on the command line lists it.
+    sent = set(rewrite_logs(dict.fromkeys(names, 0.0)))
+    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`((?:train|eval)/\w+)`", page))
+    assert {"train/kl", "eval/kl"} <= listed <= sent
+
+
+def test_a_run_shorter_than_logging_steps_has_its_first_and_last_step(tiny_model_path, tmp_path, drawn):
+    transfer_set = capture(
+        str(tiny_model_path), ["One?", "Two?", "Three?"], tmp_path / "s", max_new_tokens=4, dtype="float32",
+        progress=False,
+    )  # fmt: skip
+    args = QuantizedDistillationConfig(
+        str(tmp_path / "o"), max_steps=3, save_strategy="no", report_to="none", disable_tqdm=True, init="zero",
+        model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=transfer_set).train()
+    assert [step for step, _ in shown(drawn[0])["loss"]["training"]] == [1, 3]

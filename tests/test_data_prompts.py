@@ -46,6 +46,19 @@ def write(folder: Path, suffix: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl", '{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n'),
+        ("rows.json", '[{"prompt": "a"}, {"prompt": "b"}]'),
+        ("rows.csv", "prompt,other\r\na,1\r\nb,2\r\n"),
+    ],
+)
+def test_files_as_windows_writes_them(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [example.prompt for example in load_examples(tmp_path / name)] == ["a", "b"]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_files_and_folders(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path, suffix)

@@ -1,78 +1,49 @@
-"""README and docs do what they say: Python blocks run, commands and their flags exist, make targets and links resolve.
+"""README and docs do what they say: every block runs, or says above it why it does not.
 
-A block after the line `<!-- runnable -->` is run: the blocks of a page in order, in one namespace and one empty folder,
-with a tiny random model in place of the one that the page names. A runnable bash block holds `quantkd` commands only.
+The blocks of a page run in order, in one namespace and one empty folder, with a tiny random model in place of the one
+that the page names. doc_pages.py says what a comment above a block can ask for, doc_stand_ins.py what that gives.
 """
 
 from __future__ import annotations
 
-import ast
+import doctest
 import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from doc_pages import (
+    LANGUAGES,
+    PAGES,
+    Block,
+    name_of,
+    read_blocks,
+    split_commands,
+    split_launcher,
+)
+from doc_stand_ins import StandIns
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BLOCK = re.compile(r"^(?P<mark><!-- runnable -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(r"^<!-- runnable", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, the line it starts at, and whether it is marked to be run."""
-
-    language: str
-    code: str
-    line: int
-    runnable: bool
-
-
-def read_blocks(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(match["language"], match["code"], text[: match.start("code")].count("\n") + 1, match["mark"] is not None)
-        for match in BLOCK.finditer(text)
-    ]
-
-
-def read_commands(block: Block) -> list[list[str]]:
-    """The commands of a bash block, each as its words; continuation lines joined, comments left out."""
-    lines = block.code.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def list_quantkd_commands() -> dict[str, set[str]]:
-    """Each subcommand that any page shows, with every flag it is shown with."""
-    shown: dict[str, set[str]] = {}
-    for page in PAGES:
-        for block in read_blocks(page):
-            for words in read_commands(block) if block.language == "bash" else []:
-                if words[0] == "quantkd" and len(words) > 1 and not words[1].startswith("-"):
-                    flags = {word.split("=")[0] for word in words[2:] if word.startswith("--")}
-                    shown.setdefault(words[1], set()).update(flags)
-    return shown
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(REPOSITORY).as_posix()
+Run = Callable[[list[str]], None]
 
 
 @pytest.fixture
-def run_quantkd(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+def run_quantkd(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command line in this process, as its entry point would; a failing exit code fails the test."""
     from quantkd.cli.main import main
 
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # what main sets for good where no terminal is
+
     def run(words: list[str]) -> None:
         monkeypatch.setattr(sys, "argv", words)
+        code: Any = None
         try:
-            code = main()
+            main()
         except SystemExit as stop:
             code = stop.code
         assert not code, f"{shlex.join(words)} exited with {code}"
@@ -80,92 +51,151 @@ def run_quantkd(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     return run
 
 
-RUNNABLE_PAGES = [page for page in PAGES if any(block.runnable for block in read_blocks(page))]
+@pytest.fixture(scope="session")
+def page_model_path(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a context for eight shots and answers that end soon."""
+    from conftest import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("page-model")
+    model = build_tiny_model(tiny_tokenizer)
+    model.config.max_position_embeddings = 2048  # its rotary embeddings have no weights that would have to grow
+    model.lm_head.weight.data[tiny_tokenizer.eos_token_id] *= 3
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize("page", RUNNABLE_PAGES, ids=name_of)
-def test_runnable_blocks_run(
-    page: Path,
-    tiny_model_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run_quantkd: Callable[[list[str]], None],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, numbers in (("prompts.jsonl", range(20)), ("held_out.jsonl", range(20, 26))):
-        rows = [{"prompt": f"A box holds {n} pens. How many pens are in {n + 1} boxes?"} for n in numbers]
-        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for block in read_blocks(page):
-        if not block.runnable:
-            continue
-        code = block.code.replace(MODEL, tiny_model_path.as_posix())
+@pytest.fixture(scope="session")
+def made(page_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sets and a student as the commands of the README leave them."""
+    from quantkd import capture
+    from quantkd.cli.main import main
+
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TQDM_DISABLE", "1")
+        for name, numbers in (("set", range(12)), ("train", range(12)), ("held", range(12, 16))):
+            prompts = [f"What is {number} + 2?" for number in numbers]
+            # In bfloat16 a model as small as this has so many equal logits that an audit finds them.
+            capture(str(page_model_path), prompts, f"runs/{name}", max_new_tokens=12, dtype="float32", progress=False)
+        words = ["--model_name_or_path", str(page_model_path), "--transfer_set", "runs/set", "--max_steps", "2"]
+        main(["train", *words, "--output_dir", "runs/student"])
+    return folder
+
+
+@pytest.fixture
+def stand_ins(page_model_path: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    stand_ins = StandIns(page_model_path, made, monkeypatch, tmp_path / "cache")
+    with stand_ins.open:
+        yield stand_ins
+
+
+def run_python(block: Block, code: str, namespace: dict[str, Any]) -> None:
+    # Padded with empty lines, so that a traceback names the line of the page.
+    exec(compile("\n" * (block.line - 1) + code, str(block.page), "exec"), namespace)
+
+
+def run_pycon(block: Block, code: str, namespace: dict[str, Any]) -> None:
+    test = doctest.DocTestParser().get_doctest(code, {}, block.place, str(block.page), block.line)
+    assert test.examples, f"{block.place} is a session without >>>"
+    test.globs, said = namespace, []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).run(
+        test, out=said.append, clear_globs=False
+    )
+    assert not said, "".join(said)
+
+
+def run_bash(block: Block, code: str, run_quantkd: Run) -> None:
+    for words in split_commands(code):
+        _, script, command = split_launcher(words)  # a launcher's processes are those of tests/test_distributed.py
+        assert script is None and command[:1] == ["quantkd"], (
+            f"{block.place}: the tests run `quantkd` alone. Put `<!-- not run: WHY -->` above a block of its own for "
+            f"`{shlex.join(words)}`."
+        )
+        run_quantkd(command)
+
+
+def read_data(block: Block) -> list[Any]:
+    """What a yaml or json block holds; json may be one object a line."""
+    if block.language == "yaml":
+        return list(yaml.safe_load_all(block.code))
+    try:
+        return [json.loads(block.code)]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in block.code.splitlines()]
+
+
+def run_blocks(blocks: list[Block], stand_ins: StandIns, run_quantkd: Run) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        for name in block.given:
+            stand_ins.give(name)
+        code = stand_ins.replace(block.code)
         if block.language == "python":
-            # Padded with empty lines, so that a traceback names the line of the page.
-            exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), namespace)
+            run_python(block, code, namespace)
+        elif block.language == "pycon":
+            run_pycon(block, code, namespace)
+        elif block.language == "bash":
+            run_bash(block, code, run_quantkd)
         else:
-            for words in read_commands(Block(block.language, code, block.line, True)):
-                assert words[0] == "quantkd", f"{name_of(page)}:{block.line}: a runnable block runs quantkd alone"
-                run_quantkd(words)
+            assert all(read_data(block)), f"{block.place} holds nothing"
+            if "file" in block.marks:
+                Path(block.marks["file"]).parent.mkdir(parents=True, exist_ok=True)
+                Path(block.marks["file"]).write_text(code, encoding="utf-8")
 
 
-def test_start_pages_are_runnable() -> None:
-    assert {"README.md", "docs/index.md"} <= {name_of(page) for page in RUNNABLE_PAGES}
+RUN_PAGES = [page for page in PAGES if any(block.is_run for block in read_blocks(page))]
+EXTRAS = sorted({(p, b.marks["needs"]) for p in RUN_PAGES for b in read_blocks(p) if b.is_run and "needs" in b.marks})
+
+
+@pytest.mark.parametrize("page", RUN_PAGES, ids=name_of)
+def test_blocks_run(page: Path, stand_ins: StandIns, run_quantkd: Run) -> None:
+    run_blocks([b for b in read_blocks(page) if b.is_run and "needs" not in b.marks], stand_ins, run_quantkd)
+
+
+@pytest.mark.parametrize(("page", "package"), EXTRAS, ids=lambda value: value if type(value) is str else name_of(value))
+def test_blocks_of_an_extra_run(page: Path, package: str, stand_ins: StandIns, run_quantkd: Run) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, which some blocks of {name_of(page)} need")
+    run_blocks(
+        [b for b in read_blocks(page) if b.is_run and b.marks.get("needs", package) == package], stand_ins, run_quantkd
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_mark_stands_before_a_block_that_can_run(page: Path) -> None:
-    marked = [block.language for block in read_blocks(page) if block.runnable]
-    assert set(marked) <= {"python", "bash"}
-    assert len(marked) == len(MARK.findall(page.read_text(encoding="utf-8")))
+def test_no_block_is_overlooked(page: Path) -> None:
+    """Every fence is one of a block that is run, or says why not; no command hides in an indented block."""
+    text, blocks = page.read_text(encoding="utf-8"), read_blocks(page)
+    assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * len(blocks), (
+        "a fence without language or margin"
+    )
+    assert {block.language for block in blocks} <= LANGUAGES | {"text"}
+    prose = re.sub(r"```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^ {4,}(?:quantkd|python|pip|make|accelerate) .*$", prose, re.MULTILINE) == []
+    for block in blocks:
+        assert block.language != "python" or ">>>" not in block.code, f"{block.place} is a session: ```pycon"
+        if file := block.marks.get("file"):
+            others = [other.code for other in blocks if other is not block]
+            assert any(Path(file).stem in code for code in others), f"{block.place}: no block uses {file}"
+        allowed = {"given", "needs", *(["file"] if block.language in ("yaml", "json") else [])}
+        assert block.marks.keys() in ({"not run"}, block.marks.keys() & allowed), f"{block.place}: {block.marks}"
+
+
+def test_most_blocks_are_run() -> None:
+    """What needs a GPU, an engine or minutes are commands; of each other language at most one block has such a need."""
+    blocks = [block for page in PAGES for block in read_blocks(page) if block.language in LANGUAGES]
+    assert {"README.md", "docs/index.md", "docs/cli.md"} <= {name_of(page) for page in RUN_PAGES}
+    for language in LANGUAGES - {"bash"}:
+        left_out = [block.place for block in blocks if block.language == language and not block.is_run]
+        assert len(left_out) <= 1, f"{language} blocks need no GPU or engine as a rule; not run: {left_out}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_python_blocks_are_python(page: Path) -> None:
+def test_blocks_that_are_not_run_are_python(page: Path) -> None:
     for block in read_blocks(page):
-        if block.language == "python" and ">>>" not in block.code:
+        if block.language == "python":
             compile("\n" * (block.line - 1) + block.code, str(page), "exec")
-
-
-@pytest.mark.parametrize(("command", "flags"), sorted(list_quantkd_commands().items()))
-def test_commands_have_help_and_the_flags_that_pages_use(
-    command: str, flags: set[str], run_quantkd: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_quantkd(["quantkd", command, "--help"])
-    text = capsys.readouterr().out
-    assert flags - set(re.findall(r"--[\w-]+", text)) == set()
-    assert f"examples:\n  quantkd {command}" in text
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
-    assert named - targets == set()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_relative_links_resolve(page: Path) -> None:
-    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
-
-
-def read_messages() -> list[str]:
-    """Every string in the package's source, with ... for what is filled in."""
-    messages = []
-    for path in sorted((REPOSITORY / "quantkd").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
-                messages.append("".join(str(part) for part in parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                messages.append(re.sub(r"%[sdr]", "...", node.value))
-    return messages
-
-
-def test_troubleshooting_quotes_messages_that_exist() -> None:
-    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
-    messages = read_messages()
-    assert quoted
-    assert [quote for quote in quoted if not any(quote.strip(". ") in message for message in messages)] == []

@@ -68,6 +68,21 @@ def test_an_honest_set_passes_in_any_batch(tiny_model, tiny_tokenizer, tmp_path)
     assert len(set(drawn.rows)) == 5 and drawn.rows != audit(honest, tiny_model, num_rows=5, progress=False).rows
 
 
+def tied(row):
+    """The answer's last token comes second by an eighth of a nat, as far as two logits in bfloat16 lie apart."""
+    ids, logprobs = row.token_ids.copy(), row.logprobs.copy()
+    start = int(row.counts[:-1].sum())
+    ids[start : start + 2] = ids[start : start + 2][::-1]
+    logprobs[start + 1] = logprobs[start] - np.float32(0.125)
+    return replace(row, token_ids=ids, logprobs=logprobs)
+
+
+def test_answers_that_rounding_decided_count_as_greedy(tiny_model, tiny_tokenizer, tmp_path):
+    poisoned = write(tiny_model, tiny_tokenizer, tmp_path / "s", tied)
+    assert (poisoned[POISONED]["input_ids"][-1] != poisoned[POISONED]["teacher"].top_ids[-1]).item()
+    assert audit(poisoned, tiny_model, num_rows=99, progress=False).greedy == 1.0
+
+
 @pytest.mark.parametrize("poison", [other_token, flatter, other_answer])
 def test_a_poisoned_row_is_named(tiny_model, tiny_tokenizer, tmp_path, poison):
     poisoned = write(tiny_model, tiny_tokenizer, tmp_path / "s", poison)

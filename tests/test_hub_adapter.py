@@ -1,99 +1,29 @@
-"""Adapters on the Hub: pushed by the trainer and the command line, loaded back, and a canary token in none of it."""
+"""Adapters on the Hub: pushed by the trainer and the command line, and loaded back."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from fake_hub import TOKEN, FakeHub, running_hub
-from hub_client import connect, disconnect
+from fake_hub import TOKEN, FakeHub
+from hub_runs import PUSHED, build_trainer, files_at, load_base
 from peft import PeftModel
-from test_report import LEVELS, build, make_arm
-from transfer_sets import write_set
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transfer_sets import make_plan, write_set
+from transformers import AutoTokenizer
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
+from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter, push_adapter
-from quantkd.hub.secrets import public_name
-from quantkd.student import default_quantization_config
 
-PUSHED = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "gap.png", "quantkd.json",
-    "tokenizer.json", "tokenizer_config.json",
-}  # fmt: skip
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with running_hub() as hub:
-        connect(hub, monkeypatch, tmp_path / "cache")
-        yield hub
-        disconnect()
-
-
-@pytest.fixture(scope="module")
-def transfer_set(tiny_model_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets") / "set"
-    prompts = ["Two and two?", "Why?", "Name a colour.", "One."]
-    return capture(str(tiny_model_path), prompts, folder, max_new_tokens=6, dtype="float32", progress=False)
-
-
-def build_trainer(tiny_model_path, transfer_set, folder, **options):
-    settings = {
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "model_init_kwargs": {"dtype": "float32"},
-        "init": "zero",
-        "disable_tqdm": True,
-        **options,
-    }
-    args = QuantizedDistillationConfig(str(folder), **settings)
-    return QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=transfer_set)
-
-
-@pytest.fixture(scope="module")
-def trained_run(tiny_model_path, transfer_set, tmp_path_factory):
-    """A run's folder with a report, an adapter in `student`, and what a trainer leaves beside it."""
-    run = tmp_path_factory.mktemp("runs") / "mine"
-    trainer = build_trainer(tiny_model_path, transfer_set, run / "student", save_strategy="steps", save_steps=2)
-    trainer.train()
-    trainer.save_model()
-    build(run, {name: make_arm(name, *level) for name, level in LEVELS.items()})
-    student = run / "student"
-    torch.save({"hub_token": TOKEN}, student / "training_args.bin")
-    (student / "optimizer.pt").write_text(TOKEN)
-    (student / "config.yaml").write_text(f"hub_token: {TOKEN}\n")
-    (student / "notes.txt").write_text(TOKEN)
-    return run
-
-
-@pytest.fixture
-def run(trained_run, tmp_path):
-    return shutil.copytree(trained_run, tmp_path / "mine")
-
-
-def files_at(hub: FakeHub, name: str) -> dict[str, bytes]:
-    files = hub.repositories["model", name].commits[-1].files
-    return {path: data for path, data in files.items() if path != ".gitattributes"}
-
-
-def load_base(tiny_model_path):
-    return AutoModelForCausalLM.from_pretrained(
-        tiny_model_path, dtype=torch.float32, quantization_config=default_quantization_config(torch.float32)
-    )
+pytest_plugins = ["hub_runs"]
 
 
 def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, tiny_model_path, transfer_set, caplog):
@@ -134,42 +64,6 @@ def ours_folder(hub: FakeHub, files: dict[str, bytes], run: Path) -> Path:
     return folder
 
 
-def test_the_page(hub, run, transfer_set):
-    push_adapter(run / "student", "user/student", licence="apache-2.0", base_model="maker/base")
-    files = files_at(hub, "user/student")
-    _, front, text = files["README.md"].decode().split("---\n", 2)
-    metadata = yaml.safe_load(front)
-    assert metadata["license"] == "apache-2.0" and metadata["base_model"] == "maker/base"
-    assert set(metadata["tags"]) >= {"quantkd", "distillation", "4-bit"}
-    results = metadata["model-index"][0]["results"]
-    measured = {metric["name"]: metric["value"] for result in results for metric in result["metrics"]}
-    report = json.loads((run / "results.json").read_text())
-    expected = {report["metrics"][key]: one["value"] for key, one in report["arms"]["after"]["metrics"].items()}
-    assert measured == expected and len(measured) >= 4
-    for fact in (
-        transfer_set.digest, "learning_rate", "0.01", "alpha", "gap recovered", "](gap.png)", "BitsAndBytesConfig",
-        "bnb_4bit_compute_dtype=torch.float32", 'PeftModel.from_pretrained(base, "user/student")', "## Limits",
-    ):  # fmt: skip
-        assert fact in text, fact
-    blocks = text.split("```python\n")[1:]
-    assert blocks
-    for block in blocks:
-        compile(block.split("```")[0], "card", "exec")
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "maker/base"
-
-
-def test_the_page_of_an_adapter_without_a_report(hub, run):
-    (run / "results.json").unlink()
-    (run / "student" / "quantkd.json").unlink()
-    push_adapter(run / "student", "user/student")
-    files = files_at(hub, "user/student")
-    text = files["README.md"].decode()
-    assert "gap.png" not in files and "quantkd.json" not in files
-    metadata = yaml.safe_load(text.split("---\n", 2)[1])
-    assert "license" not in metadata and "model-index" not in metadata and "base_model" not in metadata
-    assert "No evaluation was pushed" in text and "Not stated" in text and "not recorded" in text
-
-
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):
     shutil.copytree(run / "student", run / "other")
     with pytest.raises(DataError, match="the adapters other, student; expected one"):
@@ -207,29 +101,63 @@ def test_nothing_becomes_public_by_mistake(hub, run):
     push_adapter(run, "user/open", private=False)
 
 
+def test_a_repository_that_holds_something_else_is_left_alone(hub, run, tmp_path):
+    files = {"README.md": b"mine", "config.json": b"{}", "data/x.bin": b"1"}
+    for kind in ("model", "dataset"):
+        hub.make(kind, "user/other", files)
+        hub.make(kind, "user/blank", {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"})
+    hub.make("dataset", "user/folder", {"data/x.parquet": b"1"})
+    write_set(tmp_path / "set")
+    opened = TransferSet(tmp_path / "set")
+    with pytest.raises(ConfigError, match=r"user/other holds data, config.json, and no adapter; .*Choose another name"):
+        push_adapter(run, "user/other")
+    with pytest.raises(ConfigError, match=r"user/other holds data, config.json, and no transfer set"):
+        opened.push_to_hub("user/other")
+    with pytest.raises(ConfigError, match=r"user/folder holds data, and no transfer set"):
+        opened.push_to_hub("user/folder")
+    assert all(len(hub.repositories[kind, "user/other"].commits) == 2 for kind in ("model", "dataset"))
+    push_adapter(run, "user/blank")
+    opened.push_to_hub("user/blank")
+    assert TransferSet.open("user/blank").digest == opened.digest
+
+
+def test_a_branch_of_its_own(hub, run, tmp_path):
+    write_set(tmp_path / "set")
+    opened = TransferSet(tmp_path / "set")
+    opened.push_to_hub("user/set")
+    write_set(tmp_path / "other", make_plan(prompts_digest="2" * 64, num_prompts=5))
+    other = TransferSet(tmp_path / "other")
+    pushed = other.push_to_hub("user/set", revision="v2")
+    assert TransferSet.open("user/set").digest == opened.digest
+    assert TransferSet.open("user/set", revision="v2").digest == TransferSet.open("user/set@v2").digest == other.digest
+    assert str(TransferSet.open("user/set@v2").sources[0]) == f"user/set at {pushed.commit}"
+    with pytest.raises(ConfigError, match="names one revision"):
+        TransferSet.open("user/set@v2", revision="main")
+    assert push_adapter(run, "user/student", revision="v2").commit
+    branches = hub.repositories["model", "user/student"].branches
+    assert set(branches["v2"].files) - {".gitattributes"} == PUSHED and set(branches["main"].files) == {
+        ".gitattributes"
+    }
+
+
+def test_without_a_token_it_says_what_to_do(hub, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    write_set(tmp_path / "set")
+    for words in (
+        ["push", str(tmp_path / "set"), "user/set"],
+        ["push", str(run), "user/student"],
+        ["push", str(run), "s"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "no token to push to" in (said := capsys.readouterr().err) and "`hf auth login`, or set HF_TOKEN" in said
+    assert hub.requests == []
+
+
 def test_a_pickled_adapter_is_not_pushed(hub, run):
     (run / "student" / "adapter_model.safetensors").rename(run / "student" / "adapter_model.bin")
     with pytest.raises(DataError, match=r"adapter_model.bin, a pickle; expected adapter_model.safetensors"):
         push_adapter(run, "user/student")
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("tokenizer_config.json", json.dumps({"note": TOKEN})),
-        ("tokenizer_config.json", json.dumps({"note": "hf_" + "x" * 34})),
-        ("tokenizer_config.json", json.dumps({"note": str(Path.home() / "models")})),
-        ("chat_template.jinja", f"{{# {TOKEN} #}}"),
-        ("quantkd.json", json.dumps({"training": {"token": TOKEN}})),
-        ("adapter_config.json", json.dumps({"base_model_name_or_path": "b", "peft_type": "LORA", "x": TOKEN})),
-    ],
-)
-def test_a_file_that_holds_a_secret_stays_here(hub, run, name, text):
-    (run / "student" / name).write_text(text)
-    with pytest.raises(ConfigError, match=f"{name}|README.md") as caught:
-        push_adapter(run, "user/student")
-    assert TOKEN not in str(caught.value)
     assert hub.requests == []
 
 
@@ -240,7 +168,9 @@ def test_the_trainer_pushes_by_name_and_into_a_private_repository(hub, tiny_mode
     )  # fmt: skip
     assert hub.repositories["model", "user/student"].private  # made when the trainer was
     trainer.train()
-    pushed = trainer.push_to_hub(licence="mit")
+    with pytest.raises(ConfigError, match="was given dataset_name; expected licence, base_model, run_dir"):
+        trainer.push_to_hub(dataset_name="gsm8k")
+    pushed = trainer.push_to_hub(license="mit")
     repository = hub.repositories["model", "user/student"]
     titles = [commit.title for commit in repository.commits]
     assert titles == [
@@ -334,65 +264,3 @@ def test_the_command_line_in_a_process_of_its_own(hub, tmp_path):
     assert hub.repositories["dataset", "user/set"].commits[-1].sha in done.stdout
     assert TOKEN not in done.stdout + done.stderr
     assert TransferSet.open("user/set").digest == TransferSet(tmp_path / "set").digest
-
-
-def test_a_canary_token_is_found_nowhere(
-    hub, run, tiny_model_path, transfer_set, tmp_path, caplog, capfd, monkeypatch
-):  # fmt: skip
-    """In the environment, as an argument, in the training configuration, and in what the server answers."""
-    monkeypatch.setenv("MY_SERVICE_API_KEY", "canary-0123456789-canary")
-    caplog.set_level(logging.DEBUG)
-    for name in ("quantkd.hub", "huggingface_hub", "transformers"):
-        caplog.set_level(logging.DEBUG, logger=name)
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    hub.echo = f"with {TOKEN}, nor with canary-0123456789-canary"
-    said = []
-    faults = iter(["503", None, "429"])
-    hub.fault = lambda number, method, path: next(faults, None)
-    transfer_set.push_to_hub("user/set", token=TOKEN)
-    trainer = build_trainer(
-        tiny_model_path, transfer_set, tmp_path / "student", push_to_hub=True, hub_model_id="user/trained",
-        hub_token=TOKEN, save_strategy="steps", save_steps=1,
-    )  # fmt: skip
-    trainer.train()
-    trainer.push_to_hub()
-    push_adapter(run, "user/student", token=TOKEN)
-    list(TransferSet.open("user/set", token=TOKEN))
-    load_adapter(load_base(tiny_model_path), "user/student", token=TOKEN)
-    for fault in ("400", "403", "503"):
-        hub.fault = lambda number, method, path, fault=fault: fault
-        for attempt in (
-            lambda: push_adapter(run, "user/student", token=TOKEN),
-            lambda: transfer_set.push_to_hub("user/set", token=TOKEN, licence="mit"),
-            lambda: TransferSet.open("user/none", token=TOKEN),
-        ):
-            with pytest.raises(HubError) as caught:
-                attempt()
-            said.append("".join(traceback.format_exception(caught.value)))
-    assert "[secret]" in "".join(said)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(HubError) as caught:
-        main(["--traceback", "push", str(run), "user/student"])
-    said.append("".join(traceback.format_exception(caught.value)))
-    with pytest.raises(SystemExit):
-        main(["push", str(run), "user/student"])
-    assert "nor with [secret]" in "".join(said)
-    captured = capfd.readouterr()
-    printed = "\n".join([*said, captured.out, captured.err, *(record.getMessage() for record in caplog.records)])
-    sent = b"\n".join(hub.received)
-    assert len(sent) > 10**5
-    for secret in (TOKEN, "canary-0123456789-canary"):
-        assert secret not in printed
-        assert secret.encode() not in sent
-    places = [str(Path.home()) + "/", str(tmp_path), str(tiny_model_path.parent)]
-    host = socket.gethostname()
-    for place in [*places, *([host] if len(host) > 5 else [])]:
-        assert place.encode() not in sent, place
-
-
-def test_public_names():
-    assert public_name("maker/model") == "maker/model"
-    assert public_name("gone") == "gone"
-    assert public_name("/srv/gone/models/llama-8b/") == "llama-8b"
-    assert public_name("../gone/models/llama-8b") == "llama-8b"
-    assert public_name("C:\\gone\\llama-8b") == "llama-8b"

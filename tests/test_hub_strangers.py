@@ -168,7 +168,9 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
         ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, "sets auto_mapping"),
         ({"layer_replication": [[0, 10**9]]}, "sets layer_replication"),
         ({"something_new": {"path": "/etc/passwd"}}, "sets something_new"),
-        ({"target_modules": "(a+)+$"}, "expected plain names"),
+        ({"init_lora_weights": "pissa"}, "started with 'pissa', which changes the base model's weights"),
+        ({"init_lora_weights": "loftq"}, "started with 'loftq'"),
+        ({"init_lora_weights": 7}, "started with '7'"),
         ({"target_modules": ["(a+)+$"]}, "expected plain names"),
         ({"rank_pattern": {"(a+)+$": 3}}, "expected plain names"),
         ({"target_modules": {"q_proj": 1}}, "expected plain names"),
@@ -187,6 +189,18 @@ def test_configurations_that_ask_for_more_or_for_what_cannot_be(hub, files, tiny
     with watch, pytest.raises(DataError, match=message):
         load_adapter(tiny_model, "user/strange")
     assert watch.found == []
+
+
+def test_a_regular_expression_is_not_run(hub, files, tiny_model, tmp_path):
+    """PEFT saves one where the maker gave one; the weights tell which modules it meant."""
+    fields = {"target_modules": "(x+x+)+y|.*\\.(q|v)_proj", "exclude_modules": "(x+x+)+y"}
+    hub.make("model", "user/pattern", with_config(files, **fields), private=False)
+    loaded = load_adapter(tiny_model, "user/pattern")
+    expected = load_file_bytes(files["adapter_model.safetensors"], tmp_path)
+    state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert all(name.count(".") > 2 for name in loaded.peft_config["default"].target_modules)
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 10**5])

@@ -202,8 +202,8 @@ def test_bad_arms(tmp_path: Path, arms: dict[str, dict[str, Any]], path: str, va
 
 def test_missing_and_broken_files(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     after = arms.pop("after")
-    with pytest.raises(DataError, match=r"holds the arms \['before', 'teacher'\]; \['after'\] missing"):
-        build(tmp_path, arms)
+    with pytest.raises(DataError, match=r"holds no arms; expected files such as teacher\.json"):
+        build(tmp_path / "empty", {})
     with pytest.raises(DataError, match="neither fidelity nor accuracy"):
         build(tmp_path, {**arms, "after": {**after, "fidelity": None, "accuracy": {}}})
     (tmp_path / "evaluation" / "after.json").write_text("{")

@@ -121,7 +121,8 @@ def test_differences_are_paired(tmp_path: Path, arms: dict[str, dict[str, Any]])
     # Cross-entropy differs by the same in each row: no width, wide as each arm's own interval may be.
     assert after["differences"]["control"]["ce"]["interval"] == pytest.approx([-0.2, -0.2])
     assert list(results["arms"]["control"]["differences"]) == ["before", "teacher"]
-    assert results["arms"]["teacher"]["differences"] == {}
+    gap = results["arms"]["teacher"]["differences"]["before"]["kl"]["value"]
+    assert gap == pytest.approx(-results["arms"]["before"]["differences"]["teacher"]["kl"]["value"]) and gap < 0
     assert "less the control" in (tmp_path / "report.md").read_text()
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from quantkd.cli.parsing import whole_number
+from quantkd.cli.parsing import plain_parser, whole_number
 
 __all__ = ["main"]
 
@@ -27,9 +26,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: 1 if a row is suspect.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd audit", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd audit", _EXAMPLES)
     parser.add_argument("transfer_set", help="folder of the set")
     parser.add_argument("--teacher", required=True, help="the teacher, from a source that you trust")
     parser.add_argument("--revision", help="its branch, tag or commit; the one that the set names if it names one")

@@ -108,7 +108,7 @@ class CaptureArguments:
         default=None, metadata={"help": "Teacher's dtype; bfloat16 where the hardware has it, else float32."}
     )
     teacher_adapter: str | None = field(
-        default=None, metadata={"help": "PEFT adapter on the teacher: a Hub name or a folder."}
+        default=None, metadata={"help": "LoRA adapter on the teacher: a folder, or user/name on the Hub."}
     )
     engine: Literal["transformers", "vllm", "server"] = field(
         default="transformers", metadata={"help": "What runs the teacher."}

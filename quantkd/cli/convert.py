@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from quantkd.cli.format import format_info
+from quantkd.cli.parsing import plain_parser
 from quantkd.storage import parse_storage_rule
 from quantkd.transfer_set import PROFILES, TransferSet, convert
 
@@ -28,9 +29,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: options that do not go together.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd convert", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd convert", _EXAMPLES)
     parser.add_argument("source", help="folder of the transfer set; with --from a Parquet file, or a folder of them")
     parser.add_argument("destination", help="folder of the new one")
     parser.add_argument("--profile", choices=list(PROFILES), help="precision of the new one; faithful with --from")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantkd.cli.parsing import plain_parser
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.data.arithmetic import generate_problems
 from quantkd.demo import load_demo_model
@@ -30,9 +30,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: the arguments after `quantkd demo`.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd demo", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd demo", _EXAMPLES)
     parser.add_argument("--output_dir", default="runs/demo", help="where everything is written (runs/demo)")
     parser.add_argument("--train_rows", type=int, default=96, help="problems to learn from (96)")
     parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure the fidelity on (32)")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import AutoTokenizer
 
 from quantkd.checkpoint import naming
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.parsing import parse_options
 from quantkd.data.gsm8k import load_gsm8k
-from quantkd.data.prompts import load_examples
+from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import evaluate_prompts
 from quantkd.evaluation.arms import check_arm_name, evaluate_arm
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.hardware import process_state
+from quantkd.hub.loading import load_adapter
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet
 
@@ -45,7 +46,9 @@ class EvaluationArguments:
     arm: str = field(metadata={"help": "teacher, before, after, or a name of your own."})
     title: str | None = field(default=None, metadata={"help": "How the report calls this arm."})
     full_precision: bool = field(default=False, metadata={"help": "Load the model unquantized, as the teacher is."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub name of a trained adapter."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a trained adapter, or user/name or user/name@revision on the Hub."}
+    )
     held_out: str | None = field(default=None, metadata={"help": "Transfer set to measure the fidelity on."})
     teacher: str | None = field(
         default=None, metadata={"help": "The teacher's checkpoint, to measure fidelity over the whole vocabulary too."}
@@ -88,8 +91,11 @@ def main(argv: Sequence[str]) -> None:
     tasks = _tasks_from(args)
     if not student.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
+    # What is wrong with the data is told before a model is loaded.
     if tasks is not None:
-        tasks.manager  # noqa: B018  (so that a wrong name is told before the model is loaded)
+        tasks.manager  # noqa: B018
+    held_out = TransferSet.open(args.held_out) if args.held_out else None
+    examples = _load_prompts(args) if args.prompts else []
     model: Any
     if args.full_precision:
         model, tokenizer = load_teacher(
@@ -107,8 +113,7 @@ def main(argv: Sequence[str]) -> None:
                 trust_remote_code=student.trust_remote_code,
             )
     if args.adapter:
-        with naming(args.adapter, "adapter_config.json"):
-            model = PeftModel.from_pretrained(model, args.adapter)
+        model = load_adapter(model, args.adapter)
     teacher = None
     if args.teacher:
         is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
@@ -129,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
             arm=args.arm,
             title=args.title,
             model_name=student.model_name_or_path,
-            held_out=TransferSet.open(args.held_out) if args.held_out else None,
+            held_out=held_out,
             teacher=teacher,
             questions=load_gsm8k(source, "test", args.limit) if args.gsm8k else (),
             few_shot=load_gsm8k(source, "train", max(args.shots)) if args.gsm8k and max(args.shots) else (),
@@ -139,21 +144,37 @@ def main(argv: Sequence[str]) -> None:
             **shared,
         )
         if process_state().is_main_process:
-            print(path)
+            print(f"{path}{_describe(path) if held_out else ''}")
     if args.prompts:
-        examples = load_examples(
-            args.prompts,
-            prompt_column=args.prompt_column,
-            completion_column=args.completion_column,
-            split=args.split,
-            limit=args.limit,
-        )
         path = folder / f"{args.arm}-prompts.jsonl"
+        if args.force and process_state().is_main_process:
+            path.unlink(missing_ok=True)
+        process_state().wait_for_everyone()
         records = [asdict(r) for r in evaluate_prompts(model, tokenizer, examples, records_path=path, **shared)]
         if not process_state().is_main_process:
             return
         graded = [record["correct"] for record in records if record["correct"] is not None]
         print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))
+
+
+def _describe(path: Path) -> str:
+    """What was measured on the held-out rows, for one line."""
+    found = json.loads(path.read_text(encoding="utf-8"))["fidelity"]
+    return (
+        f": KL {found['kl']:.4f} nats a token, perplexity {found['perplexity']:.2f}, top-1 agreement "
+        f"{found['top1_agreement']:.1%} on {len(found['rows'])} rows"
+    )
+
+
+def _load_prompts(args: EvaluationArguments) -> list[Example]:
+    assert args.prompts is not None
+    return load_examples(
+        args.prompts,
+        prompt_column=args.prompt_column,
+        completion_column=args.completion_column,
+        split=args.split,
+        limit=args.limit,
+    )
 
 
 def _plain_dtype(student: StudentArguments) -> str | None:
@@ -162,9 +183,13 @@ def _plain_dtype(student: StudentArguments) -> str | None:
 
 def _load_teacher(name_or_path: str, student: StudentArguments) -> Any:
     """The teacher beside the model, in the dtype that the model computes in."""
-    return load_teacher(name_or_path, dtype=_plain_dtype(student), trust_remote_code=student.trust_remote_code)[
-        0
-    ].requires_grad_(False)
+    teacher = load_teacher(
+        name_or_path,
+        dtype=_plain_dtype(student),
+        revision=student.model_revision if name_or_path == student.model_name_or_path else "main",
+        trust_remote_code=student.trust_remote_code,
+    )[0]
+    return teacher.requires_grad_(False)
 
 
 def _tasks_from(args: EvaluationArguments) -> HarnessTasks | None:

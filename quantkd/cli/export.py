@@ -13,7 +13,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from quantkd.checkpoint import naming
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
@@ -28,7 +27,9 @@ from quantkd.export import (
     load_exported,
     read_provenance,
 )
+from quantkd.fingerprint import check_fingerprint
 from quantkd.hardware import process_state
+from quantkd.hub.loading import fetch_adapter, load_adapter
 from quantkd.teacher.loading import load_tokenizer
 from quantkd.transfer_set import TransferSet
 
@@ -48,7 +49,9 @@ _EXAMPLES = """examples:
 class ExportArguments:
     """What to export, in which form, and what to score it on."""
 
-    adapter: str = field(metadata={"help": "Folder or Hub name of a trained adapter."})
+    adapter: str = field(
+        metadata={"help": "Folder of a trained adapter, or user/name or user/name@revision on the Hub."}
+    )
     output_dir: str = field(metadata={"help": "A new folder for the export."})
     form: str = field(
         metadata={"help": "merged: 16 bit; requantized: merged and rounded to 4 bit again; adapter: PEFT's files."}
@@ -74,22 +77,27 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: an unknown form, a folder that is not new, a re-quantized merge that is neither measured nor
             accepted, a place for scores without rows to score on, or several processes.
+        TransferSetError: a held-out set that was written with another tokenizer's vocabulary.
     """
     args, student = parse_options([ExportArguments, StudentArguments], argv, prog="quantkd export", examples=_EXAMPLES)
     _check(args, student)
     held_out = TransferSet.open(args.held_out) if args.held_out else None
+    adapter = str(fetch_adapter(args.adapter))
     tokenizer = _load_tokenizer(args.adapter, student)
+    if held_out is not None:
+        what = f"The held-out set of teacher {held_out.info.teacher_name}"
+        check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
     score = _Scores(args, student, tokenizer, held_out)
     if args.form == "adapter":
-        path = export_adapter(args.adapter, tokenizer, args.output_dir, base=student.model_name_or_path)
+        path = export_adapter(adapter, tokenizer, args.output_dir, base=student.model_name_or_path)
         if held_out is not None:
             score.measure("after", _load_adapted(student, str(path)))
     else:
-        model = _load_adapted(student, args.adapter)
+        model = _load_adapted(student, adapter)
         if held_out is not None:
             score.measure("after", model)
         write = export_merged if args.form == "merged" else export_requantized
-        facts = read_provenance(args.adapter)
+        facts = read_provenance(adapter)
         path = write(model, tokenizer, args.output_dir, dtype=args.save_dtype, provenance=facts)
         del model
         gc.collect()
@@ -126,9 +134,7 @@ def _load_tokenizer(adapter: str, student: StudentArguments) -> PreTrainedTokeni
 
 
 def _load_adapted(student: StudentArguments, adapter: str) -> PeftModel:
-    model = load_student_from(student)
-    with naming(adapter, "adapter_config.json"):
-        return PeftModel.from_pretrained(model, adapter)
+    return load_adapter(load_student_from(student), adapter)
 
 
 class _Scores:

@@ -47,7 +47,8 @@ def format_histograms(histograms: Histograms) -> str:
         for low in range(0, len(histograms.entropy), step)
         if (part := histograms.entropy[low : low + step]).sum()
     ]
-    lines = ["  entries a token", *_bars(entries), "  entropy of the teacher, at least", *_bars(entropy)]
+    lines = ["  entries a token", *_bars(entries)]
+    lines += ["  the teacher's entropy, the tail counted as one token", *_bars(entropy)]
     return "\n".join(lines)
 
 
@@ -77,7 +78,7 @@ def format_info(info: TransferSetInfo) -> str:
         + (f", {rescaled} targets scaled back to a mass of 1" if rescaled else ""),
         "size": f"{format_bytes(info.num_bytes)}, {info.bytes_per_response_token:.1f} bytes a response token",
         "temperatures": ", ".join(map(str, info.temperatures)),
-        "responses": f"{info.responses} {info.generation}",
+        "responses": f"{info.responses}({', '.join(f'{key}={value}' for key, value in info.generation.items())})",
         "digest": info.digest + ("" if info.complete else " (unfinished)"),
     }
     return "\n".join(f"  {name:<13} {value}" for name, value in lines.items())

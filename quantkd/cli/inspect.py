@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from quantkd.cli.format import format_histograms, format_info
-from quantkd.cli.parsing import whole_number
+from quantkd.cli.parsing import plain_parser, whole_number
 from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.histograms import compute_histograms
@@ -33,9 +32,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: a picture that is no PNG, or a tokenizer that cannot be found.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd inspect", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd inspect", _EXAMPLES)
     parser.add_argument("path", help="folder of the transfer set")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--rows", type=whole_number(0), default=3, help="rows to show (3)")

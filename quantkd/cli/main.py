@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from quantkd.errors import QuantKDError
 
@@ -32,7 +36,11 @@ _COMMANDS = {
 
 _SAME_COMMAND = "Run the same command again to go on."
 _GO_ON = {
-    "train": "Run the same command with --resume_from_checkpoint true to go on from the last checkpoint.",
+    "train": "Run the same command with --resume_from_checkpoint true to go on from the last checkpoint (every "
+    "--save_steps), or without it to start anew.",
+    "report": "Run the same command again.",
+    "view": "Run the same command again.",
+    "convert": "Run the same command again.",
     "inspect": "Nothing was changed.",
     "verify": "Nothing was changed.",
     "audit": "Nothing was changed.",
@@ -47,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments after the program's name; those of the process if None.
 
     Raises:
-        SystemExit: 0 after help, 2 for wrong usage, 1 for an error that has a name, 130 when interrupted.
+        SystemExit: 0 after help, 2 for wrong usage, 1 for an error that has a name, 130 when interrupted by Ctrl-C or
+            by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments[:1]
@@ -68,18 +77,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        with _revisions_on_stderr():
+        with _stopped_by_sigterm(), _without_noise(), _revisions_on_stderr():
             importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
-    # The latter three are how torch, transformers, peft and datasets say that an argument, a model, a file or a package
-    # is not as it must be.
-    except (QuantKDError, ImportError, OSError, ValueError) as error:
-        if show_traceback:
+    except Exception as error:
+        if show_traceback or not _is_expected(error):
             raise
         print(f"quantkd {command}: {_describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"quantkd {command}: interrupted. {_GO_ON.get(command, _SAME_COMMAND)}", file=sys.stderr)
+        start = "\n" if sys.stderr.isatty() else ""  # below a bar
+        print(f"{start}quantkd {command}: interrupted. {_GO_ON.get(command, _SAME_COMMAND)}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which schedulers and containers send, ends a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Leave out two lines of other libraries about each other, which a user can do nothing about."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "gemm_4bit_forward" not in record.getMessage()  # a faster kernel that is optional
+
+    logger.addFilter(is_news)
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks transformers by the old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 @contextmanager
@@ -96,9 +139,21 @@ def _revisions_on_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _is_expected(error: Exception) -> bool:
+    """Whether the message says it all, so that where it arose is of no use to who reads it."""
+    # The latter three are how torch, transformers, peft and datasets say that an argument, a model, a file or a package
+    # is not as it must be; the others how safetensors and torch say that the disk is full.
+    if isinstance(error, (QuantKDError, ImportError, OSError, ValueError)):
+        return True
+    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter failed" in str(error)
+
+
 def _describe(error: Exception) -> str:
-    """One line; of errors that are not quantkd's own also what to do next."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """One line without secrets; of errors that are not quantkd's own also what to do next."""
+    from quantkd.hub.secrets import find_secrets, redact  # the Hub's client takes half a second to import
+
+    # A file of options that is broken, or a server, may be quoted with the token in it.
+    text = " ".join(redact(str(error), find_secrets()).split()) or type(error).__name__
     if isinstance(error, QuantKDError):
         return text
     if isinstance(error, OSError) and error.filename is not None:

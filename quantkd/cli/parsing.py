@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import os
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+import re
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from quantkd.errors import ConfigError, QuantKDError
 
-__all__ = ["parse_options", "save_options", "whole_number"]
+__all__ = ["parse_options", "plain_parser", "save_options", "whole_number"]
 
+_FROM_A_FILE = (
+    "--config FILE.yaml takes options from a file, their long names as keys; what the command line gives besides wins."
+)
 # Of options that hold a secret a file that is kept says nothing.
-_SECRETS = ("token",)
+_SECRET = re.compile(r"(?:.*_)?token")
+# How a run was started, which is no part of what it is.
+_OF_THE_START = ("config", "resume_from_checkpoint")
+
+
+class _OneLine(ArgumentParser):
+    """A parser whose errors are one line, without the usage of up to two hundred options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit with 2.
+
+        Args:
+            message: what argparse found.
+        """
+        stop = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"{self.prog}: error: {message}{stop} `{self.prog} --help` lists the options.\n")
+
+
+def plain_parser(prog: str, examples: str) -> ArgumentParser:
+    """The parser of a command whose options are few and in no file.
+
+    Args:
+        prog: the command, as usage messages show it.
+        examples: what `--help` ends with.
+
+    Returns:
+        An argparse parser whose errors are one line.
+    """
+    return _OneLine(prog, epilog=examples, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def parse_options(kinds: Sequence[type], argv: Sequence[str], *, prog: str, examples: str) -> tuple[Any, ...]:
@@ -44,9 +78,9 @@ def parse_options(kinds: Sequence[type], argv: Sequence[str], *, prog: str, exam
     except QuantKDError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{error} `{prog} --help` lists the options.") from error
+        raise ConfigError(f"{str(error).rstrip('.')}. `{prog} --help` lists the options.") from error
     if unknown:
-        parser.error(f"there is no option {unknown[0]}; `{prog} --help` lists them all")
+        parser.error(f"there is no option {unknown[0]}{_near(unknown[0], parser)}")
     return tuple(options)
 
 
@@ -56,8 +90,8 @@ def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, comm
     Args:
         kinds: the dataclasses of `parse_options`, which has taken `argv` without an error.
         argv: the arguments after the subcommand.
-        path: the file; its folder is made. Secrets are left out, and paths below the home folder are written as seen
-            from the current one.
+        path: the file; its folder is made. Secrets and `resume_from_checkpoint` are left out, and paths below the home
+            folder are written as seen from the current one.
         command: what the file is for, such as "quantkd train".
     """
     import yaml
@@ -72,13 +106,25 @@ def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, comm
         del words[place : place + 2]
     options = vars(parser.parse_args(words))
     plain = {
-        name: _without_home(value.value if isinstance(value, Enum) else value)
+        name: _without_home(_without_secrets(value.value if isinstance(value, Enum) else value))
         for name, value in sorted(options.items())
-        if not any(secret in name for secret in _SECRETS) and name != "config"
+        if not _SECRET.fullmatch(name) and name not in _OF_THE_START
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = f"# {command} --config {path.name}\n" + yaml.safe_dump(plain, sort_keys=True, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
+
+
+def _without_secrets(value: Any) -> Any:
+    """Options of options, such as model_init_kwargs, without those that hold a secret; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(each) for key, each in value.items() if not _SECRET.fullmatch(str(key))}
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.dumps(_without_secrets(json.loads(value)))
+        except json.JSONDecodeError:
+            return value
+    return value
 
 
 def _without_home(value: Any) -> Any:
@@ -91,8 +137,24 @@ def _without_home(value: Any) -> Any:
 def _parser(kinds: Sequence[type], prog: str, examples: str) -> Any:
     from trl import TrlParser  # seconds to import, and the commands that need `whole_number` alone do not want it
 
+    class Parser(_OneLine, TrlParser):
+        pass
+
     listed: Any = list(kinds)  # TrlParser's annotation leaves dataclass types out
-    return TrlParser(listed, prog=prog, epilog=examples, formatter_class=RawDescriptionHelpFormatter)
+    return Parser(
+        listed,
+        prog=prog,
+        description=_FROM_A_FILE,
+        epilog=examples,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `--temperature` shall not be taken for capture's `--temperatures`
+    )
+
+
+def _near(word: str, parser: ArgumentParser) -> str:
+    """The option that was probably meant, as the end of a message."""
+    near = get_close_matches(word.split("=")[0], parser._option_string_actions, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _words(argv: Sequence[str]) -> list[str]:
@@ -134,7 +196,11 @@ def _check_config(name: str) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The options in {name} cannot be read: {error}. Give a YAML file.") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{name} is not YAML: {reason}. Expected `option: value` on each line.") from error
+        # Not the line itself, which may hold a token.
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(
+            f"{name} is not YAML: {problem or type(error).__name__}{place}. Expected `option: value` on each line."
+        ) from None
     if not isinstance(value, dict):
         raise ConfigError(f"{name} holds a {type(value).__name__}; expected `option: value` on each line.")

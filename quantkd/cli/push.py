@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from quantkd.cli.format import format_bytes
+from quantkd.cli.parsing import plain_parser
 from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME
@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: options of an adapter with a transfer set.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd push", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd push", _EXAMPLES)
     parser.add_argument("path", help="folder of an adapter, of a run with one adapter, or of a transfer set")
     parser.add_argument("repo_id", help="repository on the Hub, user/name; made if it is not there")
     visibility = parser.add_mutually_exclusive_group()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantkd.cli.parsing import plain_parser
 from quantkd.report import build_report, format_table
 
 __all__ = ["main"]
@@ -22,9 +22,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: the arguments after `quantkd report`.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd report", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd report", _EXAMPLES)
     parser.add_argument("run_dir", help="folder whose evaluation/ holds what `quantkd evaluate` wrote")
     args = parser.parse_args(argv)
     page = build_report(args.run_dir)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from quantkd.cli.parsing import plain_parser
 from quantkd.selftest import run_selftest
 from quantkd.teacher import load_teacher
 
@@ -25,9 +25,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: 1 if any check failed.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd selftest", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd selftest", _EXAMPLES)
     parser.add_argument("model", help="a Hub name or a checkpoint folder; loaded in float32")
     parser.add_argument("--plain_prompts", action="store_true", help="use no chat template, as for a base model")
     parser.add_argument("--revision", help="branch, tag or commit")

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
 from quantkd.cli.parsing import parse_options, save_options
 from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
+from quantkd.resuming import find_checkpoint
 from quantkd.trainer import QuantizedDistillationTrainer
 from quantkd.transfer_set import TransferSet
 
@@ -51,15 +54,23 @@ def main(argv: Sequence[str]) -> None:
         argv: the arguments after `quantkd train`.
 
     Raises:
-        ConfigError: both ways of holding rows out at once, or amounts that train nothing.
+        ConfigError: both ways of holding rows out at once, amounts that train nothing, a tracker that is not installed,
+            or no checkpoint to go on from.
     """
     kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
     data, student, config = parse_options(kinds, argv, prog="quantkd train", examples=_EXAMPLES)
     _check_amounts(config)
     if data.eval_transfer_set and data.eval_fraction:
         raise ConfigError("Give eval_transfer_set or eval_fraction, not both.")
+    if config.eval_strategy != "no" and not (data.eval_transfer_set or data.eval_fraction):
+        raise ConfigError(
+            f"eval_strategy is {config.eval_strategy.value}, and there are no held-out rows to evaluate on. Give "
+            "--eval_transfer_set or --eval_fraction, or leave eval_strategy out."
+        )
+    _check_trackers(config)
     if data.control:
         _make_control(config)
+    config.resume_from_checkpoint = find_checkpoint(config.resume_from_checkpoint, str(config.output_dir))
     rows, held_out = TransferSet.open(data.transfer_set), None
     if data.eval_transfer_set:
         held_out = TransferSet.open(data.eval_transfer_set)
@@ -90,6 +101,19 @@ def _make_control(config: QuantizedDistillationConfig) -> None:
         raise ConfigError("A control is there to be compared with, not to be published. Leave push_to_hub off.")
     config.alpha = 0.0
     config.output_dir = f"{config.output_dir}-control"
+
+
+def _check_trackers(config: QuantizedDistillationConfig) -> None:
+    """Name a tracker that is missing before the model is loaded."""
+    installed = get_available_reporting_integrations()
+    assert isinstance(config.report_to, list)  # TrainingArguments has made it one
+    # Flyte's jobs bring what it needs, and transformers does not look for it.
+    missing = [name for name in config.report_to if name not in (*installed, "flyte")]
+    if missing:
+        raise ConfigError(
+            f"--report_to names {', '.join(missing)}; installed here: {', '.join(installed) or 'none'}. Install the "
+            "tracker's package, or leave --report_to out: training.png in the output folder has the curves."
+        )
 
 
 def _check_amounts(config: QuantizedDistillationConfig) -> None:

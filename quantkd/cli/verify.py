@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from quantkd.cli.format import format_bytes
+from quantkd.cli.parsing import plain_parser
 from quantkd.transfer_set import verify
 
 __all__ = ["main"]
@@ -22,9 +22,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: the arguments after `quantkd verify`.
     """
-    parser = argparse.ArgumentParser(
-        "quantkd verify", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser("quantkd verify", _EXAMPLES)
     parser.add_argument("path", help="folder of the transfer set")
     parser.add_argument("--allow_incomplete", action="store_true", help="check the committed part of an unfinished set")
     args = parser.parse_args(argv)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftModel
 from transformers import AutoTokenizer
 
 from quantkd.checkpoint import naming, short_name
@@ -14,6 +13,7 @@ from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.format import format_bytes
 from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
+from quantkd.hub.loading import load_adapter
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
@@ -32,7 +32,9 @@ class ViewArguments:
     """What to look at, and where to write the page."""
 
     held_out: str = field(metadata={"help": "Transfer set whose rows are shown; rows that were not trained on."})
-    adapter: str = field(metadata={"help": "Folder or Hub name of a trained adapter: off is before, on is after."})
+    adapter: str = field(
+        metadata={"help": "Trained adapter, a folder or user/name on the Hub. Off is before, on is after."}
+    )
     output: str = field(metadata={"help": "The HTML file to write."})
     rows: int = field(default=50, metadata={"help": "At most this many rows, from the front."})
     alternatives: int = field(default=8, metadata={"help": "The teacher's most probable tokens to show at each place."})
@@ -59,15 +61,14 @@ def main(argv: Sequence[str]) -> None:
     if not student.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
     held_out = TransferSet.open(args.held_out)
-    model = load_student_from(student)
+    model = load_student_from(student, trainable=False)
     with naming(student.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(
             student.model_name_or_path,
             revision=student.model_revision,
             trust_remote_code=student.trust_remote_code,
         )
-    with naming(args.adapter, "adapter_config.json"):
-        adapted = PeftModel.from_pretrained(model, args.adapter)
+    adapted = load_adapter(model, args.adapter)
     divergence = collect_divergence(
         adapted,
         held_out,

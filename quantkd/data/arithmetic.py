@@ -26,20 +26,23 @@ _CONTAINERS = ("boxes", "bags", "packs", "baskets", "jars")
 _MAX_FRUITLESS_DRAWS = 2_000
 
 
-def generate_problems(n: int, seed: int, *, exclude: Iterable[Mapping[str, str]] = ()) -> list[dict[str, str]]:
+def generate_problems(
+    n: int, seed: int, *, exclude: Iterable[Mapping[str, str]] = (), max_steps: int = 3
+) -> list[dict[str, str]]:
     """Word problems of one to three steps with whole answers, their solutions written out.
 
     Args:
         n: how many.
         seed: the same seed, n and exclude give the same problems.
         exclude: rows whose questions must not appear, such as the training problems when a test set is made.
+        max_steps: the most steps that a solution takes: 1, 2 or 3. Fewer are easier.
 
     Returns:
         n rows with the keys `question` and `answer`; no question twice. An answer is one line a step, then
         `#### <number>`, without GSM8K's calculator marks.
 
     Raises:
-        DataError: n is below 1, or there are not n problems that are new.
+        DataError: n is below 1, max_steps is none of these, or there are not n problems that are new.
 
     Example:
         >>> train = generate_problems(100, seed=0)
@@ -49,12 +52,16 @@ def generate_problems(n: int, seed: int, *, exclude: Iterable[Mapping[str, str]]
     """
     if n < 1:
         raise DataError(f"{n} problems were asked for; expected at least 1.")
+    if max_steps not in (1, 2, 3):
+        raise DataError(f"max_steps is {max_steps}; expected 1, 2 or 3.")
     rng = random.Random(seed)
     seen = {row["question"] for row in exclude}
     rows: list[dict[str, str]] = []
     fruitless = 0
     while len(rows) < n:
         question, steps, answer = rng.choice(_TEMPLATES)(rng)
+        if len(steps) > max_steps:
+            continue
         if question in seen:
             fruitless += 1
             if fruitless == _MAX_FRUITLESS_DRAWS:

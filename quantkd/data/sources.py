@@ -73,7 +73,7 @@ def _read_file(path: Path) -> Iterator[Any]:
     if path.suffix not in _FILE_SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(_FILE_SUFFIXES)}. Convert it.")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Windows likes to put a byte order mark
             if path.suffix == ".csv":
                 yield from csv.DictReader(file)
             elif path.suffix == ".json":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from quantkd.evaluation.accuracy import evaluate_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
 from quantkd.evaluation.kept import KeptArm, compute_arm_fingerprint, discard_arm
+from quantkd.fingerprint import check_fingerprint
 from quantkd.hardware import process_state
 from quantkd.transfer_set import TransferSet
 
@@ -31,6 +33,8 @@ TITLES = {
     "requantized": "4-bit, merged and quantized again",
 }
 
+_LONGEST_NAME = 100
+
 
 def check_arm_name(arm: str) -> None:
     """Refuse a name that would not be a plain file name.
@@ -39,10 +43,14 @@ def check_arm_name(arm: str) -> None:
         arm: the name.
 
     Raises:
-        ConfigError: it is empty, or holds anything but letters, digits, - and _.
+        ConfigError: it is empty, longer than 100 characters, or holds anything but a-z, A-Z, 0-9, - and _.
     """
-    if not arm or not all(character.isalnum() or character in "-_" for character in arm):
-        raise ConfigError(f"An arm's name is a file name of letters, digits, - and _, found {arm!r}. Choose another.")
+    # Of ASCII: other letters make other file names under another locale or file system.
+    if len(arm) > _LONGEST_NAME or not re.fullmatch(r"[A-Za-z0-9_-]+", arm):
+        raise ConfigError(
+            f"An arm's name is a file name of 1 to {_LONGEST_NAME} of a-z, A-Z, 0-9, - and _, found {arm!r}. "
+            "Choose another; --title takes any text."
+        )
 
 
 def evaluate_arm(
@@ -99,10 +107,16 @@ def evaluate_arm(
 
     Raises:
         ConfigError: nothing to measure, an arm's name that is no file name, or too few `few_shot` rows.
+        TransferSetError: `held_out` was written with another tokenizer's vocabulary.
+        DataError: `held_out` is empty, or records of another evaluation are there.
     """
     if held_out is None and not questions and tasks is None:
         raise ConfigError("There is nothing to measure: give held_out rows, questions, tasks, or several of them.")
     check_arm_name(arm)
+    if held_out is not None:
+        info = held_out.info
+        what = f"The held-out set of teacher {info.teacher_name}"
+        check_fingerprint(info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
     if questions and max(shots) > len(few_shot):
         raise ConfigError(f"{max(shots)} shots need as many training rows, found {len(few_shot)}.")
     folder = Path(run_dir) / "evaluation"
@@ -153,15 +167,25 @@ def evaluate_arm(
                 {"id": r.id, "correct_strict": r.correct_strict, "correct_flexible": r.correct_flexible}
                 for r in records
             ]
+            result.setdefault("items", {})[f"{count}-shot"] = {
+                "prompts": _digest([r.prompt for r in records]),
+                "golds": _digest([r.gold for r in records]),
+                "max_new_tokens": max_new_tokens,
+            }
     if tasks is not None:
         ran = evaluate_tasks(model, tokenizer, tasks, folder / "lm-eval" / arm, batch_size=batch_size, share=share)
         figures = {task: found for one in ran.values() for task, found in one.figures.items()}
         result["tasks"] = result.get("tasks", {}) | figures
         for one in ran.values():
             result.setdefault("accuracy", {}).update(one.verdicts)
+            result.setdefault("items", {}).update({key: dict(one.items) for key in one.verdicts})
     if not share or process_state().is_main_process:
         _write(path, result)
     return path
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -186,11 +186,11 @@ def compute_percentiles(values: Floats, confidence: float) -> Interval:
     """The middle part of resampled values.
 
     Args:
-        values: (R,).
+        values: (R,); left out where NaN: the figure of a draw whose rows all weigh nothing.
         confidence: how large a part.
     """
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    low, high = np.quantile(values[~np.isnan(values)], [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantkd.collator import DistillationCollator
-from quantkd.errors import ConfigError
+from quantkd.compatibility import check_student
+from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity_sums import Fidelity, sum_rows
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.hardware import process_state
@@ -61,8 +62,10 @@ def evaluate_fidelity(
         The sums of every row, at temperature 1.
 
     Raises:
-        ConfigError: a batch size below 1, or a teacher of another vocabulary.
+        ConfigError: a batch size below 1, a head smaller than the set's vocabulary, or a teacher of another one.
+        DataError: no rows, rows longer than the model's context, or figures that are not finite.
     """
+    check_student(transfer_set, model)
     student = _Forward(model)
     live = None
     if teacher is not None:
@@ -94,6 +97,12 @@ def evaluate_fidelity(
         each.train(mode)
     if share and process_state().num_processes > 1:  # each process has filled in its own rows
         found = Fidelity(reduce(found.rows.to(process_state().device), "sum").cpu(), found.dense)
+    broken = int((~found.rows.isfinite().all(1)).sum())
+    if broken:
+        raise DataError(
+            f"The figures of {broken} of {len(transfer_set)} rows are not finite: the logits hold NaN or infinity. "
+            "Load the model in bfloat16 or float32, or look for the step at which its training diverged."
+        )
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkd.evaluation.bins import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, RowBins, bin_confidence, bin_values
-from quantkd.evaluation.row_statistics import CalibrationSums, compute_value
+from quantkd.evaluation.row_statistics import MAX_EXPONENT, CalibrationSums, compute_value
 
 __all__ = ["Fidelity", "sum_rows"]
 
@@ -110,7 +110,7 @@ class Fidelity:
             "kl": means["kl_sum"],
             "reverse_kl": means["reverse_kl_sum"],
             "ce": means["ce_sum"],
-            "perplexity": math.exp(min(means["ce_sum"], 700.0)),
+            "perplexity": math.exp(min(means["ce_sum"], MAX_EXPONENT)),
             "top1_agreement": means["agree"],
             "ece": self._compute_ece(),
         }

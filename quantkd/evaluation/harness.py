@@ -18,7 +18,7 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -27,6 +27,7 @@ from quantkd.errors import ConfigError, DataError, MissingDependencyError
 from quantkd.evaluation.kept import compute_arm_fingerprint
 from quantkd.evaluation.task_results import (
     TaskResult,
+    describe_items,
     number_items,
     read_figures,
     read_kept,
@@ -114,8 +115,8 @@ def evaluate_tasks(
                 found = _run(model, tokenizer, manager, name, tasks, batch_size, share)
                 if found is None:
                     continue  # another process holds the result
-                result = found[0]
-                write_result(path, settings, *found)
+                result = TaskResult(found.figures, found.verdicts, describe_items(settings))
+                write_result(path, settings, result, found.records)
         if not share or process_state().is_main_process:
             results[name] = result
     return results
@@ -166,6 +167,12 @@ def _load_manager(tasks: HarnessTasks) -> Any:
     return manager
 
 
+class _Run(NamedTuple):
+    figures: dict[str, dict[str, dict[str, Any]]]
+    verdicts: dict[str, list[dict[str, Any]]]
+    records: list[dict[str, Any]]
+
+
 def _run(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -174,8 +181,8 @@ def _run(
     tasks: HarnessTasks,
     batch_size: int,
     share: bool,
-) -> tuple[TaskResult, list[dict[str, Any]]] | None:
-    """The result and the records of one name; None in other processes than the main one."""
+) -> _Run | None:
+    """One name, measured; None in other processes than the main one."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -206,7 +213,7 @@ def _run(
     shots = sorted({int(found["n-shot"][task]) for task in found["samples"]})
     title = f"lm-eval {name}, {'/'.join(map(str, shots))}-shot" + ", chat" * tasks.apply_chat_template
     verdicts = read_verdicts(records, title, figures.get(name) if len(found["samples"]) == 1 else None)
-    return TaskResult(figures, verdicts), records
+    return _Run(figures, verdicts, records)
 
 
 def _digest_items(leaves: Mapping[str, Any], limit: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,8 @@ from quantkd.head import base_network
 
 __all__ = ["KeptArm", "compute_arm_fingerprint", "discard_arm", "discard_stale_arm"]
 
-# Parts of an arm's file that say what the model scored; a part that is not asked for this time stays.
-_PARTS = ("transfer_set_digest", "fidelity", "accuracy", "tasks")
+# Parts of an arm's file that say what the model scored, and on what; a part that is not asked for this time stays.
+_PARTS = ("transfer_set_digest", "fidelity", "accuracy", "items", "tasks")
 
 
 class KeptArm:
@@ -94,8 +95,11 @@ def discard_arm(folder: Path, arm: str) -> None:
         arm: the arm's name.
     """
     (folder / f"{arm}.json").unlink(missing_ok=True)
-    for records in (*folder.glob(f"{arm}-*-shot.jsonl*"), *folder.glob(f"{arm}-prompts.jsonl*")):
-        records.unlink()
+    # Not `arm-*-shot`: that is a file of the arm "arm-2" as well.
+    own = re.compile(rf"{re.escape(arm)}-(\d+-shot|prompts)\.jsonl(\.settings\.json|\.tmp)?")
+    for records in folder.glob(f"{arm}-*.jsonl*"):
+        if own.fullmatch(records.name):
+            records.unlink()
     if (folder / "lm-eval" / arm).is_dir():
         shutil.rmtree(folder / "lm-eval" / arm)
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from quantkd.cpu_packing import unpack_kept
 from quantkd.errors import DataError
+from quantkd.head import base_network
 
 __all__ = ["RecordFile", "compute_model_fingerprint", "compute_prompts_digest"]
 
 _SAMPLES_PER_WEIGHT = 64
+# What a config holds that no forward pass depends on, or that the weights and `compute_arm_fingerprint` say.
+_IDLE_CONFIG = {"architectures", "dtype", "quantization_config", "transformers_version", "use_cache", "pad_token_id"}
 
 
 class RecordFile:
@@ -43,7 +47,9 @@ class RecordFile:
             _check_settings(path, settings_path, settings)
             self.existing = _read_records(path)
             self._write(self.existing)  # without a last line that was cut off
-        settings_path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary = settings_path.with_name(settings_path.name + ".tmp")
+        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, settings_path)  # records without settings would be lost
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records at the end, so that they survive the end of this process.
@@ -82,10 +88,10 @@ def compute_prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
 
 
 def compute_model_fingerprint(model: Any) -> str:
-    """A digest of what decides a model's answers: samples of every weight, and which adapters are switched on.
+    """A digest of what decides a model's answers: samples of every weight, its config, and its adapters' state.
 
     Training moves all weights of an adapter, so a few samples of each tell two trainings apart, and the 16 GB of a
-    model need not be hashed.
+    model need not be hashed. An adapter's scaling is no weight, nor are the positions' frequencies of a model.
 
     Args:
         model: a torch module, with or without a PEFT adapter.
@@ -94,7 +100,7 @@ def compute_model_fingerprint(model: Any) -> str:
         16 hexadecimal digits.
     """
     unpack_kept(model)  # the same model before its first answer and after it
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_describe_config(model).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta" and parameter.numel():
@@ -102,20 +108,36 @@ def compute_model_fingerprint(model: Any) -> str:
             samples = flat[:: max(1, flat.numel() // _SAMPLES_PER_WEIGHT)].cpu().contiguous()
             digest.update(samples.view(torch.uint8).numpy().tobytes())
     for name, module in model.named_modules():
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters"):
+        if isinstance(module, BaseTunerLayer):
             digest.update(f"{name} {module.disable_adapters} {module.active_adapters}".encode())
+            scaling = getattr(module, "scaling", {})
+            digest.update(f"{sorted((each, scaling.get(each)) for each in module.active_adapters)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _describe_config(model: Any) -> str:
+    config: Any = getattr(base_network(model), "config", None)
+    facts = config.to_dict() if hasattr(config, "to_dict") else {}
+    facts = {key: value for key, value in facts.items() if key not in _IDLE_CONFIG and not key.startswith("_")}
+    return json.dumps(facts, sort_keys=True, default=str)
 
 
 def _check_settings(path: Path, settings_path: Path, settings: dict[str, Any]) -> None:
     if not settings_path.exists():
         raise DataError(f"{path} holds records, and {settings_path.name} beside it is missing, so what they answer is "
                         "unknown. Remove the file, or give another one.")  # fmt: skip
-    found = json.loads(settings_path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(settings_path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, found {type(found).__name__}")
+    except ValueError as error:  # of which JSON's and Unicode's errors are kinds
+        raise DataError(f"{settings_path} is damaged: {error}. So what {path.name} answers is unknown. Remove both "
+                        "(`quantkd evaluate --force` does) to evaluate anew.") from error  # fmt: skip
     differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if differing:
         pairs = ", ".join(f"{key} is {found.get(key)!r}, not {settings.get(key)!r}" for key in differing)
-        raise DataError(f"{path} holds records of another evaluation: {pairs}. Remove the file, or give another one.")
+        raise DataError(f"{path} holds records of another evaluation: {pairs}. Remove the file "
+                        "(`quantkd evaluate --force` does), or give another one.")  # fmt: skip
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

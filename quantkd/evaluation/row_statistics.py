@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from quantkd.errors import DataError
 
-__all__ = ["CalibrationSums", "Floats", "RowStatistic", "RowSums", "compute_value", "divide"]
+__all__ = ["MAX_EXPONENT", "CalibrationSums", "Floats", "RowStatistic", "RowSums", "compute_value", "divide"]
 
 Floats = NDArray[np.float64]
+MAX_EXPONENT = 700.0  # exp of more is no float64; a perplexity of 1e304 says as much
 Transform = Literal["identity", "exp"]
 
 
@@ -78,7 +79,7 @@ class RowSums:
             sums: of numerators and denominators.
         """
         ratio = divide(sums[..., 0], sums[..., 1])
-        return np.exp(ratio) if self.transform == "exp" else ratio
+        return np.exp(np.minimum(ratio, MAX_EXPONENT)) if self.transform == "exp" else ratio
 
 
 @dataclass(frozen=True)

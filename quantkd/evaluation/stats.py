@@ -231,5 +231,5 @@ def compute_gap_recovered(
             None, f"the teacher scores worse than before (gap {gap:+.4g}), so there is nothing to recover"
         )
     shares = divide(afters - befores, gaps)  # of one draw, so numerator and denominator stay paired
-    interval = compute_percentiles(shares[~np.isnan(shares)], confidence)
+    interval = compute_percentiles(shares, confidence)
     return GapRecovered((after_value - before_value) / gap, None, interval if np.isfinite(interval).all() else None)

@@ -7,14 +7,23 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from quantkd.errors import DataError
 
-__all__ = ["TaskResult", "number_items", "read_figures", "read_kept", "read_verdicts", "to_line", "write_result"]
+__all__ = [
+    "TaskResult",
+    "describe_items",
+    "number_items",
+    "read_figures",
+    "read_kept",
+    "read_verdicts",
+    "to_line",
+    "write_result",
+]
 
 
 @dataclass(frozen=True)
@@ -26,10 +35,12 @@ class TaskResult:
             such as "acc,none": `value`, `stderr` (None where it gives none) and `n`, the number of items.
         verdicts: for each metric that is 0 or 1 on every item, under a title such as "lm-eval arc_easy, 0-shot, acc",
             `{"id", "correct_flexible"}` an item: an arm's accuracy, as the report reads it. A group's items are pooled.
+        items: what the model was asked, and how: arms are compared where these are the same.
     """
 
     figures: dict[str, dict[str, dict[str, Any]]]
     verdicts: dict[str, list[dict[str, Any]]]
+    items: dict[str, Any]
 
 
 def number_items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -125,17 +136,29 @@ def read_kept(path: Path, settings: Mapping[str, Any]) -> TaskResult | None:
         The result; None if none was finished.
 
     Raises:
-        DataError: one of other settings lies there.
+        DataError: one of other settings lies there, or a damaged one.
     """
     if not path.is_file():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    found = kept["settings"]
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        found, figures, verdicts = dict(kept["settings"]), dict(kept["figures"]), dict(kept["verdicts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error!r}. Ask for a rerun.") from error
     differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if differing:
         pairs = ", ".join(f"{key} is {found.get(key)!r}, not {settings.get(key)!r}" for key in differing)
         raise DataError(f"{path} holds another evaluation: {pairs}. Ask for a rerun, or choose another arm.")
-    return TaskResult(kept["figures"], kept["verdicts"])
+    return TaskResult(figures, verdicts, describe_items(settings))
+
+
+def describe_items(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a task's settings must be the same for two models that are compared.
+
+    Args:
+        settings: what decides the result.
+    """
+    return {key: value for key, value in settings.items() if key != "model"}
 
 
 def write_result(
@@ -154,7 +177,8 @@ def write_result(
     with path.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
         file.writelines(to_line(record) + "\n" for record in records)
     temporary = path.with_suffix(".json.tmp")
-    text = json.dumps({"settings": dict(settings), **asdict(result)}, indent=1, ensure_ascii=False)
+    content = {"settings": dict(settings), "figures": result.figures, "verdicts": result.verdicts}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 

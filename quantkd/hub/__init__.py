@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 # Name -> module that holds it: a transfer set is read without PEFT and transformers.
 _EXPORTS = {
     "PushedRepository": "repository",
+    "fetch_adapter": "loading",
     "load_adapter": "loading",
     "push_adapter": "adapter",
     "push_transfer_set": "sets",
 }
-__all__ = ["PushedRepository", "load_adapter", "push_adapter", "push_transfer_set"]
+__all__ = ["PushedRepository", "fetch_adapter", "load_adapter", "push_adapter", "push_transfer_set"]
 
 if TYPE_CHECKING:
     from quantkd.hub.adapter import push_adapter
-    from quantkd.hub.loading import load_adapter
+    from quantkd.hub.loading import fetch_adapter, load_adapter
     from quantkd.hub.repository import PushedRepository
     from quantkd.hub.sets import push_transfer_set
 

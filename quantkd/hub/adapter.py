@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from quantkd.errors import DataError, HubError
-from quantkd.hub.card import check_licence, render_adapter_card
+from quantkd.hub.card import check_licence, is_hub_name, render_adapter_card
 from quantkd.hub.failures import TransientHubError, wait_to_retry
 from quantkd.hub.repository import HubRepository, Operation, PushedRepository
 from quantkd.hub.secrets import check_shareable, find_secrets, public_name
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "find_adapter", "list_adapter_files", "push_adapter", "render_card"]
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CARD, _CHART, _PROVENANCE = "README.md", "gap.png", "quantkd.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# All that is ever pushed. Whatever else lies in the folder stays there: training_args.bin is a pickle and can hold a
-# token, optimizer and rng states say nothing to a reader, and nobody knows what the next library leaves behind.
+# All that is ever pushed. Whatever else lies in the folder stays there: training_args.bin is a pickle that can hold a
+# token, and nobody knows what the next library leaves behind.
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -36,6 +39,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+# In these "/root" is a token like any other.
+_VOCABULARIES = tuple(name for name in _TOKENIZER_FILES if name not in (_TOKENIZER_CONFIG, "chat_template.jinja"))
 _FACTS = ("quantkd_version", "transfer_set", "transfer_set_digest", "teacher", "objective", "training", "quantization")
 _MAX_HEADER_BYTES = 2**27
 _ATTEMPTS = 8
@@ -88,18 +93,26 @@ def push_adapter(
 
     Raises:
         DataError: no adapter there, several, or one that is a pickle.
-        ConfigError: a public repository without `private=False`, or a file that holds a secret.
+        ConfigError: a public repository without `private=False`, one that holds something else, or a file that holds a
+            secret.
         HubError: the Hub could not be reached, or refused.
     """
     check_licence(licence)
     adapter = _read_adapter(find_adapter(path), base_model, run_dir)
     _collect(adapter, repo_id, licence, token)  # a secret in it is found before a repository is made
+    if not is_hub_name(adapter.base):
+        logger.warning(
+            "The page names the base model %r, a folder here, so its snippet works for nobody else. Push again with "
+            "base_model (--base_model user/model).",
+            adapter.base,
+        )
     repository = HubRepository(repo_id, "model", token=token, branch=revision)
     for failures in range(1, attempts + 1):
         try:
             repository.ensure(private)
             files = _collect(adapter, repository.repo_id, licence, token)
             snapshot = repository.read()
+            snapshot.check_purpose(repository.repo_id, ADAPTER_CONFIG.__eq__, "adapter")
             ours = {*_TOKENIZER_FILES, _CHART, _PROVENANCE}
             operations: list[Operation] = [
                 *(CommitOperationAdd(name, content) for name, content in files.items()),
@@ -242,16 +255,11 @@ def _collect(adapter: _Adapter, repo_id: str, licence: str | None, token: str | 
             data = _read_header(adapter.folder / name)
         else:
             data = content if isinstance(content, bytes) else content.read_bytes()
-        check_shareable(name, data, secrets, paths=isinstance(content, bytes) or name == ADAPTER_WEIGHTS)
+        check_shareable(name, data, secrets, paths=name not in _VOCABULARIES)
     return files
 
 
 def _card(adapter: _Adapter, repo_id: str, licence: str | None) -> str:
-    table = None
-    if adapter.results is not None:
-        from quantkd.report import format_table  # it imports scipy
-
-        table = format_table(adapter.results)
     return render_adapter_card(
         repo_id=repo_id,
         base=adapter.base,
@@ -259,9 +267,16 @@ def _card(adapter: _Adapter, repo_id: str, licence: str | None) -> str:
         facts=adapter.facts,
         licence=licence,
         results=adapter.results,
-        table=table,
         has_chart=adapter.chart is not None,
+        has_tokenizer=(adapter.folder / _TOKENIZER_CONFIG).is_file(),
+        has_chat_template=_has_chat_template(adapter.folder),
     )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    config = folder / _TOKENIZER_CONFIG
+    in_config = config.is_file() and bool(_read_json(config).get("chat_template"))
+    return in_config or (folder / "chat_template.jinja").is_file()
 
 
 def _read_header(path: Path) -> bytes:

@@ -15,7 +15,7 @@ from quantkd.hub.secrets import public_name
 from quantkd.transfer_set.index import Index
 from quantkd.transfer_set.info import TransferSetInfo
 
-__all__ = ["check_licence", "render_adapter_card", "render_set_card"]
+__all__ = ["check_licence", "is_hub_name", "render_adapter_card", "render_set_card"]
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -38,6 +38,18 @@ def check_licence(licence: str | None) -> None:
             f"licence is {licence!r}; expected a short name of the Hub's list in lower case, such as apache-2.0, mit, "
             "llama3.1 or other."
         )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name has the form that others can load it by.
+
+    Args:
+        name: of a model.
+
+    Returns:
+        True for `user/model`.
+    """
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def render_set_card(info: TransferSetInfo, index: Index, *, repo_id: str, licence: str | None) -> str:
@@ -74,8 +86,9 @@ def render_adapter_card(
     facts: Mapping[str, Any],
     licence: str | None,
     results: Mapping[str, Any] | None,
-    table: str | None,
     has_chart: bool,
+    has_tokenizer: bool,
+    has_chat_template: bool,
 ) -> str:
     """The page of an adapter.
 
@@ -86,47 +99,81 @@ def render_adapter_card(
         facts: what quantkd.json says of its training.
         licence: of the adapter.
         results: of the run's report, if there is one.
-        table: the report's table as text.
         has_chart: whether gap.png is pushed, too.
+        has_tokenizer: whether a tokenizer is.
+        has_chat_template: whether it has a chat template.
 
     Returns:
         Markdown with the Hub's metadata in front.
     """
     facts = {**dict.fromkeys(("quantkd_version", "teacher", "transfer_set", "transfer_set_digest")), **facts}
+    recorded = facts.get("quantization")
+    bits = _bits(recorded or _NF4)
     metadata: dict[str, Any] = {"license": licence} if licence else {}
-    metadata |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": [*_TAGS, "4-bit", "lora"]}
-    if _HUB_NAME.fullmatch(base):
+    metadata |= {"library_name": "peft", "pipeline_tag": "text-generation"}
+    metadata["tags"] = [*_TAGS, *([bits] if bits else []), "lora"]
+    if is_hub_name(base):
         metadata["base_model"] = base
     source = re.match(r"([\w.-]+/[\w.-]+) at ", str(facts.get("transfer_set") or ""), re.ASCII)
     if source:
         metadata["datasets"] = [source[1]]
+    table, notes = [], []
     if results is not None:
-        metadata["model-index"] = _model_index(repo_id, results)
-    recorded = facts.get("quantization")
+        from quantkd.report.page import list_notes, tabulate  # its package imports scipy
+
+        table, notes = tabulate(dict(results)), list_notes(dict(results))
+        notes += [
+            f"{arm['title']}: fidelity over {arm['num_rows']:,} held-out rows with {arm['num_tokens']:,} target tokens."
+            for name, arm in results["arms"].items()
+            if name == results.get("subject", "after") and arm["num_rows"]
+        ]
+        metadata |= _model_index(repo_id, results)
     defaults = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "float32"}
     quantization = {"load_in_4bit": False, "load_in_8bit": False, **defaults, **(recorded or _NF4)}
     shown = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias")
+    kind = str(adapter.get("peft_type") or "PEFT")
     described = {name: adapter[name] for name in shown if adapter.get(name) not in (None, False)}
     if isinstance(described.get("target_modules"), list):
         described["target_modules"] = sorted(described["target_modules"])
     settings = {**(facts.get("objective") or {}), **(facts.get("training") or {})}
+    if settings.get("divergence") != "jsd":
+        settings.pop("beta", None)
+    if settings.get("max_steps") == -1:  # the Trainer's word for "as many as the epochs take"
+        del settings["max_steps"]
     return _environment().get_template("adapter_card.md.j2").render(
         metadata=_to_yaml(metadata),
         repo_id=repo_id,
         base=base,
-        adapter={"kind": adapter.get("peft_type") or "PEFT", "text": _to_text(described)},
+        base_is_named=is_hub_name(base),
+        bits=bits or "quantized",
+        adapter={"kind": "LoRA" if kind == "LORA" else kind, "text": _to_text(described)},
         facts=facts,
         quantization=quantization,
+        quantization_is_recorded=recorded is not None,
         quantization_text=_to_text(recorded or "not recorded"),
         settings=settings,
         table=table,
+        notes=notes,
         has_chart=has_chart,
+        has_tokenizer=has_tokenizer,
+        has_chat_template=has_chat_template,
         licence=licence,
     )  # fmt: skip
 
 
-def _model_index(repo_id: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of the distilled arm in the form that the Hub reads."""
+def _bits(quantization: Mapping[str, Any]) -> str | None:
+    """ "4-bit" or "8-bit", as the Hub's tags have it; None if the settings do not say."""
+    if quantization.get("load_in_4bit") or 4 in (quantization.get("bits"), quantization.get("nbits")):
+        return "4-bit"
+    if quantization.get("load_in_8bit") or 8 in (quantization.get("bits"), quantization.get("nbits")):
+        return "8-bit"
+    return None
+
+
+def _model_index(repo_id: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of the distilled arm in the form that the Hub reads; nothing if that was not evaluated."""
+    if "after" not in results["arms"]:
+        return {}
     measured = results["arms"]["after"]["metrics"]
     metrics: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for key in results["metric_order"]:
@@ -136,20 +183,16 @@ def _model_index(repo_id: str, results: Mapping[str, Any]) -> list[dict[str, Any
             metrics[kind == "accuracy"].append(entry)
     digest = str(results.get("transfer_set_digest") or "")[:12]
     names = {True: "questions of the evaluation", False: f"held-out rows of transfer set {digest}".strip()}
-    return [
+    found = [
         {
-            "name": repo_id.split("/")[-1],
-            "results": [
-                {
-                    "task": {"type": "text-generation"},
-                    "dataset": {"type": "quantkd", "name": names[is_accuracy]},
-                    "metrics": found,
-                }
-                for is_accuracy, found in metrics.items()
-                if found
-            ],
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "quantkd", "name": names[is_accuracy]},
+            "metrics": entries,
         }
+        for is_accuracy, entries in metrics.items()
+        if entries
     ]
+    return {"model-index": [{"name": repo_id.split("/")[-1], "results": found}]} if found else {}
 
 
 def _environment() -> Environment:
@@ -161,7 +204,9 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,  # the page is Markdown, not HTML; `cell` escapes what would break a table or add HTML
     )
-    environment.filters.update(cell=_escape_cell, public_name=public_name)
+    environment.filters.update(
+        cell=_escape_cell, code=_to_code, public_name=public_name, word=lambda text: re.sub(r"[^\w.]", "", text)
+    )
     return environment
 
 
@@ -170,6 +215,11 @@ def _escape_cell(text: Any) -> str:
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
         escaped = escaped.replace(character, entity)
     return escaped
+
+
+def _to_code(value: Any) -> str:
+    """A value as Python writes it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _to_text(value: Any) -> str:

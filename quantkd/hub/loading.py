@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from quantkd.errors import DataError
+from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub.adapter import ADAPTER_CONFIG as _CONFIG
 from quantkd.hub.adapter import ADAPTER_WEIGHTS
 from quantkd.hub.reading import HubFiles
 from quantkd.hub.secrets import public_name
 from quantkd.student import load_student
-from quantkd.transfer_set.source import is_repository_name
+from quantkd.transfer_set.source import split_revision
 
-__all__ = ["load_adapter"]
+__all__ = ["fetch_adapter", "load_adapter"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,24 @@ _FIELDS = (
     "use_dora",
     "use_rslora",
 )
-# Notes of PEFT that change nothing here: the weights are loaded over whatever the start was.
+# Notes of PEFT that change nothing here: the weights are loaded over whatever the start was, if it left the base alone.
 _NOTES = ("base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type", "peft_version", "revision")
+_STARTS_THAT_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _MODULE_NAME = re.compile(r"[\w.-]{1,256}")
+_ADAPTED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
+# Of an adapter on the Hub, what else an export copies or reads.
+_DESCRIPTIONS = ("README.md", "quantkd.json")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where an adapter lies: as it is printed, its folder, its two files; and the repository if it is on the Hub."""
+
+    place: str
+    folder: Path
+    config: Path
+    weights: Path
+    files: HubFiles | None
 
 
 def load_adapter(
@@ -68,7 +84,7 @@ def load_adapter(
 
     Args:
         base: a loaded model; or its name or folder, loaded in NF4 without remote code.
-        adapter: `user/name` on the Hub, or a folder.
+        adapter: a folder; or `user/name` or `user/name@revision` on the Hub, if there is no such folder here.
         revision: of the repository: a branch, tag or commit. It is pinned to its commit now.
         token: for a private repository.
         is_trainable: keep the adapter trainable.
@@ -80,10 +96,12 @@ def load_adapter(
     Raises:
         DataError: no adapter there, a pickle, a configuration that asks for more than plain LoRA, or one that does not
             fit the base model.
+        ConfigError: a revision of a folder.
         HubError: the Hub could not be reached, and the adapter is not in the cache.
     """
-    place, config_path, weights_path = _find_files(str(adapter), revision, token)
-    config, named_base = _read_config(config_path, place)
+    found = _find(str(adapter), revision, token)
+    place = found.place
+    config, named_base = _read_config(found.config, place)
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base
     own = str(getattr(model.config, "_name_or_path", "") or "")
     if named_base and own and _last_part(named_base) != _last_part(own):
@@ -96,7 +114,10 @@ def load_adapter(
         )
     config.inference_mode = not is_trainable
     try:
-        weights = load_file(weights_path)
+        weights = load_file(found.weights)
+        if _is_pattern(config.target_modules):  # the weights say as well which modules it means
+            config.target_modules = sorted({match[1] for name in weights if (match := _ADAPTED.fullmatch(name))})
+            config.exclude_modules = None
         loaded: Any = get_peft_model(model, config)
         result: Any = set_peft_model_state_dict(loaded, weights)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -112,7 +133,8 @@ def load_adapter(
             f"{len(result.unexpected_keys)} have no place, first {[*lacking, *result.unexpected_keys][0]!r}. Get it "
             "anew, or ask its maker."
         )
-    logger.info("Adapter %s", place)
+    if found.files is not None:
+        logger.info("Adapter %s", place)
     loaded.hub_revision = place
     if not is_trainable:
         loaded.eval()
@@ -120,27 +142,64 @@ def load_adapter(
     return attached
 
 
-def _find_files(adapter: str, revision: str | None, token: str | None) -> tuple[str, Path, Path]:
-    """Where the adapter lies as it is printed, and its two files."""
-    if Path(adapter).is_dir() or not is_repository_name(adapter):
+def fetch_adapter(adapter: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """A folder with an adapter's files: the one that is named, or what the Hub's cache holds of a repository.
+
+    Nothing is loaded. The commit is logged.
+
+    Args:
+        adapter: a folder; or `user/name` or `user/name@revision` on the Hub, if there is no such folder here.
+        revision: of the repository: a branch, tag or commit. It is pinned to its commit now.
+        token: for a private repository.
+
+    Returns:
+        The folder. It holds adapter_config.json and adapter_model.safetensors, and README.md and quantkd.json if the
+        repository has them. In the cache others may lie there that some other tool has fetched.
+
+    Raises:
+        DataError: no adapter there, or a pickle.
+        ConfigError: a revision of a folder.
+        HubError: the Hub could not be reached, and the adapter is not in the cache.
+    """
+    found = _find(str(adapter), revision, token)
+    if found.files is not None:
+        for name in _DESCRIPTIONS:
+            found.files.fetch(name, max_bytes=_MAX_CONFIG_BYTES)
+        logger.info("Adapter %s", found.place)
+    return found.folder
+
+
+def _find(adapter: str, revision: str | None, token: str | None) -> _Found:
+    name, revision = split_revision(adapter, revision)
+    files = None
+    if name is None:
+        if revision is not None:
+            raise ConfigError(
+                f"revision is {revision!r}, and {adapter} is a folder; only an adapter on the Hub has revisions."
+            )
         place, folder = adapter, Path(adapter)
         config, weights = (path if path.is_file() else None for path in (folder / _CONFIG, folder / ADAPTER_WEIGHTS))
         has_pickle = (folder / _PICKLE).is_file()
     else:
-        files = HubFiles(adapter, "model", revision, token)
-        config = files.fetch(_CONFIG, max_bytes=_MAX_CONFIG_BYTES)
-        weights = files.fetch(ADAPTER_WEIGHTS, max_bytes=_MAX_WEIGHTS_BYTES)
+        files = HubFiles(name, "model", revision, token)
+        try:
+            config = files.fetch(_CONFIG, max_bytes=_MAX_CONFIG_BYTES)
+            weights = files.fetch(ADAPTER_WEIGHTS, max_bytes=_MAX_WEIGHTS_BYTES)
+        except HubError as error:
+            raise type(error)(f"There is no folder {adapter!r} here. On the Hub: {error}") from error
         has_pickle = weights is None and files.holds(_PICKLE)
-        place = str(files)
+        place, folder = str(files), files.folder
     if config is None or weights is None:
         if has_pickle:
             raise DataError(
                 f"{place} holds {_PICKLE}, a pickle, which can run any code when it is opened; expected "
                 f"{ADAPTER_WEIGHTS}. Ask its maker to save it as safetensors."
             )
+        if files is None and not folder.is_dir():
+            raise DataError(f"There is no folder {adapter!r}. Give an adapter's folder, or its name on the Hub.")
         missing = _CONFIG if config is None else ADAPTER_WEIGHTS
         raise DataError(f"{place} holds no {missing}; expected an adapter that PEFT saved. Check the name.")
-    return place, config, weights
+    return _Found(place, folder, config, weights, files)
 
 
 def _read_config(path: Path, place: str) -> tuple[LoraConfig, str]:
@@ -164,7 +223,16 @@ def _read_config(path: Path, place: str) -> tuple[LoraConfig, str]:
             f"{_CONFIG} of {place} sets {', '.join(strange)[:200]}; expected plain LoRA, which needs none of that. "
             "Load it with PEFT, if you trust it."
         )
-    names = [fields.get("target_modules"), fields.get("modules_to_save"), fields.get("exclude_modules")]
+    start = fields.get("init_lora_weights")
+    if not any(start is each or (isinstance(start, str) and start == each) for each in _STARTS_THAT_LEAVE_THE_BASE):
+        raise DataError(
+            f"{place} started with {str(start)[:80]!r}, which changes the base model's weights as well; expected one "
+            "that leaves them alone. Ask its maker to convert it (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
+        )
+    names = [fields.get("modules_to_save")]
+    if not _is_pattern(fields.get("target_modules")):
+        names += [fields.get("target_modules"), fields.get("exclude_modules")]
     names += [list(fields.get(pattern) or ()) for pattern in ("rank_pattern", "alpha_pattern")]
     names += [fields.get("layers_pattern")]
     for each in names:
@@ -180,6 +248,11 @@ def _read_config(path: Path, place: str) -> tuple[LoraConfig, str]:
     except (TypeError, ValueError) as error:
         raise DataError(f"{_CONFIG} of {place} is no LoRA configuration: {error}. Get the adapter anew.") from error
     return config, str(fields.get("base_model_name_or_path") or "")
+
+
+def _is_pattern(modules: Any) -> bool:
+    """Whether modules are named by a regular expression. It is never run: one can be written that never ends."""
+    return isinstance(modules, str) and not _MODULE_NAME.fullmatch(modules)
 
 
 def _last_part(name_or_path: str) -> str:

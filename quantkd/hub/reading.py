@@ -40,6 +40,7 @@ class HubFiles:
         self.repo_id = repo_id
         self.repo_type: RepositoryType = repo_type
         self.revision = revision or "main"  # a commit, once a file was fetched
+        self.folder = Path()  # of the commit in the Hub's cache, once a file was fetched
         self._token = token
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,6 +65,7 @@ class HubFiles:
         """
         cached = self._find_cached(name)
         if cached is not None and _COMMIT.fullmatch(self.revision):
+            self.folder = cached.parent
             return cached.resolve()
         for failures in range(1, _ATTEMPTS + 1):
             try:
@@ -84,7 +86,8 @@ class HubFiles:
                 wait_to_retry(failures)
         if path is None:
             return None
-        self.revision = path.parent.name  # the cache's layout: snapshots/<commit>/<file>
+        self.folder = path.parent
+        self.revision = self.folder.name  # the cache's layout: snapshots/<commit>/<file>
         return path.resolve()
 
     def holds(self, name: str) -> bool:

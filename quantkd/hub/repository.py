@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from quantkd import __version__
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, HubError
 from quantkd.hub.failures import hub_errors
 
 __all__ = ["HubRepository", "Operation", "PushedRepository", "RepositoryType", "Snapshot"]
 
 RepositoryType = Literal["model", "dataset"]
 Operation = CommitOperationAdd | CommitOperationDelete
+# What the Hub's own form for a new repository puts there.
+_BLANK = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "README.md")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,30 @@ class Snapshot:
     Args:
         commit: the revision.
         files: by their paths.
+        names: of all files and folders at the top.
     """
 
     commit: str
     files: dict[str, RepoFile]
+    names: tuple[str, ...]
+
+    def check_purpose(self, repo_id: str, is_ours: Callable[[str], bool], what: str) -> None:
+        """Refuse a repository that was made for something else: its page would be replaced.
+
+        Args:
+            repo_id: its name.
+            is_ours: whether a file says that the repository is for what is pushed.
+            what: is pushed, as in "no adapter".
+
+        Raises:
+            ConfigError: files, and none of ours.
+        """
+        others = [name for name in self.names if name not in _BLANK]
+        if others and not any(is_ours(name) for name in others):
+            raise ConfigError(
+                f"{repo_id} holds {', '.join(others[:4])}{' and others' if len(others) > 4 else ''}, and no {what}; "
+                "this push would put its page over the one there. Choose another name, or empty that repository first."
+            )
 
 
 class HubRepository:
@@ -63,7 +85,7 @@ class HubRepository:
         repo_id: `user/name`, or `name` for one of the token's owner.
         repo_type: "model" or "dataset".
         token: with write permission; else that of `hf auth login` or HF_TOKEN.
-        branch: where commits go; "main" if None.
+        branch: where commits go; "main" if None. One that is not there is made.
     """
 
     def __init__(
@@ -84,8 +106,13 @@ class HubRepository:
 
         Raises:
             ConfigError: it is there and public, and `private` was asked for.
-            HubError: the Hub could not be reached, or refused.
+            HubError: there is no token, or the Hub could not be reached, or refused.
         """
+        if not (self._token or get_token()):
+            raise HubError(
+                f"There is no token to push to {self.repo_id} with. Log in with `hf auth login`, or set HF_TOKEN; the "
+                "token needs write permission."
+            )
         if "/" not in self.repo_id:
             with self._talking("ask who owns the token"):
                 self.repo_id = f"{self._api.whoami()['name']}/{self.repo_id}"
@@ -101,6 +128,11 @@ class HubRepository:
                 f"{self.repo_id} is public, and this push asks for a private repository. Pass private=False "
                 "(--public) if everybody may read it, or choose another name."
             )
+        with self._talking(f"look at the branch {self.branch} of {self.repo_id}"):
+            try:
+                self._api.repo_info(self.repo_id, repo_type=self.repo_type, revision=self.branch)
+            except RevisionNotFoundError:
+                self._api.create_branch(self.repo_id, branch=self.branch, repo_type=self.repo_type, exist_ok=True)
 
     def read(self) -> Snapshot:
         """The files at the newest commit.
@@ -114,8 +146,9 @@ class HubRepository:
         with self._talking(f"list {self.repo_id}"):
             commit = self._api.repo_info(self.repo_id, repo_type=self.repo_type, revision=self.branch).sha
             assert commit is not None
-            entries = self._api.list_repo_tree(self.repo_id, repo_type=self.repo_type, revision=commit)
-            return Snapshot(commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)})
+            entries = list(self._api.list_repo_tree(self.repo_id, repo_type=self.repo_type, revision=commit))
+            files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+            return Snapshot(commit, files, tuple(entry.path for entry in entries))
 
     def commit(self, operations: Sequence[Operation], message: str, parent: str) -> str:
         """Commit on top of `parent`, or fail if the branch has moved on.

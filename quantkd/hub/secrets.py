@@ -14,8 +14,12 @@ from quantkd.errors import ConfigError
 __all__ = ["check_shareable", "find_secrets", "public_name", "redact"]
 
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,})")
-_SECRET_VARIABLE = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(
+    r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|_PAT$",
+    re.IGNORECASE,
+)
 _MIN_SECRET_CHARACTERS = 8
+_LONGEST_WORD = 15  # such as "unauthenticated"; what has more letters and nothing else is no setting
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -32,7 +36,8 @@ def find_secrets(token: str | None = None) -> dict[str, str]:
     secrets = {}
     for name, value in os.environ.items():
         # A switch, a number or a path is none.
-        is_secret = len(value) >= _MIN_SECRET_CHARACTERS and not value.isalpha() and not value.isdigit()
+        is_word = value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
+        is_secret = len(value) >= _MIN_SECRET_CHARACTERS and not is_word
         if is_secret and _SECRET_VARIABLE.search(name) and not value.startswith(("/", "~", ".")):
             secrets[value] = f"the value of {name}"
     stored = get_token()

@@ -97,7 +97,8 @@ def push_transfer_set(
         The repository and the commit that holds the set.
 
     Raises:
-        ConfigError: a view, joined sets, a public repository without `private=False`, or a set that names a secret.
+        ConfigError: a view, joined sets, a public repository without `private=False`, one that holds something else, or
+            a set that names a secret.
         TransferSetError: a set that is unfinished or damaged.
         HubError: the Hub could not be reached, or refused. The same call goes on where it stopped.
     """
@@ -116,6 +117,7 @@ def push_transfer_set(
                     wanted = _wanted_files(store, transfer_set, repository.repo_id, licence, token)
             # After each commit the files are listed anew: what the Hub holds decides, not what this process sent.
             snapshot = repository.read()
+            snapshot.check_purpose(repository.repo_id, _is_shard, "transfer set")
             step = _next_step(snapshot, wanted, max_commit_bytes)
             if step is None:
                 return repository.pushed(snapshot.commit)

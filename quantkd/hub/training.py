@@ -18,6 +18,7 @@ __all__ = ["PushesToHub"]
 logger = logging.getLogger(__name__)
 
 _CARD = "README.md"
+_OPTIONS = ("licence", "base_model", "run_dir")
 _ATTEMPTS = 8
 _ATTEMPTS_WHILE_TRAINING = 2
 
@@ -93,21 +94,27 @@ class PushesToHub:
             A `PushedRepository`, which names the commit; None on other processes than the first.
 
         Raises:
-            ConfigError: a public repository where a private one was asked for, a file that holds a secret, or
-                `blocking=False`.
+            ConfigError: a public repository where a private one was asked for, one that holds something else, a file
+                that holds a secret, an unknown option, or `blocking=False`.
             DataError: the model has no adapter.
             HubError: the Hub could not be reached, or refused.
         """
         if not blocking:
             raise ConfigError("blocking is False; an adapter is small, and its upload is waited for. Leave it out.")
+        if "license" in options:
+            options["licence"] = options.pop("license")  # the Trainer's name for it
+        unknown = sorted(set(options) - set(_OPTIONS))
+        if unknown:  # such as the Trainer's own for its page, which tell what here is known from the run
+            raise ConfigError(
+                f"push_to_hub was given {', '.join(unknown)}; expected {', '.join(_OPTIONS)}. The page is written from "
+                "the run itself: leave the others out."
+            )
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        if "license" in options:
-            options["licence"] = options.pop("license")  # the Trainer's name for it
         return push_adapter(
             str(self.args.output_dir),
             self.hub_model_id,

@@ -23,13 +23,14 @@ def build_report(run_dir: str | Path) -> Path:
     The same arms give the same bytes, so a report can be checked by building it again.
 
     Args:
-        run_dir: a folder that holds `evaluation/<arm>.json`, at least for teacher, before and after.
+        run_dir: a folder that holds `evaluation/<arm>.json`, for any set of arms. A share of the gap needs teacher and
+            before.
 
     Returns:
         The path of report.md; `format_table` prints results.json on a terminal.
 
     Raises:
-        DataError: arms that are missing, malformed, or evaluated on different items.
+        DataError: no arms, a malformed one, or arms evaluated on different items.
     """
     from quantkd.report.breakdown_figure import draw_breakdown  # matplotlib takes a second to import
     from quantkd.report.figure import draw_figure
@@ -38,9 +39,9 @@ def build_report(run_dir: str | Path) -> Path:
     results = compute_results(load_arms(run_dir / "evaluation"))
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     (run_dir / "results.json").write_text(text + "\n", encoding="utf-8")
-    draw_figure(results, run_dir / _FIGURE_NAME)
+    charted = draw_figure(results, run_dir / _FIGURE_NAME)
     drawn = draw_breakdown(results, run_dir / _BREAKDOWN_NAME)
     page = run_dir / "report.md"
-    text = render_page(results, _FIGURE_NAME, _BREAKDOWN_NAME if drawn else None)
+    text = render_page(results, _FIGURE_NAME if charted else None, _BREAKDOWN_NAME if drawn else None)
     page.write_text(text, encoding="utf-8")
     return page

@@ -14,7 +14,7 @@ from quantkd.report.breakdown import read_bins
 
 __all__ = ["Arm", "load_arms"]
 
-_REQUIRED = ("teacher", "before", "after")
+_FIRST = ("teacher", "before", "after")  # in the report; others follow by name
 _FIDELITY_KEYS = ("tokens", "kl_sum", "ce_sum", "agree")
 _OPTIONAL_KEYS = ("reverse_kl_sum", "dense_kl_sum", "dense_reverse_kl_sum", "dense_agree")
 _VERDICT_KEYS = ("id", "correct_flexible")  # and correct_strict, where there are two verdicts
@@ -35,6 +35,7 @@ class Arm:
         bins: for "position", "entropy" and "confidence", and the first two of the teacher at hand as "dense_position"
             and "dense_entropy", the lower `edges` and the columns of sums, each (rows, bins); empty if there are none.
         accuracy: for each setting, such as "0-shot", the verdicts in the order of the questions' ids.
+        items: for each setting what was asked, and how, as digests; empty in a file of an earlier version.
     """
 
     name: str
@@ -45,19 +46,20 @@ class Arm:
     fidelity: dict[str, list[float]] | None
     bins: dict[str, dict[str, Any]]
     accuracy: dict[str, list[dict[str, Any]]]
+    items: dict[str, dict[str, Any]]
 
 
 def load_arms(folder: Path) -> list[Arm]:
     """Read all arms of a run, and see to it that they were evaluated on the same items.
 
     Args:
-        folder: holds `<arm>.json`, at least teacher, before and after.
+        folder: holds `<arm>.json`, any set of arms.
 
     Returns:
-        Teacher, before, after, then any others by name.
+        Teacher, before, after, as far as they are there, then any others by name.
 
     Raises:
-        DataError: no such folder, an arm that is missing or malformed, or arms evaluated on different items.
+        DataError: no such folder, no arms, a malformed one, or arms evaluated on different items.
     """
     if not folder.is_dir():
         raise DataError(
@@ -66,13 +68,12 @@ def load_arms(folder: Path) -> list[Arm]:
         )
     # Records of answers may lie in the same folder; an arm is a file of its own kind, *.json.
     paths = {path.stem: path for path in sorted(folder.glob("*.json")) if not path.name.endswith(".settings.json")}
-    missing = [name for name in _REQUIRED if name not in paths]
-    if missing:
+    if not paths:
         raise DataError(
-            f"{folder} holds the arms {sorted(paths)}; {missing} missing. A report compares at least "
-            f"{', '.join(_REQUIRED)}: write the others with `quantkd evaluate`."
+            f"{folder} holds no arms; expected files such as teacher.json, before.json and after.json. Write them with "
+            f"`quantkd evaluate --arm NAME --run_dir {folder.parent}`."
         )
-    order = [*_REQUIRED, *(name for name in paths if name not in _REQUIRED)]
+    order = [*(name for name in _FIRST if name in paths), *(name for name in paths if name not in _FIRST)]
     arms = [_load_arm(paths[name]) for name in order]
     _check_same_items(arms)
     return arms
@@ -88,11 +89,8 @@ def _load_arm(path: Path) -> Arm:
         found = data.get("arm") if isinstance(data, dict) else type(data).__name__
         raise DataError(f"{path} says it is the arm {found!r}; expected {path.stem!r}, after the file's name. "
                         "Evaluate this arm again.")  # fmt: skip
-    fidelity = data.get("fidelity")
-    accuracy = {
-        str(setting): sorted(_read_verdicts(path, f"accuracy {setting}", rows), key=lambda row: row["id"])
-        for setting, rows in (data.get("accuracy") or {}).items()
-    }
+    fidelity, found, items = (_read_object(path, data, key) for key in ("fidelity", "accuracy", "items"))
+    accuracy = {str(setting): _read_verdicts(path, f"accuracy {setting}", rows) for setting, rows in found.items()}
     if not fidelity and not accuracy:
         raise DataError(f"{path} holds neither fidelity nor accuracy; expected at least one. Evaluate this arm again.")
     columns, bins = None, {}
@@ -101,23 +99,44 @@ def _load_arm(path: Path) -> Arm:
         keys = (*_FIDELITY_KEYS, *(key for key in _OPTIONAL_KEYS if key in rows[0]))
         rows = _read_rows(path, "fidelity", rows, keys)
         columns = {key: [float(row[key]) for row in rows] for key in keys}
+        if min(columns["tokens"]) < 0 or not sum(columns["tokens"]):
+            raise DataError(f"{path}, fidelity: the rows hold {sum(columns['tokens']):g} target tokens; expected some. "
+                            "Evaluate this arm on rows with answers.")  # fmt: skip
         bins = read_bins(path, fidelity.get("bins") or {}, columns["tokens"])
     memory = data.get("memory_bytes")
+    if memory is not None and not (isinstance(memory, int) and memory >= 0):
+        raise DataError(f"{path}: expected memory_bytes as a whole number, found {memory!r}. Evaluate this arm again.")
     return Arm(
         name=path.stem,
-        title=str(data.get("title") or path.stem),
+        title=" ".join(str(data.get("title") or path.stem).split()),
         model=str(data.get("model") or "unknown"),
-        memory_bytes=None if memory is None else int(memory),
+        memory_bytes=memory,
         transfer_set_digest=data.get("transfer_set_digest") if columns else None,
         fidelity=columns,
         bins=bins,
         accuracy=accuracy,
+        items=items,
     )
 
 
+def _read_object(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:
+    found = data.get(key) or {}
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected {key} as an object, found {found!r:.60}. Evaluate this arm again.")
+    return found
+
+
 def _read_verdicts(path: Path, part: str, rows: Any) -> list[dict[str, Any]]:
+    """Verdicts in the order of the ids."""
     read = _read_rows(path, part, rows, _VERDICT_KEYS)
-    return _read_rows(path, part, rows, (*_VERDICT_KEYS, "correct_strict")) if "correct_strict" in read[0] else read
+    if "correct_strict" in read[0]:
+        read = _read_rows(path, part, rows, (*_VERDICT_KEYS, "correct_strict"))
+    keys = [key for key in ("correct_flexible", "correct_strict") if key in read[0]]
+    if any(row[key] not in (0, 1) for row in read for key in keys):
+        raise DataError(f"{path}, {part}: expected verdicts that are true or false. Evaluate this arm again.")
+    if len({row["id"] for row in read}) != len(read):
+        raise DataError(f"{path}, {part}: two rows have the same id. Evaluate this arm again.")
+    return sorted(read, key=lambda row: row["id"])
 
 
 def _read_rows(path: Path, part: str, rows: Any, keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -159,4 +178,13 @@ def _check_same_items(arms: list[Arm]) -> None:
                 raise DataError(
                     f"{setting} accuracy of {name!r} is over {len(ids)} questions, that of {answered[0][0]!r} over "
                     f"{len(answered[0][1])}, and their ids differ. Evaluate both on the same questions."
+                )
+        asked = [(arm.name, arm.items[setting]) for arm in arms if setting in arm.accuracy and setting in arm.items]
+        for name, items in asked[1:]:
+            first_items = asked[0][1]
+            differing = sorted(key for key in {*items, *first_items} if items.get(key) != first_items.get(key))
+            if differing:
+                raise DataError(
+                    f"{setting} accuracy of {name!r} and of {asked[0][0]!r} are not over the same: "
+                    f"{', '.join(differing)} differ. Evaluate both on the same questions with the same prompts."
                 )

@@ -2,65 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from quantkd.report.results import order_results
 
-__all__ = ["COLORS", "clean_axes", "draw_figure"]
+__all__ = ["COLORS", "add_legend", "clean_axes", "draw_figure", "pick_styles", "plain_text"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the hatches do so in a black-and-white print.
 COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _HATCHES = ("", "///", "", "...", "xxx", "\\\\\\", "+++", "ooo")
+_OWN_COLORS = {"teacher": 0, "before": 1, "after": 2, "control": 3}
 _INK = "#222222"
+_WIDEST = 14.0  # inches
+_WIDE_BARS = 10  # so many bars of accuracy have room for a decimal each
 
 
-def draw_figure(results: dict[str, Any], path: Path) -> None:
-    """Draw the chart and write it as a PNG.
+def draw_figure(results: dict[str, Any], path: Path) -> bool:
+    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw.
 
     Args:
         results: as `compute_results` gives them.
         path: the PNG file.
+
+    Returns:
+        Whether there was anything to draw.
     """
     results = order_results(results)
+    arms = results["arms"]
     settings = [key for key in results["metrics"] if key.startswith("accuracy_") and not key.endswith("_strict")]
-    with_kl = [name for name, arm in results["arms"].items() if "kl" in arm["metrics"] and name != "teacher"]
-    widths = ([1.0 + 0.9 * len(settings)] if settings else []) + ([0.6 + 0.5 * len(with_kl)] if with_kl else [])
-    figure = Figure(figsize=(max(4.6, min(10.0, 1.4 + 2.0 * sum(widths))), 3.6), dpi=200)
+    with_kl = [name for name, arm in arms.items() if "kl" in arm["metrics"] and name != "teacher"]
+    widths = [max(1.9, 0.36 * len(settings) * len(arms))] if settings else []
+    widths += [max(1.9, 0.95 * len(with_kl))] if with_kl else []
+    if not widths:
+        path.unlink(missing_ok=True)
+        return False
+    figure = Figure(figsize=(min(_WIDEST, max(5.6, 1.0 * len(widths) + 1.15 * sum(widths))), 3.9), dpi=200)
     figure.set_layout_engine("constrained", wspace=0.05)
     panels = figure.subplots(1, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
     if settings:
         _draw_accuracy(panels[0], results, settings)
     if with_kl:
         _draw_kl(panels[-1], results, with_kl)
-    handles: dict[str, Any] = {}
-    for panel in panels:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=min(4, len(handles)), frameon=False,
-        fontsize=9, handlelength=1.4,
-    )  # fmt: skip
+    shown = arms if settings else with_kl
+    add_legend(figure, [Patch(edgecolor="white", **_style(arms, name)) for name in shown],
+               [arms[name]["title"] for name in shown])  # fmt: skip
+    sources = ["Wilson's for accuracy"] * bool(settings) + ["bootstrap over rows for KL"] * bool(with_kl)
+    figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals ({', '.join(sources)})", fontsize=8, color=_INK)
     figure.savefig(path, metadata={"Software": None})
+    return True
 
 
 def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) -> None:
     """A group of bars a setting, with Wilson intervals."""
     arms = results["arms"]
     width = 0.8 / len(arms)
+    form = "{:.1f}" if len(arms) * len(settings) <= _WIDE_BARS else "{:.0f}"
     for place, (name, arm) in enumerate(arms.items()):
         shown = [group for group, key in enumerate(settings) if key in arm["metrics"]]
         measured = [arm["metrics"][settings[group]] for group in shown]
         lefts = [group + (place - (len(arms) - 1) / 2) * width for group in shown]
-        _draw_bars(panel, lefts, measured, 0.92 * width, _style(arms, name), scale=100, form="{:.0f}")
+        _draw_bars(panel, lefts, measured, 0.92 * width, _style(arms, name), scale=100, form=form)
     counts = {arm["metrics"][key]["n"] for arm in arms.values() for key in settings if key in arm["metrics"]}
-    panel.set_xticks(range(len(settings)), [results["metrics"][key].removeprefix("Accuracy, ") for key in settings])
+    names = [fill(results["metrics"][key].removeprefix("Accuracy, "), 22) for key in settings]
+    panel.set_xticks(range(len(settings)), [plain_text(name) for name in names], fontsize=9 if len(names) < 5 else 7)
     panel.set_xlim(-0.55, len(settings) - 0.45)
     panel.set_ylabel("Accuracy (%)")
-    panel.set_title(f"Accuracy (n = {', '.join(map(str, sorted(counts)))})", fontsize=10)
+    panel.set_title(f"Accuracy ({', '.join(map(str, sorted(counts)))} questions)", fontsize=10)
     # Room for the numbers above the intervals, yet no tick above 100%.
     panel.set_ylim(0, max(5.0, 1.08 * panel.dataLim.ymax))
     panel.set_yticks([tick for tick in panel.get_yticks() if 0 <= tick <= min(100, panel.get_ylim()[1])])
@@ -75,12 +89,12 @@ def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
     labels = []
     for name in names:
         share = arms[name]["gap_recovered"].get("kl", {}).get("value")
-        labels.append("" if share is None else f"{100 * share:.0f}% of the\ngap recovered")
+        labels.append("" if share is None else f"{round(100 * share)}% of the\ngap recovered")
     panel.set_xticks(range(len(names)), labels, fontsize=8)
     panel.set_xlim(-0.6, len(names) - 0.4)
-    panel.set_ylabel("KL divergence (nats per token)")
+    panel.set_ylabel("KL (nats per token)")
     num_rows = max(arms[name]["metrics"]["kl"]["n"] for name in names)
-    panel.set_title(f"KL to the teacher ({num_rows} rows)", fontsize=10)
+    panel.set_title(f"KL to the teacher ({num_rows} held-out row{'s' * (num_rows > 1)})", fontsize=10)
     panel.set_ylim(0, max(1e-6, 1.08 * panel.dataLim.ymax))
     clean_axes(panel)
 
@@ -109,14 +123,51 @@ def _draw_bars(
         error_kw={"elinewidth": 1.1, "capsize": 2.5, "ecolor": _INK},
     )  # fmt: skip
     for place, value, top in zip(places, values, tops, strict=True):
+        if value == 0:  # a bar without height still says whose it is
+            panel.plot([place - width / 2, place + width / 2], [0, 0], color=style["facecolor"], linewidth=3,
+                       solid_capstyle="butt", clip_on=False, zorder=3)  # fmt: skip
         panel.annotate(
             form.format(value), (place, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
         )
 
 
 def _style(arms: dict[str, Any], name: str) -> dict[str, Any]:
-    place = list(arms).index(name) % len(COLORS)
-    return {"color": COLORS[place], "hatch": _HATCHES[place], "label": arms[name]["title"]}
+    place = pick_styles(arms)[name]
+    return {"facecolor": COLORS[place], "hatch": _HATCHES[place]}
+
+
+def pick_styles(arms: Iterable[str]) -> dict[str, int]:
+    """A place in `COLORS` for each arm; the usual arms have theirs in every report.
+
+    Args:
+        arms: their names, in the order of the report.
+    """
+    others = [name for name in arms if name not in _OWN_COLORS]
+    return _OWN_COLORS | {name: place % len(COLORS) for place, name in enumerate(others, start=len(_OWN_COLORS))}
+
+
+def add_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
+    """A legend above the panels, in as many columns as there is room for.
+
+    Args:
+        figure: with a constrained layout.
+        handles: what stands before each title.
+        titles: of the arms, as they are.
+    """
+    labels = [plain_text(title if len(title) <= 60 else title[:57] + "...") for title in titles]
+    widest = 0.07 * max(map(len, labels)) + 0.65  # inches, at this size of the letters
+    side_by_side = sum(0.07 * len(label) + 0.65 for label in labels) < figure.get_figwidth()
+    columns = len(labels) if side_by_side else max(1, int(figure.get_figwidth() / widest))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+
+
+def plain_text(text: str) -> str:
+    """Text that matplotlib neither reads as mathematics nor hides, as it does with labels that begin with `_`.
+
+    Args:
+        text: of any characters.
+    """
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def clean_axes(panel: Axes) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from quantkd.report.figure import clean_axes
 from quantkd.transfer_set.histograms import Histograms
 
 __all__ = ["draw_histograms"]
@@ -25,13 +26,18 @@ def draw_histograms(histograms: Histograms, path: str | Path) -> None:
     figure = Figure(figsize=(8.0, 3.2), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar(np.arange(len(histograms.entries)), 100 * histograms.entries / total, width=1.0, color=_BLUE)
-    left.set_xlabel("entries kept")
+    left.set_title("How many entries a token keeps", fontsize=10)
+    left.set_xlabel("entries")
+    left.set_xlim(0, len(histograms.entries))
     edges = histograms.entropy_edges[:-1]
-    right.bar(edges, 100 * histograms.entropy / total, width=edges[1] - edges[0], align="edge", color=_ORANGE)
+    right.bar(edges, 100 * histograms.entropy / total, width=edges[1] - edges[0], align="edge", color=_ORANGE,
+              edgecolor="white", linewidth=0.5)  # fmt: skip
     used = int(np.flatnonzero(histograms.entropy).max(initial=0)) + 1
     right.set_xlim(0, edges[min(used, len(edges) - 1)])
-    right.set_xlabel("entropy of the teacher, nats (at least)")
+    right.set_title("How unsure the teacher is", fontsize=10)
+    right.set_xlabel("entropy, nats (the tail counted as one token)")
     for panel in (left, right):
-        panel.set_ylabel("% of response tokens")
-        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_ylabel("response tokens (%)")
+        clean_axes(panel)
+        panel.tick_params(axis="x", length=3)  # numbers, not names of bars
     figure.savefig(path, metadata={"Software": None})

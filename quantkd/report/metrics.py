@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import count
 
 from quantkd.evaluation.row_statistics import CalibrationSums, RowStatistic, RowSums
 from quantkd.report.arms import Arm
@@ -56,14 +57,25 @@ def list_metrics(arms: list[Arm]) -> list[Metric]:
         The metrics in the order of the report; fewer shots come first.
     """
     settings = {setting for arm in arms for setting in arm.accuracy}
-    accuracy = []
-    for setting in sorted(settings, key=lambda name: (int((re.match(r"\d+", name) or ["0"])[0]), name)):
-        key = "accuracy_" + re.sub(r"\W+", "_", setting)
+    accuracy: list[Metric] = []
+    for setting in sorted(settings, key=_order_setting):
+        key = plain = "accuracy_" + re.sub(r"\W+", "_", setting)
+        taken = {metric.key for metric in accuracy}
+        for place in count(2):  # settings that differ in their punctuation alone
+            if key not in taken:
+                break
+            key = f"{plain}_{place}"
         accuracy.append(Metric(key, f"Accuracy, {setting}", True, "correct_flexible", setting))
         if any("correct_strict" in arm.accuracy[setting][0] for arm in arms if setting in arm.accuracy):
             accuracy.append(Metric(f"{key}_strict", f"Accuracy, {setting}, strict", True, "correct_strict", setting))
     optional = [metric for metric in _OPTIONAL if any(get_statistic(arm, metric) for arm in arms)]
     return [*accuracy, *_FIDELITY, *optional]
+
+
+def _order_setting(name: str) -> tuple[bool, int, str]:
+    """Our own settings by their shots, then those of other tasks by name."""
+    shots = re.match(r"\d+", name)
+    return shots is None, int(shots[0]) if shots else 0, name
 
 
 def get_statistic(arm: Arm, metric: Metric) -> RowStatistic | None:

@@ -9,13 +9,48 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from quantkd.report.breakdown import tabulate_breakdown
 from quantkd.report.results import order_results
 
-__all__ = ["format_table", "render_page"]
+__all__ = ["format_table", "list_notes", "render_page", "tabulate"]
 
 _PERCENT = ("accuracy_", "top1_agreement", "dense_top1_agreement")
 
 
+def tabulate(results: dict[str, Any]) -> list[list[str]]:
+    """The results as the cells of a table: a line a metric, a column an arm, and the gap recovered by the subject.
+
+    Args:
+        results: as `compute_results` gives them.
+
+    Returns:
+        Lines of equal length; the first holds the columns' titles.
+    """
+    results = order_results(results)
+    arms = results["arms"]
+    shares = arms[results["subject"]]["gap_recovered"] if results["subject"] else {}
+    rows = [["", *(arm["title"] for arm in arms.values()), "gap recovered" if shares else ""]]
+    for key, title in results["metrics"].items():
+        cells = [_format_measured(key, arm["metrics"].get(key)) for arm in arms.values()]
+        rows.append([title, *cells, _format_share(shares[key], short=True) if shares else ""])
+    rows.append(["Memory footprint", *(_format_memory(arm, arms.get("teacher")) for arm in arms.values()), ""])
+    return rows
+
+
+def list_notes(results: dict[str, Any]) -> list[str]:
+    """What must be said below the table: what brackets are, what could not be measured and why, what is missing.
+
+    Args:
+        results: as `compute_results` gives them.
+
+    Returns:
+        Sentences.
+    """
+    results = order_results(results)
+    confidence = f"Brackets: {results['confidence']:.0%} intervals."
+    reasons = [f"{results['metrics'][key]}: not measurable: {why}." for key, why in results["not_measurable"].items()]
+    return [confidence, *reasons, *results["missing"]]
+
+
 def format_table(results: dict[str, Any]) -> str:
-    """The results as a plain-text table: a line a metric, a column an arm, and the gap recovered by "after".
+    """The results as a plain-text table, with notes below it.
 
     Args:
         results: as `compute_results` gives them.
@@ -23,27 +58,19 @@ def format_table(results: dict[str, Any]) -> str:
     Returns:
         The table, without a newline at its end.
     """
-    results = order_results(results)
-    arms = results["arms"]
-    rows = [["", *(arm["title"] for arm in arms.values()), "gap recovered"]]
-    for key, title in results["metrics"].items():
-        cells = [_format_measured(key, arm["metrics"].get(key)) for arm in arms.values()]
-        rows.append([title, *cells, _format_share(arms["after"]["gap_recovered"][key], short=True)])
-    rows.append(["Memory footprint", *(_format_memory(arm, arms["teacher"]) for arm in arms.values()), ""])
+    rows = tabulate(results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    confidence = f"Brackets: {results['confidence']:.0%} intervals."
-    reasons = [f"{results['metrics'][key]}: not measurable: {why}." for key, why in results["not_measurable"].items()]
-    return "\n".join([*lines, "", confidence, *reasons, *results["missing"]])
+    lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
+    return "\n".join([*lines, "", *list_notes(results)])
 
 
-def render_page(results: dict[str, Any], figure_name: str, breakdown_name: str | None = None) -> str:
+def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None) -> str:
     """The Markdown page of a report.
 
     Args:
         results: as `compute_results` gives them.
-        figure_name: the chart's file name beside the page.
+        figure_name: the chart's file name beside the page; None if there is none.
         breakdown_name: that of the chart of KL by position and entropy; None if there is none.
 
     Returns:
@@ -72,7 +99,41 @@ def render_page(results: dict[str, Any], figure_name: str, breakdown_name: str |
         figure_name=figure_name,
         breakdown_name=breakdown_name,
         breakdowns=[table for key in ("position", "entropy") if (table := tabulate_breakdown(ordered, key))],
+        differences=_tabulate_differences(ordered),
+        tests=_list_tests(ordered),
     )
+
+
+def _tabulate_differences(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The subject less each other arm, and each further arm less "after": what an export cost."""
+    arms, subject = results["arms"], results["subject"]
+    shown = subject or ("before" if "before" in arms else None)
+    sections = []
+    if shown and arms[shown]["differences"]:
+        columns = [
+            {"title": f"less {arms[other]['title']}", "found": found}
+            for other, found in arms[shown]["differences"].items()
+        ]
+        sections.append({"caption": f'"{arms[shown]["title"]}" less another arm:', "columns": columns})
+    further = [arm for arm in arms.values() if "after" in arm["differences"]]
+    if further:
+        columns = [{"title": arm["title"], "found": arm["differences"]["after"]} for arm in further]
+        caption = (
+            f'Another arm less "{arms["after"]["title"]}"; of an exported form, this is what the change of form cost:'
+        )
+        sections.append({"caption": caption, "columns": columns})
+    return sections
+
+
+def _list_tests(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every paired test once: the teacher's is that of "before" the other way round."""
+    return [
+        {"metric": title, "arm": arm["title"], "other": results["arms"][other]["title"], **test}
+        for key, title in results["metrics"].items()
+        for name, arm in results["arms"].items()
+        if name != "teacher"
+        for other, test in arm["mcnemar"].get(key, {}).items()
+    ]
 
 
 def _format_measured(key: str, measured: dict[str, Any] | None) -> str:
@@ -105,11 +166,13 @@ def _format_share(share: dict[str, Any], short: bool = False) -> str:
     return f"{text} [{100 * share['interval'][0]:.1f}, {100 * share['interval'][1]:.1f}]" if share["interval"] else text
 
 
-def _format_memory(arm: dict[str, Any], teacher: dict[str, Any]) -> str:
+def _format_memory(arm: dict[str, Any], teacher: dict[str, Any] | None) -> str:
     if arm["memory_bytes"] is None:
         return "not measured"
     text = f"{arm['memory_bytes'] / 1e6:,.1f} MB"
-    return f"{text} ({arm['memory_bytes'] / teacher['memory_bytes']:.0%})" if teacher["memory_bytes"] else text
+    if teacher is None or not teacher["memory_bytes"]:
+        return text
+    return f"{text} ({arm['memory_bytes'] / teacher['memory_bytes']:.0%})"
 
 
 def _format_p_value(p_value: float) -> str:

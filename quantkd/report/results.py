@@ -22,8 +22,15 @@ CONFIDENCE = 0.95
 _SETTINGS = BootstrapSettings(CONFIDENCE, seed=0, resamples=2000)
 # More digits would differ between processors by the order of their sums.
 _SIGNIFICANT_DIGITS = 10
-# What an arm's figures are subtracted from; "control" trained without the teacher.
-_COMPARED_WITH = ("before", "control", "teacher")
+# Which arms each is compared with; "control" trained without the teacher. Any other one, such as an exported form, is
+# compared with "after" as well: what the change of form cost.
+_COMPARED_WITH: dict[str, tuple[str, ...]] = {
+    "teacher": ("before",),
+    "before": ("teacher",),
+    "control": ("before", "teacher"),
+    "after": ("before", "control", "teacher"),
+}
+_OTHERS = ("before", "control", "teacher", "after")
 
 
 def compute_results(arms: list[Arm]) -> dict[str, Any]:
@@ -34,14 +41,18 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
 
     Returns:
         `arms` (per arm its metrics with intervals, differences to other arms, paired tests, gap recovered, and KL by
-        position and by the teacher's entropy), and for the arm "after" once more at the top `gap_recovered` {metric:
-        number or None}, `gap_recovered_interval` and `not_measurable` {metric: why}; `questions_needed` {accuracy:
-        number or None} to see the teacher's gap; `missing` lists what was not evaluated.
+        position and by the teacher's entropy), and for the arm "after", or if there is none the first that is neither
+        teacher nor before, once more at the top its name as `subject`, `gap_recovered` {metric: number or None},
+        `gap_recovered_interval` and `not_measurable` {metric: why}; `questions_needed` {accuracy: number or None} to
+        see the teacher's gap; `missing` lists what was not evaluated.
     """
     metrics = list_metrics(arms)
     by_name = {arm.name: arm for arm in arms}
     compared = {arm.name: _describe_arm(arm, by_name, metrics) for arm in arms}
-    after = compared["after"]["gap_recovered"]
+    students = [name for name in compared if name not in ("teacher", "before")]
+    subject = students[0] if students else None
+    shares = compared[subject]["gap_recovered"] if subject else {}
+    gaps = compared["before"]["mcnemar"] if "before" in compared else {}
     results: dict[str, Any] = _round(
         {
             "format_version": 1,
@@ -52,13 +63,12 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
             "metric_order": [metric.key for metric in metrics],
             "metrics": {metric.key: metric.title for metric in metrics},
             "arms": compared,
-            "gap_recovered": {key: share["value"] for key, share in after.items()},
-            "gap_recovered_interval": {key: share["interval"] for key, share in after.items()},
-            "not_measurable": {key: share["reason"] for key, share in after.items() if share["reason"]},
+            "subject": subject,
+            "gap_recovered": {key: share["value"] for key, share in shares.items()},
+            "gap_recovered_interval": {key: share["interval"] for key, share in shares.items()},
+            "not_measurable": {key: share["reason"] for key, share in shares.items() if share["reason"]},
             "questions_needed": {
-                key: tests["teacher"]["questions_needed"]
-                for key, tests in compared["before"]["mcnemar"].items()
-                if "teacher" in tests
+                key: tests["teacher"]["questions_needed"] for key, tests in gaps.items() if "teacher" in tests
             },
             "missing": _list_missing(arms, metrics),
         }
@@ -77,6 +87,7 @@ def order_results(results: dict[str, Any]) -> dict[str, Any]:
     """
     keys, gaps = results["metric_order"], ("metrics", "gap_recovered", "gap_recovered_interval", "not_measurable")
     return {
+        "subject": "after",  # which every report of an earlier version has, and does not say
         **results,
         **{gap: {key: results[gap][key] for key in keys if key in results[gap]} for gap in gaps},
         "arms": {name: results["arms"][name] for name in results["arm_order"]},
@@ -96,18 +107,17 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
         "mcnemar": {},
         "gap_recovered": {},
     }
+    others = [arms[name] for name in _COMPARED_WITH.get(arm.name, _OTHERS) if name in arms]
     for metric in metrics:
         statistic = get_statistic(arm, metric)
         if statistic is not None:
             description["metrics"][metric.key] = _measure(metric, statistic)
         if metric.setting is not None:
-            tests = {other: _compare(arm, arms[other], metric) for other in ("teacher", "before") if other != arm.name}
+            tests = {other.name: _compare(arm, other, metric) for other in others}
             description["mcnemar"][metric.key] = {other: test for other, test in tests.items() if test is not None}
         if arm.name not in ("teacher", "before"):
             description["gap_recovered"][metric.key] = _compute_share(arm, arms, metric)
-    if arm.name not in ("teacher", "before"):
-        others = [arms[name] for name in _COMPARED_WITH if name in arms and name != arm.name]
-        description["differences"] = {other.name: _compute_differences(arm, other, metrics) for other in others}
+    description["differences"] = {other.name: _compute_differences(arm, other, metrics) for other in others}
     for kind in ("position", "entropy", "dense_position", "dense_entropy"):
         if kind in arm.bins:
             prefix = "dense_" if kind.startswith("dense_") else ""
@@ -154,9 +164,9 @@ def _compare(arm: Arm, other: Arm, metric: Metric) -> dict[str, Any] | None:
 
 def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, Any]:
     """The gap that one arm recovered in one metric, and why there is none."""
-    involved = [arms["teacher"], arms["before"], arm]
-    found = [get_statistic(one, metric) for one in involved]
-    lacking = [one.name for one, statistic in zip(involved, found, strict=True) if statistic is None]
+    involved = {"teacher": arms.get("teacher"), "before": arms.get("before"), arm.name: arm}
+    found = [None if one is None else get_statistic(one, metric) for one in involved.values()]
+    lacking = [name for name, statistic in zip(involved, found, strict=True) if statistic is None]
     teacher, before, after = found
     if teacher is None or before is None or after is None:
         return {"value": None, "interval": None, "reason": f"not evaluated for {', '.join(lacking)}"}
@@ -174,6 +184,8 @@ def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, 
 
 
 def _list_missing(arms: list[Arm], metrics: list[Metric]) -> list[str]:
+    names = {arm.name for arm in arms}
+    absent = [f"There is no arm {name}, so no share of the gap." for name in ("teacher", "before") if name not in names]
     settings = list(dict.fromkeys(metric.setting for metric in metrics if metric.setting))
     missing = [] if settings else ["Accuracy was not evaluated for any arm."]
     for arm in arms:
@@ -183,7 +195,7 @@ def _list_missing(arms: list[Arm], metrics: list[Metric]) -> list[str]:
             missing.append(f"{arm.title}: fidelity to the teacher was not evaluated.")
         if arm.memory_bytes is None:
             missing.append(f"{arm.title}: the memory footprint was not measured.")
-    return missing
+    return absent + missing
 
 
 def _round(value: Any) -> Any:

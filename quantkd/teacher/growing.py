@@ -77,8 +77,11 @@ def opening(folder: Path, *, extend: bool) -> Opening:
         The place.
 
     Raises:
-        TransferSetError: nothing finished to extend.
+        TransferSetError: nothing finished to extend, or no folder can be there.
     """
+    occupied = next((part for part in (folder, *folder.parents) if part.exists()), folder)
+    if occupied.exists() and not occupied.is_dir():
+        raise TransferSetError(f"{occupied} is a file; the set needs a folder. Name another output_dir, or remove it.")
     if not extend:
         return Opening(folder)
     if not (folder / INDEX_NAME).exists():

@@ -130,23 +130,20 @@ def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:
 
     Args:
         model: a causal language model; changed in place.
-        adapter: a Hub name or a folder that PEFT saved.
+        adapter: a folder that PEFT saved; or `user/name` or `user/name@revision` on the Hub.
 
     Returns:
         The model, and what the plan says of the adapter: its name and the sha256 of its weights.
 
     Raises:
-        ConfigError: no such adapter, or one that is not a change of layers.
+        DataError: no such adapter, one that is not plain LoRA, or one that does not fit the model.
+        HubError: the Hub could not be reached, and the adapter is not in the cache.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
-    with naming(adapter, "adapter_config.json"):
-        wrapped = PeftModel.from_pretrained(model, adapter)
-    if wrapped.active_peft_config.is_prompt_learning:
-        raise ConfigError(
-            f"The adapter {adapter} learns a prompt ({wrapped.active_peft_config.peft_type}); expected one that "
-            "changes layers, such as LoRA."
-        )
+    from quantkd.hub.loading import load_adapter  # it imports the student, which a teacher on a server does without
+
+    wrapped = load_adapter(model, adapter)
     digest = hashlib.sha256()
     for name, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -20,7 +20,7 @@ from quantkd.transfer_set.index import (
 )
 from quantkd.transfer_set.shard import shard_name
 
-__all__ = ["FolderSource", "ShardSource", "find_source", "is_repository_name"]
+__all__ = ["FolderSource", "ShardSource", "find_source", "is_repository_name", "split_revision"]
 
 _DOWNLOAD_MARK = Path(".cache") / "huggingface"
 _REPOSITORY_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -30,7 +30,7 @@ def find_source(path: str | Path, revision: str | None, token: str | None) -> Pa
     """What a caller means by the place of a set.
 
     Args:
-        path: a folder; or `user/name` on the Hub, if there is no such folder here.
+        path: a folder; or `user/name` or `user/name@revision` on the Hub, if there is no such folder here.
         revision: of the repository.
         token: for the repository.
 
@@ -42,10 +42,11 @@ def find_source(path: str | Path, revision: str | None, token: str | None) -> Pa
         HubError: the Hub could not be reached, and the set is not in the cache.
         TransferSetError: no set in the repository, or an unfinished one.
     """
-    if isinstance(path, str) and is_repository_name(path) and not Path(path).exists():
+    repository, revision = split_revision(path, revision) if isinstance(path, str) else (None, revision)
+    if repository is not None:
         from quantkd.hub.reading import HubSource  # the Hub's client is not needed for a folder
 
-        return HubSource.open(path, revision=revision, token=token)
+        return HubSource.open(repository, revision=revision, token=token)
     if revision is not None:
         raise ConfigError(f"revision is {revision!r}, and {path} is a folder; only a set on the Hub has revisions.")
     return Path(path)
@@ -61,6 +62,27 @@ def is_repository_name(name: str) -> bool:
         True for `user/name`.
     """
     return _REPOSITORY_NAME.fullmatch(name) is not None
+
+
+def split_revision(place: str, revision: str | None = None) -> tuple[str | None, str | None]:
+    """The repository on the Hub that a caller means, and its revision.
+
+    Args:
+        place: a folder; or `user/name` or `user/name@revision`, if there is no such folder here.
+        revision: that was given beside it.
+
+    Returns:
+        The repository's name, None for a folder; and the revision, None if there is none.
+
+    Raises:
+        ConfigError: two revisions that differ.
+    """
+    name, mark, behind = place.partition("@")
+    if Path(place).exists() or not is_repository_name(name) or (mark and not behind):
+        return None, revision
+    if mark and revision not in (None, behind):
+        raise ConfigError(f"{place} names one revision, and revision={revision!r} another. Leave one of them out.")
+    return name, behind or revision
 
 
 class ShardSource(Protocol):

@@ -5,20 +5,28 @@ const TITLES = { teacher: "Teacher", before: "Before", after: "After" };
 const NOT_STORED = -1;
 const HIGH_KL = 0.2;
 
-// Characters that are not seen, or that turn the text around: U+202E would show a row's end before its start.
-const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]|\p{Co}|\p{Cn}|\p{Cs}/u;
-// These join letters and emoji within a token, and are shown where they stand alone.
-const JOINERS = /^[\u200b-\u200d\u2060-\u2064\ufe00-\ufe0f]+$/u;
+// Characters that are not seen or look like a space, or that turn the text around: U+202E would show a row's end first.
+const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]|(?! )\p{Zs}|\p{Co}|\p{Cn}|\p{Cs}/u;
+// These join letters and emoji within a token or fill a place, and are shown where they stand alone.
+const JOINERS = /^\p{Default_Ignorable_Code_Point}+$/u;
 const SIGNS = { "\n": "↵", "\r": "␍", "\t": "⇥" };
 
-/** The pieces of a token: plain text, and signs that stand for what would not be seen. */
-function spell(token) {
+/**
+ * The pieces of a token: plain text, and signs that stand for what would not be seen. Spaces at its ends are signs too
+ * where a token stands alone; in running text only those that are a token by themselves.
+ */
+function spell(token, alone = false) {
   if (typeof token !== "string") return [{ sign: token.map((byte) => byte.toString(16).padStart(2, "0").toUpperCase()).join(" ") }];
   if (/^ +$/.test(token)) return [{ sign: "␣".repeat(token.length) }];
+  if (alone) {
+    const [, lead, middle, trail] = /^( *)(.*?)( *)$/su.exec(token);
+    const signs = (spaces) => (spaces ? [{ sign: "␣".repeat(spaces.length) }] : []);
+    return [...signs(lead), ...spell(middle), ...signs(trail)];
+  }
   const pieces = [];
-  const alone = JOINERS.test(token);
+  const joins = JOINERS.test(token);
   for (const character of token) {
-    if (alone || UNSEEN.test(character)) {
+    if (joins || UNSEEN.test(character)) {
       const code = character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
       pieces.push({ sign: SIGNS[character] ?? `U+${code}` });
     } else if (pieces.length && pieces.at(-1).text !== undefined) {
@@ -54,7 +62,7 @@ function join(tokens) {
   return new TextDecoder().decode(bytes);
 }
 
-/** The character that token `place` is a part of, or null: the bytes around it that make one text. */
+/** The text that the bytes of token `place` make with those around it, and whether they begin it; or null. */
 function wholeCharacter(tokens, place) {
   if (typeof tokens[place] === "string") return null;
   let start = place;
@@ -62,7 +70,7 @@ function wholeCharacter(tokens, place) {
   while (start > 0 && typeof tokens[start - 1] !== "string") start -= 1;
   while (stop < tokens.length && typeof tokens[stop] !== "string") stop += 1;
   const text = join(tokens.slice(start, stop));
-  return text.includes("\ufffd") ? null : text;
+  return text.includes("\ufffd") ? null : { text, begins: start === place };
 }
 
 function formatKl(kl) {
@@ -89,7 +97,7 @@ function mean(values) {
 
 /** A probability; null where the transfer set did not store this token. */
 function probability(code) {
-  return code === NOT_STORED ? null : Math.exp(-code / 1000);
+  return code === NOT_STORED ? null : Math.exp(-code / 10000);
 }
 
 function readRow(packed) {

@@ -13,9 +13,13 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
-/** A token as nodes, with signs for what would not be seen. */
+function showPieces(pieces) {
+  return pieces.map((piece) => piece.text ?? make("span", { class: "sign" }, piece.sign));
+}
+
+/** A token as nodes, by itself, with signs for what would not be seen. */
 function showToken(token) {
-  return spell(token).map((piece) => (piece.text !== undefined ? piece.text : make("span", { class: "sign" }, piece.sign)));
+  return showPieces(spell(token, true));
 }
 
 function showKl(kl) {
@@ -31,7 +35,7 @@ function tokenHead(row, place) {
     make(
       "p",
       { class: "note" },
-      `row ${row.index}, token ${place + 1} of ${row.tokens.length}${whole ? `, part of “${whole}”` : ""}`,
+      `row ${row.index}, token ${place + 1} of ${row.tokens.length}${whole ? `, part of “${spell(whole.text).map((piece) => piece.text ?? piece.sign).join("")}”` : ""}`,
     ),
     make(
       "p",
@@ -66,7 +70,8 @@ function alternativesTable(row, place, limit) {
   });
   body.append(make("tr", { class: "left" }, make("th", { scope: "row" }, "all others"), ...left));
   const heads = ["Token", ...Object.values(TITLES)].map((title) => make("th", { scope: "col" }, title));
-  return make("table", { class: "alternatives" }, make("thead", {}, make("tr", {}, ...heads)), body);
+  const key = make("caption", { class: "note" }, "Probabilities at this place; ● first choice, – not stored");
+  return make("table", { class: "alternatives" }, key, make("thead", {}, make("tr", {}, ...heads)), body);
 }
 
 /** The heart of it as a sentence, which screen readers speak when a token is reached. */
@@ -80,6 +85,7 @@ function sentence(row, place) {
 }
 
 function showPanel(row, place) {
+  document.getElementById("hint").hidden = true;
   document.getElementById("sentence").textContent = sentence(row, place);
   document.getElementById("details").replaceChildren(tokenHead(row, place), alternativesTable(row, place, Infinity));
   panel.classList.add("open");
@@ -103,13 +109,14 @@ function showTip(element, row, place) {
   placeTip();
 }
 
-/** The tooltip stands above its token, so that the line below can be read on; below it where there is no room. */
+/** The tooltip stands above its token, so that the line below can be read on, or below it; never over the panel. */
 function placeTip() {
   if (tip.hidden) return;
   const element = tipOwner;
   const anchor = element.getClientRects()[0] ?? element.getBoundingClientRect();
   const { width, height } = tip.getBoundingClientRect();
-  const room = document.documentElement.clientWidth - width - 8;
+  const edge = isDocked.matches ? document.documentElement.clientWidth - 8 : rowsElement.getBoundingClientRect().right;
+  const room = edge - width;
   const above = anchor.top - height - 8;
   tip.style.left = `${Math.max(8, Math.min(anchor.left - 12, room))}px`;
   tip.style.top = `${above >= 8 ? above : Math.min(anchor.bottom + 8, window.innerHeight - height - 8)}px`;
@@ -118,7 +125,12 @@ function placeTip() {
 window.addEventListener("scroll", placeTip, { passive: true });
 tip.addEventListener("pointerenter", () => clearTimeout(tipTimer));
 tip.addEventListener("pointerleave", () => hideTip(100));
-document.getElementById("close").addEventListener("click", () => {
+
+function closePanel() {
   panel.classList.remove("open");
-  lastFocused?.focus({ preventScroll: true });
+}
+
+document.getElementById("close").addEventListener("click", () => {
+  lastFocused?.focus({ preventScroll: true }); // which opens it again
+  closePanel();
 });

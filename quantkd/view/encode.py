@@ -20,8 +20,8 @@ NOT_STORED = -1
 def encode_divergence(divergence: Divergence) -> dict[str, Any]:
     """What the page's script reads, as JSON values.
 
-    KL is kept to 3 significant digits, a probability as its logarithm in whole thousandths of a nat, negated, which is
-    within 0.05%. Each token's text is held once, and named by its place in `strings`; bytes are lists of numbers.
+    KL is kept to 3 significant digits, a probability as its logarithm in whole ten-thousandths of a nat, negated, which
+    is within 0.005%. Each token's text is held once, and named by its place in `strings`; bytes are lists of numbers.
 
     Args:
         divergence: as `collect_divergence` gives it.
@@ -103,5 +103,5 @@ def _round(values: NDArray[np.float64]) -> list[float]:
 
 def _encode_logprobs(logprobs: NDArray[np.float64]) -> list[int]:
     # Half-precision teachers reach a little above probability 1 by rounding, which is 0 here.
-    nats = np.maximum(np.rint(-1000 * logprobs), 0)
-    return [int(number) for number in np.where(np.isnan(logprobs), NOT_STORED, nats)]
+    numbers = np.maximum(np.rint(-10_000 * logprobs), 0)
+    return [int(number) for number in np.where(np.isnan(logprobs), NOT_STORED, numbers)]

@@ -26,6 +26,7 @@ function filterRows() {
   }
   const every = shown === ROWS.length ? `${shown} rows` : `${shown} of ${ROWS.length} rows`;
   document.getElementById("count").textContent = every;
+  document.getElementById("nothing").hidden = shown > 0;
 }
 
 function goTo(row, place) {
@@ -77,7 +78,9 @@ document.getElementById("fold").addEventListener("click", (event) => {
   for (const row of ROWS) row.element.querySelector(".body").open = !folded;
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") hideTip();
+  if (event.key !== "Escape") return;
+  hideTip();
+  closePanel();
 });
 sortSelect.addEventListener("change", sortRows);
 filterInput.addEventListener("input", filterRows);

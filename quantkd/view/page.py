@@ -99,27 +99,35 @@ def _summarize(divergence: Divergence) -> list[dict[str, str]]:
         float(np.mean(np.concatenate([np.zeros(0), *parts]) >= 1)) if divergence.num_tokens else float("nan")
         for parts in ([row.kl_before for row in divergence.rows], [row.kl_after for row in divergence.rows])
     ]
-    closed = f"{100 * (1 - kl_after / kl_before):.0f}% of the gap closed" if kl_before > 0 else ""
     return [
         {
-            "name": "Mean KL to the teacher",
-            "before": f"{kl_before:.3f}",
-            "after": f"{kl_after:.3f}",
-            "note": f"nats per token{'; ' * bool(closed)}{closed}",
+            "name": "KL to the teacher",
+            "before": f"{max(kl_before, 0):.3f}",  # rounding of a stored teacher can leave a little less than 0
+            "after": f"{max(kl_after, 0):.3f}",
+            "note": f"mean, nats a token; {_describe_change(kl_before, kl_after)}",
         },
         {
             "name": "Same first choice",
             "before": f"{100 * agree_before:.1f}%",
             "after": f"{100 * agree_after:.1f}%",
-            "note": "of the tokens",
+            "note": "how often both would choose the same token",
         },
         {
-            "name": "Far off: 1 nat and more",
+            "name": "Far off",
             "before": f"{100 * high[0]:.1f}%",
             "after": f"{100 * high[1]:.1f}%",
-            "note": "of the tokens",
+            "note": "how often the KL is 1 nat or more",
         },
     ]
+
+
+def _describe_change(before: float, after: float) -> str:
+    """What became of the distance to the teacher."""
+    if before < 5e-4 and after < 5e-4:
+        return "both as the teacher"
+    if after > before:
+        return "farther than before"
+    return f"{100 * (1 - max(after, 0) / before):.0f}% of it closed"
 
 
 def _describe_classes(divergence: Divergence) -> list[dict[str, Any]]:
@@ -129,11 +137,11 @@ def _describe_classes(divergence: Divergence) -> list[dict[str, Any]]:
         sum((count_classes(kl) for kl in column), np.zeros(len(KL_EDGES) + 1))
         for column in ([row.kl_before for row in divergence.rows], [row.kl_after for row in divergence.rows])
     )
-    names = [f"< {KL_EDGES[0]:g}", *(f"{low:g}" for low in KL_EDGES)]
+    names = [f"<{KL_EDGES[0]:g}", *(f"{low:g}" for low in KL_EDGES)]
     ranges = [f"below {KL_EDGES[0]:g}"]
     ranges += [f"{low:g} to {high:g}" for low, high in itertools.pairwise(KL_EDGES)]
     ranges += [f"{KL_EDGES[-1]:g} and more"]
-    names[-1] = f"≥ {KL_EDGES[-1]:g}"
+    names[-1] = f"≥{KL_EDGES[-1]:g}"
     return [
         {"name": name, "range": span, "before": 100 * one / total, "after": 100 * other / total}
         for name, span, one, other in zip(names, ranges, before.tolist(), after.tolist(), strict=True)

@@ -13,15 +13,24 @@ function strip(row, student) {
     const kl = Math.max(...row[student].slice(from, to));
     stops.push(`var(--s${colourClass(kl)}) ${(100 * step) / steps}% ${(100 * (step + 1)) / steps}%`);
   }
-  const band = make("span", { class: "strip" });
+  const band = make("span", { class: "band" });
   if (stops.length) band.style.setProperty("background-image", `linear-gradient(to right, ${stops.join(",")})`);
-  return band;
+  return make("span", { class: "strip" }, make("span", { class: "label" }, student), band);
+}
+
+/** A token in running text. Of a character that is split over tokens, the first shows all of it. */
+function showInText(row, place) {
+  const whole = wholeCharacter(row.tokens, place);
+  if (whole === null) return showPieces(spell(row.tokens[place]));
+  return whole.begins ? showPieces(spell(whole.text)) : showPieces([{ sign: "‥" }]);
 }
 
 function tokenElement(row, student, place) {
   const kl = row[student][place];
   const other = row.firsts[student][place] === 0 ? "" : " other";
-  const element = make("span", { class: `token k${colourClass(kl)}${other}`, role: "option", tabindex: "-1" }, ...showToken(row.tokens[place]));
+  const token = row.tokens[place];
+  const spaces = typeof token === "string" && / {2}|\s$/.test(token) ? " spaces" : "";
+  const element = make("span", { class: `token k${colourClass(kl)}${other}${spaces}`, role: "option", tabindex: "-1" }, ...showInText(row, place));
   element.dir = "auto";
   PLACES.set(element, { row, student, place });
   return element;
@@ -75,7 +84,7 @@ function promptElement(row) {
   const text = row.contexts.filter(([place]) => place === 0).map(([, prompt]) => prompt)[0];
   if (text === undefined) return null;
   const end = text.replace(/\s+/g, " ").trim();
-  const preview = end.length > 180 ? `… ${end.slice(-178)}` : end;
+  const preview = end.length > 160 ? `… ${end.slice(-158).replace(/^\S{0,20}\s/, "")}` : end;
   return make(
     "details",
     { class: "prompt" },
@@ -86,6 +95,7 @@ function promptElement(row) {
 
 function changeText({ before, after }) {
   if (!(before > 0)) return "";
+  if (after > 10 * before) return "over 10 times";
   const change = Math.round(100 * (after / before - 1));
   return change <= 0 ? `−${-change}%` : `+${change}%`;
 }
@@ -101,7 +111,7 @@ function rowElement(row) {
     if (asTable) views.after(rowTable(row));
     else row.element.querySelector(".table").remove();
   });
-  const facts = [`${row.tokens.length} tokens`, ...(row.cut ? ["cut by the length limit"] : [])].join(", ");
+  const facts = [`${row.tokens.length} ${row.tokens.length === 1 ? "token" : "tokens"}`, ...(row.cut ? ["cut short"] : [])].join(", ");
   const summary = make(
     "summary",
     {},
@@ -128,10 +138,9 @@ function twins({ row, place }) {
 }
 
 function focusToken(element) {
-  const { row, student, place } = PLACES.get(element);
+  const { row, student } = PLACES.get(element);
   for (const sibling of row.elements[student]) sibling.tabIndex = -1;
   element.tabIndex = 0;
-  element.setAttribute("aria-label", `${quote(row.tokens[place])}, KL ${formatKl(row[student][place])}`);
   element.focus({ preventScroll: true });
   element.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
@@ -201,6 +210,7 @@ rowsElement.addEventListener("focusin", (event) => {
   if (element === null) return;
   const at = PLACES.get(element);
   lastFocused = element;
+  element.setAttribute("aria-label", `${quote(at.row.tokens[at.place])}, KL ${formatKl(at.row[at.student][at.place])}`);
   element.setAttribute("aria-selected", "true");
   element.setAttribute("aria-describedby", "sentence");
   for (const twin of twins(at)) twin.classList.add("here");

@@ -1,0 +1,104 @@
+"""GPTQ and AWQ checkpoints packed here from their definitions: the true weight is known without their library.
+
+4-bit integers in groups of 32 inputs, w = scale * (q - zero), rounded to nearest: not what GPTQ or AWQ would choose,
+but stored as AutoGPTQ (version 1) and AutoAWQ (GEMM) store it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+GROUP = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's eight nibbles, the lowest first
+NEEDS = {"hqq4": "hqq", "torchao-int8": "torchao", "gptq": "gptqmodel", "awq": "gptqmodel"}
+CONFIGS = {
+    "gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": False,
+        "checkpoint_format": "gptq",
+    },
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+}
+
+
+def require_package(name: str) -> None:
+    """Skip the test, with the reason, where the package of a student's format is not installed.
+
+    Args:
+        name: the format.
+    """
+    try:
+        metadata.version(NEEDS.get(name, "torch"))
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{name} needs the package {NEEDS[name]}, which is not installed")
+
+
+def write_packed_checkpoint(method: str, source: Path, folder: Path) -> dict[str, Tensor]:
+    """A checkpoint of `source` with every decoder layer's projections packed.
+
+    Args:
+        method: `gptq` or `awq`.
+        source: a checkpoint folder in full precision.
+        folder: where to write.
+
+    Returns:
+        The weights that the packed layers stand for, (out, in), float64, by module name.
+    """
+    shutil.copytree(source, folder)
+    tensors, truth = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if "_proj." not in name:
+            tensors[name] = tensor
+            continue
+        module = name.removesuffix(".weight")
+        q, scales, zeros, truth[module] = _round(tensor.double())
+        pack = {"gptq": _pack_gptq, "awq": _pack_awq}[method]
+        tensors.update({f"{module}.{part}": value for part, value in pack(q, zeros).items()})
+        tensors[f"{module}.scales"] = scales.T.half().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": CONFIGS[method]}))
+    return truth
+
+
+def _round(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (out, in), scales and zeros (out, groups), and what they stand for."""
+    groups = weight.view(len(weight), -1, GROUP)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / 15).half().double()
+    zeros = (-low / scales).round().clamp(1, 15)
+    q = (groups / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
+    stands_for = (q - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
+    return q.view_as(weight).long(), scales, zeros.long(), stands_for.view_as(weight)
+
+
+def _to_words(nibbles: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """(..., 8 n) integers below 16 to (..., n) int32, one nibble each."""
+    eights = nibbles.unflatten(-1, (-1, 8))
+    words = sum(eights[..., index] << (4 * place) for place, index in enumerate(order))
+    return torch.where(words >= 2**31, words - 2**32, words).int().contiguous()
+
+
+def _pack_gptq(q: Tensor, zeros: Tensor) -> dict[str, Tensor]:
+    """Along the inputs; the zeros less one; the group of each input."""
+    return {
+        "qweight": _to_words(q).T.contiguous(),
+        "qzeros": _to_words(zeros.T - 1),
+        "g_idx": (torch.arange(q.shape[1]) // GROUP).int(),
+    }
+
+
+def _pack_awq(q: Tensor, zeros: Tensor) -> dict[str, Tensor]:
+    """Along the outputs, in an order of its own."""
+    return {"qweight": _to_words(q.T, AWQ_ORDER), "qzeros": _to_words(zeros.T, AWQ_ORDER)}

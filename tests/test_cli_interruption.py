@@ -1,0 +1,123 @@
+"""Ctrl-C and SIGTERM amid a command: it ends in one line, and goes on to what it would have given anyway."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from quantkd import TransferSet, capture
+from quantkd.cli.main import main
+from quantkd.errors import ConfigError
+from quantkd.resuming import find_checkpoint
+
+PROMPTS = [f"What is {number} + 3?" for number in range(32)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return tmp_path
+
+
+@contextmanager
+def stopped_when(is_time, number):
+    """Send this process a signal as soon as something is on the disk."""
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(0.002):
+            if is_time():
+                os.kill(os.getpid(), number)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def interrupted(capsys, words, is_time, number):
+    """The last line on standard error of a command that a signal stopped."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, stopped_when(is_time, number):
+        main([str(word) for word in words])
+    err = capsys.readouterr().err
+    assert stop.value.code == 130 and "Traceback" not in err
+    assert signal.getsignal(signal.SIGTERM) == before
+    return err[err.rindex("quantkd ") :].rstrip()  # a bar may stand before it
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_capture_goes_on_to_the_same_bytes(capsys, folder, tiny_model_path, number):
+    words = ["capture", "--model", tiny_model_path, "--prompts", "p.jsonl", "--max_new_tokens", "24", "--dtype",
+             "float32", "--rows_per_shard", "4", "--output_dir"]  # fmt: skip
+    said = interrupted(capsys, [*words, "s"], Path("s/shard-00001.safetensors").exists, number)
+    assert said == "quantkd capture: interrupted. Run the same command again to go on."
+    assert not Path("s/index.json").exists()
+    main([str(word) for word in [*words, "s"]])
+    main([str(word) for word in [*words, "whole"]])
+    assert TransferSet.open("s").digest == TransferSet.open("whole").digest
+
+
+def test_train_goes_on_to_the_same_weights(capsys, folder, tiny_model_path):
+    capture(str(tiny_model_path), PROMPTS, "set", max_new_tokens=8, dtype="float32", progress=False)
+    words = ["train", "--model_name_or_path", tiny_model_path, "--transfer_set", "set", "--dtype", "float32",
+             "--report_to", "none", "--per_device_train_batch_size", "2", "--num_train_epochs", "2",
+             "--save_steps", "4", "--output_dir"]  # fmt: skip
+    is_time = Path("o/checkpoint-8/trainer_state.json").exists
+    said = interrupted(capsys, [*words, "o"], is_time, signal.SIGTERM)
+    assert said.startswith("quantkd train: interrupted. Run the same command with --resume_from_checkpoint true")
+    assert not Path("o/adapter_model.safetensors").exists()
+    main([str(word) for word in [*words, "o", "--resume_from_checkpoint", "true"]])
+    main([str(word) for word in [*words, "whole"]])
+    one, other = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("o", "whole"))
+    assert one == other
+    # Once more from its configuration, which knows nothing of the checkpoint.
+    assert "resume_from_checkpoint" not in Path("o/config.yaml").read_text()
+
+
+def test_evaluate_goes_on_to_the_same_answers(capsys, folder, tiny_model_path):
+    words = ["evaluate", "--model_name_or_path", tiny_model_path, "--arm", "x", "--prompts", "p.jsonl", "--batch_size",
+             "1", "--max_new_tokens", "24", "--dtype", "float32", "--run_dir"]  # fmt: skip
+    records = Path("r/evaluation/x-prompts.jsonl")
+
+    def is_time():
+        return records.exists() and len(records.read_text().splitlines()) >= 3
+
+    said = interrupted(capsys, [*words, "r"], is_time, signal.SIGINT)
+    assert said == "quantkd evaluate: interrupted. Run the same command again to go on."
+    kept = records.read_text().splitlines()
+    assert 3 <= len(kept) < len(PROMPTS)
+    main([str(word) for word in [*words, "r"]])
+    main([str(word) for word in [*words, "whole"]])
+    assert set(kept) <= set(records.read_text().splitlines())  # not answered again
+    assert records.read_text() == Path("whole/evaluation/x-prompts.jsonl").read_text()
+
+
+def test_the_last_whole_checkpoint_is_found(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-99.txt").write_text("no folder")
+    for asked in ("true", "True", True):
+        assert find_checkpoint(asked, tmp_path) == str(tmp_path / "checkpoint-10")
+    assert find_checkpoint(str(tmp_path / "checkpoint-2"), "elsewhere") == str(tmp_path / "checkpoint-2")
+    assert find_checkpoint(None, tmp_path) is None and find_checkpoint("false", tmp_path) is None
+    for asked, where, said in (
+        ("true", tmp_path / "checkpoint-2", "holds no checkpoint to go on from"),
+        ("true", tmp_path / "nowhere", "holds no checkpoint to go on from"),
+        (str(tmp_path / "checkpoint-12"), tmp_path, "which is no whole checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            find_checkpoint(asked, where)

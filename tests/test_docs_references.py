@@ -1,0 +1,110 @@
+"""What README and docs name exists: commands and their flags, scripts, extras, make targets, links, error messages."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from doc_pages import PAGES, REPOSITORY, list_commands, name_of, split_launcher
+
+from quantkd.cli.main import main
+
+SCRIPTS = ("benchmarks/", "examples/", "tests/")
+
+
+def list_flags(kind: str) -> dict[str, set[str]]:
+    """Each subcommand ("quantkd") or script ("script") that a page shows, with every flag it is shown with."""
+    shown: dict[str, set[str]] = {}
+    for _, words in list_commands():
+        _, script, own = split_launcher(words) if words[0] != "python" else ([], words[1], words[1:])
+        if script is not None and kind == "script" and script.startswith(SCRIPTS):
+            name, *given = own
+        elif script is None and own[:1] == [kind] and re.match("[a-z]", "".join(own[1:2])):  # not COMMAND
+            name, *given = own[1:]
+        else:
+            continue
+        shown.setdefault(name, set()).update(word.split("=")[0] for word in given if re.match(r"--\w", word))
+    return shown
+
+
+@pytest.mark.parametrize(("command", "flags"), sorted(list_flags("quantkd").items()))
+def test_commands_have_the_flags_that_pages_use(
+    command: str, flags: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert not stop.value.code
+    assert flags - set(re.findall(r"--[\w-]+", capsys.readouterr().out)) == set()
+
+
+@pytest.mark.parametrize(("script", "flags"), sorted(list_flags("script").items()))
+def test_scripts_have_the_flags_that_pages_use(
+    script: str, flags: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = REPOSITORY / script
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.syspath_prepend(path.parent)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not stop.value.code
+    assert flags - set(re.findall(r"--[\w-]+", capsys.readouterr().out)) == set()
+
+
+def test_the_launcher_takes_the_flags_that_pages_use() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    launchers = [launcher for _, words in list_commands() if (launcher := split_launcher(words)[0])]
+    launchers = [words[2:] for words in launchers if words[0] == "accelerate"]
+    assert ["--num_processes", "1"] in launchers
+    for words in launchers:
+        assert launch_command_parser().parse_args([*words, "script.py"]).training_script == "script.py", words
+
+
+def test_files_and_extras_that_commands_name_exist() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    extras = set(setup["options.extras_require"])
+    for place, words in list_commands():
+        for word in words:
+            assert not word.startswith(SCRIPTS) or (REPOSITORY / word).exists(), f"{place}: there is no {word}"
+            if words[0] == "pip" and (named := re.fullmatch(r"(?:quantkd|\.)\[(.+)\]", word)):
+                assert set(named[1].split(",")) <= extras, f"{place}: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named - targets == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_resolve(page: Path) -> None:
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def read_messages() -> list[str]:
+    """Every string in the package's source, with ... for what is filled in."""
+    messages = []
+    for path in sorted((REPOSITORY / "quantkd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                messages.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                messages.append(re.sub(r"%[sdr]", "...", node.value))
+    return messages
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    messages = read_messages()
+    assert quoted
+    assert [quote for quote in quoted if not any(quote.strip(". ") in message for message in messages)] == []

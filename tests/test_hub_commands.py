@@ -1,0 +1,161 @@
+"""Every command that takes an adapter or a set takes one on the Hub, pinned to its commit, and trusts none of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from fake_hub import TOKEN
+from hub_runs import files_at, load_base
+from test_hub_strangers import Trap
+
+from quantkd import TransferSet
+from quantkd.cli.main import main
+from quantkd.errors import ConfigError
+from quantkd.hub import load_adapter, push_adapter
+
+pytest_plugins = ["hub_runs"]
+
+
+@pytest.fixture
+def trapped(hub, run, transfer_set):
+    """An adapter and a set on the Hub, with pickles and another base model beside them; and the adapter's commit."""
+    push_adapter(run / "student", "user/student")
+    files = files_at(hub, "user/student")
+    fields = {**json.loads(files["adapter_config.json"]), "base_model_name_or_path": "evil/model"}
+    trap = pickle.dumps(Trap())
+    traps = {name: trap for name in ("adapter_model.bin", "training_args.bin", "pytorch_model.bin", "optimizer.pt")}
+    bad = {**files, **traps, "adapter_config.json": json.dumps(fields).encode(), "evil.py": b"raise AssertionError"}
+    commit = hub.repositories["model", "user/student"].add("upload", bad).sha
+    transfer_set.push_to_hub("user/held")
+    hub.requests.clear()
+    return commit
+
+
+def told(text: str, pattern: str) -> str:
+    found = re.search(pattern, text)
+    assert found, text
+    return found[1]
+
+
+def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path, transfer_set, tmp_path, capsys):
+    base = ["--model_name_or_path", str(tiny_model_path), "--dtype", "float32"]
+    held = hub.repositories["dataset", "user/held"].commits[-1].sha
+    folder = str(run / "student")
+    first = next(commit.sha for commit in hub.repositories["model", "user/student"].commits if "quantkd" in commit.files
+                 or "adapter_config.json" in commit.files)  # fmt: skip
+
+    def said(*words) -> str:
+        main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    kl = {}
+    for name, commit in ((folder, None), ("user/student", trapped), (f"user/student@{first}", first)):
+        place = tmp_path / f"arm{len(kl)}"
+        text = said("evaluate", *base, "--adapter", name, "--held_out", "user/held", "--arm", "x", "--run_dir", place)
+        assert f"Transfer set user/held at {held}, digest {transfer_set.digest}" in text
+        assert (f"Adapter user/student at {commit}" in text) == (commit is not None)
+        kl[name] = json.loads((place / "evaluation" / "x.json").read_text())["fidelity"]["kl"]
+    assert len(set(kl.values())) == 1 and kl[folder] > 0
+
+    text = said("view", *base, "--adapter", f"user/student@{trapped}", "--held_out", "user/held", "--output",
+                tmp_path / "page.html")  # fmt: skip
+    assert f"Adapter user/student at {trapped}" in text
+    assert float(told(text, r"KL [\d.]+ before, ([\d.]+) after")) == pytest.approx(kl[folder], abs=1e-4)
+
+    for form in ("merged", "adapter"):
+        out = tmp_path / form
+        text = said("export", *base, "--form", form, "--adapter", "user/student", "--output_dir", out,
+                    "--save_dtype", "float32", "--held_out", "user/held")  # fmt: skip
+        assert f"Adapter user/student at {trapped}" in text
+        assert not [file for file in out.iterdir() if file.suffix in (".bin", ".pt", ".py")]
+        assert "evil" not in "".join(file.read_text() for file in out.glob("*.json") if file.name != "tokenizer.json")
+        assert json.loads((out / "quantkd.json").read_text())["transfer_set_digest"] == transfer_set.digest
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert weights == (run / "student" / "adapter_model.safetensors").read_bytes()
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    digests = {}
+    for name in (folder, "user/student"):
+        out = tmp_path / f"set{len(digests)}"
+        text = said("capture", "--model", tiny_model_path, "--prompts", tmp_path / "prompts.jsonl", "--output_dir", out,
+                    "--teacher_adapter", name, "--max_new_tokens", "4", "--dtype", "float32")  # fmt: skip
+        digests[name] = TransferSet(out).plan.extra["adapter"]["sha256"]
+    assert f"Adapter user/student at {trapped}" in text and len(set(digests.values())) == 1
+
+    asked = [path for _, path in hub.requests]
+    assert not [path for path in asked if path.endswith((".bin", ".pt", ".py")) or "evil" in path]
+
+
+def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_set, tmp_path, capsys):
+    commit = hub.repositories["dataset", "user/held"].commits[-1].sha
+    base = ["--model_name_or_path", str(tiny_model_path), "--dtype", "float32", "--report_to", "none"]
+    for words in (
+        ["inspect", "user/held", "--rows", "0"],
+        ["verify", f"user/held@{commit}"],
+        ["audit", "user/held", "--teacher", str(tiny_model_path), "--rows", "2"],
+        ["convert", "user/held", str(tmp_path / "compact"), "--profile", "compact"],
+        ["train", *base, "--transfer_set", "user/held", "--eval_transfer_set", f"user/held@{commit}", "--max_steps",
+         "1", "--output_dir", str(tmp_path / "student")],
+    ):  # fmt: skip
+        main(words)
+        assert f"Transfer set user/held at {commit}, digest {transfer_set.digest}" in capsys.readouterr().err, words
+    facts = json.loads((tmp_path / "student" / "quantkd.json").read_text())
+    assert facts["transfer_set"] == f"user/held at {commit}"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("user/pickled", "adapter_model.bin, a pickle"),
+        ("user/none", "There is no folder 'user/none' here. On the Hub: "),
+        ("user/student@v9", "Could not fetch adapter_config.json of user/student at v9"),
+        ("./nowhere", "There is no folder './nowhere'"),
+    ],
+)
+def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, tmp_path, capsys, name, said):
+    hub.make("model", "user/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": pickle.dumps(Trap())})
+    words = ["evaluate", "--model_name_or_path", str(tiny_model_path), "--adapter", name, "--held_out", "user/held",
+             "--arm", "x", "--run_dir", str(tmp_path)]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and said in error and "Traceback" not in error
+    assert hub.count("GET", r"\.bin$") == 0
+
+
+def test_a_process_without_a_network(hub, run, transfer_set, tiny_model_path, tmp_path):
+    """As a user has it, nothing patched: what was fetched once is enough."""
+    adapter = push_adapter(run / "student", "user/student").commit
+    held = transfer_set.push_to_hub("user/held").commit
+    list(TransferSet.open("user/held"))
+    load_adapter(load_base(tiny_model_path), "user/student")
+    hub.requests.clear()
+    script = (
+        "import sys; from quantkd import TransferSet; from quantkd.hub import load_adapter\n"
+        "rows = TransferSet.open('user/held'); len(list(rows))\n"
+        "model = load_adapter(sys.argv[1], 'user/student', dtype='float32')\n"
+        "print(rows.sources[0], rows.digest, model.hub_revision)"
+    )
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", script, str(tiny_model_path)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"user/held at {held} {transfer_set.digest} user/student at {adapter}\n"
+    assert TOKEN not in done.stdout + done.stderr and hub.requests == []
+
+
+def test_a_folder_of_that_name_comes_first(hub, trapped, run, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "student", tmp_path / "user" / "student")
+    assert load_adapter(load_base(tiny_model_path), "user/student").hub_revision == "user/student"
+    assert hub.requests == []
+    with pytest.raises(ConfigError, match="user/student is a folder; only an adapter on the Hub has revisions"):
+        load_adapter(load_base(tiny_model_path), "user/student", revision="v1")

@@ -1,0 +1,167 @@
+"""What must not leave: tokens, home folders, host names; in nothing that is pushed, printed or kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_hub import TOKEN
+from hub_runs import build_trainer, load_base
+
+from quantkd import TransferSet
+from quantkd.cli.main import main
+from quantkd.errors import ConfigError, HubError
+from quantkd.hub import load_adapter, push_adapter
+from quantkd.hub.secrets import find_secrets, public_name
+
+pytest_plugins = ["hub_runs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer_config.json", json.dumps({"note": TOKEN})),
+        ("tokenizer_config.json", json.dumps({"note": "hf_" + "x" * 34})),
+        ("tokenizer_config.json", json.dumps({"note": str(Path.home() / "models")})),
+        ("chat_template.jinja", f"{{# {TOKEN} #}}"),
+        ("quantkd.json", json.dumps({"training": {"token": TOKEN}})),
+        ("adapter_config.json", json.dumps({"base_model_name_or_path": "b", "peft_type": "LORA", "x": TOKEN})),
+    ],
+)
+def test_a_file_that_holds_a_secret_stays_here(hub, run, name, text):
+    (run / "student" / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"{name}|README.md") as caught:
+        push_adapter(run, "user/student")
+    assert TOKEN not in str(caught.value)
+    assert hub.requests == []
+
+
+def test_a_canary_token_is_found_nowhere(
+    hub, run, tiny_model_path, transfer_set, tmp_path, caplog, capfd, monkeypatch
+):  # fmt: skip
+    """In the environment, as an argument, in the training configuration, and in what the server answers."""
+    monkeypatch.setenv("MY_SERVICE_API_KEY", "canary-0123456789-canary")
+    caplog.set_level(logging.DEBUG)
+    for name in ("quantkd.hub", "huggingface_hub", "transformers"):
+        caplog.set_level(logging.DEBUG, logger=name)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    hub.echo = f"with {TOKEN}, nor with canary-0123456789-canary"
+    said = []
+    faults = iter(["503", None, "429"])
+    hub.fault = lambda number, method, path: next(faults, None)
+    transfer_set.push_to_hub("user/set", token=TOKEN)
+    trainer = build_trainer(
+        tiny_model_path, transfer_set, tmp_path / "student", push_to_hub=True, hub_model_id="user/trained",
+        hub_token=TOKEN, save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub()
+    push_adapter(run, "user/student", token=TOKEN)
+    list(TransferSet.open("user/set", token=TOKEN))
+    load_adapter(load_base(tiny_model_path), "user/student", token=TOKEN)
+    for fault in ("400", "403", "503"):
+        hub.fault = lambda number, method, path, fault=fault: fault
+        for attempt in (
+            lambda: push_adapter(run, "user/student", token=TOKEN),
+            lambda: transfer_set.push_to_hub("user/set", token=TOKEN, licence="mit"),
+            lambda: TransferSet.open("user/none", token=TOKEN),
+        ):
+            with pytest.raises(HubError) as caught:
+                attempt()
+            said.append("".join(traceback.format_exception(caught.value)))
+    assert "[secret]" in "".join(said)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HubError) as caught:
+        main(["--traceback", "push", str(run), "user/student"])
+    said.append("".join(traceback.format_exception(caught.value)))
+    with pytest.raises(SystemExit):
+        main(["push", str(run), "user/student"])
+    assert "nor with [secret]" in "".join(said)
+    captured = capfd.readouterr()
+    printed = "\n".join([*said, captured.out, captured.err, *(record.getMessage() for record in caplog.records)])
+    sent = b"\n".join(hub.received)
+    assert len(sent) > 10**5
+    for secret in (TOKEN, "canary-0123456789-canary"):
+        assert secret not in printed
+        assert secret.encode() not in sent
+    places = [str(Path.home()) + "/", str(tmp_path), str(tiny_model_path.parent)]
+    host = socket.gethostname()
+    for place in [*places, *([host] if len(host) > 5 else [])]:
+        assert place.encode() not in sent, place
+
+
+def test_a_broken_file_of_options_is_not_quoted_with_its_token(tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text(f"seed: 1\nhub_token: {TOKEN}: x\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(tmp_path / "broken.yaml")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "is not YAML: mapping values are not allowed here in line 2, column 41. Expected" in said
+    assert TOKEN[-6:] not in said  # no part of it
+
+
+def test_an_exception_s_secret_is_not_printed(monkeypatch, capsys):
+    import quantkd.cli.verify as command
+
+    def fail(argv):
+        raise OSError(f"cannot reach https://me:{TOKEN}@host with wordsandwordsandwords")
+
+    monkeypatch.setenv("MY_PASSPHRASE", "wordsandwordsandwords")
+    monkeypatch.setattr(command, "main", fail)
+    with pytest.raises(SystemExit):
+        main(["verify", "x"])
+    assert "cannot reach https://me:[secret]@host with [secret]." in capsys.readouterr().err
+
+
+def test_the_configuration_of_a_run_keeps_no_token_and_all_else(tmp_path):
+    from dataclasses import fields
+
+    from quantkd.cli.arguments import StudentArguments
+    from quantkd.cli.parsing import save_options
+    from quantkd.cli.train import DataArguments
+    from quantkd.config import QuantizedDistillationConfig
+
+    kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
+    nested = json.dumps({"token": TOKEN, "attn_implementation": "eager", "more": {"hub_token": TOKEN}})
+    words = ["--transfer_set", "s", "--output_dir", "o", "--hub_token", TOKEN, "--model_init_kwargs", nested]
+    words += ["--average_tokens_across_devices", "false"]
+    save_options(kinds, words, tmp_path / "config.yaml", command="quantkd train")
+    text = (tmp_path / "config.yaml").read_text()
+    assert TOKEN not in text
+    saved = yaml.safe_load(text)
+    assert json.loads(saved["model_init_kwargs"]) == {"attn_implementation": "eager", "more": {}}
+    assert saved["average_tokens_across_devices"] is False
+    names = {field.name for kind in kinds for field in fields(kind) if field.init}
+    assert names - set(saved) == {"hub_token", "resume_from_checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_secret"),
+    [
+        ("MY_CREDENTIALS", "abcdef123456", True),
+        ("DEPLOY_KEY", "abcdef123456", True),
+        ("GH_PAT", "abcdef123456", True),
+        ("DB_PASSWORD", "correcthorsebatterystaple", True),
+        ("TOKENIZERS_PARALLELISM", "abcdef123456", False),
+        ("MAX_TOKENS", "1000000000", False),
+        ("TOKEN_STYLE", "capitalised", False),
+        ("API_KEY_FILE", "/run/secrets/key", False),
+        ("KEYBOARD", "abcdef123456", False),
+    ],
+)
+def test_which_variables_hold_a_secret(monkeypatch, name, value, is_secret):
+    monkeypatch.setenv(name, value)
+    assert (value in find_secrets()) == is_secret
+
+
+def test_public_names():
+    assert public_name("maker/model") == "maker/model"
+    assert public_name("gone") == "gone"
+    assert public_name("/srv/gone/models/llama-8b/") == "llama-8b"
+    assert public_name("../gone/models/llama-8b") == "llama-8b"
+    assert public_name("C:\\gone\\llama-8b") == "llama-8b"

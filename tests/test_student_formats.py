@@ -1,0 +1,236 @@
+"""Every format of a student on a CPU: what it computes with, its gradients, its adapters on disk, its start."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from packed_checkpoints import require_package, write_packed_checkpoint
+from peft import LoraConfig, PeftModel
+from scipy.stats import norm
+from torch import nn
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd.initialization import initialize_from_error
+from quantkd.original_weights import OriginalWeights
+from quantkd.student import attach_lora, is_quantized, load_student
+from quantkd.student_formats import dequantize_weight
+
+IDS = torch.arange(120).view(6, 20)
+FORMATS = ("nf4", "fp4", "int8", "hqq4", "torchao-int8", "gptq", "awq")
+# What the layers' own arithmetic may add: int8 rounds the inputs too, gptqmodel computes in float16.
+SLACK = {"int8": 2e-2, "awq": 1e-3, "gptq": 1e-3}
+# bitsandbytes' kernel for evaluation on some CPUs computes in bfloat16, with constants that are rounded to it.
+EVALUATION_SLACK = {**SLACK, "nf4": 6e-3, "fp4": 6e-3}
+
+
+@pytest.fixture(params=FORMATS)
+def student(request, tiny_model_path, tmp_path):
+    """The format's name, and a function that loads a fresh student in it."""
+    require_package(request.param)
+    if request.param in ("gptq", "awq"):
+        folder = tmp_path / request.param
+        write_packed_checkpoint(request.param, tiny_model_path, folder)
+        return request.param, lambda: load_student(str(folder), dtype="float32")
+    return request.param, lambda: load_student(str(tiny_model_path), quantization_config=request.param, dtype="float32")
+
+
+def projections(model):
+    return {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+
+
+def unpack_nibbles(packed):
+    """High nibble first, as bitsandbytes packs."""
+    packed = packed.flatten().long()
+    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+
+
+def dequantize_bitsandbytes(layer, codebook):
+    """Appendix of QLoRA: a code times its block's maximum, which is an 8-bit code itself."""
+    state, nested = layer.weight.quant_state, layer.weight.quant_state.state2
+    blocks = torch.arange(len(state.absmax)) // nested.blocksize
+    absmax = nested.code.double()[state.absmax.long()] * nested.absmax.double()[blocks] + state.offset.double()
+    codes = codebook[unpack_nibbles(layer.weight.data)].view(-1, state.blocksize)
+    return (codes * absmax.unsqueeze(1)).view(state.shape)
+
+
+def normal_float_codebook():
+    """Equally likely bins of a normal distribution, with an exact zero (Dettmers et al. 2023, section 3)."""
+    most = 0.9677083
+    above = norm.ppf(torch.linspace(most, 0.5, 9, dtype=torch.float64)[:-1].numpy())
+    below = -norm.ppf(torch.linspace(most, 0.5, 8, dtype=torch.float64)[:-1].numpy())
+    values = torch.tensor([*above, 0.0, *below], dtype=torch.float64).sort().values
+    return values / values.max()
+
+
+def four_bit_float_codebook():
+    """Sign, two bits of exponent, one of mantissa, in the order of bitsandbytes' codes, and a tiny one by itself."""
+    half = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3], dtype=torch.float64) / 12
+    return torch.cat([half, -half])
+
+
+def dequantize_hqq(layer):
+    """Two halves of the groups in a byte's two halves; (q - zero) * scale."""
+    packed = layer.W_q.data.long()
+    q = torch.cat([packed >> 4, packed & 15]).double()
+    return ((q - layer.meta["zero"].double()) * layer.meta["scale"].double()).view(layer.meta["shape"])
+
+
+REFERENCES = {
+    "nf4": lambda layer: dequantize_bitsandbytes(layer, normal_float_codebook()),
+    "fp4": lambda layer: dequantize_bitsandbytes(layer, four_bit_float_codebook()),
+    "int8": lambda layer: layer.weight.data.double() * layer.weight.SCB.double().unsqueeze(1) / 127,
+    "hqq4": dequantize_hqq,
+    "torchao-int8": lambda layer: layer.weight.qdata.double() * layer.weight.scale.double().view(-1, 1),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_weight_is_what_the_stored_numbers_say(name, tiny_model, tiny_model_path):
+    require_package(name)
+    model = load_student(str(tiny_model_path), quantization_config=name, dtype="float32")
+    layers = projections(model)
+    assert len(layers) == 14 and is_quantized(model)
+    for path, layer in layers.items():
+        weight, expected = dequantize_weight(layer), REFERENCES[name](layer)
+        assert weight.is_floating_point() and not weight.requires_grad
+        torch.testing.assert_close(weight.double(), expected, atol=2e-6, rtol=1e-5)
+        original = tiny_model.get_submodule(path).weight.detach().double()
+        error = float((expected - original).norm() / original.norm())
+        assert (0.001 < error < 0.012) if "int8" in name else (0.04 < error < 0.2), path
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_weight_of_a_packed_checkpoint_is_what_was_packed(method, tiny_model_path, tmp_path):
+    require_package(method)
+    truth = write_packed_checkpoint(method, tiny_model_path, tmp_path / method)
+    layers = projections(load_student(str(tmp_path / method), dtype="float32"))
+    assert layers.keys() == truth.keys()
+    for path, layer in layers.items():
+        torch.testing.assert_close(dequantize_weight(layer).double(), truth[path], atol=1e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_weight_is_what_the_layer_computes_with(student, training):
+    name, load = student
+    model = load().train(training)
+    slack = SLACK if training else EVALUATION_SLACK
+    for path, layer in projections(model).items():
+        with torch.no_grad():
+            inputs = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(1))
+            outputs, expected = layer(inputs).float(), inputs @ dequantize_weight(layer).float().T
+        assert (outputs - expected).norm() <= slack.get(name, 1e-5) * expected.norm(), path
+
+
+def test_the_same_weight_below_an_adapter_and_after_passes(student):
+    _, load = student
+    model = load()
+    before = {path: dequantize_weight(layer).clone() for path, layer in projections(model).items()}
+    adapted = attach_lora(model)
+    loss = adapted(IDS, labels=IDS).loss
+    loss.backward()
+    with torch.no_grad():
+        adapted.eval()(IDS)
+    found = [path for path, layer in projections(adapted.get_base_model()).items() if hasattr(layer, "lora_A")]
+    assert len(found) == 14
+    for path in found:
+        assert torch.equal(dequantize_weight(adapted.get_base_model().get_submodule(path)), before[path]), path
+
+
+def gradients(model):
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def test_gradients_are_those_of_the_dequantized_model(student, tiny_model):
+    """The reference is an ordinary Llama that holds the dequantized weights."""
+    name, load = student
+    model = load()
+    for path, layer in projections(model).items():
+        tiny_model.get_submodule(path).weight.data = dequantize_weight(layer).float().clone()
+    with torch.no_grad():
+        model.eval()(IDS)  # kernels for inference must not stay in the way
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ours, reference = attach_lora(model, copy.copy(config)), attach_lora(tiny_model, copy.copy(config))
+    with torch.no_grad():
+        its_parameters = dict(reference.named_parameters())
+        for key, mine in ours.named_parameters():
+            if "lora_" in key:
+                mine.copy_(its_parameters[key])
+    found, expected = gradients(ours), gradients(reference)
+    assert found.keys() == expected.keys() and len(found) == 28
+    for key, value in found.items():
+        cosine = nn.functional.cosine_similarity(value.flatten().double(), expected[key].flatten().double(), dim=0)
+        assert cosine > (0.98 if name == "int8" else 0.9999), (key, float(cosine))
+
+
+def test_training_lowers_the_loss_and_the_adapter_comes_back_the_same(student, tmp_path):
+    _, load = student
+    model = attach_lora(load())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-3)
+    losses = []
+    for step in range(4):
+        loss = model.train()(IDS, labels=IDS).loss
+        loss.backward()
+        for key, p in model.named_parameters():
+            if "lora_B" in key or ("lora_A" in key and step > 0):
+                assert torch.isfinite(p.grad).all() and p.grad.any(), key
+        assert all(p.grad is None for p in frozen)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses)), losses
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), tmp_path / "adapter")
+    with torch.no_grad():
+        expected, found = model.eval()(IDS).logits, again.eval()(IDS).logits
+        assert (expected - load().eval()(IDS).logits).norm() > 0.01 * expected.norm()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_packed_checkpoint_starts_from_the_one_that_init_from_names(method, tiny_model, tiny_model_path, tmp_path):
+    require_package(method)
+    folder = tmp_path / method
+    write_packed_checkpoint(method, tiny_model_path, folder)
+    model = attach_lora(load_student(str(folder), dtype="float32"), LoraConfig(r=32, target_modules="all-linear"))
+    with torch.no_grad():
+        teacher = tiny_model(IDS).logits
+        before = (model.eval()(IDS).logits.float() - teacher).norm()
+        count = initialize_from_error(model, OriginalWeights(str(tiny_model_path), model.get_base_model()), IDS)
+        after = (model.eval()(IDS).logits.float() - teacher).norm()
+    assert count == 14 and after < 0.6 * before
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_trainer_takes_a_packed_checkpoint_by_name(method, tiny_model_path, tmp_path, caplog):
+    require_package(method)
+    folder = tmp_path / method
+    write_packed_checkpoint(method, tiny_model_path, folder)
+    rows = capture(str(tiny_model_path), ["What is it?", "And now?"], tmp_path / "set", dtype="float32", progress=False)
+
+    def train(**options):
+        args = QuantizedDistillationConfig(
+            str(tmp_path / "out"),
+            model_init_kwargs={"dtype": "float32"},
+            max_steps=2,
+            learning_rate=1e-3,
+            disable_tqdm=True,
+            report_to=[],
+            save_strategy="no",
+            **options,
+        )
+        trainer = QuantizedDistillationTrainer(str(folder), args, train_dataset=rows, eval_dataset=rows)
+        before = trainer.evaluate()["eval_kl"]
+        trainer.train()
+        return before, trainer.evaluate()["eval_kl"]
+
+    zero, _ = train()
+    assert "14 of 14 adapters start from zero" in caplog.text and "as init_from" in caplog.text
+    started, trained = train(init_from=str(tiny_model_path))
+    assert started < 0.8 * zero and trained < started

@@ -1,0 +1,223 @@
+"""The divergence page's data against float64 passes of its own, and the command that writes it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerFast
+
+from quantkd import Nucleus, TransferSet, capture
+from quantkd.cli.main import main
+from quantkd.errors import ConfigError, DataError, TransferSetError
+from quantkd.view import collect_divergence, render_page
+from quantkd.view.encode import KL_EDGES
+from tests.conftest import build_tiny_model
+from tests.divergence_pages import Reader
+
+PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
+
+
+@pytest.fixture(scope="module")
+def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers of up to 20 tokens, their distributions cut to a nucleus so that the tails are real."""
+    folder = tmp_path_factory.mktemp("view") / "held"
+    rule = Nucleus(0.9, max_k=24)
+    capture(str(tiny_model_path), PROMPTS, folder, storage=rule, max_new_tokens=20, dtype="float32", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out(held_out_path: Path) -> TransferSet:
+    """The rows of `held_out_path`."""
+    return TransferSet.open(held_out_path)
+
+
+@pytest.fixture
+def student(tiny_tokenizer: PreTrainedTokenizerFast) -> PeftModel:
+    """The teacher with noise on its weights, which stands for quantization, and an adapter that does something."""
+    model = build_tiny_model(tiny_tokenizer)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape)
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        return get_peft_model(model, lora)
+
+
+def dense_logprobs(model: PeftModel, item: dict[str, Any]) -> torch.Tensor:
+    """(R, V) float64 at the row's targets, from one unpadded pass over the row alone."""
+    ids, labels = torch.as_tensor(item["input_ids"]), torch.as_tensor(item["labels"])
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None]).logits[0].double()
+    return logits.log_softmax(-1)[(labels[1:] != -100).nonzero()[:, 0]]
+
+
+def expected_kl(stored: dict[int, float], logprobs: torch.Tensor) -> float:
+    """KL over the stored tokens and the rest as one class, by a loop over the vocabulary."""
+    kept = {token: math.exp(value) for token, value in stored.items()}
+    rest = 1 - sum(kept.values())
+    student_rest = sum(math.exp(value) for token, value in enumerate(logprobs.tolist()) if token not in kept)
+    kl = sum(p * (math.log(p) - float(logprobs[token])) for token, p in kept.items())
+    return kl + (rest * math.log(rest / student_rest) if rest > 1e-6 else 0.0)
+
+
+def stored_at(held_out: TransferSet, row: int) -> list[dict[int, float]]:
+    """The teacher's stored log-probabilities at each target of a row."""
+    teacher, found = held_out[row]["teacher"], []
+    for start, stop in zip(teacher.offsets[:-1].tolist(), teacher.offsets[1:].tolist(), strict=True):
+        ids, values = teacher.token_ids[start:stop].tolist(), teacher.logprobs[start:stop].tolist()
+        found.append(dict(zip(ids, values, strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_number_equals_a_plain_pass(
+    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    found = collect_divergence(student, held_out, tiny_tokenizer, alternatives=3, batch_size=batch_size, progress=False)
+    assert [row.index for row in found.rows] == list(range(len(PROMPTS)))
+    assert found.num_rows == len(PROMPTS) and found.digest == held_out.digest
+    student.eval()
+    kls: dict[str, list[float]] = {"before": [], "after": []}
+    for row in found.rows:
+        with student.disable_adapter():
+            before = dense_logprobs(student, held_out[row.index])
+        after = dense_logprobs(student, held_out[row.index])
+        labels = torch.as_tensor(held_out[row.index]["labels"])
+        assert row.token_ids.tolist() == labels[labels != -100].tolist()
+        for place, stored in enumerate(stored_at(held_out, row.index)):
+            for name, dense, kl, top in (
+                ("before", before[place], row.kl_before[place], row.top_before[place]),
+                ("after", after[place], row.kl_after[place], row.top_after[place]),
+            ):
+                kls[name].append(expected_kl(stored, dense))
+                assert kl == pytest.approx(kls[name][-1], abs=2e-4)
+                assert top == int(dense.argmax())
+            own = slice(row.alternatives.offsets[place], row.alternatives.offsets[place + 1])
+            ids = row.alternatives.token_ids[own].tolist()
+            ranked = sorted(stored, key=lambda token: -stored[token])[:3]
+            assert ids[: len(ranked)] == ranked
+            extra = {int(row.token_ids[place]), int(before[place].argmax()), int(after[place].argmax())}
+            assert set(ids) == {*ranked, *extra} and len(ids) == len(set(ids))
+            known = [stored.get(token, math.nan) for token in ids]
+            np.testing.assert_allclose(row.alternatives.teacher[own], known, atol=1e-6)
+            np.testing.assert_allclose(row.alternatives.before[own], before[place, ids], atol=2e-4)
+            np.testing.assert_allclose(row.alternatives.after[own], after[place, ids], atol=2e-4)
+    assert found.mean_kl == pytest.approx((np.mean(kls["before"]), np.mean(kls["after"])), abs=1e-4)
+    assert min(np.mean(kls["before"]), np.mean(kls["after"])) > 0.05  # so that a mistake would be seen
+
+
+def test_the_page_holds_the_same_numbers(
+    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = collect_divergence(student, held_out, tiny_tokenizer, progress=False)
+    data = Reader(render_page(found)).data
+    assert data["edges"] == list(KL_EDGES)
+    for row, packed in zip(found.rows, data["rows"], strict=True):
+        item = held_out[row.index]
+        text = tiny_tokenizer.decode(item["input_ids"])
+        pieces = [data["strings"][place] for place in packed["tokens"]]
+        response = b"".join(bytes(piece) if isinstance(piece, list) else piece.encode() for piece in pieces)
+        assert packed["contexts"] == [[0, text[: text.index("assistant\n") + len("assistant\n")]]]
+        assert text == packed["contexts"][0][1] + response.decode(errors="replace")
+        np.testing.assert_allclose(packed["before"], row.kl_before, rtol=5e-3)
+        np.testing.assert_allclose(packed["after"], row.kl_after, rtol=5e-3)
+        assert sum(packed["counts"]) == len(packed["ids"]) == len(packed["p_teacher"])
+        np.testing.assert_allclose(
+            np.exp(np.array(packed["p_after"]) / -1e4), np.exp(row.alternatives.after), rtol=1e-4
+        )
+        stored = np.array(packed["p_teacher"], dtype=float)
+        np.testing.assert_array_equal(stored == -1, np.isnan(row.alternatives.teacher))
+        starts = np.append(0, np.cumsum(packed["counts"]))[:-1]
+        names = [
+            data["strings"][packed["ids"][start + at]] for start, at in zip(starts, packed["first_after"], strict=True)
+        ]
+        spelled = [found.tokens[int(token)] for token in row.top_after]
+        assert names == [list(name) if isinstance(name, bytes) else name for name in spelled]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_are_limited_and_the_model_is_as_it_was(
+    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, frozen: bool
+) -> None:
+    student.train()
+    if frozen:  # as PeftModel.from_pretrained loads one; PEFT's switch would leave it trainable
+        student.requires_grad_(False)
+    weights = {name: value.clone() for name, value in student.state_dict().items()}
+    trained = [parameter.requires_grad for parameter in student.parameters()]
+    found = collect_divergence(student, held_out, tiny_tokenizer, rows=2, progress=False)
+    assert [row.index for row in found.rows] == [0, 1] and found.num_rows == 5
+    assert student.training and trained == [parameter.requires_grad for parameter in student.parameters()]
+    assert any(trained) != frozen
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_what_cannot_be_shown_is_refused(
+    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ConfigError, match="expected a PeftModel"):
+        collect_divergence(student.get_base_model(), held_out, tiny_tokenizer)
+    with pytest.raises(ConfigError, match="rows is 0; expected at least 1"):
+        collect_divergence(student, held_out, tiny_tokenizer, rows=0)
+    with pytest.raises(ConfigError, match="alternatives is 0"):
+        collect_divergence(student, held_out, tiny_tokenizer, alternatives=0)
+    with pytest.raises(DataError, match="no rows to show"):
+        collect_divergence(student, held_out[:0], tiny_tokenizer)
+    other = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer._tokenizer, eos_token="<|pad|>")
+    with pytest.raises(TransferSetError, match="tokenizer"):
+        collect_divergence(student, held_out, other)
+    with torch.no_grad():
+        student.get_base_model().model.norm.weight.fill_(math.nan)
+    with pytest.raises(DataError, match=r"KL at row \d is not finite"):
+        collect_divergence(student, held_out, tiny_tokenizer, progress=False)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    code = 0
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_writes_the_page(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    held_out_path: Path,
+    tiny_model_path: Path,
+    student: PeftModel,
+) -> None:
+    student.save_pretrained(tmp_path / "adapter")
+    words = ["view", "--held_out", held_out_path, "--model_name_or_path", tiny_model_path, "--dtype", "float32"]
+    page = tmp_path / "page.html"
+    adapter = ["--adapter", tmp_path / "adapter"]
+    code, out, err = run(capsys, *words, *adapter, "--output", page, "--rows", 3, "--alternatives", 2)
+    assert code == 0, err
+    assert f"{page}: 3 rows, " in out
+    text = page.read_text(encoding="utf-8")
+    rows = Reader(text).data["rows"]
+    before = np.mean([kl for row in rows for kl in row["before"]])
+    after = np.mean([kl for row in rows for kl in row["after"]])
+    printed = re.search(r"KL ([\d.]+) before, ([\d.]+) after", out)
+    assert printed and (float(printed[1]), float(printed[2])) == pytest.approx((before, after), rel=5e-3)
+    assert str(tmp_path) not in text and str(Path.home()) not in text  # where things lie is their owner's business
+    for more, said in (
+        (["--output", "page.txt", *adapter], "expected a file name that ends in .html"),
+        (["--output", page, "--rows", 0, *adapter], "--rows is 0; expected at least 1"),
+        (["--output", page, "--adapter", tmp_path], "adapter_config.json"),
+        (["--output", page, "--adapter", tmp_path / "nowhere"], "nowhere"),
+    ):
+        code, _, err = run(capsys, *words, *more)
+        assert code == 1 and said in err and "Traceback" not in err
+    assert page.read_text(encoding="utf-8") == text
