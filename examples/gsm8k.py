@@ -53,7 +53,6 @@ PRESETS = {
         "test_rows": 16,
         "held_out_rows": 32,
         "shots": [0, 8],
-        "learning_rate": 1e-4,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 4,
         "num_train_epochs": 1,

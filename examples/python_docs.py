@@ -35,10 +35,9 @@ MODULES = (
 DEFAULTS = {
     "output_dir": "runs/python-docs",
     "save_strategy": "no",
-    "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 4,
-    "num_train_epochs": 2,
+    "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
     "alpha": 1.0,
     "packing": True,
@@ -54,7 +53,7 @@ class ExampleArguments:
     train_rows: int = field(default=128, metadata={"help": "Functions that the teacher is asked about for training."})
     held_out_rows: int = field(default=32, metadata={"help": "Other functions, to measure on."})
     max_new_tokens: int = field(default=128, metadata={"help": "Length limit of an answer."})
-    rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
 
 
 def collect_prompts() -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from quantkd.errors import ConfigError
 
-__all__ = ["naming", "short_name"]
+__all__ = ["naming", "refuse_adapter", "short_name"]
 
 
 def short_name(name_or_path: str) -> str:
@@ -22,6 +23,31 @@ def short_name(name_or_path: str) -> str:
     """
     path = Path(name_or_path)
     return path.resolve().name if path.is_dir() else name_or_path
+
+
+def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
+    """Refuse an adapter where a model is expected: transformers would load the base model that its author names.
+
+    Args:
+        name_or_path: a Hub name or a checkpoint folder.
+        **model_init_kwargs: the arguments of `from_pretrained`; revision and token count.
+
+    Raises:
+        ConfigError: an adapter without a model beside it.
+        OSError: there is neither.
+    """
+    from transformers import CONFIG_NAME
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    where = {key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs}
+    if find_adapter_config_file(name_or_path, **where) is None:
+        return
+    missing = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where) is None
+    if missing:
+        raise ConfigError(
+            f"{name_or_path} holds an adapter and no model; expected the model that it belongs to. Name that here, and "
+            "the adapter as --adapter, or with `quantkd.hub.load_adapter(model, ...)`."
+        )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers.integrations.hqq import name_to_linear_tag
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
+from quantkd.checkpoint import refuse_adapter
 from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
@@ -115,6 +116,7 @@ def load_student(
         MissingDependencyError: the format's package is not installed.
     """
     compute_dtype = parse_dtype(dtype)
+    refuse_adapter(name_or_path, **model_init_kwargs)
     stored = stored_quantization(name_or_path, **model_init_kwargs)
     config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
     check_format(

@@ -73,7 +73,8 @@ def tied(row):
     ids, logprobs = row.token_ids.copy(), row.logprobs.copy()
     start = int(row.counts[:-1].sum())
     ids[start : start + 2] = ids[start : start + 2][::-1]
-    logprobs[start + 1] = logprobs[start] - np.float32(0.125)
+    logprobs[start : start + 2] = np.float32(-1.2), np.float32(-1.325)
+    logprobs[start + 2 :] -= np.float32(2)
     return replace(row, token_ids=ids, logprobs=logprobs)
 
 

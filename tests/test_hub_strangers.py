@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save
 from transfer_sets import write_set
 
 from quantkd import TransferSet
-from quantkd.errors import DataError, HubError
+from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter
+from quantkd.student import load_student
+from quantkd.teacher import load_teacher
 
 
 class PickleWatch:
@@ -104,6 +106,15 @@ def test_no_pickle_is_opened(hub, files, watch, tiny_model, tmp_path):
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert not [path for verb, path in hub.requests if path.endswith((".bin", ".pt", ".py"))]
+
+
+@pytest.mark.parametrize("load", [load_teacher, load_student])
+def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load):
+    hub.make("model", "user/adapter", with_config(files, base_model_name_or_path="user/trap"), private=False)
+    hub.make("model", "user/trap", {"config.json": b"{}"}, private=False)
+    with pytest.raises(ConfigError, match="user/adapter holds an adapter and no model"):
+        load("user/adapter")
+    assert not [path for verb, path in hub.requests if "user/trap" in path]
 
 
 def load_file_bytes(data, tmp_path):

@@ -77,7 +77,6 @@ def main(argv: Sequence[str]) -> None:
             str(run_dir / "student"),
             num_train_epochs=args.epochs,
             per_device_train_batch_size=8,
-            learning_rate=3e-5,  # larger steps lead away from the covariance start, see docs/recipes.md
             lr_scheduler_type="cosine",
             warmup_steps=4,
             alpha=1.0,

@@ -22,10 +22,8 @@ __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "find_adapter", "list_adapter_fi
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_CARD, _CHART, _PROVENANCE = "README.md", "gap.png", "quantkd.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-# All that is ever pushed. Whatever else lies in the folder stays there: training_args.bin is a pickle that can hold a
-# token, and nobody knows what the next library leaves behind.
+_CARD, _CHART, _PROVENANCE, _TOKENIZER_CONFIG = "README.md", "gap.png", "quantkd.json", "tokenizer_config.json"
+# All that is ever pushed: training_args.bin can hold a token, and nobody knows what the next library leaves behind.
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -275,8 +273,8 @@ def _card(adapter: _Adapter, repo_id: str, licence: str | None) -> str:
 
 def _has_chat_template(folder: Path) -> bool:
     config = folder / _TOKENIZER_CONFIG
-    in_config = config.is_file() and bool(_read_json(config).get("chat_template"))
-    return in_config or (folder / "chat_template.jinja").is_file()
+    in_config = config.is_file() and _read_json(config).get("chat_template")
+    return bool(in_config) or (folder / "chat_template.jinja").is_file()
 
 
 def _read_header(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd.checkpoint import naming, short_name
+from quantkd.checkpoint import naming, refuse_adapter, short_name
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, parse_dtype
 from quantkd.storage import StorageRule
@@ -41,6 +41,8 @@ def load_teacher(
     Raises:
         ConfigError: no such folder or model, a folder that holds none, or an unknown dtype.
     """
+    with naming(name_or_path):
+        refuse_adapter(name_or_path, **model_init_kwargs)
     tokenizer = load_tokenizer(name_or_path, model_init_kwargs)
     kwargs = {"dtype": parse_dtype(dtype), "device_map": {"": default_device()}, "trust_remote_code": False}
     with naming(name_or_path):
