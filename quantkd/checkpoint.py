@@ -37,7 +37,8 @@ def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
         OSError: there is neither.
     """
     from transformers import CONFIG_NAME
-    from transformers.utils import cached_file, find_adapter_config_file
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     where = {key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs}
     if find_adapter_config_file(name_or_path, **where) is None:
