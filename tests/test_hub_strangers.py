@@ -176,7 +176,6 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
     [
         ({"megatron_config": {"a": 1}}, "sets megatron_config"),
         ({"megatron_core": "os"}, "sets megatron_core"),
-        ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, "sets auto_mapping"),
         ({"layer_replication": [[0, 10**9]]}, "sets layer_replication"),
         ({"something_new": {"path": "/etc/passwd"}}, "sets something_new"),
         ({"init_lora_weights": "pissa"}, "started with 'pissa', which changes the base model's weights"),
@@ -200,6 +199,18 @@ def test_configurations_that_ask_for_more_or_for_what_cannot_be(hub, files, tiny
     with watch, pytest.raises(DataError, match=message):
         load_adapter(tiny_model, "user/strange")
     assert watch.found == []
+
+
+def test_the_class_that_an_adapter_names_is_not_imported(hub, files, tiny_model, watch, tmp_path):
+    """PEFT writes it where the maker gave no task type."""
+    named = {"base_model_class": "Trap", "parent_library": "trap_library"}
+    hub.make("model", "user/untyped", with_config(files, task_type=None, auto_mapping=named), private=False)
+    with watch:
+        loaded = load_adapter(tiny_model, "user/untyped")
+    assert watch.found == [] and "trap_library" not in watch.imported
+    expected = load_file_bytes(files["adapter_model.safetensors"], tmp_path)
+    state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_a_regular_expression_is_not_run(hub, files, tiny_model, tmp_path):

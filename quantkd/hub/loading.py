@@ -48,8 +48,12 @@ _FIELDS = (
     "use_dora",
     "use_rslora",
 )
-# Notes of PEFT that change nothing here: the weights are loaded over whatever the start was, if it left the base alone.
-_NOTES = ("base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type", "peft_version", "revision")
+# Notes of PEFT that change nothing here: the weights are loaded over whatever the start was, if it left the base alone;
+# and `auto_mapping`, which it writes where no task type was given, names the base model's class, which is the caller's.
+_NOTES = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type", "peft_version",
+    "revision",
+)  # fmt: skip
 _STARTS_THAT_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _MODULE_NAME = re.compile(r"[\w.-]{1,256}")
 _ADAPTED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
