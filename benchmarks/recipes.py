@@ -40,6 +40,7 @@ from quantkd.teacher import load_teacher
 from quantkd.transfer_set import convert
 
 DOMAINS = ("gsm8k", "arithmetic")
+QUESTIONS = 256
 MAX_NEW_TOKENS = {"gsm8k": 160, "arithmetic": 128}
 
 
@@ -81,25 +82,23 @@ TRIALS = (
 
 def load_sets(domain: str, args: argparse.Namespace) -> tuple[TransferSet, TransferSet]:
     """Rows to learn from and rows to measure on, captured if the cache has none."""
-    count = max(recipe.rows for recipe in TRIALS)
-    if domain == "gsm8k":
-        rows = load_gsm8k(args.gsm8k, "train", 2048)[-(count + args.held_out_rows) :]
-    else:  # not the demo's problems, which come from seeds 0, 1 and 2
-        rows = generate_problems(count + args.held_out_rows, seed=1000)
-    folders = [Path(args.cache) / f"{domain}-{part}" for part in ("train", "held_out")]
-    if not all((folder / "index.json").is_file() for folder in folders):
+    # The demo's problems come from seeds 0, 1 and 2.
+    rows = load_gsm8k(args.gsm8k, "train", QUESTIONS) if domain == "gsm8k" else generate_problems(QUESTIONS, 1000)
+    folder = Path(args.cache) / domain
+    if not (folder / "index.json").is_file():
         teacher, tokenizer = load_teacher(args.model)
-        for folder, part in zip(folders, (rows[:count], rows[count:]), strict=True):
-            capture(
-                teacher, [build_prompt(row["question"]) for row in part], folder, tokenizer=tokenizer, batch_size=32,
-                storage=Nucleus(0.98, max_k=64), max_new_tokens=MAX_NEW_TOKENS[domain],
-            )  # fmt: skip
-    train, held_out = (TransferSet.open(folder) for folder in folders)
-    return train, held_out
+        capture(
+            teacher, [build_prompt(row["question"]) for row in rows], folder, tokenizer=tokenizer, batch_size=32,
+            storage=Nucleus(0.95, max_k=64), max_new_tokens=MAX_NEW_TOKENS[domain],
+        )  # fmt: skip
+    answers, learned = TransferSet.open(folder), max(recipe.rows for recipe in TRIALS)
+    return answers[:learned], answers[learned : learned + args.held_out_rows]
 
 
 def trimmed(train: TransferSet, storage: str, folder: Path) -> TransferSet:
     """The same rows with the entries that a storage rule keeps."""
+    if storage == BASE.storage:
+        return train
     rule = parse_storage_rule(storage)
     if not isinstance(rule, TopK | Nucleus):
         raise SystemExit(f"Entries of {storage} cannot be made of stored ones.")
