@@ -19,6 +19,14 @@ from quantkd.resuming import find_checkpoint
 PROMPTS = [f"What is {number} + 3?" for number in range(32)]
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """Ctrl-C as at a terminal; a shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
