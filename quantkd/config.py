@@ -25,6 +25,8 @@ class QuantizedDistillationConfig(TrainingArguments):
 
     Args:
         alpha: weight of the soft loss, in [0, 1]: `loss = (1 - alpha) * ce + alpha * temperature**2 * divergence`.
+            On the teacher's own answers hard labels take fidelity away (docs/recipes.md); lower it where answers were
+            given that are better than the teacher's.
         temperature: distillation temperature, one that the transfer set was captured with.
         divergence: `forward_kl`, `reverse_kl` or `jsd`, over the stored entries and the tail.
         beta: the teacher's share of the mixture in `jsd`, in (0, 1).
@@ -57,7 +59,9 @@ class QuantizedDistillationConfig(TrainingArguments):
         "teacher_model_init_kwargs",
     ]
 
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the soft loss, in [0, 1]."})
+    alpha: float = field(
+        default=1.0, metadata={"help": "Weight of the soft loss, in [0, 1]; the rest is cross-entropy."}
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Distillation temperature; one that the transfer set was captured with."}
     )

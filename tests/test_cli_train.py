@@ -39,7 +39,7 @@ def test_a_run_is_repeated_from_its_own_configuration(words, capsys, monkeypatch
         [*words, "--output_dir", "first", *given, "--hub_token", CANARY, "--lr_scheduler_kwargs", '{"num_cycles": 0.4}']
     )
     options = yaml.safe_load(Path("first/config.yaml").read_text())
-    assert (options["learning_rate"], options["lora_r"], options["seed"], options["alpha"]) == (0.003, 4, 7, 0.5)
+    assert (options["learning_rate"], options["lora_r"], options["seed"], options["alpha"]) == (0.003, 4, 7, 1.0)
     assert "hub_token" not in options and "env" not in options
     os.environ.pop("A_KEY", None)
     main(["train", "--config", "first/config.yaml", "--output_dir", "second"])
