@@ -142,7 +142,12 @@ def test_bfloat16_is_no_worse_than_the_naive_way(data):
         "temperature": data.draw(st.sampled_from([1.0, 2.0])),
     }
     ours, naive = errors_and_naive_errors(hidden, head, labels, entries, entries, **objective)
-    assert all(error <= 1.5 * bound for error, bound in zip(ours, naive, strict=True)), (ours, naive)
+    # Of a single position the naive way may be right by luck; below is float32's rounding of a divergence of some nats.
+    float32_rounding = 1e-5
+    assert all(error <= max(1.5 * bound, float32_rounding) for error, bound in zip(ours, naive, strict=True)), (
+        ours,
+        naive,
+    )
 
 
 @pytest.mark.parametrize("dense", [False, True])

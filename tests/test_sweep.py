@@ -148,7 +148,7 @@ def detach(student):
 
 def test_another_sweep_in_the_folder_is_refused(student, sets, tmp_path):
     search(student, sets, tmp_path, n_trials=1)
-    with pytest.raises(DataError, match=r"holds another sweep: alpha is 0\.5, not 0\.7"):
+    with pytest.raises(DataError, match=r"holds another sweep: alpha is 1\.0, not 0\.7"):
         search(student, sets, tmp_path, n_trials=2, alpha=0.7)
     with pytest.raises(DataError, match=r"holds another sweep: space is .*Choose another output_dir"):
         search(student, sets, tmp_path, n_trials=2, space=SPACE[:2])

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 
 ARGUMENTS = {
+    "alpha": 0.5,  # both terms
     "optim": "sgd",
     "learning_rate": 1.0,
     "lr_scheduler_type": "constant",
