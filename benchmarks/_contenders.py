@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkd.fused import DenseTeacher, compute_fused_loss
-from quantkd.head import Head
-from quantkd.losses import compute_position_terms
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.fused import DenseTeacher, compute_fused_loss
+from quantkd.loss.reference import compute_position_terms
+from quantkd.models.network import Head
+from quantkd.transfer_set.topk import TopKLogprobs
 
 LIVE = {"fused_dense", "liger", "trl_chunked", "trl_gkd"}  # contenders that also get a teacher's head
 

@@ -44,7 +44,7 @@ from quantkd.data.prompts import encode_completion, encode_prompt
 from quantkd.evaluation import compute_gap_recovered, evaluate_gsm8k, mcnemar_exact, wilson_interval
 from quantkd.evaluation.stats import RowSums
 from quantkd.hardware import default_device, native_compute_dtype
-from quantkd.student import default_lora_config, load_student
+from quantkd.models.student import default_lora_config, load_student
 from quantkd.teacher import load_teacher
 
 # Without a chat template: half the tokens, and the model is fine-tuned to the plain prompt.

@@ -30,8 +30,8 @@ from _metering import MIB, Memory
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quantkd import capture
-from quantkd.teacher.interface import EncodedPrompt
 from quantkd.teacher.progress import CaptureObserver
+from quantkd.teacher.teacher import EncodedPrompt
 from quantkd.transfer_set import TransferRow, TransferSetWriter
 
 

@@ -42,7 +42,7 @@ from quantkd import capture
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import encode_prompt
-from quantkd.generation import build_generation_config, generation_mode
+from quantkd.models.generation import build_generation_config, generation_mode
 from quantkd.teacher import load_teacher
 
 CONTENDERS = ("generate", "capture", "usual")

@@ -25,10 +25,10 @@ from quantkd import Nucleus, TransferSet, capture
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.head import base_network
-from quantkd.initialization import SHRINKAGE, draw_rows, initialize_from_error
-from quantkd.original_weights import OriginalWeights
-from quantkd.student import attach_lora, default_lora_config, load_student
+from quantkd.models.initialization import SHRINKAGE, draw_rows, initialize_from_error
+from quantkd.models.network import base_network
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.student import attach_lora, default_lora_config, load_student
 from quantkd.teacher import load_teacher
 
 

@@ -28,16 +28,16 @@ from peft import LoraConfig
 
 from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK, TransferSet, capture
 from quantkd.data.arithmetic import generate_problems
+from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
-from quantkd.demo import load_demo_model
 from quantkd.evaluation import bootstrap_ratio_interval
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.stats import RowSums
 from quantkd.hardware import native_compute_dtype
-from quantkd.storage import parse_storage_rule
-from quantkd.student import load_student
+from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import convert
+from quantkd.transfer_set.rules import parse_storage_rule
 
 DOMAINS = ("gsm8k", "arithmetic")
 QUESTIONS = 256

@@ -48,7 +48,7 @@ from quantkd.evaluation import bootstrap_ratio_interval, compute_gap_recovered
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.stats import RowSums
 from quantkd.hardware import default_device, native_compute_dtype
-from quantkd.student import attach_lora, default_lora_config, load_student
+from quantkd.models.student import attach_lora, default_lora_config, load_student
 from quantkd.teacher import load_teacher
 
 ARMS = ("teacher", "before", "quantkd", "ce_control", "gkd")

@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.hardware import default_device, native_compute_dtype
-from quantkd.student import attach_lora, load_student
+from quantkd.models.student import attach_lora, load_student
 
 BATCH_SIZE = 8
 STEPS = ("sft", "quantkd_t1", "quantkd_t2", "live_teacher", "gkd")

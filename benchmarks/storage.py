@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM
 
 from quantkd import capture
 from quantkd.data.gsm8k import load_gsm8k
-from quantkd.losses import compute_position_terms
-from quantkd.student import attach_lora, load_student
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.reference import compute_position_terms
+from quantkd.models.student import attach_lora, load_student
 from quantkd.transfer_set import PROFILES, TransferSet, convert
+from quantkd.transfer_set.topk import TopKLogprobs
 
 TOP_K = 50
 

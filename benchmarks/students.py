@@ -1,6 +1,6 @@
 """What each format of a student costs and keeps: memory, KL to the teacher before training, speed of training.
 
-Every format of `quantkd.student_formats.STUDENT_FORMATS` is loaded from the same full-precision checkpoint, measured on
+Every format of `STUDENT_FORMATS` is loaded from the same full-precision checkpoint, measured on
 the same held-out rows of a transfer set (KL at temperature 1, nats per target token), and trained for a few steps with
 LoRA of rank 16 on all linear layers, on the same rows in each step. Memory is what the weights take, scales and
 embeddings and all, before adapters come to them. Seconds are of processor time on a CPU (set OMP_NUM_THREADS=1), else
@@ -29,8 +29,8 @@ from transformers import TrainerCallback
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import QuantKDError
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.student import load_student
-from quantkd.student_formats import STUDENT_FORMATS
+from quantkd.models.student import load_student
+from quantkd.models.student_formats import STUDENT_FORMATS
 
 
 class StepTimes(TrainerCallback):

@@ -21,12 +21,12 @@ from trl import TrlParser, get_quantization_config
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.cli.arguments import StudentArguments, peft_config_from
+from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import load_gsm8k
-from quantkd.demo import load_demo_model
+from quantkd.experiment import Experiment, run_experiment
 from quantkd.hardware import parse_dtype, process_state
-from quantkd.pipeline import Experiment, run_experiment
 from quantkd.report import format_table
-from quantkd.storage import parse_storage_rule
+from quantkd.transfer_set.rules import parse_storage_rule
 
 PRESETS = {
     "paper": {

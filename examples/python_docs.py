@@ -21,11 +21,11 @@ from pathlib import Path
 from trl import TrlParser
 
 from quantkd import QuantizedDistillationConfig
-from quantkd.demo import load_demo_model
+from quantkd.data.demo_model import load_demo_model
+from quantkd.experiment import Experiment, run_experiment
 from quantkd.hardware import process_state
-from quantkd.pipeline import Experiment, run_experiment
+from quantkd.models.student import default_lora_config
 from quantkd.report import format_table
-from quantkd.student import default_lora_config
 
 MODULES = (
     "base64 bisect calendar collections copy csv datetime decimal difflib email.utils fnmatch fractions functools glob "

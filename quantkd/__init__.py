@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 
 # Name -> module that holds it: `import quantkd` itself stays light, for the command line's sake.
 _EXPORTS = {
-    "Nucleus": "storage",
+    "Nucleus": "transfer_set.rules",
     "QuantKDError": "errors",
-    "QuantizedDistillationConfig": "config",
-    "QuantizedDistillationTrainer": "trainer",
-    "Sampled": "storage",
-    "TopK": "storage",
-    "TopKLogprobs": "topk",
+    "QuantizedDistillationConfig": "training.config",
+    "QuantizedDistillationTrainer": "training.trainer",
+    "Sampled": "transfer_set.rules",
+    "TopK": "transfer_set.rules",
+    "TopKLogprobs": "transfer_set.topk",
     "TransferSet": "transfer_set",
     "capture": "teacher",
 }
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from quantkd.config import QuantizedDistillationConfig
     from quantkd.errors import QuantKDError
-    from quantkd.storage import Nucleus, Sampled, TopK
     from quantkd.teacher.capture import capture
-    from quantkd.topk import TopKLogprobs
-    from quantkd.trainer import QuantizedDistillationTrainer
+    from quantkd.training.config import QuantizedDistillationConfig
+    from quantkd.training.trainer import QuantizedDistillationTrainer
     from quantkd.transfer_set import TransferSet
+    from quantkd.transfer_set.rules import Nucleus, Sampled, TopK
+    from quantkd.transfer_set.topk import TopKLogprobs
 
 
 def __getattr__(name: str) -> Any:

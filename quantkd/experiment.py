@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 
-from quantkd.config import QuantizedDistillationConfig
 from quantkd.data.gsm8k import build_prompt
 from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.kept import discard_stale_arm
-from quantkd.export import export_merged, export_requantized, load_exported, read_provenance
 from quantkd.hardware import default_device, process_state
+from quantkd.models.export import export_merged, export_requantized, load_exported, read_provenance
+from quantkd.models.student import load_student
 from quantkd.report import build_report
-from quantkd.resuming import find_checkpoint
-from quantkd.student import load_student
 from quantkd.teacher import capture, load_teacher
-from quantkd.trainer import QuantizedDistillationTrainer
+from quantkd.training.checkpoints import find_checkpoint
+from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.trainer import QuantizedDistillationTrainer
 
 __all__ = ["Experiment", "run_experiment"]
 

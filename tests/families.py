@@ -112,7 +112,7 @@ def build(family: str, vocab_size: int) -> PreTrainedModel:
 
 
 def main() -> None:
-    from quantkd.head import why_not_fusable
+    from quantkd.models.network import why_not_fusable
 
     print(f"transformers {transformers.__version__}\n\n| Family | Loss | Why |\n| --- | --- | --- |")
     for family in FAMILIES:

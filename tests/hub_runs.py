@@ -12,7 +12,7 @@ from test_report import LEVELS, build, make_arm
 from transformers import AutoModelForCausalLM
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.student import default_quantization_config
+from quantkd.models.student import default_quantization_config
 
 PUSHED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "gap.png", "quantkd.json",

@@ -145,8 +145,8 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(capsys, 
     code, out, _ = run(capsys, "selftest", tiny_model_path)
     assert code == 0 and out.count("pass") == 7 and "FAIL" not in out
 
-    from quantkd import selftest
-    from quantkd.losses import select_targets
+    from quantkd.loss.reference import select_targets
+    from quantkd.training import selftest
 
     monkeypatch.setattr(selftest, "select_targets", lambda logits, labels: select_targets(logits.roll(1, 1), labels))
     code, out, _ = run(capsys, "selftest", tiny_model_path)

@@ -14,7 +14,7 @@ import pytest
 from quantkd import TransferSet, capture
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError
-from quantkd.resuming import find_checkpoint
+from quantkd.training.checkpoints import find_checkpoint
 
 PROMPTS = [f"What is {number} + 3?" for number in range(32)]
 

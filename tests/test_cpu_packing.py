@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkd.cpu_packing import keep_trainable_on_cpu
-from quantkd.student import attach_lora, load_student
+from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.student import attach_lora, load_student
 
 
 def gradient(model, input_ids):
@@ -37,7 +37,7 @@ def test_evaluation_leaves_gradients_bit_for_bit_as_they_were(tiny_model_path, g
 def test_evaluation_gives_what_a_plainly_loaded_model_gives(tiny_model_path):
     from transformers import AutoModelForCausalLM
 
-    from quantkd.student import default_quantization_config
+    from quantkd.models.student import default_quantization_config
 
     plain = AutoModelForCausalLM.from_pretrained(
         tiny_model_path, dtype=torch.float32, quantization_config=default_quantization_config(torch.float32)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from transformers.integrations.integration_utils import rewrite_logs
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.curves import draw_curves
+from quantkd.training.curves import draw_curves
 
 HISTORY = [
     {"step": 2, "loss": 0.7, "ce": 1.3, "kl": 0.2, "learning_rate": 1e-4},

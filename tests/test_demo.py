@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from quantkd import TransferSet
 from quantkd.cli import demo
-from quantkd.pipeline import Experiment, run_experiment
+from quantkd.experiment import Experiment, run_experiment
 
 Run = Callable[..., Path]
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd import TransferSet, capture
 from quantkd.errors import ConfigError
-from quantkd.student import default_quantization_config, load_student
+from quantkd.models.student import default_quantization_config, load_student
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "accelerate_configs"
 PROCESS = Path(__file__).with_name("training_process.py")

@@ -18,7 +18,7 @@ from quantkd.evaluation import arms
 from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.kept import compute_arm_fingerprint, discard_stale_arm
-from quantkd.student import load_student
+from quantkd.models.student import load_student
 
 ROWS = generate_problems(3, seed=0)
 

@@ -25,10 +25,10 @@ from quantkd import TransferSet, capture
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.export import export_adapter, export_merged, export_requantized, load_exported
-from quantkd.merging import merge_adapters
-from quantkd.student import default_quantization_config, load_student
-from quantkd.student_formats import dequantize_weight
+from quantkd.models.export import export_adapter, export_merged, export_requantized, load_exported
+from quantkd.models.merging import merge_adapters
+from quantkd.models.student import default_quantization_config, load_student
+from quantkd.models.student_formats import dequantize_weight
 
 PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
 
@@ -145,7 +145,7 @@ def test_layers_are_let_go_of_one_by_one(
         alive.append(sum(layer() is not None for layer in layers))
         return dequantize_weight(module)
 
-    monkeypatch.setattr("quantkd.merging.dequantize_weight", dequantize)
+    monkeypatch.setattr("quantkd.models.merging.dequantize_weight", dequantize)
     merge_adapters(model)
     assert alive == list(range(len(layers), 0, -1)) and len(layers) == 14
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from quantkd.errors import ConfigError
-from quantkd.fused import DenseTeacher, compute_fused_loss
-from quantkd.head import Head
-from quantkd.losses import compute_position_terms
-from quantkd.storage import Nucleus, Sampled, TopK, select_entries
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.fused import DenseTeacher, compute_fused_loss
+from quantkd.loss.reference import compute_position_terms
+from quantkd.models.network import Head
+from quantkd.transfer_set.rules import Nucleus, Sampled, TopK, select_entries
+from quantkd.transfer_set.topk import TopKLogprobs
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 HEADS = {

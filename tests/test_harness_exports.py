@@ -16,8 +16,8 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 
 from quantkd.cli.main import main
+from quantkd.models.student import load_student
 from quantkd.report import build_report
-from quantkd.student import load_student
 from tests.test_harness import CHOICE, LIKELY
 
 NAMES = ["sums_one", "likely"]

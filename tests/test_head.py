@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.head import find_head, gathered_head, hidden_states_as_logits, why_not_fusable
+from quantkd.models.network import find_head, gathered_head, hidden_states_as_logits, why_not_fusable
 
 # What the others do to their logits is not known here; the probe finds it, and their logits are held.
 NOT_FUSED = {"RecurrentGemma"}

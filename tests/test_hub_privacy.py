@@ -124,7 +124,7 @@ def test_the_configuration_of_a_run_keeps_no_token_and_all_else(tmp_path):
     from quantkd.cli.arguments import StudentArguments
     from quantkd.cli.parsing import save_options
     from quantkd.cli.train import DataArguments
-    from quantkd.config import QuantizedDistillationConfig
+    from quantkd.training.config import QuantizedDistillationConfig
 
     kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
     nested = json.dumps({"token": TOKEN, "attn_implementation": "eager", "more": {"hub_token": TOKEN}})

@@ -17,7 +17,7 @@ from transfer_sets import write_set
 from quantkd import TransferSet
 from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter
-from quantkd.student import load_student
+from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
 from quantkd.errors import ConfigError
-from quantkd.initialization import compute_correction, draw_rows, initialize_from_error
-from quantkd.original_weights import OriginalWeights
-from quantkd.student import attach_lora, load_student
+from quantkd.models.initialization import compute_correction, draw_rows, initialize_from_error
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.student import attach_lora, load_student
 
 PROMPTS = [f"What is {n} and {n + 1}, and a few words more?" for n in range(12)]
 
@@ -204,7 +204,7 @@ def test_what_is_saved_is_a_plain_adapter_and_a_resumed_run_keeps_it(
     def refuse(*args, **kwargs):
         raise AssertionError("a resumed run computed a start")
 
-    monkeypatch.setattr("quantkd.preparation.initialize_from_rows", refuse)
+    monkeypatch.setattr("quantkd.training.preparation.initialize_from_rows", refuse)
     options |= {"resume_from_checkpoint": str(checkpoint)}
     resumed = build(tiny_model_path, transfer_set, tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))  # one step of one: nothing is left to train

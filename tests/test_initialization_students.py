@@ -14,10 +14,10 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from quantkd.initialization import _MAX_INPUTS, initialize_from_error
-from quantkd.original_weights import OriginalWeights
-from quantkd.student import attach_lora, load_student
-from quantkd.student_formats import dequantize_weight
+from quantkd.models.initialization import _MAX_INPUTS, initialize_from_error
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.student import attach_lora, load_student
+from quantkd.models.student_formats import dequantize_weight
 
 IDS = torch.arange(120).view(6, 20)
 
@@ -155,7 +155,7 @@ def test_one_layer_is_held_at_a_time(tiny_model, tiny_model_path, monkeypatch):
     """What is alive at each correction: one original weight, and at most `_MAX_INPUTS` inputs of one layer."""
     import weakref
 
-    from quantkd import initialization
+    from quantkd.models import initialization
 
     alive, most = weakref.WeakSet(), []
     read, compute = OriginalWeights.read, initialization.compute_correction
@@ -183,7 +183,7 @@ PROCESS = """
 import json, sys
 import torch
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
-import quantkd.initialization as initialization
+import quantkd.models.initialization as initialization
 
 job = json.loads(sys.argv[1])
 args = QuantizedDistillationConfig(

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
 from quantkd.errors import ConfigError, DataError
-from quantkd.student import load_student
+from quantkd.models.student import load_student
 from tests.conftest import build_tiny_model
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?"]
@@ -132,7 +132,7 @@ def test_what_cannot_teach_is_refused(make_trainer, transfer_set, tiny_model_pat
 
 
 def test_zero3_is_refused(make_trainer, transfer_set, tiny_model_path, monkeypatch):
-    monkeypatch.setattr("quantkd.live_teacher.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("quantkd.teacher.live.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ConfigError, match="cannot run beside a student under DeepSpeed ZeRO-3"):
         make_trainer(rows_of(transfer_set), teacher_model=str(tiny_model_path))
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkd.errors import ConfigError
-from quantkd.losses import compute_distillation_loss, compute_position_terms
-from quantkd.storage import Nucleus, Sampled, TopK, select_entries
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.reference import compute_distillation_loss, compute_position_terms
+from quantkd.transfer_set.rules import Nucleus, Sampled, TopK, select_entries
+from quantkd.transfer_set.topk import TopKLogprobs
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.student import load_student
+from quantkd.models.student import load_student
 
 CHECKPOINTING = {
     "by default": {"gradient_checkpointing": True},

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError
-from quantkd.original_weights import OriginalWeights
+from quantkd.models.original_weights import OriginalWeights
 
 NAME = "model.layers.1.mlp.down_proj"
 
@@ -57,7 +57,7 @@ def test_a_weight_that_is_made_of_others_is_refused(tmp_path):
     """transformers 5 splits or permutes some families' linear layers; the mapping's own words say which."""
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    from quantkd import original_weights
+    from quantkd.models import original_weights
 
     converter = WeightConverter("qkv_proj.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"], [Chunk(dim=0)])
     model = torch.nn.Module()

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, MistralConfig, Qwen2Config
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.collator import DistillationCollator
 from quantkd.errors import ConfigError, DataError
-from quantkd.packing import position_ids_of, why_not_packable
-from quantkd.row_attention import ROW_ATTENTION, use_row_attention
+from quantkd.models.packing import position_ids_of, why_not_packable
+from quantkd.models.row_attention import ROW_ATTENTION, use_row_attention
+from quantkd.transfer_set.collator import DistillationCollator
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?", "Tell me about the sea.", "One."]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -73,7 +73,7 @@ def test_attention_by_row_equals_one_masked_attention(make_trainer, transfer_set
     by_row = make_trainer(packing=True, gradient_checkpointing=checkpointing)
     assert by_row.model.config._attn_implementation == ROW_ATTENTION
     _, loss, gradient = loss_and_gradient(by_row, rows)
-    monkeypatch.setattr("quantkd.preparation.use_row_attention", lambda model: False)
+    monkeypatch.setattr("quantkd.training.preparation.use_row_attention", lambda model: False)
     masked = make_trainer(packing=True, gradient_checkpointing=checkpointing)
     assert masked.model.config._attn_implementation == "sdpa"
     _, expected, masked_gradient = loss_and_gradient(masked, rows)

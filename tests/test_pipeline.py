@@ -19,8 +19,8 @@ from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
 from quantkd.evaluation import arms
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.pipeline import Experiment, run_experiment
-from quantkd.student import default_quantization_config
+from quantkd.experiment import Experiment, run_experiment
+from quantkd.models.student import default_quantization_config
 
 Run = Callable[..., Path]
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.collator import DistillationCollator
 from quantkd.errors import ConfigError
-from quantkd.fused import DenseTeacher, compute_fused_loss
-from quantkd.head import Head
-from quantkd.losses import compute_position_terms
-from quantkd.objective import compute_terms
-from quantkd.storage import Nucleus, select_entries
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.fused import DenseTeacher, compute_fused_loss
+from quantkd.loss.objective import compute_terms
+from quantkd.loss.reference import compute_position_terms
+from quantkd.models.network import Head
 from quantkd.transfer_set import concatenate
+from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.rules import Nucleus, select_entries
+from quantkd.transfer_set.topk import TopKLogprobs
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one.", "How many legs?", "Why?"]
 OBJECTIVE = {"alpha": 0.7, "temperature": 2.0, "divergence": "forward_kl", "beta": 0.5}

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkd.sampling import LengthGroupedBatches, row_lengths
+from quantkd.training.order import LengthGroupedBatches, row_lengths
 
 
 @settings(max_examples=100, deadline=None)

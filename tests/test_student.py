@@ -11,12 +11,12 @@ from packed_checkpoints import require_package
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quantkd import student as student_module
-from quantkd import student_formats
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.errors import ConfigError, MissingDependencyError
-from quantkd.student import attach_lora, check_trainable, load_student
-from quantkd.student_formats import (
+from quantkd.models import student as student_module
+from quantkd.models import student_formats
+from quantkd.models.student import attach_lora, check_trainable, load_student
+from quantkd.models.student_formats import (
     build_quantization_config,
     check_format,
     choose_kernel,

@@ -13,10 +13,10 @@ from scipy.stats import norm
 from torch import nn
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.initialization import initialize_from_error
-from quantkd.original_weights import OriginalWeights
-from quantkd.student import attach_lora, is_quantized, load_student
-from quantkd.student_formats import dequantize_weight
+from quantkd.models.initialization import initialize_from_error
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.student import attach_lora, is_quantized, load_student
+from quantkd.models.student_formats import dequantize_weight
 
 IDS = torch.arange(120).view(6, 20)
 FORMATS = ("nf4", "fp4", "int8", "hqq4", "torchao-int8", "gptq", "awq")

@@ -16,9 +16,9 @@ from peft import LoraConfig
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError, MissingDependencyError
-from quantkd.search_space import parse_space
-from quantkd.student import load_student
-from quantkd.sweep import run_sweep
+from quantkd.models.student import load_student
+from quantkd.training.search_space import parse_space
+from quantkd.training.sweep import run_sweep
 
 PROMPTS = [f"What is the sum of {a} and {b}?" for a, b in [(1, 2), (3, 4), (5, 6), (7, 8), (9, 1), (2, 6)]]
 SPACE = ("learning_rate=1e-4:1e-2:log", "lora_r=2,4", "temperature=1.0,2.0")

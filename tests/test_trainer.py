@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK, capture
-from quantkd.collator import DistillationCollator
 from quantkd.errors import ConfigError, DataError, TransferSetError
-from quantkd.losses import compute_distillation_loss
-from quantkd.student import default_quantization_config, load_student
+from quantkd.loss.reference import compute_distillation_loss
+from quantkd.models.student import default_quantization_config, load_student
+from quantkd.transfer_set.collator import DistillationCollator
 
 PROMPTS = [
     "Two and two?",

@@ -9,11 +9,11 @@ import pytest
 from transfer_sets import make_plan, make_row, write_set
 
 from quantkd.errors import ConfigError, TransferSetError
-from quantkd.storage import Nucleus, Sampled, StorageRule, TopK
 from quantkd.transfer_set import PROFILES, TransferSet, convert, estimate_bytes, verify
 from quantkd.transfer_set.conversion import expect_entries
 from quantkd.transfer_set.histograms import compute_histograms
-from quantkd.transfer_set.layout import max_entries
+from quantkd.transfer_set.plan import max_entries
+from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK
 from quantkd.transfer_set.trimming import narrow, trim
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from transfer_sets import make_plan, make_row, write_set
 
 from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter, verify
-from quantkd.transfer_set.layout import FORMAT_VERSION
+from quantkd.transfer_set.plan import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 PAGE = Path(__file__).parent.parent / "docs" / "transfer-set-format.md"

@@ -14,9 +14,9 @@ from datasets import Dataset
 
 from quantkd.cli.main import main
 from quantkd.errors import DataError, TransferSetError
-from quantkd.fingerprint import compute_fingerprint
 from quantkd.transfer_set import TransferSet, verify
 from quantkd.transfer_set.distillkit import CompressedLayout, ResidualBin
+from quantkd.transfer_set.fingerprint import compute_fingerprint
 from quantkd.transfer_set.importers import import_axolotl, import_distillkit
 
 FACTS: dict[str, Any] = {

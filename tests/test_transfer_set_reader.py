@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from transfer_sets import make_plan, make_row, storage_order, write_set
 
 from quantkd.errors import ConfigError, DataError, TransferSetError
-from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set import TransferSet, TransferSetWriter, concatenate, store
 from quantkd.transfer_set.batch import RowBatch
+from quantkd.transfer_set.topk import TopKLogprobs
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWrit
 from quantkd.transfer_set import row as row_module
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
 from quantkd.transfer_set.idpacking import decode_rest, encode_rest, rest_bytes
-from quantkd.transfer_set.layout import check_counters
+from quantkd.transfer_set.plan import check_counters
 from quantkd.transfer_set.quantization import (
     decode_logprobs,
     decode_normalizers,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantkd.transfer_set.filesystem import FileSystem
-from quantkd.transfer_set.layout import Plan
+from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.writer import TransferSetWriter
 

@@ -9,11 +9,11 @@ from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from quantkd.checkpoint import naming
 from quantkd.errors import ConfigError
 from quantkd.hardware import parse_dtype
-from quantkd.student import load_student
-from quantkd.student_formats import STUDENT_FORMATS, stored_quantization
+from quantkd.models.student import load_student
+from quantkd.models.student_formats import STUDENT_FORMATS, stored_quantization
+from quantkd.names import naming
 
 __all__ = ["StudentArguments", "load_student_from", "peft_config_from"]
 

@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
 
     from quantkd.evaluation.audit import audit
-    from quantkd.fingerprint import check_fingerprint
     from quantkd.teacher import load_teacher
     from quantkd.transfer_set import TransferSet
+    from quantkd.transfer_set.fingerprint import check_fingerprint
 
     transfer_set = TransferSet.open(args.transfer_set)
     info = transfer_set.info

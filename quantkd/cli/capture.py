@@ -14,11 +14,11 @@ from quantkd.cli.parsing import parse_options
 from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import ConfigError
 from quantkd.hardware import process_state
-from quantkd.storage import parse_storage_rule
 from quantkd.teacher import capture
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, Filter, FinishedOnly, ResponseLength
-from quantkd.teacher.planning import CaptureEstimate
+from quantkd.teacher.plan import CaptureEstimate
 from quantkd.teacher.progress import CaptureObserver, CaptureSummary
+from quantkd.transfer_set.rules import parse_storage_rule
 
 __all__ = ["CaptureArguments", "main"]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from quantkd.cli.format import format_info
 from quantkd.cli.parsing import plain_parser
-from quantkd.storage import parse_storage_rule
 from quantkd.transfer_set import PROFILES, TransferSet, convert
+from quantkd.transfer_set.rules import parse_storage_rule
 
 __all__ = ["main"]
 
@@ -58,8 +58,8 @@ def _import_table(args: argparse.Namespace) -> None:
     """Ask the teacher's checkpoint for what its table does not say, and import."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from quantkd.checkpoint import naming, short_name
-    from quantkd.fingerprint import compute_fingerprint
+    from quantkd.names import naming, short_name
+    from quantkd.transfer_set.fingerprint import compute_fingerprint
     from quantkd.transfer_set.importers import import_axolotl, import_distillkit
 
     with naming(args.model):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantkd.cli.parsing import plain_parser
-from quantkd.config import QuantizedDistillationConfig
 from quantkd.data.arithmetic import generate_problems
-from quantkd.demo import load_demo_model
-from quantkd.pipeline import Experiment, run_experiment
+from quantkd.data.demo_model import load_demo_model
+from quantkd.experiment import Experiment, run_experiment
+from quantkd.models.student import default_lora_config
+from quantkd.models.student_formats import STUDENT_FORMATS
 from quantkd.report import format_table
-from quantkd.student import default_lora_config
-from quantkd.student_formats import STUDENT_FORMATS
+from quantkd.training.config import QuantizedDistillationConfig
 
 __all__ = ["main"]
 

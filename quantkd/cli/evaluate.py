@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from quantkd.checkpoint import naming
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.parsing import parse_options
 from quantkd.data.gsm8k import load_gsm8k
@@ -21,6 +20,7 @@ from quantkd.evaluation.arms import check_arm_name, evaluate_arm
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.hardware import process_state
 from quantkd.hub.loading import load_adapter
+from quantkd.names import naming
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet
 

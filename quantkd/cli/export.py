@@ -18,7 +18,9 @@ from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.export import (
+from quantkd.hardware import process_state
+from quantkd.hub.loading import fetch_adapter, load_adapter
+from quantkd.models.export import (
     FORMS,
     check_output_dir,
     export_adapter,
@@ -27,11 +29,9 @@ from quantkd.export import (
     load_exported,
     read_provenance,
 )
-from quantkd.fingerprint import check_fingerprint
-from quantkd.hardware import process_state
-from quantkd.hub.loading import fetch_adapter, load_adapter
 from quantkd.teacher.loading import load_tokenizer
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.fingerprint import check_fingerprint
 
 __all__ = ["ExportArguments", "main"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantkd.cli.format import format_bytes
-from quantkd.teacher.planning import CaptureEstimate
+from quantkd.teacher.plan import CaptureEstimate
 from quantkd.teacher.progress import CaptureSummary
 
 __all__ = ["format_estimate", "format_summary"]

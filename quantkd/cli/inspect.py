@@ -107,8 +107,8 @@ def _decoder(name: str | None, transfer_set: TransferSet) -> Any:
         return lambda ids: " ".join(map(str, ids))
     from transformers import AutoTokenizer
 
-    from quantkd.checkpoint import naming
-    from quantkd.fingerprint import check_fingerprint
+    from quantkd.names import naming
+    from quantkd.transfer_set.fingerprint import check_fingerprint
 
     with naming(name, "tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantkd.cli.parsing import plain_parser
-from quantkd.selftest import run_selftest
 from quantkd.teacher import load_teacher
+from quantkd.training.selftest import run_selftest
 
 __all__ = ["main"]
 

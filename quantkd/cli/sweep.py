@@ -10,11 +10,11 @@ from typing import Any
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
 from quantkd.cli.parsing import parse_options
 from quantkd.cli.train import DataArguments
-from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
-from quantkd.search_space import parse_space
-from quantkd.sweep import run_sweep
-from quantkd.sweep_trials import Trial
+from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.search_space import parse_space
+from quantkd.training.sweep import run_sweep
+from quantkd.training.sweep_trials import Trial
 from quantkd.transfer_set import TransferSet
 
 __all__ = ["SweepArguments", "main"]

@@ -10,10 +10,10 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
 from quantkd.cli.parsing import parse_options, save_options
-from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
-from quantkd.resuming import find_checkpoint
-from quantkd.trainer import QuantizedDistillationTrainer
+from quantkd.training.checkpoints import find_checkpoint
+from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.trainer import QuantizedDistillationTrainer
 from quantkd.transfer_set import TransferSet
 
 __all__ = ["DataArguments", "main"]

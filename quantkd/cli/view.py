@@ -8,12 +8,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from quantkd.checkpoint import naming, short_name
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.format import format_bytes
 from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
 from quantkd.hub.loading import load_adapter
+from quantkd.names import naming, short_name
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 

@@ -16,9 +16,9 @@ from quantkd.errors import DataError
 from quantkd.evaluation.generation import Generated, generate_greedy
 from quantkd.evaluation.records import RecordFile, compute_model_fingerprint, compute_prompts_digest
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
-from quantkd.generation import check_context
 from quantkd.hardware import process_state
-from quantkd.head import base_network
+from quantkd.models.generation import check_context
+from quantkd.models.network import base_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

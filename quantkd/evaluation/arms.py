@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from quantkd.checkpoint import short_name
 from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import evaluate_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
 from quantkd.evaluation.kept import KeptArm, compute_arm_fingerprint, discard_arm
-from quantkd.fingerprint import check_fingerprint
 from quantkd.hardware import process_state
+from quantkd.names import short_name
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.fingerprint import check_fingerprint
 
 __all__ = ["TITLES", "check_arm_name", "evaluate_arm"]
 

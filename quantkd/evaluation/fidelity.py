@@ -15,24 +15,24 @@ from accelerate.utils import reduce
 from torch import Tensor
 from tqdm import tqdm
 
-from quantkd.collator import DistillationCollator
-from quantkd.compatibility import check_student
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity_sums import Fidelity, sum_rows
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.hardware import process_state
-from quantkd.head import Head, find_head, hidden_states_as_logits, why_not_fusable
-from quantkd.losses import select_targets
-from quantkd.position_metrics import (
+from quantkd.loss.position_metrics import (
     compare_with_entries,
     compare_with_logits,
     compute_predictions,
     positions_per_chunk,
     take_logits,
 )
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.reference import select_targets
+from quantkd.models.network import Head, find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.models.weights import count_rows
 from quantkd.transfer_set import TransferSet
-from quantkd.weights import count_rows
+from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.compatibility import check_student
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["Fidelity", "evaluate_fidelity"]
 

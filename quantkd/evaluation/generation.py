@@ -14,8 +14,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from quantkd.errors import ConfigError
-from quantkd.generation import build_generation_config, cache_argument, check_context, generation_mode
-from quantkd.head import base_network
+from quantkd.models.generation import build_generation_config, cache_argument, check_context, generation_mode
+from quantkd.models.network import base_network
 
 __all__ = ["Generated", "generate_greedy"]
 

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from quantkd import __version__
 from quantkd.evaluation.records import compute_model_fingerprint
 from quantkd.hardware import process_state
-from quantkd.head import base_network
+from quantkd.models.network import base_network
 
 __all__ = ["KeptArm", "compute_arm_fingerprint", "discard_arm", "discard_stale_arm"]
 

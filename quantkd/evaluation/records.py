@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from quantkd.cpu_packing import unpack_kept
 from quantkd.errors import DataError
-from quantkd.head import base_network
+from quantkd.models.cpu_repacking import unpack_kept
+from quantkd.models.network import base_network
 
 __all__ = ["RecordFile", "compute_model_fingerprint", "compute_prompts_digest"]
 

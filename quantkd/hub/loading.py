@@ -19,7 +19,7 @@ from quantkd.hub.adapter import ADAPTER_CONFIG as _CONFIG
 from quantkd.hub.adapter import ADAPTER_WEIGHTS
 from quantkd.hub.reading import HubFiles
 from quantkd.hub.secrets import public_name
-from quantkd.student import load_student
+from quantkd.models.student import load_student
 from quantkd.transfer_set.source import split_revision
 
 __all__ = ["fetch_adapter", "load_adapter"]

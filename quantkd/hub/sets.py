@@ -27,7 +27,7 @@ from quantkd.hub.failures import TransientHubError, wait_to_retry
 from quantkd.hub.repository import HubRepository, Operation, PushedRepository, Snapshot
 from quantkd.hub.secrets import check_shareable, find_secrets
 from quantkd.transfer_set.index import INDEX_NAME, Index
-from quantkd.transfer_set.layout import MAX_SHARDS
+from quantkd.transfer_set.plan import MAX_SHARDS
 from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.shard import shard_name
 from quantkd.transfer_set.store import ShardStore

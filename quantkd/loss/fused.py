@@ -1,7 +1,7 @@
-"""The loss of `quantkd.losses` from hidden states, in chunks of positions: no more than one chunk's logits ever exist.
+"""The loss of `reference` from hidden states, in chunks of positions: no more than one chunk's logits ever exist.
 
 One pass over a chunk of logits gives loss and gradient, because the gradient has a closed form: see
-`quantkd.fused_blocks`. Two matrix products around it turn hidden states into logits, and the gradient of logits into
+`fused_blocks`. Two matrix products around it turn hidden states into logits, and the gradient of logits into
 that of the hidden states. See docs/loss.md.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quantkd.errors import ConfigError
-from quantkd.fused_blocks import Block, DenseBlock, Objective, SparseBlock
-from quantkd.head import Head
-from quantkd.losses import Divergence, check_objective, check_positions, check_weights
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.fused_blocks import Block, DenseBlock, Objective, SparseBlock
+from quantkd.loss.reference import Divergence, check_objective, check_positions, check_weights
+from quantkd.models.network import Head
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["DenseTeacher", "FusedTerms", "compute_fused_loss"]
 

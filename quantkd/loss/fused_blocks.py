@@ -20,14 +20,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkd.losses import MIN_TAIL, Divergence
+from quantkd.loss.reference import MIN_TAIL, Divergence
 
 __all__ = ["Block", "DenseBlock", "Objective", "SparseBlock"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: `(1 - alpha) * ce + alpha * T^2 * divergence`, checked by `quantkd.losses.check_objective`."""
+    """What is minimised: `(1 - alpha) * ce + alpha * T^2 * divergence`, checked by `check_objective`."""
 
     alpha: float
     temperature: float

@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from quantkd.fused import DenseTeacher
-from quantkd.head import Head
-from quantkd.losses import Divergence, PositionTerms, compute_position_terms
-from quantkd.position_metrics import (
+from quantkd.loss.fused import DenseTeacher
+from quantkd.loss.position_metrics import (
     compare_with_entries,
     compare_with_logits,
     compute_predictions,
     positions_per_chunk,
     take_logits,
 )
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.reference import Divergence, PositionTerms, compute_position_terms
+from quantkd.models.network import Head
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["ROW_COLUMNS", "compute_row_metrics", "summarize_rows"]
 

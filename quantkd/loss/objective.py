@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quantkd.fused import DenseTeacher, FusedTerms, compute_fused_loss
-from quantkd.head import Head
-from quantkd.losses import Divergence, check_weights, compute_position_terms
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.fused import DenseTeacher, FusedTerms, compute_fused_loss
+from quantkd.loss.reference import Divergence, check_weights, compute_position_terms
+from quantkd.models.network import Head
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["compute_terms"]
 

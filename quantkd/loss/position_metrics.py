@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkd.head import Head
-from quantkd.losses import MIN_TAIL, check_positions
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.reference import MIN_TAIL, check_positions
+from quantkd.models.network import Head
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = [
     "Comparison",

@@ -22,12 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.utils.hub import cached_file
 
 from quantkd import __version__
-from quantkd.checkpoint import naming, short_name
-from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
-from quantkd.merging import merge_adapters
-from quantkd.student import default_quantization_config
+from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.merging import merge_adapters
+from quantkd.models.student import default_quantization_config
+from quantkd.names import naming, short_name
 
 __all__ = ["FORMS", "check_output_dir", "export_adapter", "export_merged", "export_requantized", "load_exported"]
 
@@ -80,7 +80,7 @@ def export_merged(
         The folder.
 
     Raises:
-        ConfigError: the folder is not new, or as `quantkd.merging.merge_adapters`.
+        ConfigError: the folder is not new, or as `quantkd.models.merging.merge_adapters`.
     """
     path, dtype = check_output_dir(output_dir), parse_dtype(dtype)
     quantized = _describe_quantization(model)
@@ -117,7 +117,7 @@ def export_requantized(
         The folder.
 
     Raises:
-        ConfigError: the folder is not new, or as `quantkd.merging.merge_adapters`.
+        ConfigError: the folder is not new, or as `quantkd.models.merging.merge_adapters`.
     """
     path, dtype = check_output_dir(output_dir), parse_dtype(dtype)
     quantized = _describe_quantization(model)

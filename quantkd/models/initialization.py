@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import process_state
-from quantkd.head import base_network, undisturbed
-from quantkd.original_weights import OriginalWeights
-from quantkd.student_formats import dequantize_weight
-from quantkd.weights import is_sharded
+from quantkd.models.network import base_network, undisturbed
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.student_formats import dequantize_weight
+from quantkd.models.weights import is_sharded
 
 __all__ = ["SHRINKAGE", "compute_correction", "draw_rows", "initialize_from_error", "initialize_from_rows"]
 

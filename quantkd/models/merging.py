@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkd.errors import ConfigError
-from quantkd.student_formats import dequantize_weight
+from quantkd.models.student_formats import dequantize_weight
 
 __all__ = ["merge_adapters"]
 

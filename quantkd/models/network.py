@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from quantkd.weights import is_sharded, whole_parameters
+from quantkd.models.weights import is_sharded, whole_parameters
 
 __all__ = [
     "Head",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkd.head import undisturbed
+from quantkd.models.network import undisturbed
 
 __all__ = ["position_ids_of", "why_not_packable"]
 

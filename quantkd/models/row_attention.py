@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from quantkd.head import base_network
+from quantkd.models.network import base_network
 
 __all__ = ["ROW_ATTENTION", "attend_by_row", "use_row_attention"]
 

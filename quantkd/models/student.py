@@ -17,18 +17,18 @@ from transformers.integrations.hqq import name_to_linear_tag
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
-from quantkd.checkpoint import refuse_adapter
-from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
-from quantkd.head import base_network
-from quantkd.student_formats import (
+from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.network import base_network
+from quantkd.models.student_formats import (
     build_quantization_config,
     check_format,
     choose_kernel,
     format_of,
     stored_quantization,
 )
+from quantkd.names import refuse_adapter
 
 __all__ = [
     "attach_lora",
@@ -100,7 +100,7 @@ def load_student(
 
     Args:
         name_or_path: a Hub name or a checkpoint folder, in full precision or quantized already.
-        quantization_config: a name of `quantkd.student_formats.STUDENT_FORMATS`, or any quantization config of
+        quantization_config: a name of `quantkd.models.student_formats.STUDENT_FORMATS`, or any quantization config of
             transformers. If None, what the checkpoint is stored in, else NF4 with double quantization.
         dtype: dtype of the layers that stay unquantized, and of NF4's multiplications; bfloat16 where the hardware
             has it, else float32, if None or "auto".

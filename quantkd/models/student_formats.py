@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, HqqConfig, PreTrainedConfig, TorchAoConfig
 from transformers.utils.quantization_config import AwqBackend
 
-from quantkd.cpu_packing import unpack
 from quantkd.errors import ConfigError, MissingDependencyError
+from quantkd.models.cpu_repacking import unpack
 
 __all__ = [
     "STUDENT_FORMATS",

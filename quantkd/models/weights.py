@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkd.cpu_packing import unpack
+from quantkd.models.cpu_repacking import unpack
 
 __all__ = ["count_rows", "is_sharded", "whole_parameters"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from quantkd.search_space import Dimension
+from quantkd.training.search_space import Dimension
 
 if TYPE_CHECKING:
-    from quantkd.sweep_trials import Trial
+    from quantkd.training.sweep_trials import Trial
 
 __all__ = ["draw_sweep"]
 
@@ -24,7 +24,7 @@ def draw_sweep(trials: Sequence[Trial], space: Sequence[Dimension], path: str | 
     """Draw the trials and write them as a PNG. Those that diverged have no value and are left out.
 
     Args:
-        trials: from `quantkd.sweep.run_sweep`.
+        trials: from `quantkd.training.sweep.run_sweep`.
         space: what was searched.
         path: the PNG file.
     """

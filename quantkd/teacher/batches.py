@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from quantkd.errors import TeacherError
-from quantkd.teacher.interface import EncodedPrompt, Teacher
 from quantkd.teacher.table import PromptTable
+from quantkd.teacher.teacher import EncodedPrompt, Teacher
 from quantkd.transfer_set import TransferRow
 
 __all__ = ["Probe", "is_out_of_memory", "probe_batch_size", "run_batch"]

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from quantkd.errors import ConfigError
-from quantkd.fused import DenseTeacher
 from quantkd.hardware import default_device, parse_dtype
-from quantkd.head import find_head, hidden_states_as_logits, why_not_fusable
-from quantkd.losses import select_targets
-from quantkd.student import is_quantized
-from quantkd.topk import TopKLogprobs
-from quantkd.weights import count_rows
+from quantkd.loss.fused import DenseTeacher
+from quantkd.loss.reference import select_targets
+from quantkd.models.network import find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.models.student import is_quantized
+from quantkd.models.weights import count_rows
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["LiveTeacher"]
 

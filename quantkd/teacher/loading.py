@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd.checkpoint import naming, refuse_adapter, short_name
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, parse_dtype
-from quantkd.storage import StorageRule
-from quantkd.teacher.interface import GenerationSettings, Teacher
+from quantkd.names import naming, refuse_adapter, short_name
+from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
+from quantkd.transfer_set.rules import StorageRule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

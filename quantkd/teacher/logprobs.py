@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError, TeacherError
-from quantkd.generation import find_end_tokens
-from quantkd.storage import Sampled, StorageRule, TopK
-from quantkd.teacher.interface import EncodedPrompt
+from quantkd.models.generation import find_end_tokens
+from quantkd.teacher.teacher import EncodedPrompt
 from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.rules import Sampled, StorageRule, TopK
 
 __all__ = [
     "TopLogprobs",
@@ -268,7 +268,7 @@ def build_row(
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
-    """Ids that end an answer, where there is no model to ask: as `quantkd.generation.find_end_tokens`.
+    """Ids that end an answer, where there is no model to ask: as `quantkd.models.generation.find_end_tokens`.
 
     Args:
         tokenizer: the teacher's tokenizer.

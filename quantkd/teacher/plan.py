@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkd.checkpoint import short_name
 from quantkd.errors import ConfigError, DataError, TransferSetError
-from quantkd.fingerprint import compute_fingerprint
 from quantkd.hardware import process_state
-from quantkd.storage import StorageRule, storage_rule_to_dict
-from quantkd.teacher.batching import Probe, probe_batch_size
+from quantkd.names import short_name
+from quantkd.teacher.batches import Probe, probe_batch_size
 from quantkd.teacher.filters import Filter
-from quantkd.teacher.interface import GenerationSettings, Teacher
 from quantkd.teacher.table import PromptTable
+from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import Plan, estimate_bytes
+from quantkd.transfer_set.fingerprint import compute_fingerprint
 from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME, read_index, read_plan
+from quantkd.transfer_set.rules import StorageRule, storage_rule_to_dict
 
 __all__ = ["CaptureEstimate", "build_plan", "check_disk", "check_lengths", "choose_batch_size", "estimate_capture"]
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from quantkd.hardware import process_state
 
 if TYPE_CHECKING:
-    from quantkd.teacher.planning import CaptureEstimate
+    from quantkd.teacher.plan import CaptureEstimate
     from quantkd.transfer_set import TransferSetInfo
 
 __all__ = ["CaptureObserver", "CaptureSummary", "Progress"]

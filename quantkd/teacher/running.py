@@ -9,11 +9,11 @@ from typing import Any
 
 from quantkd.data.prompts import Example
 from quantkd.errors import TeacherError
-from quantkd.teacher.batching import run_batch
+from quantkd.teacher.batches import run_batch
 from quantkd.teacher.filters import Filter, apply_filters
-from quantkd.teacher.interface import Teacher
 from quantkd.teacher.progress import Progress
 from quantkd.teacher.table import PromptTable
+from quantkd.teacher.teacher import Teacher
 from quantkd.transfer_set import ShardTask, TransferRow, TransferSetWriter
 
 __all__ = ["Work", "fill"]

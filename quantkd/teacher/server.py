@@ -11,9 +11,6 @@ import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError, TeacherError
-from quantkd.fingerprint import count_token_ids
-from quantkd.storage import StorageRule
-from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
 from quantkd.teacher.logprobs import (
     build_row,
     check_rule,
@@ -25,7 +22,10 @@ from quantkd.teacher.logprobs import (
 )
 from quantkd.teacher.server_client import ServerClient
 from quantkd.teacher.server_dialects import DIALECTS, Answer, Completion, Dialect
+from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
 from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.fingerprint import count_token_ids
+from quantkd.transfer_set.rules import StorageRule
 
 __all__ = ["ServerTeacher"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from quantkd.errors import ConfigError, TeacherError
-from quantkd.teacher.interface import GenerationSettings
 from quantkd.teacher.logprobs import TopLogprobs
+from quantkd.teacher.teacher import GenerationSettings
 
 __all__ = ["DIALECTS", "Answer", "Completion", "Dialect"]
 

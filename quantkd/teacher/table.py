@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quantkd.data.conversations import encode_example
 from quantkd.data.prompts import Example
-from quantkd.teacher.interface import EncodedPrompt
+from quantkd.teacher.teacher import EncodedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

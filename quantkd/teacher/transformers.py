@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from quantkd.errors import TeacherError
-from quantkd.fingerprint import count_token_ids
-from quantkd.generation import build_generation_config, cache_argument, generation_mode
-from quantkd.storage import PickedEntries, Sampled, StorageRule, pick_entries
-from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
+from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
+from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
 from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.fingerprint import count_token_ids
+from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
 
 __all__ = ["TransformersTeacher"]
 

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
-from quantkd.fingerprint import count_token_ids
-from quantkd.storage import StorageRule
-from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
 from quantkd.teacher.logprobs import (
     TopLogprobs,
     build_row,
@@ -21,7 +18,10 @@ from quantkd.teacher.logprobs import (
     locate_targets,
     seed_of,
 )
+from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
 from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.fingerprint import count_token_ids
+from quantkd.transfer_set.rules import StorageRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

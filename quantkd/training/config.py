@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import has_accelerator
-from quantkd.losses import check_objective
+from quantkd.loss.reference import check_objective
 
 __all__ = ["STARTS", "QuantizedDistillationConfig"]
 

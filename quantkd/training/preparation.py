@@ -10,16 +10,16 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from quantkd.compatibility import check_student
-from quantkd.config import QuantizedDistillationConfig
-from quantkd.cpu_packing import keep_trainable_on_cpu
 from quantkd.errors import ConfigError
-from quantkd.initialization import initialize_from_rows
-from quantkd.live_teacher import LiveTeacher
-from quantkd.packing import why_not_packable
-from quantkd.row_attention import use_row_attention
-from quantkd.student import attach_lora, is_quantized, load_student
+from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.initialization import initialize_from_rows
+from quantkd.models.packing import why_not_packable
+from quantkd.models.row_attention import use_row_attention
+from quantkd.models.student import attach_lora, is_quantized, load_student
+from quantkd.teacher.live import LiveTeacher
+from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.compatibility import check_student
 
 __all__ = ["load_live_teacher", "load_tokenizer", "model_init_kwargs", "prepare_student", "take_one_gpu"]
 

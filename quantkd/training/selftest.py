@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quantkd.collator import DistillationCollator
 from quantkd.data.prompts import encode_prompt
-from quantkd.losses import compute_distillation_loss, compute_position_terms, select_targets
-from quantkd.row_metrics import compute_row_metrics, summarize_rows
-from quantkd.storage import TopK
-from quantkd.teacher.interface import EncodedPrompt, GenerationSettings
+from quantkd.loss.metrics import compute_row_metrics, summarize_rows
+from quantkd.loss.reference import compute_distillation_loss, compute_position_terms, select_targets
+from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
-from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.rules import TopK
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["Check", "run_selftest"]
 

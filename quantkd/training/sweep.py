@@ -20,19 +20,28 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from quantkd.checkpoint import short_name
-from quantkd.compatibility import check_transfer_set
-from quantkd.config import QuantizedDistillationConfig
-from quantkd.curves import TrainingCurves
 from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.hardware import process_state
-from quantkd.losses import check_objective
-from quantkd.preparation import load_tokenizer, prepare_student
-from quantkd.search_space import ADAPTER_NAMES, TRAINING_NAMES, Dimension
-from quantkd.student import default_lora_config
-from quantkd.sweep_trials import OBJECTIVE, STUDY, Trial, open_study, quiet_optuna, read_trials, to_json, write_trials
-from quantkd.trainer import QuantizedDistillationTrainer
+from quantkd.loss.reference import check_objective
+from quantkd.models.student import default_lora_config
+from quantkd.names import short_name
+from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.curves import TrainingCurves
+from quantkd.training.preparation import load_tokenizer, prepare_student
+from quantkd.training.search_space import ADAPTER_NAMES, TRAINING_NAMES, Dimension
+from quantkd.training.sweep_trials import (
+    OBJECTIVE,
+    STUDY,
+    Trial,
+    open_study,
+    quiet_optuna,
+    read_trials,
+    to_json,
+    write_trials,
+)
+from quantkd.training.trainer import QuantizedDistillationTrainer
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.compatibility import check_transfer_set
 
 __all__ = ["Trial", "run_sweep"]
 

@@ -17,22 +17,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from quantkd.collator import DistillationCollator
-from quantkd.compatibility import check_collator, check_transfer_set, find_transfer_sets
-from quantkd.config import QuantizedDistillationConfig
-from quantkd.curves import TrainingCurves
 from quantkd.errors import DataError
-from quantkd.fused import DenseTeacher
-from quantkd.head import gathered_head, hidden_states_as_logits, why_not_fusable
 from quantkd.hub.training import PushesToHub
-from quantkd.losses import select_targets
-from quantkd.objective import compute_terms
-from quantkd.preparation import load_live_teacher, load_tokenizer, prepare_student, take_one_gpu
-from quantkd.provenance import describe_quantization, describe_training, remove_local_paths, write_provenance
-from quantkd.row_metrics import compute_row_metrics, summarize_rows
-from quantkd.sampling import order_for_evaluation, order_for_training
-from quantkd.topk import TopKLogprobs
+from quantkd.loss.fused import DenseTeacher
+from quantkd.loss.metrics import compute_row_metrics, summarize_rows
+from quantkd.loss.objective import compute_terms
+from quantkd.loss.reference import select_targets
+from quantkd.models.network import gathered_head, hidden_states_as_logits, why_not_fusable
+from quantkd.models.provenance import describe_quantization, describe_training, remove_local_paths, write_provenance
+from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.curves import TrainingCurves
+from quantkd.training.order import order_for_evaluation, order_for_training
+from quantkd.training.preparation import load_live_teacher, load_tokenizer, prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.compatibility import check_collator, check_transfer_set, find_transfer_sets
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["QuantizedDistillationTrainer"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkd.topk import TopKLogprobs
 from quantkd.transfer_set.codec import DecodedRows
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["RowBatch"]
 

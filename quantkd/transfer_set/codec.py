@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from quantkd.transfer_set.encoded import CHECKSUM, COLUMNS, SPANS, TOKENS, RowCodes, ShardSize
 from quantkd.transfer_set.idpacking import decode_rest, encode_rest
-from quantkd.transfer_set.layout import Plan, max_entries
+from quantkd.transfer_set.plan import Plan, max_entries
 from quantkd.transfer_set.profiles import PROFILES
 from quantkd.transfer_set.quantization import (
     decode_logprobs,

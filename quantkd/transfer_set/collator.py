@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quantkd.errors import DataError
-from quantkd.packing import position_ids_of
-from quantkd.topk import TopKLogprobs
+from quantkd.models.packing import position_ids_of
 from quantkd.transfer_set import RowBatch
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = ["DistillationCollator"]
 

@@ -7,12 +7,12 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd.collator import DistillationCollator
-from quantkd.config import QuantizedDistillationConfig
 from quantkd.errors import ConfigError, DataError
-from quantkd.fingerprint import check_fingerprint
+from quantkd.models.weights import count_rows
+from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.transfer_set import TransferSet
-from quantkd.weights import count_rows
+from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.fingerprint import check_fingerprint
 
 __all__ = ["check_collator", "check_student", "check_transfer_set", "find_transfer_sets"]
 

@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from quantkd.storage import Sampled, StorageRule, TopK, storage_rule_to_dict
 from quantkd.transfer_set.codec import Codec
 from quantkd.transfer_set.encoded import ShardSize
 from quantkd.transfer_set.index import Index, ShardRecord
-from quantkd.transfer_set.layout import Plan
+from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.profiles import PROFILES
 from quantkd.transfer_set.reader import TransferSet
+from quantkd.transfer_set.rules import Sampled, StorageRule, TopK, storage_rule_to_dict
 from quantkd.transfer_set.shard import shard_bytes
 from quantkd.transfer_set.trimming import narrow, trim
 from quantkd.transfer_set.writer import TransferSetWriter

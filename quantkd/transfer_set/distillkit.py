@@ -20,7 +20,7 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from quantkd.errors import DataError
-from quantkd.transfer_set.layout import MAX_VOCAB_SIZE, is_whole
+from quantkd.transfer_set.plan import MAX_VOCAB_SIZE, is_whole
 
 __all__ = ["CompressedLayout", "ResidualBin"]
 

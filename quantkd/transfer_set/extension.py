@@ -18,7 +18,7 @@ from quantkd.errors import TransferSetError
 from quantkd.transfer_set.codec import Codec
 from quantkd.transfer_set.filesystem import FileLock, FileSystem, write_atomically
 from quantkd.transfer_set.index import INDEX_NAME, Index, read_index
-from quantkd.transfer_set.layout import MAX_SHARDS, Plan
+from quantkd.transfer_set.plan import MAX_SHARDS, Plan
 from quantkd.transfer_set.shard import shard_bytes, shard_name
 from quantkd.transfer_set.writer import COMMIT_LOCK, LOCK_TIMEOUT_SECONDS, WRITER_LOCK
 

@@ -15,11 +15,11 @@ from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from quantkd.errors import DataError
-from quantkd.storage import TopK, storage_rule_to_dict
 from quantkd.transfer_set.distillkit import CompressedLayout
 from quantkd.transfer_set.interchange import require_columns
-from quantkd.transfer_set.layout import Plan
+from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import MASS_SLACK, TransferRow
+from quantkd.transfer_set.rules import TopK, storage_rule_to_dict
 from quantkd.transfer_set.writer import TransferSetWriter
 
 __all__ = ["import_axolotl", "import_distillkit"]
@@ -59,7 +59,7 @@ def import_axolotl(
         path: the new set's folder.
         vocab_size: width of the teacher's logits.
         teacher_name: what made the rows.
-        tokenizer_fingerprint: of the teacher's tokenizer, from `quantkd.fingerprint.compute_fingerprint`.
+        tokenizer_fingerprint: of the teacher's tokenizer, from `quantkd.transfer_set.fingerprint.compute_fingerprint`.
         profile: "faithful" or "compact".
         rows_per_shard: rows in one file.
 
@@ -111,7 +111,7 @@ def import_distillkit(
         path: the new set's folder.
         vocab_size: width of the teacher's logits.
         teacher_name: what made the rows.
-        tokenizer_fingerprint: of the teacher's tokenizer, from `quantkd.fingerprint.compute_fingerprint`.
+        tokenizer_fingerprint: of the teacher's tokenizer, from `quantkd.transfer_set.fingerprint.compute_fingerprint`.
         profile: "faithful" or "compact".
         rows_per_shard: rows in one file.
         layout: of compressed rows; None reads the file in the folder of the source.

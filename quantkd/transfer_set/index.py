@@ -19,7 +19,7 @@ from quantkd.transfer_set.documents import (
 )
 from quantkd.transfer_set.encoded import MAX_SHARD_ITEMS, ShardSize
 from quantkd.transfer_set.filesystem import read_regular
-from quantkd.transfer_set.layout import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
+from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
 
 __all__ = [
     "INDEX_NAME",

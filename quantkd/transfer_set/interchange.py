@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
 from quantkd.errors import DataError
-from quantkd.transfer_set.layout import Plan
+from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.writer import TransferSetWriter

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantkd.errors import ConfigError, TransferSetError
-from quantkd.storage import Nucleus, StorageRule, TopK, storage_rule_from_dict
 from quantkd.transfer_set.documents import canonical_json, quote, require_fields
 from quantkd.transfer_set.encoded import MAX_SHARD_ROWS
 from quantkd.transfer_set.profiles import PROFILES
 from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.rules import Nucleus, StorageRule, TopK, storage_rule_from_dict
 
 __all__ = ["FORMAT_VERSION", "MAX_SHARDS", "Plan", "TransferRow", "max_entries"]
 
@@ -37,7 +37,7 @@ class Plan:
         teacher_dtype: such as "bfloat16".
         tokenizer_fingerprint: sha256 in hexadecimal.
         vocab_size: V, the width of the teacher's logits.
-        storage: a storage rule as `quantkd.storage.storage_rule_to_dict` writes it.
+        storage: a storage rule as `quantkd.transfer_set.rules.storage_rule_to_dict` writes it.
         profile: "faithful" or "compact", the precision of the encoding.
         temperatures: distillation temperatures with a stored log-normalizer, ascending.
         responses: "generate" if the teacher wrote them, "given" if they came with the prompts.

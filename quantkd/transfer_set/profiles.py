@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkd.storage import Nucleus
+from quantkd.transfer_set.rules import Nucleus
 
 __all__ = ["PROFILES", "Profile"]
 

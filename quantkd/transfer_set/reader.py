@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.batch import RowBatch
 from quantkd.transfer_set.info import TransferSetInfo, describe_stores
-from quantkd.transfer_set.layout import Plan
+from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.source import ShardSource, find_source
 from quantkd.transfer_set.store import ShardStore, Verify

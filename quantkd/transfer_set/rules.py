@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkd.errors import ConfigError
-from quantkd.topk import TopKLogprobs
+from quantkd.transfer_set.topk import TopKLogprobs
 
 __all__ = [
     "Nucleus",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from quantkd.errors import ConfigError
-from quantkd.storage import Nucleus, Sampled, StorageRule, TopK
 from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK
 
 __all__ = ["narrow", "trim"]
 

@@ -33,7 +33,7 @@ from quantkd.transfer_set.index import (
     record_name,
     record_to_bytes,
 )
-from quantkd.transfer_set.layout import Plan, check_counters
+from quantkd.transfer_set.plan import Plan, check_counters
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.shard import serialize_shard, shard_bytes, shard_name
 

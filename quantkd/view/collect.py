@@ -13,14 +13,14 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 
-from quantkd.checkpoint import short_name
-from quantkd.collator import DistillationCollator
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.sharing import deal_batches
-from quantkd.fingerprint import check_fingerprint
-from quantkd.head import base_network, find_head, hidden_states_as_logits, why_not_fusable
-from quantkd.losses import select_targets
+from quantkd.loss.reference import select_targets
+from quantkd.models.network import base_network, find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.names import short_name
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.fingerprint import check_fingerprint
 from quantkd.view.compare import Outputs, compare_students
 from quantkd.view.divergence import Divergence, RowDivergence
 from quantkd.view.spelling import decode_text, spell_tokens
@@ -58,7 +58,7 @@ def collect_divergence(
         progress: show a bar if there is a terminal.
 
     Returns:
-        The rows in the set's order. The KL is that of `quantkd.losses` at temperature 1, over the stored entries and
+        The rows in the set's order. The KL is the loss's at temperature 1, over the stored entries and
         the tail; the probabilities are a plain forward pass's.
 
     Raises:

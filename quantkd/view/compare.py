@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkd.head import Head
-from quantkd.position_metrics import (
+from quantkd.loss.position_metrics import (
     Predictions,
     compare_with_entries,
     compute_predictions,
     positions_per_chunk,
     take_logits,
 )
-from quantkd.topk import TopKLogprobs
+from quantkd.models.network import Head
+from quantkd.transfer_set.topk import TopKLogprobs
 from quantkd.view.divergence import Alternatives
 
 __all__ = ["Compared", "Outputs", "compare_students"]

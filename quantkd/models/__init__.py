@@ -1,0 +1,1 @@
+"""Loading, quantizing, adapting and exporting models."""
