@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ConfigError",
-    "DataError",
-    "HubError",
-    "MissingDependencyError",
-    "QuantKDError",
-    "TeacherError",
-    "TransferSetError",
-]
-
 
 class QuantKDError(Exception):
     """Base of every error that quantkd raises on purpose."""

@@ -28,8 +28,6 @@ from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.trainer import QuantizedDistillationTrainer
 
-__all__ = ["Experiment", "run_experiment"]
-
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, str]]
@@ -87,15 +85,7 @@ class Experiment:
 
 
 def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:
-    """Run all steps and write the report. Under a launcher, processes share every step.
-
-    Args:
-        experiment: models, data and places.
-        args: the training arguments; the adapter is saved to `args.output_dir` and pushed if `args.push_to_hub`.
-
-    Returns:
-        The path of `report.md`; `results.json` and the chart lie beside it.
-    """
+    """Run all steps and write the report. Under a launcher, processes share every step."""
     state, run_dir = process_state(), Path(experiment.run_dir)
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     _say("the teacher answers")
@@ -191,12 +181,7 @@ def _load_student(experiment: Experiment, **kwargs: Any) -> Any:
 
 
 def _load_trained(experiment: Experiment, adapter: str) -> Any:
-    """The student as others will load it. While it trains, its head and norms are in float32: not what is used later.
-
-    Args:
-        experiment: says how the student is loaded.
-        adapter: the folder of the adapter.
-    """
+    """The student as others will load it. While it trains, its head and norms are in float32."""
     return PeftModel.from_pretrained(_load_student(experiment, device_map={"": default_device()}), adapter)
 
 
@@ -209,13 +194,7 @@ def _export(experiment: Experiment, form: str, adapter: str, folder: Path, token
 
 
 def _with_objective(args: QuantizedDistillationConfig, *, alpha: float, output_dir: str) -> Any:
-    """The same training arguments with another weight of the soft loss, for a run that is kept to itself.
-
-    Args:
-        args: the training arguments; left as they are.
-        alpha: weight of the soft loss.
-        output_dir: where its checkpoints go.
-    """
+    """The same training arguments with another weight of the soft loss, for a run that is kept to itself."""
     other = copy.deepcopy(args)
     other.alpha, other.output_dir, other.push_to_hub = alpha, output_dir, False
     return other

@@ -7,15 +7,9 @@ from accelerate import PartialState
 
 from quantkd.errors import ConfigError
 
-__all__ = ["default_device", "has_accelerator", "native_compute_dtype", "parse_dtype", "process_state"]
-
 
 def has_accelerator() -> bool:
-    """Whether torch sees a GPU or another accelerator.
-
-    Returns:
-        True for CUDA, MPS, XPU and the like.
-    """
+    """Whether torch sees a GPU or another accelerator."""
     return (
         torch.cuda.is_available()
         or torch.backends.mps.is_available()
@@ -27,19 +21,12 @@ def process_state() -> PartialState:
     """accelerate's view of this process: its device, its rank, and how many there are.
 
     Without an accelerator it must be told so, or processes that `torchrun` started would not find each other.
-
-    Returns:
-        The one state of this process, however often it is asked for.
     """
     return PartialState(cpu=not has_accelerator())
 
 
 def default_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU; under a launcher each process gets its own.
-
-    Returns:
-        The device.
-    """
+    """This process's accelerator if there is one, else the CPU; under a launcher each process gets its own."""
     device: torch.device = process_state().device
     return device
 
@@ -48,12 +35,6 @@ def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
     """bfloat16 where `device` multiplies it natively, else float32.
 
     Without native support bfloat16 is emulated: measured at a seventh of float32's speed for a forward pass on CPU.
-
-    Args:
-        device: the device to ask about; `default_device()` if None.
-
-    Returns:
-        `torch.bfloat16` or `torch.float32`.
     """
     device = device or default_device()
     if device.type == "cuda":
@@ -64,18 +45,7 @@ def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
 
 
 def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = None) -> torch.dtype:
-    """A dtype from its name; None or "auto" follows the hardware.
-
-    Args:
-        name: "float32", "bfloat16", "float16", "auto", a dtype, or None.
-        device: the device that "auto" asks about.
-
-    Returns:
-        One of float32, bfloat16 and float16.
-
-    Raises:
-        ConfigError: any other name.
-    """
+    """A dtype from its name; None or "auto" follows the hardware."""
     if name is None or name == "auto":
         return native_compute_dtype(device)
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)

@@ -9,33 +9,15 @@ from typing import Any
 
 from quantkd.errors import ConfigError
 
-__all__ = ["naming", "refuse_adapter", "short_name"]
-
 
 def short_name(name_or_path: str) -> str:
-    """The name without the path: where a local folder lies is its owner's business, and its name says enough.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder.
-
-    Returns:
-        The folder's own name if there is such a folder, else the name as it is.
-    """
+    """The name without the path: where a local folder lies is its owner's business, and its name says enough."""
     path = Path(name_or_path)
     return path.resolve().name if path.is_dir() else name_or_path
 
 
 def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
-    """Refuse an adapter where a model is expected: transformers would load the base model that its author names.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder.
-        **model_init_kwargs: the arguments of `from_pretrained`; revision and token count.
-
-    Raises:
-        ConfigError: an adapter without a model beside it.
-        OSError: there is neither.
-    """
+    """Refuse an adapter where a model is expected: transformers would load the base model that its author names."""
     from transformers import CONFIG_NAME
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -53,18 +35,7 @@ def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
 
 @contextmanager
 def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
-    """Turn what transformers and PEFT say of a model that they cannot find into one line that names it.
-
-    Args:
-        name_or_path: what is loaded in the `with` block.
-        file: what a folder must hold to be a candidate at all.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ConfigError: a folder without `file`, a path where no folder is, or a name that could not be loaded.
-    """
+    """Turn what transformers and PEFT say of a model that they cannot find into one line that names it."""
     path = Path(name_or_path).expanduser()
     if path.exists():
         if not (path / file).is_file():

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
 from quantkd.errors import ConfigError, DataError
+from quantkd.evaluation.bootstrap import bootstrap_ratio_interval
+from quantkd.evaluation.row_statistics import RowSums
 from quantkd.evaluation.stats import (
     GapRecovered,
-    RowSums,
-    bootstrap_ratio_interval,
     compute_gap_recovered,
     compute_questions_needed,
     mcnemar_exact,

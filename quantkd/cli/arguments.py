@@ -15,8 +15,6 @@ from quantkd.models.student import load_student
 from quantkd.models.student_formats import STUDENT_FORMATS, stored_quantization
 from quantkd.names import naming
 
-__all__ = ["StudentArguments", "load_student_from", "peft_config_from"]
-
 
 @dataclass
 class StudentArguments(ModelConfig):
@@ -61,19 +59,7 @@ class StudentArguments(ModelConfig):
 
 
 def load_student_from(args: StudentArguments, *, trainable: bool = True) -> PreTrainedModel:
-    """The quantized student that the arguments describe, without adapters.
-
-    Args:
-        args: `model_name_or_path` must be set.
-        trainable: False to load a student that is only evaluated, also in a format that cannot be trained here.
-
-    Returns:
-        The model in evaluation mode, on this process's own device.
-
-    Raises:
-        ConfigError: no model, one that cannot be found, no format, or one that cannot run here.
-        MissingDependencyError: the format's package is not installed.
-    """
+    """The quantized student that the arguments describe, without adapters."""
     if not args.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
     dtype = parse_dtype(args.dtype)
@@ -104,17 +90,7 @@ def _quantization_from(args: StudentArguments) -> Any:
 
 
 def peft_config_from(args: StudentArguments) -> PeftConfig:
-    """The adapters that the arguments describe.
-
-    Args:
-        args: the student's arguments.
-
-    Returns:
-        A LoRA configuration.
-
-    Raises:
-        ConfigError: `use_peft` is off; a quantized model has nothing else to train.
-    """
+    """The adapters that the arguments describe."""
     config = get_peft_config(args)
     if config is None:
         raise ConfigError("A quantized student trains adapters; leave use_peft on.")

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from quantkd.cli.parsing import plain_parser, whole_number
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd audit runs/set --teacher HuggingFaceTB/SmolLM2-135M-Instruct
   quantkd audit runs/set --teacher MODEL --rows 200 --seed 4711
@@ -18,14 +16,7 @@ A sample of the rows is computed again with the teacher. Exits with 1 if any dif
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compute rows again and print how near the stored ones are.
-
-    Args:
-        argv: the arguments after `quantkd audit`.
-
-    Raises:
-        SystemExit: 1 if a row is suspect.
-    """
+    """Compute rows again and print how near the stored ones are."""
     parser = plain_parser("quantkd audit", _EXAMPLES)
     parser.add_argument("transfer_set", help="folder of the set")
     parser.add_argument("--teacher", required=True, help="the teacher, from a source that you trust")

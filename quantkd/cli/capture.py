@@ -20,8 +20,6 @@ from quantkd.teacher.plan import CaptureEstimate
 from quantkd.teacher.progress import CaptureObserver, CaptureSummary
 from quantkd.transfer_set.rules import parse_storage_rule
 
-__all__ = ["CaptureArguments", "main"]
-
 _EXAMPLES = """examples:
   quantkd capture --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts prompts.jsonl --output_dir runs/set
   quantkd capture --model MODEL --prompts openai/gsm8k:main --prompt_column question --limit 1000 --output_dir runs/set
@@ -130,11 +128,7 @@ class _Printer(CaptureObserver):
         self.output_dir, self.dry_run = output_dir, dry_run
 
     def planned(self, estimate: CaptureEstimate) -> None:
-        """Print the plan; a dry run ends here.
-
-        Args:
-            estimate: what the pass will take.
-        """
+        """Print the plan; a dry run ends here."""
         if process_state().is_main_process:
             # The plan is what a dry run is asked for; otherwise it goes where the bar goes.
             print(format_estimate(estimate), file=sys.stdout if self.dry_run else sys.stderr, flush=True)
@@ -142,24 +136,13 @@ class _Printer(CaptureObserver):
             raise SystemExit(0)
 
     def finished(self, summary: CaptureSummary) -> None:
-        """Print what was done.
-
-        Args:
-            summary: of the finished set.
-        """
+        """Print what was done."""
         if process_state().is_main_process:
             print(f"{self.output_dir}\n{format_info(summary.info)}\n{format_summary(summary)}".rstrip())
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, capture, and print the plan before and what the set holds after.
-
-    Args:
-        argv: the arguments after `quantkd capture`.
-
-    Raises:
-        ConfigError: values that do not fit each other.
-    """
+    """Parse, capture, and print the plan before and what the set holds after."""
     (args,) = parse_options([CaptureArguments], argv, prog="quantkd capture", examples=_EXAMPLES)
     init_kwargs = {
         name: value

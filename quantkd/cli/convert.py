@@ -10,8 +10,6 @@ from quantkd.cli.parsing import plain_parser
 from quantkd.transfer_set import PROFILES, TransferSet, convert
 from quantkd.transfer_set.rules import parse_storage_rule
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd convert runs/set runs/small --profile compact
   quantkd convert runs/set runs/other --profile faithful --storage nucleus:0.9
@@ -21,14 +19,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Re-encode a set or import a table, and print what the new set holds.
-
-    Args:
-        argv: the arguments after `quantkd convert`.
-
-    Raises:
-        SystemExit: options that do not go together.
-    """
+    """Re-encode a set or import a table, and print what the new set holds."""
     parser = plain_parser("quantkd convert", _EXAMPLES)
     parser.add_argument("source", help="folder of the transfer set; with --from a Parquet file, or a folder of them")
     parser.add_argument("destination", help="folder of the new one")

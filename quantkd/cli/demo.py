@@ -15,8 +15,6 @@ from quantkd.models.student_formats import STUDENT_FORMATS
 from quantkd.report import format_table
 from quantkd.training.config import QuantizedDistillationConfig
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd demo
   quantkd demo --control ce --exports merged requantized
@@ -25,11 +23,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Capture, train, evaluate and report on generated word problems, then print the table.
-
-    Args:
-        argv: the arguments after `quantkd demo`.
-    """
+    """Capture, train, evaluate and report on generated word problems, then print the table."""
     parser = plain_parser("quantkd demo", _EXAMPLES)
     parser.add_argument("--output_dir", default="runs/demo", help="where everything is written (runs/demo)")
     parser.add_argument("--train_rows", type=int, default=96, help="problems to learn from (96)")

@@ -24,8 +24,6 @@ from quantkd.names import naming
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["EvaluationArguments", "main"]
-
 _EXAMPLES = """examples:
   quantkd evaluate --arm teacher --full_precision --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
   quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
@@ -73,14 +71,7 @@ class EvaluationArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, measure, write.
-
-    Args:
-        argv: the arguments after `quantkd evaluate`.
-
-    Raises:
-        ConfigError: nothing to measure, no model, or an arm's name that is no file name.
-    """
+    """Parse, measure, write."""
     kinds = [EvaluationArguments, StudentArguments]
     args, student = parse_options(kinds, argv, prog="quantkd evaluate", examples=_EXAMPLES)
     if not (args.held_out or args.gsm8k or args.prompts or args.tasks):

@@ -33,8 +33,6 @@ from quantkd.teacher.loading import load_tokenizer
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
 
-__all__ = ["ExportArguments", "main"]
-
 _EXAMPLES = """examples:
   quantkd export --form merged --model_name_or_path MODEL --adapter runs/student --output_dir runs/merged
   quantkd export --form merged --model_name_or_path MODEL --adapter runs/student --output_dir runs/merged \\
@@ -69,16 +67,7 @@ class ExportArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, export, score.
-
-    Args:
-        argv: the arguments after `quantkd export`.
-
-    Raises:
-        ConfigError: an unknown form, a folder that is not new, a re-quantized merge that is neither measured nor
-            accepted, a place for scores without rows to score on, or several processes.
-        TransferSetError: a held-out set that was written with another tokenizer's vocabulary.
-    """
+    """Parse, export, score."""
     args, student = parse_options([ExportArguments, StudentArguments], argv, prog="quantkd export", examples=_EXAMPLES)
     _check(args, student)
     held_out = TransferSet.open(args.held_out) if args.held_out else None
@@ -151,12 +140,7 @@ class _Scores:
         self.kl: dict[str, float] = {}
 
     def measure(self, arm: str, model: Any) -> None:
-        """Score one form on the held-out rows; into the run's folder if there is one.
-
-        Args:
-            arm: its name in a report.
-            model: as it was loaded.
-        """
+        """Score one form on the held-out rows; into the run's folder if there is one."""
         assert self.held_out is not None and self.student.model_name_or_path
         size = self.args.batch_size
         if self.args.run_dir is None:

@@ -7,18 +7,9 @@ import itertools
 from quantkd.transfer_set import TransferSetInfo
 from quantkd.transfer_set.histograms import Histograms
 
-__all__ = ["format_bytes", "format_histograms", "format_info"]
-
 
 def format_bytes(count: float) -> str:
-    """A byte count in the largest unit that keeps it above 1, such as `1.4 MB` (powers of 1000).
-
-    Args:
-        count: bytes.
-
-    Returns:
-        The number with its unit.
-    """
+    """A byte count in the largest unit that keeps it above 1, such as `1.4 MB` (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -27,14 +18,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_histograms(histograms: Histograms) -> str:
-    """Entries and entropy per response token as bars of text.
-
-    Args:
-        histograms: from `compute_histograms`.
-
-    Returns:
-        Lines with shares in percent.
-    """
+    """Entries and entropy per response token as bars of text."""
     edges = [1, 2, 3, 5, 9, 17, 33, len(histograms.entries)]
     entries = [
         (f"{low}" if high == low + 1 else f"{low}-{high - 1}", int(histograms.entries[low:high].sum()))
@@ -58,14 +42,7 @@ def _bars(counts: list[tuple[str, int]]) -> list[str]:
 
 
 def format_info(info: TransferSetInfo) -> str:
-    """What a transfer set holds, a line each.
-
-    Args:
-        info: from `TransferSet.info`.
-
-    Returns:
-        Indented lines of name and value.
-    """
+    """What a transfer set holds, a line each."""
     storage = ", ".join(f"{key}={value}" for key, value in info.storage.items() if key != "kind")
     revision = f" @ {info.teacher_revision[:12]}" if info.teacher_revision else ""
     cut, rescaled = info.counters.get("responses_cut", 0), info.counters.get("targets_rescaled", 0)

@@ -6,18 +6,9 @@ from quantkd.cli.format import format_bytes
 from quantkd.teacher.plan import CaptureEstimate
 from quantkd.teacher.progress import CaptureSummary
 
-__all__ = ["format_estimate", "format_summary"]
-
 
 def format_estimate(estimate: CaptureEstimate) -> str:
-    """What a capture will do and cost, a line each.
-
-    Args:
-        estimate: from the capture.
-
-    Returns:
-        Indented lines of name and value.
-    """
+    """What a capture will do and cost, a line each."""
     plan, most = estimate.plan, "" if estimate.is_exact else "at most "
     samples = plan.generation.get("num_samples", 1)
     processes = f", shared by {estimate.num_processes} processes" if estimate.num_processes > 1 else ""
@@ -37,14 +28,7 @@ def format_estimate(estimate: CaptureEstimate) -> str:
 
 
 def format_summary(summary: CaptureSummary) -> str:
-    """What a capture did beyond what the set says: what was filtered, and how fast it went.
-
-    Args:
-        summary: from the capture.
-
-    Returns:
-        Indented lines of name and value; empty if nothing was computed and nothing filtered.
-    """
+    """What a capture did beyond what the set says: what was filtered, and how fast it went."""
     lines = {}
     counters = summary.info.counters
     reasons = {name.removeprefix("filtered_"): n for name, n in counters.items() if name.startswith("filtered_") and n}
@@ -58,14 +42,7 @@ def format_summary(summary: CaptureSummary) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time in words, such as `2 h 05 min`.
-
-    Args:
-        seconds: of any length.
-
-    Returns:
-        At most two units.
-    """
+    """A time in words, such as `2 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

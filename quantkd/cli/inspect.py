@@ -13,8 +13,6 @@ from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.histograms import compute_histograms
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd inspect runs/set
   quantkd inspect runs/set --rows 2 --tokens 10 --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
@@ -24,14 +22,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print a set's facts and, given its tokenizer, a few rows with the teacher's top alternatives.
-
-    Args:
-        argv: the arguments after `quantkd inspect`.
-
-    Raises:
-        ConfigError: a picture that is no PNG, or a tokenizer that cannot be found.
-    """
+    """Print a set's facts and, given its tokenizer, a few rows with the teacher's top alternatives."""
     parser = plain_parser("quantkd inspect", _EXAMPLES)
     parser.add_argument("path", help="folder of the transfer set")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

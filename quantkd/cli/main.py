@@ -15,8 +15,6 @@ from typing import NoReturn
 
 from quantkd.errors import QuantKDError
 
-__all__ = ["main"]
-
 _COMMANDS = {
     "capture": "let a teacher answer prompts and store its distributions as a transfer set",
     "inspect": "show what a transfer set holds",
@@ -49,15 +47,7 @@ _GO_ON = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand.
-
-    Args:
-        argv: the arguments after the program's name; those of the process if None.
-
-    Raises:
-        SystemExit: 0 after help, 2 for wrong usage, 1 for an error that has a name, 130 when interrupted by Ctrl-C or
-            by SIGTERM.
-    """
+    """Run a subcommand."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments[:1]
     arguments = arguments[show_traceback:]

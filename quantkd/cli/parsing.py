@@ -14,8 +14,6 @@ from typing import Any, NoReturn
 
 from quantkd.errors import ConfigError, QuantKDError
 
-__all__ = ["parse_options", "plain_parser", "save_options", "whole_number"]
-
 _FROM_A_FILE = (
     "--config FILE.yaml takes options from a file, their long names as keys; what the command line gives besides wins."
 )
@@ -29,44 +27,18 @@ class _OneLine(ArgumentParser):
     """A parser whose errors are one line, without the usage of up to two hundred options before it."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and exit with 2.
-
-        Args:
-            message: what argparse found.
-        """
+        """Say what is wrong, and exit with 2."""
         stop = "" if message.endswith((".", "?")) else "."
         self.exit(2, f"{self.prog}: error: {message}{stop} `{self.prog} --help` lists the options.\n")
 
 
 def plain_parser(prog: str, examples: str) -> ArgumentParser:
-    """The parser of a command whose options are few and in no file.
-
-    Args:
-        prog: the command, as usage messages show it.
-        examples: what `--help` ends with.
-
-    Returns:
-        An argparse parser whose errors are one line.
-    """
+    """The parser of a command whose options are few and in no file."""
     return _OneLine(prog, epilog=examples, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def parse_options(kinds: Sequence[type], argv: Sequence[str], *, prog: str, examples: str) -> tuple[Any, ...]:
-    """Options as dataclasses, from the command line and the YAML file that `--config` names.
-
-    Args:
-        kinds: the dataclasses whose fields are the options.
-        argv: the arguments after the subcommand.
-        prog: the command, as usage messages show it.
-        examples: what `--help` ends with.
-
-    Returns:
-        One instance of each dataclass.
-
-    Raises:
-        ConfigError: a file that cannot be read as options, or values that a dataclass refuses.
-        SystemExit: wrong usage, or help.
-    """
+    """Options as dataclasses, from the command line and the YAML file that `--config` names."""
     parser, words = _parser(kinds, prog, examples), _words(argv)
     if "--config" in words:
         place = words.index("--config") + 1
@@ -85,15 +57,7 @@ def parse_options(kinds: Sequence[type], argv: Sequence[str], *, prog: str, exam
 
 
 def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, command: str) -> None:
-    """Write every option of a run, given or not, as a YAML file that `--config` takes.
-
-    Args:
-        kinds: the dataclasses of `parse_options`, which has taken `argv` without an error.
-        argv: the arguments after the subcommand.
-        path: the file; its folder is made. Secrets and `resume_from_checkpoint` are left out, and paths below the home
-            folder are written as seen from the current one.
-        command: what the file is for, such as "quantkd train".
-    """
+    """Write every option of a run, given or not, as a YAML file that `--config` takes."""
     import yaml
 
     parser, words = _parser(kinds, command, ""), _words(argv)
@@ -166,14 +130,7 @@ def _words(argv: Sequence[str]) -> list[str]:
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:
-    """A `type` for argparse: a whole number that is not too small.
-
-    Args:
-        minimum: the smallest that is taken.
-
-    Returns:
-        A function from text to the number, which raises ArgumentTypeError for argparse to report.
-    """
+    """A `type` for argparse: a whole number that is not too small."""
 
     def parse(text: str) -> int:
         try:

@@ -11,8 +11,6 @@ from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd push runs/student user/name --licence apache-2.0         an adapter, with its page and its run's report
   quantkd push runs/mine user/name --base_model HuggingFaceTB/SmolLM2-135M-Instruct
@@ -25,14 +23,7 @@ The token is that of `hf auth login`, or HF_TOKEN. After a failure, the same com
 
 
 def main(argv: Sequence[str]) -> None:
-    """Push what lies in the folder, or list what would be pushed.
-
-    Args:
-        argv: the arguments after `quantkd push`.
-
-    Raises:
-        ConfigError: options of an adapter with a transfer set.
-    """
+    """Push what lies in the folder, or list what would be pushed."""
     parser = plain_parser("quantkd push", _EXAMPLES)
     parser.add_argument("path", help="folder of an adapter, of a run with one adapter, or of a transfer set")
     parser.add_argument("repo_id", help="repository on the Hub, user/name; made if it is not there")

@@ -9,19 +9,13 @@ from pathlib import Path
 from quantkd.cli.parsing import plain_parser
 from quantkd.report import build_report, format_table
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd report runs/x     reads runs/x/evaluation/*.json, writes report.md, results.json and gap.png
 """
 
 
 def main(argv: Sequence[str]) -> None:
-    """Build the report of a run and print its table.
-
-    Args:
-        argv: the arguments after `quantkd report`.
-    """
+    """Build the report of a run and print its table."""
     parser = plain_parser("quantkd report", _EXAMPLES)
     parser.add_argument("run_dir", help="folder whose evaluation/ holds what `quantkd evaluate` wrote")
     args = parser.parse_args(argv)

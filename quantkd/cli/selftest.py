@@ -8,8 +8,6 @@ from quantkd.cli.parsing import plain_parser
 from quantkd.teacher import load_teacher
 from quantkd.training.selftest import run_selftest
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd selftest HuggingFaceTB/SmolLM2-135M-Instruct
   quantkd selftest ./my-base-model --plain_prompts
@@ -17,14 +15,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print one line a check.
-
-    Args:
-        argv: the arguments after `quantkd selftest`.
-
-    Raises:
-        SystemExit: 1 if any check failed.
-    """
+    """Print one line a check."""
     parser = plain_parser("quantkd selftest", _EXAMPLES)
     parser.add_argument("model", help="a Hub name or a checkpoint folder; loaded in float32")
     parser.add_argument("--plain_prompts", action="store_true", help="use no chat template, as for a base model")

@@ -17,8 +17,6 @@ from quantkd.training.sweep import run_sweep
 from quantkd.training.sweep_trials import Trial
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["SweepArguments", "main"]
-
 _EXAMPLES = """examples:
   quantkd sweep --model_name_or_path MODEL --transfer_set runs/set --eval_transfer_set runs/held \\
       --space learning_rate=1e-5:1e-3:log lora_r=8,16,32 --n_trials 20 --output_dir runs/sweep
@@ -40,14 +38,7 @@ class SweepArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, search, print the table.
-
-    Args:
-        argv: the arguments after `quantkd sweep`.
-
-    Raises:
-        ConfigError: a space that cannot be searched, or not exactly one way of holding rows out.
-    """
+    """Parse, search, print the table."""
     kinds = [SweepArguments, DataArguments, StudentArguments, QuantizedDistillationConfig]
     sweep, data, student, config = parse_options(kinds, argv, prog="quantkd sweep", examples=_EXAMPLES)
     space = parse_space(sweep.space)

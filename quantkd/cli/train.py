@@ -16,8 +16,6 @@ from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.trainer import QuantizedDistillationTrainer
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["DataArguments", "main"]
-
 _EXAMPLES = """examples:
   quantkd train --model_name_or_path MODEL --transfer_set runs/set --output_dir runs/student
   quantkd train --model_name_or_path MODEL --transfer_set runs/set --eval_fraction 0.1 --lora_r 32 --alpha 0.9
@@ -48,15 +46,7 @@ class DataArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, train, save.
-
-    Args:
-        argv: the arguments after `quantkd train`.
-
-    Raises:
-        ConfigError: both ways of holding rows out at once, amounts that train nothing, a tracker that is not installed,
-            or no checkpoint to go on from.
-    """
+    """Parse, train, save."""
     kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
     data, student, config = parse_options(kinds, argv, prog="quantkd train", examples=_EXAMPLES)
     _check_amounts(config)

@@ -8,8 +8,6 @@ from quantkd.cli.format import format_bytes
 from quantkd.cli.parsing import plain_parser
 from quantkd.transfer_set import verify
 
-__all__ = ["main"]
-
 _EXAMPLES = """examples:
   quantkd verify runs/set
   quantkd verify runs/set --allow_incomplete
@@ -17,11 +15,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check digests, structure and every row; the first thing that is wrong is named, and the exit code is 1.
-
-    Args:
-        argv: the arguments after `quantkd verify`.
-    """
+    """Check digests, structure and every row; the first thing that is wrong is named, and the exit code is 1."""
     parser = plain_parser("quantkd verify", _EXAMPLES)
     parser.add_argument("path", help="folder of the transfer set")
     parser.add_argument("--allow_incomplete", action="store_true", help="check the committed part of an unfinished set")

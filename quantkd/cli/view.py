@@ -17,8 +17,6 @@ from quantkd.names import naming, short_name
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
-__all__ = ["ViewArguments", "main"]
-
 _EXAMPLES = """examples:
   quantkd view --held_out runs/held --model_name_or_path MODEL --adapter runs/student --output page.html
   quantkd view --held_out runs/held --model_name_or_path MODEL --adapter runs/student --output page.html --rows 10
@@ -49,14 +47,7 @@ class ViewArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, run the student twice, write the page.
-
-    Args:
-        argv: the arguments after `quantkd view`.
-
-    Raises:
-        ConfigError: no model, a set or an adapter that is not there, or a page that cannot have that name.
-    """
+    """Parse, run the student twice, write the page."""
     args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
     if not student.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 from quantkd.errors import DataError
 
-__all__ = ["generate_problems"]
-
 # One problem: its question, the lines of its solution, and the answer.
 Problem = tuple[str, list[str], int]
 
@@ -30,19 +28,6 @@ def generate_problems(
     n: int, seed: int, *, exclude: Iterable[Mapping[str, str]] = (), max_steps: int = 3
 ) -> list[dict[str, str]]:
     """Word problems of one to three steps with whole answers, their solutions written out.
-
-    Args:
-        n: how many.
-        seed: the same seed, n and exclude give the same problems.
-        exclude: rows whose questions must not appear, such as the training problems when a test set is made.
-        max_steps: the most steps that a solution takes: 1, 2 or 3. Fewer are easier.
-
-    Returns:
-        n rows with the keys `question` and `answer`; no question twice. An answer is one line a step, then
-        `#### <number>`, without GSM8K's calculator marks.
-
-    Raises:
-        DataError: n is below 1, max_steps is none of these, or there are not n problems that are new.
 
     Example:
         >>> train = generate_problems(100, seed=0)

@@ -15,7 +15,6 @@ from quantkd.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_conversation", "encode_example", "with_context"]
 
 # The block that marks an assistant's turn in a chat template, as transformers looks for it.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -31,17 +30,6 @@ def encode_conversation(
     generation prompt. That holds only if each such prompt is, token by token, the beginning of the whole conversation;
     it does not where a template changes earlier turns as later ones come, such as by removing their thoughts, and there
     the conversation is refused. A turn ends with its end-of-sequence token, without what the template writes behind it.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        messages: the conversation, which ends in an assistant turn.
-
-    Returns:
-        The ids, which end with the last supervised token, and the `[start, stop)` of each supervised part.
-
-    Raises:
-        DataError: no chat template; a conversation that does not end in an assistant turn, that the template refuses,
-            or that it renders in another way with fewer turns; or a supervised first token, which nothing predicts.
 
     Example:
         input_ids, spans = encode_conversation(tokenizer, [
@@ -81,23 +69,7 @@ def encode_example(
     chat_template: bool = True,
     where: str = "The example",
 ) -> tuple[list[int], list[int] | None, tuple[tuple[int, int], ...] | None]:
-    """Token ids of one row of a capture.
-
-    Args:
-        tokenizer: the teacher's tokenizer.
-        example: the row.
-        given: keep its answers; otherwise the teacher is to answer it, and messages must end in a user turn.
-        chat_template: False takes the prompt's plain text.
-        where: what error messages call the row.
-
-    Returns:
-        The prompt up to where the first answer begins; the rest, None if not `given`; and of a conversation the
-        `[start, stop)` of each answer, counted from the start of the prompt, None where the rest is one answer.
-
-    Raises:
-        DataError: no answer in a row whose answers are given, an answer at the end of one that is to be answered, or
-            what `encode_prompt` and `encode_conversation` raise, with the row's name before it.
-    """
+    """Token ids of one row of a capture."""
     if not given:
         if isinstance(example.prompt, list) and example.prompt[-1]["role"] == "assistant":
             raise DataError(
@@ -126,20 +98,6 @@ def with_context(
     examples: Sequence[Example], *, system_prompt: str | None = None, few_shot: Sequence[Example] = ()
 ) -> list[Example]:
     """The examples with a system prompt and solved examples before them, as turns of the same chat.
-
-    Args:
-        examples: the examples; text counts as one user message.
-        system_prompt: put first, except where the messages bring their own.
-        few_shot: prompts in text with their completions: each becomes a user turn and an assistant turn, which count
-            as context and never as answers. For GSM8K's own layout, all in one message, see
-            `quantkd.data.gsm8k.build_prompt`.
-
-    Returns:
-        New examples, in order; the same ones where there is nothing to add.
-
-    Raises:
-        DataError: a few-shot example without a completion or with messages, or a whole conversation with few-shot
-            examples before it, whose answers could not be told from its own.
 
     Example:
         >>> (example,) = with_context([Example("2 + 3?")], system_prompt="Be brief.", few_shot=[Example("1 + 1?", "2")])

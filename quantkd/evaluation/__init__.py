@@ -12,7 +12,7 @@ _EXPORTS = {
     "GapRecovered": "stats",
     "McNemarResult": "stats",
     "PromptRecord": "accuracy",
-    "bootstrap_ratio_interval": "stats",
+    "bootstrap_ratio_interval": "bootstrap",
     "compute_gap_recovered": "stats",
     "evaluate_gsm8k": "accuracy",
     "evaluate_prompts": "accuracy",
@@ -35,11 +35,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from quantkd.evaluation.accuracy import AnswerRecord, PromptRecord, evaluate_gsm8k, evaluate_prompts
+    from quantkd.evaluation.bootstrap import bootstrap_ratio_interval
     from quantkd.evaluation.metric import GSM8KAccuracy
     from quantkd.evaluation.stats import (
         GapRecovered,
         McNemarResult,
-        bootstrap_ratio_interval,
         compute_gap_recovered,
         mcnemar_exact,
         wilson_interval,

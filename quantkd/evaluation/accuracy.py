@@ -23,8 +23,6 @@ from quantkd.models.network import base_network
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["AnswerRecord", "PromptRecord", "evaluate_gsm8k", "evaluate_prompts"]
-
 
 @dataclass(frozen=True)
 class AnswerRecord:
@@ -162,26 +160,7 @@ def evaluate_prompts(
     share: bool = False,
     progress: bool = True,
 ) -> list[PromptRecord]:
-    """Let a model answer any prompts greedily; where a completion is given, compare by exact match.
-
-    Args:
-        model: a causal language model, with or without a PEFT adapter.
-        tokenizer: its tokenizer.
-        examples: prompts, as `load_examples` gives them.
-        batch_size: prompts a batch.
-        max_new_tokens: the length limit of an answer.
-        chat_template: False prompts with plain text, for a base model.
-        records_path: as in `evaluate_gsm8k`.
-        share: as in `evaluate_gsm8k`.
-        progress: show a progress bar if there is a terminal.
-
-    Returns:
-        One record an example, in their order.
-
-    Raises:
-        DataError: no examples, no chat template where one was asked for, a prompt that does not fit into the model's
-            context, or a records file of another evaluation.
-    """
+    """Let a model answer any prompts greedily; where a completion is given, compare by exact match."""
 
     def grade(answer: Generated, prompt: str) -> PromptRecord:
         completion = examples[answer.index].completion

@@ -22,8 +22,6 @@ from quantkd.names import short_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
 
-__all__ = ["TITLES", "check_arm_name", "evaluate_arm"]
-
 TITLES = {
     "teacher": "teacher",
     "before": "4-bit, before",
@@ -37,14 +35,7 @@ _LONGEST_NAME = 100
 
 
 def check_arm_name(arm: str) -> None:
-    """Refuse a name that would not be a plain file name.
-
-    Args:
-        arm: the name.
-
-    Raises:
-        ConfigError: it is empty, longer than 100 characters, or holds anything but a-z, A-Z, 0-9, - and _.
-    """
+    """Refuse a name that would not be a plain file name."""
     # Of ASCII: other letters make other file names under another locale or file system.
     if len(arm) > _LONGEST_NAME or not re.fullmatch(r"[A-Za-z0-9_-]+", arm):
         raise ConfigError(

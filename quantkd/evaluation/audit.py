@@ -15,8 +15,6 @@ from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["Audit", "audit"]
-
 # Nats. In bfloat16, logits of 16 to 32 lie an eighth apart: two such may change places in a second pass.
 _TIE = 0.25
 
@@ -66,22 +64,6 @@ def audit(
     n rows without a suspect say that, with 95% confidence, at most 3 / n of the set's rows are wrong (the rule of
     three, Hanley and Lippman-Hand 1983). A row is judged by its mean, so one changed token in a long row can stay below
     the tolerance; take a lower one where teacher and set are in float32.
-
-    Args:
-        transfer_set: the set.
-        model: the teacher, from a source that you trust, in the dtype that the set names.
-        num_rows: how many rows, all if there are fewer.
-        seed: which; choose it after you have the set, so that its author could not know.
-        tolerance: mean KL of a row in nats a token above which it is suspect. A bfloat16 teacher in other batches than
-            at capture moves about 0.001.
-        batch_size: rows a batch.
-        progress: show a bar.
-
-    Returns:
-        What was found.
-
-    Raises:
-        ConfigError: sampled entries, which are random draws and no distribution, or no rows.
     """
     if transfer_set.info.storage["kind"] == "sampled":
         raise ConfigError(

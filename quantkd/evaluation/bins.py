@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CONFIDENCE_BINS", "ENTROPY_EDGES", "POSITION_EDGES", "RowBins", "bin_confidence", "bin_values"]
-
 # Lower edges; the last bin has no end. Octaves, for an answer's first tokens differ most from each other.
 POSITION_EDGES = (0, 8, 16, 32, 64, 128, 256, 512)
 # Nats. Half of a trained teacher's tokens are nearly sure, so the steps are finer there.
@@ -32,31 +30,18 @@ class RowBins:
     shape: tuple[int, int]
 
     def sum(self, values: Tensor) -> Tensor:
-        """(N,) values, added up -> (rows, bins), in float64 (float32 on MPS, which has none).
-
-        Args:
-            values: one a position.
-        """
+        """(N,) values, added up -> (rows, bins), in float64 (float32 on MPS, which has none)."""
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         sums = torch.zeros(self.shape[0] * self.shape[1], dtype=wide, device=values.device)
         return sums.index_add_(0, self.rows * self.shape[1] + self.bins, values.to(wide)).view(self.shape)
 
 
 def bin_values(values: Tensor, edges: tuple[float, ...]) -> Tensor:
-    """(N,) values -> (N,) int64 bins: the last edge that is not above the value; below the first edge, bin 0.
-
-    Args:
-        values: of any dtype.
-        edges: lower edges, ascending.
-    """
+    """(N,) values -> (N,) int64 bins: the last edge that is not above the value; below the first edge, bin 0."""
     inner = torch.tensor(edges[1:], dtype=values.dtype, device=values.device)
     return torch.bucketize(values, inner, right=True)
 
 
 def bin_confidence(confidence: Tensor) -> Tensor:
-    """(N,) probabilities -> (N,) int64 bins of equal width, each with its upper end.
-
-    Args:
-        confidence: in (0, 1].
-    """
+    """(N,) probabilities -> (N,) int64 bins of equal width, each with its upper end."""
     return (confidence * CONFIDENCE_BINS).ceil().long().sub_(1).clamp_(0, CONFIDENCE_BINS - 1)

@@ -13,18 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.row_statistics import Floats, RowStatistic, RowSums, compute_value
 
-__all__ = [
-    "BootstrapSettings",
-    "Difference",
-    "Interval",
-    "bootstrap_interval",
-    "bootstrap_ratio_interval",
-    "check_confidence",
-    "compute_difference",
-    "compute_percentiles",
-    "resample",
-]
-
 Interval = tuple[float, float]
 
 _BATCH = 256  # resamples drawn at once: (this, rows) indices are held in memory
@@ -71,16 +59,6 @@ class Difference:
 def bootstrap_interval(statistic: RowStatistic, settings: BootstrapSettings | None = None) -> Interval:
     """Percentile bootstrap interval of a figure, over whole rows.
 
-    Args:
-        statistic: the figure.
-        settings: confidence, seed and resamples.
-
-    Returns:
-        The bounds.
-
-    Raises:
-        DataError: fewer than 2 rows, or rows that the statistic refuses.
-
     Reference:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
@@ -102,22 +80,10 @@ def bootstrap_ratio_interval(
     Rows are drawn, not tokens: the tokens of one answer depend on each other, and an interval over tokens would be far
     too narrow.
 
-    Args:
-        numerators: (N,) one sum a row, such as nats.
-        denominators: (N,) such as tokens in the row; None counts each row once.
-        confidence: the coverage, in (0, 1).
-        seed: of the resampling; the same seed gives the same interval.
-        resamples: how many resamples.
-
-    Returns:
-        The bounds.
-
-    Raises:
-        DataError: fewer than 2 rows, or rows that `RowSums` refuses.
-        ConfigError: a confidence outside (0, 1), or no resamples.
-
     Reference:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+
+    Shapes: numerators (N,), denominators (N,).
     """
     return bootstrap_interval(RowSums(numerators, denominators), BootstrapSettings(confidence, seed, resamples))
 
@@ -126,17 +92,6 @@ def compute_difference(a: RowStatistic, b: RowStatistic, settings: BootstrapSett
     """`a - b` with its paired bootstrap interval: both models' rows are drawn together.
 
     What makes a row hard for both drops out, so the interval is narrower than those of two separate figures suggest.
-
-    Args:
-        a: the first model's figure.
-        b: the second model's, on the same rows in the same order.
-        settings: confidence, seed and resamples.
-
-    Returns:
-        The difference, and its interval where there are 2 rows or more.
-
-    Raises:
-        DataError: other rows, or rows that a statistic refuses.
 
     Reference:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13.
@@ -155,18 +110,7 @@ def compute_difference(a: RowStatistic, b: RowStatistic, settings: BootstrapSett
 
 
 def resample(statistics: Sequence[RowStatistic], settings: BootstrapSettings) -> list[Floats]:
-    """Each figure over rows drawn with replacement; one draw takes the same rows of all of them.
-
-    Args:
-        statistics: figures over the same rows.
-        settings: seed and resamples.
-
-    Returns:
-        (resamples,) values for each.
-
-    Raises:
-        DataError: figures over different rows, or over fewer than 2.
-    """
+    """Each figure over rows drawn with replacement; one draw takes the same rows of all of them."""
     columns = [statistic.to_columns() for statistic in statistics]
     sizes = [len(one) for one in columns]
     if len(set(sizes)) != 1:
@@ -185,9 +129,7 @@ def resample(statistics: Sequence[RowStatistic], settings: BootstrapSettings) ->
 def compute_percentiles(values: Floats, confidence: float) -> Interval:
     """The middle part of resampled values.
 
-    Args:
-        values: (R,); left out where NaN: the figure of a draw whose rows all weigh nothing.
-        confidence: how large a part.
+    Shapes: values (R,).
     """
     tail = (1 - confidence) / 2
     low, high = np.quantile(values[~np.isnan(values)], [tail, 1 - tail])
@@ -195,14 +137,7 @@ def compute_percentiles(values: Floats, confidence: float) -> Interval:
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuse what is no coverage.
-
-    Args:
-        confidence: of an interval.
-
-    Raises:
-        ConfigError: outside (0, 1).
-    """
+    """Refuse what is no coverage."""
     if not 0 < confidence < 1:
         raise ConfigError(f"Found confidence={confidence}; expected a share between 0 and 1, such as 0.95.")
 

@@ -34,8 +34,6 @@ from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["Fidelity", "evaluate_fidelity"]
-
 
 def evaluate_fidelity(
     model: Any,

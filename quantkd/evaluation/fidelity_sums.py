@@ -13,8 +13,6 @@ from torch import Tensor
 from quantkd.evaluation.bins import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, RowBins, bin_confidence, bin_values
 from quantkd.evaluation.row_statistics import MAX_EXPONENT, CalibrationSums, compute_value
 
-__all__ = ["Fidelity", "sum_rows"]
-
 _ROW_KEYS = ("tokens", "kl_sum", "reverse_kl_sum", "ce_sum", "agree")
 _DENSE_ROW_KEYS = ("dense_kl_sum", "dense_reverse_kl_sum", "dense_agree")
 _COUNTS = ("tokens", "agree", "dense_agree", "correct")
@@ -53,34 +51,17 @@ class Fidelity:
 
     @classmethod
     def zeros(cls, num_rows: int, dense: bool) -> Fidelity:
-        """No sums yet.
-
-        Args:
-            num_rows: R.
-            dense: whether the figures over the whole vocabulary will be added.
-        """
+        """No sums yet."""
         width = sum(width for _, width in _list_columns(dense))
         return cls(torch.zeros(num_rows, width, dtype=torch.float64), dense)
 
     def place(self, indices: Sequence[int], sums: Mapping[str, Tensor]) -> None:
-        """Fill in some rows.
-
-        Args:
-            indices: which rows.
-            sums: theirs, as `sum_rows` gives them.
-        """
+        """Fill in some rows."""
         columns = [sums[name].reshape(len(indices), width) for name, width in _list_columns(self.dense)]
         self.rows[list(indices)] = torch.cat(columns, dim=1).cpu().double()
 
     def column(self, name: str) -> Tensor:
-        """The sums of one name: (R,), or (R, bins) of a binned one such as "position/kl_sum".
-
-        Args:
-            name: a key of `rows` in the JSON, or a key and a key of `bins`.
-
-        Raises:
-            KeyError: there is no such column.
-        """
+        """The sums of one name: (R,), or (R, bins) of a binned one such as "position/kl_sum"."""
         start = 0
         for each, width in _list_columns(self.dense):
             if each == name:
@@ -90,14 +71,7 @@ class Fidelity:
         raise KeyError(name)
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON values.
-
-        Returns:
-            Means over tokens (`kl`, `reverse_kl` and `ce` in nats, `perplexity`, `top1_agreement`), `ece`, the same
-            over the whole vocabulary as `dense_kl`, `dense_reverse_kl` and `dense_top1_agreement` where the teacher
-            was at hand; under `rows` the sums of every row; under `bins` its sums by position in the answer, by the
-            teacher's entropy and by the model's confidence, with the bins' lower edges.
-        """
+        """The figures as JSON values."""
         keys = [*_ROW_KEYS, *(_DENSE_ROW_KEYS if self.dense else ())]
         columns = {key: self.column(key).tolist() for key in keys}
         rows = [
@@ -140,13 +114,7 @@ class Fidelity:
 def sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Figures at target positions, added up by row, and by row and bin.
 
-    Args:
-        labels: (B, T) int64, unshifted, -100 where there is no target.
-        positions: (N,) a figure: `kl`, `reverse_kl`, `ce`, `agree`, `entropy`, `confidence`, `correct`, and with the
-            teacher at hand `dense_kl`, `dense_reverse_kl`, `dense_agree`, `dense_entropy`.
-
-    Returns:
-        (B,) or (B, bins) sums by column, for `Fidelity.place`.
+    Shapes: labels (B, T), positions (N,), returns (B,).
     """
     is_target = labels[:, 1:] != -100
     rows = is_target.nonzero()[:, 0]

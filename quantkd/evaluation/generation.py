@@ -17,8 +17,6 @@ from quantkd.errors import ConfigError
 from quantkd.models.generation import build_generation_config, cache_argument, check_context, generation_mode
 from quantkd.models.network import base_network
 
-__all__ = ["Generated", "generate_greedy"]
-
 # A shorter prefix saves less than its own forward pass costs.
 _MIN_PREFIX_TOKENS = 16
 
@@ -55,23 +53,6 @@ def generate_greedy(
     The model's own generation settings (sampling, penalties, forced tokens) are set aside, so that two models are
     compared on their distributions alone; only its end tokens are kept, beside the tokenizer's. Batch size, order and
     prefix sharing change results by no more than the rounding of floating-point sums does.
-
-    Args:
-        model: a causal language model, with or without a PEFT adapter; it is in evaluation mode meanwhile.
-        tokenizer: its tokenizer.
-        prompts: token ids, one list a prompt.
-        batch_size: prompts a batch.
-        max_new_tokens: the length limit of an answer.
-        stop: an answer ends where the model writes this text.
-        share_prefix: compute the key-value cache of what all prompts begin with once, instead of once a prompt. Models
-            whose cache cannot be shared (sliding windows, recurrent states) are run without.
-
-    Yields:
-        The answers of one batch. All batches together hold each index once.
-
-    Raises:
-        ConfigError: a batch size or length limit below 1, no end token, or a prompt-learning adapter.
-        DataError: a prompt that is empty, or that leaves no room for the answer in the model's context.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise ConfigError(f"Found batch_size={batch_size}, max_new_tokens={max_new_tokens}; both must be at least 1.")

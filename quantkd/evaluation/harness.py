@@ -40,8 +40,6 @@ from quantkd.hardware import has_accelerator, process_state
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["HarnessTasks", "TaskResult", "evaluate_tasks"]
-
 
 @dataclass(frozen=True)
 class HarnessTasks:
@@ -66,12 +64,7 @@ class HarnessTasks:
 
     @cached_property
     def manager(self) -> Any:
-        """The harness' own list of tasks, read once; every name is looked up, so asking for it is a check.
-
-        Raises:
-            MissingDependencyError: lm-eval is not installed.
-            ConfigError: no or unknown task names, no such `include_path`, or a limit below 1.
-        """
+        """The harness' own list of tasks, read once; every name is looked up, so asking for it is a check."""
         return _load_manager(self)
 
 
@@ -84,25 +77,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     share: bool = False,
 ) -> dict[str, TaskResult]:
-    """Run tasks of lm-evaluation-harness on a model.
-
-    Args:
-        model: a causal language model, with or without a PEFT adapter, on the device that it shall run on.
-        tokenizer: its tokenizer; left as it is.
-        tasks: what to run.
-        folder: takes `<task>.json` (settings, figures, verdicts) and `<task>.jsonl` (each item with its prompt, output
-            and metrics). A task that lies there, of the same model, items and settings, is read and not run.
-        batch_size: items a batch; it changes the speed, and results by no more than floating-point rounding.
-        share: deal the items to all processes of the launcher, each of which must make this same call.
-
-    Returns:
-        A result a name, in their order; empty in other processes than the main one.
-
-    Raises:
-        MissingDependencyError: lm-eval is not installed.
-        ConfigError: no or unknown task names, no such `include_path`, or a limit below 1.
-        DataError: the folder holds the task's result of another model or other settings; `rerun` replaces it.
-    """
+    """Run tasks of lm-evaluation-harness on a model."""
     manager = tasks.manager
     fingerprint = compute_arm_fingerprint(model)
     results = {}

@@ -17,8 +17,6 @@ from quantkd.evaluation.records import compute_model_fingerprint
 from quantkd.hardware import process_state
 from quantkd.models.network import base_network
 
-__all__ = ["KeptArm", "compute_arm_fingerprint", "discard_arm", "discard_stale_arm"]
-
 # Parts of an arm's file that say what the model scored, and on what; a part that is not asked for this time stays.
 _PARTS = ("transfer_set_digest", "fidelity", "accuracy", "items", "tasks")
 
@@ -43,15 +41,7 @@ class KeptArm:
         self.measured["model"] = self.fingerprint
 
     def fidelity(self, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The figures that are kept, if they were measured so; else they are measured now.
-
-        Args:
-            settings: JSON values that, with the model, decide the figures.
-            measure: measures them.
-
-        Returns:
-            The figures, as the arm's file holds them.
-        """
+        """The figures that are kept, if they were measured so; else they are measured now."""
         settings = {**settings, "quantkd_version": __version__}
         if self.measured["fidelity"] != settings or "fidelity" not in self.parts:
             self.parts["fidelity"] = measure()
@@ -60,14 +50,7 @@ class KeptArm:
 
 
 def compute_arm_fingerprint(model: Any) -> str:
-    """A digest of what decides a model's figures: samples of its weights, its adapters, its format and its dtype.
-
-    Args:
-        model: a model of transformers, with or without adapters.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """A digest of what decides a model's figures: samples of its weights, its adapters, its format and its dtype."""
     config = base_network(model).config
     quantization: Any = getattr(config, "quantization_config", None)
     facts = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
@@ -76,24 +59,13 @@ def compute_arm_fingerprint(model: Any) -> str:
 
 
 def discard_stale_arm(folder: Path, arm: str, model: Any) -> None:
-    """Remove an arm's figures and records if they are another model's, such as an adapter trained before.
-
-    Args:
-        folder: the run's `evaluation/` folder.
-        arm: the arm's name.
-        model: the model that is to be measured, as it was loaded.
-    """
+    """Remove an arm's figures and records if they are another model's, such as an adapter trained before."""
     if not _read(folder / f"{arm}.json", compute_arm_fingerprint(model)):
         discard_arm(folder, arm)
 
 
 def discard_arm(folder: Path, arm: str) -> None:
-    """Remove an arm's figures and records.
-
-    Args:
-        folder: the run's `evaluation/` folder.
-        arm: the arm's name.
-    """
+    """Remove an arm's figures and records."""
     (folder / f"{arm}.json").unlink(missing_ok=True)
     # Not `arm-*-shot`: that is a file of the arm "arm-2" as well.
     own = re.compile(rf"{re.escape(arm)}-(\d+-shot|prompts)\.jsonl(\.settings\.json|\.tmp)?")

@@ -14,8 +14,6 @@ from quantkd.data.gsm8k import is_correct
 from quantkd.errors import DataError
 from quantkd.evaluation.stats import wilson_interval
 
-__all__ = ["GSM8KAccuracy"]
-
 _DESCRIPTION = """\
 The share of GSM8K answers whose number is right. "accuracy" takes the last number of an output, "accuracy_strict" the
 number after `####`; each comes with its Wilson 95% interval.

@@ -16,8 +16,6 @@ from quantkd.errors import DataError
 from quantkd.models.cpu_repacking import unpack_kept
 from quantkd.models.network import base_network
 
-__all__ = ["RecordFile", "compute_model_fingerprint", "compute_prompts_digest"]
-
 _SAMPLES_PER_WEIGHT = 64
 # What a config holds that no forward pass depends on, or that the weights and `compute_arm_fingerprint` say.
 _IDLE_CONFIG = {"architectures", "dtype", "quantization_config", "transformers_version", "use_cache", "pad_token_id"}
@@ -52,20 +50,12 @@ class RecordFile:
         os.replace(temporary, settings_path)  # records without settings would be lost
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write records at the end, so that they survive the end of this process.
-
-        Args:
-            records: JSON objects with an `id`.
-        """
+        """Write records at the end, so that they survive the end of this process."""
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(_to_line(record) for record in records)
 
     def sort(self, records: Iterable[dict[str, Any]]) -> None:
-        """Replace the file by all records in the order of their ids: the same bytes whatever the batches were.
-
-        Args:
-            records: all records of the evaluation.
-        """
+        """Replace the file by all records in the order of their ids: the same bytes whatever the batches were."""
         self._write(sorted(records, key=lambda record: record["id"]))
 
     def _write(self, records: Iterable[dict[str, Any]]) -> None:
@@ -76,14 +66,7 @@ class RecordFile:
 
 
 def compute_prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
-    """A digest of tokenised prompts, in order.
-
-    Args:
-        prompts: token ids, one list a prompt.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """A digest of tokenised prompts, in order."""
     return hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
@@ -92,12 +75,6 @@ def compute_model_fingerprint(model: Any) -> str:
 
     Training moves all weights of an adapter, so a few samples of each tell two trainings apart, and the 16 GB of a
     model need not be hashed. An adapter's scaling is no weight, nor are the positions' frequencies of a model.
-
-    Args:
-        model: a torch module, with or without a PEFT adapter.
-
-    Returns:
-        16 hexadecimal digits.
     """
     unpack_kept(model)  # the same model before its first answer and after it
     digest = hashlib.sha256(_describe_config(model).encode())

@@ -10,8 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from quantkd.errors import DataError
 
-__all__ = ["MAX_EXPONENT", "CalibrationSums", "Floats", "RowStatistic", "RowSums", "compute_value", "divide"]
-
 Floats = NDArray[np.float64]
 MAX_EXPONENT = 700.0  # exp of more is no float64; a perplexity of 1e304 says as much
 Transform = Literal["identity", "exp"]
@@ -24,11 +22,7 @@ class RowStatistic(Protocol):
         """(N, C) what is summed over rows, checked."""
 
     def compute(self, sums: Floats) -> Floats:
-        """(..., C) sums over rows -> (...) the figure.
-
-        Args:
-            sums: of each column.
-        """
+        """(..., C) sums over rows -> (...) the figure."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +40,7 @@ class RowSums:
     transform: Transform = "identity"
 
     def to_arrays(self) -> tuple[Floats, Floats]:
-        """Numerators and denominators as arrays.
-
-        Returns:
-            Both as float64 (N,).
-
-        Raises:
-            DataError: lengths that differ, no rows, values that are not finite, or denominators without a positive sum.
-        """
+        """Numerators and denominators as arrays."""
         numerators = np.asarray(self.numerators, dtype=np.float64)
         given = self.denominators
         denominators = np.ones_like(numerators) if given is None else np.asarray(given, dtype=np.float64)
@@ -73,11 +60,7 @@ class RowSums:
         return np.stack(self.to_arrays(), axis=1)
 
     def compute(self, sums: Floats) -> Floats:
-        """(..., 2) -> (...): their ratio, transformed.
-
-        Args:
-            sums: of numerators and denominators.
-        """
+        """(..., 2) -> (...): their ratio, transformed."""
         ratio = divide(sums[..., 0], sums[..., 1])
         return np.exp(np.minimum(ratio, MAX_EXPONENT)) if self.transform == "exp" else ratio
 
@@ -107,11 +90,7 @@ class CalibrationSums:
     tokens: ArrayLike
 
     def to_columns(self) -> Floats:
-        """(N, 3 M): confidences, right answers, tokens.
-
-        Raises:
-            DataError: shapes that differ, no rows, values that are not finite, or no tokens.
-        """
+        """(N, 3 M): confidences, right answers, tokens."""
         parts = [np.asarray(part, dtype=np.float64) for part in (self.confidences, self.correct, self.tokens)]
         if parts[0].ndim != 2 or len({part.shape for part in parts}) != 1 or not parts[0].size:
             raise DataError(
@@ -123,30 +102,17 @@ class CalibrationSums:
         return np.concatenate(parts, axis=1)
 
     def compute(self, sums: Floats) -> Floats:
-        """(..., 3 M) -> (...): the error, in [0, 1].
-
-        Args:
-            sums: of confidences, right answers and tokens.
-        """
+        """(..., 3 M) -> (...): the error, in [0, 1]."""
         confidences, correct, tokens = np.split(sums, 3, axis=-1)
         return divide(np.abs(confidences - correct).sum(-1), tokens.sum(-1))
 
 
 def compute_value(statistic: RowStatistic) -> float:
-    """The figure over all rows.
-
-    Args:
-        statistic: the figure.
-    """
+    """The figure over all rows."""
     return float(statistic.compute(statistic.to_columns().sum(0)))
 
 
 def divide(numerator: Floats, denominator: Floats) -> Floats:
-    """A quotient that gives infinity or NaN where a draw has no gap, or holds rows that weigh nothing.
-
-    Args:
-        numerator: any shape.
-        denominator: the same.
-    """
+    """A quotient that gives infinity or NaN where a draw has no gap, or holds rows that weigh nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.divide(numerator, denominator), dtype=np.float64)

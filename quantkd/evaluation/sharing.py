@@ -11,23 +11,9 @@ from accelerate.utils import gather_object
 from quantkd.errors import ConfigError
 from quantkd.hardware import process_state
 
-__all__ = ["deal_batches", "gather_rounds"]
-
 
 def deal_batches(lengths: Sequence[int], batch_size: int, share: bool) -> list[list[int]]:
-    """This process's batches. They are the same batches on any number of processes, so the answers are, too.
-
-    Args:
-        lengths: tokens of each item. Items of like length go together, the longest first.
-        batch_size: items a batch.
-        share: deal the batches to all processes in turn; otherwise this one gets all.
-
-    Returns:
-        Places in `lengths`, one list a batch.
-
-    Raises:
-        ConfigError: a batch size below 1.
-    """
+    """This process's batches. They are the same batches on any number of processes, so the answers are, too."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; expected at least 1.")
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
@@ -36,16 +22,7 @@ def deal_batches(lengths: Sequence[int], batch_size: int, share: bool) -> list[l
 
 
 def gather_rounds(batches: Iterable[list[Any]], num_batches: int, share: bool) -> Iterator[list[Any]]:
-    """What all processes made, round by round: each gives one batch a round, or nothing if it has no more.
-
-    Args:
-        batches: this process's results, as they come.
-        num_batches: batches of all processes together.
-        share: False hands this process's own on as they are.
-
-    Yields:
-        The results of one round, the same in every process.
-    """
+    """What all processes made, round by round: each gives one batch a round, or nothing if it has no more."""
     if not share or process_state().num_processes == 1:
         yield from batches
         return

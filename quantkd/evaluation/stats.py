@@ -13,23 +13,11 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.bootstrap import (
     BootstrapSettings,
     Interval,
-    bootstrap_ratio_interval,
     check_confidence,
     compute_percentiles,
     resample,
 )
-from quantkd.evaluation.row_statistics import RowStatistic, RowSums, compute_value, divide
-
-__all__ = [
-    "GapRecovered",
-    "McNemarResult",
-    "RowSums",
-    "bootstrap_ratio_interval",
-    "compute_gap_recovered",
-    "compute_questions_needed",
-    "mcnemar_exact",
-    "wilson_interval",
-]
+from quantkd.evaluation.row_statistics import RowStatistic, compute_value, divide
 
 
 @dataclass(frozen=True)

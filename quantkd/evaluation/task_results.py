@@ -14,17 +14,6 @@ from typing import Any
 
 from quantkd.errors import DataError
 
-__all__ = [
-    "TaskResult",
-    "describe_items",
-    "number_items",
-    "read_figures",
-    "read_kept",
-    "read_verdicts",
-    "to_line",
-    "write_result",
-]
-
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -44,14 +33,7 @@ class TaskResult:
 
 
 def number_items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The harness' samples as records, one an item and filter.
-
-    Args:
-        samples: by task, as `simple_evaluate` logs them.
-
-    Returns:
-        The records by task, item and filter; their ids run on over the tasks of a group.
-    """
+    """The harness' samples as records, one an item and filter."""
     records, start = [], 0
     for task, logged in samples.items():
         ordered = sorted(logged, key=lambda sample: sample["doc_id"])  # stable, so filters keep their order
@@ -66,12 +48,7 @@ def number_items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, 
 
 
 def read_figures(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
-    """The metrics of one task or group, as `TaskResult.figures` holds them.
-
-    Args:
-        found: what `simple_evaluate` returned.
-        task: its name.
-    """
+    """The metrics of one task or group, as `TaskResult.figures` holds them."""
     values = found["results"][task]
     count = found["n-samples"].get(task, {}).get("effective", values.get("sample_len"))
     figures = {}
@@ -88,16 +65,7 @@ def read_figures(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any
 def read_verdicts(
     records: Sequence[Mapping[str, Any]], title: str, figures: Mapping[str, Mapping[str, Any]] | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """The items of every metric that is 0 or 1 on each of them.
-
-    Args:
-        records: of a task, or of a group's tasks, as `number_items` gives them.
-        title: what the settings' names begin with.
-        figures: the task's own; a metric whose figure is not the average of its items is left out. None for a group.
-
-    Returns:
-        As `TaskResult.verdicts`; a metric that only some of a group's tasks have is left out.
-    """
+    """The items of every metric that is 0 or 1 on each of them."""
     values: dict[tuple[str, str], list[tuple[int, Any]]] = {}
     for record in records:
         for metric, value in record["metrics"].items():
@@ -126,18 +94,7 @@ def _finite(value: Any) -> float | None:
 
 
 def read_kept(path: Path, settings: Mapping[str, Any]) -> TaskResult | None:
-    """A result that was written before.
-
-    Args:
-        path: where.
-        settings: what decides the result.
-
-    Returns:
-        The result; None if none was finished.
-
-    Raises:
-        DataError: one of other settings lies there, or a damaged one.
-    """
+    """A result that was written before."""
     if not path.is_file():
         return None
     try:
@@ -153,25 +110,14 @@ def read_kept(path: Path, settings: Mapping[str, Any]) -> TaskResult | None:
 
 
 def describe_items(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a task's settings must be the same for two models that are compared.
-
-    Args:
-        settings: what decides the result.
-    """
+    """What of a task's settings must be the same for two models that are compared."""
     return {key: value for key, value in settings.items() if key != "model"}
 
 
 def write_result(
     path: Path, settings: Mapping[str, Any], result: TaskResult, records: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Write the records beside `path` and then the result: one that lies there says that the task is finished.
-
-    Args:
-        path: the result's file, `<task>.json`; the records go to `<task>.jsonl`.
-        settings: what decides the result.
-        result: the figures and verdicts.
-        records: the items.
-    """
+    """Write the records beside `path` and then the result: one that lies there says that the task is finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with path.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
@@ -184,11 +130,7 @@ def write_result(
 
 
 def to_line(value: Any) -> str:
-    """JSON on one line, the same in every process.
-
-    Args:
-        value: what a task holds; things that JSON has no word for are written as text.
-    """
+    """JSON on one line, the same in every process."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # where a function lies in memory
 

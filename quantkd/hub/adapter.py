@@ -17,8 +17,6 @@ from quantkd.hub.failures import TransientHubError, wait_to_retry
 from quantkd.hub.repository import HubRepository, Operation, PushedRepository
 from quantkd.hub.secrets import check_shareable, find_secrets, public_name
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "find_adapter", "list_adapter_files", "push_adapter", "render_card"]
-
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -129,17 +127,7 @@ def push_adapter(
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter's folder: the one given, or the only one in a run's folder.
-
-    Args:
-        path: a folder.
-
-    Returns:
-        The folder that holds adapter_config.json.
-
-    Raises:
-        DataError: there is none, or several.
-    """
+    """The adapter's folder: the one given, or the only one in a run's folder."""
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).is_file():
         return folder
@@ -153,36 +141,14 @@ def find_adapter(path: str | Path) -> Path:
 def list_adapter_files(
     path: str | Path, *, base_model: str | None = None, run_dir: str | Path | None = None
 ) -> list[tuple[str, int]]:
-    """What a push would upload.
-
-    Args:
-        path: as `push_adapter` takes it.
-        base_model: as `push_adapter` takes it.
-        run_dir: as `push_adapter` takes it.
-
-    Returns:
-        Names and bytes, in the order of their names.
-
-    Raises:
-        DataError: no adapter there, several, or one that is a pickle.
-        ConfigError: a file that holds a secret.
-    """
+    """What a push would upload."""
     files = _collect(_read_adapter(find_adapter(path), base_model, run_dir), "user/name", None, None)
     sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in files.items()}
     return sorted(sizes.items())
 
 
 def render_card(path: str | Path, repo_id: str, *, licence: str | None = None) -> str:
-    """The page that a push would put in front of an adapter.
-
-    Args:
-        path: as `push_adapter` takes it.
-        repo_id: where it would go.
-        licence: of the adapter.
-
-    Returns:
-        Markdown.
-    """
+    """The page that a push would put in front of an adapter."""
     return _card(_read_adapter(find_adapter(path), None, None), repo_id, licence)
 
 

@@ -15,8 +15,6 @@ from quantkd.hub.secrets import public_name
 from quantkd.transfer_set.index import Index
 from quantkd.transfer_set.info import TransferSetInfo
 
-__all__ = ["check_licence", "is_hub_name", "render_adapter_card", "render_set_card"]
-
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TAGS = ["quantkd", "distillation"]
@@ -25,14 +23,7 @@ _NF4 = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compu
 
 
 def check_licence(licence: str | None) -> None:
-    """Refuse a licence that the Hub would not take for one.
-
-    Args:
-        licence: such as "apache-2.0"; None if there is none to state.
-
-    Raises:
-        ConfigError: not one of the Hub's short names by its form.
-    """
+    """Refuse a licence that the Hub would not take for one."""
     if licence is not None and not _LICENCE.fullmatch(licence):
         raise ConfigError(
             f"licence is {licence!r}; expected a short name of the Hub's list in lower case, such as apache-2.0, mit, "
@@ -41,29 +32,12 @@ def check_licence(licence: str | None) -> None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model's name has the form that others can load it by.
-
-    Args:
-        name: of a model.
-
-    Returns:
-        True for `user/model`.
-    """
+    """Whether a model's name has the form that others can load it by."""
     return _HUB_NAME.fullmatch(name) is not None
 
 
 def render_set_card(info: TransferSetInfo, index: Index, *, repo_id: str, licence: str | None) -> str:
-    """The page of a transfer set. The same set gives the same page.
-
-    Args:
-        info: of the set.
-        index: of the set.
-        repo_id: where it is pushed to.
-        licence: of its rows.
-
-    Returns:
-        Markdown with the Hub's metadata in front.
-    """
+    """The page of a transfer set. The same set gives the same page."""
     metadata: dict[str, Any] = {"license": licence} if licence else {}
     metadata |= {"tags": [*_TAGS, "transfer-set"], "viewer": False}
     return _environment().get_template("set_card.md.j2").render(
@@ -90,22 +64,7 @@ def render_adapter_card(
     has_tokenizer: bool,
     has_chat_template: bool,
 ) -> str:
-    """The page of an adapter.
-
-    Args:
-        repo_id: where it is pushed to.
-        base: the base model's name.
-        adapter: the fields of its adapter_config.json.
-        facts: what quantkd.json says of its training.
-        licence: of the adapter.
-        results: of the run's report, if there is one.
-        has_chart: whether gap.png is pushed, too.
-        has_tokenizer: whether a tokenizer is.
-        has_chat_template: whether it has a chat template.
-
-    Returns:
-        Markdown with the Hub's metadata in front.
-    """
+    """The page of an adapter."""
     facts = {**dict.fromkeys(("quantkd_version", "teacher", "transfer_set", "transfer_set_digest")), **facts}
     recorded = facts.get("quantization")
     bits = _bits(recorded or _NF4)

@@ -11,8 +11,6 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from quantkd.errors import HubError, QuantKDError
 from quantkd.hub.secrets import find_secrets, redact
 
-__all__ = ["OfflineHubError", "TransientHubError", "hub_errors", "wait_to_retry"]
-
 # What the next try may not meet again; 412 says that somebody else has committed since.
 _TRANSIENT = (408, 409, 412, 425, 429)
 _FIRST_WAIT_SECONDS = 1.0
@@ -31,21 +29,7 @@ class OfflineHubError(HubError):
 
 @contextmanager
 def hub_errors(what: str, token: str | None = None, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what the Hub's client raises into a HubError that holds no secret.
-
-    Args:
-        what: is being done, as in "Could not ...".
-        token: that a caller passed.
-        passing: errors that the caller handles.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        TransientHubError: the next try may succeed.
-        OfflineHubError: the Hub may not be asked.
-        HubError: anything else.
-    """
+    """Turn what the Hub's client raises into a HubError that holds no secret."""
     let_through: tuple[type[Exception], ...] = (QuantKDError, *passing)
     try:
         yield
@@ -63,11 +47,7 @@ def hub_errors(what: str, token: str | None = None, passing: tuple[type[Exceptio
 
 
 def wait_to_retry(failures: int) -> None:
-    """Sleep before the next try, longer after each failure in a row.
-
-    Args:
-        failures: in a row, from 1.
-    """
+    """Sleep before the next try, longer after each failure in a row."""
     time.sleep(min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS))
 
 

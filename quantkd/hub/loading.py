@@ -22,8 +22,6 @@ from quantkd.hub.secrets import public_name
 from quantkd.models.student import load_student
 from quantkd.transfer_set.source import split_revision
 
-__all__ = ["fetch_adapter", "load_adapter"]
-
 logger = logging.getLogger(__name__)
 
 _PICKLE = "adapter_model.bin"
@@ -150,20 +148,6 @@ def fetch_adapter(adapter: str | Path, *, revision: str | None = None, token: st
     """A folder with an adapter's files: the one that is named, or what the Hub's cache holds of a repository.
 
     Nothing is loaded. The commit is logged.
-
-    Args:
-        adapter: a folder; or `user/name` or `user/name@revision` on the Hub, if there is no such folder here.
-        revision: of the repository: a branch, tag or commit. It is pinned to its commit now.
-        token: for a private repository.
-
-    Returns:
-        The folder. It holds adapter_config.json and adapter_model.safetensors, and README.md and quantkd.json if the
-        repository has them. In the cache others may lie there that some other tool has fetched.
-
-    Raises:
-        DataError: no adapter there, or a pickle.
-        ConfigError: a revision of a folder.
-        HubError: the Hub could not be reached, and the adapter is not in the cache.
     """
     found = _find(str(adapter), revision, token)
     if found.files is not None:

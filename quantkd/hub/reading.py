@@ -18,8 +18,6 @@ from quantkd.transfer_set.filesystem import read_regular
 from quantkd.transfer_set.index import INDEX_NAME, Index, parse_index
 from quantkd.transfer_set.shard import shard_name
 
-__all__ = ["HubFiles", "HubSource"]
-
 logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -50,19 +48,7 @@ class HubFiles:
         return f"{self.repo_id} at {self.revision}"
 
     def fetch(self, name: str, *, max_bytes: int, exact: bool = False) -> Path | None:
-        """A file, from the cache or the Hub. The first one fixes the revision to a commit.
-
-        Args:
-            name: of the file.
-            max_bytes: the most that is fetched; a stranger's repository could fill the disk.
-            exact: expect just that many bytes.
-
-        Returns:
-            The path of a plain file; None if the revision does not hold it.
-
-        Raises:
-            HubError: the Hub could not be reached and the file is not in the cache, or it has another size.
-        """
+        """A file, from the cache or the Hub. The first one fixes the revision to a commit."""
         cached = self._find_cached(name)
         if cached is not None and _COMMIT.fullmatch(self.revision):
             self.folder = cached.parent
@@ -91,14 +77,7 @@ class HubFiles:
         return path.resolve()
 
     def holds(self, name: str) -> bool:
-        """Whether the revision holds a file, which is not fetched.
-
-        Args:
-            name: of the file.
-
-        Returns:
-            False also when the Hub cannot be reached.
-        """
+        """Whether the revision holds a file, which is not fetched."""
         try:
             with hub_errors(f"look for {name} in {self}", self._token):
                 url = hf_hub_url(self.repo_id, name, revision=self.revision, repo_type=self.repo_type)
@@ -148,20 +127,7 @@ class HubSource:
 
     @classmethod
     def open(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> HubSource:
-        """The set at a revision, which is fixed to its commit now.
-
-        Args:
-            repo_id: `user/name`.
-            revision: a branch, tag or commit; the branch "main" if None.
-            token: for a private repository.
-
-        Returns:
-            Its source.
-
-        Raises:
-            HubError: the Hub could not be reached and the index is not in the cache.
-            TransferSetError: no index, or a damaged one.
-        """
+        """The set at a revision, which is fixed to its commit now."""
         files = HubFiles(repo_id, "dataset", revision, token)
         try:
             path = files.fetch(INDEX_NAME, max_bytes=MAX_DOCUMENT_BYTES)
@@ -177,27 +143,11 @@ class HubSource:
         return cls(files, index)
 
     def read_index(self) -> Index:
-        """The index that was read when the source was opened.
-
-        Returns:
-            The index.
-        """
+        """The index that was read when the source was opened."""
         return self._index
 
     def locate(self, shard: int, num_bytes: int) -> Path:
-        """The shard's file in the Hub's cache, fetched if it is not there.
-
-        Args:
-            shard: its number.
-            num_bytes: what the index says of its size; a file of another one is not fetched.
-
-        Returns:
-            The path of a plain file.
-
-        Raises:
-            TransferSetError: the commit does not hold it.
-            HubError: it could not be fetched, or has another size.
-        """
+        """The shard's file in the Hub's cache, fetched if it is not there."""
         name = shard_name(shard)
         path = self._files.fetch(name, max_bytes=num_bytes, exact=True)
         if path is None:

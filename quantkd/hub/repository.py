@@ -15,8 +15,6 @@ from quantkd import __version__
 from quantkd.errors import ConfigError, HubError
 from quantkd.hub.failures import hub_errors
 
-__all__ = ["HubRepository", "Operation", "PushedRepository", "RepositoryType", "Snapshot"]
-
 RepositoryType = Literal["model", "dataset"]
 Operation = CommitOperationAdd | CommitOperationDelete
 # What the Hub's own form for a new repository puts there.
@@ -60,16 +58,7 @@ class Snapshot:
     names: tuple[str, ...]
 
     def check_purpose(self, repo_id: str, is_ours: Callable[[str], bool], what: str) -> None:
-        """Refuse a repository that was made for something else: its page would be replaced.
-
-        Args:
-            repo_id: its name.
-            is_ours: whether a file says that the repository is for what is pushed.
-            what: is pushed, as in "no adapter".
-
-        Raises:
-            ConfigError: files, and none of ours.
-        """
+        """Refuse a repository that was made for something else: its page would be replaced."""
         others = [name for name in self.names if name not in _BLANK]
         if others and not any(is_ours(name) for name in others):
             raise ConfigError(
@@ -99,15 +88,7 @@ class HubRepository:
         self._api = HfApi(token=token, library_name="quantkd", library_version=__version__)
 
     def ensure(self, private: bool) -> None:
-        """Make the repository if it is missing, and see to it that nothing becomes public by mistake.
-
-        Args:
-            private: whether a new one is; an old one stays as it is.
-
-        Raises:
-            ConfigError: it is there and public, and `private` was asked for.
-            HubError: there is no token, or the Hub could not be reached, or refused.
-        """
+        """Make the repository if it is missing, and see to it that nothing becomes public by mistake."""
         if not (self._token or get_token()):
             raise HubError(
                 f"There is no token to push to {self.repo_id} with. Log in with `hf auth login`, or set HF_TOKEN; the "
@@ -135,14 +116,7 @@ class HubRepository:
                 self._api.create_branch(self.repo_id, branch=self.branch, repo_type=self.repo_type, exist_ok=True)
 
     def read(self) -> Snapshot:
-        """The files at the newest commit.
-
-        Returns:
-            The commit and its files.
-
-        Raises:
-            HubError: the Hub could not be reached, or refused.
-        """
+        """The files at the newest commit."""
         with self._talking(f"list {self.repo_id}"):
             commit = self._api.repo_info(self.repo_id, repo_type=self.repo_type, revision=self.branch).sha
             assert commit is not None
@@ -151,20 +125,7 @@ class HubRepository:
             return Snapshot(commit, files, tuple(entry.path for entry in entries))
 
     def commit(self, operations: Sequence[Operation], message: str, parent: str) -> str:
-        """Commit on top of `parent`, or fail if the branch has moved on.
-
-        Args:
-            operations: files to add and to remove.
-            message: the commit's title.
-            parent: the commit that the branch must be at.
-
-        Returns:
-            The new commit.
-
-        Raises:
-            TransientHubError: it may have been done or not; list the files to know.
-            HubError: the Hub refused.
-        """
+        """Commit on top of `parent`, or fail if the branch has moved on."""
         with self._talking(f"commit to {self.repo_id}"):
             done = self._api.create_commit(
                 self.repo_id,
@@ -178,14 +139,7 @@ class HubRepository:
         return done.oid
 
     def pushed(self, commit: str) -> PushedRepository:
-        """What a push gives back.
-
-        Args:
-            commit: the revision that holds it.
-
-        Returns:
-            Its place.
-        """
+        """What a push gives back."""
         prefix = "datasets/" if self.repo_type == "dataset" else ""
         url = f"{self._api.endpoint}/{prefix}{self.repo_id}"
         return PushedRepository(self.repo_id, self.repo_type, commit, self.private, url)

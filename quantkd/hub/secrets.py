@@ -11,8 +11,6 @@ from huggingface_hub import get_token
 
 from quantkd.errors import ConfigError
 
-__all__ = ["check_shareable", "find_secrets", "public_name", "redact"]
-
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,})")
 _SECRET_VARIABLE = re.compile(
     r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|_PAT$",
@@ -24,15 +22,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def find_secrets(token: str | None = None) -> dict[str, str]:
-    """The secrets that this process knows of.
-
-    Args:
-        token: one that a caller passed, if any.
-
-    Returns:
-        Each secret, and what it is: the token that was passed, the one that the Hub's client uses, and the values of
-        environment variables whose names say so.
-    """
+    """The secrets that this process knows of."""
     secrets = {}
     for name, value in os.environ.items():
         # A switch, a number or a path is none.
@@ -49,32 +39,14 @@ def find_secrets(token: str | None = None) -> dict[str, str]:
 
 
 def redact(text: str, secrets: Mapping[str, str]) -> str:
-    """The text with every secret replaced, for messages.
-
-    Args:
-        text: such as what a server answered.
-        secrets: as `find_secrets` gives them.
-
-    Returns:
-        The text without them.
-    """
+    """The text with every secret replaced, for messages."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "[secret]")
     return _TOKEN.sub("[secret]", text)
 
 
 def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths: bool) -> None:
-    """Refuse a file that holds a secret or says where its owner keeps things. The message holds neither.
-
-    Args:
-        name: of the file.
-        data: its bytes.
-        secrets: as `find_secrets` gives them.
-        paths: also look for the home folder; off for vocabularies, where "/root" is a token like any other.
-
-    Raises:
-        ConfigError: it holds one.
-    """
+    """Refuse a file that holds a secret or says where its owner keeps things. The message holds neither."""
     text = data.decode("utf-8", errors="replace")
     for secret, what in secrets.items():
         if secret in text:
@@ -94,14 +66,7 @@ def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths
 
 
 def public_name(name_or_path: str) -> str:
-    """A model's name without the path, also of a folder that is gone or lies on another machine.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder.
-
-    Returns:
-        `user/name` and plain names as they are; of anything else the last part.
-    """
+    """A model's name without the path, also of a folder that is gone or lies on another machine."""
     if _HUB_NAME.fullmatch(name_or_path) and not Path(name_or_path).is_dir():
         return name_or_path
     if Path(name_or_path).is_dir():

@@ -32,8 +32,6 @@ from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.shard import shard_name
 from quantkd.transfer_set.store import ShardStore
 
-__all__ = ["CARD_NAME", "list_set_files", "push_transfer_set"]
-
 CARD_NAME = "README.md"
 _SHARD_PREFIX, _SHARD_SUFFIX = "shard-", ".safetensors"
 _ATTEMPTS = 8
@@ -142,18 +140,7 @@ def push_transfer_set(
 
 
 def list_set_files(transfer_set: TransferSet) -> list[tuple[str, int]]:
-    """What a push would upload.
-
-    Args:
-        transfer_set: a whole set.
-
-    Returns:
-        Names and bytes, in the order of the push.
-
-    Raises:
-        ConfigError: a view or joined sets.
-        TransferSetError: an unfinished set.
-    """
+    """What a push would upload."""
     store = _whole_store(transfer_set)
     shards = [(file.name, file.size) for file in _shard_files(store)]
     card = render_set_card(transfer_set.info, store.index, repo_id="user/name", licence=None)

@@ -13,8 +13,6 @@ from quantkd.hub.adapter import push_adapter, render_card
 from quantkd.hub.failures import TransientHubError, wait_to_retry
 from quantkd.hub.repository import HubRepository
 
-__all__ = ["PushesToHub"]
-
 logger = logging.getLogger(__name__)
 
 _CARD = "README.md"
@@ -39,17 +37,7 @@ class PushesToHub:
     hub_model_id: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository of `args.hub_model_id`, private unless `args.hub_private_repo` is False.
-
-        Args:
-            token: with write permission; `args.hub_token` if None.
-            private: in place of `args.hub_private_repo`.
-
-        Raises:
-            ConfigError: a public repository where a private one was asked for, or a strategy that uploads optimizer
-                states.
-            HubError: the Hub could not be reached, or refused.
-        """
+        """Make the repository of `args.hub_model_id`, private unless `args.hub_private_repo` is False."""
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ConfigError(
                 f"hub_strategy is {self.args.hub_strategy.value!r}, which uploads optimizer and random states; "
@@ -79,26 +67,7 @@ class PushesToHub:
         private: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Save the adapter and upload it with its tokenizer, chat template and page, as `quantkd push` does.
-
-        Args:
-            commit_message: the commit's title.
-            blocking: True; the upload of an adapter is waited for.
-            token: with write permission; `args.hub_token` if None.
-            revision: the branch; `args.hub_revision` if None.
-            private: False makes a new repository public, and is needed to push to one that is; after
-                `args.hub_private_repo` if None, which is private unless that is False.
-            **options: `licence`, `base_model` and `run_dir` of `push_adapter`.
-
-        Returns:
-            A `PushedRepository`, which names the commit; None on other processes than the first.
-
-        Raises:
-            ConfigError: a public repository where a private one was asked for, one that holds something else, a file
-                that holds a secret, an unknown option, or `blocking=False`.
-            DataError: the model has no adapter.
-            HubError: the Hub could not be reached, or refused.
-        """
+        """Save the adapter and upload it with its tokenizer, chat template and page, as `quantkd push` does."""
         if not blocking:
             raise ConfigError("blocking is False; an adapter is small, and its upload is waited for. Leave it out.")
         if "license" in options:
@@ -126,12 +95,7 @@ class PushesToHub:
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the adapter's page into the output folder, where the Trainer would write its own.
-
-        Args:
-            *args: of the Trainer's method; not looked at.
-            **kwargs: of the Trainer's method; of these `license` goes on the page.
-        """
+        """Write the adapter's page into the output folder, where the Trainer would write its own."""
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             page = render_card(folder, self.hub_model_id or folder.resolve().name, licence=kwargs.get("license"))

@@ -22,8 +22,6 @@ from quantkd.loss.reference import Divergence, check_objective, check_positions,
 from quantkd.models.network import Head
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["DenseTeacher", "FusedTerms", "compute_fused_loss"]
-
 # The student's logits of one chunk; a dense teacher's come on top. Larger chunks cost memory, smaller ones read the
 # head more often: a CPU's products with 128,256 tokens slow down below some 250 rows, and an accelerator needs several
 # hundred rows to be as busy with arithmetic as with reading.
@@ -93,21 +91,7 @@ def compute_fused_loss(
 
     Under autocast both products run in its dtype, as the model's own head would.
 
-    Args:
-        hidden: (N, H) last hidden states that predict `labels`.
-        head: how logits come from them. A weight that requires a gradient gets one; a frozen one costs nothing.
-        labels: (N,) int64 target ids.
-        teacher: the teacher's distributions at the same N positions: stored entries, or hidden states and head, where
-            the divergence is taken over the whole vocabulary.
-        alpha: weight of the soft term, in [0, 1].
-        temperature: of stored entries, one that they hold normalizers for.
-        divergence: `forward_kl`, `reverse_kl` or `jsd`.
-        beta: the teacher's share of the mixture in `jsd`.
-        weights: (N,) what each position counts in `loss`; 1 each if None. `ce` and `kl` are given without them.
-        chunk_rows: positions a chunk; from a fixed number of bytes if None.
-
-    Raises:
-        ConfigError: an objective without meaning, positions that do not match, or another vocabulary than the head's.
+    Shapes: hidden (N, H), labels (N,), weights (N,).
     """
     check_objective(alpha, temperature, divergence, beta)
     vocab_size = head.weight.shape[0]

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from quantkd.loss.reference import MIN_TAIL, Divergence
 
-__all__ = ["Block", "DenseBlock", "Objective", "SparseBlock"]
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -41,14 +39,7 @@ class Block(Protocol):
     def differentiate(
         self, logits: Tensor, labels: Tensor, objective: Objective, wants_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        """CE and divergence, each (n,); `logits` (n, V) are overwritten, with the gradient of the loss if wanted.
-
-        Args:
-            logits: (n, V) float32 or float64 student logits.
-            labels: (n,) int64 target ids.
-            objective: what to differentiate.
-            wants_gradient: False saves the work; what `logits` hold afterwards is then undefined.
-        """
+        """CE and divergence, each (n,); `logits` (n, V) are overwritten, with the gradient of the loss if wanted."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from quantkd.loss.reference import Divergence, PositionTerms, compute_position_t
 from quantkd.models.network import Head
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["ROW_COLUMNS", "compute_row_metrics", "summarize_rows"]
-
 ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
 
 
@@ -38,19 +36,7 @@ def compute_row_metrics(
 ) -> Tensor:
     """Per row: targets, forward KL and cross-entropy at temperature 1 (nats), top-1 agreements, and the training loss.
 
-    Args:
-        hidden: (N, H) last hidden states of the targets if `head` is given, else their (N, V) logits.
-        targets: (N,) int64 target ids; `select_targets` gives both.
-        teacher: the teacher's distributions at the N targets.
-        labels: (B, T) int64, unshifted, -100 where there is no target: which row each target belongs to.
-        head: makes logits of hidden states, a chunk at a time.
-        alpha: weight of the soft term in the training loss.
-        temperature: of the training loss.
-        divergence: of the training loss.
-        beta: of the training loss.
-
-    Returns:
-        (B, 5) float64 sums (float32 on MPS, which has no float64), columns as in `ROW_COLUMNS`.
+    Shapes: hidden (N, H), targets (N,), labels (B, T), returns (B, 5).
     """
     width = hidden.shape[1] if head is None else head.weight.shape[0]
     step = positions_per_chunk(width)
@@ -83,11 +69,7 @@ def compute_row_metrics(
 def summarize_rows(rows: Tensor) -> dict[str, float]:
     """Means over all target tokens of `rows`.
 
-    Args:
-        rows: (R, 5) as `compute_row_metrics` gives them, of any number of batches.
-
-    Returns:
-        `kl`, `ce` and `loss` in nats per token, `perplexity` = exp(ce), `top1_agreement` in [0, 1].
+    Shapes: rows (R, 5).
     """
     tokens, kl, ce, agree, loss = (float(value) for value in rows.sum(0))
     tokens = max(tokens, 1.0)

@@ -9,8 +9,6 @@ from quantkd.loss.reference import Divergence, check_weights, compute_position_t
 from quantkd.models.network import Head
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["compute_terms"]
-
 
 def compute_terms(
     hidden: Tensor,
@@ -26,16 +24,7 @@ def compute_terms(
 ) -> FusedTerms:
     """`compute_fused_loss` if there is a head, else the same from logits by `compute_position_terms`.
 
-    Args:
-        hidden: (N, H) last hidden states of the targets, or their (N, V) logits without a head.
-        labels: (N,) int64 target ids.
-        teacher: the teacher's distributions at the N targets.
-        head: what makes logits of hidden states; None if `hidden` are logits.
-        alpha: weight of the soft term.
-        temperature: distillation temperature.
-        divergence: `forward_kl`, `reverse_kl` or `jsd`.
-        beta: the teacher's share of the mixture in `jsd`.
-        weights: (N,) what each target counts in the loss; 1 each if None.
+    Shapes: hidden (N, H), labels (N,), weights (N,).
     """
     if head is not None:
         return compute_fused_loss(

@@ -14,16 +14,6 @@ from quantkd.loss.reference import MIN_TAIL, check_positions
 from quantkd.models.network import Head
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = [
-    "Comparison",
-    "Predictions",
-    "compare_with_entries",
-    "compare_with_logits",
-    "compute_predictions",
-    "positions_per_chunk",
-    "take_logits",
-]
-
 _CHUNK_BYTES = 64 * 2**20
 # On a CPU the passes over two models' logits run over this much at a time, which stays in the cache.
 _CPU_BLOCK_BYTES = 2 * 2**20
@@ -64,21 +54,14 @@ class Comparison:
 
 
 def positions_per_chunk(vocab_size: int) -> int:
-    """How many positions' logits are made at once.
-
-    Args:
-        vocab_size: V.
-    """
+    """How many positions' logits are made at once."""
     return max(1, _CHUNK_BYTES // (4 * vocab_size))
 
 
 def take_logits(hidden: Tensor, part: slice, head: Head | None) -> Tensor:
     """The logits of some positions, the caller's to overwrite, in float32, or float64 if they are float64.
 
-    Args:
-        hidden: (N, H) hidden states, or (N, V) logits where there is no head.
-        part: which positions.
-        head: makes logits of hidden states.
+    Shapes: hidden (N, H).
     """
     if head is not None:
         return head.logits(hidden[part])
@@ -88,9 +71,7 @@ def take_logits(hidden: Tensor, part: slice, head: Head | None) -> Tensor:
 def compute_predictions(logits: Tensor, targets: Tensor) -> Predictions:
     """What a model says.
 
-    Args:
-        logits: (N, V) float32 or float64.
-        targets: (N,) int64.
+    Shapes: logits (N, V), targets (N,).
     """
     log_z = logits.logsumexp(-1)
     top, top_ids = logits.max(-1)
@@ -101,17 +82,7 @@ def compute_predictions(logits: Tensor, targets: Tensor) -> Predictions:
 def compare_with_entries(logits: Tensor, predictions: Predictions, teacher: TopKLogprobs) -> Comparison:
     """Compare over the k + 1 classes of stored entries and the tail.
 
-    Args:
-        logits: (N, V) float32 or float64; overwritten.
-        predictions: of these logits.
-        teacher: the teacher's distributions at the same positions.
-
-    Returns:
-        All in float64 (float32 on MPS, which has none). The reverse KL counts no tail of the teacher below 2^-24,
-        which is the rounding of its entries.
-
-    Raises:
-        ConfigError: another number of positions, or entries outside the vocabulary.
+    Shapes: logits (N, V).
     """
     count, vocab_size = logits.shape
     check_positions(count, predictions.ce, teacher, vocab_size)
@@ -144,10 +115,7 @@ def compare_with_entries(logits: Tensor, predictions: Predictions, teacher: TopK
 def compare_with_logits(logits: Tensor, predictions: Predictions, teacher_logits: Tensor) -> Comparison:
     """Compare over the whole vocabulary.
 
-    Args:
-        logits: (N, V) float32 or float64; left as they are.
-        predictions: of these logits.
-        teacher_logits: (N, V) the teacher's; left as they are.
+    Shapes: logits (N, V), teacher_logits (N, V).
     """
     rows = len(logits)
     if logits.device.type == "cpu":

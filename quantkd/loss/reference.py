@@ -23,18 +23,6 @@ from torch import Tensor
 from quantkd.errors import ConfigError
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = [
-    "MIN_TAIL",
-    "Divergence",
-    "PositionTerms",
-    "check_objective",
-    "check_positions",
-    "check_weights",
-    "compute_distillation_loss",
-    "compute_position_terms",
-    "select_targets",
-]
-
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 # A teacher's tail below float32's half unit of 1.0 is rounding; reverse KL would take its logarithm.
@@ -54,27 +42,12 @@ class PositionTerms:
     kl: Tensor
 
     def mix(self, alpha: float, temperature: float) -> Tensor:
-        """(N,) `(1 - alpha) * ce + alpha * temperature**2 * kl`.
-
-        Args:
-            alpha: weight of the soft term, in [0, 1].
-            temperature: the temperature that `kl` was computed at.
-        """
+        """(N,) `(1 - alpha) * ce + alpha * temperature**2 * kl`."""
         return (1 - alpha) * self.ce + alpha * temperature**2 * self.kl
 
 
 def check_objective(alpha: float, temperature: float, divergence: str, beta: float) -> None:
-    """Refuse an objective that has no meaning, before any work is spent.
-
-    Args:
-        alpha: weight of the soft term.
-        temperature: distillation temperature.
-        divergence: one of `forward_kl`, `reverse_kl`, `jsd`.
-        beta: the teacher's share of the mixture in `jsd`.
-
-    Raises:
-        ConfigError: alpha outside [0, 1], temperature not above 0, an unknown divergence, beta outside (0, 1).
-    """
+    """Refuse an objective that has no meaning, before any work is spent."""
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha weighs the soft loss and lies in [0, 1], found {alpha}.")
     if not (temperature > 0 and math.isfinite(temperature)):
@@ -90,14 +63,7 @@ def check_objective(alpha: float, temperature: float, divergence: str, beta: flo
 def check_positions(count: int, labels: Tensor, teacher: TopKLogprobs, vocab_size: int) -> None:
     """Refuse labels and distributions that do not belong to the same positions, or to another vocabulary.
 
-    Args:
-        count: N, the positions that the student was asked for.
-        labels: (N,) target ids.
-        teacher: distributions at N positions.
-        vocab_size: V of the student.
-
-    Raises:
-        ConfigError: the three disagree on N, or an entry lies outside the student's vocabulary.
+    Shapes: labels (N,).
     """
     if not count == labels.shape[0] == len(teacher):
         raise ConfigError(
@@ -115,12 +81,7 @@ def check_positions(count: int, labels: Tensor, teacher: TopKLogprobs, vocab_siz
 def check_weights(weights: Tensor | None, labels: Tensor) -> None:
     """Refuse weights that are not one a position.
 
-    Args:
-        weights: what each position counts, or None for 1 each.
-        labels: (N,) target ids.
-
-    Raises:
-        ConfigError: another shape than the labels'.
+    Shapes: labels (N,).
     """
     if weights is not None and weights.shape != labels.shape:
         raise ConfigError(
@@ -132,12 +93,7 @@ def check_weights(weights: Tensor | None, labels: Tensor) -> None:
 def select_targets(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair every label with the logits that predict it. The one place where the causal shift happens.
 
-    Args:
-        logits: (B, T, V) student logits.
-        labels: (B, T) int64, unshifted, -100 where there is no target. A label at position 0 has no logits.
-
-    Returns:
-        (N, V) logits and (N,) labels of the N target positions, row by row from left to right.
+    Shapes: logits (B, T, V), labels (B, T), returns (N, V).
     """
     shifted = labels[:, 1:]
     is_target = shifted != -100

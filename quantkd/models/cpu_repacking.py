@@ -15,8 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["keep_trainable_on_cpu", "unpack", "unpack_kept"]
-
 logger = logging.getLogger(__name__)
 
 _STASH = "_quantkd_unpacked"
@@ -24,11 +22,7 @@ _PACKED_ROWS = 32  # the inference kernel's layout takes whole groups of rows
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:
-    """Let every 4-bit layer of `model` return to its trainable form whenever it is trained. Idempotent.
-
-    Args:
-        model: a model that may hold `bitsandbytes.nn.Linear4bit` layers; elsewhere than on such a CPU nothing changes.
-    """
+    """Let every 4-bit layer of `model` return to its trainable form whenever it is trained. Idempotent."""
     from bitsandbytes.nn.modules import Linear4bit
 
     found = [layer for layer in model.modules() if isinstance(layer, Linear4bit) and not hasattr(layer, _STASH)]
@@ -58,11 +52,7 @@ def _before_forward(module: Any, args: tuple[Tensor, ...]) -> None:
 
 
 def unpack(module: Any) -> None:
-    """Put a layer's own weight back if it is repacked; its next forward pass in evaluation mode repacks it.
-
-    Args:
-        module: a layer, 4-bit or not.
-    """
+    """Put a layer's own weight back if it is repacked; its next forward pass in evaluation mode repacks it."""
     state = getattr(module.weight, "quant_state", None)
     if state is None or not _is_packed(state):
         return
@@ -76,11 +66,7 @@ def unpack(module: Any) -> None:
 
 
 def unpack_kept(model: nn.Module) -> None:
-    """Put every layer's own weight back where it was put aside, bit for bit.
-
-    Args:
-        model: a model, evaluated or not.
-    """
+    """Put every layer's own weight back where it was put aside, bit for bit."""
     for layer in model.modules():
         if getattr(layer, _STASH, None) is not None:
             unpack(layer)

@@ -29,8 +29,6 @@ from quantkd.models.merging import merge_adapters
 from quantkd.models.student import default_quantization_config
 from quantkd.names import naming, short_name
 
-__all__ = ["FORMS", "check_output_dir", "export_adapter", "export_merged", "export_requantized", "load_exported"]
-
 Form = Literal["merged", "requantized", "adapter"]
 FORMS: tuple[Form, ...] = ("merged", "requantized", "adapter")
 _SHARD_SIZE = "5GB"
@@ -39,17 +37,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def check_output_dir(output_dir: str | Path) -> Path:
-    """Refuse a place where something lies already.
-
-    Args:
-        output_dir: where an export is to go.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigError: a file, or a folder that is not empty.
-    """
+    """Refuse a place where something lies already."""
     path = Path(output_dir)
     if path.is_dir() and not any(path.iterdir()):
         return path
@@ -67,21 +55,7 @@ def export_merged(
     dtype: str | torch.dtype = torch.bfloat16,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint in 16 bit: the dequantized weights with what the adapter adds to them.
-
-    Args:
-        model: the quantized student with its adapter, as loaded from disk; used up.
-        tokenizer: written beside the weights, with its chat template.
-        output_dir: a new folder.
-        dtype: of the weights.
-        provenance: further facts for `quantkd.json`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: the folder is not new, or as `quantkd.models.merging.merge_adapters`.
-    """
+    """Write a checkpoint in 16 bit: the dequantized weights with what the adapter adds to them."""
     path, dtype = check_output_dir(output_dir), parse_dtype(dtype)
     quantized = _describe_quantization(model)
     with _new_folder(path) as folder:
@@ -104,20 +78,6 @@ def export_requantized(
     """Merge, quantize the merged weights again, and write a bitsandbytes checkpoint in 4 bit.
 
     The second rounding takes part of what was learned away: measure it, see docs/export.md.
-
-    Args:
-        model: the quantized student with its adapter, as loaded from disk; used up.
-        tokenizer: written beside the weights.
-        output_dir: a new folder; a 16-bit checkpoint lies beside it meanwhile.
-        quantization_config: what to quantize with; the student's own if that is bitsandbytes' 4 bit, else NF4.
-        dtype: of the merged weights, and of what stays unquantized.
-        provenance: further facts for `quantkd.json`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: the folder is not new, or as `quantkd.models.merging.merge_adapters`.
     """
     path, dtype = check_output_dir(output_dir), parse_dtype(dtype)
     quantized = _describe_quantization(model)
@@ -139,20 +99,7 @@ def export_requantized(
 
 
 def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir: str | Path, *, base: str) -> Path:
-    """Write the adapter as PEFT reads it, and its tokenizer; no optimizer, no training state.
-
-    Args:
-        adapter: a folder that holds an adapter, a checkpoint of a training run for example, or a Hub name.
-        tokenizer: written beside it.
-        output_dir: a new folder.
-        base: the model that it belongs on; of a local folder only the name is written.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: the folder is not new, there is no adapter, or its weights are not in a safetensors file.
-    """
+    """Write the adapter as PEFT reads it, and its tokenizer; no optimizer, no training state."""
     path = check_output_dir(output_dir)
     with naming(adapter, _ADAPTER_FILES[0]):
         files = {name: _find(adapter, name) for name in (*_ADAPTER_FILES, "README.md")}
@@ -173,14 +120,7 @@ def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir:
 
 
 def load_exported(path: str | Path) -> PreTrainedModel:
-    """A merged or re-quantized checkpoint through plain transformers, on this process's own device.
-
-    Args:
-        path: what `export_merged` or `export_requantized` wrote.
-
-    Returns:
-        The model in evaluation mode, in the dtype that it was saved in; in float32 where the hardware has no bfloat16.
-    """
+    """A merged or re-quantized checkpoint through plain transformers, on this process's own device."""
     with naming(str(path)):
         saved = getattr(AutoConfig.from_pretrained(path), "dtype", None) or torch.float32
         dtype = saved if native_compute_dtype() == torch.bfloat16 else torch.float32
@@ -192,17 +132,7 @@ def load_exported(path: str | Path) -> PreTrainedModel:
 
 
 def read_provenance(adapter: str) -> dict[str, Any]:
-    """What `quantkd.json` beside an adapter says: of which transfer set, teacher and objective it comes.
-
-    Args:
-        adapter: a folder or a Hub name.
-
-    Returns:
-        The facts; none if there is no such file.
-
-    Raises:
-        ConfigError: the file is no JSON object.
-    """
+    """What `quantkd.json` beside an adapter says: of which transfer set, teacher and objective it comes."""
     found = _find(adapter, _PROVENANCE)
     if found is None:
         return {}

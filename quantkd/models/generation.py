@@ -11,22 +11,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError, DataError
 
-__all__ = ["build_generation_config", "cache_argument", "check_context", "find_end_tokens", "generation_mode"]
-
 
 def find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: those of the model's generation config and the tokenizer's own, ascending.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-
-    Returns:
-        At least one id.
-
-    Raises:
-        ConfigError: neither names one.
-    """
+    """Ids that end an answer: those of the model's generation config and the tokenizer's own, ascending."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ends:
@@ -38,19 +25,7 @@ def find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 
 def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy search without any penalty, filter or forced token.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer; its padding token is used, or an end token if it has none.
-        max_new_tokens: the length limit of an answer.
-
-    Returns:
-        Settings that name every token that `generate` may need.
-
-    Raises:
-        ConfigError: no end token.
-    """
+    """Greedy search without any penalty, filter or forced token."""
     ends = find_end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
     return GenerationConfig(
@@ -64,15 +39,7 @@ def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_
 
 @contextmanager
 def generation_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and `config` in place of the model's own, which `generate` would fill gaps from.
-
-    Args:
-        model: a causal language model; restored afterwards.
-        config: the generation config to use alone.
-
-    Yields:
-        Nothing.
-    """
+    """Evaluation mode, and `config` in place of the model's own, which `generate` would fill gaps from."""
     training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = config
@@ -84,16 +51,7 @@ def generation_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def check_context(model: Any, prompt_lengths: list[int], new_tokens: int) -> None:
-    """Refuse prompts that leave no room for the answer, before any work is spent.
-
-    Args:
-        model: a causal language model.
-        prompt_lengths: tokens of each prompt.
-        new_tokens: tokens of the longest answer.
-
-    Raises:
-        DataError: the first prompt that is empty or too long, by its index.
-    """
+    """Refuse prompts that leave no room for the answer, before any work is spent."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, length in enumerate(prompt_lengths):
         if length < 1:
@@ -106,12 +64,5 @@ def check_context(model: Any, prompt_lengths: list[int], new_tokens: int) -> Non
 
 
 def cache_argument(model: Any) -> str:
-    """transformers renamed `past_key_values` to `cache` in the course of its fifth version.
-
-    Args:
-        model: a causal language model.
-
-    Returns:
-        The name of the argument of its `forward` that takes the key-value cache.
-    """
+    """transformers renamed `past_key_values` to `cache` in the course of its fifth version."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

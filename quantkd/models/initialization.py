@@ -28,8 +28,6 @@ from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.student_formats import dequantize_weight
 from quantkd.models.weights import is_sharded
 
-__all__ = ["SHRINKAGE", "compute_correction", "draw_rows", "initialize_from_error", "initialize_from_rows"]
-
 logger = logging.getLogger(__name__)
 
 # The measured choice of docs/initialization.md.
@@ -47,15 +45,6 @@ def compute_correction(
     C is the inputs' second moment X^T X / N, plus a share of its mean eigenvalue on the diagonal: where tokens are
     fewer than dimensions, directions that no token took count a little. The leading eigenvectors come from a
     randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
-
-    Args:
-        error: E (out, in), float32 or float64.
-        inputs: X (N, in); None for C = I, which is LoftQ's correction (Li et al. 2023, arXiv:2310.08659).
-        rank: r; what exceeds min(out, in) stays zero.
-        shrinkage: the share.
-
-    Returns:
-        B (out, r) and A (r, in); each pair of a column of B and a row of A has equal norms.
     """
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
 
@@ -94,16 +83,7 @@ def initialize_from_error(
 
     A layer that the rows do not reach, such as an expert without tokens, gets the correction without inputs.
 
-    Args:
-        model: a quantized model with LoRA attached by PEFT.
-        weights: the checkpoint that the model was quantized from.
-        input_ids: (B, T) calibration rows; None for corrections that look at no inputs (LoftQ).
-        attention_mask: (B, T), 0 at padding; all ones if None.
-        shrinkage: as in `compute_correction`.
-        progress: show a bar over adapters, if there is a terminal.
-
-    Returns:
-        How many adapters were set; the others keep their zero start, with a warning that says why.
+    Shapes: input_ids (B, T), attention_mask (B, T).
     """
     network = base_network(model)
     waiting: dict[nn.Module, str] = {module: name for name, module in network.named_modules() if _has_lora(module)}
@@ -149,16 +129,7 @@ def initialize_from_error(
 
 
 def draw_rows(dataset: Any, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Calibration rows: drawn at random, as many as asked for or as memory allows.
-
-    Args:
-        dataset: a `TransferSet`, or any sized data set whose rows hold `input_ids`.
-        rows: how many at most.
-        seed: which.
-
-    Returns:
-        Ids and mask, (B, T), padded on the right; B * T is at most 16,384.
-    """
+    """Calibration rows: drawn at random, as many as asked for or as memory allows."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows]
     chosen: list[Tensor] = []
     longest = 0
@@ -185,15 +156,6 @@ def initialize_from_rows(
     """`initialize_from_error` on rows of a data set; where it cannot be done, the zero start stays, with a warning.
 
     Under a launcher the main process computes and all processes take its adapters.
-
-    Args:
-        model: a quantized model with LoRA attached by PEFT.
-        dataset: a `TransferSet`, or any sized data set whose rows hold `input_ids`; not looked at for `loftq`.
-        name_or_path: the checkpoint that the model was quantized from.
-        start: `covariance` or `loftq`.
-        revision: of a Hub name.
-        rows: how many rows to look at, drawn at random.
-        seed: which.
     """
     adapters = [p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
     if any(is_sharded(parameter) for parameter in model.parameters()):

@@ -20,27 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from quantkd.errors import ConfigError
 from quantkd.models.student_formats import dequantize_weight
 
-__all__ = ["merge_adapters"]
-
 
 def merge_adapters(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """Merge the active adapter into the dequantized weights, layer by layer, and take the quantization away.
 
     The sum is taken in float32 and rounded once. Each layer's quantized form is let go of as soon as its merged one is
     there, so no more than one layer is held in float32.
-
-    Args:
-        model: a quantized model, or an ordinary one, with one LoRA adapter attached by PEFT. It is used up.
-        dtype: of the merged weights and of all others, those excepted that the architecture keeps in float32.
-
-    Returns:
-        The model of transformers, without adapters and without quantization config. Where an adapter sits on one of two
-        tied weights they are tied no longer, and the config says so.
-
-    Raises:
-        ConfigError: adapters that are no matrix to add (other methods than LoRA, several at once, a bias of their own),
-            layers that PEFT cannot merge or that cannot be dequantized, offloaded layers, or two tied weights that
-            became different in an architecture that always ties them.
     """
     network: Any = model.get_base_model()
     _check_mergeable(model, network)
@@ -134,12 +119,7 @@ def _is_quantized_layer(module: Any) -> bool:
 
 
 def _plain_layer(base: Any, weight: Tensor) -> nn.Module:
-    """The layer with another weight; of a quantized layer, the ordinary one that it was made from.
-
-    Args:
-        base: a layer; a quantized one loses its weights.
-        weight: in the orientation of a linear layer where `base` is quantized, else in that of `base`.
-    """
+    """The layer with another weight; of a quantized layer, the ordinary one that it was made from."""
     bias = getattr(base, "bias", None)
     layer: Any
     if not _is_quantized_layer(base):

@@ -14,16 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from quantkd.models.weights import is_sharded, whole_parameters
 
-__all__ = [
-    "Head",
-    "base_network",
-    "find_head",
-    "gathered_head",
-    "hidden_states_as_logits",
-    "undisturbed",
-    "why_not_fusable",
-]
-
 # What families do to the logits after the head: the attribute, where it lies, and the value that makes it do nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -57,11 +47,7 @@ class Head:
 
 
 def find_head(model: Any) -> Head:
-    """The head of a causal language model as it stands now, with the scale and soft-capping of its family.
-
-    Args:
-        model: a causal language model, with or without adapters, not wrapped and not sharded.
-    """
+    """The head of a causal language model as it stands now, with the scale and soft-capping of its family."""
     with gathered_head(model) as head:
         return head
 
@@ -72,11 +58,6 @@ def gathered_head(model: Any, dtype: torch.dtype | None = None) -> Iterator[Head
 
     Every process enters, for gathering takes them all. What FSDP2 or ZeRO-3 has sharded again after the forward pass
     is gathered without a gradient; that is right for a frozen head, and `why_not_fusable` refuses a trainable one.
-
-    Args:
-        model: a causal language model, with or without adapters, not wrapped.
-        dtype: of the hidden states; what mixed precision or quantization made of the weight is cast to it. A weight
-            that requires a gradient stays itself.
     """
     module, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
@@ -97,9 +78,6 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
 
     The forward pass is the model's own, so whatever wraps it (DDP, FSDP, DeepSpeed, hooks) works as always, and its
     output still carries the gradient.
-
-    Args:
-        model: a causal language model, not wrapped; wrappers around it may be called.
     """
     head, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
@@ -134,11 +112,6 @@ def why_not_fusable(model: Any, forward: Callable[..., Any] | None = None) -> st
 
     Tries it: on two tokens, the model's logits must be what `gathered_head` makes of the head's input, and
     `hidden_states_as_logits` must hand out that input. Modes, random state and packed weights are left as they were.
-
-    Args:
-        model: a causal language model, with or without adapters, not wrapped.
-        forward: what is called; the wrapper around `model` where only its own forward pass has the weights whole
-            (FSDP, ZeRO-3), on all processes together; `model` itself if None.
     """
     head = _head_module(model)
     if head is None:
@@ -209,10 +182,6 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without its traces: each layer's own mode returns, and nothing is drawn from the generators.
 
     4-bit layers go in training mode meanwhile, for on some CPUs bitsandbytes repacks their weights in the other.
-
-    Args:
-        model: what shall be left as it was.
-        device: whose generator is kept, beside the CPU's.
     """
     modes = {module: module.training for module in model.modules()}
     for module in modes:
@@ -226,11 +195,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def base_network(model: Any) -> Any:
-    """The model of transformers below PEFT's, or the model itself if nothing is around it.
-
-    Args:
-        model: a causal language model, with or without adapters, not wrapped.
-    """
+    """The model of transformers below PEFT's, or the model itself if nothing is around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

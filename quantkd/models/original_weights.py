@@ -16,8 +16,6 @@ from transformers.utils.hub import cached_file
 
 from quantkd.errors import ConfigError
 
-__all__ = ["OriginalWeights"]
-
 _FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,14 +40,7 @@ class OriginalWeights:
         self._keys, self._converted = _map_keys(list(self._files), model)
 
     def read(self, module_name: str) -> Tensor:
-        """The weight of a linear layer.
-
-        Args:
-            module_name: the layer's name in the model.
-
-        Raises:
-            ConfigError: the checkpoint holds no full-precision weight of this name.
-        """
+        """The weight of a linear layer."""
         name = f"{module_name}.weight"
         if name in self._converted:
             raise ConfigError(f"{name} is made of other tensors of {self.name_or_path} when it is loaded.")

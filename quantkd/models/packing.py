@@ -9,18 +9,15 @@ from torch import Tensor
 
 from quantkd.models.network import undisturbed
 
-__all__ = ["position_ids_of", "why_not_packable"]
-
 
 def position_ids_of(lengths: Tensor) -> Tensor:
     """(T,) int64 position ids of rows laid end to end: each row counts from 0, which is where models cut them apart.
 
-    Args:
-        lengths: (B,) int64, tokens per row.
-
     Example:
         >>> position_ids_of(torch.tensor([2, 3])).tolist()
         [0, 1, 0, 1, 2]
+
+    Shapes: lengths (B,).
     """
     starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     return torch.arange(starts.numel(), device=lengths.device) - starts
@@ -31,9 +28,6 @@ def why_not_packable(model: Any) -> str | None:
 
     Tries it: the second of two packed rows must give the same logits whatever the first one says, and those that it
     gives alone. Attention follows the position ids in transformers; recurrent layers, ALiBi and some others do not.
-
-    Args:
-        model: a causal language model, with or without adapters, not wrapped.
     """
     device = model.get_input_embeddings().weight.device
     lengths = torch.tensor([5, 6], device=device)

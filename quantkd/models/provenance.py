@@ -9,8 +9,6 @@ from typing import Any
 from quantkd import __version__
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["describe_quantization", "describe_training", "remove_local_paths", "write_provenance"]
-
 # Named one by one: the arguments of a Trainer also hold folders, tokens and whatever a caller passes on.
 _TRAINING_ARGUMENTS = (
     "learning_rate",
@@ -50,15 +48,7 @@ def write_provenance(
     training: dict[str, Any] | None = None,
     quantization: dict[str, Any] | None = None,
 ) -> None:
-    """Write `quantkd.json`: version, the transfer set's digest, its teacher, the objective, and how it was trained.
-
-    Args:
-        folder: the adapter's folder.
-        transfer_set: what was learned from, if it was one.
-        objective: alpha, temperature, divergence and beta.
-        training: as `describe_training` gives it.
-        quantization: as `describe_quantization` gives it.
-    """
+    """Write `quantkd.json`: version, the transfer set's digest, its teacher, the objective, and how it was trained."""
     # Of a set on the Hub its repository and commit; where a folder lies is its owner's business.
     remote = [] if transfer_set is None else [str(source) for source in transfer_set.sources if source.is_remote]
     facts = {
@@ -75,29 +65,14 @@ def write_provenance(
 
 
 def describe_training(args: Any, num_processes: int) -> dict[str, Any]:
-    """The training arguments that decide what is learned.
-
-    Args:
-        args: the training arguments.
-        num_processes: that shared each batch.
-
-    Returns:
-        Names and numbers, words or switches.
-    """
+    """The training arguments that decide what is learned."""
     values = {name: getattr(args, name, None) for name in _TRAINING_ARGUMENTS}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}
     return {**{name: value for name, value in plain.items() if value is not None}, "num_processes": num_processes}
 
 
 def describe_quantization(model: Any) -> dict[str, Any] | None:
-    """How the student's base model is quantized.
-
-    Args:
-        model: the student, with or without adapters.
-
-    Returns:
-        The settings by which it can be quantized again; None if it is not quantized.
-    """
+    """How the student's base model is quantized."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return None
@@ -107,12 +82,7 @@ def describe_quantization(model: Any) -> dict[str, Any] | None:
 
 
 def remove_local_paths(folder: Path, model: Any) -> None:
-    """PEFT writes where the base model was loaded from; of a local folder, only the name is left.
-
-    Args:
-        folder: the adapter's folder.
-        model: the model that was saved.
-    """
+    """PEFT writes where the base model was loaded from; of a local folder, only the name is left."""
     base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not base or not Path(base).is_dir():
         return

@@ -12,8 +12,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from quantkd.models.network import base_network
 
-__all__ = ["ROW_ATTENTION", "attend_by_row", "use_row_attention"]
-
 ROW_ATTENTION = "quantkd_rows"
 
 
@@ -22,12 +20,6 @@ def use_row_attention(model: Any) -> bool:
 
     On a CPU, for models that attend through SDPA to everything before a token. Packed batches in
     `benchmarks/step.py` gain 1.7 times in tokens a second with it. Elsewhere FlashAttention does it better.
-
-    Args:
-        model: a causal language model, with or without adapters.
-
-    Returns:
-        True if the model now does.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -59,20 +51,7 @@ def attend_by_row(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA attention, or where `position_ids` tell packed rows apart, one causal call a row.
 
-    Args:
-        module: the attention layer.
-        query: (1, heads, T, D) of a packed batch, (B, heads, T, D) else.
-        key: (1, kv_heads, T, D).
-        value: (1, kv_heads, T, D).
-        attention_mask: used where the batch is not packed.
-        dropout: probability.
-        scaling: factor on the scores; 1 / sqrt(D) if None.
-        position_ids: (1, T), each row counting from 0.
-        sliding_window: how far a layer sees; such layers are left to SDPA's mask.
-        **kwargs: passed on to SDPA where the batch is not packed.
-
-    Returns:
-        (B, T, heads, D), and no weights.
+    Shapes: returns (B, T, heads, D).
     """
     lengths = None
     if sliding_window is None and position_ids is not None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:

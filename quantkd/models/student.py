@@ -30,17 +30,6 @@ from quantkd.models.student_formats import (
 )
 from quantkd.names import refuse_adapter
 
-__all__ = [
-    "attach_lora",
-    "check_trainable",
-    "default_lora_config",
-    "default_quantization_config",
-    "is_quantized",
-    "load_student",
-    "shard_dtype",
-    "shares_weights",
-]
-
 
 def default_lora_config(r: int = 16) -> LoraConfig:
     """LoRA of rank `r` on all linear layers but the head, scaled by 2 (`lora_alpha = 2 * r`), without dropout."""
@@ -49,9 +38,6 @@ def default_lora_config(r: int = 16) -> LoraConfig:
 
 def default_quantization_config(compute_dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
     """NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314).
-
-    Args:
-        compute_dtype: what the dequantized weights are multiplied in; after the hardware if None.
 
     Under FSDP or ZeRO-3 the packed weights lie in tensors of `shard_dtype`, so that they can be sharded.
     """
@@ -70,20 +56,13 @@ def shard_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
     FSDP shards floating parameters alone, and mixed precision casts them when it gathers them. Packed bits survive
     that only where the cast is to the dtype that they are in already.
-
-    Args:
-        compute_dtype: the dtype of the unquantized layers, which holds where the launcher asks for no mixed precision.
     """
     mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed, compute_dtype)
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether the model was loaded quantized, with or without adapters around it.
-
-    Args:
-        model: a model of transformers or PEFT.
-    """
+    """Whether the model was loaded quantized, with or without adapters around it."""
     network = base_network(model)
     return bool(getattr(network, "is_quantized", False) or getattr(network, "hqq_quantized", False))
 
@@ -96,25 +75,7 @@ def load_student(
     trainable: bool = True,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model quantized, on this process's own device.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder, in full precision or quantized already.
-        quantization_config: a name of `quantkd.models.student_formats.STUDENT_FORMATS`, or any quantization config of
-            transformers. If None, what the checkpoint is stored in, else NF4 with double quantization.
-        dtype: dtype of the layers that stay unquantized, and of NF4's multiplications; bfloat16 where the hardware
-            has it, else float32, if None or "auto".
-        trainable: False to load a student that is only evaluated, also in a format that cannot be trained here.
-        **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
-
-    Returns:
-        The model, without adapters, in evaluation mode. Under FSDP or ZeRO-3 the wrapper places it.
-
-    Raises:
-        ConfigError: a format that cannot run here, or another one than the checkpoint is stored in; 4-bit weights
-            stored in another floating dtype than FSDP gathers in.
-        MissingDependencyError: the format's package is not installed.
-    """
+    """Load a causal language model quantized, on this process's own device."""
     compute_dtype = parse_dtype(dtype)
     refuse_adapter(name_or_path, **model_init_kwargs)
     stored = stored_quantization(name_or_path, **model_init_kwargs)
@@ -212,15 +173,6 @@ def attach_lora(
 
     A quantized model first goes through PEFT's `prepare_model_for_kbit_training`, which casts norms, embeddings and
     head of bitsandbytes' and AWQ's formats to float32.
-
-    Args:
-        model: a model without adapters.
-        peft_config: any PEFT config; `default_lora_config()` if None.
-        gradient_checkpointing: recompute activations in the backward pass.
-        gradient_checkpointing_kwargs: passed on; not reentrant unless it says otherwise.
-
-    Raises:
-        ConfigError: a quantized model that cannot be trained on its device.
     """
     if is_quantized(model):
         check_trainable(model)
@@ -246,15 +198,7 @@ def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> Peft
 
 
 def check_trainable(model: Any) -> None:
-    """Refuse a loaded model whose format cannot be trained where the model is.
-
-    Args:
-        model: a model of transformers or PEFT, quantized or not.
-
-    Raises:
-        ConfigError: a format that the library, or the device, cannot train.
-        MissingDependencyError: the format's package is not installed.
-    """
+    """Refuse a loaded model whose format cannot be trained where the model is."""
     network = base_network(model)
     config = getattr(network.config, "quantization_config", None)
     if config is None and getattr(network, "hqq_quantized", False):

@@ -14,16 +14,6 @@ from transformers.utils.quantization_config import AwqBackend
 from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.models.cpu_repacking import unpack
 
-__all__ = [
-    "STUDENT_FORMATS",
-    "build_quantization_config",
-    "check_format",
-    "choose_kernel",
-    "dequantize_weight",
-    "format_of",
-    "stored_quantization",
-]
-
 STUDENT_FORMATS = ("nf4", "fp4", "int8", "hqq4", "torchao-int4", "torchao-int8")
 
 # By quantization method: the packages, in the oldest versions that transformers or PEFT take.
@@ -41,21 +31,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 def build_quantization_config(
     name: str, compute_dtype: torch.dtype, storage_dtype: torch.dtype = torch.uint8
 ) -> BitsAndBytesConfig | HqqConfig | TorchAoConfig:
-    """The quantization config of transformers that a format's name stands for.
-
-    Args:
-        name: one of `STUDENT_FORMATS`. `nf4` and `fp4` quantize their constants too; `hqq4` has groups of 64,
-            `torchao-int4` of 32, `torchao-int8` one scale a row.
-        compute_dtype: what the dequantized weights of `nf4` and `fp4` are multiplied in.
-        storage_dtype: of the tensors that their packed weights lie in.
-
-    Returns:
-        The config.
-
-    Raises:
-        ConfigError: an unknown name.
-        MissingDependencyError: the format's package is not installed.
-    """
+    """The quantization config of transformers that a format's name stands for."""
     if name not in STUDENT_FORMATS:
         raise ConfigError(f"Expected a student format of {', '.join(STUDENT_FORMATS)}, found {name!r}.")
     if name == "int8":
@@ -80,15 +56,7 @@ def build_quantization_config(
 
 
 def format_of(quantization_config: Any) -> str:
-    """What a quantization config is called here.
-
-    Args:
-        quantization_config: one of transformers, or the dict that it is in a `config.json`.
-
-    Returns:
-        One of `STUDENT_FORMATS` where it is one; else the method's own name (`gptq`, `awq`, ...), for HQQ with the
-        bits behind it.
-    """
+    """What a quantization config is called here."""
     method = _method(quantization_config)
     if method == "bitsandbytes":
         if _get(quantization_config, "load_in_8bit"):
@@ -106,18 +74,7 @@ def format_of(quantization_config: Any) -> str:
 
 
 def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str, Any] | None:
-    """The quantization that a checkpoint is stored in already, from its config alone.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder.
-        **model_init_kwargs: the arguments of `from_pretrained`; those that say where the files are count.
-
-    Returns:
-        The `quantization_config` of its `config.json`, or None if it is in full precision.
-
-    Raises:
-        OSError: there is no such checkpoint.
-    """
+    """The quantization that a checkpoint is stored in already, from its config alone."""
     if "gguf_file" in model_init_kwargs:
         return None
     where = {key: value for key, value in model_init_kwargs.items() if key in _HUB_ARGUMENTS}
@@ -131,13 +88,6 @@ def choose_kernel(stored: dict[str, Any], device: torch.device) -> GPTQConfig | 
 
     Most of gptqmodel's kernels for a CPU have no gradient, or lose it for good at the first pass without one. They are
     passed over in evaluation too, so that a student is measured with the kernel that it is trained with.
-
-    Args:
-        stored: the `quantization_config` of its `config.json`.
-        device: where the student shall run.
-
-    Returns:
-        A config whose kernel transformers takes, beside what is stored; None where there is nothing to choose.
     """
     method, bits, is_cpu = _method(stored), stored.get("bits", 4), device.type == "cpu"
     # "auto_trainable" would take ATen's packed kernel on a CPU (gptqmodel 7.7), which is one that loses the gradient.
@@ -156,19 +106,7 @@ def check_format(
     shared: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Refuse a format that cannot run here, before any weight is read.
-
-    Args:
-        quantization_config: one of transformers, or the dict that it is in a `config.json`.
-        device: where the student shall run.
-        trainable: whether it gets adapters to train, or is only evaluated.
-        shared: whether FSDP or ZeRO-3 shares the weights out.
-        dtype: what it is to be computed in; None if that is settled already.
-
-    Raises:
-        ConfigError: a format that this device, or this use, cannot have.
-        MissingDependencyError: a package is not installed, or too old.
-    """
+    """Refuse a format that cannot run here, before any weight is read."""
     name = format_of(quantization_config)
     _check_packages(_method(quantization_config))
     if shared and name not in ("nf4", "fp4"):
@@ -194,19 +132,7 @@ def check_format(
 
 
 def dequantize_weight(module: nn.Module) -> Tensor:
-    """The weight that a linear layer of any format computes with, in floating point.
-
-    Args:
-        module: a linear layer of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or an ordinary one, on its own device and
-            whole; with or without LoRA around it. It stays as it is, but that bitsandbytes' packing for CPUs is undone.
-
-    Returns:
-        (out, in), without a gradient, in the dtype that the format dequantizes to; an ordinary weight is handed out
-        itself, not copied.
-
-    Raises:
-        ConfigError: a layer whose weight cannot be had.
-    """
+    """The weight that a linear layer of any format computes with, in floating point."""
     layer: Any = module
     if hasattr(layer, "get_base_layer"):
         layer = layer.get_base_layer()

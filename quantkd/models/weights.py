@@ -11,24 +11,14 @@ from torch import Tensor, nn
 
 from quantkd.models.cpu_repacking import unpack
 
-__all__ = ["count_rows", "is_sharded", "whole_parameters"]
-
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process holds only a part of the parameter now, for FSDP2 or ZeRO-3.
-
-    Args:
-        parameter: of a model that may be wrapped.
-    """
+    """Whether this process holds only a part of the parameter now, for FSDP2 or ZeRO-3."""
     return _is_dtensor(parameter) or _is_partitioned(parameter)
 
 
 def count_rows(parameter: Any) -> int:
-    """The first dimension of the whole parameter, also where this process holds a part of it or a 4-bit form.
-
-    Args:
-        parameter: two-dimensional.
-    """
+    """The first dimension of the whole parameter, also where this process holds a part of it or a 4-bit form."""
     if hasattr(parameter, "ds_shape"):  # ZeRO-3 leaves an empty tensor here
         return int(parameter.ds_shape[0])
     state = getattr(parameter, "quant_state", None)
@@ -41,9 +31,6 @@ def whole_parameters(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]
 
     All processes that share the layer must enter together. Sharded parameters are gathered without a gradient; those
     that are whole already are handed out themselves.
-
-    Args:
-        layer: a linear layer.
     """
     with ExitStack() as stack:
         partitioned = [parameter for parameter in layer.parameters(recurse=False) if _is_partitioned(parameter)]

@@ -12,8 +12,6 @@ from typing import Any
 from quantkd.errors import DataError
 from quantkd.report.breakdown import read_bins
 
-__all__ = ["Arm", "load_arms"]
-
 _FIRST = ("teacher", "before", "after")  # in the report; others follow by name
 _FIDELITY_KEYS = ("tokens", "kl_sum", "ce_sum", "agree")
 _OPTIONAL_KEYS = ("reverse_kl_sum", "dense_kl_sum", "dense_reverse_kl_sum", "dense_agree")
@@ -50,17 +48,7 @@ class Arm:
 
 
 def load_arms(folder: Path) -> list[Arm]:
-    """Read all arms of a run, and see to it that they were evaluated on the same items.
-
-    Args:
-        folder: holds `<arm>.json`, any set of arms.
-
-    Returns:
-        Teacher, before, after, as far as they are there, then any others by name.
-
-    Raises:
-        DataError: no such folder, no arms, a malformed one, or arms evaluated on different items.
-    """
+    """Read all arms of a run, and see to it that they were evaluated on the same items."""
     if not folder.is_dir():
         raise DataError(
             f"There is no folder {folder}; expected what `quantkd evaluate --run_dir {folder.parent}` writes. "

@@ -12,8 +12,6 @@ from quantkd.errors import DataError
 from quantkd.evaluation.bootstrap import BootstrapSettings, bootstrap_interval
 from quantkd.evaluation.row_statistics import RowSums, compute_value
 
-__all__ = ["describe_bins", "name_bin", "read_bins", "tabulate_breakdown"]
-
 _TITLES = {
     "position": ("KL by position in the answer", "Token"),
     "entropy": ("KL by the teacher's entropy", "Entropy (nats)"),
@@ -28,19 +26,7 @@ _COLUMNS = {
 
 
 def read_bins(path: Path, bins: Any, tokens: list[float]) -> dict[str, dict[str, Any]]:
-    """The sums by bin of an arm's file.
-
-    Args:
-        path: the file, for the messages.
-        bins: what it holds under `bins`.
-        tokens: the tokens of each row, which the bins must add up to.
-
-    Returns:
-        For each kind of bin its `edges` and its columns as arrays (rows, bins).
-
-    Raises:
-        DataError: unequal lengths, values that are not finite, or bins that do not hold every token.
-    """
+    """The sums by bin of an arm's file."""
     if not isinstance(bins, Mapping):
         raise DataError(f"{path}, fidelity: expected bins by name, found {bins!r:.60}. Evaluate this arm again.")
     found: dict[str, dict[str, Any]] = {}
@@ -71,16 +57,7 @@ def read_bins(path: Path, bins: Any, tokens: list[float]) -> dict[str, dict[str,
 
 
 def describe_bins(bins: Mapping[str, Any], settings: BootstrapSettings) -> list[dict[str, Any]]:
-    """KL per token in each bin.
-
-    Args:
-        bins: `edges`, `tokens` and `kl_sum`, as `read_bins` gives them.
-        settings: of the bootstrap over rows.
-
-    Returns:
-        For each bin `from` and `to` (None for no end), `tokens`, and `value` and `interval`; None where no token is in
-        it, and no interval where fewer than two rows have one.
-    """
+    """KL per token in each bin."""
     edges = bins["edges"]
     described = []
     for place, (start, stop) in enumerate(zip(edges, [*edges[1:], None], strict=True)):
@@ -97,16 +74,7 @@ def describe_bins(bins: Mapping[str, Any], settings: BootstrapSettings) -> list[
 
 
 def tabulate_breakdown(results: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
-    """KL by one kind of bin, arm beside arm: over the whole vocabulary if every arm has that, else over the entries.
-
-    Args:
-        results: as `compute_results` gives them.
-        kind: "position" or "entropy".
-
-    Returns:
-        `title`, `label` (what the bins are of), `arms` (names), and `bins`: for each one with tokens its `name`, its
-        `tokens`, and under `arms` the figures by arm's name. None if no arm but the teacher has any.
-    """
+    """KL by one kind of bin, arm beside arm: over the whole vocabulary if every arm has that, else over the entries."""
     arms = {name: arm for name, arm in results["arms"].items() if name != "teacher"}
     key = f"dense_kl_by_{kind}"
     dense = all(key in arm for arm in arms.values())
@@ -133,12 +101,7 @@ def tabulate_breakdown(results: Mapping[str, Any], kind: str) -> dict[str, Any] 
 
 
 def name_bin(found: Mapping[str, Any], *, whole: bool) -> str:
-    """A bin in words, such as "9 to 16" of tokens counted from 1, or "0.1 to 0.3" of nats.
-
-    Args:
-        found: a bin of `describe_bins`.
-        whole: it holds whole numbers, counted from 0.
-    """
+    """A bin in words, such as "9 to 16" of tokens counted from 1, or "0.1 to 0.3" of nats."""
     start, stop = found["from"], found["to"]
     if whole:
         return f"{int(start) + 1} and on" if stop is None else f"{int(start) + 1} to {int(stop)}"

@@ -12,22 +12,12 @@ from quantkd.report.breakdown import tabulate_breakdown
 from quantkd.report.figure import COLORS, add_legend, clean_axes, pick_styles
 from quantkd.report.results import order_results
 
-__all__ = ["draw_breakdown"]
-
 _MARKERS = "osD^vPX*"
 _LABELS = {"Token": "Token of the answer, counted from 1", "Entropy (nats)": "Entropy of the teacher (nats)"}
 
 
 def draw_breakdown(results: dict[str, Any], path: Path) -> bool:
-    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw.
-
-    Args:
-        results: as `compute_results` gives them.
-        path: the PNG file.
-
-    Returns:
-        Whether there was anything to draw.
-    """
+    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
     results = order_results(results)
     tables = [table for kind in ("position", "entropy") if (table := tabulate_breakdown(results, kind))]
     if not tables:

@@ -13,8 +13,6 @@ from matplotlib.patches import Patch
 
 from quantkd.report.results import order_results
 
-__all__ = ["COLORS", "add_legend", "clean_axes", "draw_figure", "pick_styles", "plain_text"]
-
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the hatches do so in a black-and-white print.
 COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _HATCHES = ("", "///", "", "...", "xxx", "\\\\\\", "+++", "ooo")
@@ -25,15 +23,7 @@ _WIDE_BARS = 10  # so many bars of accuracy have room for a decimal each
 
 
 def draw_figure(results: dict[str, Any], path: Path) -> bool:
-    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw.
-
-    Args:
-        results: as `compute_results` gives them.
-        path: the PNG file.
-
-    Returns:
-        Whether there was anything to draw.
-    """
+    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
     results = order_results(results)
     arms = results["arms"]
     settings = [key for key in results["metrics"] if key.startswith("accuracy_") and not key.endswith("_strict")]
@@ -137,23 +127,13 @@ def _style(arms: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def pick_styles(arms: Iterable[str]) -> dict[str, int]:
-    """A place in `COLORS` for each arm; the usual arms have theirs in every report.
-
-    Args:
-        arms: their names, in the order of the report.
-    """
+    """A place in `COLORS` for each arm; the usual arms have theirs in every report."""
     others = [name for name in arms if name not in _OWN_COLORS]
     return _OWN_COLORS | {name: place % len(COLORS) for place, name in enumerate(others, start=len(_OWN_COLORS))}
 
 
 def add_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
-    """A legend above the panels, in as many columns as there is room for.
-
-    Args:
-        figure: with a constrained layout.
-        handles: what stands before each title.
-        titles: of the arms, as they are.
-    """
+    """A legend above the panels, in as many columns as there is room for."""
     labels = [plain_text(title if len(title) <= 60 else title[:57] + "...") for title in titles]
     widest = 0.07 * max(map(len, labels)) + 0.65  # inches, at this size of the letters
     side_by_side = sum(0.07 * len(label) + 0.65 for label in labels) < figure.get_figwidth()
@@ -162,20 +142,12 @@ def add_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
 
 
 def plain_text(text: str) -> str:
-    """Text that matplotlib neither reads as mathematics nor hides, as it does with labels that begin with `_`.
-
-    Args:
-        text: of any characters.
-    """
+    """Text that matplotlib neither reads as mathematics nor hides, as it does with labels that begin with `_`."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def clean_axes(panel: Axes) -> None:
-    """Take away the lines that say nothing, and add light ones to read values by.
-
-    Args:
-        panel: a chart whose vertical axis carries the values.
-    """
+    """Take away the lines that say nothing, and add light ones to read values by."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(axis="x", length=0)
     panel.yaxis.grid(True, color="#DDDDDD", linewidth=0.6)

@@ -10,18 +10,11 @@ from matplotlib.figure import Figure
 from quantkd.report.figure import clean_axes
 from quantkd.transfer_set.histograms import Histograms
 
-__all__ = ["draw_histograms"]
-
 _BLUE, _ORANGE = "#0072B2", "#E69F00"  # of Okabe and Ito, apart for colour-blind readers
 
 
 def draw_histograms(histograms: Histograms, path: str | Path) -> None:
-    """Draw both and write them as a PNG.
-
-    Args:
-        histograms: from `quantkd.transfer_set.histograms.compute_histograms`.
-        path: the PNG file.
-    """
+    """Draw both and write them as a PNG."""
     total = max(int(histograms.entries.sum()), 1)
     figure = Figure(figsize=(8.0, 3.2), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -9,8 +9,6 @@ from itertools import count
 from quantkd.evaluation.row_statistics import CalibrationSums, RowStatistic, RowSums
 from quantkd.report.arms import Arm
 
-__all__ = ["Metric", "get_statistic", "list_metrics"]
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -48,14 +46,7 @@ _OPTIONAL = (
 
 
 def list_metrics(arms: list[Arm]) -> list[Metric]:
-    """The metrics of a comparison: fidelity always, and what else an arm was evaluated in.
-
-    Args:
-        arms: all arms.
-
-    Returns:
-        The metrics in the order of the report; fewer shots come first.
-    """
+    """The metrics of a comparison: fidelity always, and what else an arm was evaluated in."""
     settings = {setting for arm in arms for setting in arm.accuracy}
     accuracy: list[Metric] = []
     for setting in sorted(settings, key=_order_setting):
@@ -79,15 +70,7 @@ def _order_setting(name: str) -> tuple[bool, int, str]:
 
 
 def get_statistic(arm: Arm, metric: Metric) -> RowStatistic | None:
-    """One arm's row sums for a metric.
-
-    Args:
-        arm: the arm.
-        metric: the metric.
-
-    Returns:
-        The sums; None where the arm was not evaluated for it.
-    """
+    """One arm's row sums for a metric."""
     if metric.setting is not None:
         rows = arm.accuracy.get(metric.setting)
         if rows is None or metric.numerator not in rows[0]:

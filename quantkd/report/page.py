@@ -9,20 +9,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from quantkd.report.breakdown import tabulate_breakdown
 from quantkd.report.results import order_results
 
-__all__ = ["format_table", "list_notes", "render_page", "tabulate"]
-
 _PERCENT = ("accuracy_", "top1_agreement", "dense_top1_agreement")
 
 
 def tabulate(results: dict[str, Any]) -> list[list[str]]:
-    """The results as the cells of a table: a line a metric, a column an arm, and the gap recovered by the subject.
-
-    Args:
-        results: as `compute_results` gives them.
-
-    Returns:
-        Lines of equal length; the first holds the columns' titles.
-    """
+    """The results as the cells of a table: a line a metric, a column an arm, and the gap recovered by the subject."""
     results = order_results(results)
     arms = results["arms"]
     shares = arms[results["subject"]]["gap_recovered"] if results["subject"] else {}
@@ -35,14 +26,7 @@ def tabulate(results: dict[str, Any]) -> list[list[str]]:
 
 
 def list_notes(results: dict[str, Any]) -> list[str]:
-    """What must be said below the table: what brackets are, what could not be measured and why, what is missing.
-
-    Args:
-        results: as `compute_results` gives them.
-
-    Returns:
-        Sentences.
-    """
+    """What must be said below the table: what brackets are, what could not be measured and why, what is missing."""
     results = order_results(results)
     confidence = f"Brackets: {results['confidence']:.0%} intervals."
     reasons = [f"{results['metrics'][key]}: not measurable: {why}." for key, why in results["not_measurable"].items()]
@@ -50,14 +34,7 @@ def list_notes(results: dict[str, Any]) -> list[str]:
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The results as a plain-text table, with notes below it.
-
-    Args:
-        results: as `compute_results` gives them.
-
-    Returns:
-        The table, without a newline at its end.
-    """
+    """The results as a plain-text table, with notes below it."""
     rows = tabulate(results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -66,16 +43,7 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None) -> str:
-    """The Markdown page of a report.
-
-    Args:
-        results: as `compute_results` gives them.
-        figure_name: the chart's file name beside the page; None if there is none.
-        breakdown_name: that of the chart of KL by position and entropy; None if there is none.
-
-    Returns:
-        The page, with a newline at its end.
-    """
+    """The Markdown page of a report."""
     environment = Environment(
         loader=PackageLoader("quantkd", "report"),
         undefined=StrictUndefined,

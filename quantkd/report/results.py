@@ -16,8 +16,6 @@ from quantkd.report.arms import Arm
 from quantkd.report.breakdown import describe_bins
 from quantkd.report.metrics import Metric, get_statistic, list_metrics
 
-__all__ = ["compute_results", "order_results"]
-
 CONFIDENCE = 0.95
 _SETTINGS = BootstrapSettings(CONFIDENCE, seed=0, resamples=2000)
 # More digits would differ between processors by the order of their sums.
@@ -34,18 +32,7 @@ _OTHERS = ("before", "control", "teacher", "after")
 
 
 def compute_results(arms: list[Arm]) -> dict[str, Any]:
-    """All figures of a report, as JSON values; the same arms give the same bytes.
-
-    Args:
-        arms: as `load_arms` gives them.
-
-    Returns:
-        `arms` (per arm its metrics with intervals, differences to other arms, paired tests, gap recovered, and KL by
-        position and by the teacher's entropy), and for the arm "after", or if there is none the first that is neither
-        teacher nor before, once more at the top its name as `subject`, `gap_recovered` {metric: number or None},
-        `gap_recovered_interval` and `not_measurable` {metric: why}; `questions_needed` {accuracy: number or None} to
-        see the teacher's gap; `missing` lists what was not evaluated.
-    """
+    """All figures of a report, as JSON values; the same arms give the same bytes."""
     metrics = list_metrics(arms)
     by_name = {arm.name: arm for arm in arms}
     compared = {arm.name: _describe_arm(arm, by_name, metrics) for arm in arms}
@@ -77,14 +64,7 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
 
 
 def order_results(results: dict[str, Any]) -> dict[str, Any]:
-    """Results read back from JSON, whose keys are sorted, with arms and metrics in the order of the report again.
-
-    Args:
-        results: as `compute_results` gives them, or as results.json holds them.
-
-    Returns:
-        The same figures; teacher, before and after come first.
-    """
+    """Results read back from JSON, whose keys are sorted, with arms and metrics in the order of the report again."""
     keys, gaps = results["metric_order"], ("metrics", "gap_recovered", "gap_recovered_interval", "not_measurable")
     return {
         "subject": "after",  # which every report of an earlier version has, and does not say

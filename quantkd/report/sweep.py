@@ -14,20 +14,13 @@ from quantkd.training.search_space import Dimension
 if TYPE_CHECKING:
     from quantkd.training.sweep_trials import Trial
 
-__all__ = ["draw_sweep"]
 
 _BLUE, _ORANGE = "#0072B2", "#E69F00"  # of Okabe and Ito, apart for colour-blind readers
 _COLUMNS = 3
 
 
 def draw_sweep(trials: Sequence[Trial], space: Sequence[Dimension], path: str | Path) -> None:
-    """Draw the trials and write them as a PNG. Those that diverged have no value and are left out.
-
-    Args:
-        trials: from `quantkd.training.sweep.run_sweep`.
-        space: what was searched.
-        path: the PNG file.
-    """
+    """Draw the trials and write them as a PNG. Those that diverged have no value and are left out."""
     shown = [trial for trial in trials if trial.value is not None]
     values = [trial.value or 0.0 for trial in shown]
     num_panels = 1 + len(space)

@@ -1,6 +1,7 @@
 """The teacher pass: from prompts to a transfer set."""
 
-from quantkd.teacher.capture import capture, load_teacher
+from quantkd.teacher.capture import capture
+from quantkd.teacher.loading import load_teacher
 from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
 

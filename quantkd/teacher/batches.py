@@ -19,8 +19,6 @@ from quantkd.teacher.table import PromptTable
 from quantkd.teacher.teacher import EncodedPrompt, Teacher
 from quantkd.transfer_set import TransferRow
 
-__all__ = ["Probe", "is_out_of_memory", "probe_batch_size", "run_batch"]
-
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 256
@@ -50,18 +48,6 @@ def probe_batch_size(teacher: Teacher, table: PromptTable, responses: str, max_n
     Each size is tried twice: answers as long as they may get are scored, which fills the key-value cache as far as it
     will ever go, and a few tokens are generated, which gives the speed. It ends where memory does, or where twice the
     prompts bring less than a tenth more tokens a second.
-
-    Args:
-        teacher: the teacher.
-        table: all prompts.
-        responses: "generate" or "given".
-        max_new_tokens: length limit of an answer.
-
-    Returns:
-        A power of two, and the speed.
-
-    Raises:
-        TeacherError: not even one prompt fits into memory.
     """
     if teacher.engine in ("vllm", "server"):
         return Probe(_ENGINE_BATCH)
@@ -116,17 +102,6 @@ def run_batch(
     The shape of a batch moves the last bits of the logits, and with them stored codes and, at times, tokens. So a batch
     is computed whole, once more after the caches are emptied, which mends fragmentation; and only for a teacher that
     promises the same bits in any batch, in halves.
-
-    Args:
-        run: `answer` or `score` of a teacher.
-        batch: the prompts.
-        batch_invariant: whether the teacher gives a row the same bits in any batch.
-
-    Returns:
-        One row a prompt.
-
-    Raises:
-        TeacherError: memory runs out, and halves could be another set or are of no use.
     """
     try:
         return run(batch)
@@ -161,14 +136,7 @@ def run_batch(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out.
-
-    Args:
-        error: any.
-
-    Returns:
-        True for torch's, Python's and the drivers' own words for it.
-    """
+    """Whether an error says that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

@@ -17,7 +17,7 @@ from quantkd.hardware import process_state
 from quantkd.teacher.batches import Probe
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, Filter, as_filters
 from quantkd.teacher.growing import grow, opening
-from quantkd.teacher.loading import Engine, build_teacher, check_engine, is_teacher, load_teacher
+from quantkd.teacher.loading import Engine, build_teacher, check_engine, is_teacher
 from quantkd.teacher.plan import build_plan, check_disk, check_lengths, choose_batch_size, estimate_capture
 from quantkd.teacher.progress import CaptureObserver, CaptureSummary, Progress
 from quantkd.teacher.running import Work, fill
@@ -25,8 +25,6 @@ from quantkd.teacher.table import encode_examples
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import PROFILES, TransferSet, TransferSetWriter
 from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, check_temperatures
-
-__all__ = ["capture", "load_teacher"]
 
 logger = logging.getLogger(__name__)
 

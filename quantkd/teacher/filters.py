@@ -14,18 +14,6 @@ from quantkd.data.prompts import Example
 from quantkd.errors import ConfigError, DataError
 from quantkd.transfer_set import TransferRow
 
-__all__ = [
-    "CorrectOnly",
-    "DropDuplicates",
-    "Filter",
-    "FinishedOnly",
-    "ResponseLength",
-    "UserFilter",
-    "apply_filters",
-    "as_filters",
-    "response_ids",
-]
-
 Verifier = Callable[[str, str], bool]
 """From the answer's text and the reference answer to whether it is right."""
 
@@ -51,15 +39,7 @@ class Filter(Protocol):
         """What the plan says of it."""
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """Why a row is left out.
-
-        Args:
-            answered: the row.
-            earlier: rows of the same prompt that were kept.
-
-        Returns:
-            The reason, one word that names its counter; None to keep the row.
-        """
+        """Why a row is left out."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +130,7 @@ class CorrectOnly:
         return None if right else "incorrect"
 
     def check(self, examples: Sequence[Example], responses: str) -> None:
-        """Refuse examples without a reference, before any work is spent.
-
-        Args:
-            examples: the prompts.
-            responses: "generate" or "given".
-
-        Raises:
-            ConfigError: given answers, which are their own reference.
-            DataError: an example without a reference, or one that GSM8K's grader cannot read.
-        """
+        """Refuse examples without a reference, before any work is spent."""
         if responses == "given":
             raise ConfigError(
                 "correct_only compares the teacher's own answers with the data set's, and responses='given' takes the "
@@ -200,17 +171,7 @@ class UserFilter:
 
 
 def as_filters(filters: Sequence[Filter | Callable[[Example, str], bool]]) -> list[Filter]:
-    """Filters, with plain functions taken for the user's own.
-
-    Args:
-        filters: filters and functions.
-
-    Returns:
-        Filters, in order.
-
-    Raises:
-        ConfigError: something that is neither.
-    """
+    """Filters, with plain functions taken for the user's own."""
     made: list[Filter] = []
     for each in filters:
         if hasattr(each, "reject") and hasattr(each, "describe"):
@@ -232,18 +193,7 @@ def apply_filters(
     examples: Sequence[Example],
     decode: Callable[[Sequence[int]], str],
 ) -> tuple[list[TransferRow], Counter[str]]:
-    """The rows of a shard that pass every filter, and how many did not by the first reason that each met.
-
-    Args:
-        filters: in the order in which they are asked.
-        rows: the rows.
-        groups: of each row the number of its prompt; the same prompt's rows follow one another.
-        examples: of each row its example.
-        decode: from token ids to text.
-
-    Returns:
-        The rows that are kept, in order, and counts under `filtered_<reason>`.
-    """
+    """The rows of a shard that pass every filter, and how many did not by the first reason that each met."""
     kept: list[TransferRow] = []
     counts: Counter[str] = Counter()
     earlier: list[TransferRow] = []
@@ -264,11 +214,7 @@ def apply_filters(
 def response_ids(row: TransferRow) -> Any:
     """The supervised token ids of a row.
 
-    Args:
-        row: any row.
-
-    Returns:
-        (R,) int64.
+    Shapes: returns (R,).
     """
     return np.concatenate([row.input_ids[start:stop] for start, stop in row.spans.tolist()])
 

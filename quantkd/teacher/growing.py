@@ -16,8 +16,6 @@ from quantkd.transfer_set.extension import (
 )
 from quantkd.transfer_set.index import INDEX_NAME, read_index
 
-__all__ = ["Opening", "grow", "opening"]
-
 
 @dataclass(frozen=True)
 class Opening:
@@ -47,17 +45,7 @@ class Opening:
         return self.base.batch_size if self.base else None
 
     def check(self, plan: Plan) -> bool:
-        """Refuse a plan whose rows do not fit the set.
-
-        Args:
-            plan: of the rows to be written.
-
-        Returns:
-            False if the set was last extended by these rows, so that nothing is to do.
-
-        Raises:
-            TransferSetError: other settings than the set's.
-        """
+        """Refuse a plan whose rows do not fit the set."""
         if self.base is None:
             return True
         if is_last_segment(self.base, plan) and not (self.folder / INDEX_NAME).exists():
@@ -67,18 +55,7 @@ class Opening:
 
 
 def opening(folder: Path, *, extend: bool) -> Opening:
-    """Where a capture writes.
-
-    Args:
-        folder: of the set.
-        extend: whether it adds rows to a finished set.
-
-    Returns:
-        The place.
-
-    Raises:
-        TransferSetError: nothing finished to extend, or no folder can be there.
-    """
+    """Where a capture writes."""
     occupied = next((part for part in (folder, *folder.parents) if part.exists()), folder)
     if occupied.exists() and not occupied.is_dir():
         raise TransferSetError(f"{occupied} is a file; the set needs a folder. Name another output_dir, or remove it.")
@@ -98,14 +75,7 @@ def opening(folder: Path, *, extend: bool) -> Opening:
 
 
 def grow(folder: Path) -> None:
-    """Take the finished extension into the set, once every process of this launch has closed it.
-
-    Args:
-        folder: of the set.
-
-    Raises:
-        TransferSetError: the disk fails, or another process is in the way.
-    """
+    """Take the finished extension into the set, once every process of this launch has closed it."""
     state = process_state()
     state.wait_for_everyone()
     if state.is_main_process:

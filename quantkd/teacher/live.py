@@ -21,8 +21,6 @@ from quantkd.models.student import is_quantized
 from quantkd.models.weights import count_rows
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["LiveTeacher"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -85,14 +83,7 @@ class LiveTeacher:
     ) -> DenseTeacher | TopKLogprobs:
         """The teacher's distributions at the N targets of a batch.
 
-        Args:
-            inputs: what the student's forward pass takes, without labels.
-            labels: (B, T) int64, unshifted, -100 where there is no target.
-            device: where the student's hidden states are.
-
-        Returns:
-            Hidden states and the head that makes logits of them; entries of the whole vocabulary where they cannot be
-            had.
+        Shapes: labels (B, T).
         """
         own = self.model.get_input_embeddings().weight.device
         moved = {key: value.to(own) if isinstance(value, Tensor) else value for key, value in inputs.items()}

@@ -19,7 +19,6 @@ from quantkd.transfer_set.rules import StorageRule
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Engine", "attach_adapter", "build_teacher", "check_engine", "is_teacher", "load_teacher", "load_tokenizer"]
 
 Engine = Literal["transformers", "vllm", "server"]
 _ENGINES = ("transformers", "vllm", "server")
@@ -28,19 +27,7 @@ _ENGINES = ("transformers", "vllm", "server")
 def load_teacher(
     name_or_path: str, *, dtype: str | None = None, **model_init_kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer in 16 bit, or in float32 where bfloat16 is not native.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder.
-        dtype: "bfloat16", "float16", "float32", or None to follow the hardware.
-        **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
-
-    Returns:
-        The model in evaluation mode, on this process's own device, and its tokenizer.
-
-    Raises:
-        ConfigError: no such folder or model, a folder that holds none, or an unknown dtype.
-    """
+    """Load a causal language model and its tokenizer in 16 bit, or in float32 where bfloat16 is not native."""
     with naming(name_or_path):
         refuse_adapter(name_or_path, **model_init_kwargs)
     tokenizer = load_tokenizer(name_or_path, model_init_kwargs)
@@ -50,18 +37,7 @@ def load_teacher(
 
 
 def load_tokenizer(name_or_path: str, model_init_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
-
-    Args:
-        name_or_path: a Hub name or a checkpoint folder.
-        model_init_kwargs: those of the model, of which revision, token and `trust_remote_code` count.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ConfigError: no such folder or model.
-    """
+    """The tokenizer beside a model."""
     kwargs = {key: model_init_kwargs[key] for key in ("revision", "token") if key in model_init_kwargs}
     remote = bool(model_init_kwargs.get("trust_remote_code", False))
     with naming(name_or_path):
@@ -72,32 +48,14 @@ def load_tokenizer(name_or_path: str, model_init_kwargs: Mapping[str, Any]) -> P
 
 
 def is_teacher(model: object) -> bool:
-    """Whether `model` can be asked as a `Teacher`, and is not a bare model or its name.
-
-    Args:
-        model: anything.
-
-    Returns:
-        True if it answers, scores and names its engine.
-    """
+    """Whether `model` can be asked as a `Teacher`, and is not a bare model or its name."""
     return all(hasattr(model, name) for name in ("answer", "score", "engine"))
 
 
 def check_engine(
     model: Any, engine: str, base_url: str | None, engine_kwargs: Mapping[str, Any] | None, adapter: str | None
 ) -> None:
-    """Refuse arguments that belong to another engine.
-
-    Args:
-        model: a name, a loaded model or a teacher.
-        engine: the engine's name.
-        base_url: address of a server.
-        engine_kwargs: further arguments of the engine.
-        adapter: an adapter on the teacher.
-
-    Raises:
-        ConfigError: an unknown engine, or arguments that it does not take.
-    """
+    """Refuse arguments that belong to another engine."""
     if engine not in _ENGINES:
         raise ConfigError(f"engine is one of {', '.join(_ENGINES)}, found {engine!r}.")
     if is_teacher(model):
@@ -128,19 +86,7 @@ def check_engine(
 
 
 def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:
-    """The model with a PEFT adapter in its layers, unmerged, so that no weight is rounded.
-
-    Args:
-        model: a causal language model; changed in place.
-        adapter: a folder that PEFT saved; or `user/name` or `user/name@revision` on the Hub.
-
-    Returns:
-        The model, and what the plan says of the adapter: its name and the sha256 of its weights.
-
-    Raises:
-        DataError: no such adapter, one that is not plain LoRA, or one that does not fit the model.
-        HubError: the Hub could not be reached, and the adapter is not in the cache.
-    """
+    """The model with a PEFT adapter in its layers, unmerged, so that no weight is rounded."""
     from peft import get_peft_model_state_dict
 
     from quantkd.hub.loading import load_adapter  # it imports the student, which a teacher on a server does without
@@ -167,28 +113,7 @@ def build_teacher(
     dtype: str | None = None,
     model_init_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Teacher, PreTrainedTokenizerBase, dict[str, str]]:
-    """A teacher on any engine, from a name or a loaded model.
-
-    Args:
-        model: a Hub name, a checkpoint folder, for the server engine the name that the server uses, or a loaded model.
-        tokenizer: its tokenizer; the one beside the model if None.
-        rule: which entries to keep.
-        temperatures: distillation temperatures to keep log-normalizers for.
-        settings: how it answers.
-        engine: "transformers", "vllm" or "server".
-        base_url: address of the server.
-        engine_kwargs: further arguments of `vllm.LLM` or `ServerTeacher`.
-        adapter: a PEFT adapter on the teacher.
-        dtype: dtype of a model given by name.
-        model_init_kwargs: further arguments of `from_pretrained`.
-
-    Returns:
-        The teacher, its tokenizer, and what the plan says of the adapter, empty without one.
-
-    Raises:
-        ConfigError: arguments that do not fit each other, or a model that cannot be found.
-        MissingDependencyError: the engine's package is not installed.
-    """
+    """A teacher on any engine, from a name or a loaded model."""
     extra = dict(model_init_kwargs or {})
     if engine == "transformers":
         described: dict[str, str] = {}

@@ -17,17 +17,6 @@ from quantkd.teacher.teacher import EncodedPrompt
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import Sampled, StorageRule, TopK
 
-__all__ = [
-    "TopLogprobs",
-    "build_row",
-    "check_rule",
-    "check_temperature_one",
-    "count_entries",
-    "end_tokens",
-    "locate_targets",
-    "seed_of",
-]
-
 # What vLLM's server writes for a probability of 0, for JSON has no infinity.
 _ZERO_PROBABILITY = -9999.0
 _ROUNDING = 1e-3  # nats above 0 that a float16 teacher reaches
@@ -49,11 +38,7 @@ class TopLogprobs:
 
     @classmethod
     def from_pairs(cls, targets: Sequence[Sequence[tuple[int, float]]]) -> TopLogprobs:
-        """Join the candidates of every target.
-
-        Args:
-            targets: of each target, its (token id, log-probability) pairs.
-        """
+        """Join the candidates of every target."""
         return cls(
             counts=np.asarray([len(target) for target in targets], dtype=np.int64),
             token_ids=np.asarray([token for target in targets for token, _ in target], dtype=np.int64),
@@ -62,11 +47,7 @@ class TopLogprobs:
 
     @classmethod
     def concatenate(cls, parts: Sequence[TopLogprobs]) -> TopLogprobs:
-        """Join several values end to end.
-
-        Args:
-            parts: at least one.
-        """
+        """Join several values end to end."""
         return cls(
             counts=np.concatenate([part.counts for part in parts]),
             token_ids=np.concatenate([part.token_ids for part in parts]),
@@ -76,8 +57,7 @@ class TopLogprobs:
     def select(self, targets: NDArray[np.int64]) -> TopLogprobs:
         """The targets named by their places, in that order; those beyond the end come without candidates.
 
-        Args:
-            targets: (M,) places of at least 0.
+        Shapes: targets (M,).
         """
         counts = np.append(self.counts, 0)
         starts = np.cumsum(counts) - counts
@@ -89,18 +69,7 @@ class TopLogprobs:
 
 
 def check_temperature_one(temperatures: Sequence[float], engine: str) -> tuple[float, ...]:
-    """Refuse log-normalizers of other temperatures, which take the whole vocabulary's logits.
-
-    Args:
-        temperatures: what was asked for.
-        engine: the engine, in words.
-
-    Returns:
-        (1.0,)
-
-    Raises:
-        ConfigError: any other temperature.
-    """
+    """Refuse log-normalizers of other temperatures, which take the whole vocabulary's logits."""
     if {float(temperature) for temperature in temperatures} != {1.0}:
         raise ConfigError(
             f"{engine} gives log-probabilities at temperature 1.0 alone; log-normalizers for temperatures "
@@ -111,15 +80,7 @@ def check_temperature_one(temperatures: Sequence[float], engine: str) -> tuple[f
 
 
 def check_rule(rule: StorageRule, engine: str) -> None:
-    """Refuse a storage rule that top log-probabilities cannot satisfy.
-
-    Args:
-        rule: the storage rule.
-        engine: the engine, in words.
-
-    Raises:
-        ConfigError: `Sampled`, whose draws need the whole distribution.
-    """
+    """Refuse a storage rule that top log-probabilities cannot satisfy."""
     if isinstance(rule, Sampled):
         raise ConfigError(
             f"{engine} gives the most probable tokens alone, and {rule} draws from the whole distribution. "
@@ -128,18 +89,7 @@ def check_rule(rule: StorageRule, engine: str) -> None:
 
 
 def count_entries(rule: StorageRule, vocab_size: int) -> int:
-    """How many candidates a target must come with for the rule to choose from.
-
-    Args:
-        rule: `TopK` or `Nucleus`.
-        vocab_size: V.
-
-    Returns:
-        A number of at most V.
-
-    Raises:
-        ConfigError: `TopK.k` exceeds the vocabulary.
-    """
+    """How many candidates a target must come with for the rule to choose from."""
     assert not isinstance(rule, Sampled)
     if isinstance(rule, TopK):
         if rule.k > vocab_size:
@@ -149,17 +99,7 @@ def count_entries(rule: StorageRule, vocab_size: int) -> int:
 
 
 def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64]]:
-    """The whole sequence of a given answer, and what of it is supervised.
-
-    Args:
-        prompt: a prompt with `completion_ids`.
-
-    Returns:
-        The token ids, and (S, 2) `[start, stop)` spans counted from the start of the prompt.
-
-    Raises:
-        TeacherError: an answer without tokens.
-    """
+    """The whole sequence of a given answer, and what of it is supervised."""
     completion = prompt.completion_ids or []
     if not completion:
         raise TeacherError(f"Row {prompt.index} has an answer without tokens; expected at least one. Remove the row.")
@@ -169,15 +109,7 @@ def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64]]
 
 
 def seed_of(seed: int, index: int) -> int:
-    """A row's own seed for the engine's sampler, the same in any batch and for any number of workers.
-
-    Args:
-        seed: of the capture.
-        index: of the row.
-
-    Returns:
-        31 bits, which every engine takes.
-    """
+    """A row's own seed for the engine's sampler, the same in any batch and for any number of workers."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}:tokens".encode()).digest()[:4], "little") >> 1
 
 
@@ -195,24 +127,7 @@ def build_row(
 ) -> TransferRow:
     """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one a target.
 
-    Args:
-        index: the row's place, for messages.
-        input_ids: (L,) the sequence.
-        spans: (S, 2) its supervised parts, R targets together.
-        candidates: what the engine said about these targets.
-        rule: `TopK` or `Nucleus`.
-        vocab_size: V.
-        finished: False if the length limit cut the answer.
-        engine: the engine, in words.
-        head_size: the width of the logits, where they are padded beyond `vocab_size`; candidates in the padding count
-            to the tail.
-
-    Returns:
-        The row; its only log-normalizer is that of temperature 1.
-
-    Raises:
-        TeacherError: candidates for another number of targets, ids outside the vocabulary, values that are no
-            log-probabilities, or fewer candidates than the rule needs.
+    Shapes: input_ids (L,), spans (S, 2).
     """
     assert not isinstance(rule, Sampled)
     targets = int((spans[:, 1] - spans[:, 0]).sum())
@@ -268,16 +183,5 @@ def build_row(
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
-    """Ids that end an answer, where there is no model to ask: as `quantkd.models.generation.find_end_tokens`.
-
-    Args:
-        tokenizer: the teacher's tokenizer.
-        own: `eos_token_id` of the teacher's generation config.
-
-    Returns:
-        At least one id, ascending.
-
-    Raises:
-        ConfigError: neither names one.
-    """
+    """Ids that end an answer, where there is no model to ask: as `quantkd.models.generation.find_end_tokens`."""
     return find_end_tokens(SimpleNamespace(generation_config=GenerationConfig(eos_token_id=own)), tokenizer)

@@ -20,8 +20,6 @@ from quantkd.transfer_set.fingerprint import compute_fingerprint
 from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME, read_index, read_plan
 from quantkd.transfer_set.rules import StorageRule, storage_rule_to_dict
 
-__all__ = ["CaptureEstimate", "build_plan", "check_disk", "check_lengths", "choose_batch_size", "estimate_capture"]
-
 # Small sets are still cut into this many shards, so that as many processes can share the work.
 _MIN_SHARDS = 16
 _MAX_ROWS_PER_SHARD = 1024
@@ -67,25 +65,7 @@ def build_plan(
     filters: Sequence[Filter],
     adapter: dict[str, str],
 ) -> Plan:
-    """Everything that decides the set's bytes.
-
-    Args:
-        teacher: the teacher.
-        tokenizer: its tokenizer.
-        table: all prompts.
-        rule: which entries are kept.
-        settings: how the teacher answers.
-        responses: "generate" or "given".
-        chat_template: whether prompts were rendered with the chat template.
-        profile: "faithful" or "compact".
-        batch_size: prompts a batch.
-        rows_per_shard: rows a shard; chosen from the number of rows if None.
-        filters: what is left out.
-        adapter: what is known of an adapter on the teacher.
-
-    Returns:
-        The plan.
-    """
+    """Everything that decides the set's bytes."""
     samples = table.num_samples
     if rows_per_shard is None:
         batches = -(-table.num_rows // (_MIN_SHARDS * batch_size))
@@ -138,19 +118,7 @@ def choose_batch_size(
     max_new_tokens: int,
     plan_with: Callable[[int], Plan],
 ) -> Probe:
-    """The batch size of the plan that lies at `folder`, or of a probe that the main process makes for all.
-
-    Args:
-        folder: the set's.
-        teacher: the teacher.
-        table: all prompts.
-        responses: "generate" or "given".
-        max_new_tokens: length limit of an answer.
-        plan_with: the plan of a batch size.
-
-    Returns:
-        The batch size, and the speed if it was probed now.
-    """
+    """The batch size of the plan that lies at `folder`, or of a probe that the main process makes for all."""
     state = process_state()
     found: list[Any] = [None]
     if state.is_main_process:
@@ -185,17 +153,7 @@ def _planned_batch_size(folder: Path, plan_with: Callable[[int], Plan]) -> int |
 
 
 def check_lengths(table: PromptTable, numbers: Sequence[int], max_context: int | None, max_new_tokens: int) -> None:
-    """Refuse prompts that leave no room for the answer, before any work is spent.
-
-    Args:
-        table: all prompts.
-        numbers: of each prompt its row in the source.
-        max_context: tokens of prompt and answer together; None for no limit.
-        max_new_tokens: length limit of an answer that is not given.
-
-    Raises:
-        DataError: the first prompt that is empty or too long, by its number.
-    """
+    """Refuse prompts that leave no room for the answer, before any work is spent."""
     lengths = table.lengths()
     answers = lengths[:, 1] if table.is_given else lengths[:, 1] + max_new_tokens
     if not lengths[:, 0].all():
@@ -214,18 +172,7 @@ def check_lengths(table: PromptTable, numbers: Sequence[int], max_context: int |
 def estimate_capture(
     plan: Plan, table: PromptTable, folder: Path, probe: Probe | None, max_new_tokens: int
 ) -> CaptureEstimate:
-    """What a capture will cost, as far as it can be known beforehand.
-
-    Args:
-        plan: the plan.
-        table: all prompts.
-        folder: where the set will lie.
-        probe: of the batch size, whose speed gives the time.
-        max_new_tokens: length limit of an answer.
-
-    Returns:
-        The estimate; tokens, bytes and time are upper bounds where answers are still to be generated.
-    """
+    """What a capture will cost, as far as it can be known beforehand."""
     prompts = table.prompt_tokens()
     given = int(table.lengths()[:, 1].sum()) * table.num_samples
     responses = given if table.is_given else table.num_rows * max_new_tokens
@@ -245,15 +192,7 @@ def estimate_capture(
 
 
 def check_disk(estimate: CaptureEstimate, folder: Path) -> None:
-    """Refuse a set that cannot fit on its disk even if every answer were one token long.
-
-    Args:
-        estimate: of the capture.
-        folder: where the set will lie.
-
-    Raises:
-        ConfigError: the disk is clearly too small.
-    """
+    """Refuse a set that cannot fit on its disk even if every answer were one token long."""
     if (folder / PLAN_NAME).exists() or (folder / INDEX_NAME).exists():
         return  # part of it, or all, is there already
     rows = estimate.plan.num_prompts

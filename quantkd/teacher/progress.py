@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from quantkd.teacher.plan import CaptureEstimate
     from quantkd.transfer_set import TransferSetInfo
 
-__all__ = ["CaptureObserver", "CaptureSummary", "Progress"]
-
 
 @dataclass(frozen=True)
 class CaptureSummary:
@@ -43,18 +41,10 @@ class CaptureObserver:
     """Is told of a capture's steps, in every process; does nothing itself. What it raises ends the capture."""
 
     def planned(self, estimate: CaptureEstimate) -> None:
-        """The plan is fixed, and nothing is written yet.
-
-        Args:
-            estimate: the plan and its cost.
-        """
+        """The plan is fixed, and nothing is written yet."""
 
     def finished(self, summary: CaptureSummary) -> None:
-        """The set is complete.
-
-        Args:
-            summary: what was done.
-        """
+        """The set is complete."""
 
 
 @dataclass
@@ -73,15 +63,7 @@ class Progress:
 
     @classmethod
     def over(cls, num_rows: int, *, show: bool) -> Progress:
-        """A bar on the main process's terminal, if there is one.
-
-        Args:
-            num_rows: rows of the plan.
-            show: whether it is wanted at all.
-
-        Returns:
-            Counts at zero.
-        """
+        """A bar on the main process's terminal, if there is one."""
         wanted = show and process_state().is_main_process
         return cls(tqdm(total=num_rows, desc="capture", unit="row", file=sys.stderr, disable=None if wanted else True))
 
@@ -91,23 +73,13 @@ class Progress:
         return time.monotonic() - self.started
 
     def batch(self, rows: int, tokens: int) -> None:
-        """A batch is done.
-
-        Args:
-            rows: its rows.
-            tokens: response tokens of these.
-        """
+        """A batch is done."""
         self.tokens += tokens
         self.bar.update(rows)
         self._show()
 
     def shard(self, rows: int, counters: Counter[str]) -> None:
-        """A shard is committed.
-
-        Args:
-            rows: rows that were kept.
-            counters: what was counted in it.
-        """
+        """A shard is committed."""
         self.rows += rows
         self.counters.update(counters)
         self._show()

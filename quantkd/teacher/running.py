@@ -16,8 +16,6 @@ from quantkd.teacher.table import PromptTable
 from quantkd.teacher.teacher import Teacher
 from quantkd.transfer_set import ShardTask, TransferRow, TransferSetWriter
 
-__all__ = ["Work", "fill"]
-
 
 @dataclass(frozen=True)
 class Work:
@@ -43,17 +41,7 @@ class Work:
 
 
 def fill(writer: TransferSetWriter, work: Work, progress: Progress) -> None:
-    """Run the teacher over every shard that this process gets, and commit each.
-
-    Args:
-        writer: of an unfinished set.
-        work: what is to be captured.
-        progress: hears of every batch and shard.
-
-    Raises:
-        TeacherError: the teacher's output cannot be stored, or memory runs out.
-        TransferSetError: the disk fails.
-    """
+    """Run the teacher over every shard that this process gets, and commit each."""
     for task in writer.claim():
         rows = _compute(task, work, writer.plan.batch_size, progress)
         samples = work.table.num_samples

@@ -27,8 +27,6 @@ from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import StorageRule
 
-__all__ = ["ServerTeacher"]
-
 logger = logging.getLogger(__name__)
 
 # `owned_by` of the model's card at /v1/models.
@@ -124,32 +122,11 @@ class ServerTeacher:
         return self._max_context
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Ask for one answer a prompt, `concurrency` at once, with the entries of each token.
-
-        Args:
-            prompts: a batch; a server is busy only with as many requests as this holds.
-
-        Returns:
-            One row a prompt, in order; `finished` is False where the length limit cut the answer.
-
-        Raises:
-            TeacherError: a server that fails, or whose answers cannot be stored.
-        """
+        """Ask for one answer a prompt, `concurrency` at once, with the entries of each token."""
         return self._map(lambda prompt: self._answer(prompt, self.settings), prompts)
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Ask for the entries at every supervised token of given answers.
-
-        Args:
-            prompts: a batch, each with `completion_ids`.
-
-        Returns:
-            One row a prompt, in order.
-
-        Raises:
-            ConfigError: a server that cannot do it.
-            TeacherError: a server that fails, or whose log-probabilities cannot be stored.
-        """
+        """Ask for the entries at every supervised token of given answers."""
         return self._map(self._score, prompts)
 
     def _find_model(self) -> dict[str, Any]:

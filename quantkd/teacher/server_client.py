@@ -16,8 +16,6 @@ from urllib.parse import urlsplit
 
 from quantkd.errors import ConfigError, TeacherError
 
-__all__ = ["ServerClient"]
-
 logger = logging.getLogger(__name__)
 
 _API_KEY = "OPENAI_API_KEY"
@@ -71,19 +69,7 @@ class ServerClient:
         self._opener = urllib.request.build_opener(_NoRedirects())
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, max_retries: int | None = None) -> Any:
-        """GET `path`, or POST `body` to it.
-
-        Args:
-            path: from the server's root, such as "/v1/models".
-            body: JSON to post; None gets.
-            max_retries: in place of the client's own.
-
-        Returns:
-            The parsed answer.
-
-        Raises:
-            TeacherError: the server refused the request, or did not answer after all retries.
-        """
+        """GET `path`, or POST `body` to it."""
         retries = self._retries if max_retries is None else max_retries
         for attempt in range(retries + 1):
             try:

@@ -13,8 +13,6 @@ from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher.logprobs import TopLogprobs
 from quantkd.teacher.teacher import GenerationSettings
 
-__all__ = ["DIALECTS", "Answer", "Completion", "Dialect"]
-
 _TOKEN_ID = "token_id:"
 
 

@@ -19,7 +19,6 @@ from quantkd.teacher.teacher import EncodedPrompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PromptTable", "encode_examples"]
 
 _CHUNK = 1024  # prompts tokenised in one call
 
@@ -53,13 +52,7 @@ class PromptTable:
         return self.num_prompts * self.num_samples
 
     def append(self, prompt_ids: Sequence[int], completion_ids: Sequence[int] | None, spans: Spans | None) -> None:
-        """Add a prompt.
-
-        Args:
-            prompt_ids: token ids up to where the answer begins.
-            completion_ids: a given answer.
-            spans: the supervised parts of an answer of several turns.
-        """
+        """Add a prompt."""
         content: list[Any] = [prompt_ids, completion_ids]
         if spans:
             self._spans[self.num_prompts] = spans
@@ -85,14 +78,7 @@ class PromptTable:
         return int(self.lengths()[:, 0].sum()) * self.num_samples
 
     def row(self, row: int) -> EncodedPrompt:
-        """A row of the plan.
-
-        Args:
-            row: its place; the rows of one prompt follow one another.
-
-        Returns:
-            The prompt, with the index that its random draws come from.
-        """
+        """A row of the plan."""
         prompt = row // self.num_samples
         start = self._ends[2 * prompt - 1] if prompt else 0
         middle, stop = self._ends[2 * prompt], self._ends[2 * prompt + 1]
@@ -114,23 +100,7 @@ def encode_examples(
     first_row: int = 0,
     drop_duplicates: bool = False,
 ) -> tuple[PromptTable, list[int]]:
-    """Token ids of all prompts, and of their answers where these are given.
-
-    Args:
-        examples: the prompts.
-        tokenizer: the teacher's.
-        responses: "generate" or "given".
-        chat_template: render prompts with the tokenizer's chat template.
-        num_samples: rows a prompt.
-        first_row: index of the first row.
-        drop_duplicates: keep the first of prompts, with given answers, that have the same token ids.
-
-    Returns:
-        The table, and of each of its prompts the place in `examples`.
-
-    Raises:
-        DataError: no token, no chat template, or no answer where one should be given.
-    """
+    """Token ids of all prompts, and of their answers where these are given."""
     table = PromptTable(num_samples, first_row)
     kept: list[int] = []
     seen: set[bytes] = set()

@@ -9,8 +9,6 @@ from typing import Protocol
 from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferRow
 
-__all__ = ["EncodedPrompt", "GenerationSettings", "Teacher"]
-
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -93,15 +91,7 @@ class Teacher(Protocol):
         """Tokens of prompt and answer together; None if it is not known."""
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """One answer a prompt, in order, with the entries of each of its tokens.
-
-        Args:
-            prompts: a batch.
-        """
+        """One answer a prompt, in order, with the entries of each of its tokens."""
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """The entries at every supervised token of given answers, in order.
-
-        Args:
-            prompts: a batch, each with `completion_ids`.
-        """
+        """The entries at every supervised token of given answers, in order."""

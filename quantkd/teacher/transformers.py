@@ -28,8 +28,6 @@ from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
 
-__all__ = ["TransformersTeacher"]
-
 # Scoring walks over given answers in pieces whose logits stay below this.
 _MAX_LOGITS_BYTES = 64 * 2**20
 
@@ -75,29 +73,12 @@ class TransformersTeacher:
         return None if limit is None else int(limit)
 
     def with_max_new_tokens(self, max_new_tokens: int) -> TransformersTeacher:
-        """The same teacher with another length limit, sharing the model.
-
-        Args:
-            max_new_tokens: length limit of an answer.
-
-        Returns:
-            Another teacher.
-        """
+        """The same teacher with another length limit, sharing the model."""
         settings = replace(self.settings, max_new_tokens=max_new_tokens)
         return TransformersTeacher(self.model, self.tokenizer, self.rule, self.temperatures, settings)
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Generate one answer a prompt, in one batch, keeping each token's entries in the pass that generates it.
-
-        Args:
-            prompts: the batch.
-
-        Returns:
-            One row a prompt, in order; `finished` is False where the length limit cut the answer.
-
-        Raises:
-            TeacherError: logits that are not finite.
-        """
+        """Generate one answer a prompt, in one batch, keeping each token's entries in the pass that generates it."""
         width = max(len(prompt.prompt_ids) for prompt in prompts)
         input_ids, mask = self._left_padded(prompts, width)
         recorder = _Recorder(self.vocab_size, self.rule, self.temperatures, self.settings, prompts)
@@ -122,15 +103,6 @@ class TransformersTeacher:
 
         The answers pass through the key-value cache in short pieces, so that the logits of a whole answer are never
         held at once.
-
-        Args:
-            prompts: the batch, each with `completion_ids`.
-
-        Returns:
-            One row a prompt, in order.
-
-        Raises:
-            TeacherError: logits that are not finite.
         """
         completions = [prompt.completion_ids or [] for prompt in prompts]
         width, steps = max(len(prompt.prompt_ids) for prompt in prompts), max(map(len, completions))

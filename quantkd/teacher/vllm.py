@@ -26,7 +26,6 @@ from quantkd.transfer_set.rules import StorageRule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["VLLMTeacher"]
 
 _ENGINE = "vLLM"
 # Other modes hand out what the sampler made of the distribution, or logits without their normalizer.
@@ -107,17 +106,7 @@ class VLLMTeacher:
         return int(self.llm.model_config.max_model_len)
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Generate one answer a prompt, keeping the entries of each token.
-
-        Args:
-            prompts: a batch; vLLM schedules it on its own, so give it many at once.
-
-        Returns:
-            One row a prompt, in order; `finished` is False where the length limit cut the answer.
-
-        Raises:
-            TeacherError: log-probabilities that cannot be stored.
-        """
+        """Generate one answer a prompt, keeping the entries of each token."""
         settings = self.settings
         sampling: dict[str, Any] = {"temperature": 0.0}
         if settings.do_sample:
@@ -152,15 +141,6 @@ class VLLMTeacher:
 
         The last token's entries are those of the one token that is generated after all before it; so an answer may
         fill the context to its end.
-
-        Args:
-            prompts: a batch, each with `completion_ids`.
-
-        Returns:
-            One row a prompt, in order.
-
-        Raises:
-            TeacherError: log-probabilities that cannot be stored.
         """
         located = [locate_targets(prompt) for prompt in prompts]
         parameters = self._parameters(max_tokens=1, temperature=0.0, prompt_logprobs=self.width)

@@ -10,25 +10,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from quantkd.errors import ConfigError
 
-__all__ = ["find_checkpoint"]
-
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` asks for, checked before anything is loaded.
-
-    Args:
-        resume_from_checkpoint: a folder; true, as a word or a value, for the last one in `output_dir`; false or None
-            for none. A checkpoint whose writing was interrupted is passed over.
-        output_dir: the run's folder.
-
-    Returns:
-        The folder, or None to start anew.
-
-    Raises:
-        ConfigError: there is none to go on from.
-    """
+    """The checkpoint that `resume_from_checkpoint` asks for, checked before anything is loaded."""
     asked = str(resume_from_checkpoint)
     if resume_from_checkpoint is None or asked.lower() == "false":
         return None

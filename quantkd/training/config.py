@@ -11,8 +11,6 @@ from quantkd.errors import ConfigError
 from quantkd.hardware import has_accelerator
 from quantkd.loss.reference import check_objective
 
-__all__ = ["STARTS", "QuantizedDistillationConfig"]
-
 # The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): a start that lies near
 # the optimum is led away from it by steps that a start from zero needs.
 _LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}

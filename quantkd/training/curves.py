@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["CURVES_NAME", "TrainingCurves", "draw_curves"]
-
 CURVES_NAME = "training.png"
 _BLUE, _ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, apart for colour-blind readers
 # Of each metric its title and its unit.
@@ -22,15 +20,7 @@ _PANELS = {
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool:
-    """Draw loss, KL, cross-entropy and agreement over steps: of training a line, of held-out rows points.
-
-    Args:
-        log_history: `trainer.state.log_history`, or the same from a checkpoint's trainer_state.json.
-        path: the PNG file.
-
-    Returns:
-        False, with nothing written, where nothing was logged.
-    """
+    """Draw loss, KL, cross-entropy and agreement over steps: of training a line, of held-out rows points."""
     curves = {name: (_series(log_history, name), _series(log_history, f"eval_{name}")) for name in _PANELS}
     curves = {name: pair for name, pair in curves.items() if pair[0] or pair[1]}
     if not curves:
@@ -88,27 +78,13 @@ class TrainingCurves(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Have the last step logged, wherever `logging_steps` falls.
-
-        Args:
-            args: unused.
-            state: whose step it is.
-            control: where logging is asked for.
-            **kwargs: unused.
-        """
+        """Have the last step logged, wherever `logging_steps` falls."""
         if state.global_step >= state.max_steps:
             control.should_log = True
         return control
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep what was measured before training; draw what came later.
-
-        Args:
-            args: whose output folder is taken.
-            state: with the log history.
-            control: unused.
-            **kwargs: unused.
-        """
+        """Keep what was measured before training; draw what came later."""
         if state.global_step == 0:
             self._before = [entry for entry in state.log_history if entry["step"] == 0]
         else:
@@ -117,14 +93,7 @@ class TrainingCurves(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw what was logged.
-
-        Args:
-            args: whose output folder is taken.
-            state: with the log history.
-            control: unused.
-            **kwargs: unused.
-        """
+        """Draw what was logged."""
         self._draw(args, state)
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:

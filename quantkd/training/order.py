@@ -13,15 +13,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from quantkd.transfer_set import TransferSet
 
-__all__ = ["LengthGroupedBatches", "order_for_evaluation", "order_for_training", "row_lengths"]
-
 
 def row_lengths(dataset: Any) -> list[int] | None:
-    """Tokens per row; None for a data set without a length, whose order is its own.
-
-    Args:
-        dataset: a `TransferSet`, which knows them without decoding, or rows with `input_ids`.
-    """
+    """Tokens per row; None for a data set without a length, whose order is its own."""
     if isinstance(dataset, TransferSet):
         return [int(length) for length in dataset.lengths]
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -50,11 +44,7 @@ class LengthGroupedBatches(Sampler[int]):
         return len(self._lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """accelerate's data loader calls this at the start of every epoch.
-
-        Args:
-            epoch: counted from 0.
-        """
+        """accelerate's data loader calls this at the start of every epoch."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -72,12 +62,7 @@ class LengthGroupedBatches(Sampler[int]):
 
 
 def order_for_training(dataset: Any, args: TrainingArguments) -> LengthGroupedBatches | None:
-    """Rows of like length together, in groups of one optimizer step; None where the Trainer's own order is asked for.
-
-    Args:
-        dataset: the training rows.
-        args: whose `train_sampling_strategy` asks.
-    """
+    """Rows of like length together, in groups of one optimizer step; None for the Trainer's own order."""
     lengths = row_lengths(dataset) if args.train_sampling_strategy == "group_by_length" else None
     if lengths is None:
         return None
@@ -86,11 +71,7 @@ def order_for_training(dataset: Any, args: TrainingArguments) -> LengthGroupedBa
 
 
 def order_for_evaluation(dataset: Any) -> list[int] | None:
-    """The longest rows first, for metrics that are sums over rows; None for the data set's own order.
-
-    Args:
-        dataset: the rows. Only a `TransferSet` tells their lengths at no cost, and this is asked in every evaluation.
-    """
+    """The longest rows first, for metrics that are sums over rows; None for the data set's own order."""
     if not isinstance(dataset, TransferSet):
         return None
     lengths = dataset.lengths

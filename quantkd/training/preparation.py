@@ -21,17 +21,11 @@ from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.compatibility import check_student
 
-__all__ = ["load_live_teacher", "load_tokenizer", "model_init_kwargs", "prepare_student", "take_one_gpu"]
-
 logger = logging.getLogger(__name__)
 
 
 def take_one_gpu(args: QuantizedDistillationConfig) -> None:
-    """Train on one GPU a process, where the Trainer would wrap the model in `DataParallel`.
-
-    Args:
-        args: the training arguments; changed where more than one GPU is visible.
-    """
+    """Train on one GPU a process, where the Trainer would wrap the model in `DataParallel`."""
     if args.n_gpu > 1:
         logger.warning(
             "%d GPUs are visible to one process; training on the first. "
@@ -44,15 +38,7 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
 def load_tokenizer(
     model: str | PreTrainedModel | PeftModel, args: QuantizedDistillationConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model.
-
-    Args:
-        model: the model or its name.
-        args: whose `model_init_kwargs` name a revision.
-
-    Raises:
-        ConfigError: a loaded model that does not say where it came from.
-    """
+    """The tokenizer that lies beside a model."""
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
         raise ConfigError("The model does not say where its tokenizer is; pass it as processing_class.")
@@ -64,16 +50,7 @@ def load_tokenizer(
 def load_live_teacher(
     teacher_model: str | PreTrainedModel, student: Any, args: QuantizedDistillationConfig
 ) -> LiveTeacher:
-    """The teacher that runs beside the student.
-
-    Args:
-        teacher_model: its name, or the loaded model.
-        student: the student.
-        args: the training arguments.
-
-    Raises:
-        ConfigError: a teacher that cannot teach this student.
-    """
+    """The teacher that runs beside the student."""
     assert not isinstance(args.teacher_model_init_kwargs, str)  # TrainingArguments has parsed it
     return LiveTeacher(teacher_model, student, (args.temperature,), **(args.teacher_model_init_kwargs or {}))
 
@@ -87,20 +64,7 @@ def prepare_student(
     peft_config: PeftConfig | None = None,
     quantization_config: Any | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The student that the trainer trains.
-
-    Args:
-        model: a name, loaded quantized; or a loaded model, taken as it is.
-        args: the training arguments.
-        transfer_sets: what it must fit.
-        train_dataset: whose rows a covariance start looks at, if it can be indexed.
-        peft_config: adapters to attach; the default ones on a quantized model if None.
-        quantization_config: for a model given by name.
-
-    Raises:
-        ConfigError: arguments that do not fit each other, or a model that cannot be packed.
-        DataError: rows longer than the student's context.
-    """
+    """The student that the trainer trains."""
     init_kwargs = dict(model_init_kwargs(args))
     name = model if isinstance(model, str) else model.config._name_or_path
     if isinstance(model, str):
@@ -131,11 +95,7 @@ def prepare_student(
 
 
 def model_init_kwargs(args: QuantizedDistillationConfig) -> dict[str, Any]:
-    """The further arguments of `from_pretrained`, parsed.
-
-    Args:
-        args: the training arguments.
-    """
+    """The further arguments of `from_pretrained`, parsed."""
     assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
     return args.model_init_kwargs or {}
 

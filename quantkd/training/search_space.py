@@ -8,8 +8,6 @@ from typing import Any
 
 from quantkd.errors import ConfigError
 
-__all__ = ["ADAPTER_NAMES", "TRAINING_NAMES", "Dimension", "parse_space"]
-
 TRAINING_NAMES: dict[str, type] = {
     "learning_rate": float,
     "num_train_epochs": float,
@@ -62,11 +60,7 @@ class Dimension:
         return (self.low, self.high) if self.choices is None else self.choices
 
     def suggest(self, trial: Any) -> Any:
-        """The value that a trial shall try; asked again, the same trial gives the same.
-
-        Args:
-            trial: a trial of Optuna.
-        """
+        """The value that a trial shall try; asked again, the same trial gives the same."""
         if self.choices is not None:
             return trial.suggest_categorical(self.name, self.choices)
         if self.type is int:
@@ -82,15 +76,6 @@ class Dimension:
 
 def parse_space(texts: Sequence[str]) -> tuple[Dimension, ...]:
     """Read the ranges and choices of a sweep.
-
-    Args:
-        texts: one dimension each: `name=low:high`, `name=low:high:log`, or `name=a,b,c`.
-
-    Returns:
-        The dimensions, in their order.
-
-    Raises:
-        ConfigError: none at all, an unknown name or one that is given twice, or values that cannot be.
 
     Example:
         >>> [dimension.ends for dimension in parse_space(["learning_rate=1e-5:1e-3:log", "lora_r=8,16"])]

@@ -21,8 +21,6 @@ from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.rules import TopK
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["Check", "run_selftest"]
-
 _PROMPTS = (
     "A pencil costs 3 coins. How many coins do 7 pencils cost?",
     "Name two colours.",
@@ -46,17 +44,7 @@ class Check:
 def run_selftest(
     model: Any, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True, max_new_tokens: int = 24
 ) -> Iterator[Check]:
-    """Distil a model into itself and check what must then be true.
-
-    Args:
-        model: a causal language model in float32; used as teacher and as student.
-        tokenizer: its tokenizer.
-        chat_template: False prompts with plain text, for a base model.
-        max_new_tokens: length of the teacher's answers.
-
-    Yields:
-        One check after the other.
-    """
+    """Distil a model into itself and check what must then be true."""
     rule = TopK(min(50, model.get_output_embeddings().weight.shape[0]))
     teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens))
     prompts = [

@@ -43,8 +43,6 @@ from quantkd.training.trainer import QuantizedDistillationTrainer
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.compatibility import check_transfer_set
 
-__all__ = ["Trial", "run_sweep"]
-
 _METRICS = (OBJECTIVE, "eval_ce", "eval_top1_agreement")
 # What else decides a trial's figure, beside the arguments that can be searched.
 _FIXED = ("seed", "optim", "warmup_steps", "init", "init_rows", "train_sampling_strategy", "bf16", "fp16")
@@ -62,29 +60,7 @@ def run_sweep(
     peft_config: PeftConfig | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Train `n_trials` students and compare their KL to the teacher on held-out rows.
-
-    Args:
-        model: a quantized model without adapters; it is left without.
-        args: the training arguments that are not searched. `output_dir` takes `sweep.db`, which a stopped sweep goes
-            on from, `sweep.json` and `sweep.png`; trials are measured at their end and not saved. Left as they are.
-        space: what to search, from `parse_space`.
-        train_dataset: what trials learn from.
-        eval_dataset: rows that they are measured on.
-        n_trials: trials in all, those of earlier runs included.
-        processing_class: the student's tokenizer; loaded from the model's name if None.
-        peft_config: the adapters, as far as they are not searched; rank 16 on all linear layers if None. Where `lora_r`
-            is searched and `lora_alpha` is not, `lora_alpha / lora_r` stays.
-        on_trial: called after each trial.
-
-    Returns:
-        The trials in the order of their places, those of earlier runs too.
-
-    Raises:
-        MissingDependencyError: Optuna is not installed.
-        ConfigError: a space that cannot be searched, such as a temperature that was not captured.
-        DataError: the folder holds a sweep of something else.
-    """
+    """Train `n_trials` students and compare their KL to the teacher on held-out rows."""
     if importlib.util.find_spec("optuna") is None:
         raise MissingDependencyError("A sweep needs the package optuna: `pip install quantkd[sweep]`.")
     if process_state().num_processes > 1:

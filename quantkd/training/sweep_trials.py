@@ -13,8 +13,6 @@ from typing import Any
 
 from quantkd.errors import DataError
 
-__all__ = ["OBJECTIVE", "STUDY", "Trial", "open_study", "quiet_optuna", "read_trials", "to_json", "write_trials"]
-
 STUDY = "quantkd"
 OBJECTIVE = "eval_kl"
 
@@ -39,18 +37,7 @@ class Trial:
 
 
 def open_study(path: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """The study in the folder, new or gone on with; what an ended process left running counts as failed.
-
-    Args:
-        path: its SQLite file.
-        settings: JSON values that decide the trials.
-
-    Returns:
-        The study, and the storage that it lies in.
-
-    Raises:
-        DataError: the file holds trials of other settings.
-    """
+    """The study in the folder, new or gone on with; what an ended process left running counts as failed."""
     import optuna
 
     storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve().as_posix()}")
@@ -69,11 +56,7 @@ def open_study(path: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def read_trials(study: Any) -> list[Trial]:
-    """The finished trials of a study.
-
-    Args:
-        study: of Optuna.
-    """
+    """The finished trials of a study."""
     import optuna
 
     found = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
@@ -90,13 +73,7 @@ def read_trials(study: Any) -> list[Trial]:
 
 
 def write_trials(folder: Path, settings: dict[str, Any], trials: Sequence[Trial]) -> None:
-    """Write `sweep.json`.
-
-    Args:
-        folder: where.
-        settings: what decides the trials.
-        trials: the finished ones.
-    """
+    """Write `sweep.json`."""
     measured = [trial for trial in trials if trial.value is not None]
     best = min(measured, key=lambda trial: trial.value or 0.0, default=None)
     result = {
@@ -112,11 +89,7 @@ def write_trials(folder: Path, settings: dict[str, Any], trials: Sequence[Trial]
 
 
 def to_json(value: Any) -> Any:
-    """Sets in order, and enums by their value; adapters' configurations hold both.
-
-    Args:
-        value: any value of an argument.
-    """
+    """Sets in order, and enums by their value; adapters' configurations hold both."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     value = getattr(value, "value", value)

@@ -34,8 +34,6 @@ from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_collator, check_transfer_set, find_transfer_sets
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["QuantizedDistillationTrainer"]
-
 logger = logging.getLogger(__name__)
 
 

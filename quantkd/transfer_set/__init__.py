@@ -4,9 +4,10 @@ from quantkd.transfer_set.batch import RowBatch
 from quantkd.transfer_set.conversion import convert, estimate_bytes
 from quantkd.transfer_set.info import TransferSetInfo
 from quantkd.transfer_set.joining import concatenate
-from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, TransferRow
+from quantkd.transfer_set.plan import FORMAT_VERSION, Plan
 from quantkd.transfer_set.profiles import PROFILES
 from quantkd.transfer_set.reader import TransferSet
+from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.verification import Verification, verify
 from quantkd.transfer_set.writer import ShardTask, TransferSetWriter
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from quantkd.transfer_set.codec import DecodedRows
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["RowBatch"]
-
 IGNORED_LABEL = -100
 
 
@@ -47,17 +45,7 @@ class RowBatch:
     def from_decoded(
         cls, decoded: DecodedRows, temperatures: tuple[float, ...], vocab_size: int, weight: float | None
     ) -> RowBatch:
-        """Decoded rows as tensors.
-
-        Args:
-            decoded: the rows.
-            temperatures: those with a stored log-normalizer.
-            vocab_size: V.
-            weight: of each row; None without weights.
-
-        Returns:
-            The batch.
-        """
+        """Decoded rows as tensors."""
         labels = np.full(len(decoded.input_ids), IGNORED_LABEL, dtype=np.int64)
         labels[decoded.targets] = decoded.input_ids[decoded.targets]
         return cls(
@@ -80,14 +68,7 @@ class RowBatch:
 
     @classmethod
     def concatenate(cls, parts: list[RowBatch]) -> RowBatch:
-        """Several batches end to end; they must share temperatures and vocabulary size.
-
-        Args:
-            parts: at least one.
-
-        Returns:
-            One batch of all their rows, in order.
-        """
+        """Several batches end to end; they must share temperatures and vocabulary size."""
         if len(parts) == 1:
             return parts[0]
         shifts = torch.tensor([0] + [part.input_ids.numel() for part in parts[:-1]]).cumsum(0)

@@ -8,18 +8,9 @@ from typing import Literal
 from quantkd.transfer_set.filesystem import FileLock
 from quantkd.transfer_set.index import INDEX_NAME, record_name
 
-__all__ = ["ShardClaims", "lock_name"]
-
 
 def lock_name(shard: int) -> str:
-    """The name of the lock file of a shard.
-
-    Args:
-        shard: its number.
-
-    Returns:
-        A file name.
-    """
+    """The name of the lock file of a shard."""
     return f"shard-{shard:05d}.lock"
 
 
@@ -36,38 +27,17 @@ class ShardClaims:
         self._locks: dict[int, FileLock] = {}
 
     def holds(self, shard: int) -> bool:
-        """Whether the shard is claimed by this object.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            True if `try_claim` gave it out here and it was not released.
-        """
+        """Whether the shard is claimed by this object."""
         return shard in self._locks
 
     def is_committed(self, shard: int) -> bool:
-        """Whether the shard's record is there.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            True once the record is seen; it never goes away again while the set is unfinished.
-        """
+        """Whether the shard's record is there."""
         if shard not in self._committed and (self._folder / record_name(shard)).exists():
             self._committed.add(shard)
         return shard in self._committed
 
     def try_claim(self, shard: int) -> Literal["ours", "taken", "committed", "finished"]:
-        """Claim a shard, unless it is committed, the whole set is finished, or another process holds it.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            "ours" if it is claimed now, else why it is not.
-        """
+        """Claim a shard, unless it is committed, the whole set is finished, or another process holds it."""
         if self.is_committed(shard):
             return "committed"
         lock = FileLock(self._folder / lock_name(shard))
@@ -81,14 +51,7 @@ class ShardClaims:
         return "ours"
 
     def is_abandoned(self, shard: int) -> bool:
-        """Whether a shard that is not committed is held by no other process.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            True if waiting for another process would be in vain.
-        """
+        """Whether a shard that is not committed is held by no other process."""
         if shard in self._locks:
             return True
         lock = FileLock(self._folder / lock_name(shard))
@@ -99,12 +62,7 @@ class ShardClaims:
         return not finished
 
     def release(self, shard: int, *, committed: bool) -> None:
-        """Give a claim back.
-
-        Args:
-            shard: a claimed one.
-            committed: whether its record was written meanwhile.
-        """
+        """Give a claim back."""
         if committed:
             self._committed.add(shard)
         self._locks.pop(shard).release(remove=True)

@@ -22,8 +22,6 @@ from quantkd.transfer_set.quantization import (
 )
 from quantkd.transfer_set.row import TransferRow
 
-__all__ = ["Codec", "DecodedRows"]
-
 
 @dataclass(frozen=True)
 class DecodedRows:
@@ -56,11 +54,7 @@ class DecodedRows:
     finished: NDArray[np.bool_]
 
     def rows(self) -> list[TransferRow]:
-        """The rows one by one.
-
-        Returns:
-            Views of these arrays, one `TransferRow` a row.
-        """
+        """The rows one by one."""
         token_ends = np.cumsum(self.lengths)
         target_ends = np.cumsum(self.target_counts)
         span_ends = np.cumsum(self.span_counts)
@@ -105,14 +99,7 @@ class Codec:
         self.count_dtype = np.dtype("u1" if self.max_entries < 2**8 else "<u2" if self.max_entries < 2**16 else "<u4")
 
     def tensors(self, size: ShardSize) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor of a shard, in file order: wide items first, so all are aligned.
-
-        Args:
-            size: the numbers of the shard.
-
-        Returns:
-            What the header of the shard holds.
-        """
+        """Name, dtype and shape of every tensor of a shard, in file order: wide items first, so all are aligned."""
         byte = np.dtype("u1")
         planes, fine = self.high_bits, self.fine
         optional = [
@@ -141,12 +128,6 @@ class Codec:
         """The tensors of a shard that holds `rows`. The rows must be valid.
 
         Each target's entries are stored with the most probable one first and the others by ascending id.
-
-        Args:
-            rows: the rows of one shard, checked by `TransferRow.validate`.
-
-        Returns:
-            The shard's size, and its tensors by name.
         """
         codes = [self._encode_row(row) for row in rows]
         size = ShardSize(
@@ -173,14 +154,7 @@ class Codec:
         return size, tensors
 
     def decode(self, codes: RowCodes) -> DecodedRows:
-        """The rows behind `codes`, without a loop over rows or tokens.
-
-        Args:
-            codes: the stored form of some rows, free of faults.
-
-        Returns:
-            The rows, flat.
-        """
+        """The rows behind `codes`, without a loop over rows or tokens."""
         lengths = codes.rows[:, TOKENS].astype(np.int64)
         span_counts = codes.rows[:, SPANS].astype(np.int64)
         spans = codes.spans.astype(np.int64)

@@ -15,8 +15,6 @@ from quantkd.models.packing import position_ids_of
 from quantkd.transfer_set import RowBatch
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = ["DistillationCollator"]
-
 
 @dataclass(frozen=True)
 class DistillationCollator:
@@ -43,11 +41,7 @@ class DistillationCollator:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> DistillationCollator:
-        """Pads with the tokenizer's padding token, or with its end token if it has none; either is masked.
-
-        Args:
-            tokenizer: the student's.
-        """
+        """Pads with the tokenizer's padding token, or with its end token if it has none; either is masked."""
         pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
         return cls((end or 0) if pad is None else pad)
 

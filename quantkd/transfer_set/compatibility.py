@@ -14,16 +14,9 @@ from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.fingerprint import check_fingerprint
 
-__all__ = ["check_collator", "check_student", "check_transfer_set", "find_transfer_sets"]
-
 
 def find_transfer_sets(train_dataset: Any, eval_dataset: Any) -> list[TransferSet]:
-    """The transfer sets among the trainer's data.
-
-    Args:
-        train_dataset: of any kind, or None.
-        eval_dataset: of any kind, several of them by name, or None.
-    """
+    """The transfer sets among the trainer's data."""
     held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     return [dataset for dataset in (train_dataset, *held_out) if isinstance(dataset, TransferSet)]
 
@@ -31,17 +24,7 @@ def find_transfer_sets(train_dataset: Any, eval_dataset: Any) -> list[TransferSe
 def check_transfer_set(
     transfer_set: TransferSet, tokenizer: PreTrainedTokenizerBase, args: QuantizedDistillationConfig
 ) -> None:
-    """Refuse a set that another tokenizer wrote, or that the objective cannot be computed from.
-
-    Args:
-        transfer_set: what shall be learned from or measured on.
-        tokenizer: the student's.
-        args: the objective.
-
-    Raises:
-        TransferSetError: another tokenizer.
-        ConfigError: a temperature that was not captured, or reverse KL on sampled entries.
-    """
+    """Refuse a set that another tokenizer wrote, or that the objective cannot be computed from."""
     info = transfer_set.info
     what = f"The transfer set of teacher {info.teacher_name}"
     check_fingerprint(info.tokenizer_fingerprint, tokenizer, what=what)
@@ -58,15 +41,7 @@ def check_transfer_set(
 
 
 def check_collator(collator: Any, args: QuantizedDistillationConfig) -> None:
-    """Refuse packing with a collator that does not know how.
-
-    Args:
-        collator: what makes batches of rows.
-        args: whose `packing` asks.
-
-    Raises:
-        ConfigError: packing with a collator of the caller's.
-    """
+    """Refuse packing with a collator that does not know how."""
     if args.packing and not isinstance(collator, DistillationCollator):
         raise ConfigError(
             f"packing=True packs with a DistillationCollator, found the data_collator {type(collator).__name__}. "
@@ -75,16 +50,7 @@ def check_collator(collator: Any, args: QuantizedDistillationConfig) -> None:
 
 
 def check_student(transfer_set: TransferSet, model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a student whose vocabulary or context does not hold the set's rows.
-
-    Args:
-        transfer_set: what shall be learned from or measured on.
-        model: the student.
-
-    Raises:
-        ConfigError: a head that is smaller than the set's vocabulary.
-        DataError: no rows, or rows longer than the student's context.
-    """
+    """Refuse a student whose vocabulary or context does not hold the set's rows."""
     if not len(transfer_set):
         raise DataError("The transfer set holds 0 rows; expected at least one. Capture some, or select others.")
     config = model.config.get_text_config()

@@ -17,27 +17,11 @@ from quantkd.transfer_set.shard import shard_bytes
 from quantkd.transfer_set.trimming import narrow, trim
 from quantkd.transfer_set.writer import TransferSetWriter
 
-__all__ = ["convert", "estimate_bytes", "expect_entries"]
-
 
 def convert(
     source: str | Path | TransferSet, destination: str | Path, profile: str, storage: StorageRule | None = None
 ) -> str:
-    """Write `source` again in another profile. A conversion that was cut off resumes.
-
-    Args:
-        source: a set or its folder.
-        destination: the new set's folder.
-        profile: "faithful" or "compact".
-        storage: the rule to trim entries to; None for the profile's own, or the source's if its entries are draws.
-
-    Returns:
-        The root digest of the new set.
-
-    Raises:
-        TransferSetError: the source is damaged, or another set lies at the destination.
-        ConfigError: sampled entries and a rule that would trim them.
-    """
+    """Write `source` again in another profile. A conversion that was cut off resumes."""
     transfer_set = source if isinstance(source, TransferSet) else TransferSet.open(source)
     old = transfer_set.plan
     if storage is None:
@@ -58,14 +42,7 @@ def convert(
 
 
 def expect_entries(rule: StorageRule) -> float:
-    """A guess at the mean entries per target, from SmolLM2-135M on its own GSM8K answers; larger models are surer.
-
-    Args:
-        rule: the storage rule.
-
-    Returns:
-        Entries a target.
-    """
+    """A guess at the mean entries per target, from SmolLM2-135M on its own GSM8K answers; larger models are surer."""
     if isinstance(rule, TopK):
         return float(rule.k)
     if isinstance(rule, Sampled):
@@ -76,15 +53,6 @@ def expect_entries(rule: StorageRule) -> float:
 
 def estimate_bytes(plan: Plan, prompt_tokens: int, response_tokens: int, entries_per_token: float | None = None) -> int:
     """The bytes that a set will take on disk, all files included. A few per cent off even if its entries are known.
-
-    Args:
-        plan: what will be captured.
-        prompt_tokens: tokens of all prompts.
-        response_tokens: tokens of all responses, taken as the teacher's own most probable ones.
-        entries_per_token: mean entries per response token; None for `expect_entries`.
-
-    Returns:
-        Bytes.
 
     Example:
         A plan of 1,000 prompts with 95 tokens each and 100 tokens an answer: `estimate_bytes(plan, 95_000, 100_000)`.

@@ -22,8 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 from quantkd.errors import DataError
 from quantkd.transfer_set.plan import MAX_VOCAB_SIZE, is_whole
 
-__all__ = ["CompressedLayout", "ResidualBin"]
-
 _FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _SPECIAL_TERMS = {"sqrt": np.sqrt, "exp": np.exp}
 _MAX_BITS = 32  # wider codes than an id needs are of no use
@@ -72,17 +70,7 @@ class CompressedLayout:
 
     @classmethod
     def load(cls, path: Path) -> CompressedLayout:
-        """Read a `compression_config.yaml`.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The layout, with every field checked.
-
-        Raises:
-            DataError: the file is missing, not YAML, or holds a field that is missing, unknown or out of range.
-        """
+        """Read a `compression_config.yaml`."""
         try:
             value = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -128,14 +116,7 @@ class CompressedLayout:
     def decode_ids(self, data: ArrayLike) -> NDArray[np.int64]:
         """Token ids from `bytepacked_indices`.
 
-        Args:
-            data: (T, ceil(k * id_bits / 8)) bytes.
-
-        Returns:
-            (T, k) ids, most probable first.
-
-        Raises:
-            ValueError: another number of bytes.
+        Shapes: returns (T, k).
         """
         table = np.asarray(data, dtype=np.uint8)
         expected = -(-self.k * self.id_bits // 8)
@@ -146,14 +127,7 @@ class CompressedLayout:
     def decode_logprobs(self, data: ArrayLike) -> NDArray[np.float64]:
         """Log-probabilities from `compressed_logprobs`.
 
-        Args:
-            data: (T, B) bytes.
-
-        Returns:
-            (T, k) nats, as near to the teacher's as the compression left them.
-
-        Raises:
-            ValueError: another number of bytes than the layout has.
+        Shapes: data (T, B), returns (T, k).
         """
         table = np.asarray(data, dtype=np.uint8)
         if table.ndim != 2 or table.shape[1] != self._num_bytes():

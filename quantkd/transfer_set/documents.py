@@ -11,8 +11,6 @@ import numpy as np
 
 from quantkd.errors import TransferSetError
 
-__all__ = ["MAX_DOCUMENT_BYTES", "MAX_JSON_DEPTH", "canonical_json", "parse_canonical_json", "quote", "require_fields"]
-
 # An array of empty objects takes about 27 times its text in memory: 2 MiB of text stay below 64 MiB.
 MAX_DOCUMENT_BYTES = 2 * 2**20
 MAX_JSON_DEPTH = 16
@@ -25,18 +23,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 def canonical_json(value: Any) -> bytes:
-    """`value` as JSON bytes: keys sorted, no spaces, ASCII, one newline at the end.
-
-    Args:
-        value: what JSON can hold.
-
-    Returns:
-        The bytes, the same for equal values.
-
-    Raises:
-        TransferSetError: the value is not JSON, holds a number that is not finite or a control character, or nests
-            deeper than `MAX_JSON_DEPTH`.
-    """
+    """`value` as JSON bytes: keys sorted, no spaces, ASCII, one newline at the end."""
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -50,18 +37,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
-    """The object in `data`, which must be byte for byte what `canonical_json` writes.
-
-    Args:
-        data: the bytes of the file, at most `MAX_DOCUMENT_BYTES`.
-        name: the file's name, for the error.
-
-    Returns:
-        The object.
-
-    Raises:
-        TransferSetError: too deep, not JSON, not canonical, not an object, or with control characters.
-    """
+    """The object in `data`, which must be byte for byte what `canonical_json` writes."""
     _check_depth(data, name)
     try:
         value = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
@@ -78,33 +54,13 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def quote(text: object, limit: int = 200) -> str:
-    """`text` fit for a message: ASCII, escapes spelled out, cut at `limit` characters.
-
-    Args:
-        text: anything, shown as `str` does.
-        limit: the most characters.
-
-    Returns:
-        Printable ASCII.
-    """
+    """`text` fit for a message: ASCII, escapes spelled out, cut at `limit` characters."""
     shown = ascii(str(text)[: limit + 1])[1:-1]
     return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
 def require_fields(value: Any, name: str, fields: Iterable[str]) -> dict[str, Any]:
-    """`value`, checked to be an object with exactly `fields`.
-
-    Args:
-        value: what should be the object.
-        name: what it is, for messages.
-        fields: the names it must have, and no others.
-
-    Returns:
-        The object.
-
-    Raises:
-        TransferSetError: not an object, or fields missing or unknown.
-    """
+    """`value`, checked to be an object with exactly `fields`."""
     expected = set(fields)
     if not isinstance(value, dict) or set(value) != expected:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from quantkd.transfer_set.idpacking import rest_bytes
 
-__all__ = ["CHECKSUM", "COLUMNS", "ENTRIES", "EXPLICIT", "HIGH", "LOW", "SPANS", "TOKENS", "RowCodes", "ShardSize"]
-
 _POPCOUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 MAX_SHARD_ROWS = 2**16
 MAX_SHARD_SPANS = 2**20
@@ -48,11 +46,7 @@ class ShardSize:
     high: int
 
     def is_possible(self) -> bool:
-        """Whether some rows could have these numbers, within the limits of the format.
-
-        Returns:
-            False for numbers that only a damaged or hostile file can hold.
-        """
+        """Whether some rows could have these numbers, within the limits of the format."""
         return (
             0 <= self.rows <= min(MAX_SHARD_ROWS, self.tokens)
             and 0 <= self.spans <= min(MAX_SHARD_SPANS, self.targets)
@@ -84,15 +78,7 @@ class RowCodes:
 
     @classmethod
     def empty(cls, num_normalizers: int, high_bits: int) -> RowCodes:
-        """No rows at all.
-
-        Args:
-            num_normalizers: temperatures other than 1.
-            high_bits: bits of an id above the 16th.
-
-        Returns:
-            Arrays of length 0.
-        """
+        """No rows at all."""
         nothing = np.zeros(0, "u1")
         planes = (nothing,) * high_bits
         return cls(
@@ -113,24 +99,12 @@ class RowCodes:
         )
 
     def checksum(self) -> int:
-        """crc32 over one row: every array in the order of the fields, without the checksum itself.
-
-        Returns:
-            A whole number below 2**32.
-        """
+        """crc32 over one row: every array in the order of the fields, without the checksum itself."""
         fields = list(vars(self).values())
         return zlib.crc32(b"".join([fields[0][0, :CHECKSUM].tobytes(), *_buffers(fields[1:])]))
 
     def find_fault(self, max_entries: int, vocab_size: int) -> tuple[int, str] | None:
-        """The first row whose numbers contradict each other, with what is wrong; None if all agree.
-
-        Args:
-            max_entries: the most entries that a target may hold.
-            vocab_size: V.
-
-        Returns:
-            The row's place and what is wrong with it, in words; None without a fault.
-        """
+        """The first row whose numbers contradict each other, with what is wrong; None if all agree."""
         rows = self.rows.astype(np.int64)
         span_edges = np.append(0, np.cumsum(rows[:, SPANS]))
         row_ends = np.append(0, np.cumsum(self.spans[:, 1].astype(np.int64) - self.spans[:, 0]))[span_edges]

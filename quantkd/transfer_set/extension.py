@@ -22,29 +22,12 @@ from quantkd.transfer_set.plan import MAX_SHARDS, Plan
 from quantkd.transfer_set.shard import shard_bytes, shard_name
 from quantkd.transfer_set.writer import COMMIT_LOCK, LOCK_TIMEOUT_SECONDS, WRITER_LOCK
 
-__all__ = [
-    "EXTENSION_FOLDER",
-    "count_prompts",
-    "differing_fields",
-    "extended_plan",
-    "is_last_segment",
-    "merge_extension",
-]
-
 EXTENSION_FOLDER = "extension"
 _PASSING = ("segments", "first_row")
 
 
 def differing_fields(base: Plan, added: Plan) -> list[str]:
-    """In what the plan of added rows differs from the finished set's, prompts apart.
-
-    Args:
-        base: the finished set's plan.
-        added: the plan of the rows to be added.
-
-    Returns:
-        Names of fields; none if the rows may be added.
-    """
+    """In what the plan of added rows differs from the finished set's, prompts apart."""
 
     def common(plan: Plan) -> Plan:
         extra = {key: value for key, value in plan.extra.items() if key not in _PASSING}
@@ -54,18 +37,7 @@ def differing_fields(base: Plan, added: Plan) -> list[str]:
 
 
 def extended_plan(base: Plan, added: Plan) -> Plan:
-    """The plan of both together. The old set's last shard stays as full as it is, so some prompt numbers stay unused.
-
-    Args:
-        base: the finished set's plan.
-        added: the plan of the added rows; its `extra` names the first one as `first_row`.
-
-    Returns:
-        A plan whose `extra` lists the segments: prompts and their digest, oldest first.
-
-    Raises:
-        TransferSetError: the plans do not fit together, or there would be too many shards.
-    """
+    """The plan of both together. The old set's last shard stays as it is, so some prompt numbers stay unused."""
     first_row = base.num_shards * base.rows_per_shard
     differences = differing_fields(base, added)
     if differences or added.extra.get("first_row") != first_row:
@@ -90,27 +62,12 @@ def extended_plan(base: Plan, added: Plan) -> Plan:
 
 
 def is_last_segment(base: Plan, added: Plan) -> bool:
-    """Whether a set was last extended by these very prompts, as when a command is given twice.
-
-    Args:
-        base: the finished set's plan.
-        added: the plan of the rows to be added.
-
-    Returns:
-        False for a set that was never extended.
-    """
+    """Whether a set was last extended by these very prompts, as when a command is given twice."""
     return "segments" in base.extra and base.extra["segments"][-1] == _segments(added)[0]
 
 
 def count_prompts(plan: Plan) -> int:
-    """The prompts of a plan, without the numbers that an extension left unused.
-
-    Args:
-        plan: any plan.
-
-    Returns:
-        Prompts.
-    """
+    """The prompts of a plan, without the numbers that an extension left unused."""
     segments = plan.extra.get("segments")
     if not isinstance(segments, list):
         return plan.num_prompts
@@ -120,18 +77,7 @@ def count_prompts(plan: Plan) -> int:
 
 
 def merge_extension(path: str | Path, filesystem: FileSystem | None = None) -> str:
-    """Take the finished rows of the subfolder `extension` into the set. Run again after a crash, it goes on.
-
-    Args:
-        path: the set's folder.
-        filesystem: the disk; tests pass one that dies.
-
-    Returns:
-        The root digest of the set as it is now.
-
-    Raises:
-        TransferSetError: no finished extension, one that does not fit, another process in the way, or a failing disk.
-    """
+    """Take the finished rows of the subfolder `extension` into the set. Run again after a crash, it goes on."""
     folder, disk = Path(path), filesystem or FileSystem()
     staging = folder / EXTENSION_FOLDER
     try:

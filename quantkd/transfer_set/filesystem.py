@@ -12,8 +12,6 @@ from types import TracebackType
 
 from quantkd.errors import TransferSetError
 
-__all__ = ["COMMIT_STEPS", "FileLock", "FileSystem", "open_regular", "read_regular", "write_atomically"]
-
 # What `write_atomically` reaches, in order; `FileSystem.reach` hears each as "<what>:<step>".
 COMMIT_STEPS = ("created", "written", "synced", "renamed", "folder-synced")
 
@@ -22,74 +20,34 @@ class FileSystem:
     """The disk as the operating system gives it."""
 
     def reach(self, step: str) -> None:
-        """Called at every named step of a commit; does nothing here.
-
-        Args:
-            step: such as "shard:renamed".
-        """
+        """Called at every named step of a commit; does nothing here."""
 
     def create(self, path: Path) -> int:
-        """Open a new or emptied file for writing; returns its descriptor.
-
-        Args:
-            path: its name; a link there is refused.
-
-        Returns:
-            A file descriptor.
-        """
+        """Open a new or emptied file for writing; returns its descriptor."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """Write some of `data`; returns how many bytes were taken.
-
-        Args:
-            descriptor: from `create`.
-            data: what to write.
-
-        Returns:
-            Bytes taken, which may be fewer than `data` has.
-        """
+        """Write some of `data`; returns how many bytes were taken."""
         return os.write(descriptor, data)
 
     def fsync(self, descriptor: int) -> None:
-        """Flush a file or folder to the disk.
-
-        Args:
-            descriptor: of an open file or folder.
-        """
+        """Flush a file or folder to the disk."""
         os.fsync(descriptor)
 
     def rename(self, source: Path, destination: Path) -> None:
-        """Move `source` over `destination` in one step.
-
-        Args:
-            source: an existing file.
-            destination: its new name, on the same disk.
-        """
+        """Move `source` over `destination` in one step."""
         os.replace(source, destination)
 
     def unlink(self, path: Path) -> None:
-        """Remove a file that may be gone already.
-
-        Args:
-            path: the file.
-        """
+        """Remove a file that may be gone already."""
         path.unlink(missing_ok=True)
 
     def mkdir(self, path: Path) -> None:
-        """Create a folder and its parents; it may exist.
-
-        Args:
-            path: the folder.
-        """
+        """Create a folder and its parents; it may exist."""
         path.mkdir(parents=True, exist_ok=True)
 
     def sync_folder(self, path: Path) -> None:
-        """Flush a folder's entries, so that a rename in it survives a power cut.
-
-        Args:
-            path: the folder.
-        """
+        """Flush a folder's entries, so that a rename in it survives a power cut."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.fsync(descriptor)
@@ -98,17 +56,7 @@ class FileSystem:
 
 
 def write_atomically(filesystem: FileSystem, path: Path, data: bytes, what: str) -> None:
-    """Put `data` at `path` so that a reader, or the next start after a crash, finds all of it or none.
-
-    Args:
-        filesystem: the disk.
-        path: the final name; `<name>.tmp` beside it is used on the way, so one process at a time may write a path.
-        data: the whole content.
-        what: names the steps, such as "shard".
-
-    Raises:
-        OSError: the disk refused; the final name is then either absent or complete.
-    """
+    """Put `data` at `path` so that a reader, or the next start after a crash, finds all of it or none."""
     temporary = path.with_name(path.name + ".tmp")
     descriptor = filesystem.create(temporary)
     try:
@@ -131,17 +79,7 @@ def write_atomically(filesystem: FileSystem, path: Path, data: bytes, what: str)
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor for reading `path`, which must be a plain file: no link leads out of the folder, no pipe blocks.
-
-    Args:
-        path: the file.
-
-    Returns:
-        A file descriptor; the caller closes it.
-
-    Raises:
-        TransferSetError: missing, unreadable, a link, or not a plain file.
-    """
+    """A descriptor for reading `path`, which must be a plain file: no link leads out of the folder, no pipe blocks."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -157,18 +95,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of the plain file `path`, of at most `max_bytes`.
-
-    Args:
-        path: the file.
-        max_bytes: the most that is read.
-
-    Returns:
-        All its bytes.
-
-    Raises:
-        TransferSetError: as `open_regular`, or the file is larger.
-    """
+    """The content of the plain file `path`, of at most `max_bytes`."""
     with os.fdopen(open_regular(path), "rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -193,14 +120,7 @@ class FileLock:
         return self._descriptor is not None
 
     def acquire(self, *, shared: bool = False) -> bool:
-        """Take the lock if nobody is in the way; returns whether it was taken.
-
-        Args:
-            shared: let other shared holders in.
-
-        Returns:
-            True if this object holds the lock now.
-        """
+        """Take the lock if nobody is in the way; returns whether it was taken."""
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
@@ -221,15 +141,7 @@ class FileLock:
             os.close(descriptor)
 
     def wait(self, timeout_seconds: float, done: Callable[[], bool] = lambda: False) -> bool:
-        """Take the lock, polling, until `done()` or the timeout; returns whether it was taken.
-
-        Args:
-            timeout_seconds: how long to try.
-            done: asked between tries; True ends the waiting.
-
-        Returns:
-            True if this object holds the lock now.
-        """
+        """Take the lock, polling, until `done()` or the timeout; returns whether it was taken."""
         deadline = time.monotonic() + timeout_seconds
         while not self.acquire():
             if done() or time.monotonic() > deadline:
@@ -238,11 +150,7 @@ class FileLock:
         return True
 
     def release(self, *, remove: bool = False) -> None:
-        """Give the lock back; with `remove`, the file goes first, while it is still held.
-
-        Args:
-            remove: delete the lock file, too.
-        """
+        """Give the lock back; with `remove`, the file goes first, while it is still held."""
         if self._descriptor is not None:
             if remove:
                 self.path.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from quantkd.errors import TransferSetError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_fingerprint", "compute_fingerprint", "count_token_ids"]
 
 # Where each part's digest lies in the 64 hexadecimal digits, so that a mismatch can say which part differs.
 _PARTS = {"vocabulary": slice(0, 24), "special tokens": slice(24, 40), "chat template": slice(40, 64)}
@@ -22,12 +21,6 @@ def compute_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of the token ids and strings, the special tokens, and the chat template.
 
     The padding token is left out: trainers move it freely, and no target is ever a padding position.
-
-    Args:
-        tokenizer: any tokenizer of transformers.
-
-    Returns:
-        64 hexadecimal digits: truncated sha256 digests of the three parts, end to end.
     """
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     specials = {
@@ -46,12 +39,6 @@ def count_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
     A model's head is often padded beyond it, and by another number in each size of a family: Qwen2.5-7B has 152,064
     rows and Qwen2.5-0.5B 151,936 for the same 151,665 ids.
-
-    Args:
-        tokenizer: any tokenizer of transformers.
-
-    Returns:
-        How many rows of a head can be a token at all.
     """
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -59,17 +46,7 @@ def count_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 def check_fingerprint(
     found: str, tokenizer: PreTrainedTokenizerBase, *, what: str, parts: Collection[str] = tuple(_PARTS)
 ) -> None:
-    """Refuse a transfer set that another tokenizer wrote.
-
-    Args:
-        found: the set's fingerprint.
-        tokenizer: the student's tokenizer.
-        what: the set, in words, for the message.
-        parts: which must agree. To measure on rows that are token ids already, "vocabulary" is enough.
-
-    Raises:
-        TransferSetError: any part differs; the message names which.
-    """
+    """Refuse a transfer set that another tokenizer wrote."""
     expected = compute_fingerprint(tokenizer)
     differing = [name for name, part in _PARTS.items() if name in parts and found[part] != expected[part]]
     if not differing:

@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from quantkd.transfer_set.reader import TransferSet
 
-__all__ = ["Histograms", "compute_histograms"]
-
 _ROWS_AT_ONCE = 256
 _NATS_PER_BIN = 0.25
 
@@ -32,17 +30,7 @@ class Histograms:
 
 
 def compute_histograms(transfer_set: TransferSet) -> Histograms:
-    """Read a set once and count.
-
-    Args:
-        transfer_set: a set or a view.
-
-    Returns:
-        The counts, over all targets of the set.
-
-    Raises:
-        TransferSetError: a row is damaged.
-    """
+    """Read a set once and count."""
     top = np.log(transfer_set.plan.vocab_size)
     edges = np.arange(np.ceil(top / _NATS_PER_BIN) + 1) * _NATS_PER_BIN
     entries = np.zeros(1, dtype=np.int64)

@@ -15,20 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["decode_rest", "encode_rest", "rest_bytes"]
-
 Ints = NDArray[np.int64]
 
 
 def low_widths(sizes: Ints, vocab_size: int) -> Ints:
     """floor(log2(V / m)) for sets of m ids, and 0 for empty sets.
 
-    Args:
-        sizes: (R,) ids a set.
-        vocab_size: V.
-
-    Returns:
-        (R,) bits of an id that go to the low stream.
+    Shapes: sizes (R,), returns (R,).
     """
     # The exponent of the quotient is its bit length; exact, for a quotient is far below 2**53.
     widths = np.frexp(vocab_size // np.maximum(sizes, 1))[1].astype(np.int64) - 1
@@ -38,13 +31,7 @@ def low_widths(sizes: Ints, vocab_size: int) -> Ints:
 def high_lengths(sizes: Ints, widths: Ints, vocab_size: int) -> Ints:
     """Bits of the high stream for sets of m ids: one set bit an id, and room for the largest gap sum.
 
-    Args:
-        sizes: (R,) ids a set.
-        widths: (R,) from `low_widths`.
-        vocab_size: V.
-
-    Returns:
-        (R,) bits.
+    Shapes: sizes (R,), widths (R,), returns (R,).
     """
     return np.where(sizes > 0, sizes + ((vocab_size - 1) >> widths), 0)
 
@@ -52,13 +39,7 @@ def high_lengths(sizes: Ints, widths: Ints, vocab_size: int) -> Ints:
 def rest_bytes(sizes: Ints, row_ends: Ints, vocab_size: int) -> tuple[Ints, Ints]:
     """Bytes of both streams for every row; each row starts at a byte.
 
-    Args:
-        sizes: (R,) ids per target beyond its first entry.
-        row_ends: (B + 1,) cumulative targets at the rows' ends, from 0.
-        vocab_size: V.
-
-    Returns:
-        (B,) bytes of the low stream and (B,) bytes of the high one.
+    Shapes: sizes (R,), row_ends (B + 1,), returns (B,).
     """
     widths = low_widths(sizes, vocab_size)
     low = np.diff(np.append(0, np.cumsum(sizes * widths))[row_ends])
@@ -69,13 +50,7 @@ def rest_bytes(sizes: Ints, row_ends: Ints, vocab_size: int) -> tuple[Ints, Ints
 def encode_rest(ids: Ints, sizes: Ints, vocab_size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The two streams of one row.
 
-    Args:
-        ids: all targets' ids beyond the first entries, ascending within each target.
-        sizes: (R,) ids per target.
-        vocab_size: V.
-
-    Returns:
-        The low stream and the high one, as bytes.
+    Shapes: sizes (R,).
     """
     widths = low_widths(sizes, vocab_size)
     lengths = high_lengths(sizes, widths, vocab_size)
@@ -92,15 +67,7 @@ def encode_rest(ids: Ints, sizes: Ints, vocab_size: int) -> tuple[NDArray[np.uin
 def decode_rest(low: NDArray[Any], high: NDArray[Any], sizes: Ints, row_ends: Ints, vocab_size: int) -> Ints:
     """The inverse of `encode_rest` over several rows at once.
 
-    Args:
-        low: the low streams of the rows, end to end.
-        high: the high streams, with as many set bits as there are ids.
-        sizes: (R,) ids per target.
-        row_ends: (B + 1,) cumulative targets at the rows' ends, from 0.
-        vocab_size: V.
-
-    Returns:
-        The ids of all targets, ascending within each.
+    Shapes: sizes (R,), row_ends (B + 1,).
     """
     widths = low_widths(sizes, vocab_size)
     lengths = high_lengths(sizes, widths, vocab_size)

@@ -22,8 +22,6 @@ from quantkd.transfer_set.row import MASS_SLACK, TransferRow
 from quantkd.transfer_set.rules import TopK, storage_rule_to_dict
 from quantkd.transfer_set.writer import TransferSetWriter
 
-__all__ = ["import_axolotl", "import_distillkit"]
-
 ROWS_PER_SHARD = 1024
 _PADDING_LOGPROB = -1e8  # toolkits pad with -inf or -1e9
 _LAYOUT_FILE = "compression_config.yaml"

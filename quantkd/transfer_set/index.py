@@ -21,18 +21,6 @@ from quantkd.transfer_set.encoded import MAX_SHARD_ITEMS, ShardSize
 from quantkd.transfer_set.filesystem import read_regular
 from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
 
-__all__ = [
-    "INDEX_NAME",
-    "PLAN_NAME",
-    "Index",
-    "ShardRecord",
-    "parse_index",
-    "read_index",
-    "read_plan",
-    "read_record",
-    "record_name",
-]
-
 INDEX_NAME = "index.json"
 PLAN_NAME = "plan.json"
 FORMAT_NAME = "quantkd transfer set"
@@ -40,14 +28,7 @@ _SIZES = tuple(ShardSize.__dataclass_fields__)
 
 
 def record_name(index: int) -> str:
-    """The file name of the record that marks shard `index` as committed.
-
-    Args:
-        index: of the shard.
-
-    Returns:
-        A file name.
-    """
+    """The file name of the record that marks shard `index` as committed."""
     return f"shard-{index:05d}.json"
 
 
@@ -66,27 +47,12 @@ class ShardRecord:
     counters: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as it stands in an index, without counters.
-
-        Returns:
-            A JSON object.
-        """
+        """The record as it stands in an index, without counters."""
         return {**asdict(self.size), "sha256": self.sha256}
 
     @classmethod
     def from_json(cls, value: Any, name: str) -> ShardRecord:
-        """The inverse of `to_json`, with every number checked.
-
-        Args:
-            value: a JSON value.
-            name: what it is, for messages.
-
-        Returns:
-            The record.
-
-        Raises:
-            TransferSetError: missing or unknown fields, or numbers that cannot be.
-        """
+        """The inverse of `to_json`, with every number checked."""
         fields = require_fields(value, name, (*_SIZES, "sha256"))
         size = ShardSize(**{key: fields[key] for key in _SIZES})
         whole = all(is_whole(fields[key], 0, MAX_SHARD_ITEMS) for key in _SIZES)
@@ -106,15 +72,7 @@ class Index:
 
     @classmethod
     def from_records(cls, plan: Plan, records: Sequence[ShardRecord]) -> Index:
-        """The index over the first `len(records)` shards of a plan.
-
-        Args:
-            plan: the plan.
-            records: those of the shards 0, 1, ... without a gap.
-
-        Returns:
-            An index that is complete if no record is missing.
-        """
+        """The index over the first `len(records)` shards of a plan."""
         total: Counter[str] = Counter()
         for record in records:
             total.update(record.counters)
@@ -130,49 +88,21 @@ class Index:
         }
 
     def digest(self) -> str:
-        """The root digest: sha256 of the canonical JSON of everything else in the index, in hexadecimal.
-
-        Returns:
-            64 hexadecimal digits.
-        """
+        """The root digest: sha256 of the canonical JSON of everything else in the index, in hexadecimal."""
         return hashlib.sha256(canonical_json(self._content())).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The content of index.json.
-
-        Returns:
-            Canonical JSON.
-        """
+        """The content of index.json."""
         return canonical_json({**self._content(), "digest": self.digest()})
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a finished set.
-
-    Args:
-        folder: the set's folder.
-
-    Returns:
-        The index, with every number in it checked.
-
-    Raises:
-        TransferSetError: missing, damaged, of another format version, or with values that cannot be.
-    """
+    """The index of a finished set."""
     return parse_index(read_regular(folder / INDEX_NAME, MAX_DOCUMENT_BYTES))
 
 
 def parse_index(data: bytes) -> Index:
-    """The index that the content of an index.json describes.
-
-    Args:
-        data: all bytes of the file.
-
-    Returns:
-        The index, with every number in it checked.
-
-    Raises:
-        TransferSetError: damaged, of another format version, or with values that cannot be.
-    """
+    """The index that the content of an index.json describes."""
     value = parse_canonical_json(data, INDEX_NAME)
     _check_format(value, INDEX_NAME)
     require_fields(value, INDEX_NAME, ("format", "version", "plan", "shards", "counters", "digest"))
@@ -200,29 +130,12 @@ def parse_index(data: bytes) -> Index:
 
 
 def plan_to_bytes(plan: Plan) -> bytes:
-    """The content of plan.json.
-
-    Args:
-        plan: the plan.
-
-    Returns:
-        Canonical JSON.
-    """
+    """The content of plan.json."""
     return canonical_json({"format": FORMAT_NAME, "version": FORMAT_VERSION, "plan": plan.to_json()})
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan of an unfinished set.
-
-    Args:
-        folder: the set's folder.
-
-    Returns:
-        The plan, with every field checked.
-
-    Raises:
-        TransferSetError: missing, damaged, of another format version, or with values that cannot be.
-    """
+    """The plan of an unfinished set."""
     value = parse_canonical_json(read_regular(folder / PLAN_NAME, MAX_DOCUMENT_BYTES), PLAN_NAME)
     _check_format(value, PLAN_NAME)
     require_fields(value, PLAN_NAME, ("format", "version", "plan"))
@@ -230,30 +143,12 @@ def read_plan(folder: Path) -> Plan:
 
 
 def record_to_bytes(record: ShardRecord) -> bytes:
-    """The content of a record file.
-
-    Args:
-        record: of a committed shard.
-
-    Returns:
-        Canonical JSON.
-    """
+    """The content of a record file."""
     return canonical_json({"shard": record.to_json(), "counters": record.counters})
 
 
 def read_record(folder: Path, index: int) -> ShardRecord:
-    """The record of shard `index` of an unfinished set.
-
-    Args:
-        folder: the set's folder.
-        index: of the shard.
-
-    Returns:
-        The record, with every number checked.
-
-    Raises:
-        TransferSetError: missing, damaged, or with values that cannot be.
-    """
+    """The record of shard `index` of an unfinished set."""
     name = record_name(index)
     value = parse_canonical_json(read_regular(folder / name, MAX_DOCUMENT_BYTES), name)
     fields = require_fields(value, name, ("shard", "counters"))

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from quantkd.transfer_set.extension import count_prompts
 from quantkd.transfer_set.store import ShardStore
 
-__all__ = ["TransferSetInfo", "describe_stores"]
-
 _TOTALS = ("tokens", "targets", "entries")
 
 
@@ -75,16 +73,7 @@ class TransferSetInfo:
 
 
 def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | None, digest: str) -> TransferSetInfo:
-    """The facts about some rows of one or several sets.
-
-    Args:
-        stores: the sets, at least one.
-        table: (rows, 3) tokens, targets and entries of the rows at hand; None for all, whose sums the indices hold.
-        digest: names the rows at hand.
-
-    Returns:
-        The facts.
-    """
+    """The facts about some rows of one or several sets."""
     plan = stores[0].index.plan
     shards = [shard.size for store in stores for shard in store.index.shards]
     if table is None:

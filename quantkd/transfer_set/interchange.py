@@ -15,8 +15,6 @@ from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.writer import TransferSetWriter
 
-__all__ = ["from_dataset", "require_columns", "to_dataset"]
-
 _FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -32,12 +30,7 @@ _FEATURES = Features(
 def to_dataset(transfer_set: TransferSet) -> Dataset:
     """The rows as a `datasets.Dataset`, one list of entries a target; convenient, and about ten times the bytes.
 
-    Args:
-        transfer_set: the rows; a view gives its own.
-
-    Returns:
-        Columns `input_ids` (L,), `spans` (S, 2), `token_ids` and `logprobs` (R, entries), `log_normalizers`
-        (R, number of temperatures), `finished`.
+    Shapes: returns (R, number of temperatures).
     """
     columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for number in range(len(transfer_set)):
@@ -54,20 +47,7 @@ def to_dataset(transfer_set: TransferSet) -> Dataset:
 
 
 def from_dataset(dataset: Dataset, path: str | Path, plan: Plan) -> str:
-    """Write a table with the columns of `to_dataset` as a transfer set.
-
-    Args:
-        dataset: the rows; `plan.num_prompts` of them.
-        path: the new set's folder.
-        plan: what the rows are.
-
-    Returns:
-        The root digest.
-
-    Raises:
-        DataError: missing columns, or another number of rows than the plan has.
-        TransferSetError: a row that is not valid, or another set at `path`.
-    """
+    """Write a table with the columns of `to_dataset` as a transfer set."""
     require_columns(dataset, _FEATURES)
     if len(dataset) != plan.num_prompts:
         raise DataError(f"The table has {len(dataset)} rows, the plan {plan.num_prompts} prompts; make them equal.")
@@ -90,15 +70,7 @@ def from_dataset(dataset: Dataset, path: str | Path, plan: Plan) -> str:
 
 
 def require_columns(dataset: Dataset, columns: Any) -> None:
-    """Refuse a table that lacks columns.
-
-    Args:
-        dataset: the table.
-        columns: the names that must be there.
-
-    Raises:
-        DataError: a column is missing; the message names those that are missing and those that are there.
-    """
+    """Refuse a table that lacks columns."""
     missing = [name for name in columns if name not in dataset.column_names]
     if missing:
         raise DataError(

@@ -11,24 +11,9 @@ from quantkd.errors import ConfigError
 from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.store import ShardStore
 
-__all__ = ["concatenate"]
-
 
 def concatenate(sets: Sequence[TransferSet], weights: Sequence[float] | None = None) -> TransferSet:
-    """Several sets (or views) one after the other, without copying.
-
-    Args:
-        sets: at least one; all of one tokenizer, vocabulary size and list of temperatures.
-        weights: one a set; its rows then carry it as `weight`. The trainer multiplies the loss and gradient of a row's
-            targets by it and still divides by their number, so weights with a mean of 1 over the targets keep the
-            scale of the loss. Evaluation ignores them. None: no weights.
-
-    Returns:
-        One set of all their rows.
-
-    Raises:
-        ConfigError: no sets, sets that do not fit together, or weights that are not finite and above 0.
-    """
+    """Several sets (or views) one after the other, without copying."""
     if not sets:
         raise ConfigError("concatenate needs at least one transfer set.")
     if len(sets) == 1 and weights is None:

@@ -12,10 +12,7 @@ from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.documents import canonical_json, quote, require_fields
 from quantkd.transfer_set.encoded import MAX_SHARD_ROWS
 from quantkd.transfer_set.profiles import PROFILES
-from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.rules import Nucleus, StorageRule, TopK, storage_rule_from_dict
-
-__all__ = ["FORMAT_VERSION", "MAX_SHARDS", "Plan", "TransferRow", "max_entries"]
 
 FORMAT_VERSION = 1
 MAX_SHARDS = 8192  # their records stay below MAX_DOCUMENT_BYTES in one index
@@ -112,89 +109,39 @@ class Plan:
         return parse_storage(self.storage)
 
     def prompt_range(self, shard: int) -> tuple[int, int]:
-        """The prompts `[start, stop)` of a shard.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            The first prompt and the one after the last.
-        """
+        """The prompts `[start, stop)` of a shard."""
         start = shard * self.rows_per_shard
         return start, min(start + self.rows_per_shard, self.num_prompts)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as a JSON object.
-
-        Returns:
-            One key a field; temperatures as a list.
-        """
+        """The plan as a JSON object."""
         return {**asdict(self), "temperatures": list(self.temperatures)}
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
-        """The inverse of `to_json`, with every field checked.
-
-        Args:
-            value: a JSON value.
-
-        Returns:
-            The plan.
-
-        Raises:
-            TransferSetError: missing or unknown fields, or a value outside its range.
-        """
+        """The inverse of `to_json`, with every field checked."""
         fields = require_fields(value, "The plan", cls.__dataclass_fields__)
         temperatures = fields["temperatures"]
         _require(isinstance(temperatures, list), "temperatures", temperatures, "a list")
         return cls(**{**fields, "temperatures": tuple(temperatures)})
 
     def digest(self) -> str:
-        """sha256 of the canonical JSON, in hexadecimal.
-
-        Returns:
-            64 hexadecimal digits.
-        """
+        """sha256 of the canonical JSON, in hexadecimal."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
     def differences(self, other: Plan) -> list[str]:
-        """The names of the fields in which two plans differ.
-
-        Args:
-            other: the plan to compare with.
-
-        Returns:
-            Names in the order of the fields; none for equal plans.
-        """
+        """The names of the fields in which two plans differ."""
         return [name for name in self.__dataclass_fields__ if getattr(self, name) != getattr(other, name)]
 
 
 def max_entries(rule: StorageRule, vocab_size: int) -> int:
-    """The most entries that a position can hold under `rule`.
-
-    Args:
-        rule: the storage rule.
-        vocab_size: V.
-
-    Returns:
-        Entries.
-    """
+    """The most entries that a position can hold under `rule`."""
     limit = rule.k if isinstance(rule, TopK) else rule.max_k if isinstance(rule, Nucleus) else rule.n
     return min(limit, vocab_size)
 
 
 def parse_storage(value: Any) -> StorageRule:
-    """A storage rule from its JSON, with every field checked.
-
-    Args:
-        value: a JSON value.
-
-    Returns:
-        The rule.
-
-    Raises:
-        TransferSetError: not a rule, or a rule with values outside their range.
-    """
+    """A storage rule from its JSON, with every field checked."""
     try:
         rule = storage_rule_from_dict(value)
         numbers = [number for key, number in value.items() if key != "kind"]
@@ -207,43 +154,17 @@ def parse_storage(value: Any) -> StorageRule:
 
 
 def is_whole(value: object, low: int, high: int) -> bool:
-    """Whether `value` is an int (no bool) from `low` to `high`.
-
-    Args:
-        value: anything.
-        low: the least.
-        high: the most.
-
-    Returns:
-        False for any other type, too.
-    """
+    """Whether `value` is an int (no bool) from `low` to `high`."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_sha256(value: object) -> bool:
-    """Whether `value` is 64 lower-case hexadecimal digits.
-
-    Args:
-        value: anything.
-
-    Returns:
-        False for any other type, too.
-    """
+    """Whether `value` is 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def check_counters(counters: Any) -> dict[str, int]:
-    """`counters`, checked to map printable names to counts.
-
-    Args:
-        counters: what should be the mapping.
-
-    Returns:
-        A copy.
-
-    Raises:
-        TransferSetError: not a mapping of names to whole numbers of at least 0, or more than 256 of them.
-    """
+    """`counters`, checked to map printable names to counts."""
     _require(
         isinstance(counters, Mapping)
         and len(counters) <= 256

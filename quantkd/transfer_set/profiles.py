@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from quantkd.transfer_set.rules import Nucleus
 
-__all__ = ["PROFILES", "Profile"]
-
 
 @dataclass(frozen=True)
 class Profile:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["decode_logprobs", "decode_normalizers", "encode_logprobs", "encode_normalizers"]
-
 _POWER = 4
 _CODES = 256
 _MASS_NOISE = 1e-6  # float32 logarithms of a mass of exactly 1 do not sum to it
@@ -23,14 +21,7 @@ Floats = NDArray[np.float32]
 
 @cache
 def first_entry_table(levels: int) -> tuple[Floats, Floats]:
-    """log p1 and log c for each of `levels` codes of the first entry; log c is -inf for the last code, p1 = 1.
-
-    Args:
-        levels: codes, 256 or 65,536.
-
-    Returns:
-        Two (levels,) tables in nats.
-    """
+    """log p1 and log c for each of `levels` codes of the first entry; log c is -inf for the last code, p1 = 1."""
     angle = np.pi / 2 * (np.arange(levels) + 1) / levels
     with np.errstate(divide="ignore"):
         first = 2 * np.log(np.sin(angle[:-1]))
@@ -41,11 +32,7 @@ def first_entry_table(levels: int) -> tuple[Floats, Floats]:
 
 @cache
 def other_entry_table() -> Floats:
-    """log(p / c) for each of the 256 codes of the other entries.
-
-    Returns:
-        (256,) nats.
-    """
+    """log(p / c) for each of the 256 codes of the other entries."""
     return (_POWER * np.log((np.arange(_CODES) + 1) / _CODES)).astype(np.float32)
 
 
@@ -54,13 +41,7 @@ def encode_logprobs(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Codes of descending log-probabilities; a target whose rounded mass would exceed 1 is rounded down instead.
 
-    Args:
-        logprobs: (E,) natural logs, descending within each target.
-        counts: (R,) entries per target, at least 1.
-        levels: codes of the first entry, 256 or 65,536.
-
-    Returns:
-        (R,) codes of the first entries, and (E,) codes of all entries, 0 where an entry is a first one.
+    Shapes: logprobs (E,), counts (R,), returns (R,).
     """
     values = np.minimum(logprobs.astype(np.float64), 0.0)
     starts = np.cumsum(counts) - counts
@@ -86,14 +67,7 @@ def encode_logprobs(
 def decode_logprobs(first_codes: NDArray[Any], codes: NDArray[Any], counts: NDArray[np.int64], levels: int) -> Floats:
     """The inverse of `encode_logprobs`: (E,) float32 natural logs.
 
-    Args:
-        first_codes: (R,) codes of the first entries.
-        codes: (E,) codes of all entries; those of first ones are not looked at.
-        counts: (R,) entries per target.
-        levels: codes of a first entry.
-
-    Returns:
-        (E,) nats.
+    Shapes: first_codes (R,), codes (E,), counts (R,), returns (E,).
     """
     first, scale = first_entry_table(levels)
     logprobs: Floats = other_entry_table()[codes]
@@ -114,16 +88,7 @@ def encode_normalizers(
 
     A_T never falls below the log of the decoded entries' own sum, so the tail stays at least 0.
 
-    Args:
-        log_normalizers: (R, number of temperatures) A_T.
-        decoded_logprobs: (E,) what `decode_logprobs` will give.
-        counts: (R,) entries per target.
-        temperatures: of the columns.
-        vocab_size: V.
-        levels: codes, 256 or 65,536.
-
-    Returns:
-        (R, M) codes, one column for each temperature other than 1.
+    Shapes: log_normalizers (R, number of temperatures), decoded_logprobs (E,), counts (R,), returns (R, M).
     """
     starts = np.cumsum(counts) - counts
     columns = [np.zeros((len(counts), 0))]
@@ -150,14 +115,7 @@ def encode_normalizers(
 def decode_normalizers(codes: NDArray[Any], temperatures: tuple[float, ...], vocab_size: int, levels: int) -> Floats:
     """(R, len(temperatures)) float32 log-normalizers; the column of temperature 1 is 0.
 
-    Args:
-        codes: (R, M) from `encode_normalizers`.
-        temperatures: of the columns that are wanted.
-        vocab_size: V.
-        levels: codes, 256 or 65,536.
-
-    Returns:
-        One column a temperature.
+    Shapes: codes (R, M).
     """
     decoded = np.zeros((len(codes), len(temperatures)), dtype=np.float32)
     others = [column for column, temperature in enumerate(temperatures) if temperature != 1.0]
@@ -170,12 +128,7 @@ def decode_normalizers(codes: NDArray[Any], temperatures: tuple[float, ...], voc
 def expand(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """The indices `starts[j] ... starts[j] + counts[j] - 1` of every j, end to end.
 
-    Args:
-        starts: (R,) first indices.
-        counts: (R,) how many from there.
-
-    Returns:
-        (sum of counts,) indices.
+    Shapes: starts (R,), counts (R,).
     """
     total = int(counts.sum())
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(total, dtype=np.int64)

@@ -24,8 +24,6 @@ from quantkd.transfer_set.views import permute_rows, split_rows, view_digest
 if TYPE_CHECKING:
     from quantkd.hub.repository import PushedRepository
 
-__all__ = ["TransferSet"]
-
 
 class TransferSet(Dataset[dict[str, Any]]):
     """Rows with the teacher's distributions. Indexing decodes one row, `__getitems__` a batch, slices are lazy views.
@@ -106,13 +104,7 @@ class TransferSet(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | TransferSet:
         """One row, or a view of a slice.
 
-        Returns:
-            For an int: `input_ids` (L,) int64, `labels` (L,) int64 unshifted and -100 outside the targets, `teacher`
-            (TopKLogprobs over the targets), `finished` (bool), and `weight` (float) if a joined set was weighted.
-
-        Raises:
-            IndexError: no such row.
-            TransferSetError: the row is damaged.
+        Shapes: returns (TopKLogprobs over the targets).
         """
         if isinstance(index, slice):
             return self._view(self._rows[index])
@@ -128,12 +120,7 @@ class TransferSet(Dataset[dict[str, Any]]):
         return row
 
     def __getitems__(self, indices: Sequence[int]) -> RowBatch:
-        """Several rows at once, decoded together; DataLoader calls this and hands the result to its `collate_fn`.
-
-        Raises:
-            IndexError: no such row.
-            TransferSetError: a row is damaged.
-        """
+        """Several rows at once, decoded together; DataLoader calls this and hands the result to its `collate_fn`."""
         rows = self._resolve(indices)
         sources = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
         cuts = [0, *(i for i in range(1, len(rows)) if sources[i] != sources[i - 1]), len(rows)]

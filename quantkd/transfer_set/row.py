@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from quantkd.errors import TransferSetError
 
-__all__ = ["LOGPROB_SLACK", "MASS_SLACK", "MAX_ROW_ENTRIES", "MAX_ROW_TOKENS", "TransferRow", "check_entries"]
-
 MAX_ROW_TOKENS = 2**20
 MAX_ROW_ENTRIES = 2**22  # so that decoding one row stays below 200 MiB
 LOGPROB_SLACK = 1e-3  # nats above 0 that float16 teachers reach by rounding
@@ -46,16 +44,7 @@ class TransferRow:
     def validate(
         self, vocab_size: int, temperatures: tuple[float, ...] = (1.0,), max_entries: int | None = None
     ) -> None:
-        """Check shapes, ranges, uniqueness of ids and total mass.
-
-        Args:
-            vocab_size: V; every id must be below it.
-            temperatures: what the columns of `log_normalizers` mean.
-            max_entries: the most entries that a target may hold; None for V.
-
-        Raises:
-            TransferSetError: the first thing that is wrong, with its position.
-        """
+        """Check shapes, ranges, uniqueness of ids and total mass."""
         arrays = {
             "input_ids": (self.input_ids, 1),
             "spans": (self.spans, 2),
@@ -109,17 +98,7 @@ def check_entries(
 ) -> None:
     """Check values over any number of rows: ids in range and unique, logprobs finite and at most 0, mass at most 1.
 
-    Args:
-        input_ids: (T,) tokens of all rows.
-        counts: (R,) entries per target.
-        token_ids: (E,) their ids.
-        logprobs: (E,) nats.
-        log_normalizers: (R, number of temperatures).
-        vocab_size: V.
-        temperatures: of the columns.
-
-    Raises:
-        TransferSetError: the first thing that is wrong, with the target's index.
+    Shapes: input_ids (T,), counts (R,), token_ids (E,), logprobs (E,), log_normalizers (R, number of temperatures).
     """
     for name, ids in (("input_ids", input_ids), ("token_ids", token_ids)):
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):

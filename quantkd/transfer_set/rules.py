@@ -12,20 +12,6 @@ from torch import Tensor
 from quantkd.errors import ConfigError
 from quantkd.transfer_set.topk import TopKLogprobs
 
-__all__ = [
-    "Nucleus",
-    "PickedEntries",
-    "Sampled",
-    "StorageRule",
-    "TopK",
-    "check_temperatures",
-    "parse_storage_rule",
-    "pick_entries",
-    "select_entries",
-    "storage_rule_from_dict",
-    "storage_rule_to_dict",
-]
-
 
 @dataclass(frozen=True)
 class TopK:
@@ -86,29 +72,12 @@ _KINDS: dict[str, type] = {"topk": TopK, "nucleus": Nucleus, "sampled": Sampled}
 
 
 def storage_rule_to_dict(rule: StorageRule) -> dict[str, Any]:
-    """The rule as JSON, such as `{"kind": "nucleus", "p": 0.95, "max_k": 64}`.
-
-    Args:
-        rule: the rule.
-
-    Returns:
-        A JSON object.
-    """
+    """The rule as JSON, such as `{"kind": "nucleus", "p": 0.95, "max_k": 64}`."""
     return {"kind": type(rule).__name__.lower(), **asdict(rule)}
 
 
 def storage_rule_from_dict(value: dict[str, Any]) -> StorageRule:
-    """The inverse of `storage_rule_to_dict`.
-
-    Args:
-        value: a JSON object.
-
-    Returns:
-        The rule.
-
-    Raises:
-        ConfigError: an unknown kind, or fields that the kind does not have.
-    """
+    """The inverse of `storage_rule_to_dict`."""
     fields = {key: field for key, field in value.items() if key != "kind"}
     try:
         rule: StorageRule = _KINDS[value["kind"]](**fields)
@@ -119,15 +88,6 @@ def storage_rule_from_dict(value: dict[str, Any]) -> StorageRule:
 
 def parse_storage_rule(text: str) -> StorageRule:
     """A rule from the command line: `topk:50`, `nucleus:0.95`, `nucleus:0.95:64` or `sampled:50`.
-
-    Args:
-        text: kind and numbers, with colons between.
-
-    Returns:
-        The rule.
-
-    Raises:
-        ConfigError: the text is none of those.
 
     Example:
         >>> parse_storage_rule("nucleus:0.9:32")
@@ -147,18 +107,7 @@ def parse_storage_rule(text: str) -> StorageRule:
 
 
 def check_temperatures(rule: StorageRule, temperatures: Sequence[float]) -> tuple[float, ...]:
-    """The temperatures as a tuple, sorted and checked against the rule.
-
-    Args:
-        rule: the storage rule that goes with them.
-        temperatures: in any order; doubles count once.
-
-    Returns:
-        Ascending.
-
-    Raises:
-        ConfigError: none given, one not above 0, or one other than 1.0 with `Sampled`.
-    """
+    """The temperatures as a tuple, sorted and checked against the rule."""
     values = tuple(sorted({float(t) for t in temperatures}))
     _require(bool(values) and values[0] > 0, f"Temperatures must be above 0, found {list(temperatures)}.")
     _require(
@@ -188,15 +137,7 @@ class PickedEntries:
     is_finite: Tensor
 
     def ragged(self, temperatures: Sequence[float], vocab_size: int) -> TopKLogprobs:
-        """The kept candidates as one ragged value.
-
-        Args:
-            temperatures: those of `log_normalizers`.
-            vocab_size: V of the logits that the candidates come from.
-
-        Returns:
-            N positions, most probable entry first.
-        """
+        """The kept candidates as one ragged value."""
         counts = self.keep.sum(-1)
         return TopKLogprobs(
             offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
@@ -215,17 +156,7 @@ def pick_entries(
 
     Nothing here waits for the device, so it can run after every generated token.
 
-    Args:
-        logits: (N, V) raw teacher logits, any float dtype; computed in float32.
-        rule: what to keep.
-        temperatures: distillation temperatures to keep log-normalizers for.
-        uniforms: (N, n) numbers in [0, 1), the draws of `Sampled(n)`; other rules take none.
-
-    Returns:
-        The candidates; where `is_finite` is false they mean nothing.
-
-    Raises:
-        ConfigError: `TopK.k` exceeds the vocabulary, or `Sampled` without `uniforms`.
+    Shapes: logits (N, V), uniforms (N, n).
     """
     logits = logits.float()
     vocab_size = logits.shape[-1]
@@ -252,23 +183,13 @@ def select_entries(
 ) -> TopKLogprobs:
     """`pick_entries`, cut to a ragged value: N positions, each with its entries most probable first.
 
-    Args:
-        logits: (N, V) raw teacher logits.
-        rule: what to keep.
-        temperatures: distillation temperatures to keep log-normalizers for.
-        uniforms: (N, n) numbers in [0, 1), the draws of `Sampled(n)`.
-
-    Returns:
-        The kept entries.
-
-    Raises:
-        ConfigError: as `pick_entries`.
-
     Example:
         >>> import torch
         >>> entries = select_entries(torch.tensor([[9.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), Nucleus(0.9), (1.0,))
         >>> entries.counts.tolist()
         [1, 3]
+
+    Shapes: logits (N, V), uniforms (N, n).
     """
     return pick_entries(logits, rule, temperatures, uniforms).ragged(temperatures, logits.shape[-1])
 

@@ -18,35 +18,18 @@ from quantkd.transfer_set.encoded import CHECKSUM, COLUMNS, ENTRIES, EXPLICIT, S
 from quantkd.transfer_set.filesystem import open_regular
 from quantkd.transfer_set.row import MAX_ROW_ENTRIES, MAX_ROW_TOKENS
 
-__all__ = ["ShardMap", "concatenate_codes", "serialize_shard", "shard_bytes", "shard_name"]
-
 TARGETS = CHECKSUM  # in `ShardMap.edges`, where a sum of checksums would mean nothing, targets take their place
 _CHUNK_BYTES = 2**20
 _SAFETENSORS_NAMES = {"u1": "U8", "u2": "U16", "u4": "U32"}
 
 
 def shard_name(index: int) -> str:
-    """The file name of shard `index`. Names are derived from numbers and never read from a set.
-
-    Args:
-        index: of the shard.
-
-    Returns:
-        A file name.
-    """
+    """The file name of shard `index`. Names are derived from numbers and never read from a set."""
     return f"shard-{index:05d}.safetensors"
 
 
 def shard_header(codec: Codec, size: ShardSize) -> bytes:
-    """The 8 length bytes and the JSON header of a shard of that size, padded with spaces to a multiple of 8.
-
-    Args:
-        codec: the encoding of the set.
-        size: the numbers of the shard.
-
-    Returns:
-        The bytes in front of the tensors.
-    """
+    """The 8 length bytes and the JSON header of a shard of that size, padded with spaces to a multiple of 8."""
     entries, offset = {}, 0
     for name, dtype, shape in codec.tensors(size):
         end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -62,30 +45,13 @@ def shard_header(codec: Codec, size: ShardSize) -> bytes:
 
 
 def shard_bytes(codec: Codec, size: ShardSize) -> int:
-    """How many bytes a shard of that size has on disk.
-
-    Args:
-        codec: the encoding of the set.
-        size: the numbers of the shard.
-
-    Returns:
-        Header and tensors together.
-    """
+    """How many bytes a shard of that size has on disk."""
     data = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in codec.tensors(size))
     return len(shard_header(codec, size)) + data
 
 
 def serialize_shard(codec: Codec, size: ShardSize, tensors: dict[str, NDArray[Any]]) -> bytes:
-    """The bytes of a shard file.
-
-    Args:
-        codec: the encoding of the set.
-        size: the numbers of the shard.
-        tensors: from `Codec.encode`.
-
-    Returns:
-        The whole file.
-    """
+    """The bytes of a shard file."""
     return shard_header(codec, size) + b"".join(tensors[name].tobytes() for name, _, _ in codec.tensors(size))
 
 
@@ -176,15 +142,7 @@ class ShardMap:
             )
 
     def fetch(self, start: int, stop: int) -> RowCodes:
-        """The stored form of the rows `[start, stop)`, as views of the file wherever possible.
-
-        Args:
-            start: the first row.
-            stop: the row after the last.
-
-        Returns:
-            The stored form, not yet checked.
-        """
+        """The stored form of the rows `[start, stop)`, as views of the file wherever possible."""
         tensors = self.tensors
         (_, x0, e0, s0, l0, h0, r0), (_, x1, e1, s1, l1, h1, r1) = self.edges[start].tolist(), self.edges[stop].tolist()
         fine = tensors["logprobs_fine"][r0:r1] if self._codec.fine else np.zeros(0, "u1")
@@ -212,38 +170,20 @@ class ShardMap:
         )
 
     def sha256(self) -> str:
-        """The digest of the whole file, in hexadecimal.
-
-        Returns:
-            64 hexadecimal digits.
-        """
+        """The digest of the whole file, in hexadecimal."""
         digest = hashlib.sha256()
         for start in range(0, len(self.data), _CHUNK_BYTES):
             digest.update(self.data[start : start + _CHUNK_BYTES])
         return digest.hexdigest()
 
     def byte_range(self, row: int) -> tuple[int, int]:
-        """The first and the last byte of the file that belong to a row; other rows have bytes between them, too.
-
-        Args:
-            row: its place in the shard.
-
-        Returns:
-            Offsets from the start of the file.
-        """
+        """The first and the last byte of the file that belong to a row; other rows have bytes between them, too."""
         finished = self.offsets["finished"] + row
         return self.offsets["rows"] + row * self.tensors["rows"].strides[0], finished
 
 
 def concatenate_codes(parts: list[RowCodes]) -> RowCodes:
-    """Several stored rows end to end.
-
-    Args:
-        parts: at least one.
-
-    Returns:
-        All their rows, in order.
-    """
+    """Several stored rows end to end."""
     if len(parts) == 1:
         return parts[0]
     joined: dict[str, Any] = {}

@@ -20,28 +20,12 @@ from quantkd.transfer_set.index import (
 )
 from quantkd.transfer_set.shard import shard_name
 
-__all__ = ["FolderSource", "ShardSource", "find_source", "is_repository_name", "split_revision"]
-
 _DOWNLOAD_MARK = Path(".cache") / "huggingface"
 _REPOSITORY_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def find_source(path: str | Path, revision: str | None, token: str | None) -> Path | ShardSource:
-    """What a caller means by the place of a set.
-
-    Args:
-        path: a folder; or `user/name` or `user/name@revision` on the Hub, if there is no such folder here.
-        revision: of the repository.
-        token: for the repository.
-
-    Returns:
-        The folder, which may not be there; or the repository at its commit.
-
-    Raises:
-        ConfigError: a revision of a folder.
-        HubError: the Hub could not be reached, and the set is not in the cache.
-        TransferSetError: no set in the repository, or an unfinished one.
-    """
+    """What a caller means by the place of a set."""
     repository, revision = split_revision(path, revision) if isinstance(path, str) else (None, revision)
     if repository is not None:
         from quantkd.hub.reading import HubSource  # the Hub's client is not needed for a folder
@@ -53,30 +37,12 @@ def find_source(path: str | Path, revision: str | None, token: str | None) -> Pa
 
 
 def is_repository_name(name: str) -> bool:
-    """Whether `name` has the form of a repository's name on the Hub.
-
-    Args:
-        name: any text.
-
-    Returns:
-        True for `user/name`.
-    """
+    """Whether `name` has the form of a repository's name on the Hub."""
     return _REPOSITORY_NAME.fullmatch(name) is not None
 
 
 def split_revision(place: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """The repository on the Hub that a caller means, and its revision.
-
-    Args:
-        place: a folder; or `user/name` or `user/name@revision`, if there is no such folder here.
-        revision: that was given beside it.
-
-    Returns:
-        The repository's name, None for a folder; and the revision, None if there is none.
-
-    Raises:
-        ConfigError: two revisions that differ.
-    """
+    """The repository on the Hub that a caller means, and its revision."""
     name, mark, behind = place.partition("@")
     if Path(place).exists() or not is_repository_name(name) or (mark and not behind):
         return None, revision
@@ -95,12 +61,7 @@ class ShardSource(Protocol):
         """The index of the finished set."""
 
     def locate(self, shard: int, num_bytes: int) -> Path:
-        """A plain file that holds the shard, fetched if need be.
-
-        Args:
-            shard: its number.
-            num_bytes: what the index says of its size.
-        """
+        """A plain file that holds the shard, fetched if need be."""
 
     def __str__(self) -> str:
         """Where the set lies, as it is printed: a folder, or a repository and its commit."""
@@ -126,26 +87,11 @@ class FolderSource:
         return (self.path / _DOWNLOAD_MARK).exists()
 
     def read_index(self) -> Index:
-        """The index of a finished set, or one over the committed shards of an unfinished set.
-
-        Returns:
-            The index.
-
-        Raises:
-            TransferSetError: no set, a damaged index, or an unfinished set that was not allowed.
-        """
+        """The index of a finished set, or one over the committed shards of an unfinished set."""
         return _find_index(self.path, self.allow_incomplete)
 
     def locate(self, shard: int, num_bytes: int) -> Path:
-        """The shard's place in the folder; whether it is there, and how large, is checked by who opens it.
-
-        Args:
-            shard: its number.
-            num_bytes: not looked at.
-
-        Returns:
-            A path.
-        """
+        """The shard's place in the folder; whether it is there, and how large, is checked by who opens it."""
         return self.path / shard_name(shard)
 
     def __str__(self) -> str:

@@ -18,8 +18,6 @@ from quantkd.transfer_set.row import check_entries
 from quantkd.transfer_set.shard import TARGETS, ShardMap, concatenate_codes, shard_bytes
 from quantkd.transfer_set.source import FolderSource, ShardSource
 
-__all__ = ["ShardStore", "Verify"]
-
 Verify = Literal["auto", "full", "off"]
 MAX_OPEN_MAPS = 256
 
@@ -88,27 +86,13 @@ class ShardStore:
         return documents + sum(shard_bytes(self.codec, record.size) for record in self.index.shards)
 
     def table(self) -> NDArray[np.int64]:
-        """(rows, 3): tokens, targets and entries of every row, from the row tables alone.
-
-        Returns:
-            (rows, 3) tokens, targets and entries of every row.
-        """
+        """(rows, 3): tokens, targets and entries of every row, from the row tables alone."""
         columns = [TOKENS, TARGETS, ENTRIES]
         parts = [np.diff(self.map(s).edges, axis=0)[:, columns] for s in range(len(self.index.shards))]
         return np.concatenate([np.zeros((0, 3), dtype=np.int64), *parts])
 
     def fetch(self, rows: Sequence[int]) -> DecodedRows:
-        """The given rows, decoded, in the order asked for.
-
-        Args:
-            rows: places in the set, in any order.
-
-        Returns:
-            The rows, in the order of `rows`.
-
-        Raises:
-            TransferSetError: a row is damaged; names its shard and number.
-        """
+        """The given rows, decoded, in the order asked for."""
         shards = (np.searchsorted(self.row_starts, np.asarray(rows, dtype=np.int64), side="right") - 1).tolist()
         located = [(self.map(s), row - int(self.row_starts[s])) for s, row in zip(shards, rows, strict=True)]
         parts: list[RowCodes] = []
@@ -163,14 +147,7 @@ class ShardStore:
         )  # fmt: skip
 
     def map(self, shard: int) -> ShardMap:
-        """The shard, mapped and with its header and row table checked.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            The open shard.
-        """
+        """The shard, mapped and with its header and row table checked."""
         mapped = self._maps.get(shard)
         if mapped is None:
             mapped = ShardMap(self.locate(shard), self.codec, self.index.shards[shard].size)
@@ -184,14 +161,7 @@ class ShardStore:
         return mapped
 
     def locate(self, shard: int) -> Path:
-        """The file of a shard, fetched if need be and not yet checked.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            A path.
-        """
+        """The file of a shard, fetched if need be and not yet checked."""
         return self.source.locate(shard, shard_bytes(self.codec, self.index.shards[shard].size))
 
     def _hash(self, shard: int, mapped: ShardMap) -> None:
@@ -201,15 +171,7 @@ class ShardStore:
 
 
 def check_digest(mapped: ShardMap, record: ShardRecord) -> None:
-    """Compare a shard's sha256 with its record.
-
-    Args:
-        mapped: the open shard.
-        record: what the index says of it.
-
-    Raises:
-        TransferSetError: they differ.
-    """
+    """Compare a shard's sha256 with its record."""
     digest = mapped.sha256()
     if digest != record.sha256:
         raise TransferSetError(

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from quantkd.errors import ConfigError
 
-__all__ = ["TopKLogprobs"]
-
 
 @dataclass(frozen=True)
 class TopKLogprobs:

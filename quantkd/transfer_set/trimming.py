@@ -8,22 +8,9 @@ from quantkd.errors import ConfigError
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK
 
-__all__ = ["narrow", "trim"]
-
 
 def narrow(stored: StorageRule, wanted: StorageRule) -> StorageRule:
-    """The rule that rows follow once those stored under `stored` were trimmed to `wanted`.
-
-    Args:
-        stored: the rule of the rows.
-        wanted: the rule to trim to.
-
-    Returns:
-        The narrower of both in every respect.
-
-    Raises:
-        ConfigError: one of the two is `Sampled` and the other is not; draws cannot be trimmed without a bias.
-    """
+    """The rule that rows follow once those stored under `stored` were trimmed to `wanted`."""
     match stored, wanted:
         case Sampled(), Sampled():
             if stored == wanted:
@@ -43,15 +30,7 @@ def narrow(stored: StorageRule, wanted: StorageRule) -> StorageRule:
 
 
 def trim(row: TransferRow, rule: StorageRule) -> TransferRow:
-    """The row with the entries that `rule` keeps, most probable first. `Sampled` keeps all.
-
-    Args:
-        row: any valid row.
-        rule: what to keep.
-
-    Returns:
-        A new row.
-    """
+    """The row with the entries that `rule` keeps, most probable first. `Sampled` keeps all."""
     counts = row.counts.astype(np.int64)
     targets = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-row.logprobs, targets))

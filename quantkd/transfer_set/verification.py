@@ -15,8 +15,6 @@ from quantkd.transfer_set.shard import ShardMap, shard_name
 from quantkd.transfer_set.source import find_source
 from quantkd.transfer_set.store import ShardStore
 
-__all__ = ["Verification", "verify"]
-
 _ROWS_AT_ONCE = 64
 _SHARD_FILE = re.compile(r"shard-\d+\.safetensors")
 
@@ -39,18 +37,7 @@ class Verification:
 
 
 def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
-    """Check everything: the index and its digest, every shard's size, header and sha256, and every row's content.
-
-    Args:
-        path: the set's folder; or `user/name` on the Hub, if there is no such folder here.
-        allow_incomplete: check the committed prefix of an unfinished set.
-
-    Returns:
-        What was checked; the root digest is what a sender can tell you by another way.
-
-    Raises:
-        TransferSetError: names the first file, byte range or row that is wrong.
-    """
+    """Check everything: the index and its digest, every shard's size, header and sha256, and every row's content."""
     source = find_source(path, None, None)
     store = ShardStore(source, "auto", allow_incomplete, hash_downloads=False)
     if isinstance(source, Path):

@@ -12,22 +12,9 @@ from numpy.typing import NDArray
 from quantkd.errors import ConfigError, DataError
 from quantkd.transfer_set.documents import canonical_json
 
-__all__ = ["permute_rows", "split_rows", "view_digest"]
-
 
 def permute_rows(length: int, entropy: tuple[int, ...]) -> NDArray[np.int64]:
-    """An order of `length` rows that depends on `entropy` alone; no global random state is read or changed.
-
-    Args:
-        length: how many rows.
-        entropy: such as a seed and an epoch.
-
-    Returns:
-        (length,) a permutation.
-
-    Raises:
-        DataError: a negative seed or epoch.
-    """
+    """An order of `length` rows that depends on `entropy` alone; no global random state is read or changed."""
     if any(number < 0 for number in entropy):
         raise DataError(f"seed and epoch must be at least 0, found {entropy}.")
     # The raw output of a bit generator never changes between numpy releases; that of `permutation` may.
@@ -36,19 +23,7 @@ def permute_rows(length: int, entropy: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 def split_rows(length: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Two disjoint parts of `length` rows, each in the old order.
-
-    Args:
-        length: how many rows.
-        fraction: the share of the second part, between 0 and 1.
-        seed: of the choice.
-
-    Returns:
-        The rest, and `round(fraction * length)` rows.
-
-    Raises:
-        ConfigError: one of the two would be empty.
-    """
+    """Two disjoint parts of `length` rows, each in the old order."""
     held_out = round(fraction * length) if 0 < fraction < 1 else 0
     if not 0 < held_out < length:
         raise ConfigError(
@@ -60,15 +35,7 @@ def split_rows(length: int, fraction: float, seed: int) -> tuple[NDArray[np.int6
 
 
 def view_digest(sources: Sequence[tuple[str, float | None]], rows: Any) -> str:
-    """The digest that names some rows of one or several sets.
-
-    Args:
-        sources: the root digest and the weight of each set.
-        rows: the chosen rows, in order.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """The digest that names some rows of one or several sets."""
     chosen = np.asarray(rows, dtype="<i8").tobytes()
     view = {"sources": [list(source) for source in sources], "rows": hashlib.sha256(chosen).hexdigest()}
     return hashlib.sha256(canonical_json(view)).hexdigest()

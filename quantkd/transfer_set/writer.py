@@ -37,8 +37,6 @@ from quantkd.transfer_set.plan import Plan, check_counters
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.shard import serialize_shard, shard_bytes, shard_name
 
-__all__ = ["ShardTask", "TransferSetWriter"]
-
 WRITER_LOCK = "writer.lock"
 COMMIT_LOCK = "commit.lock"
 POLL_SECONDS = 0.05
@@ -78,20 +76,7 @@ class TransferSetWriter:
     def open(
         cls, path: str | Path, plan: Plan, *, join: bool = False, filesystem: FileSystem | None = None
     ) -> TransferSetWriter:
-        """Start a set at `path`, or resume the one that lies there with the same plan.
-
-        Args:
-            path: the set's folder; created with its parents.
-            plan: what will be written.
-            join: share the work with other writers of the same plan, each of which must join too.
-            filesystem: the disk; tests pass one that fails.
-
-        Returns:
-            A writer that holds the folder's lock. If the set is finished, `is_complete` is true and nothing is to do.
-
-        Raises:
-            TransferSetError: another plan or strange files lie there, another writer is at work, or the disk fails.
-        """
+        """Start a set at `path`, or resume the one that lies there with the same plan."""
         folder = Path(path)
         disk = filesystem or FileSystem()
         lock = FileLock(folder / WRITER_LOCK)
@@ -127,9 +112,6 @@ class TransferSetWriter:
         """The shards that are left, each claimed for this writer alone. Ends when nobody has one left.
 
         While other writers hold the last shards, this waits: if one of them dies, its shard is handed out here.
-
-        Yields:
-            One task after the other; commit each before you ask for the next.
         """
         while self._digest is None:
             others = False
@@ -148,18 +130,7 @@ class TransferSetWriter:
             time.sleep(POLL_SECONDS)
 
     def commit(self, task: ShardTask, rows: Sequence[TransferRow], counters: Mapping[str, int] | None = None) -> None:
-        """Store a claimed shard; when this returns, it survives a power cut.
-
-        Args:
-            task: from `claim`.
-            rows: at most one a prompt, in the order of the prompts. Each is checked.
-            counters: what to add up over the set, such as `{"responses_cut": 3}`. They are part of the root digest, so
-                they must not depend on the run.
-
-        Raises:
-            TransferSetError: the shard is not claimed or would be too large, a row is not valid, or the disk fails. The
-                shard is then not committed, and stays claimed until the writer is closed.
-        """
+        """Store a claimed shard; when this returns, it survives a power cut."""
         if not self._claims.holds(task.index):
             raise TransferSetError(f"Shard {task.index} is not claimed by this writer; commit what `claim` handed out.")
         if len(rows) > task.stop - task.start:
@@ -182,17 +153,7 @@ class TransferSetWriter:
             self._claims.release(task.index, committed=True)
 
     def finalize(self, wait: bool = True) -> str:
-        """Write the index once every shard is committed; the set is then complete.
-
-        Args:
-            wait: wait for the shards that other writers hold; otherwise they are an error.
-
-        Returns:
-            The root digest that names the set.
-
-        Raises:
-            TransferSetError: shards are missing and nobody is at work on them, or the disk fails.
-        """
+        """Write the index once every shard is committed; the set is then complete."""
         while self._digest is None:
             with _disk_errors(self.path):
                 missing = [shard for shard in range(self.plan.num_shards) if not self._claims.is_committed(shard)]

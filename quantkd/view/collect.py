@@ -28,8 +28,6 @@ from quantkd.view.spelling import decode_text, spell_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["collect_divergence"]
-
 
 def collect_divergence(
     model: Any,
@@ -43,29 +41,7 @@ def collect_divergence(
     adapter_name: str = "adapter",
     progress: bool = True,
 ) -> Divergence:
-    """Compare a student with the stored teacher at every target, without and with its adapter, teacher-forced.
-
-    Args:
-        model: the student, a `PeftModel`; in evaluation mode meanwhile.
-        transfer_set: the held-out rows.
-        tokenizer: the student's, which is the teacher's.
-        rows: at most this many, from the front.
-        alternatives: the teacher's most probable entries to keep at each target; what the text holds and what the
-            student would choose come on top.
-        batch_size: rows a batch.
-        student_name: how the page calls the student; the model's own name if None.
-        adapter_name: how the page calls the adapter. Of names that are paths the last part is kept.
-        progress: show a bar if there is a terminal.
-
-    Returns:
-        The rows in the set's order. The KL is the loss's at temperature 1, over the stored entries and
-        the tail; the probabilities are a plain forward pass's.
-
-    Raises:
-        ConfigError: no adapter to switch off, or fewer than one row, alternative or row a batch.
-        DataError: the set has no rows, or the student's logits are not finite.
-        TransferSetError: the set was written with another tokenizer.
-    """
+    """Compare a student with the stored teacher at every target, without and with its adapter, teacher-forced."""
     for name, number in (("rows", rows), ("alternatives", alternatives)):
         if number < 1:
             raise ConfigError(f"{name} is {number}; expected at least 1.")

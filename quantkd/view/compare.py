@@ -22,8 +22,6 @@ from quantkd.models.network import Head
 from quantkd.transfer_set.topk import TopKLogprobs
 from quantkd.view.divergence import Alternatives
 
-__all__ = ["Compared", "Outputs", "compare_students"]
-
 
 @dataclass(frozen=True)
 class Outputs:
@@ -62,12 +60,7 @@ class Compared:
     alternatives: Alternatives
 
     def select(self, start: int, stop: int) -> Compared:
-        """The targets from `start` to `stop`.
-
-        Args:
-            start: the first.
-            stop: one after the last.
-        """
+        """The targets from `start` to `stop`."""
         own = self.alternatives
         offsets = own.offsets[start : stop + 1]
         entries = slice(offsets[0], offsets[-1])
@@ -91,15 +84,7 @@ def compare_students(
 ) -> Compared:
     """Compare both students with the teacher, a chunk of logits at a time.
 
-    Args:
-        before: of the student without its adapter, at N targets.
-        after: of the student with it.
-        targets: (N,) int64, the tokens of the text.
-        teacher: the teacher's distributions at the same targets.
-        num_alternatives: the teacher's most probable entries to keep at each.
-
-    Returns:
-        All targets' columns, on the CPU.
+    Shapes: targets (N,).
     """
     step = max(1, positions_per_chunk(max(before.vocab_size, after.vocab_size)) // 2)  # both students' logits at once
     columns: dict[str, list[NDArray[Any]]] = {}

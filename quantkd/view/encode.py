@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from quantkd.view.divergence import Divergence, RowDivergence
 
-__all__ = ["KL_EDGES", "NOT_STORED", "count_classes", "encode_divergence", "escape_script_json"]
-
 # Nats. A token is drawn in the colour of the number of edges that its KL reaches, so pages compare with each other.
 KL_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 NOT_STORED = -1
@@ -22,12 +20,6 @@ def encode_divergence(divergence: Divergence) -> dict[str, Any]:
 
     KL is kept to 3 significant digits, a probability as its logarithm in whole ten-thousandths of a nat, negated, which
     is within 0.005%. Each token's text is held once, and named by its place in `strings`; bytes are lists of numbers.
-
-    Args:
-        divergence: as `collect_divergence` gives it.
-
-    Returns:
-        `edges` of the colour classes, `strings`, and under `rows` columns of each.
     """
     places: dict[int, int] = {}
     rows = [_encode_row(row, places) for row in divergence.rows]
@@ -37,17 +29,7 @@ def encode_divergence(divergence: Divergence) -> dict[str, Any]:
 
 
 def escape_script_json(value: Any) -> str:
-    """JSON in ASCII that no HTML parser can take for a tag, an entity or the end of its element.
-
-    Args:
-        value: JSON values without nan and infinity.
-
-    Returns:
-        The text; `JSON.parse` gives back the value.
-
-    Raises:
-        ValueError: nan or infinity.
-    """
+    """JSON in ASCII that no HTML parser can take for a tag, an entity or the end of its element."""
     # ensure_ascii escapes U+2028, U+2029, lone surrogates and everything else that an encoding could turn into another.
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -56,11 +38,7 @@ def escape_script_json(value: Any) -> str:
 def count_classes(kl: NDArray[np.float64]) -> NDArray[np.int64]:
     """How many tokens fall into each colour class.
 
-    Args:
-        kl: (N,) nats.
-
-    Returns:
-        (9,) counts, from below the first edge to above the last.
+    Shapes: kl (N,).
     """
     return np.bincount(np.searchsorted(KL_EDGES, kl, side="right"), minlength=len(KL_EDGES) + 1)
 

@@ -18,24 +18,11 @@ from quantkd.errors import ConfigError
 from quantkd.view.divergence import Divergence
 from quantkd.view.encode import KL_EDGES, count_classes, encode_divergence, escape_script_json
 
-__all__ = ["render_page", "write_page"]
-
 _SCRIPTS = ("data.js", "details.js", "rows.js", "page.js")
 
 
 def write_page(divergence: Divergence, path: str | Path) -> Path:
-    """Write the page; a file of that name is replaced once the new one is whole.
-
-    Args:
-        divergence: as `collect_divergence` gives it.
-        path: the HTML file; its folder is made if it is not there.
-
-    Returns:
-        The file.
-
-    Raises:
-        ConfigError: a folder stands at `path`.
-    """
+    """Write the page; a file of that name is replaced once the new one is whole."""
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file name such as {path / 'page.html'}.")
@@ -51,12 +38,6 @@ def render_page(divergence: Divergence) -> str:
 
     Its policy names the digests of the one script and the one style, and forbids all else: nothing is fetched, and
     nothing that a token holds could run even if it were not escaped.
-
-    Args:
-        divergence: as `collect_divergence` gives it.
-
-    Returns:
-        HTML in UTF-8, with a newline at its end.
     """
     folder = files("quantkd.view")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")

@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["decode_text", "spell_tokens"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece spells a byte
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of some ids as it is, special tokens and spaces included.
-
-    Args:
-        tokenizer: any tokenizer of transformers.
-        ids: token ids.
-    """
+    """The text of some ids as it is, special tokens and spaces included."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
@@ -29,13 +23,6 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict
 
     A character of several bytes, such as an emoji, may be split over tokens; none of them is text then, and their
     bytes are what there is to show.
-
-    Args:
-        tokenizer: any tokenizer of transformers.
-        ids: token ids; those that the tokenizer does not know, as a padded head has, read `<id 50000>`.
-
-    Returns:
-        Text for each id, or its bytes where they are not UTF-8 on their own.
     """
     # Some decoders drop the space at the start of a text: put a token before it and take its text off again.
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
