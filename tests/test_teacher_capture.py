@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK, TransferSet, capture
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+from quantkd.files import FileSystem
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
 from quantkd.teacher.progress import CaptureObserver
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.extension import merge_extension
-from quantkd.transfer_set.filesystem import FileSystem
 from quantkd.transfer_set.index import read_index
 from tests.conftest import build_tiny_model
 

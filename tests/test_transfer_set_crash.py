@@ -18,8 +18,8 @@ import pytest
 from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, make_plan, write_set
 
 from quantkd.errors import TransferSetError
+from quantkd.files import COMMIT_STEPS, FileSystem
 from quantkd.transfer_set import TransferSet, verify
-from quantkd.transfer_set.filesystem import COMMIT_STEPS, FileSystem
 
 fork = multiprocessing.get_context("fork")
 STEPS = [f"{what}:{step}" for what in ("plan", "shard", "record", "index") for step in COMMIT_STEPS]

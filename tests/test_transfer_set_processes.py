@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 from transfer_sets import capture_slowly, make_plan, make_row, write_set
 
+from quantkd.files import FileLock
 from quantkd.transfer_set import RowBatch, TransferSet, TransferSetWriter
-from quantkd.transfer_set.filesystem import FileLock
 
 fork = multiprocessing.get_context("fork")
 

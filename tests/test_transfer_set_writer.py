@@ -16,8 +16,8 @@ import pytest
 from transfer_sets import FaultyDisk, make_plan, make_row, write_set
 
 from quantkd.errors import TransferSetError
+from quantkd.files import FileLock
 from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, filesystem, writer
-from quantkd.transfer_set.filesystem import FileLock
 
 
 def rows_of(plan: Any, task: ShardTask) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkd.transfer_set.filesystem import FileSystem
+from quantkd.files import FileSystem
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.writer import TransferSetWriter

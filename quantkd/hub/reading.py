@@ -11,10 +11,10 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from quantkd.errors import HubError, TransferSetError
+from quantkd.files import read_regular
 from quantkd.hub.failures import OfflineHubError, TransientHubError, hub_errors, wait_to_retry
 from quantkd.hub.repository import RepositoryType
 from quantkd.transfer_set.documents import MAX_DOCUMENT_BYTES
-from quantkd.transfer_set.filesystem import read_regular
 from quantkd.transfer_set.index import INDEX_NAME, Index, parse_index
 from quantkd.transfer_set.shard import shard_name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from quantkd.transfer_set.filesystem import FileLock
+from quantkd.files import FileLock
 from quantkd.transfer_set.index import INDEX_NAME, record_name
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkd.errors import TransferSetError
+from quantkd.files import FileLock, FileSystem, write_atomically
 from quantkd.transfer_set.codec import Codec
-from quantkd.transfer_set.filesystem import FileLock, FileSystem, write_atomically
 from quantkd.transfer_set.index import INDEX_NAME, Index, read_index
 from quantkd.transfer_set.plan import MAX_SHARDS, Plan
 from quantkd.transfer_set.shard import shard_bytes, shard_name

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkd.errors import TransferSetError
+from quantkd.files import read_regular
 from quantkd.transfer_set.documents import (
     MAX_DOCUMENT_BYTES,
     canonical_json,
@@ -18,7 +19,6 @@ from quantkd.transfer_set.documents import (
     require_fields,
 )
 from quantkd.transfer_set.encoded import MAX_SHARD_ITEMS, ShardSize
-from quantkd.transfer_set.filesystem import read_regular
 from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
 
 INDEX_NAME = "index.json"

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkd.errors import TransferSetError
+from quantkd.files import open_regular
 from quantkd.transfer_set.codec import Codec
 from quantkd.transfer_set.encoded import CHECKSUM, COLUMNS, ENTRIES, EXPLICIT, SPANS, TOKENS, RowCodes, ShardSize
-from quantkd.transfer_set.filesystem import open_regular
 from quantkd.transfer_set.row import MAX_ROW_ENTRIES, MAX_ROW_TOKENS
 
 TARGETS = CHECKSUM  # in `ShardMap.edges`, where a sum of checksums would mean nothing, targets take their place

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 from quantkd.errors import TransferSetError
+from quantkd.files import FileLock, FileSystem, write_atomically
 from quantkd.transfer_set.claims import ShardClaims, lock_name
 from quantkd.transfer_set.codec import Codec
-from quantkd.transfer_set.filesystem import FileLock, FileSystem, write_atomically
 from quantkd.transfer_set.index import (
     INDEX_NAME,
     PLAN_NAME,
