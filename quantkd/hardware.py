@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from accelerate import PartialState
 
 from quantkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def has_accelerator() -> bool:
@@ -18,10 +22,10 @@ def has_accelerator() -> bool:
 
 
 def process_state() -> PartialState:
-    """accelerate's view of this process: its device, its rank, and how many there are.
+    """accelerate's view of this process: its device, its rank, and how many there are."""
+    from accelerate import PartialState
 
-    Without an accelerator it must be told so, or processes that `torchrun` started would not find each other.
-    """
+    # Without an accelerator it must be told so, or processes that `torchrun` started would not find each other.
     return PartialState(cpu=not has_accelerator())
 
 
@@ -42,6 +46,11 @@ def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
     return torch.bfloat16 if device.type in ("xpu", "npu", "hpu") else torch.float32
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype to sum in: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = None) -> torch.dtype:

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from quantkd.data import arithmetic, gsm8k
 from quantkd.errors import ConfigError, DataError

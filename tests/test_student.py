@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.errors import ConfigError, MissingDependencyError
-from quantkd.models import student as student_module
-from quantkd.models import student_formats
+from quantkd.models import student as student_module, student_formats
 from quantkd.models.student import attach_lora, check_trainable, load_student
 from quantkd.models.student_formats import (
     build_quantization_config,

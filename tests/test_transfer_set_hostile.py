@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from hostile_sets import SHARD, hostile_sets, reshard, seal, tensor_changes
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from sandbox import Watch, in_sandbox
 from transfer_sets import make_plan, make_row, write_set
 

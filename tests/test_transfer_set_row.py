@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from transfer_sets import make_plan, make_row, storage_order
 
 from quantkd.errors import TransferSetError
-from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter, verify
-from quantkd.transfer_set import row as row_module
+from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter, row as row_module, verify
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
 from quantkd.transfer_set.idpacking import decode_rest, encode_rest, rest_bytes
 from quantkd.transfer_set.plan import check_counters

@@ -2,55 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# Name -> module that holds it: the statistics and the report need neither torch nor `evaluate`.
-_EXPORTS = {
-    "AnswerRecord": "accuracy",
-    "GSM8KAccuracy": "metric",
-    "GapRecovered": "stats",
-    "McNemarResult": "stats",
-    "PromptRecord": "accuracy",
-    "bootstrap_ratio_interval": "bootstrap",
-    "compute_gap_recovered": "stats",
-    "evaluate_gsm8k": "accuracy",
-    "evaluate_prompts": "accuracy",
-    "mcnemar_exact": "stats",
-    "wilson_interval": "stats",
-}
-__all__ = [
-    "AnswerRecord",
-    "GSM8KAccuracy",
-    "GapRecovered",
-    "McNemarResult",
-    "PromptRecord",
-    "bootstrap_ratio_interval",
-    "compute_gap_recovered",
-    "evaluate_gsm8k",
-    "evaluate_prompts",
-    "mcnemar_exact",
-    "wilson_interval",
-]
+from quantkd import lazy
+
+# The statistics and the report need neither torch nor `evaluate`.
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "accuracy": "AnswerRecord PromptRecord evaluate_gsm8k evaluate_prompts",
+        "bootstrap": "bootstrap_ratio_interval",
+        "metric": "GSM8KAccuracy",
+        "stats": "GapRecovered McNemarResult compute_gap_recovered mcnemar_exact wilson_interval",
+    },
+)
 
 if TYPE_CHECKING:
-    from quantkd.evaluation.accuracy import AnswerRecord, PromptRecord, evaluate_gsm8k, evaluate_prompts
-    from quantkd.evaluation.bootstrap import bootstrap_ratio_interval
-    from quantkd.evaluation.metric import GSM8KAccuracy
-    from quantkd.evaluation.stats import (
-        GapRecovered,
-        McNemarResult,
-        compute_gap_recovered,
-        mcnemar_exact,
-        wilson_interval,
+    from quantkd.evaluation.accuracy import (
+        AnswerRecord as AnswerRecord,
+        PromptRecord as PromptRecord,
+        evaluate_gsm8k as evaluate_gsm8k,
+        evaluate_prompts as evaluate_prompts,
     )
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'quantkd.evaluation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"quantkd.evaluation.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    from quantkd.evaluation.bootstrap import bootstrap_ratio_interval as bootstrap_ratio_interval
+    from quantkd.evaluation.metric import GSM8KAccuracy as GSM8KAccuracy
+    from quantkd.evaluation.stats import (
+        GapRecovered as GapRecovered,
+        McNemarResult as McNemarResult,
+        compute_gap_recovered as compute_gap_recovered,
+        mcnemar_exact as mcnemar_exact,
+        wilson_interval as wilson_interval,
+    )

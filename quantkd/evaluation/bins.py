@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkd.hardware import wide_dtype
+
 # Lower edges; the last bin has no end. Octaves, for an answer's first tokens differ most from each other.
 POSITION_EDGES = (0, 8, 16, 32, 64, 128, 256, 512)
 # Nats. Half of a trained teacher's tokens are nearly sure, so the steps are finer there.
@@ -31,7 +33,7 @@ class RowBins:
 
     def sum(self, values: Tensor) -> Tensor:
         """(N,) values, added up -> (rows, bins), in float64 (float32 on MPS, which has none)."""
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        wide = wide_dtype(values.device)
         sums = torch.zeros(self.shape[0] * self.shape[1], dtype=wide, device=values.device)
         return sums.index_add_(0, self.rows * self.shape[1] + self.bins, values.to(wide)).view(self.shape)
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# Name -> module that holds it: a transfer set is read without PEFT and transformers.
-_EXPORTS = {
-    "PushedRepository": "repository",
-    "fetch_adapter": "loading",
-    "load_adapter": "loading",
-    "push_adapter": "adapter",
-    "push_transfer_set": "sets",
-}
-__all__ = ["PushedRepository", "fetch_adapter", "load_adapter", "push_adapter", "push_transfer_set"]
+from quantkd import lazy
+
+# A transfer set is read without PEFT and transformers.
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "adapter": "push_adapter",
+        "loading": "fetch_adapter load_adapter",
+        "repository": "PushedRepository",
+        "sets": "push_transfer_set",
+    },
+)
 
 if TYPE_CHECKING:
-    from quantkd.hub.adapter import push_adapter
-    from quantkd.hub.loading import fetch_adapter, load_adapter
-    from quantkd.hub.repository import PushedRepository
-    from quantkd.hub.sets import push_transfer_set
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'quantkd.hub' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"quantkd.hub.{_EXPORTS[name]}"), name)
+    from quantkd.hub.adapter import push_adapter as push_adapter
+    from quantkd.hub.loading import fetch_adapter as fetch_adapter, load_adapter as load_adapter
+    from quantkd.hub.repository import PushedRepository as PushedRepository
+    from quantkd.hub.sets import push_transfer_set as push_transfer_set

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from quantkd.errors import ConfigError, DataError, HubError
-from quantkd.hub.adapter import ADAPTER_CONFIG as _CONFIG
-from quantkd.hub.adapter import ADAPTER_WEIGHTS
+from quantkd.hub.adapter import ADAPTER_CONFIG as _CONFIG, ADAPTER_WEIGHTS
 from quantkd.hub.reading import HubFiles
 from quantkd.hub.secrets import public_name
 from quantkd.models.student import load_student

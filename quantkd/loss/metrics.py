@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from quantkd.hardware import wide_dtype
 from quantkd.loss.fused import DenseTeacher
 from quantkd.loss.position_metrics import (
     compare_with_entries,
@@ -40,7 +41,7 @@ def compute_row_metrics(
     """
     width = hidden.shape[1] if head is None else head.weight.shape[0]
     step = positions_per_chunk(width)
-    wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+    wide = wide_dtype(hidden.device)
     columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=hidden.device)
     plain = (temperature, divergence) == (1.0, "forward_kl")  # then the training loss is a mixture of two columns
     for start in range(0, len(targets), step):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkd.hardware import wide_dtype
 from quantkd.loss.reference import MIN_TAIL, check_positions
 from quantkd.models.network import Head
 from quantkd.transfer_set.topk import TopKLogprobs
@@ -86,7 +87,7 @@ def compare_with_entries(logits: Tensor, predictions: Predictions, teacher: TopK
     """
     count, vocab_size = logits.shape
     check_positions(count, predictions.ce, teacher, vocab_size)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    wide = wide_dtype(logits.device)
     positions, ids = teacher.positions, teacher.token_ids
     log_p, p_tail = (part.to(wide) for part in teacher.at_temperature(1.0))
     log_q = (logits[positions, ids] - predictions.log_z[positions]).to(wide)  # (E,)

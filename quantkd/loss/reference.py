@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quantkd.errors import ConfigError
+from quantkd.hardware import wide_dtype
 from quantkd.transfer_set.topk import TopKLogprobs
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -218,5 +219,5 @@ def _divergence(
         tail = beta * (torch.xlogy(p_tail, p_tail) - p_tail * log_m_tail)
         tail = tail + (1 - beta) * q_tail * (log_q_tail - log_m_tail)
     # With k = V a position sums a whole vocabulary, one term after the other: float32 would lose three digits.
-    wide = torch.float32 if tail.device.type == "mps" else torch.float64
+    wide = wide_dtype(tail.device)
     return tail.to(wide).index_add(0, positions, entries.to(wide)).to(tail.dtype)

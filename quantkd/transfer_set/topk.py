@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkd.errors import ConfigError
+from quantkd.hardware import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class TopKLogprobs:
             )
         positions = self.positions
         # 1 - sum cancels: in float32 a tail of 1e-7 would be noise. The entries are few, so float64 costs nothing.
-        wide = torch.float32 if self.logprobs.device.type == "mps" else torch.float64
+        wide = wide_dtype(self.logprobs.device)
         logprobs = self.logprobs.to(wide) / temperature
         if temperature != 1.0:
             logprobs -= self.log_normalizers[:, self.temperatures.index(temperature)].to(wide)[positions]
