@@ -10,7 +10,7 @@ from typing import Any
 from quantkd.cli.format import format_histograms, format_info
 from quantkd.cli.parsing import plain_parser, whole_number
 from quantkd.errors import ConfigError
-from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.histograms import compute_histograms
 
 _EXAMPLES = """examples:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _describe(row: dict[str, Any], decode: Any, tokens: int, alternatives: int) -> dict[str, Any]:
     """Prompt, response, and the entries of the first tokens, most probable first."""
-    is_target = row["labels"] != -100
+    is_target = row["labels"] != IGNORE_INDEX
     response, teacher = row["input_ids"][is_target].tolist(), row["teacher"]
     logprobs, tail = teacher.at_temperature(1.0)
     shown = []

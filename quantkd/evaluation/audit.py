@@ -13,7 +13,7 @@ import torch
 
 from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 
 # Nats. In bfloat16, logits of 16 to 32 lie an eighth apart: two such may change places in a second pass.
 _TIE = 0.25
@@ -86,7 +86,7 @@ def _greedy_share(sample: TransferSet) -> float | None:
         return None
     greedy, tokens = 0, 0
     for row in sample:
-        answer, teacher = row["input_ids"][row["labels"] != -100], row["teacher"]
+        answer, teacher = row["input_ids"][row["labels"] != IGNORE_INDEX], row["teacher"]
         entries = teacher.positions
         behind = teacher.logprobs[teacher.offsets[:-1]][entries] - teacher.logprobs
         greedy += int(((teacher.token_ids == answer[entries]) & (behind <= _TIE)).sum())

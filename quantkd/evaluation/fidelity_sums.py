@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantkd.evaluation.bins import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, RowBins, bin_confidence, bin_values
 from quantkd.evaluation.row_statistics import MAX_EXPONENT, CalibrationSums, compute_value
+from quantkd.transfer_set import IGNORE_INDEX
 
 _ROW_KEYS = ("tokens", "kl_sum", "reverse_kl_sum", "ce_sum", "agree")
 _DENSE_ROW_KEYS = ("dense_kl_sum", "dense_reverse_kl_sum", "dense_agree")
@@ -116,7 +117,7 @@ def sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Tenso
 
     Shapes: labels (B, T), positions (N,), returns (B,).
     """
-    is_target = labels[:, 1:] != -100
+    is_target = labels[:, 1:] != IGNORE_INDEX
     rows = is_target.nonzero()[:, 0]
     places = (is_target.cumsum(1) - 1)[is_target]  # of the row's targets, from 0
     ones = torch.ones_like(positions["ce"])

@@ -18,6 +18,7 @@ from quantkd.loss.position_metrics import (
 )
 from quantkd.loss.reference import Divergence, PositionTerms, compute_position_terms
 from quantkd.models.network import Head
+from quantkd.transfer_set import IGNORE_INDEX
 from quantkd.transfer_set.topk import TopKLogprobs
 
 ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
@@ -63,7 +64,7 @@ def compute_row_metrics(
         agree = predictions.top_ids == compared.top_ids
         found = [torch.ones_like(compared.kl), compared.kl, predictions.ce, agree, terms.mix(alpha, temperature)]
         columns[part] = torch.stack([column.to(wide) for column in found], dim=-1)
-    rows = (labels[:, 1:] != -100).nonzero()[:, 0]
+    rows = (labels[:, 1:] != IGNORE_INDEX).nonzero()[:, 0]
     return torch.zeros(labels.shape[0], len(ROW_COLUMNS), dtype=wide, device=hidden.device).index_add_(0, rows, columns)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import wide_dtype
+from quantkd.transfer_set.batch import IGNORE_INDEX
 from quantkd.transfer_set.topk import TopKLogprobs
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -97,7 +98,7 @@ def select_targets(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Shapes: logits (B, T, V), labels (B, T), returns (N, V).
     """
     shifted = labels[:, 1:]
-    is_target = shifted != -100
+    is_target = shifted != IGNORE_INDEX
     return logits[:, :-1][is_target], shifted[is_target]
 
 

@@ -16,7 +16,7 @@ from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.reference import compute_distillation_loss, compute_position_terms, select_targets
 from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
-from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set import IGNORE_INDEX, TransferRow
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.rules import TopK
 from quantkd.transfer_set.topk import TopKLogprobs
@@ -132,7 +132,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
 def _as_item(row: TransferRow, teacher: TransformersTeacher) -> dict[str, Any]:
     """A row as `TransferSet` would give it, without the rounding of a store."""
     input_ids = torch.from_numpy(row.input_ids)
-    labels = torch.full_like(input_ids, -100)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     start, stop = row.spans[0]
     labels[start:stop] = input_ids[start:stop]
     counts = torch.from_numpy(row.counts)

@@ -1,6 +1,6 @@
 """The transfer set: a teacher's sparse distributions on disk, written once and read many times."""
 
-from quantkd.transfer_set.batch import RowBatch
+from quantkd.transfer_set.batch import IGNORE_INDEX, RowBatch
 from quantkd.transfer_set.conversion import convert, estimate_bytes
 from quantkd.transfer_set.info import TransferSetInfo
 from quantkd.transfer_set.joining import concatenate
@@ -13,6 +13,7 @@ from quantkd.transfer_set.writer import ShardTask, TransferSetWriter
 
 __all__ = [
     "FORMAT_VERSION",
+    "IGNORE_INDEX",
     "PROFILES",
     "Plan",
     "RowBatch",

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantkd.transfer_set.codec import DecodedRows
 from quantkd.transfer_set.topk import TopKLogprobs
 
-IGNORED_LABEL = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RowBatch:
         cls, decoded: DecodedRows, temperatures: tuple[float, ...], vocab_size: int, weight: float | None
     ) -> RowBatch:
         """Decoded rows as tensors."""
-        labels = np.full(len(decoded.input_ids), IGNORED_LABEL, dtype=np.int64)
+        labels = np.full(len(decoded.input_ids), IGNORE_INDEX, dtype=np.int64)
         labels[decoded.targets] = decoded.input_ids[decoded.targets]
         return cls(
             lengths=torch.from_numpy(decoded.lengths),

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkd.errors import DataError
 from quantkd.models.packing import position_ids_of
-from quantkd.transfer_set import RowBatch
+from quantkd.transfer_set import IGNORE_INDEX, RowBatch
 from quantkd.transfer_set.topk import TopKLogprobs
 
 
@@ -74,7 +74,7 @@ class DistillationCollator:
             "input_ids": input_ids.unsqueeze(0),
             "position_ids": positions.unsqueeze(0),
             # Nothing predicts a row's first token; in a packed sequence the row before it would.
-            "labels": labels.masked_fill(positions == 0, -100).unsqueeze(0),
+            "labels": labels.masked_fill(positions == 0, IGNORE_INDEX).unsqueeze(0),
         }
 
     def _pad(self, lengths: Tensor, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -85,14 +85,14 @@ class DistillationCollator:
         return {
             "input_ids": _fill(input_ids, mask, self.pad_token_id),
             "attention_mask": mask.long(),
-            "labels": _fill(labels, mask, -100),
+            "labels": _fill(labels, mask, IGNORE_INDEX),
         }
 
 
 def _row_weights(row: Mapping[str, Any]) -> Tensor:
     """The row's weight, once for each target; nothing predicts a label at its first token."""
     weight = row.get("weight")
-    targets = int((torch.as_tensor(row["labels"])[1:] != -100).sum())
+    targets = int((torch.as_tensor(row["labels"])[1:] != IGNORE_INDEX).sum())
     return torch.full((targets,), 1.0 if weight is None else float(weight))
 
 

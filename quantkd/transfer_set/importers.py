@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from quantkd.errors import DataError
+from quantkd.transfer_set.batch import IGNORE_INDEX
 from quantkd.transfer_set.distillkit import CompressedLayout
 from quantkd.transfer_set.interchange import require_columns
 from quantkd.transfer_set.plan import Plan
@@ -77,7 +78,7 @@ def import_axolotl(
         if len({len(row[name]) for name in columns}) != 1:
             raise ValueError(f"{columns} must be of one length")  # arrays of length 1 would broadcast
         mask = np.asarray(row["target_mask"], dtype=bool)
-        targets = np.flatnonzero(mask.any(-1) & (np.asarray(row["labels"]) != -100))
+        targets = np.flatnonzero(mask.any(-1) & (np.asarray(row["labels"]) != IGNORE_INDEX))
         return _row(
             row["input_ids"], targets[targets >= 1], np.asarray(row["target_token_ids"]),
             np.where(mask, np.asarray(row["target_logprobs"], dtype=np.float64), -np.inf), shift=0,
@@ -144,7 +145,7 @@ def import_distillkit(
         values = np.asarray(values, dtype=np.float64)
         targets = np.arange(1, min(len(row["input_ids"]), len(values) + 1))
         if row.get("labels") is not None:
-            targets = targets[np.asarray(row["labels"])[targets] != -100]
+            targets = targets[np.asarray(row["labels"])[targets] != IGNORE_INDEX]
         return _row(row["input_ids"], targets, np.asarray(ids), values, shift=1, rescale=compressed)
 
     facts = _Facts(vocab_size, teacher_name, tokenizer_fingerprint, profile, rows_per_shard)

@@ -18,7 +18,7 @@ from quantkd.evaluation.sharing import deal_batches
 from quantkd.loss.reference import select_targets
 from quantkd.models.network import base_network, find_head, hidden_states_as_logits, why_not_fusable
 from quantkd.names import short_name
-from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.fingerprint import check_fingerprint
 from quantkd.view.compare import Outputs, compare_students
@@ -103,7 +103,7 @@ def _compare_batch(
                 "Load it in another dtype, or check it with `quantkd selftest`."
             )
         part = slice(starts[place], starts[place + 1])
-        ids, is_target = fetched.input_ids[part], fetched.labels[part] != -100
+        ids, is_target = fetched.input_ids[part], fetched.labels[part] != IGNORE_INDEX
         yield RowDivergence(
             index=index,
             finished=bool(fetched.finished[place]),

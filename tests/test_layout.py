@@ -1,0 +1,100 @@
+"""The layout: imports run one way, and what has one owner is written in one place."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "quantkd"
+TREES = {path.relative_to(PACKAGE): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+# Low to high: a module imports from its own part and from those before it. LOW are single files and the lowest part.
+LOW = ["errors", "hardware", "names", "files", "foreign", "remote"]
+PARTS = ["data", "transfer_set", "loss", "models", "evaluation", "report", "view", "hub", "teacher", "training"]
+PARTS += ["experiment", "cli", "__main__"]
+
+# What still has to go.
+UPWARD = {
+    "loss.fused -> models.network",
+    "loss.metrics -> models.network",
+    "loss.objective -> models.network",
+    "loss.position_metrics -> models.network",
+    "report.sweep -> training.search_space",
+    "report.sweep -> training.sweep_trials",
+    "transfer_set.collator -> models.packing",
+    "transfer_set.compatibility -> models.weights",
+    "transfer_set.compatibility -> training.config",
+    "transfer_set.reader -> hub.repository",
+    "transfer_set.reader -> hub.sets",
+    "transfer_set.source -> hub.reading",
+}
+IN_CIRCLES = {"hub.sets", "transfer_set.reader"}
+WITH_ASSERT = {
+    "cli/arguments.py", "cli/evaluate.py", "cli/export.py", "cli/train.py", "hub/repository.py", "models/student.py",
+    "report/arms.py", "teacher/batches.py", "teacher/loading.py", "teacher/logprobs.py", "training/preparation.py",
+    "training/sweep.py", "transfer_set/rules.py",
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path) for path in TREES}
+
+
+def list_imports(path: Path) -> Iterator[str]:
+    """The modules of quantkd that a module imports, at its top or inside a function, for types or to run."""
+    for node in ast.walk(TREES[path]):
+        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{each.name}" for each in node.names]
+            names = [name if name.removeprefix("quantkd.") in NAMES else str(node.module) for name in whole]
+        yield from (name.removeprefix("quantkd.") for name in names if name.startswith("quantkd."))
+
+
+# quantkd/__init__.py loads what it exports by name, and is loaded before everything.
+GRAPH = {name_of(path): set(list_imports(path)) for path in TREES if path != Path("__init__.py")}
+
+
+def rank_of(module: str) -> int:
+    part = module.split(".")[0]
+    return 0 if part in LOW else 1 + PARTS.index(part)
+
+
+def find(matches: Callable[[ast.AST], bool]) -> set[str]:
+    """The files with a node that matches."""
+    return {path.as_posix() for path, tree in TREES.items() if any(matches(node) for node in ast.walk(tree))}
+
+
+def test_imports_run_one_way() -> None:
+    upward = {f"{low} -> {high}" for low in GRAPH for high in GRAPH[low] if rank_of(high) > rank_of(low)}
+    assert sorted(upward - UPWARD) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    left = dict(GRAPH)
+    while ends := {module for module, used in left.items() if not used & left.keys()}:
+        left = {module: used for module, used in left.items() if module not in ends}
+    while starts := left.keys() - set().union(*left.values()):  # these only import from a circle
+        left = {module: used for module, used in left.items() if module not in starts}
+    assert sorted(left.keys() - IN_CIRCLES) == []
+
+
+def test_the_root_holds_no_more_than_it_should() -> None:
+    allowed = {f"{name}.py" for name in ("__init__", "__main__", "experiment", *LOW)} | {"py.typed"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} <= allowed
+    assert len(allowed) <= 10
+
+
+def test_no_assert_decides_anything() -> None:
+    assert sorted(find(lambda node: isinstance(node, ast.Assert)) - WITH_ASSERT) == []
+
+
+def test_packages_alone_list_what_they_export() -> None:
+    listing = find(lambda node: isinstance(node, ast.Name) and node.id == "__all__")
+    assert {name for name in listing if not name.endswith("__init__.py")} == set()
+
+
+def test_the_ignored_label_is_written_once() -> None:
+    assert len(find(lambda node: isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-100")) == 1
