@@ -56,7 +56,7 @@ def check_quiet(driver: Any) -> None:
     assert [entry for entry in driver.get_log("browser") if not entry["message"].startswith("chrome:")] == []
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    asked = [each["request"]["url"] for each in sent if not each["documentURL"].startswith("chrome:")]  # its first tab
+    asked = [each["request"]["url"] for each in sent if not each["documentURL"].startswith("chrome")]  # its first tab
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert any(url.endswith("page.html") for url in asked)
 

@@ -17,7 +17,7 @@ from quantkd import Nucleus, TransferSet, capture
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.view import collect_divergence, render_page
-from quantkd.view.encode import KL_EDGES
+from quantkd.view.divergence import KL_EDGES
 from tests.conftest import build_tiny_model
 from tests.divergence_pages import Reader
 

@@ -15,7 +15,7 @@ import pytest
 
 from quantkd.errors import ConfigError
 from quantkd.view import Divergence, render_page, write_page
-from quantkd.view.encode import count_classes, escape_script_json
+from quantkd.view.divergence import count_classes, escape_script_json
 from tests.divergence_pages import HOSTILE, Reader, make_divergence, make_page_divergence, make_row
 
 MEGABYTE = 1_000_000
@@ -103,8 +103,9 @@ def visible_text(found: Divergence) -> str:
 
 @pytest.mark.parametrize(
     ("before", "after", "said"),
-    [(0.2, 0.05, "75% of it closed"), (0.1, 0.3, "farther than before"), (1e-9, 1e-9, "both as the teacher"),
-     (-1e-9, 5.0, "farther than before"), (0.2, -1e-9, "100% of it closed")],
+    [(0.2, 0.05, "75% lower than before"), (0.1, 0.3, "higher than before"),
+     (1e-9, 1e-9, "the same as the teacher, before and after"), (-1e-9, 5.0, "higher than before"),
+     (0.2, -1e-9, "100% lower than before")],
 )  # fmt: skip
 def test_the_summary_says_what_became_of_the_gap(before: float, after: float, said: str) -> None:
     row = make_row(np.random.default_rng(0), 0, [0, 1], 40)

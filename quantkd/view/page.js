@@ -2,7 +2,7 @@
 const SORTS = {
   after: (row) => -row.means.after,
   before: (row) => -row.means.before,
-  worst: (row) => -(row.after[row.worst] ?? 0),
+  worst: (row) => -Math.max(0, ...row.after),
   gain: (row) => row.means.after - row.means.before,
   loss: (row) => row.means.before - row.means.after,
   index: (row) => row.index,
@@ -10,6 +10,7 @@ const SORTS = {
 const WORST_TOKENS = 12;
 const filterInput = document.getElementById("filter");
 const sortSelect = document.getElementById("sort");
+const themeButton = document.getElementById("theme");
 
 function sortRows() {
   const key = SORTS[sortSelect.value];
@@ -19,13 +20,10 @@ function sortRows() {
 
 function filterRows() {
   const wanted = filterInput.value.trim().toLowerCase();
-  let shown = 0;
-  for (const row of ROWS) {
-    row.element.hidden = !row.search.includes(wanted);
-    shown += row.element.hidden ? 0 : 1;
-  }
-  const every = shown === ROWS.length ? `${shown} rows` : `${shown} of ${ROWS.length} rows`;
-  document.getElementById("count").textContent = every;
+  for (const row of ROWS) row.element.hidden = !row.search.includes(wanted);
+  const shown = ROWS.filter((row) => !row.element.hidden).length;
+  const count = shown === ROWS.length ? `${shown} rows` : `${shown} of ${ROWS.length} rows`;
+  document.getElementById("count").textContent = count;
   document.getElementById("nothing").hidden = shown > 0;
 }
 
@@ -35,47 +33,39 @@ function goTo(row, place) {
     filterRows();
   }
   row.element.querySelector(".body").open = true;
-  const button = row.element.querySelector(".as-table");
-  if (button.getAttribute("aria-pressed") === "true") button.click();
-  const element = row.elements.after[place];
-  focusToken(element);
-  element.scrollIntoView({ block: "center" });
+  if (row.element.querySelector(".table")) row.element.querySelector(".as-table").click();
+  focusToken(row.elements.after[place]);
+  row.elements.after[place].scrollIntoView({ block: "center" });
 }
 
 function listWorst() {
   const all = ROWS.flatMap((row) => row.after.map((kl, place) => ({ row, place, kl })));
-  const worst = all.sort((one, other) => other.kl - one.kl).slice(0, WORST_TOKENS);
-  for (const { row, place } of worst) {
+  for (const { row, place, kl } of all.sort((one, other) => other.kl - one.kl).slice(0, WORST_TOKENS)) {
     const lead = join(row.tokens.slice(Math.max(0, place - 8), place)).replace(/\s+/g, " ");
-    const button = make(
-      "button",
-      { type: "button" },
-      make("span", { class: "snippet", dir: "auto" }, lead, make("mark", { class: `k${colourClass(row.after[place])}` }, ...showToken(row.tokens[place]))),
-      make("span", { class: "note" }, `row ${row.index}, KL ${formatKl(row.before[place])} → ${formatKl(row.after[place])}`),
-    );
+    const mark = make(`mark.k${colorClass(kl)}`, showToken(row.tokens[place]));
+    const note = `row ${row.index}, KL ${formatKl(row.before[place])} → ${formatKl(kl)}`;
+    const button = make("button", { type: "button" }, make("span.snippet", { dir: "auto" }, lead, mark), make("span.note", note));
     button.addEventListener("click", () => goTo(row, place));
-    document.getElementById("worst").append(make("li", {}, button));
+    document.getElementById("worst").append(make("li", button));
   }
 }
 
-function setTheme(name) {
-  document.documentElement.dataset.theme = name;
-  document.getElementById("theme").setAttribute("aria-pressed", String(name === "dark"));
+function setTheme(isDark) {
+  document.documentElement.dataset.theme = isDark ? "dark" : "light";
+  themeButton.setAttribute("aria-pressed", String(isDark));
 }
 
 const systemTheme = window.matchMedia("(prefers-color-scheme: dark)");
-let themeChosen = false;
-systemTheme.addEventListener("change", () => {
-  if (!themeChosen) setTheme(systemTheme.matches ? "dark" : "light");
-});
-document.getElementById("theme").addEventListener("click", () => {
-  themeChosen = true;
-  setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+const followSystem = () => setTheme(systemTheme.matches);
+systemTheme.addEventListener("change", followSystem);
+themeButton.addEventListener("click", () => {
+  systemTheme.removeEventListener("change", followSystem); // the reader has chosen
+  setTheme(document.documentElement.dataset.theme !== "dark");
 });
 document.getElementById("fold").addEventListener("click", (event) => {
-  const folded = event.currentTarget.getAttribute("aria-pressed") === "false";
-  event.currentTarget.setAttribute("aria-pressed", String(folded));
-  for (const row of ROWS) row.element.querySelector(".body").open = !folded;
+  const isFolded = event.currentTarget.getAttribute("aria-pressed") === "false";
+  event.currentTarget.setAttribute("aria-pressed", String(isFolded));
+  for (const row of ROWS) row.element.querySelector(".body").open = !isFolded;
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
@@ -85,7 +75,7 @@ document.addEventListener("keydown", (event) => {
 sortSelect.addEventListener("change", sortRows);
 filterInput.addEventListener("input", filterRows);
 
-setTheme(systemTheme.matches ? "dark" : "light");
+followSystem();
 rowsElement.append(...ROWS.map(rowElement));
 sortRows();
 filterRows();

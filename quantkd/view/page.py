@@ -1,11 +1,10 @@
-"""The divergence page: one HTML file with style, script and data inside, which loads nothing from anywhere."""
+"""The divergence page: one HTML file with its style, script and data, which loads nothing else."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import itertools
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkd.errors import ConfigError
-from quantkd.view.divergence import Divergence
-from quantkd.view.encode import KL_EDGES, count_classes, encode_divergence, escape_script_json
+from quantkd.files import FileSystem, write_atomically
+from quantkd.view.divergence import KL_EDGES, Divergence, count_classes, encode_divergence, escape_script_json
 
 _SCRIPTS = ("data.js", "details.js", "rows.js", "page.js")
 
@@ -27,17 +26,15 @@ def write_page(divergence: Divergence, path: str | Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file name such as {path / 'page.html'}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(render_page(divergence), encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    write_atomically(FileSystem(), path, render_page(divergence).encode(), "page")
     return path
 
 
 def render_page(divergence: Divergence) -> str:
     """The page's text.
 
-    Its policy names the digests of the one script and the one style, and forbids all else: nothing is fetched, and
-    nothing that a token holds could run even if it were not escaped.
+    Its policy names the digests of the one script and the one style and forbids everything else: nothing is fetched, and
+    nothing in a token could run even if it were not escaped.
     """
     folder = files("quantkd.view")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
@@ -73,57 +70,39 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _summarize(divergence: Divergence) -> list[dict[str, str]]:
-    """The figures at the top."""
-    (kl_before, kl_after), (agree_before, agree_after) = divergence.mean_kl, divergence.agreement
-    high = [
-        float(np.mean(np.concatenate([np.zeros(0), *parts]) >= 1)) if divergence.num_tokens else float("nan")
-        for parts in ([row.kl_before for row in divergence.rows], [row.kl_after for row in divergence.rows])
-    ]
-    return [
-        {
-            "name": "KL to the teacher",
-            "before": f"{max(kl_before, 0):.3f}",  # rounding of a stored teacher can leave a little less than 0
-            "after": f"{max(kl_after, 0):.3f}",
-            "note": f"mean, nats a token; {_describe_change(kl_before, kl_after)}",
-        },
-        {
-            "name": "Same first choice",
-            "before": f"{100 * agree_before:.1f}%",
-            "after": f"{100 * agree_after:.1f}%",
-            "note": "how often both would choose the same token",
-        },
-        {
-            "name": "Far off",
-            "before": f"{100 * high[0]:.1f}%",
-            "after": f"{100 * high[1]:.1f}%",
-            "note": "how often the KL is 1 nat or more",
-        },
-    ]
-
-
-def _describe_change(before: float, after: float) -> str:
-    """What became of the distance to the teacher."""
+def _summarize(divergence: Divergence) -> list[tuple[str, str, str, str]]:
+    """The figures at the top: name, before, after, note."""
+    before, after = (max(kl, 0) for kl in divergence.mean_kl)  # rounding of a stored teacher can leave a little below 0
+    agree_before, agree_after = divergence.agreement
+    high_before, high_after = (float(np.mean(kl >= 1)) if len(kl) else float("nan") for kl in divergence.kl)
     if before < 5e-4 and after < 5e-4:
-        return "both as the teacher"
-    if after > before:
-        return "farther than before"
-    return f"{100 * (1 - max(after, 0) / before):.0f}% of it closed"
+        change = "the same as the teacher, before and after"
+    else:
+        change = "higher than before" if after > before else f"{100 * (1 - after / before):.0f}% lower than before"
+    return [
+        ("KL to the teacher", f"{before:.3f}", f"{after:.3f}", f"mean, nats per token; {change}"),
+        (
+            "Same first choice",
+            f"{agree_before:.1%}",
+            f"{agree_after:.1%}",
+            "teacher and student would choose the same token",
+        ),
+        ("Far off", f"{high_before:.1%}", f"{high_after:.1%}", "tokens with a KL of 1 nat or more"),
+    ]
 
 
 def _describe_classes(divergence: Divergence) -> list[dict[str, Any]]:
-    """The legend: each colour's range, and the share of tokens in it."""
-    total = max(divergence.num_tokens, 1)
-    before, after = (
-        sum((count_classes(kl) for kl in column), np.zeros(len(KL_EDGES) + 1))
-        for column in ([row.kl_before for row in divergence.rows], [row.kl_after for row in divergence.rows])
-    )
-    names = [f"<{KL_EDGES[0]:g}", *(f"{low:g}" for low in KL_EDGES)]
-    ranges = [f"below {KL_EDGES[0]:g}"]
-    ranges += [f"{low:g} to {high:g}" for low, high in itertools.pairwise(KL_EDGES)]
-    ranges += [f"{KL_EDGES[-1]:g} and more"]
-    names[-1] = f"≥{KL_EDGES[-1]:g}"
+    """The legend: the range of each color, and the share of tokens in it."""
+    low, high = KL_EDGES[0], KL_EDGES[-1]
+    names = [f"<{low:g}", *(f"{edge:g}" for edge in KL_EDGES[:-1]), f"≥{high:g}"]
+    inner = [f"{start:g} to {stop:g}" for start, stop in itertools.pairwise(KL_EDGES)]
+    ranges = [f"below {low:g}", *inner, f"{high:g} and more"]
+    before, after = (100 * count_classes(kl) / max(divergence.num_tokens, 1) for kl in divergence.kl)
     return [
-        {"name": name, "range": span, "before": 100 * one / total, "after": 100 * other / total}
+        {"name": name, "range": span, "before": _format_percent(one), "after": _format_percent(other)}
         for name, span, one, other in zip(names, ranges, before.tolist(), after.tolist(), strict=True)
     ]
+
+
+def _format_percent(percent: float) -> str:
+    return f"{percent:.0f}" if percent == 0 or percent >= 9.5 else f"{percent:.1f}"

@@ -3,94 +3,77 @@ const rowsElement = document.getElementById("rows");
 const PLACES = new WeakMap(); // token element -> { row, student, place }
 let lastFocused = null;
 
-/** The KL of a row from left to right as a band of colours; of a long row the highest of each step. */
+/** The KL of a row from left to right as a band of colors; of a long row the highest of each step. */
 function strip(row, student) {
-  const steps = Math.min(row.tokens.length, 240);
-  const stops = [];
-  for (let step = 0; step < steps; step += 1) {
-    const from = Math.floor((step * row.tokens.length) / steps);
-    const to = Math.floor(((step + 1) * row.tokens.length) / steps);
-    const kl = Math.max(...row[student].slice(from, to));
-    stops.push(`var(--s${colourClass(kl)}) ${(100 * step) / steps}% ${(100 * (step + 1)) / steps}%`);
-  }
-  const band = make("span", { class: "band" });
-  if (stops.length) band.style.setProperty("background-image", `linear-gradient(to right, ${stops.join(",")})`);
-  return make("span", { class: "strip" }, make("span", { class: "label" }, student), band);
+  const count = row.tokens.length;
+  const steps = Math.min(count, 240);
+  const stops = Array.from({ length: steps }, (_, step) => {
+    const part = row[student].slice(Math.floor((step * count) / steps), Math.floor(((step + 1) * count) / steps));
+    const number = colorClass(Math.max(...part));
+    return `${number ? `var(--k${number})` : "transparent"} ${(100 * step) / steps}% ${(100 * (step + 1)) / steps}%`;
+  });
+  const band = make("span.band");
+  if (steps) band.style.backgroundImage = `linear-gradient(to right, ${stops.join(",")})`;
+  return make("span.strip", make("span.label", student), band);
 }
 
 /** A token in running text. Of a character that is split over tokens, the first shows all of it. */
 function showInText(row, place) {
   const whole = wholeCharacter(row.tokens, place);
   if (whole === null) return showPieces(spell(row.tokens[place]));
-  return whole.begins ? showPieces(spell(whole.text)) : showPieces([{ sign: "‥" }]);
+  return showPieces(whole.begins ? spell(whole.text) : [{ sign: "‥" }]);
 }
 
 function tokenElement(row, student, place) {
-  const kl = row[student][place];
-  const other = row.firsts[student][place] === 0 ? "" : " other";
   const token = row.tokens[place];
-  const spaces = typeof token === "string" && / {2}|\s$/.test(token) ? " spaces" : "";
-  const element = make("span", { class: `token k${colourClass(kl)}${other}${spaces}`, role: "option", tabindex: "-1" }, ...showInText(row, place));
-  element.dir = "auto";
+  const attributes = { role: "option", tabindex: place ? "-1" : "0", dir: "auto" };
+  const element = make(`span.token.k${colorClass(row[student][place])}`, attributes, ...showInText(row, place));
+  element.classList.toggle("other", row[`first_${student}`][place] !== 0);
+  element.classList.toggle("spaces", typeof token === "string" && / {2}|\s$/.test(token));
   PLACES.set(element, { row, student, place });
   return element;
 }
 
-function tokenList(row, student) {
-  const list = make("div", { class: "tokens", role: "listbox", "aria-orientation": "horizontal", "aria-label": `Tokens of row ${row.index}, ${student}` });
+function studentView(row, student) {
   const contexts = new Map(row.contexts.filter(([place]) => place > 0 && place < row.tokens.length));
+  const label = `Tokens of row ${row.index}, ${student}`;
+  const list = make("div.tokens", { role: "listbox", "aria-orientation": "horizontal", "aria-label": label });
   row.elements[student] = row.tokens.map((token, place) => {
-    if (contexts.has(place)) list.append(make("span", { class: "between", role: "presentation" }, contexts.get(place)));
+    if (contexts.has(place)) list.append(make("span.between", { role: "presentation" }, contexts.get(place)));
     const element = tokenElement(row, student, place);
-    list.append(element);
     const breaks = typeof token === "string" ? Math.min(2, token.split("\n").length - 1) : 0;
-    for (let line = 0; line < breaks; line += 1) list.append(make("br"));
+    list.append(element, ...Array.from({ length: breaks }, () => make("br")));
     return element;
   });
-  row.elements[student][0]?.setAttribute("tabindex", "0");
-  return list;
+  const title = make("h3", TITLES[student], " ", make("span.note", `mean ${formatKl(row.means[student])}`));
+  return make(`section.view.${student}`, { "aria-label": `Row ${row.index}, ${student}` }, title, list);
 }
 
-function studentView(row, student) {
-  const title = make("h3", {}, TITLES[student], " ", make("span", { class: "note" }, `mean ${formatKl(row.means[student])}`));
-  return make("section", { class: `view ${student}`, "aria-label": `Row ${row.index}, ${student}` }, title, tokenList(row, student));
-}
-
-/** The row as a table of numbers, a line a token. */
+/** The row as a table of numbers, one line per token. */
 function rowTable(row) {
   const titles = ["#", "Token", "KL before", "KL after", "Teacher's first choice", "Teacher", "Before", "After"];
-  const body = make("tbody");
-  row.tokens.forEach((token, place) => {
-    const top = row.alternativesAt(place)[0];
-    body.append(
-      make(
-        "tr",
-        {},
-        make("td", {}, String(place + 1)),
-        make("th", { scope: "row" }, make("bdi", {}, ...showToken(token))),
-        make("td", {}, showKl(row.before[place])),
-        make("td", {}, showKl(row.after[place])),
-        make("td", { class: "name" }, make("bdi", {}, ...showToken(top.token))),
-        ...Object.keys(TITLES).map((model) => make("td", {}, formatShare(top[model]))),
-      ),
+  const lines = row.tokens.map((token, place) => {
+    const top = alternativesAt(row, place)[0];
+    return make(
+      "tr",
+      make("td", String(place + 1)),
+      make("th", { scope: "row" }, showToken(token)),
+      ...STUDENTS.map((student) => make("td", showKl(row[student][place]))),
+      make("td.name", showToken(top.token)),
+      ...Object.keys(TITLES).map((model) => make("td", formatShare(top[model]))),
     );
   });
-  const head = make("thead", {}, make("tr", {}, ...titles.map((title) => make("th", { scope: "col" }, title))));
-  const name = `Row ${row.index} as a table`;
-  return make("div", { class: "table", role: "region", tabindex: "0", "aria-label": name }, make("table", {}, head, body));
+  const region = { role: "region", tabindex: "0", "aria-label": `Row ${row.index} as a table` };
+  return make("div.table", region, make("table", headRow(titles), make("tbody", ...lines)));
 }
 
 function promptElement(row) {
-  const text = row.contexts.filter(([place]) => place === 0).map(([, prompt]) => prompt)[0];
-  if (text === undefined) return null;
+  if (row.contexts[0]?.[0] !== 0) return null;
+  const text = row.contexts[0][1];
   const end = text.replace(/\s+/g, " ").trim();
   const preview = end.length > 160 ? `… ${end.slice(-158).replace(/^\S{0,20}\s/, "")}` : end;
-  return make(
-    "details",
-    { class: "prompt" },
-    make("summary", {}, make("span", { class: "label" }, "Prompt"), " ", make("bdi", { class: "preview" }, preview)),
-    make("p", { class: "text", dir: "auto" }, text),
-  );
+  const summary = make("summary", make("span.label", "Prompt"), " ", make("bdi.preview", preview));
+  return make("details.prompt", summary, make("p.text", { dir: "auto" }, text));
 }
 
 function changeText({ before, after }) {
@@ -102,39 +85,37 @@ function changeText({ before, after }) {
 
 function rowElement(row) {
   row.elements = {};
-  const views = make("div", { class: "views" }, ...STUDENTS.map((student) => studentView(row, student)));
-  const toggle = make("button", { type: "button", class: "as-table", "aria-pressed": "false" }, "As a table");
+  const views = make("div.views", ...STUDENTS.map((student) => studentView(row, student)));
+  const toggle = make("button.as-table", { type: "button", "aria-pressed": "false" }, "As a table");
   toggle.addEventListener("click", () => {
-    const asTable = toggle.getAttribute("aria-pressed") === "false";
-    toggle.setAttribute("aria-pressed", String(asTable));
-    views.hidden = asTable;
-    if (asTable) views.after(rowTable(row));
+    views.hidden = !views.hidden;
+    toggle.setAttribute("aria-pressed", String(views.hidden));
+    if (views.hidden) views.after(rowTable(row));
     else row.element.querySelector(".table").remove();
   });
-  const facts = [`${row.tokens.length} ${row.tokens.length === 1 ? "token" : "tokens"}`, ...(row.cut ? ["cut short"] : [])].join(", ");
+  const count = row.tokens.length;
+  const direction = row.means.after > row.means.before ? "up" : "down";
+  const means = [
+    make("span.label", "KL "),
+    make("span.was", formatKl(row.means.before)),
+    " → ",
+    make("b", formatKl(row.means.after)),
+    make(`span.change.${direction}`, changeText(row.means)),
+  ];
   const summary = make(
     "summary",
-    {},
     make("h2", { id: `row-${row.index}` }, `Row ${row.index}`),
-    make(
-      "span",
-      { class: "means" },
-      make("span", { class: "label" }, "KL "),
-      make("span", { class: "was" }, formatKl(row.means.before)),
-      " → ",
-      make("b", {}, formatKl(row.means.after)),
-      make("span", { class: `change ${row.means.after > row.means.before ? "up" : "down"}` }, changeText(row.means)),
-    ),
-    make("span", { class: "facts" }, facts),
-    make("span", { class: "strips", "aria-hidden": "true" }, ...STUDENTS.map((student) => strip(row, student))),
+    make("span.means", ...means),
+    make("span.facts", `${count} ${count === 1 ? "token" : "tokens"}${row.cut ? ", cut short" : ""}`),
+    make("span.strips", { "aria-hidden": "true" }, ...STUDENTS.map((student) => strip(row, student))),
   );
-  const body = make("details", { class: "body", open: true }, summary, promptElement(row), views, make("p", { class: "actions" }, toggle));
-  row.element = make("article", { class: "row", "aria-labelledby": `row-${row.index}` }, body);
+  const body = make("details.body", { open: "" }, summary, promptElement(row), views, make("p.actions", toggle));
+  row.element = make("article.row", { "aria-labelledby": `row-${row.index}` }, body);
   return row.element;
 }
 
-function twins({ row, place }) {
-  return STUDENTS.map((student) => row.elements[student][place]);
+function markTwins({ row, place }, name, on) {
+  for (const student of STUDENTS) row.elements[student][place].classList.toggle(name, on);
 }
 
 function focusToken(element) {
@@ -145,21 +126,21 @@ function focusToken(element) {
   element.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
-/** The token in the line above (-1) or below (1) that lies nearest. */
+/** The nearest token in the line above (-1) or below (1). */
 function inNextLine(elements, place, direction) {
   const start = elements[place].getBoundingClientRect();
-  const centre = start.left + start.width / 2;
-  let best = null;
+  const center = start.left + start.width / 2;
+  let best = { at: place, distance: Infinity };
   let line = null;
   for (let at = place + direction; elements[at]; at += direction) {
     const box = elements[at].getBoundingClientRect();
     if (direction * (box.top - start.top) < start.height / 2) continue;
     if (line !== null && Math.abs(box.top - line) > start.height / 2) break;
     line = box.top;
-    const distance = Math.abs(box.left + box.width / 2 - centre);
-    if (best === null || distance < best.distance) best = { at, distance };
+    const distance = Math.abs(box.left + box.width / 2 - center);
+    if (distance < best.distance) best = { at, distance };
   }
-  return best?.at ?? place;
+  return best.at;
 }
 
 function nextHigh(kls, place, direction) {
@@ -183,53 +164,42 @@ function targetOf(key, { row, student, place }) {
   }
 }
 
-function tokenOf(event) {
-  const element = event.target instanceof Element ? event.target.closest(".token") : null;
-  return element !== null && PLACES.has(element) ? element : null;
+/** Call `handle(element, its place, event)` for events of this type on a token. */
+function onToken(type, handle) {
+  rowsElement.addEventListener(type, (event) => {
+    const element = event.target instanceof Element ? event.target.closest(".token") : null;
+    if (PLACES.has(element)) handle(element, PLACES.get(element), event);
+  });
 }
 
-rowsElement.addEventListener("pointerover", (event) => {
-  const element = tokenOf(event);
-  if (element === null || event.pointerType === "touch") return;
-  const at = PLACES.get(element);
-  for (const twin of twins(at)) twin.classList.add("twin");
+onToken("pointerover", (element, at, event) => {
+  if (event.pointerType === "touch") return;
+  markTwins(at, "twin", true);
   showTip(element, at.row, at.place);
 });
-rowsElement.addEventListener("pointerout", (event) => {
-  const element = tokenOf(event);
-  if (element === null) return;
-  for (const twin of twins(PLACES.get(element))) twin.classList.remove("twin");
+onToken("pointerout", (element, at) => {
+  markTwins(at, "twin", false);
   hideTip(150);
 });
-rowsElement.addEventListener("click", (event) => {
-  const element = tokenOf(event);
-  if (element !== null) focusToken(element);
-});
-rowsElement.addEventListener("focusin", (event) => {
-  const element = tokenOf(event);
-  if (element === null) return;
-  const at = PLACES.get(element);
+onToken("click", focusToken);
+onToken("focusin", (element, at) => {
   lastFocused = element;
   element.setAttribute("aria-label", `${quote(at.row.tokens[at.place])}, KL ${formatKl(at.row[at.student][at.place])}`);
   element.setAttribute("aria-selected", "true");
   element.setAttribute("aria-describedby", "sentence");
-  for (const twin of twins(at)) twin.classList.add("here");
+  markTwins(at, "here", true);
   showPanel(at.row, at.place);
   if (isDocked.matches) hideTip();
   else showTip(element, at.row, at.place);
 });
-rowsElement.addEventListener("focusout", (event) => {
-  const element = tokenOf(event);
-  if (element === null) return;
+onToken("focusout", (element, at) => {
   element.removeAttribute("aria-selected");
   element.removeAttribute("aria-describedby");
-  for (const twin of twins(PLACES.get(element))) twin.classList.remove("here");
+  markTwins(at, "here", false);
   hideTip(50);
 });
-rowsElement.addEventListener("keydown", (event) => {
-  const element = tokenOf(event);
-  if (element === null || event.ctrlKey || event.metaKey || event.altKey) return;
-  const target = targetOf(event.key, PLACES.get(element));
+onToken("keydown", (element, at, event) => {
+  const target = event.ctrlKey || event.metaKey || event.altKey ? null : targetOf(event.key, at);
   if (target === null) return;
   event.preventDefault();
   focusToken(target);
