@@ -1,30 +1,37 @@
-"""Every call by which a transfer set touches the disk. Tests pass a subclass that fails or dies at a chosen call."""
+"""Files and folders that are written whole or not at all, plain files that are read within a limit, and file locks.
+
+Everything that quantkd writes for later goes through `write_file` or `new_folder`: a reader, or the next start after a
+crash or a power cut, finds all of it or none.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
+import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from quantkd.errors import TransferSetError
+from quantkd.errors import DataError, QuantKDError
 
-# What `write_atomically` reaches, in order; `FileSystem.reach` hears each as "<what>:<step>".
+# What `write_file` reaches, in order; `FileSystem.reach` hears each as "<what>:<step>".
 COMMIT_STEPS = ("created", "written", "synced", "renamed", "folder-synced")
 
 
 class FileSystem:
-    """The disk as the operating system gives it."""
+    """The calls by which `write_file` touches the disk. Tests pass a subclass that fails or dies at a chosen call."""
 
     def reach(self, step: str) -> None:
         """Called at every named step of a commit; does nothing here."""
 
     def create(self, path: Path) -> int:
         """Open a new or emptied file for writing; returns its descriptor."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         """Write some of `data`; returns how many bytes were taken."""
@@ -42,64 +49,88 @@ class FileSystem:
         """Remove a file that may be gone already."""
         path.unlink(missing_ok=True)
 
-    def mkdir(self, path: Path) -> None:
-        """Create a folder and its parents; it may exist."""
-        path.mkdir(parents=True, exist_ok=True)
-
-    def sync_folder(self, path: Path) -> None:
-        """Flush a folder's entries, so that a rename in it survives a power cut."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def sync(self, path: Path) -> None:
+        """Flush a file, or a folder's entries, so that a rename in it survives a power cut."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def write_atomically(filesystem: FileSystem, path: Path, data: bytes, what: str) -> None:
-    """Put `data` at `path` so that a reader, or the next start after a crash, finds all of it or none."""
+DISK = FileSystem()
+
+
+def write_file(path: Path, data: bytes | str, *, filesystem: FileSystem = DISK, what: str = "file") -> None:
+    """Write `path` whole: a temporary file beside it, fsync, rename, fsync of the folder, which is made if need be.
+
+    Text is written as UTF-8. After an error the old file is still there, and the temporary one is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    descriptor = filesystem.create(temporary)
     try:
-        filesystem.reach(f"{what}:created")
-        rest = memoryview(data)
-        while rest:
-            written = filesystem.write(descriptor, rest)
-            if written <= 0:
-                raise OSError(f"the disk took {written} of {len(rest)} bytes of {temporary}")
-            rest = rest[written:]
-        filesystem.reach(f"{what}:written")
-        filesystem.fsync(descriptor)
-        filesystem.reach(f"{what}:synced")
-    finally:
-        os.close(descriptor)
-    filesystem.rename(temporary, path)
+        descriptor = filesystem.create(temporary)
+        try:
+            filesystem.reach(f"{what}:created")
+            rest = memoryview(data.encode() if isinstance(data, str) else data)
+            while rest:
+                written = filesystem.write(descriptor, rest)
+                if written <= 0:
+                    raise OSError(f"the disk took {written} of {len(rest)} bytes of {temporary}")
+                rest = rest[written:]
+            filesystem.reach(f"{what}:written")
+            filesystem.fsync(descriptor)
+            filesystem.reach(f"{what}:synced")
+        finally:
+            os.close(descriptor)
+        filesystem.rename(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            filesystem.unlink(temporary)
+        raise
     filesystem.reach(f"{what}:renamed")
-    filesystem.sync_folder(path.parent)
+    filesystem.sync(path.parent)
     filesystem.reach(f"{what}:folder-synced")
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor for reading `path`, which must be a plain file: no link leads out of the folder, no pipe blocks."""
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name at the end of the `with`, when all in it is on the disk.
+
+    After an error it is removed. `path` may be an empty folder; the system refuses to replace any other (OSError).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            DISK.sync(entry)
+        os.rename(temporary, path)
+        DISK.sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_regular(path: Path, *, error: type[QuantKDError] = DataError) -> int:
+    """A descriptor for reading `path`, which must be a plain file: no link leads elsewhere, no pipe blocks."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = "it is a symbolic link" if path.is_symlink() else error.strerror
-        raise TransferSetError(
-            f"Cannot open {path}: {reason}. A transfer set consists of plain files in one folder; "
-            "copy or download it with its files, not with links to them."
-        ) from error
+    except OSError as cause:
+        reason = "it is a symbolic link" if path.is_symlink() else cause.strerror
+        raise error(f"Cannot open {path}: {reason}. Expected a plain file; copy or download it again.") from cause
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise TransferSetError(f"Cannot open {path}: it is not a plain file. Get the set anew.")
+        raise error(f"Cannot open {path}: it is not a plain file. Copy or download it again.")
     return descriptor
 
 
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of the plain file `path`, of at most `max_bytes`."""
-    with os.fdopen(open_regular(path), "rb") as file:
+def read_regular(path: Path, max_bytes: int, *, error: type[QuantKDError] = DataError) -> bytes:
+    """The content of the plain file `path`, which must have at most `max_bytes`."""
+    with os.fdopen(open_regular(path, error=error), "rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise TransferSetError(f"{path} is larger than {max_bytes} bytes, more than a transfer set needs. Get it anew.")
+        raise error(f"{path} is larger than {max_bytes} bytes, the most that such a file may have. Get another one.")
     return data
 
 

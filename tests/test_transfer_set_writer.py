@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from transfer_sets import FaultyDisk, make_plan, make_row, write_set
 
 from quantkd.errors import TransferSetError
 from quantkd.files import FileLock
-from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, filesystem, writer
+from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, writer
 
 
 def rows_of(plan: Any, task: ShardTask) -> list[Any]:
@@ -260,7 +261,7 @@ def test_a_lock_file_that_was_removed_does_not_fool_two_holders(tmp_path: Path) 
 
 
 def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = filesystem.fcntl.flock, []
+    real, calls = fcntl.flock, []
 
     def flock(descriptor: int, operation: int) -> None:
         real(descriptor, operation)
@@ -271,7 +272,7 @@ def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path: Path, monke
             (tmp_path / "lock").rename(tmp_path / "old")
             (tmp_path / "lock").touch()
 
-    monkeypatch.setattr(filesystem.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     lock = FileLock(tmp_path / "lock")
     assert lock.acquire() and len(calls) == 3
     assert not FileLock(tmp_path / "lock").acquire()
@@ -279,7 +280,7 @@ def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path: Path, monke
     def broken(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(filesystem.fcntl, "flock", broken)
+    monkeypatch.setattr(files.fcntl, "flock", broken)
     with pytest.raises(TransferSetError, match=os.strerror(errno.ENOLCK)):
         TransferSetWriter.open(tmp_path / "set", make_plan())
 

@@ -138,7 +138,7 @@ class HubSource:
                 f"The transfer set {files} is incomplete: it has no {INDEX_NAME}, which is uploaded last. Ask for an "
                 "earlier revision, or wait for the upload to end."
             )
-        index = parse_index(read_regular(path, MAX_DOCUMENT_BYTES))
+        index = parse_index(read_regular(path, MAX_DOCUMENT_BYTES, error=TransferSetError))
         logger.info("Transfer set %s, digest %s", files, index.digest())
         return cls(files, index)
 

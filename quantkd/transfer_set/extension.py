@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkd.errors import TransferSetError
-from quantkd.files import FileLock, FileSystem, write_atomically
+from quantkd.files import FileLock, FileSystem, write_file
 from quantkd.transfer_set.codec import Codec
 from quantkd.transfer_set.index import INDEX_NAME, Index, read_index
 from quantkd.transfer_set.plan import MAX_SHARDS, Plan
@@ -112,12 +112,12 @@ def _merge(folder: Path, staging: Path, base: Index, disk: FileSystem) -> Index:
                 raise TransferSetError(
                     f"{target} has another size than its record promises. Remove {staging} and extend anew."
                 )
-        disk.sync_folder(folder)
+        disk.sync(folder)
         disk.reach("extension:folder-synced")
         counters = Counter(base.counters)
         counters.update(added.counters)
         base = Index(plan, base.shards + added.shards, dict(counters))
-        write_atomically(disk, folder / INDEX_NAME, base.to_bytes(), "index")
+        write_file(folder / INDEX_NAME, base.to_bytes(), filesystem=disk, what="index")
     disk.reach("extension:indexed")
     with FileLock(staging / WRITER_LOCK) as writers:
         # Others that joined may still look for the finished index in there.

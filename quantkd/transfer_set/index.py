@@ -98,7 +98,7 @@ class Index:
 
 def read_index(folder: Path) -> Index:
     """The index of a finished set."""
-    return parse_index(read_regular(folder / INDEX_NAME, MAX_DOCUMENT_BYTES))
+    return parse_index(read_regular(folder / INDEX_NAME, MAX_DOCUMENT_BYTES, error=TransferSetError))
 
 
 def parse_index(data: bytes) -> Index:
@@ -136,7 +136,9 @@ def plan_to_bytes(plan: Plan) -> bytes:
 
 def read_plan(folder: Path) -> Plan:
     """The plan of an unfinished set."""
-    value = parse_canonical_json(read_regular(folder / PLAN_NAME, MAX_DOCUMENT_BYTES), PLAN_NAME)
+    value = parse_canonical_json(
+        read_regular(folder / PLAN_NAME, MAX_DOCUMENT_BYTES, error=TransferSetError), PLAN_NAME
+    )
     _check_format(value, PLAN_NAME)
     require_fields(value, PLAN_NAME, ("format", "version", "plan"))
     return Plan.from_json(value["plan"])
@@ -150,7 +152,7 @@ def record_to_bytes(record: ShardRecord) -> bytes:
 def read_record(folder: Path, index: int) -> ShardRecord:
     """The record of shard `index` of an unfinished set."""
     name = record_name(index)
-    value = parse_canonical_json(read_regular(folder / name, MAX_DOCUMENT_BYTES), name)
+    value = parse_canonical_json(read_regular(folder / name, MAX_DOCUMENT_BYTES, error=TransferSetError), name)
     fields = require_fields(value, name, ("shard", "counters"))
     record = ShardRecord.from_json(fields["shard"], name)
     return ShardRecord(record.size, record.sha256, check_counters(fields["counters"]))

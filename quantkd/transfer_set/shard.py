@@ -73,7 +73,7 @@ class ShardMap:
         self._codec = codec
         header = shard_header(codec, size)
         expected = shard_bytes(codec, size)
-        descriptor = open_regular(path)
+        descriptor = open_regular(path, error=TransferSetError)
         try:
             found = os.fstat(descriptor).st_size
             if found != expected:

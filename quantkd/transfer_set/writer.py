@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from quantkd.errors import TransferSetError
-from quantkd.files import FileLock, FileSystem, write_atomically
+from quantkd.files import FileLock, FileSystem, write_file
 from quantkd.transfer_set.claims import ShardClaims, lock_name
 from quantkd.transfer_set.codec import Codec
 from quantkd.transfer_set.index import (
@@ -81,7 +81,7 @@ class TransferSetWriter:
         disk = filesystem or FileSystem()
         lock = FileLock(folder / WRITER_LOCK)
         with _disk_errors(folder):
-            disk.mkdir(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             if not (folder / INDEX_NAME).exists() and not lock.acquire(shared=join):
                 raise TransferSetError(
                     f"Another writer is at work on {folder}. Wait for it, or, to share the work, start every process "
@@ -148,8 +148,10 @@ class TransferSetWriter:
         data = serialize_shard(self._codec, size, tensors)
         record = ShardRecord(size, hashlib.sha256(data).hexdigest(), check_counters(dict(counters or {})))
         with _disk_errors(self.path):
-            write_atomically(self._filesystem, self.path / shard_name(task.index), data, "shard")
-            write_atomically(self._filesystem, self.path / record_name(task.index), record_to_bytes(record), "record")
+            write_file(self.path / shard_name(task.index), data, filesystem=self._filesystem, what="shard")
+            write_file(
+                self.path / record_name(task.index), record_to_bytes(record), filesystem=self._filesystem, what="record"
+            )
             self._claims.release(task.index, committed=True)
 
     def finalize(self, wait: bool = True) -> str:
@@ -202,7 +204,7 @@ class TransferSetWriter:
                         f"{shard_bytes(self._codec, record.size)}. Remove {record_name(shard)} and resume to redo it."
                     )
             index = Index.from_records(self.plan, records)
-            write_atomically(self._filesystem, self.path / INDEX_NAME, index.to_bytes(), "index")
+            write_file(self.path / INDEX_NAME, index.to_bytes(), filesystem=self._filesystem, what="index")
             self._digest = index.digest()
             self._filesystem.reach("cleanup:started")
             self._remove_leftovers()
@@ -233,7 +235,7 @@ def _establish_plan(disk: FileSystem, folder: Path, plan: Plan) -> None:
                 f"{folder} holds {strays[0]} but neither {PLAN_NAME} nor {INDEX_NAME}: its shards belong to something "
                 "else. Choose another folder, or remove them."
             )
-        write_atomically(disk, folder / PLAN_NAME, plan_to_bytes(plan), "plan")
+        write_file(folder / PLAN_NAME, plan_to_bytes(plan), filesystem=disk, what="plan")
 
 
 def _stuck(lock: FileLock) -> TransferSetError:
