@@ -148,13 +148,16 @@ def test_rows_are_limited_and_the_model_is_as_it_was(
     held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, frozen: bool
 ) -> None:
     student.train()
+    student.get_base_model().model.norm.eval()  # a layer's own mode returns too
+    modes = [module.training for module in student.modules()]
     if frozen:  # as PeftModel.from_pretrained loads one; PEFT's switch would leave it trainable
         student.requires_grad_(False)
     weights = {name: value.clone() for name, value in student.state_dict().items()}
     trained = [parameter.requires_grad for parameter in student.parameters()]
     found = collect_divergence(student, held_out, tiny_tokenizer, rows=2, progress=False)
     assert [row.index for row in found.rows] == [0, 1] and found.num_rows == 5
-    assert student.training and trained == [parameter.requires_grad for parameter in student.parameters()]
+    assert modes == [module.training for module in student.modules()]
+    assert trained == [parameter.requires_grad for parameter in student.parameters()]
     assert any(trained) != frozen
     for name, value in student.state_dict().items():
         assert torch.equal(value, weights[name])

@@ -1,7 +1,8 @@
-"""Running a student twice over held-out rows, without and with its adapter, and keeping what each token shows."""
+"""Run a student over held-out rows, without and with its adapter, and compare both with the stored teacher."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import PurePath
@@ -9,24 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.sharing import deal_batches
+from quantkd.loss.position_metrics import compare_with_entries, compute_predictions, positions_per_chunk, take_logits
 from quantkd.loss.reference import select_targets
-from quantkd.models.network import base_network, find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.models.network import Head, base_network, find_head, hidden_states_as_logits, undisturbed, why_not_fusable
 from quantkd.names import short_name
-from quantkd.transfer_set import IGNORE_INDEX, TransferSet
+from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.batch import IGNORE_INDEX
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.fingerprint import check_fingerprint
-from quantkd.view.compare import Outputs, compare_students
-from quantkd.view.divergence import Divergence, RowDivergence
+from quantkd.transfer_set.topk import TopKLogprobs
+from quantkd.view.divergence import Alternatives, Divergence, RowDivergence
 from quantkd.view.spelling import decode_text, spell_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    # (N, H) hidden states at N targets with the head that makes logits of them, or (N, V) logits and None.
+    Outputs = tuple[Tensor, Head | None]
 
 
 def collect_divergence(
@@ -47,26 +54,25 @@ def collect_divergence(
             raise ConfigError(f"{name} is {number}; expected at least 1.")
     if not isinstance(model, PeftModel):
         raise ConfigError(
-            f"The model is a {type(model).__name__}; expected a PeftModel, whose adapter can be switched off for the "
-            "look before training. Load the adapter with PeftModel.from_pretrained."
+            f"The model is a {type(model).__name__}; expected a PeftModel, whose adapter can be switched off to see "
+            "the student before training. Load the adapter with PeftModel.from_pretrained."
         )
     if not len(transfer_set):
         raise DataError("The transfer set has no rows to show; capture at least one held-out prompt.")
     check_fingerprint(transfer_set.info.tokenizer_fingerprint, tokenizer, what="The transfer set")
     shown = transfer_set[:rows]
     batches = deal_batches(shown.lengths.tolist(), batch_size, share=False)
-    found: dict[int, RowDivergence] = {}
+    found: list[RowDivergence] = []
     with _evaluating(model):
         with model.disable_adapter():
             fusable = why_not_fusable(model) is None
         fusable = fusable and why_not_fusable(model) is None
         for indices in tqdm(batches, desc="view", unit="batch", disable=None if progress else True):
-            for row in _compare_batch(model, shown, indices, tokenizer, alternatives, fusable):
-                found[row.index] = row
-    seen = tuple(found[index] for index in sorted(found))
-    ids = np.concatenate([part for row in seen for part in (row.token_ids, row.alternatives.token_ids)])
+            found += _compare_batch(model, shown, indices, tokenizer, alternatives, fusable)
+    found.sort(key=lambda row: row.index)
+    ids = np.concatenate([part for row in found for part in (row.token_ids, row.alternatives.token_ids)])
     return Divergence(
-        rows=seen,
+        rows=tuple(found),
         tokens=spell_tokens(tokenizer, ids.tolist()),
         teacher=_without_path(transfer_set.info.teacher_name),
         student=_without_path(student_name or str(base_network(model).config._name_or_path) or "student"),
@@ -86,68 +92,113 @@ def _compare_batch(
 ) -> Iterator[RowDivergence]:
     """The rows of one batch."""
     fetched = shown.__getitems__(indices)
-    batch = DistillationCollator(pad_token_id=0)(fetched)  # whatever fills the padding is masked and never a target
+    batch = DistillationCollator(pad_token_id=0)(fetched)  # padding is masked and never a target, whatever its id
     labels, teacher = batch["labels"].to(model.device), batch["teacher"].to(model.device)
     with model.disable_adapter(), torch.inference_mode():
         before, targets = _run(model, batch, labels, fusable)
     with torch.inference_mode():
         after, _ = _run(model, batch, labels, fusable)
-        compared = compare_students(before, after, targets, teacher, alternatives)
     bounds = np.append(0, fetched.target_counts.cumsum(0).numpy())
     starts = np.append(0, fetched.lengths.cumsum(0).numpy())
     for place, index in enumerate(indices):
-        own = compared.select(bounds[place], bounds[place + 1])
-        if not (np.isfinite(own.kl_before).all() and np.isfinite(own.kl_after).all()):
+        with torch.inference_mode():
+            columns = _compare_students(
+                before, after, targets, teacher, range(*bounds[place : place + 2]), alternatives
+            )
+        if not (np.isfinite(columns["kl_before"]).all() and np.isfinite(columns["kl_after"]).all()):
             raise DataError(
                 f"The student's KL at row {index} is not finite, so its logits are not either; expected finite ones. "
                 "Load it in another dtype, or check it with `quantkd selftest`."
             )
-        part = slice(starts[place], starts[place + 1])
+        part = slice(*starts[place : place + 2])
         ids, is_target = fetched.input_ids[part], fetched.labels[part] != IGNORE_INDEX
+        offsets = np.append(0, columns.pop("counts").cumsum())
+        entries = {name: columns.pop(name) for name in ("token_ids", "teacher", "before", "after")}
         yield RowDivergence(
             index=index,
             finished=bool(fetched.finished[place]),
             token_ids=ids[is_target].numpy(),
             contexts=_read_contexts(tokenizer, ids.tolist(), is_target.tolist()),
-            kl_before=own.kl_before,
-            kl_after=own.kl_after,
-            top_teacher=own.alternatives.token_ids[own.alternatives.offsets[:-1]],
-            top_before=own.top_before,
-            top_after=own.top_after,
-            alternatives=own.alternatives,
+            top_teacher=entries["token_ids"][offsets[:-1]],
+            alternatives=Alternatives(offsets, **entries),
+            **columns,
         )
 
 
 def _run(model: PeftModel, batch: dict[str, Any], labels: Tensor, fusable: bool) -> tuple[Outputs, Tensor]:
-    """One forward pass of the model as it stands, at the N targets, and the (N,) targets."""
-    head = find_head(model) if fusable else None
+    """One forward pass at the N targets, and the (N,) targets."""
     with hidden_states_as_logits(model) if fusable else nullcontext():
         outputs = model(
             input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
         )
     hidden, targets = select_targets(outputs.logits, labels)
-    return Outputs(hidden, head), targets
+    return (hidden, find_head(model) if fusable else None), targets
+
+
+def _compare_students(
+    before: Outputs, after: Outputs, targets: Tensor, teacher: TopKLogprobs, own: range, num_alternatives: int
+) -> dict[str, NDArray[Any]]:
+    """The columns of a row, whose targets are `own` of the batch's, a chunk of logits at a time."""
+    width = max(hidden.shape[1] if head is None else head.weight.shape[0] for hidden, head in (before, after))
+    step = max(1, positions_per_chunk(width) // 2)  # both students' logits at once
+    chunks: list[dict[str, NDArray[Any]]] = []
+    for start in range(own.start, max(own.stop, own.start + 1), step):
+        part = slice(start, min(start + step, own.stop))
+        logits = [take_logits(hidden, part, head) for hidden, head in (before, after)]
+        predicted = [compute_predictions(values, targets[part]) for values in logits]
+        entries = teacher.select(torch.arange(part.start, part.stop, device=targets.device))
+        first_choices = torch.stack([targets[part], *(each.top_ids for each in predicted)], dim=-1)
+        found = _choose_alternatives(entries, first_choices.tolist(), num_alternatives)
+        positions = torch.from_numpy(np.repeat(np.arange(part.stop - start), found["counts"])).to(targets.device)
+        chosen = torch.from_numpy(found["token_ids"]).to(targets.device)
+        for name, values, each in zip(("before", "after"), logits, predicted, strict=True):
+            found[name] = (values[positions, chosen] - each.log_z[positions]).cpu().double().numpy()
+            found[f"top_{name}"] = each.top_ids.cpu().numpy()
+            # compare_with_entries overwrites the logits
+            found[f"kl_{name}"] = compare_with_entries(values, each, entries).kl.cpu().double().numpy()
+        chunks.append(found)
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _choose_alternatives(
+    entries: TopKLogprobs, extras: list[list[int]], num_alternatives: int
+) -> dict[str, NDArray[Any]]:
+    """How many at each target, their ids, and the teacher's log-probabilities, nan where it stored none."""
+    offsets, ids, logprobs = entries.offsets.tolist(), entries.token_ids.tolist(), entries.logprobs.tolist()
+    counts: list[int] = []
+    chosen: list[int] = []
+    known: list[float] = []
+    for (start, stop), extra in zip(itertools.pairwise(offsets), extras, strict=True):
+        stored = dict(zip(ids[start:stop], logprobs[start:stop], strict=True))
+        ranked = sorted(stored, key=lambda token: -stored[token])  # stable: the stored first one stays the first
+        kept = list(dict.fromkeys([*ranked[:num_alternatives], *extra]))
+        counts.append(len(kept))
+        chosen += kept
+        known += [stored.get(token, np.nan) for token in kept]
+    return {
+        "counts": np.array(counts, dtype=np.int64),
+        "token_ids": np.array(chosen, dtype=np.int64),
+        "teacher": np.array(known, dtype=np.float64),
+    }
 
 
 def _read_contexts(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], is_target: list[bool]
 ) -> tuple[tuple[int, str], ...]:
-    """The runs of tokens that are no targets, as text, each with the number of targets before it."""
+    """Each run of tokens that are not targets, as text, with the number of targets before it."""
     contexts: list[tuple[int, str]] = []
-    run: list[int] = []
     targets = 0
-    for token, target in [*zip(ids, is_target, strict=True), (0, True)]:  # a last target ends the last run
-        if not target:
-            run.append(token)
-            continue
-        if run:
-            contexts.append((targets, decode_text(tokenizer, run)))
-        run, targets = [], targets + 1
+    for target, run in itertools.groupby(zip(ids, is_target, strict=True), key=lambda pair: pair[1]):
+        tokens = [token for token, _ in run]
+        if target:
+            targets += len(tokens)
+        else:
+            contexts.append((targets, decode_text(tokenizer, tokens)))
     return tuple(contexts)
 
 
 def _without_path(name: str) -> str:
-    """A name on the Hub as it is, and of a path the last part: where things lie is their owner's business."""
+    """A name on the Hub unchanged; of a local path the last part."""
     name = short_name(name)
     is_path = name.startswith(("/", "~", ".")) or "\\" in name
     return PurePath(name.replace("\\", "/")).name if is_path else name
@@ -155,12 +206,11 @@ def _without_path(name: str) -> str:
 
 @contextmanager
 def _evaluating(model: PeftModel) -> Iterator[None]:
-    """Evaluation mode; afterwards the mode is what it was, and so is what trains, which PEFT's switch changes."""
-    training, trained = model.training, [parameter.requires_grad for parameter in model.parameters()]
-    model.eval()
+    """Evaluation mode; afterwards each layer's mode returns, and `requires_grad`, which PEFT's switch changes."""
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     try:
-        yield
+        with undisturbed(model, model.device):
+            yield
     finally:
-        model.train(training)
         for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
             parameter.requires_grad_(requires_grad)

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkd.errors import ConfigError
-from quantkd.files import FileSystem, write_atomically
+from quantkd.files import write_file
 from quantkd.view.divergence import KL_EDGES, Divergence, count_classes, encode_divergence, escape_script_json
 
 _SCRIPTS = ("data.js", "details.js", "rows.js", "page.js")
@@ -25,16 +25,15 @@ def write_page(divergence: Divergence, path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file name such as {path / 'page.html'}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(FileSystem(), path, render_page(divergence).encode(), "page")
+    write_file(path, render_page(divergence))
     return path
 
 
 def render_page(divergence: Divergence) -> str:
     """The page's text.
 
-    Its policy names the digests of the one script and the one style and forbids everything else: nothing is fetched, and
-    nothing in a token could run even if it were not escaped.
+    Its policy names the digests of the one script and the one style and forbids everything else: nothing is fetched,
+    and nothing in a token could run even if it were not escaped.
     """
     folder = files("quantkd.view")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
@@ -81,12 +80,7 @@ def _summarize(divergence: Divergence) -> list[tuple[str, str, str, str]]:
         change = "higher than before" if after > before else f"{100 * (1 - after / before):.0f}% lower than before"
     return [
         ("KL to the teacher", f"{before:.3f}", f"{after:.3f}", f"mean, nats per token; {change}"),
-        (
-            "Same first choice",
-            f"{agree_before:.1%}",
-            f"{agree_after:.1%}",
-            "teacher and student would choose the same token",
-        ),
+        ("Same first choice", f"{agree_before:.1%}", f"{agree_after:.1%}", "teacher and student choose the same token"),
         ("Far off", f"{high_before:.1%}", f"{high_after:.1%}", "tokens with a KL of 1 nat or more"),
     ]
 
