@@ -149,21 +149,15 @@ def run_blocks(blocks: list[Block], stand_ins: StandIns, run_quantkd: Run) -> No
 
 
 RUN_PAGES = [page for page in PAGES if any(block.is_run for block in read_blocks(page))]
-EXTRAS = sorted({(p, b.marks["needs"]) for p in RUN_PAGES for b in read_blocks(p) if b.is_run and "needs" in b.marks})
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=name_of)
 def test_blocks_run(page: Path, stand_ins: StandIns, run_quantkd: Run) -> None:
-    run_blocks([b for b in read_blocks(page) if b.is_run and "needs" not in b.marks], stand_ins, run_quantkd)
-
-
-@pytest.mark.parametrize(("page", "package"), EXTRAS, ids=lambda value: value if type(value) is str else name_of(value))
-def test_blocks_of_an_extra_run(page: Path, package: str, stand_ins: StandIns, run_quantkd: Run) -> None:
-    if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed, which some blocks of {name_of(page)} need")
-    run_blocks(
-        [b for b in read_blocks(page) if b.is_run and b.marks.get("needs", package) == package], stand_ins, run_quantkd
-    )
+    blocks = [block for block in read_blocks(page) if block.is_run]
+    missing = {name for block in blocks if (name := block.marks.get("needs")) and find_spec(name) is None}
+    run_blocks([block for block in blocks if block.marks.get("needs") not in missing], stand_ins, run_quantkd)
+    if missing:
+        pytest.skip(f"all blocks ran but those that need {', '.join(missing)}, which is not installed")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -19,8 +19,6 @@ UPWARD = {
     "loss.metrics -> models.network",
     "loss.objective -> models.network",
     "loss.position_metrics -> models.network",
-    "report.sweep -> training.search_space",
-    "report.sweep -> training.sweep_trials",
     "transfer_set.collator -> models.packing",
     "transfer_set.compatibility -> models.weights",
     "transfer_set.compatibility -> training.config",
@@ -32,7 +30,7 @@ IN_CIRCLES = {"hub.sets", "transfer_set.reader"}
 WITH_ASSERT = {
     "cli/arguments.py", "cli/evaluate.py", "cli/export.py", "cli/train.py", "hub/repository.py", "models/student.py",
     "report/arms.py", "teacher/batches.py", "teacher/loading.py", "teacher/logprobs.py", "training/preparation.py",
-    "training/sweep.py", "transfer_set/rules.py",
+    "transfer_set/rules.py",
 }  # fmt: skip
 
 

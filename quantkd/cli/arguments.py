@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -89,9 +89,9 @@ def _quantization_from(args: StudentArguments) -> Any:
     return get_quantization_config(args) or args.student_format
 
 
-def peft_config_from(args: StudentArguments) -> PeftConfig:
+def peft_config_from(args: StudentArguments) -> LoraConfig:
     """The adapters that the arguments describe."""
     config = get_peft_config(args)
-    if config is None:
+    if not isinstance(config, LoraConfig):
         raise ConfigError("A quantized student trains adapters; leave use_peft on.")
     return config

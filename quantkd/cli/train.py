@@ -50,8 +50,6 @@ def main(argv: Sequence[str]) -> None:
     kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
     data, student, config = parse_options(kinds, argv, prog="quantkd train", examples=_EXAMPLES)
     _check_amounts(config)
-    if data.eval_transfer_set and data.eval_fraction:
-        raise ConfigError("Give eval_transfer_set or eval_fraction, not both.")
     if config.eval_strategy != "no" and not (data.eval_transfer_set or data.eval_fraction):
         raise ConfigError(
             f"eval_strategy is {config.eval_strategy.value}, and there are no held-out rows to evaluate on. Give "
@@ -61,11 +59,7 @@ def main(argv: Sequence[str]) -> None:
     if data.control:
         _make_control(config)
     config.resume_from_checkpoint = find_checkpoint(config.resume_from_checkpoint, str(config.output_dir))
-    rows, held_out = TransferSet.open(data.transfer_set), None
-    if data.eval_transfer_set:
-        held_out = TransferSet.open(data.eval_transfer_set)
-    elif data.eval_fraction:
-        rows, held_out = rows.split(data.eval_fraction, seed=config.seed)
+    rows, held_out = open_rows(data, config)
     trainer = QuantizedDistillationTrainer(
         load_student_from(student),
         config,
@@ -83,6 +77,16 @@ def main(argv: Sequence[str]) -> None:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         print(f"The adapter lies in {config.output_dir}.")
+
+
+def open_rows(data: DataArguments, config: QuantizedDistillationConfig) -> tuple[TransferSet, TransferSet | None]:
+    """The rows to learn from, and the held-out ones if there are any."""
+    if data.eval_transfer_set and data.eval_fraction:
+        raise ConfigError("Give eval_transfer_set or eval_fraction, not both.")
+    rows = TransferSet.open(data.transfer_set)
+    if data.eval_fraction:
+        return rows.split(data.eval_fraction, seed=config.seed)
+    return rows, TransferSet.open(data.eval_transfer_set) if data.eval_transfer_set else None
 
 
 def _make_control(config: QuantizedDistillationConfig) -> None:
