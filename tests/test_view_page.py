@@ -1,4 +1,4 @@
-"""The divergence page's text: what it may load, how tokens are escaped, how large it gets, and its colours."""
+"""The divergence page's text: what it may load, how tokens are escaped, how large it gets, and its colors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from quantkd.errors import ConfigError
 from quantkd.view import Divergence, render_page, write_page
-from quantkd.view.divergence import count_classes, escape_script_json
+from quantkd.view.divergence import KL_EDGES, count_classes, escape_script_json
 from tests.divergence_pages import HOSTILE, Reader, make_divergence, make_page_divergence, make_row
 
 MEGABYTE = 1_000_000
@@ -123,9 +123,9 @@ def test_classes_by_a_loop() -> None:
     assert count_classes(kl).tolist() == expected
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """WCAG 2's relative luminance of #rrggbb."""
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -134,12 +134,15 @@ def luminance(colour: str) -> float:
 def test_the_scale_reads_in_grey_and_its_ink_on_it(theme: int) -> None:
     """Luminance goes one way by steps that can be seen; the text has WCAG's contrast of 4.5."""
     style = Reader(render_page(make_page_divergence())).texts["style"][0]
-    colours = [
-        [luminance(found[theme]) for found in re.finditer(rf"--{kind}\d: light-dark\((#\w{{6}}), (#\w{{6}})\)", style)]
-        for kind in "ki"
-    ]
-    assert [len(kind) for kind in colours] == [9, 9]
-    steps = np.diff(np.log(np.array(colours[0]) + 0.05))
+    color = r"light-dark\((#\w{6}), (#\w{6})\)"
+    plain = [re.search(rf"--{name}: {color}", style) for name in ("surface", "ink")]  # class 0 has no color of its own
+    found = [[match[theme]] for match in plain if match]
+    for match in re.finditer(rf"\.k\d {{ background: {color}; color: {color}; }}", style):
+        found[0].append(match[theme])
+        found[1].append(match[theme + 2])
+    grounds, inks = ([luminance(each) for each in column] for column in found)
+    assert len(grounds) == len(inks) == len(KL_EDGES) + 1
+    steps = np.diff(np.log(np.array(grounds) + 0.05))
     assert (np.abs(steps) > 0.08).all() and len(set(np.sign(steps))) == 1
-    for ground, ink in zip(*colours, strict=True):
+    for ground, ink in zip(grounds, inks, strict=True):
         assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) >= 4.5

@@ -46,13 +46,9 @@ def render_page(divergence: Divergence) -> str:
         "base-uri": "'none'",
         "form-action": "'none'",
     }
+    loader = PackageLoader("quantkd", "view")
     environment = Environment(
-        loader=PackageLoader("quantkd", "view"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=True,
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
     )
     return environment.get_template("page.html.j2").render(
         divergence=divergence,

@@ -7,14 +7,11 @@ let lastFocused = null;
 function strip(row, student) {
   const count = row.tokens.length;
   const steps = Math.min(count, 240);
-  const stops = Array.from({ length: steps }, (_, step) => {
+  const parts = Array.from({ length: steps }, (_, step) => {
     const part = row[student].slice(Math.floor((step * count) / steps), Math.floor(((step + 1) * count) / steps));
-    const number = colorClass(Math.max(...part));
-    return `${number ? `var(--k${number})` : "transparent"} ${(100 * step) / steps}% ${(100 * (step + 1)) / steps}%`;
+    return make(`i.k${colorClass(Math.max(...part))}`);
   });
-  const band = make("span.band");
-  if (steps) band.style.backgroundImage = `linear-gradient(to right, ${stops.join(",")})`;
-  return make("span.strip", make("span.label", student), band);
+  return make("span.strip", make("span.label", student), make("span.band", ...parts));
 }
 
 /** A token in running text. Of a character that is split over tokens, the first shows all of it. */
