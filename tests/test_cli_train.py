@@ -22,7 +22,7 @@ def words(tiny_model_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompts = [f"What is {number} + 3?" for number in range(8)]
     capture(str(tiny_model_path), prompts, "set", max_new_tokens=6, dtype="float32", progress=False)
-    Path("base.yaml").write_text("learning_rate: 0.003\nlora_r: 4\nlogging_steps: 1\nenv:\n  A_KEY: " + CANARY + "\n")
+    Path("base.yaml").write_text("learning_rate: 0.003\nlora_r: 4\nlogging_steps: 1\nhub_token: " + CANARY + "\n")
     return ["train", "--config", "base.yaml", "--model_name_or_path", str(tiny_model_path), "--transfer_set", "set",
             "--dtype", "float32", "--report_to", "none"]  # fmt: skip
 
@@ -40,8 +40,7 @@ def test_a_run_is_repeated_from_its_own_configuration(words, capsys, monkeypatch
     )
     options = yaml.safe_load(Path("first/config.yaml").read_text())
     assert (options["learning_rate"], options["lora_r"], options["seed"], options["alpha"]) == (0.003, 4, 7, 1.0)
-    assert "hub_token" not in options and "env" not in options
-    os.environ.pop("A_KEY", None)
+    assert "hub_token" not in options
     main(["train", "--config", "first/config.yaml", "--output_dir", "second"])
     assert len(losses("first")) == 3 and losses("first") == losses("second")
     again = yaml.safe_load(Path("second/config.yaml").read_text())

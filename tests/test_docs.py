@@ -37,8 +37,6 @@ def run_quantkd(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command line in this process, as its entry point would; a failing exit code fails the test."""
     from quantkd.cli.main import main
 
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # what main sets for good where no terminal is
-
     def run(words: list[str]) -> None:
         monkeypatch.setattr(sys, "argv", words)
         code: Any = None
@@ -74,7 +72,6 @@ def made(page_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("TQDM_DISABLE", "1")
         for name, numbers in (("set", range(12)), ("train", range(12)), ("held", range(12, 16))):
             prompts = [f"What is {number} + 2?" for number in numbers]
             # In bfloat16 a model as small as this has so many equal logits that an audit finds them.

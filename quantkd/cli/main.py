@@ -32,18 +32,20 @@ _COMMANDS = {
     "demo": "the whole way on a real small model: capture, train, evaluate, report",
 }
 
-_SAME_COMMAND = "Run the same command again to go on."
+# What to do after Ctrl-C.
 _GO_ON = {
     "train": "Run the same command with --resume_from_checkpoint true to go on from the last checkpoint (every "
     "--save_steps), or without it to start anew.",
-    "report": "Run the same command again.",
-    "view": "Run the same command again.",
-    "convert": "Run the same command again.",
-    "inspect": "Nothing was changed.",
-    "verify": "Nothing was changed.",
-    "audit": "Nothing was changed.",
-    "selftest": "Nothing was changed.",
+    **dict.fromkeys(("inspect", "verify", "audit", "selftest"), "Nothing was changed."),
 }
+
+
+def run() -> None:
+    """The program: `main` in a process of its own, which draws progress bars on a terminal only."""
+    if not sys.stderr.isatty():  # tqdm and huggingface_hub read these when they are imported; what the user set stays
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    main()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,9 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in _COMMANDS:
         print(f"quantkd: there is no command {command!r}; the commands are {', '.join(_COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
-    if not sys.stderr.isatty():  # tqdm and huggingface_hub read these when they are imported; what the user set stays
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with _stopped_by_sigterm(), _without_noise(), _revisions_on_stderr():
             importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
@@ -76,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         start = "\n" if sys.stderr.isatty() else ""  # below a bar
-        print(f"{start}quantkd {command}: interrupted. {_GO_ON.get(command, _SAME_COMMAND)}", file=sys.stderr)
+        print(
+            f"{start}quantkd {command}: interrupted. {_GO_ON.get(command, 'Run the same command again to go on.')}",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
 
 
