@@ -12,24 +12,11 @@ import numpy as np
 from quantkd.view import Alternatives, Divergence, RowDivergence
 
 HOSTILE = [
-    "</script><script>document.title='taken'</script>",
-    "<img src=x onerror=\"document.title='taken'\">",
-    "<!--<script>",
-    "&lt;b&gt; & &amp;",
-    "\u2028\u2029",
-    "\u202etxet desrever",
-    "שלום",
-    "\x00\x1b[31m",
-    "'\"`${document.title='taken'}`\\",
-    "https://example.com/x.js",
-    "javascript:alert(1)",
-    "\ud800",
-    "]]>",
-    "{{ 7 * 7 }}{% raw %}",
-    "\u00a0",
-    "\u3000",
-    "\u3164",
-]
+    "</script><script>document.title='taken'</script>", "<img src=x onerror=\"document.title='taken'\">",
+    "<!--<script>", "&lt;b&gt; & &amp;", "\u2028\u2029", "\u202etxet desrever", "שלום", "\x00\x1b[31m",
+    "'\"`${document.title='taken'}`\\", "https://example.com/x.js", "javascript:alert(1)", "\ud800", "]]>",
+    "{{ 7 * 7 }}{% raw %}", "\u00a0", "\u3000", "\u3164",
+]  # fmt: skip
 EMOJI = "🎉".encode()
 WORDS = ["The", " answer", " is", " ", "4", "2", ".", "\n", " So", " fence", " costs", " $", "\t", "\n\n", "e\u0301"]
 
@@ -50,32 +37,24 @@ def make_row(
     for place, token in enumerate(ids):  # the last one is the token of the text, unless it is there already
         if token not in tokens[place]:
             tokens[place, -1] = token
-    models = {name: np.log(rng.dirichlet(np.full(width, 0.3), size=count) * 0.97 + 1e-5) for name in "tba"}
-    order = np.argsort(-models["t"], axis=1)
-    for name in models:
-        models[name] = np.take_along_axis(models[name], order, 1)
-    models["t"][:, -1] = np.nan  # not stored
-    before = rng.exponential(kl, size=count)
-
-    def first_of(name: str) -> Any:
-        return tokens[np.arange(count), models[name].argmax(1)]
-
+    logs = {name: np.log(rng.dirichlet(np.full(width, 0.3), size=count) * 0.97 + 1e-5) for name in "tba"}
+    order = np.argsort(-logs["t"], axis=1)
+    teacher, before, after = (np.take_along_axis(logs[name], order, 1) for name in "tba")
+    teacher[:, -1] = np.nan  # not stored
+    kl_before = rng.exponential(kl, size=count)
+    places = np.arange(count)
     return RowDivergence(
         index=index,
         finished=index % 2 == 0,
         token_ids=np.array(ids, dtype=np.int64),
         contexts=((0, prompt if prompt is not None else f"What is {index} + 2?"),),
-        kl_before=before,
-        kl_after=before * rng.uniform(0, 0.2, size=count),
+        kl_before=kl_before,
+        kl_after=kl_before * rng.uniform(0, 0.2, size=count),
         top_teacher=tokens[:, 0],
-        top_before=first_of("b"),
-        top_after=first_of("a"),
+        top_before=tokens[places, before.argmax(1)],
+        top_after=tokens[places, after.argmax(1)],
         alternatives=Alternatives(
-            np.arange(count + 1, dtype=np.int64) * width,
-            tokens.ravel(),
-            models["t"].ravel(),
-            models["b"].ravel(),
-            models["a"].ravel(),
+            np.arange(count + 1) * width, tokens.ravel(), teacher.ravel(), before.ravel(), after.ravel()
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The divergence page's data against float64 passes of its own, and the command that writes it."""
+"""The divergence page's data against float64 passes of its own, the spelling of tokens, and the command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from quantkd import Nucleus, TransferSet, capture
@@ -18,9 +20,11 @@ from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.view import collect_divergence, render_page
 from quantkd.view.divergence import KL_EDGES
-from tests.conftest import build_tiny_model
+from quantkd.view.spelling import decode_text, spell_tokens
+from tests.conftest import build_tiny_model, build_tiny_tokenizer
 from tests.divergence_pages import Reader
 
+BYTE_LEVEL = build_tiny_tokenizer()
 PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
 
 
@@ -183,30 +187,19 @@ def test_what_cannot_be_shown_is_refused(
         collect_divergence(student, held_out, tiny_tokenizer, progress=False)
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    code = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_the_command_writes_the_page(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    held_out_path: Path,
-    tiny_model_path: Path,
-    student: PeftModel,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, held_out_path: Path, tiny_model_path: Path, student: PeftModel
 ) -> None:
     student.save_pretrained(tmp_path / "adapter")
     words = ["view", "--held_out", held_out_path, "--model_name_or_path", tiny_model_path, "--dtype", "float32"]
     page = tmp_path / "page.html"
     adapter = ["--adapter", tmp_path / "adapter"]
-    code, out, err = run(capsys, *words, *adapter, "--output", page, "--rows", 3, "--alternatives", 2)
-    assert code == 0, err
+
+    def run(*more: object) -> None:
+        main([str(word) for word in (*words, *more)])
+
+    run(*adapter, "--output", page, "--rows", 3, "--alternatives", 2)
+    out = capsys.readouterr().out
     assert f"{page}: 3 rows, " in out
     text = page.read_text(encoding="utf-8")
     rows = Reader(text).data["rows"]
@@ -214,13 +207,55 @@ def test_the_command_writes_the_page(
     after = np.mean([kl for row in rows for kl in row["after"]])
     printed = re.search(r"KL ([\d.]+) before, ([\d.]+) after", out)
     assert printed and (float(printed[1]), float(printed[2])) == pytest.approx((before, after), rel=5e-3)
-    assert str(tmp_path) not in text and str(Path.home()) not in text  # where things lie is their owner's business
+    assert str(tmp_path) not in text and str(Path.home()) not in text  # no local path
     for more, said in (
         (["--output", "page.txt", *adapter], "expected a file name that ends in .html"),
         (["--output", page, "--rows", 0, *adapter], "--rows is 0; expected at least 1"),
         (["--output", page, "--adapter", tmp_path], "adapter_config.json"),
         (["--output", page, "--adapter", tmp_path / "nowhere"], "nowhere"),
     ):
-        code, _, err = run(capsys, *words, *more)
-        assert code == 1 and said in err and "Traceback" not in err
+        with pytest.raises(SystemExit, match="1"):
+            run(*more)
+        err = capsys.readouterr().err
+        assert said in err and "Traceback" not in err
     assert page.read_text(encoding="utf-8") == text
+
+
+def build_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A vocabulary as Llama 2's: ▁ for a space, <0xNN> for bytes, and a decoder that drops the first space."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "▁the", "é"]
+    vocabulary = {word: place for place, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text())
+def test_the_pieces_of_a_text_are_its_bytes(text: str) -> None:
+    ids = BYTE_LEVEL.encode(text, add_special_tokens=False)
+    spelled = spell_tokens(BYTE_LEVEL, ids)
+    pieces = [piece if isinstance(piece, bytes) else piece.encode() for piece in map(spelled.__getitem__, ids)]
+    assert b"".join(pieces) == text.encode()
+    for piece in map(spelled.__getitem__, ids):
+        if isinstance(piece, bytes):  # whatever is text by itself is shown as text
+            with pytest.raises(UnicodeDecodeError):
+                piece.decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("▁a", " a"), ("▁", " "), ("▁the", " the"), ("a", "a"), ("é", "é"), ("<0xF0>", b"\xf0"), ("<0x0A>", "\n"),
+     ("<0x41>", "A")],
+)  # fmt: skip
+def test_sentencepiece_tokens_keep_their_space_and_bytes(name: str, expected: str | bytes) -> None:
+    tokenizer = build_sentencepiece_tokenizer()
+    index = tokenizer.convert_tokens_to_ids(name)
+    assert spell_tokens(tokenizer, [index]) == {index: expected}
+
+
+def test_special_and_unknown_ids_have_a_name() -> None:
+    end = BYTE_LEVEL.convert_tokens_to_ids("<|im_end|>")
+    assert spell_tokens(BYTE_LEVEL, [end, 5000, end]) == {end: "<|im_end|>", 5000: "<id 5000>"}
+    assert decode_text(BYTE_LEVEL, [end, *BYTE_LEVEL.encode(" a , b", add_special_tokens=False)]) == "<|im_end|> a , b"

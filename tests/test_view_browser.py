@@ -1,7 +1,14 @@
-"""The divergence page in a headless Chromium, opened from the disk: it loads alone, sorts, filters, explains itself."""
+"""The divergence page in a headless Chromium, opened from the disk: it loads alone, sorts, filters, explains itself.
+
+Needs `chromium` and `chromedriver` on the PATH. axe-core is not part of this repository: run `npm install --no-save
+--no-package-lock --prefix . axe-core@4`, or name its axe.min.js in QUANTKD_AXE.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,53 +16,136 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.divergence_pages import HOSTILE
-from tests.page_driver import (
-    DIVERGENCE,
-    PANEL,
-    TIP,
-    By,
-    WebDriverWait,
-    all_of,
-    check_details,
-    check_quiet,
-    one,
-    open_browser,
-    percent,
-    show,
-    shown_rows,
-    tokens_of,
-)
+from quantkd.view import write_page
+from quantkd.view.divergence import KL_EDGES
+from tests.conftest import REPOSITORY
+from tests.divergence_pages import HOSTILE, make_page_divergence
 
+webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium; it comes with the extra `dev`")
 ActionChains = pytest.importorskip("selenium.webdriver.common.action_chains").ActionChains
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 Select = pytest.importorskip("selenium.webdriver.support.ui").Select
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+
+FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--lang=en-US",
+]  # fmt: skip
+DIVERGENCE = make_page_divergence()
+TIP, PANEL = "#tip", "#panel"
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One browser for this file."""
-    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
+    """A Chromium with an empty profile; skips where there is none."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    server = shutil.which("chromedriver")
+    if browser is None or server is None:
+        missing = "chromium" if browser is None else "chromedriver"
+        pytest.skip(f"no {missing} on the PATH; on Debian: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=server))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture
 def page(driver: Any, tmp_path: Path) -> Iterator[Any]:
-    """The browser with a fresh page, 1280 px wide, in the light theme."""
+    """The browser with a fresh page, 1280 px wide and light; it must stay silent and ask for nothing but itself."""
     show(driver, tmp_path)
     yield driver
-    check_quiet(driver)
+    assert [entry for entry in driver.get_log("browser") if not entry["message"].startswith("chrome:")] == []
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    asked = [each["request"]["url"] for each in sent if not each["documentURL"].startswith("chrome")]  # its first tab
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert any(url.endswith("page.html") for url in asked)
 
 
-def test_it_shows_every_row_and_token_once_a_student(page: Any) -> None:
+def show(driver: Any, folder: Path, width: int = 1280, theme: str = "light") -> None:
+    """Write the page and open it."""
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    driver.get(write_page(DIVERGENCE, folder / "page.html").as_uri())
+    WebDriverWait(driver, 30).until(lambda d: all_of(d, ".row .token"))
+
+
+def all_of(page: Any, selector: str) -> list[Any]:
+    return list(page.find_elements("css selector", selector))
+
+
+def one(page: Any, selector: str) -> Any:
+    return page.find_element("css selector", selector)
+
+
+def shown_rows(page: Any) -> list[int]:
+    """The numbers of the rows that are shown, from top to bottom."""
+    titles = [element.text for element in all_of(page, ".row h2") if element.is_displayed()]
+    return [int(title.removeprefix("Row ")) for title in titles]
+
+
+def tokens_of(page: Any, row: int, student: str) -> list[Any]:
+    return all_of(page, f"article[aria-labelledby='row-{row}'] .view.{student} .token")
+
+
+def focus(page: Any, element: Any) -> None:
+    page.execute_script("arguments[0].focus()", element)
+
+
+def filter_by(page: Any, text: str) -> None:
+    """What typing does; the driver cannot type an emoji."""
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+    page.execute_script(script, one(page, "#filter"), text)
+
+
+def open_details(page: Any) -> None:
+    page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+
+
+def wait_for_no_tip(page: Any) -> None:
+    WebDriverWait(page, 5).until(lambda d: not one(d, TIP).is_displayed())
+
+
+def number(text: str) -> float:
+    """A KL or a share as the page writes it."""
+    text = text.strip("●\n ")
+    value = float(text.strip("%<>"))
+    return value / 100 if text.endswith("%") else 0.0 if text.startswith("<") else value
+
+
+def check_details(box: Any, row_index: int, place: int) -> None:
+    """The table says what the row holds: tokens in the teacher's order, and the three probabilities of each."""
+    row = next(row for row in DIVERGENCE.rows if row.index == row_index)
+    own = slice(row.alternatives.offsets[place], row.alternatives.offsets[place + 1])
+    lines = all_of(box, ".alternatives tbody tr")
+    columns = (row.alternatives.teacher[own], row.alternatives.before[own], row.alternatives.after[own])
+    for at, line in enumerate(lines[:5]):
+        shares = [number(cell.text) for cell in all_of(line, "td")]
+        np.testing.assert_allclose(shares, [np.exp(column[at]) for column in columns], atol=6e-4)
+    text = box.text
+    assert f"row {row_index}, token {place + 1} of {len(row.token_ids)}" in text
+    assert "Teacher" in text and "Before" in text and "After" in text and "all others" in text
+    assert sum("in the text" in line.text for line in lines) == 1
+    kls = [number(element.text) for element in all_of(box, ".token-kl .chip")]
+    assert kls == pytest.approx([row.kl_before[place], row.kl_after[place]], abs=6e-3)
+
+
+def test_it_shows_every_row_and_token_once_per_student(page: Any) -> None:
     assert sorted(shown_rows(page)) == [row.index for row in DIVERGENCE.rows]
     for row in DIVERGENCE.rows:
         for student, kl in (("before", row.kl_before), ("after", row.kl_after)):
             elements = tokens_of(page, row.index, student)
             classes = [int(element.get_attribute("class").split()[1].removeprefix("k")) for element in elements]
-            edges = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
-            rounded = [float(f"{value:.3g}") for value in kl]
-            assert classes == [sum(value >= edge for edge in edges) for value in rounded]
+            assert classes == [sum(float(f"{value:.3g}") >= edge for edge in KL_EDGES) for value in kl]
+            strip = all_of(page, f"article[aria-labelledby='row-{row.index}'] .band")[student == "after"]
+            assert [int(part.get_attribute("class")[1:]) for part in all_of(strip, "i")] == classes
     before, after = (one(page, f"#rows .view.{student}").rect for student in ("before", "after"))
     assert before["y"] == after["y"] and before["x"] + before["width"] <= after["x"]  # side by side
 
@@ -79,18 +169,13 @@ def test_it_sorts(page: Any) -> None:
 
 
 def test_it_filters_prompts_and_responses(page: Any) -> None:
-    field = one(page, "#filter")
     for text, expected in (("FENCE?", [0]), ("🎉", [2]), ("what is 5", [5]), ("onerror", [1]), ("nowhere", [])):
-        field.clear()
-        field.send_keys(Keys.SPACE, Keys.BACKSPACE)
-        page.execute_script(
-            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", field, text
-        )
+        filter_by(page, text)
         assert shown_rows(page) == expected
         assert one(page, "#count").text == f"{len(expected)} of 6 rows"
         assert one(page, "#nothing").is_displayed() == (expected == [])
-    field.clear()
-    field.send_keys("fence", Keys.BACKSPACE * 5)
+    one(page, "#filter").clear()
+    one(page, "#filter").send_keys("fence", Keys.BACKSPACE * 5)
     assert len(shown_rows(page)) == 6 and one(page, "#count").text == "6 rows"
 
 
@@ -101,26 +186,24 @@ def test_the_mouse_opens_the_tooltip_and_leaves_it(page: Any) -> None:
     assert one(page, TIP).is_displayed()
     check_details(one(page, TIP), 5, 2)
     assert "twin" in after.get_attribute("class")
-    assert one(page, TIP).rect["x"] + one(page, TIP).rect["width"] <= one(page, PANEL).rect["x"]
     tip, token = one(page, TIP).rect, before.rect
+    assert tip["x"] + tip["width"] <= one(page, PANEL).rect["x"]
     assert tip["y"] + tip["height"] <= token["y"] or tip["y"] >= token["y"] + token["height"]  # not over its token
-    page.find_element(By.TAG_NAME, "body").send_keys(Keys.ESCAPE)
-    WebDriverWait(page, 5).until(lambda d: not one(d, TIP).is_displayed())
+    one(page, "body").send_keys(Keys.ESCAPE)
+    wait_for_no_tip(page)
     ActionChains(page).move_to_element(after).perform()
     assert one(page, TIP).is_displayed()
     ActionChains(page).move_to_element(one(page, "h1")).perform()
-    WebDriverWait(page, 5).until(lambda d: not one(d, TIP).is_displayed())
+    wait_for_no_tip(page)
 
 
 def test_the_keyboard_reaches_every_number(page: Any) -> None:
     Select(one(page, "#sort")).select_by_value("index")
     one(page, "#fold").send_keys(Keys.TAB)
     for _ in range(12):
-        focused = page.switch_to.active_element
-        if focused.get_attribute("role") == "option":
+        if page.switch_to.active_element.get_attribute("role") == "option":
             break
         ActionChains(page).send_keys(Keys.TAB).perform()
-    assert focused == tokens_of(page, 0, "before")[0]
     row = DIVERGENCE.rows[0]
     high = [place for place, kl in enumerate(row.kl_after) if place > 1 and kl >= 0.2]
     for key, student, place in (
@@ -132,8 +215,7 @@ def test_the_keyboard_reaches_every_number(page: Any) -> None:
         focused = page.switch_to.active_element
         assert focused == tokens_of(page, 0, student)[place], key
         kl = (row.kl_before if student == "before" else row.kl_after)[place]
-        label = focused.get_attribute("aria-label")
-        assert float(label.rsplit("KL ", 1)[1].replace("<0.001", "0")) == pytest.approx(kl, abs=6e-4)
+        assert number(focused.get_attribute("aria-label").rsplit("KL ", 1)[1]) == pytest.approx(kl, abs=6e-4)
         assert one(page, TIP).is_displayed()
         check_details(one(page, TIP), 0, place)
         check_details(one(page, PANEL), 0, place)
@@ -141,68 +223,118 @@ def test_the_keyboard_reaches_every_number(page: Any) -> None:
         spoken = one(page, "#sentence").get_attribute("textContent")
         assert "before" in spoken and "after" in spoken and "The teacher's first choice is" in spoken
     ActionChains(page).send_keys(Keys.ESCAPE).perform()
-    WebDriverWait(page, 5).until(lambda d: not one(d, TIP).is_displayed())
+    wait_for_no_tip(page)
 
 
 def test_arrows_move_by_lines(page: Any) -> None:
-    tokens = tokens_of(page, 4, "before")
-    page.execute_script("arguments[0].focus()", tokens[0])
-    top = tokens[0].rect["y"]
+    first = tokens_of(page, 4, "before")[0]
+    focus(page, first)
+    top = first.rect["y"]
     ActionChains(page).send_keys(Keys.ARROW_DOWN).perform()
-    below = page.switch_to.active_element.rect
-    assert below["y"] > top
+    assert page.switch_to.active_element.rect["y"] > top
     ActionChains(page).send_keys(Keys.ARROW_UP).perform()
     assert page.switch_to.active_element.rect["y"] == top
 
 
 def test_a_row_is_also_a_table(page: Any) -> None:
-    article = page.find_element(By.XPATH, "//article[.//h2[@id='row-5']]")
-    button = article.find_element(By.CSS_SELECTOR, ".as-table")
+    article = one(page, "article[aria-labelledby='row-5']")
+    button = one(article, ".as-table")
     button.send_keys(Keys.ENTER)
-    lines = article.find_elements(By.CSS_SELECTOR, ".table tbody tr")
+    lines = all_of(article, ".table tbody tr")
     row = DIVERGENCE.rows[5]
     assert len(lines) == len(row.token_ids) and not tokens_of(page, 5, "after")[0].is_displayed()
     for place, line in enumerate(lines):
-        cells = [cell.text for cell in line.find_elements(By.CSS_SELECTOR, "td, th")]
-        kls = [float(cell.replace("<0.001", "0")) for cell in cells[2:4]]
+        cells = [cell.text for cell in all_of(line, "td, th")]
+        kls = [number(cell) for cell in cells[2:4]]
         assert kls == pytest.approx([row.kl_before[place], row.kl_after[place]], abs=6e-3)
         first = row.alternatives.offsets[place]
-        assert percent(cells[5]) == pytest.approx(np.exp(row.alternatives.teacher[first]), abs=6e-4)
+        assert number(cells[5]) == pytest.approx(np.exp(row.alternatives.teacher[first]), abs=6e-4)
     button.send_keys(Keys.ENTER)
     assert tokens_of(page, 5, "after")[0].is_displayed()
 
 
 def test_the_worst_token_is_one_click_away(page: Any) -> None:
-    everything = [(kl, row.index, place) for row in DIVERGENCE.rows for place, kl in enumerate(row.kl_after)]
-    _, index, place = max(everything)
+    _, index, place = max((kl, row.index, place) for row in DIVERGENCE.rows for place, kl in enumerate(row.kl_after))
     one(page, "#fold").click()
-    page.execute_script("document.getElementById('filter').value = 'nowhere'")
-    page.execute_script("document.getElementById('filter').dispatchEvent(new Event('input'))")
+    filter_by(page, "nowhere")
     one(page, ".worst > summary").click()
     one(page, "#worst button").click()
     assert page.switch_to.active_element == tokens_of(page, index, "after")[place]
     assert page.switch_to.active_element.is_displayed()
 
 
-def test_tokens_that_cannot_be_seen_have_signs(page: Any) -> None:
-    signs = {place: element.text for place, element in enumerate(tokens_of(page, 4, "before"))}
-    strings = [DIVERGENCE.tokens[int(token)] for token in DIVERGENCE.rows[4].token_ids]
-    for place, string in enumerate(strings):
-        expected = {" ": "␣", "\n": "↵", "\n\n": "↵↵", "\t": "⇥"}.get(str(string), str(string).strip())
-        assert signs[place].strip() == expected
+def test_tokens_that_are_invisible_have_signs(page: Any) -> None:
+    for token, element in zip(DIVERGENCE.rows[4].token_ids, tokens_of(page, 4, "before"), strict=True):
+        string = str(DIVERGENCE.tokens[int(token)])
+        assert element.text.strip() == {" ": "␣", "\n": "↵", "\n\n": "↵↵", "\t": "⇥"}.get(string, string.strip())
     pieces = tokens_of(page, 2, "after")
     assert [element.text.strip() for element in pieces] == ["The", "🎉", "‥", "‥", ".", "FF"]
-    page.execute_script("arguments[0].focus()", pieces[2])
+    focus(page, pieces[2])
     assert "part of “🎉”" in one(page, TIP).text and "8E" in one(page, TIP).text
 
 
 def test_hostile_tokens_are_only_read(page: Any) -> None:
-    assert page.title == "big/teacher beside big/teacher: divergence by token"
     texts = [element.get_attribute("textContent") for element in tokens_of(page, 1, "before")]
     assert texts[:4] == HOSTILE[:4] and texts[4:6] == ["U+2028U+2029", "U+202Etxet desrever"]
     assert texts[7:8] == ["U+0000U+001B[31m"] and texts[-3:] == ["U+00A0", "U+3000", "U+3164"]
     assert all_of(page, "img, #rows script, #rows style, #rows a") == []
     for element in tokens_of(page, 1, "before"):
-        page.execute_script("arguments[0].focus()", element)
+        focus(page, element)
         assert one(page, TIP).is_displayed()
     assert page.title == "big/teacher beside big/teacher: divergence by token"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_theme_follows_the_system_until_it_is_chosen(page: Any, tmp_path: Path, theme: str) -> None:
+    show(page, tmp_path, theme=theme)
+    button = one(page, "#theme")
+
+    def is_dark() -> bool:
+        color = one(page, "body").value_of_css_property("background-color")
+        return sum(map(int, color[color.index("(") + 1 :].rstrip(")").split(",")[:3])) < 380
+
+    for expected in (theme == "dark", theme == "light"):
+        assert is_dark() == expected == (button.get_attribute("aria-pressed") == "true")
+        button.click()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_four_hundred_pixels_are_wide_enough(page: Any, tmp_path: Path, theme: str) -> None:
+    show(page, tmp_path, width=400, theme=theme)
+
+    def overflow() -> int:
+        return int(page.execute_script("return document.documentElement.scrollWidth - window.innerWidth"))
+
+    assert overflow() <= 0
+    before, after = tokens_of(page, 5, "before"), tokens_of(page, 5, "after")
+    assert before[0].rect["y"] < after[0].rect["y"] and before[0].rect["x"] < 60 and after[0].rect["x"] < 60  # stacked
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", before[2])
+    before[2].click()
+    assert one(page, PANEL).is_displayed()
+    check_details(one(page, PANEL), 5, 2)
+    assert overflow() <= 0
+    one(page, "#close").click()
+    assert not one(page, PANEL).is_displayed() and page.switch_to.active_element == before[2]
+    for button in all_of(page, ".as-table"):
+        page.execute_script("arguments[0].click()", button)
+    open_details(page)
+    assert overflow() <= 0
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(page: Any, tmp_path: Path, theme: str, width: int) -> None:
+    axe = Path(os.environ.get("QUANTKD_AXE", REPOSITORY / "node_modules" / "axe-core" / "axe.min.js"))
+    if not axe.is_file():
+        pytest.skip(f"no axe-core at {axe}; the head of this file says how to get it")
+    show(page, tmp_path, width=width, theme=theme)
+    page.execute_script(axe.read_text(encoding="utf-8"))
+    for look in ("closed", "open"):
+        if look == "open":
+            open_details(page)
+            focus(page, tokens_of(page, 5, "after")[2])
+            page.execute_script("arguments[0].click()", one(page, ".as-table"))
+        found = page.execute_async_script("axe.run(document).then(arguments[arguments.length - 1])")
+        assert found["passes"]
+        serious = [v for v in found["violations"] if v["impact"] in {"serious", "critical"}]
+        assert [(v["id"], [node["html"] for node in v["nodes"][:3]]) for v in serious] == [], (theme, width, look)
