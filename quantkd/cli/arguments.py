@@ -70,18 +70,17 @@ def load_student_from(args: StudentArguments, *, trainable: bool = True) -> PreT
     with naming(args.model_name_or_path):
         return load_student(
             args.model_name_or_path,
-            quantization_config=_quantization_from(args),
+            quantization_config=_quantization_from(args, args.model_name_or_path),
             dtype=dtype,
             trainable=trainable,
             **kwargs,
         )
 
 
-def _quantization_from(args: StudentArguments) -> Any:
+def _quantization_from(args: StudentArguments, name: str) -> Any:
     """A config, a format's name, or None for a checkpoint that is loaded as it is stored."""
-    assert args.model_name_or_path is not None
     if args.student_format is None and not args.load_in_8bit:
-        if stored_quantization(args.model_name_or_path, revision=args.model_revision) is not None:
+        if stored_quantization(name, revision=args.model_revision) is not None:
             return None
         if not args.load_in_4bit:
             raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")

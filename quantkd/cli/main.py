@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"quantkd: there is no command {command!r}; the commands are {', '.join(_COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     try:
-        with _stopped_by_sigterm(), _without_noise(), _revisions_on_stderr():
+        with _stopped_by_sigterm(), _without_noise(), _progress_on_stderr():
             importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
     except Exception as error:
         if show_traceback or not _is_expected(error):
@@ -118,17 +118,20 @@ def _without_noise() -> Iterator[None]:
 
 
 @contextmanager
-def _revisions_on_stderr() -> Iterator[None]:
-    """What is read from the Hub is named with its commit."""
-    logger, handler = logging.getLogger("quantkd.hub"), logging.StreamHandler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def _progress_on_stderr() -> Iterator[None]:
+    """Say which step of an experiment runs, and what was read from the Hub at which commit."""
+    handler = logging.StreamHandler()
+    loggers = [logging.getLogger(name) for name in ("quantkd.experiment", "quantkd.hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def _is_expected(error: Exception) -> bool:

@@ -100,9 +100,8 @@ def _make_control(config: QuantizedDistillationConfig) -> None:
 def _check_trackers(config: QuantizedDistillationConfig) -> None:
     """Name a tracker that is missing before the model is loaded."""
     installed = get_available_reporting_integrations()
-    assert isinstance(config.report_to, list)  # TrainingArguments has made it one
     # Flyte's jobs bring what it needs, and transformers does not look for it.
-    missing = [name for name in config.report_to if name not in (*installed, "flyte")]
+    missing = [name for name in config.report_to or () if name not in (*installed, "flyte")]
     if missing:
         raise ConfigError(
             f"--report_to names {', '.join(missing)}; installed here: {', '.join(installed) or 'none'}. Install the "
