@@ -1,7 +1,9 @@
-"""A model's name: a folder here, or a repository on the Hub, and what to say when it is neither."""
+"""A model's name: a folder here or a repository on the Hub, and what of it others may see."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,24 +11,80 @@ from typing import Any
 
 from quantkd.errors import ConfigError
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+# "model", "user/model", and either with a revision (@) or a server's tag (:).
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?([@:][\w.-]+)?", re.ASCII)
 
-def short_name(name_or_path: str) -> str:
-    """The name without the path: where a local folder lies is its owner's business, and its name says enough."""
-    path = Path(name_or_path)
-    return path.resolve().name if path.is_dir() else name_or_path
+
+def public_name(name_or_path: str | os.PathLike[str]) -> str:
+    """A name as it is, and of a path the last part, also if the folder is gone or on another machine."""
+    name = os.fspath(name_or_path)
+    if name and Path(name).is_dir():
+        return Path(name).resolve().name
+    is_path = name.startswith(("/", "~", "./", "../")) or not _NAME.fullmatch(name)
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
+
+
+def hide_home(path: str) -> str:
+    """A path below the home folder relative to the current folder, so that it still opens; anything else as it is."""
+    return os.path.relpath(path) if path.startswith(f"{Path.home()}{os.sep}") else path
+
+
+def is_repository_name(name: str) -> bool:
+    """Whether `name` has the form of a repository's name on the Hub, `user/name`."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def split_revision(place: str, revision: str | None = None) -> tuple[str | None, str | None]:
+    """The repository that `user/name` or `user/name@revision` means, and its revision; None for a path.
+
+    A folder of that name comes first.
+    """
+    name, mark, behind = place.partition("@")
+    if Path(place).exists() or not is_repository_name(name) or (mark and not behind):
+        if revision is not None:
+            raise ConfigError(
+                f"revision is {revision!r}, and {place} is a folder; only a repository on the Hub has revisions."
+            )
+        return None, None
+    if mark and revision not in (None, behind):
+        raise ConfigError(f"{place} names one revision, and revision={revision!r} another. Leave one of them out.")
+    return name, behind or revision
+
+
+def require_folder(name_or_path: str, file: str) -> None:
+    """Refuse a path without a folder, and a folder without `file`; a name on the Hub passes."""
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        if not (path / file).is_file():
+            raise ConfigError(
+                f"{name_or_path} holds no {file}; expected a folder that `save_pretrained` wrote, or a name on the Hub."
+            )
+    elif name_or_path.startswith(("/", "./", "../", "~")) or not name_or_path:
+        raise ConfigError(f"There is no folder {name_or_path!r}. Give a folder that exists, or a name on the Hub.")
+
+
+def find_file(name_or_path: str, file: str, **download_kwargs: Any) -> Path | None:
+    """A file of a folder or of a repository, fetched into the Hub's cache; None if it is not there."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name_or_path, file, **download_kwargs))
+    except (EntryNotFoundError, HFValidationError):
+        return None
 
 
 def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
     """Refuse an adapter where a model is expected: transformers would load the base model that its author names."""
-    from transformers import CONFIG_NAME
-    from transformers.utils.hub import cached_file
-    from transformers.utils.peft_utils import find_adapter_config_file
-
     where = {key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs}
-    if find_adapter_config_file(name_or_path, **where) is None:
-        return
-    missing = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where) is None
-    if missing:
+    if (
+        find_file(name_or_path, "adapter_config.json", **where) is not None
+        and find_file(name_or_path, "config.json", **where) is None
+    ):
         raise ConfigError(
             f"{name_or_path} holds an adapter and no model; expected the model that it belongs to. Name that here, and "
             "the adapter as --adapter, or with `quantkd.hub.load_adapter(model, ...)`."
@@ -36,14 +94,7 @@ def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
 @contextmanager
 def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
     """Turn what transformers and PEFT say of a model that they cannot find into one line that names it."""
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        if not (path / file).is_file():
-            raise ConfigError(
-                f"{name_or_path} holds no {file}; expected a folder that `save_pretrained` wrote, or a name on the Hub."
-            )
-    elif name_or_path.startswith(("/", "./", "../", "~")) or not name_or_path:
-        raise ConfigError(f"There is no folder {name_or_path!r}. Give a checkpoint folder, or a name on the Hub.")
+    require_folder(name_or_path, file)
     try:
         yield
     except OSError as error:

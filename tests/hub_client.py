@@ -18,7 +18,7 @@ def connect(hub: FakeHub, monkeypatch: Any, cache: Any, *, seconds: float | None
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
 
-    import quantkd.hub.failures as failures
+    from quantkd import remote
 
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     settings = {
@@ -34,7 +34,7 @@ def connect(hub: FakeHub, monkeypatch: Any, cache: Any, *, seconds: float | None
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # the instance behind `file_exists`, which PEFT calls
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    for module in (_http, file_download, failures):
+    for module in (_http, file_download, remote):
         monkeypatch.setattr(module, "time", _Sleepless())
     plain = _http.default_client_factory()
 

@@ -18,7 +18,7 @@ pytest_plugins = ["hub_runs"]
 
 
 def test_the_page(hub, run, transfer_set):
-    push_adapter(run / "student", "user/student", licence="apache-2.0", base_model="maker/base")
+    push_adapter(run / "student", "user/student", license="apache-2.0", base_model="maker/base")
     files = files_at(hub, "user/student")
     _, front, text = files["README.md"].decode().split("---\n", 2)
     metadata = yaml.safe_load(front)
@@ -42,7 +42,7 @@ def test_the_page(hub, run, transfer_set):
 
 
 def test_the_page_is_what_the_hub_s_own_reader_takes(hub, run):
-    push_adapter(run / "student", "user/student", licence="apache-2.0", base_model="maker/base")
+    push_adapter(run / "student", "user/student", license="apache-2.0", base_model="maker/base")
     card = ModelCard(files_at(hub, "user/student")["README.md"].decode())
     report = json.loads((run / "results.json").read_text())["arms"]["after"]["metrics"]
     found = [(one.task_type, one.metric_value) for one in card.data.eval_results]
@@ -96,7 +96,7 @@ def test_without_a_tokenizer_and_a_name_the_page_says_so(hub, run, tiny_model_pa
     base = tiny_model_path.name
     assert f"names the base model {base!r}" in caplog.text and "--base_model" in caplog.text
     assert f'AutoTokenizer.from_pretrained("{base}")' in text and "apply_chat_template" not in text
-    assert f"lay in a folder named {base}, and who pushed this adapter did not say" in " ".join(text.split())
+    assert f"name on the Hub was not given. {base} is the name of a local folder" in " ".join(text.split())
 
 
 def test_the_page_of_an_adapter_without_a_report(hub, run):

@@ -18,7 +18,7 @@ from test_hub_strangers import Trap
 from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError
-from quantkd.hub import load_adapter, push_adapter
+from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 
 pytest_plugins = ["hub_runs"]
 
@@ -33,7 +33,7 @@ def trapped(hub, run, transfer_set):
     traps = {name: trap for name in ("adapter_model.bin", "training_args.bin", "pytorch_model.bin", "optimizer.pt")}
     bad = {**files, **traps, "adapter_config.json": json.dumps(fields).encode(), "evil.py": b"raise AssertionError"}
     commit = hub.repositories["model", "user/student"].add("upload", bad).sha
-    transfer_set.push_to_hub("user/held")
+    push_transfer_set(transfer_set, "user/held")
     hub.requests.clear()
     return commit
 
@@ -134,7 +134,7 @@ def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, t
 def test_a_process_without_a_network(hub, run, transfer_set, tiny_model_path, tmp_path):
     """As a user has it, nothing patched: what was fetched once is enough."""
     adapter = push_adapter(run / "student", "user/student").commit
-    held = transfer_set.push_to_hub("user/held").commit
+    held = push_transfer_set(transfer_set, "user/held").commit
     list(TransferSet.open("user/held"))
     load_adapter(load_base(tiny_model_path), "user/student")
     hub.requests.clear()
@@ -157,5 +157,5 @@ def test_a_folder_of_that_name_comes_first(hub, trapped, run, tiny_model_path, t
     shutil.copytree(run / "student", tmp_path / "user" / "student")
     assert load_adapter(load_base(tiny_model_path), "user/student").hub_revision == "user/student"
     assert hub.requests == []
-    with pytest.raises(ConfigError, match="user/student is a folder; only an adapter on the Hub has revisions"):
+    with pytest.raises(ConfigError, match="user/student is a folder; only a repository on the Hub has revisions"):
         load_adapter(load_base(tiny_model_path), "user/student", revision="v1")

@@ -15,6 +15,7 @@ from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet
 from quantkd.errors import HubError, TransferSetError
+from quantkd.hub import push_transfer_set
 
 NAME = "user/set"
 FAULTS = ("429", "500", "503", "504", "reset", "lost", "kill", "kill after")
@@ -93,7 +94,7 @@ def reader(sets):
 
 def place(hub: FakeHub, opened: TransferSet) -> None:
     """The set on the Hub, as an earlier push left it."""
-    opened.push_to_hub(NAME)
+    push_transfer_set(opened, NAME)
     hub.requests.clear()
 
 
@@ -140,7 +141,7 @@ def push_until_done(hub: FakeHub, opened: TransferSet) -> int:
     """Start the push again whenever it died or gave up; returns how often it was started."""
     for start in range(1, 60):
         try:
-            opened.push_to_hub(NAME, max_commit_bytes=SMALL_COMMIT)
+            push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
             return start
         except (Killed, HubError):
             hub.killed = False
@@ -203,7 +204,7 @@ def test_a_resumed_push_sends_no_shard_twice(fresh, sets):
 
 
 def _push_in_child(opened: TransferSet) -> None:
-    opened.push_to_hub(NAME, max_commit_bytes=SMALL_COMMIT)
+    push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3])
@@ -245,7 +246,7 @@ def test_somebody_else_commits_in_between(fresh, sets, reader):
         return None
 
     fresh.fault = fault
-    sets["smaller"].push_to_hub(NAME, max_commit_bytes=SMALL_COMMIT)
+    push_transfer_set(sets["smaller"], NAME, max_commit_bytes=SMALL_COMMIT)
     assert meddled
     states = reader.read(repository)
     assert without_repeats(states)[-2:] == ["incomplete", "smaller"]
@@ -254,9 +255,9 @@ def test_somebody_else_commits_in_between(fresh, sets, reader):
 def test_a_push_gives_up_in_words_and_goes_on_later(fresh, sets):
     fresh.fault = lambda number, method, path: "503" if method == "PUT" else None
     with pytest.raises(HubError, match=r"stopped after 8 failures in a row.*Push again to go on"):
-        sets["old"].push_to_hub(NAME)
+        push_transfer_set(sets["old"], NAME)
     fresh.fault = lambda number, method, path: None
-    sets["old"].push_to_hub(NAME)
+    push_transfer_set(sets["old"], NAME)
     assert TransferSet.open(NAME).digest == sets["old"].digest
 
 
@@ -264,5 +265,5 @@ def test_a_refusal_is_not_tried_again(fresh, sets):
     place(fresh, sets["old"])
     fresh.fault = lambda number, method, path: "403" if "/commit/" in path else None
     with pytest.raises(HubError, match="403"):
-        sets["smaller"].push_to_hub(NAME)
+        push_transfer_set(sets["smaller"], NAME)
     assert fresh.count("POST", "/commit/") == 1

@@ -16,8 +16,9 @@ from hub_runs import build_trainer, load_base
 from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, HubError
-from quantkd.hub import load_adapter, push_adapter
-from quantkd.hub.secrets import find_secrets, public_name
+from quantkd.hub import load_adapter, push_adapter, push_transfer_set
+from quantkd.names import public_name
+from quantkd.remote import find_secrets
 
 pytest_plugins = ["hub_runs"]
 
@@ -47,14 +48,14 @@ def test_a_canary_token_is_found_nowhere(
     """In the environment, as an argument, in the training configuration, and in what the server answers."""
     monkeypatch.setenv("MY_SERVICE_API_KEY", "canary-0123456789-canary")
     caplog.set_level(logging.DEBUG)
-    for name in ("quantkd.hub", "huggingface_hub", "transformers"):
+    for name in ("quantkd.remote", "quantkd.hub", "huggingface_hub", "transformers"):
         caplog.set_level(logging.DEBUG, logger=name)
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     hub.echo = f"with {TOKEN}, nor with canary-0123456789-canary"
     said = []
     faults = iter(["503", None, "429"])
     hub.fault = lambda number, method, path: next(faults, None)
-    transfer_set.push_to_hub("user/set", token=TOKEN)
+    push_transfer_set(transfer_set, "user/set", token=TOKEN)
     trainer = build_trainer(
         tiny_model_path, transfer_set, tmp_path / "student", push_to_hub=True, hub_model_id="user/trained",
         hub_token=TOKEN, save_strategy="steps", save_steps=1,
@@ -68,7 +69,7 @@ def test_a_canary_token_is_found_nowhere(
         hub.fault = lambda number, method, path, fault=fault: fault
         for attempt in (
             lambda: push_adapter(run, "user/student", token=TOKEN),
-            lambda: transfer_set.push_to_hub("user/set", token=TOKEN, licence="mit"),
+            lambda: push_transfer_set(transfer_set, "user/set", token=TOKEN, license="mit"),
             lambda: TransferSet.open("user/none", token=TOKEN),
         ):
             with pytest.raises(HubError) as caught:

@@ -19,6 +19,7 @@ from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet
 from quantkd.errors import ConfigError, HubError, TransferSetError
+from quantkd.hub import push_transfer_set
 from quantkd.transfer_set import concatenate, verify
 
 
@@ -52,14 +53,14 @@ def assert_equal(first: TransferSet, second: TransferSet) -> None:
 
 
 def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, caplog):
-    pushed = small_set.push_to_hub("user/set", licence="mit")
+    pushed = push_transfer_set(small_set, "user/set", license="mit")
     repository = hub.repositories["dataset", "user/set"]
     assert repository.private and pushed.private
     assert pushed.commit == repository.commits[-1].sha and pushed.commit in str(pushed)
     stored = {name: data for name, data in repository.commits[-1].files.items() if name != ".gitattributes"}
     assert stored.pop("README.md")
     assert stored == files_of(small_set)
-    with caplog.at_level("INFO", logger="quantkd.hub"):
+    with caplog.at_level("INFO", logger="quantkd.remote"):
         opened = TransferSet.open("user/set", digest=small_set.digest)
     assert f"user/set at {pushed.commit}, digest {small_set.digest}" in caplog.text
     assert str(opened.sources[0]) == f"user/set at {pushed.commit}"
@@ -69,13 +70,13 @@ def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, cap
 
 
 def test_the_owner_may_be_left_out(hub: FakeHub, small_set):
-    pushed = small_set.push_to_hub("set")
+    pushed = push_transfer_set(small_set, "set")
     assert pushed.repo_id == "user/set"
     assert '"user/set"' in hub.repositories["dataset", "user/set"].commits[-1].files["README.md"].decode()
 
 
 def test_shards_come_when_they_are_touched(hub: FakeHub, small_set):
-    small_set.push_to_hub("user/set")
+    push_transfer_set(small_set, "user/set")
     hub.requests.clear()
     opened = TransferSet.open("user/set")
     assert len(opened) == 10 and opened.info.num_tokens == small_set.info.num_tokens
@@ -89,11 +90,11 @@ def test_shards_come_when_they_are_touched(hub: FakeHub, small_set):
 
 
 def test_the_revision_is_fixed_when_the_set_is_opened(hub: FakeHub, small_set, tmp_path):
-    first = small_set.push_to_hub("user/set").commit
+    first = push_transfer_set(small_set, "user/set").commit
     opened = TransferSet.open("user/set")
     write_set(tmp_path / "other", make_plan(prompts_digest="2" * 64, num_prompts=5))
     other = TransferSet.open(tmp_path / "other")
-    other.push_to_hub("user/set")
+    push_transfer_set(other, "user/set")
     assert_equal(opened, small_set)  # read after the branch has moved on
     assert_equal(TransferSet.open("user/set"), other)
     assert_equal(TransferSet.open("user/set", revision=first), small_set)
@@ -102,7 +103,7 @@ def test_the_revision_is_fixed_when_the_set_is_opened(hub: FakeHub, small_set, t
 
 
 def test_offline_it_comes_from_the_cache(hub: FakeHub, small_set, monkeypatch):
-    commit = small_set.push_to_hub("user/set").commit
+    commit = push_transfer_set(small_set, "user/set").commit
     list(TransferSet.open("user/set"))
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -116,7 +117,7 @@ def test_offline_it_comes_from_the_cache(hub: FakeHub, small_set, monkeypatch):
 
 
 def test_a_hub_that_is_down_is_replaced_by_the_cache(hub: FakeHub, small_set, caplog):
-    small_set.push_to_hub("user/set")
+    push_transfer_set(small_set, "user/set")
     list(TransferSet.open("user/set"))
     hub.fault = lambda number, method, path: "503"
     assert_equal(TransferSet.open("user/set"), small_set)
@@ -124,7 +125,7 @@ def test_a_hub_that_is_down_is_replaced_by_the_cache(hub: FakeHub, small_set, ca
 
 
 def test_it_travels_to_other_processes_without_its_token(hub: FakeHub, small_set):
-    small_set.push_to_hub("user/set")
+    push_transfer_set(small_set, "user/set")
     opened = TransferSet.open("user/set", token="hf_CanaryCanaryCanaryCanary00")
     opened[0]
     data = pickle.dumps(opened)
@@ -138,7 +139,7 @@ def test_a_folder_wins_over_the_hub_and_has_no_revision(hub: FakeHub, small_set,
     monkeypatch.chdir(tmp_path)
     assert_equal(TransferSet.open("user/set", digest=small_set.digest), small_set)
     assert hub.requests == []
-    with pytest.raises(ConfigError, match="only a set on the Hub has revisions"):
+    with pytest.raises(ConfigError, match="only a repository on the Hub has revisions"):
         TransferSet.open("user/set", revision="main")
     with pytest.raises(TransferSetError, match="expected 00"):
         TransferSet.open("user/set", digest="0" * 64)
@@ -147,58 +148,58 @@ def test_a_folder_wins_over_the_hub_and_has_no_revision(hub: FakeHub, small_set,
 def test_nothing_becomes_public_by_mistake(hub: FakeHub, small_set):
     hub.make("dataset", "user/open", {}, private=False)
     with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
-        small_set.push_to_hub("user/open")
+        push_transfer_set(small_set, "user/open")
     assert len(hub.repositories["dataset", "user/open"].commits) == 1
-    assert not small_set.push_to_hub("user/open", private=False).private
-    assert not small_set.push_to_hub("user/new", private=False).private
+    assert not push_transfer_set(small_set, "user/open", private=False).private
+    assert not push_transfer_set(small_set, "user/new", private=False).private
     assert not hub.repositories["dataset", "user/new"].private
-    small_set.push_to_hub("user/closed")
-    assert small_set.push_to_hub("user/closed", private=False).private  # stays as it is
+    push_transfer_set(small_set, "user/closed")
+    assert push_transfer_set(small_set, "user/closed", private=False).private  # stays as it is
 
 
 def test_pushed_again_nothing_changes(hub: FakeHub, small_set):
-    small_set.push_to_hub("user/set")
+    push_transfer_set(small_set, "user/set")
     commits = len(hub.repositories["dataset", "user/set"].commits)
-    small_set.push_to_hub("user/set")
+    push_transfer_set(small_set, "user/set")
     assert len(hub.repositories["dataset", "user/set"].commits) == commits
-    small_set.push_to_hub("user/set", licence="mit")  # the page alone
+    push_transfer_set(small_set, "user/set", license="mit")  # the page alone
     repository = hub.repositories["dataset", "user/set"]
     assert len(repository.commits) == commits + 1
     assert repository.commits[-1].files["index.json"] == repository.commits[-2].files["index.json"]
 
 
 def test_the_page(hub: FakeHub, small_set):
-    small_set.push_to_hub("user/set", licence="mit")
+    push_transfer_set(small_set, "user/set", license="mit")
     page = hub.repositories["dataset", "user/set"].commits[-1].files["README.md"].decode()
     _, front, text = page.split("---\n", 2)
     metadata = yaml.safe_load(front)
     assert metadata["license"] == "mit" and {"quantkd", "distillation"} <= set(metadata["tags"])
     for fact in (small_set.digest, "contains its training text", "tiny-teacher", "nucleus", "0" * 64, "6,059 bytes"):
         assert fact in text
-    small_set.push_to_hub("user/bare")
+    push_transfer_set(small_set, "user/bare")
     page = hub.repositories["dataset", "user/bare"].commits[-1].files["README.md"].decode()
     assert "license" not in page.split("---\n", 2)[1] and "Not stated" in page
     with pytest.raises(ConfigError, match="short name of the Hub's list"):
-        small_set.push_to_hub("user/set", licence="My Own Licence!")
+        push_transfer_set(small_set, "user/set", license="My Own License!")
 
 
 def test_only_whole_and_sound_sets_are_pushed(hub: FakeHub, small_set, tmp_path):
     for view in (small_set[:5], small_set.shuffle(0), concatenate([small_set, small_set])):
         with pytest.raises(ConfigError, match="cannot be pushed"):
-            view.push_to_hub("user/set")
+            push_transfer_set(view, "user/set")
     shard = tmp_path / "small" / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-3] ^= 1
     shard.write_bytes(data)
     with pytest.raises(TransferSetError, match="damaged"):
-        small_set.push_to_hub("user/set")
+        push_transfer_set(small_set, "user/set")
     assert hub.requests == []
 
 
 def test_a_set_that_names_a_home_folder_stays_here(hub: FakeHub, tmp_path):
     write_set(tmp_path / "told", make_plan(teacher_name=str(Path.home() / "models" / "llama")))
     with pytest.raises(ConfigError, match=r"index\.json names your home folder"):
-        TransferSet.open(tmp_path / "told").push_to_hub("user/set")
+        push_transfer_set(TransferSet.open(tmp_path / "told"), "user/set")
     assert hub.requests == []
 
 

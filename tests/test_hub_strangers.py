@@ -156,7 +156,7 @@ def tiny_model_again(model):
 
 
 def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, monkeypatch):
-    import quantkd.hub.loading as loading
+    import quantkd.hub.adapters as adapters
 
     asked = {}
 
@@ -164,7 +164,7 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
         asked.update(kwargs, name=name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "load_student", load)
+    monkeypatch.setattr(adapters, "load_student", load)
     hub.make("model", "user/fine", files, private=False)
     with pytest.raises(KeyboardInterrupt):
         load_adapter(str(tiny_model_path), "user/fine")

@@ -49,7 +49,7 @@ def _import_table(args: argparse.Namespace) -> None:
     """Ask the teacher's checkpoint for what its table does not say, and import."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from quantkd.names import naming, short_name
+    from quantkd.names import naming, public_name
     from quantkd.transfer_set.fingerprint import compute_fingerprint
     from quantkd.transfer_set.importers import import_axolotl, import_distillkit
 
@@ -60,7 +60,7 @@ def _import_table(args: argparse.Namespace) -> None:
         args.source,
         args.destination,
         vocab_size=config.get_text_config().vocab_size,
-        teacher_name=short_name(args.model),
+        teacher_name=public_name(args.model),
         tokenizer_fingerprint=compute_fingerprint(tokenizer),
         profile=args.profile or "faithful",
     )

@@ -19,7 +19,7 @@ from quantkd.evaluation.accuracy import evaluate_prompts
 from quantkd.evaluation.arms import check_arm_name, evaluate_arm
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.hardware import process_state
-from quantkd.hub.loading import load_adapter
+from quantkd.hub.adapters import load_adapter
 from quantkd.names import naming
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet

@@ -19,7 +19,7 @@ from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.hardware import process_state
-from quantkd.hub.loading import fetch_adapter, load_adapter
+from quantkd.hub.adapters import fetch_adapter, load_adapter
 from quantkd.models.export import (
     FORMS,
     check_output_dir,

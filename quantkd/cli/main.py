@@ -121,7 +121,7 @@ def _without_noise() -> Iterator[None]:
 def _progress_on_stderr() -> Iterator[None]:
     """Say which step of an experiment runs, and what was read from the Hub at which commit."""
     handler = logging.StreamHandler()
-    loggers = [logging.getLogger(name) for name in ("quantkd.experiment", "quantkd.hub")]
+    loggers = [logging.getLogger(name) for name in ("quantkd.experiment", "quantkd.remote")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
@@ -145,7 +145,7 @@ def _is_expected(error: Exception) -> bool:
 
 def _describe(error: Exception) -> str:
     """One line without secrets; of errors that are not quantkd's own also what to do next."""
-    from quantkd.hub.secrets import find_secrets, redact  # the Hub's client takes half a second to import
+    from quantkd.remote import find_secrets, redact  # the Hub's client takes half a second to import
 
     # A file of options that is broken, or a server, may be quoted with the token in it.
     text = " ".join(redact(str(error), find_secrets()).split()) or type(error).__name__

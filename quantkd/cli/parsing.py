@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quantkd.errors import ConfigError, QuantKDError
+from quantkd.names import hide_home
 
 _FROM_A_FILE = "--config FILE.yaml takes options from a file, by their long names; the command line overrides it."
 _SECRET = re.compile(r"(?:.*_)?token")
@@ -69,7 +69,7 @@ def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, comm
 
     options = vars(_dataclass_parser(kinds, command, "").parse_args(_with_config(argv, command)))
     plain = {
-        name: _without_home(_without_secrets(value.value if isinstance(value, Enum) else value))
+        name: _plain(value.value if isinstance(value, Enum) else value)
         for name, value in sorted(options.items())
         if not _SECRET.fullmatch(name) and name not in _OF_THE_START
     }
@@ -124,20 +124,15 @@ def _read_config(name: str) -> list[str]:
     return words
 
 
-def _without_secrets(value: Any) -> Any:
-    """Options of options, such as model_init_kwargs, without those that hold a secret."""
+def _plain(value: Any) -> Any:
+    """An option without the home folder and, in nested options such as model_init_kwargs, without secrets."""
     if isinstance(value, dict):
-        return {key: _without_secrets(each) for key, each in value.items() if not _SECRET.fullmatch(str(key))}
+        return {key: _plain(each) for key, each in value.items() if not _SECRET.fullmatch(str(key))}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            return json.dumps(_without_secrets(json.loads(value)))
+            return json.dumps(_plain(json.loads(value)))
         except json.JSONDecodeError:
             return value
-    return value
-
-
-def _without_home(value: Any) -> Any:
-    """A path below the home folder, relative to the current folder; other values as given."""
-    if isinstance(value, str) and value.startswith(f"{Path.home()}{os.sep}"):
-        return os.path.relpath(value)
-    return value
+    return hide_home(value) if isinstance(value, str) else value

@@ -12,10 +12,10 @@ from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME
 
 _EXAMPLES = """examples:
-  quantkd push runs/student user/name --licence apache-2.0         an adapter, with its page and its run's report
+  quantkd push runs/student user/name --license apache-2.0         an adapter, with its page and its run's report
   quantkd push runs/mine user/name --base_model HuggingFaceTB/SmolLM2-135M-Instruct
   quantkd push runs/set user/name-set                              a transfer set
-  quantkd push runs/set user/name-set --public --licence mit
+  quantkd push runs/set user/name-set --public --license mit
   quantkd push runs/set user/name-set --dry_run                    list what would go, and stop
 
 The token is that of `hf auth login`, or HF_TOKEN. After a failure, the same command goes on where it stopped.
@@ -34,9 +34,7 @@ def main(argv: Sequence[str]) -> None:
     visibility.add_argument(
         "--public", dest="private", action="store_false", help="readable by all; needed for a repository that is public"
     )
-    parser.add_argument(
-        "--licence", "--license", help="short name of the Hub's list, such as apache-2.0; never guessed"
-    )
+    parser.add_argument("--license", help="short name of the Hub's list, such as apache-2.0; never guessed")
     parser.add_argument("--base_model", help="adapter: the base model's name on the Hub, if it was trained on a folder")
     parser.add_argument("--run_dir", help="adapter: folder of the run whose results.json and chart go on the page")
     parser.add_argument("--revision", help="branch to push to (main)")
@@ -48,17 +46,17 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(
             f"{folder} is a transfer set; --base_model and --run_dir describe an adapter. Leave them out."
         )
-    options = {"private": args.private, "licence": args.licence, "revision": args.revision}
+    options = {"private": args.private, "license": args.license, "revision": args.revision}
     if is_set:
-        from quantkd.hub.sets import list_set_files
+        from quantkd.hub.sets import list_set_files, push_transfer_set
 
         transfer_set = TransferSet(folder)
         if args.dry_run:
             _print_files(list_set_files(transfer_set), args.repo_id, private=args.private)
         else:
-            print(transfer_set.push_to_hub(args.repo_id, **options))
+            print(push_transfer_set(transfer_set, args.repo_id, **options))
         return
-    from quantkd.hub.adapter import list_adapter_files, push_adapter
+    from quantkd.hub.adapters import list_adapter_files, push_adapter
 
     described = {"base_model": args.base_model, "run_dir": args.run_dir}
     if args.dry_run:

@@ -12,8 +12,8 @@ from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.format import format_bytes
 from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
-from quantkd.hub.loading import load_adapter
-from quantkd.names import naming, short_name
+from quantkd.hub.adapters import load_adapter
+from quantkd.names import naming, public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
         rows=args.rows,
         alternatives=args.alternatives,
         batch_size=args.batch_size,
-        student_name=short_name(student.model_name_or_path),
-        adapter_name=short_name(args.adapter),
+        student_name=public_name(student.model_name_or_path),
+        adapter_name=public_name(args.adapter),
     )
     path = write_page(divergence, Path(args.output))
     before, after = divergence.mean_kl

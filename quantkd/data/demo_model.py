@@ -35,7 +35,7 @@ def load_demo_model(cache_dir: str | Path | None = None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=_NAME, dir=root))
     try:
-        model.config._name_or_path = _NAME
+        model.config.name_or_path = _NAME
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if not folder.exists():

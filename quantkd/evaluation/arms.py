@@ -18,7 +18,7 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
 from quantkd.evaluation.kept import KeptArm, compute_arm_fingerprint, discard_arm
 from quantkd.hardware import process_state
-from quantkd.names import short_name
+from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
 
@@ -123,7 +123,7 @@ def evaluate_arm(
         "measured": kept.measured,
         "arm": arm,
         "title": title or TITLES.get(arm, arm),
-        "model": short_name(model_name),
+        "model": public_name(model_name),
         "memory_bytes": int(model.get_memory_footprint() if memory_bytes is None else memory_bytes),
     }
     if held_out is not None:

@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING
 
 from quantkd import lazy
 
-# A transfer set is read without PEFT and transformers.
+# A push of a transfer set needs neither PEFT nor transformers.
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "adapter": "push_adapter",
-        "loading": "fetch_adapter load_adapter",
+        "adapters": "fetch_adapter load_adapter push_adapter",
         "repository": "PushedRepository",
         "sets": "push_transfer_set",
     },
 )
 
 if TYPE_CHECKING:
-    from quantkd.hub.adapter import push_adapter as push_adapter
-    from quantkd.hub.loading import fetch_adapter as fetch_adapter, load_adapter as load_adapter
+    from quantkd.hub.adapters import (
+        fetch_adapter as fetch_adapter,
+        load_adapter as load_adapter,
+        push_adapter as push_adapter,
+    )
     from quantkd.hub.repository import PushedRepository as PushedRepository
     from quantkd.hub.sets import push_transfer_set as push_transfer_set

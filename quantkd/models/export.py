@@ -19,15 +19,15 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
 from quantkd import __version__
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.merging import merge_adapters
+from quantkd.models.provenance import name_base_model
 from quantkd.models.student import default_quantization_config
-from quantkd.names import naming, short_name
+from quantkd.names import find_file, naming
 
 Form = Literal["merged", "requantized", "adapter"]
 FORMS: tuple[Form, ...] = ("merged", "requantized", "adapter")
@@ -102,7 +102,7 @@ def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir:
     """Write the adapter as PEFT reads it, and its tokenizer; no optimizer, no training state."""
     path = check_output_dir(output_dir)
     with naming(adapter, _ADAPTER_FILES[0]):
-        files = {name: _find(adapter, name) for name in (*_ADAPTER_FILES, "README.md")}
+        files = {name: find_file(adapter, name) for name in (*_ADAPTER_FILES, "README.md")}
     missing = [name for name in _ADAPTER_FILES if files[name] is None]
     if missing:
         raise ConfigError(
@@ -113,7 +113,7 @@ def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir:
         for name, source in files.items():
             if source is not None:
                 shutil.copyfile(source, folder / name)
-        _name_base(folder, base)
+        name_base_model(folder, base)
         tokenizer.save_pretrained(folder)
         _write_provenance(folder, {"form": "adapter"}, read_provenance(adapter))
     return path
@@ -133,7 +133,7 @@ def load_exported(path: str | Path) -> PreTrainedModel:
 
 def read_provenance(adapter: str) -> dict[str, Any]:
     """What `quantkd.json` beside an adapter says: of which transfer set, teacher and objective it comes."""
-    found = _find(adapter, _PROVENANCE)
+    found = find_file(adapter, _PROVENANCE)
     if found is None:
         return {}
     try:
@@ -169,27 +169,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _find(name_or_path: str, file: str) -> Path | None:
-    if Path(name_or_path).is_dir():
-        path = Path(name_or_path) / file
-        return path if path.is_file() else None
-    found = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
-
-
-def _name_base(folder: Path, base: str) -> None:
-    """Of a base model in a local folder, PEFT's files name the folder alone."""
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    named = config.get("base_model_name_or_path")
-    config["base_model_name_or_path"] = short_name(base)
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    card = folder / "README.md"
-    if card.is_file() and isinstance(named, str) and os.sep in named and Path(named).is_dir():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(text.replace(named, short_name(named)), encoding="utf-8")
 
 
 def _four_bit_config(model: PeftModel) -> BitsAndBytesConfig:

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from quantkd.errors import ConfigError
+from quantkd.names import find_file
 
 _FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,16 +63,13 @@ class OriginalWeights:
             )
         return weight
 
-    def _find(self, file: str) -> str | None:
-        found: str | None = cached_file(
-            self.name_or_path, file, revision=self.revision, _raise_exceptions_for_missing_entries=False
-        )
-        return found
+    def _find(self, file: str) -> Path | None:
+        return find_file(self.name_or_path, file, revision=self.revision)
 
     def _list_files(self) -> dict[str, str]:
         """The file of each tensor."""
         if (index := self._find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-            places: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return places
         if (single := self._find(SAFE_WEIGHTS_NAME)) is not None:
             with safe_open(single, framework="pt") as file:

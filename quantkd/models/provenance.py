@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkd import __version__
+from quantkd.files import write_file
+from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 
 # Named one by one: the arguments of a Trainer also hold folders, tokens and whatever a caller passes on.
@@ -81,12 +83,15 @@ def describe_quantization(model: Any) -> dict[str, Any] | None:
     return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
 
 
-def remove_local_paths(folder: Path, model: Any) -> None:
-    """PEFT writes where the base model was loaded from; of a local folder, only the name is left."""
-    base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    if not base or not Path(base).is_dir():
+def name_base_model(folder: Path, base: str | None = None) -> None:
+    """Name the base model in an adapter's files as `base`, or as PEFT wrote it; of a local folder the name alone."""
+    file, card = folder / "adapter_config.json", folder / "README.md"
+    if not file.is_file():
         return
-    for file in (folder / "adapter_config.json", folder / "README.md"):
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            file.write_text(text.replace(base, Path(base).resolve().name), encoding="utf-8")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    written = config.get("base_model_name_or_path") or ""
+    config["base_model_name_or_path"] = public_name(base or written)
+    write_file(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if card.is_file() and public_name(written) != written:
+        text = card.read_text(encoding="utf-8")
+        write_file(card, text.replace(written, public_name(written)))

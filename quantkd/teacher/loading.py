@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, parse_dtype
-from quantkd.names import naming, refuse_adapter, short_name
+from quantkd.names import naming, public_name, refuse_adapter
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set.rules import StorageRule
@@ -89,14 +89,14 @@ def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:
     """The model with a PEFT adapter in its layers, unmerged, so that no weight is rounded."""
     from peft import get_peft_model_state_dict
 
-    from quantkd.hub.loading import load_adapter  # it imports the student, which a teacher on a server does without
+    from quantkd.hub.adapters import load_adapter  # it imports the student, which a teacher on a server does without
 
     wrapped = load_adapter(model, adapter)
     digest = hashlib.sha256()
     for name, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return wrapped.get_base_model(), {"name": short_name(adapter), "sha256": digest.hexdigest()}
+    return wrapped.get_base_model(), {"name": public_name(adapter), "sha256": digest.hexdigest()}
 
 
 def build_teacher(
@@ -155,7 +155,7 @@ def _resolve_network(
             "Leave them out, or pass the name."
         )
     if tokenizer is None:
-        if not model.config._name_or_path:
+        if not model.config.name_or_path:
             raise ConfigError("The loaded teacher does not say where its tokenizer is; pass it as tokenizer.")
-        tokenizer = load_tokenizer(model.config._name_or_path, {})
+        tokenizer = load_tokenizer(model.config.name_or_path, {})
     return model, tokenizer

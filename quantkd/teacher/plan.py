@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.hardware import process_state
-from quantkd.names import short_name
+from quantkd.names import public_name
 from quantkd.teacher.batches import Probe, probe_batch_size
 from quantkd.teacher.filters import Filter
 from quantkd.teacher.table import PromptTable
@@ -92,7 +92,7 @@ def build_plan(
     if table.first_row:
         extra["first_row"] = table.first_row
     return Plan(
-        teacher_name=short_name(teacher.name),
+        teacher_name=public_name(teacher.name),
         teacher_revision=teacher.revision,
         teacher_dtype=teacher.dtype,
         tokenizer_fingerprint=compute_fingerprint(tokenizer),

@@ -61,7 +61,7 @@ class TransformersTeacher:
         self.model, self.tokenizer = model, tokenizer
         self.rule, self.temperatures, self.settings = rule, tuple(temperatures), settings
         self.config = build_generation_config(model, tokenizer, settings.max_new_tokens)
-        self.name = str(model.config._name_or_path)
+        self.name = str(model.config.name_or_path)
         self.revision = str(getattr(model.config, "_commit_hash", None) or "")
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.vocab_size = min(int(model.get_output_embeddings().weight.shape[0]), count_token_ids(tokenizer))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import has_accelerator
@@ -128,6 +129,11 @@ class QuantizedDistillationConfig(TrainingArguments):
         # Without it the processes of `torchrun` on CPUs would not find each other.
         self.use_cpu = self.use_cpu or not has_accelerator()
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ConfigError(
+                f"hub_strategy is {self.hub_strategy}, which uploads optimizer and random states; expected 'end' or "
+                "'every_save', which upload the adapter."
+            )
         check_objective(self.alpha, self.temperature, self.divergence, self.beta)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch

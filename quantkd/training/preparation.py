@@ -39,7 +39,7 @@ def load_tokenizer(
     model: str | PreTrainedModel | PeftModel, args: QuantizedDistillationConfig
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a model."""
-    name = model if isinstance(model, str) else model.config._name_or_path
+    name = model if isinstance(model, str) else model.config.name_or_path
     if not name:
         raise ConfigError("The model does not say where its tokenizer is; pass it as processing_class.")
     kwargs = {k: v for k, v in model_init_kwargs(args).items() if k in ("revision", "trust_remote_code", "token")}
@@ -66,7 +66,7 @@ def prepare_student(
 ) -> PreTrainedModel | PeftModel:
     """The student that the trainer trains."""
     init_kwargs = dict(model_init_kwargs(args))
-    name = model if isinstance(model, str) else model.config._name_or_path
+    name = model if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
         if args.packing and is_flash_attn_2_available():
             init_kwargs.setdefault("attn_implementation", "flash_attention_2")  # packed rows without a mask

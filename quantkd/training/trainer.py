@@ -13,18 +13,17 @@ from accelerate import DistributedType
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy
 
-from quantkd.errors import DataError
-from quantkd.hub.training import PushesToHub
+from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.loss.fused import DenseTeacher
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.objective import compute_terms
 from quantkd.loss.reference import select_targets
 from quantkd.models.network import gathered_head, hidden_states_as_logits, why_not_fusable
-from quantkd.models.provenance import describe_quantization, describe_training, remove_local_paths, write_provenance
+from quantkd.models.provenance import describe_quantization, describe_training, name_base_model, write_provenance
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
@@ -37,7 +36,7 @@ from quantkd.transfer_set.topk import TopKLogprobs
 logger = logging.getLogger(__name__)
 
 
-class QuantizedDistillationTrainer(PushesToHub, Trainer):
+class QuantizedDistillationTrainer(Trainer):
     """Distil a stored teacher into a quantized student.
 
     Args:
@@ -107,6 +106,7 @@ class QuantizedDistillationTrainer(PushesToHub, Trainer):
             **trainer_kwargs,
         )
         self.add_callback(TrainingCurves())
+        self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
         self._fused: bool | None = None if args.use_fused_loss else False  # None: still to be tried
@@ -280,12 +280,126 @@ class QuantizedDistillationTrainer(PushesToHub, Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        # It is a pickle, can hold a Hub token, and nothing reads it back.
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        _remove_arguments(folder)
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
         training = describe_training(self.args, self.accelerator.num_processes)
         write_provenance(folder, trained_on, self._objective, training, describe_quantization(self.model))
-        remove_local_paths(folder, self.model)
+        name_base_model(folder)
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            self._write_card(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the adapter's page into the output folder, from what is known of the run.
+
+        Args:
+            *args: not used; the Trainer's further facts come from the run.
+            **kwargs: `license`, as the Hub names it; others are not used.
+        """
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)), kwargs.get("license"))
+
+    def _write_card(self, folder: Path, license: str | None = None) -> None:
+        from quantkd.hub.adapters import write_card
+
+        write_card(folder, self.hub_model_id or Path(str(self.args.output_dir)).resolve().name, license)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository of `args.hub_model_id`, private unless `args.hub_private_repo` is False."""
+        if self.is_world_process_zero():
+            from quantkd.hub.repository import create_repository
+
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name
+            private = self._is_private(private)
+            token = token or self.args.hub_token
+            self.hub_model_id = create_repository(name, private=private, token=token)  # type: ignore[assignment]
+            self.push_in_progress = None  # the Trainer waits for it at the end; pushes here are done when they return
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Save the adapter and upload it with its tokenizer, chat template and page, as `quantkd push` does.
+
+        Nothing else is uploaded; the Trainer's own method uploads the whole folder.
+
+        Args:
+            commit_message: the commit's title.
+            blocking: True; an adapter is small, and its upload is waited for.
+            token: with write permission; that of `args`, of `hf auth login` or HF_TOKEN if None.
+            revision: the branch; that of `args`, or "main", if None.
+            private: False to create a public repository, or to push to one; that of `args`, or True, if None.
+            **options: `license`, `base_model` and `run_dir` of `quantkd.hub.push_adapter`.
+
+        Returns:
+            The repository and its commit (`quantkd.hub.PushedRepository`); None in all processes but the first.
+
+        Raises:
+            ConfigError: a public repository without `private=False`, or a file that holds a secret.
+            HubError: the Hub could not be reached, or refused.
+        """
+        if not blocking:
+            raise ConfigError("blocking is False; an adapter is small, and its upload is waited for. Leave it out.")
+        from quantkd.hub.adapters import push_adapter
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return push_adapter(
+            str(self.args.output_dir),
+            str(self.hub_model_id),
+            private=self._is_private(private),
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "Upload adapter",
+            **options,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer calls it after each save. A failed push does not end the training.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        from quantkd.hub.adapters import push_adapter
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
+        try:
+            push_adapter(
+                checkpoint_folder,
+                str(self.hub_model_id),
+                private=self._is_private(None),
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                commit_message=f"Training in progress, {progress}",
+                attempts=2,
+            )
+        except HubError as error:
+            logger.warning("The adapter of %s was not pushed. %s Training goes on.", progress, error)
+
+    def _is_private(self, private: bool | None) -> bool:
+        return (self.args.hub_private_repo if private is None else private) is not False
+
+
+class _ArgumentsRemoved(TrainerCallback):
+    """Removes the pickled arguments after each save, also where the Trainer does not call `_save`."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir))
+        _remove_arguments(folder)
+        _remove_arguments(folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _remove_arguments(folder: Path) -> None:
+    # It is a pickle, can hold a Hub token, and nothing reads it back.
+    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,6 @@ from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.source import ShardSource, find_source
 from quantkd.transfer_set.store import ShardStore, Verify
 from quantkd.transfer_set.views import permute_rows, split_rows, view_digest
-
-if TYPE_CHECKING:
-    from quantkd.hub.repository import PushedRepository
 
 
 class TransferSet(Dataset[dict[str, Any]]):
@@ -223,8 +220,8 @@ class TransferSet(Dataset[dict[str, Any]]):
     @property
     def digest(self) -> str:
         """The root digest; of a view or of joined sets, a digest over theirs, the weights and the chosen rows."""
-        if len(self._sources) == 1 and self._sources[0][1] is None and self._is_whole:
-            return self._sources[0][0].index.digest()
+        if (store := self.whole_store) is not None:
+            return store.index.digest()
         return view_digest([(store.index.digest(), weight) for store, weight in self._sources], self._rows)
 
     @cached_property
@@ -238,24 +235,11 @@ class TransferSet(Dataset[dict[str, Any]]):
         """Where the set lies, or each of joined sets; as text a folder, or a repository on the Hub and its commit."""
         return tuple(store.source for store, _ in self._sources)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> PushedRepository:
-        """Upload the set as a dataset repository. After a failure, the same call goes on where it stopped.
-
-        Args:
-            repo_id: `user/name`; made if it is not there.
-            private: False makes a new repository public, and is needed to push to one that is.
-            **options: `licence`, `token` and others of `quantkd.hub.sets.push_transfer_set`.
-
-        Returns:
-            The repository and the commit that holds the set.
-
-        Raises:
-            ConfigError: a view, joined sets, or a public repository without `private=False`.
-            HubError: the Hub could not be reached, or refused.
-        """
-        from quantkd.hub.sets import push_transfer_set
-
-        return push_transfer_set(self, repo_id, private=private, **options)
+    @property
+    def whole_store(self) -> ShardStore | None:
+        """The store of one whole set; None for a view and for joined sets."""
+        is_set = len(self._sources) == 1 and self._sources[0][1] is None and self._is_whole
+        return self._sources[0][0] if is_set else None
 
     @property
     def _is_whole(self) -> bool:

@@ -1,18 +1,22 @@
-"""Where the files of a transfer set come from: a folder here, or, in `quantkd.hub`, a repository on the Hub."""
+"""Where the files of a transfer set come from: a folder here, or a repository on the Hub."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from quantkd.errors import ConfigError, TransferSetError
+from quantkd.errors import HubError, TransferSetError
+from quantkd.files import read_regular
+from quantkd.names import split_revision
+from quantkd.remote import RemoteFiles, logger as revisions
+from quantkd.transfer_set.documents import MAX_DOCUMENT_BYTES
 from quantkd.transfer_set.index import (
     INDEX_NAME,
     PLAN_NAME,
     Index,
     ShardRecord,
+    parse_index,
     read_index,
     read_plan,
     read_record,
@@ -21,34 +25,14 @@ from quantkd.transfer_set.index import (
 from quantkd.transfer_set.shard import shard_name
 
 _DOWNLOAD_MARK = Path(".cache") / "huggingface"
-_REPOSITORY_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def find_source(path: str | Path, revision: str | None, token: str | None) -> Path | ShardSource:
-    """What a caller means by the place of a set."""
-    repository, revision = split_revision(path, revision) if isinstance(path, str) else (None, revision)
-    if repository is not None:
-        from quantkd.hub.reading import HubSource  # the Hub's client is not needed for a folder
-
-        return HubSource.open(repository, revision=revision, token=token)
-    if revision is not None:
-        raise ConfigError(f"revision is {revision!r}, and {path} is a folder; only a set on the Hub has revisions.")
-    return Path(path)
-
-
-def is_repository_name(name: str) -> bool:
-    """Whether `name` has the form of a repository's name on the Hub."""
-    return _REPOSITORY_NAME.fullmatch(name) is not None
-
-
-def split_revision(place: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """The repository on the Hub that a caller means, and its revision."""
-    name, mark, behind = place.partition("@")
-    if Path(place).exists() or not is_repository_name(name) or (mark and not behind):
-        return None, revision
-    if mark and revision not in (None, behind):
-        raise ConfigError(f"{place} names one revision, and revision={revision!r} another. Leave one of them out.")
-    return name, behind or revision
+    """What a caller means by the place of a set: a folder, or as text also a repository on the Hub."""
+    repository, revision = split_revision(path if isinstance(path, str) else str(path.absolute()), revision)
+    if repository is None:
+        return Path(path)
+    return HubSource.open(repository, revision=revision, token=token)
 
 
 class ShardSource(Protocol):
@@ -96,6 +80,49 @@ class FolderSource:
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+class HubSource:
+    """The files of a set in a dataset repository, at the commit that holds `index`."""
+
+    is_remote = True
+
+    def __init__(self, files: RemoteFiles, index: Index) -> None:
+        self._files = files
+        self._index = index
+
+    @classmethod
+    def open(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> HubSource:
+        """The set at a revision, which is fixed to its commit now."""
+        files = RemoteFiles(repo_id, "dataset", revision, token)
+        try:
+            path = files.fetch(INDEX_NAME, max_bytes=MAX_DOCUMENT_BYTES)
+        except HubError as error:
+            raise type(error)(f"There is no folder {repo_id!r} here. On the Hub: {error}") from error
+        if path is None:
+            raise TransferSetError(
+                f"The transfer set {files} is incomplete: it has no {INDEX_NAME}, which is uploaded last. Ask for an "
+                "earlier revision, or wait for the upload to end."
+            )
+        # Resolved, for the cache links to its blobs.
+        index = parse_index(read_regular(path.resolve(), MAX_DOCUMENT_BYTES, error=TransferSetError))
+        revisions.info("Transfer set %s, digest %s", files, index.digest())
+        return cls(files, index)
+
+    def read_index(self) -> Index:
+        """The index that was read when the source was opened."""
+        return self._index
+
+    def locate(self, shard: int, num_bytes: int) -> Path:
+        """The shard's file in the Hub's cache, fetched if it is not there."""
+        name = shard_name(shard)
+        path = self._files.fetch(name, max_bytes=num_bytes, exact=True)
+        if path is None:
+            raise TransferSetError(f"{self._files} holds no {name}, which its index lists. Ask for another revision.")
+        return path.resolve()
+
+    def __str__(self) -> str:
+        return str(self._files)
 
 
 def _find_index(path: Path, allow_incomplete: bool) -> Index:

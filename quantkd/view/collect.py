@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from quantkd.evaluation.sharing import deal_batches
 from quantkd.loss.position_metrics import compare_with_entries, compute_predictions, positions_per_chunk, take_logits
 from quantkd.loss.reference import select_targets
 from quantkd.models.network import Head, base_network, find_head, hidden_states_as_logits, undisturbed, why_not_fusable
-from quantkd.names import short_name
+from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import IGNORE_INDEX
 from quantkd.transfer_set.collator import DistillationCollator
@@ -74,9 +73,9 @@ def collect_divergence(
     return Divergence(
         rows=tuple(found),
         tokens=spell_tokens(tokenizer, ids.tolist()),
-        teacher=_without_path(transfer_set.info.teacher_name),
-        student=_without_path(student_name or str(base_network(model).config._name_or_path) or "student"),
-        adapter=_without_path(adapter_name),
+        teacher=public_name(transfer_set.info.teacher_name),
+        student=public_name(student_name or str(base_network(model).config.name_or_path) or "student"),
+        adapter=public_name(adapter_name),
         digest=transfer_set.digest,
         num_rows=len(transfer_set),
     )
@@ -195,13 +194,6 @@ def _read_contexts(
         else:
             contexts.append((targets, decode_text(tokenizer, tokens)))
     return tuple(contexts)
-
-
-def _without_path(name: str) -> str:
-    """A name on the Hub unchanged; of a local path the last part."""
-    name = short_name(name)
-    is_path = name.startswith(("/", "~", ".")) or "\\" in name
-    return PurePath(name.replace("\\", "/")).name if is_path else name
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""The pages of what is pushed: each from named facts, never from all that a folder holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from quantkd.errors import ConfigError
+from quantkd.names import is_repository_name, public_name
+from quantkd.transfer_set.info import TransferSetInfo
+
+CARD_NAME = "README.md"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_TAGS = ["quantkd", "distillation"]
+# The fields of adapter_config.json that the page shows.
+_ADAPTER_FIELDS = ("bias", "lora_alpha", "lora_dropout", "r", "target_modules", "use_dora", "use_rslora")
+# What a student is loaded in by default, for an adapter that does not say it, and bitsandbytes' own defaults.
+_NF4 = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+_DEFAULTS = {
+    "load_in_4bit": False, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_compute_dtype": "float32",
+}  # fmt: skip
+
+
+def check_license(license: str | None) -> None:
+    """Refuse a license that the Hub would not accept."""
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise ConfigError(
+            f"license is {license!r}; expected a short name of the Hub's list in lower case, such as apache-2.0, mit, "
+            "llama3.1 or other."
+        )
+
+
+def render_set_card(info: TransferSetInfo, num_shards: int, *, repo_id: str, license: str | None) -> str:
+    """The page of a transfer set. The same set gives the same page."""
+    return _render(
+        "set_card.md.j2",
+        metadata=DatasetCardData(license=license, tags=[*_TAGS, "transfer-set"], viewer=False),
+        repo_id=repo_id,
+        info=info,
+        num_shards=num_shards,
+        license=license,
+    )
+
+
+def render_adapter_card(
+    *,
+    repo_id: str,
+    adapter: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    license: str | None,
+    results: dict[str, Any] | None,
+    has_chart: bool,
+    has_tokenizer: bool,
+    has_chat_template: bool,
+) -> str:
+    """The page of an adapter, from its `adapter_config.json`, its `quantkd.json` and a report's `results.json`."""
+    base = str(adapter["base_model_name_or_path"] or "BASE_MODEL")
+    facts = {**dict.fromkeys(("quantkd_version", "teacher", "transfer_set", "transfer_set_digest")), **facts}
+    recorded = facts.get("quantization")
+    bits = _bits(recorded or _NF4)
+    table, notes, measured = _describe_results(results)
+    source = re.match(r"([\w.-]+/[\w.-]+) at ", str(facts["transfer_set"] or ""), re.ASCII)
+    metadata = ModelCardData(
+        license=license,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=[*_TAGS, *([bits] if bits else []), "lora"],
+        base_model=base if is_repository_name(base) else None,
+        datasets=[source[1]] if source else None,
+        model_name=repo_id.split("/")[-1] if measured else None,
+        eval_results=measured or None,
+    )
+    described = {name: adapter[name] for name in _ADAPTER_FIELDS if adapter.get(name) not in (None, False)}
+    if isinstance(described.get("target_modules"), list):
+        described["target_modules"] = sorted(described["target_modules"])
+    settings = {**(facts.get("objective") or {}), **(facts.get("training") or {})}
+    if settings.get("divergence") != "jsd":
+        settings.pop("beta", None)
+    if settings.get("max_steps") == -1:  # the Trainer's value for "as many as the epochs take"
+        del settings["max_steps"]
+    kind = str(adapter.get("peft_type") or "PEFT")
+    return _render(
+        "adapter_card.md.j2",
+        metadata=metadata,
+        repo_id=repo_id,
+        base=base,
+        base_is_named=is_repository_name(base),
+        bits=bits or "quantized",
+        kind="LoRA" if kind == "LORA" else kind,
+        adapter=described,
+        facts=facts,
+        recorded=recorded,
+        quantization={**_DEFAULTS, **(recorded or _NF4)},
+        settings=settings,
+        table=table,
+        notes=notes,
+        has_chart=has_chart,
+        has_tokenizer=has_tokenizer,
+        has_chat_template=has_chat_template,
+        license=license,
+    )
+
+
+def _bits(quantization: Mapping[str, Any]) -> str | None:
+    """ "4-bit" or "8-bit", as the Hub's tags have it; None if the settings do not say."""
+    for bits in (4, 8):
+        if quantization.get(f"load_in_{bits}bit") or bits in (quantization.get("bits"), quantization.get("nbits")):
+            return f"{bits}-bit"
+    return None
+
+
+def _describe_results(results: dict[str, Any] | None) -> tuple[list[list[str]], list[str], list[EvalResult]]:
+    """Of a report the cells of its table, its notes, and the metrics of the distilled arm as the Hub reads them."""
+    if results is None:
+        return [], [], []
+    from quantkd.report.page import list_notes, tabulate  # its package imports scipy
+
+    notes = list_notes(results)
+    subject = results["arms"].get(results.get("subject") or "after")
+    if subject is not None and subject["num_rows"]:
+        notes.append(
+            f"{subject['title']}: fidelity over {subject['num_rows']:,} held-out rows with {subject['num_tokens']:,} "
+            "target tokens."
+        )
+    digest = str(results.get("transfer_set_digest") or "")[:12]
+    measured = results["arms"]["after"]["metrics"] if "after" in results["arms"] else {}
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="quantkd",
+            dataset_name="questions of the evaluation" if key.startswith("accuracy_")
+            else f"held-out rows of transfer set {digest}".strip(),
+            metric_type="accuracy" if key.startswith("accuracy_") else key,
+            metric_name=results["metrics"][key],
+            metric_value=measured[key]["value"],
+        )
+        for key in results["metric_order"]
+        if key in measured
+    ]  # fmt: skip
+    return tabulate(results), notes, found
+
+
+def _render(template: str, *, metadata: ModelCardData | DatasetCardData, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("quantkd", "hub"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the page is Markdown, not HTML; `cell` escapes what would break a table or add HTML
+    )
+    environment.filters.update(
+        cell=_escape_cell,
+        code=_to_code,
+        text=_to_text,
+        public_name=public_name,
+        word=lambda text: re.sub(r"[^\w.]", "", text),
+    )
+    return environment.get_template(template).render(metadata=metadata.to_yaml(), **values)
+
+
+def _escape_cell(text: Any) -> str:
+    escaped = " ".join(str(text).split())
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
+        escaped = escaped.replace(character, entity)
+    return escaped
+
+
+def _to_code(value: Any) -> str:
+    """A value as Python writes it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _to_text(value: Any) -> str:
+    """JSON on one line, without what would end a code span or a table's cell."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text.replace("`", "'").replace("|", "¦").replace("\n", " ")

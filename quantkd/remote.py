@@ -1,0 +1,225 @@
+"""The Hub as every package may use it: files at a fixed commit, failures worth a retry, messages without secrets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from huggingface_hub import DryRunFileInfo, file_exists, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    FileMetadataError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client's HTTP library, under the name that huggingface_hub gives it
+
+from quantkd.errors import HubError
+
+RepositoryType = Literal["model", "dataset"]
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)  # also says which commit is read; the command line prints it
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,})")
+_SECRET_VARIABLE = re.compile(
+    r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|_PAT$",
+    re.IGNORECASE,
+)
+_MIN_SECRET_CHARACTERS = 8
+_LONGEST_WORD = 15  # such as "unauthenticated"; a longer value of letters alone is taken for a secret
+# A later request may succeed; 412: somebody else has committed since.
+_TRANSIENT = (408, 409, 412, 425, 429)
+_FIRST_WAIT_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 60.0
+_READ_ATTEMPTS = 5
+
+
+class TransientHubError(HubError):
+    """A failure that may not come again: too many requests, a server's fault, a broken connection."""
+
+
+class OfflineHubError(HubError):
+    """HF_HUB_OFFLINE is set, so no request was made."""
+
+
+def find_secrets(token: str | None = None) -> dict[str, str]:
+    """The secrets that this process knows, each with a description of it."""
+    secrets = {}
+    for name, value in os.environ.items():
+        # A switch, a number or a path is not a secret.
+        is_word = value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
+        is_secret = len(value) >= _MIN_SECRET_CHARACTERS and not is_word
+        if is_secret and _SECRET_VARIABLE.search(name) and not value.startswith(("/", "~", ".")):
+            secrets[value] = f"the value of {name}"
+    stored = get_token()
+    if stored:
+        secrets[stored] = "the Hub's token"
+    if token:
+        secrets[token] = "the token that was passed"
+    return secrets
+
+
+def find_token(text: str) -> int | None:
+    """Where the text holds what has the form of an access token."""
+    found = _TOKEN.search(text)
+    return None if found is None else found.start()
+
+
+def redact(text: str, secrets: Mapping[str, str]) -> str:
+    """The text with every secret replaced, for messages."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "[secret]")
+    return _TOKEN.sub("[secret]", text)
+
+
+@contextmanager
+def hub_errors(what: str, token: str | None = None) -> Iterator[None]:
+    """Turn what the Hub's client raises into a HubError without secrets. Errors of the disk or of a program pass."""
+    try:
+        yield
+    except (
+        ConnectionError, TimeoutError, FileMetadataError, HFValidationError, LocalEntryNotFoundError, RuntimeError,
+        httpx.HTTPError, json.JSONDecodeError,
+    ) as error:  # fmt: skip
+        if isinstance(error, HubError):
+            raise
+        links = _chain(error)
+        # `create_commit` wraps the failure of an upload in RuntimeError; any other is not about the network.
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, (OSError, httpx.HTTPError)):
+            raise
+        kind, advice = _judge(links)
+        secrets = find_secrets(token)
+        reason = " ".join(redact(str(error) or type(error).__name__, secrets).split())
+        message = f"Could not {what}: {reason.rstrip('.')}. {advice}"
+        # --traceback shows the chain, which may quote a secret.
+        is_clean = all(redact(str(link), secrets) == str(link) for link in _chain(error, with_context=True))
+        raise kind(message) from (error if is_clean else None)
+
+
+def retry(call: Callable[[], Result], attempts: int) -> Result:
+    """What `call` returns, called again after failures that may not come again, with longer and longer waits."""
+    for failures in range(1, attempts):
+        try:
+            return call()
+        except TransientHubError:
+            wait_to_retry(failures)
+    return call()
+
+
+def wait_to_retry(failures: int) -> None:
+    """Sleep before the next try, longer after each failure in a row."""
+    time.sleep(min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS))
+
+
+def _judge(links: list[BaseException]) -> tuple[type[HubError], str]:
+    """The kind of a failure, and what to do about it."""
+    if any(isinstance(link, OfflineModeIsEnabled) for link in links):
+        return OfflineHubError, "Unset HF_HUB_OFFLINE to use the network."
+    status = next((link.response.status_code for link in links if isinstance(link, HfHubHTTPError)), None)
+    if status is None:  # the connection failed, which the client also reports as LocalEntryNotFoundError
+        passes = not any(isinstance(link, (FileMetadataError, ValueError)) for link in links)
+    else:
+        passes = status in _TRANSIENT or status >= 500
+    if passes:
+        return TransientHubError, "Check the network, or try again in a while."
+    return HubError, "Check the name, the revision and the token's permissions (`hf auth whoami`)."
+
+
+def _chain(error: BaseException, *, with_context: bool = False) -> list[BaseException]:
+    """The error and its causes; the context is an earlier error that was handled, and says nothing of this one."""
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links:
+        links.append(link)
+        link = link.__cause__ or (link.__context__ if with_context else None)
+    return links
+
+
+class RemoteFiles:
+    """The files of a repository at one commit. It travels to other processes, without its token.
+
+    Args:
+        repo_id: `user/name`.
+        repo_type: "model" or "dataset".
+        revision: a branch, tag or commit; "main" if None. The first file that is fetched fixes it to a commit.
+        token: for a private repository.
+    """
+
+    def __init__(self, repo_id: str, repo_type: RepositoryType, revision: str | None, token: str | None) -> None:
+        self.repo_id = repo_id
+        self.repo_type: RepositoryType = repo_type
+        self.revision = revision or "main"
+        self._token = token
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_token": None}
+
+    def __str__(self) -> str:
+        return f"{self.repo_id} at {self.revision}"
+
+    def fetch(self, name: str, *, max_bytes: int, exact: bool = False) -> Path | None:
+        """A file in the Hub's cache, fetched if need be; None if the revision does not hold it."""
+        cached = self._find_cached(name)
+        if cached is None or not _COMMIT.fullmatch(self.revision):
+            try:
+                if not retry(lambda: self._download(name, max_bytes, exact), 1 if cached else _READ_ATTEMPTS):
+                    return None
+            except (OfflineHubError, TransientHubError) as error:
+                if cached is None:
+                    raise
+                if isinstance(error, TransientHubError):
+                    logger.warning("%s Taking %s of %s from the cache.", error, name, self)
+            cached = self._find_cached(name)
+        if cached is None:  # removed since, by another process
+            raise HubError(f"{name} of {self} is not in the Hub's cache any more. Try again.")
+        self.revision = cached.commit_hash
+        return Path(cached.local_path)
+
+    def holds(self, name: str) -> bool:
+        """Whether the revision holds a file, which is not fetched."""
+        try:
+            with hub_errors(f"look for {name} in {self}", self._token):
+                return file_exists(
+                    self.repo_id, name, revision=self.revision, repo_type=self.repo_type, token=self._token
+                )
+        except HubError:
+            return False
+
+    def _find_cached(self, name: str) -> DryRunFileInfo | None:
+        try:
+            return hf_hub_download(
+                self.repo_id,
+                name,
+                revision=self.revision,
+                repo_type=self.repo_type,
+                local_files_only=True,
+                dry_run=True,
+            )
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+
+    def _download(self, name: str, max_bytes: int, exact: bool) -> bool:
+        """Fetch a file into the cache, unless it is too large; returns whether the revision holds it."""
+        with hub_errors(f"fetch {name} of {self}", self._token):
+            url = hf_hub_url(self.repo_id, name, revision=self.revision, repo_type=self.repo_type)
+            try:
+                size = get_hf_file_metadata(url, token=self._token).size
+            except RemoteEntryNotFoundError:
+                return False
+            if size is not None and (size > max_bytes or (exact and size != max_bytes)):
+                raise HubError(
+                    f"{name} of {self} has {size} bytes; expected {'' if exact else 'at most '}{max_bytes}. It was "
+                    "not fetched: ask for another revision."
+                )
+            hf_hub_download(self.repo_id, name, revision=self.revision, repo_type=self.repo_type, token=self._token)
+            return True
