@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
@@ -33,9 +34,13 @@ EXAMPLES = [
     {"prompt": "One.", "completion": "Two, three."},
     {"prompt": "Count from one to nine and back again.", "completion": "1 2 3 4 5 6 7 8 9 8 7 6 5 4 3 2 1"},
 ]
-ONE_BATCH = {"per_device_train_batch_size": 8}
 TWO_BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+ONE_ROW = {"per_device_train_batch_size": 1}
 STUDENTS = ["nf4", "lora", "lora, head", "full"]
+
+
+def train(student, arguments=TWO_BY_TWO, reshard=False):
+    return {"student": student, "arguments": arguments, "reshard": reshard}
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +51,28 @@ def set_path(tiny_model_path, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model_path, set_path, tmp_path_factory):
-    """Train one step a job in processes of their own; the report of each job, with the gradient."""
+def launch(tiny_model_path, set_path, tmp_path_factory):
+    """Train one step a job, a student with what is special about it; the report of each job, with the gradient."""
 
-    def start(students, launcher=(), arguments=ONE_BATCH, fsdp_on_cpu=False, reshard=False):
+    def go(jobs, launcher=(), fsdp_on_cpu=False):
         folder = tmp_path_factory.mktemp("jobs")
-        common = {"model": str(tiny_model_path), "transfer_set": str(set_path), "arguments": arguments}
-        common["reshard"] = reshard
-        jobs = [{**common, "student": student, "folder": str(folder / student)} for student in students]
-        for job in jobs:
-            Path(job["folder"]).mkdir()
-        (folder / "jobs.json").write_text(json.dumps({"jobs": jobs, "fsdp_on_cpu": fsdp_on_cpu}))
-        result = subprocess.run(
-            [sys.executable, *launcher, str(PROCESS), str(folder / "jobs.json")],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
-        return {job["student"]: read_report(Path(job["folder"])) for job in jobs}
+        common = {"model": str(tiny_model_path), "transfer_set": str(set_path)}
+        jobs = {name: {**common, "folder": str(folder / name), **job} for name, job in jobs.items()}
+        for name in jobs:
+            (folder / name).mkdir()
+        (folder / "jobs.json").write_text(json.dumps({"jobs": list(jobs.values()), "fsdp_on_cpu": fsdp_on_cpu}))
+        words = [str(PROCESS), str(folder / "jobs.json")]
+        if launcher:
+            result = subprocess.run(
+                [sys.executable, *launcher, *words], capture_output=True, text=True, timeout=240,
+                env={**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            assert result.returncode == 0, result.stderr[-4000:]
+        else:
+            processes.run(words, folder / "output.txt")
+        return {name: read_report(folder / name) for name in jobs}
 
-    return start
+    return go
 
 
 def read_report(folder):
@@ -76,13 +81,30 @@ def read_report(folder):
 
 
 @pytest.fixture(scope="module")
-def alone(run):
+def alone(launch):
     """The reports of one process."""
-    return run(STUDENTS)
+    jobs = {student: train(student, {"per_device_train_batch_size": 8}) for student in STUDENTS}
+    two_rows = train("lora", {"per_device_train_batch_size": 2})
+    return launch({**jobs, "one row": train("lora", ONE_ROW), "two rows": two_rows})
 
 
-def torchrun():
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+@pytest.fixture(scope="module")
+def ddp(launch, tmp_path_factory):
+    """The reports of two processes that `accelerate launch` starts."""
+    by_process = train("lora", {**ONE_ROW, "average_tokens_across_devices": False})
+    jobs = {**{student: train(student) for student in STUDENTS}, "one row": train("lora", ONE_ROW)}
+    return launch(
+        {**jobs, "one row, by process": by_process}, accelerate_launch("cpu.yaml", tmp_path_factory.mktemp("ddp"))
+    )
+
+
+@pytest.fixture(scope="module")
+def fsdp2(launch, tmp_path_factory):
+    """The same with each weight in shards; "again" where FSDP2 shards the head after each forward pass, too."""
+    jobs = {student: train(student) for student in STUDENTS}
+    jobs |= {f"{student} again": train(student, reshard=True) for student in STUDENTS}
+    # accelerate takes its FSDP path on GPUs only, so the process is told to take it here too; gloo does the rest.
+    return launch(jobs, accelerate_launch("fsdp2.yaml", tmp_path_factory.mktemp("fsdp2")), fsdp_on_cpu=True)
 
 
 def accelerate_launch(name, folder, **changes):
@@ -104,40 +126,34 @@ def assert_equal(report, expected):
         assert math.isclose(report["metrics"][name], expected["metrics"][name], rel_tol=1e-4), name
 
 
-def test_ddp_under_torchrun(run, alone):
-    for student, report in run(STUDENTS, torchrun(), TWO_BY_TWO).items():
-        assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
-        assert_equal(report, alone[student])
-
-
-def test_ddp_under_accelerate_launch(run, alone, tmp_path):
-    report = run(["nf4"], accelerate_launch("cpu.yaml", tmp_path), TWO_BY_TWO)["nf4"]
+@pytest.mark.parametrize("student", STUDENTS)
+def test_ddp(ddp, alone, student):
+    report = ddp[student]
     assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
-    assert_equal(report, alone["nf4"])
+    assert_equal(report, alone[student])
 
 
-def test_fsdp2(run, alone, tiny_model_path, tmp_path):
-    # accelerate takes its FSDP path on GPUs only, so the process is told to take it here too; gloo does the rest.
-    reports = run(STUDENTS, accelerate_launch("fsdp2.yaml", tmp_path), TWO_BY_TWO, fsdp_on_cpu=True)
-    for student, report in reports.items():
-        assert report["world_size"] == 2 and report["wrapper"].startswith("FSDP") and report["fused"]
-        assert student == "full" or report["sharded_base"] > 0
-        assert_equal(report, alone[student])
-    check_saved_adapter(reports["lora"], tiny_model_path)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_fsdp2(fsdp2, alone, tiny_model_path, student):
+    report = fsdp2[student]
+    assert report["world_size"] == 2 and report["wrapper"].startswith("FSDP") and report["fused"]
+    assert student == "full" or report["sharded_base"] > 0
+    assert_equal(report, alone[student])
+    if student == "lora":
+        check_saved_adapter(report, tiny_model_path)
 
 
-def test_a_head_that_fsdp2_shards_again_is_gathered(run, alone, tmp_path):
-    launcher = accelerate_launch("fsdp2.yaml", tmp_path)
-    reports = run(STUDENTS, launcher, TWO_BY_TWO, fsdp_on_cpu=True, reshard=True)
-    for student, report in reports.items():
-        # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
-        assert report["fused"] == (student in ("nf4", "lora"))
-        assert_equal(report, alone[student])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_head_that_fsdp2_shards_again_is_gathered(fsdp2, alone, student):
+    report = fsdp2[f"{student} again"]
+    # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
+    assert report["fused"] == (student in ("nf4", "lora"))
+    assert_equal(report, alone[student])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed package")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed(run, alone, stage, tiny_model_path, tmp_path):
+def test_deepspeed(launch, alone, stage, tiny_model_path, tmp_path):
     settings = {
         "zero_optimization": {"stage": stage},
         "gradient_accumulation_steps": "auto",
@@ -154,7 +170,10 @@ def test_deepspeed(run, alone, stage, tiny_model_path, tmp_path):
         "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": False},
         "mixed_precision": None,  # in a file of its own DeepSpeed is asked there
     }
-    reports = run(STUDENTS, accelerate_launch(f"deepspeed_zero{stage}.yaml", tmp_path, **changes), TWO_BY_TWO)
+    reports = launch(
+        {student: train(student) for student in STUDENTS},
+        accelerate_launch(f"deepspeed_zero{stage}.yaml", tmp_path, **changes),
+    )
     for student, report in reports.items():
         assert report["world_size"] == 2 and report["wrapper"] == "DeepSpeedEngine"
         assert report["fused"] == (stage == 2 or student in ("nf4", "lora"))
@@ -171,16 +190,13 @@ def check_saved_adapter(report, model_path):
             torch.testing.assert_close(loaded[name.removeprefix("module.")], -change, msg=name)
 
 
-def test_without_average_tokens_each_process_averages_its_own(run, set_path):
+def test_without_average_tokens_each_process_averages_its_own(alone, ddp, set_path):
     """Documented meaning: the mean over processes of each one's loss by its own count of targets."""
-    one_row, off = {"per_device_train_batch_size": 1}, {"average_tokens_across_devices": False}
     counts = [len(TransferSet(set_path)[row]["teacher"]) for row in range(2)]
     assert counts[0] != counts[1], "rows of unequal length, or the test cannot tell"
-    first = run(["lora"], (), one_row)["lora"]["logs"]["loss"]
-    both = run(["lora"], (), {"per_device_train_batch_size": 2})["lora"]["logs"]["loss"]
+    first, both = (alone[name]["logs"]["loss"] for name in ("one row", "two rows"))
     second = (both * sum(counts) - first * counts[0]) / counts[1]
-    on = run(["lora"], torchrun(), one_row)["lora"]["logs"]["loss"]
-    by_process = run(["lora"], torchrun(), {**one_row, **off})["lora"]["logs"]
+    on, by_process = ddp["one row"]["logs"]["loss"], ddp["one row, by process"]["logs"]
     assert math.isclose(on, both, rel_tol=1e-5)
     assert math.isclose(by_process["loss"], (first + second) / 2, rel_tol=1e-5)
     assert math.isclose(by_process["loss"], 0.5 * by_process["ce"] + 0.5 * by_process["kl"], rel_tol=1e-5)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -178,16 +175,13 @@ def test_a_killed_evaluation_is_taken_up_and_ends_in_the_same_bytes(
              "float32", "--held_out", str(held_out_path), "--gsm8k", str(tmp_path / "data"), "--shots", "0",
              "--batch_size", "1", "--max_new_tokens", "100", "--run_dir"]  # fmt: skip
     folder = tmp_path / "killed" / "evaluation"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "quantkd", *words, str(tmp_path / "killed")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    (process,) = processes.start(["-m", "quantkd", *words, tmp_path / "killed"], tmp_path / "out.txt")
     records, deadline = folder / "before-0-shot.jsonl", time.monotonic() + 120
     while not (records.exists() and records.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     written = [line for line in records.read_text().splitlines(keepends=True) if line.endswith("\n")]
     assert 3 <= len(written) < 24
     # Marked, for were they asked again, they would be the same.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,31 +48,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def launch(processes: int, *arguments: object) -> str:
-    """The script under torchrun on CPUs (gloo), and what it printed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run(
-        [*torchrun, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 def test_two_processes_give_what_one_gives(one_thread: None, tiny_model_path: Path, tmp_path: Path) -> None:
     prompts = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(7)]
     capture(str(tiny_model_path), prompts, tmp_path / "held", max_new_tokens=5, dtype="float32", progress=False)
     script = tmp_path / "measure.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+    script.write_text(SCRIPT)
+    words = [script, tiny_model_path, tmp_path / "held", tmp_path / "2", 2]
     evaluate_arm(
         AutoModelForCausalLM.from_pretrained(tiny_model_path).eval(), AutoTokenizer.from_pretrained(tiny_model_path),
         tmp_path / "1", arm="before", model_name="tiny", held_out=TransferSet.open(tmp_path / "held"),
         questions=generate_problems(7, seed=0), batch_size=2, max_new_tokens=6, progress=False,
     )  # fmt: skip
-    assert launch(2, script, tiny_model_path, tmp_path / "held", tmp_path / "2", 2).count("done") == 2
+    assert processes.run(words, tmp_path / "out.txt", 2).count("done") == 2
     arms = [json.loads((tmp_path / name / "evaluation" / "before.json").read_text()) for name in ("1", "2")]
     assert len(arms[0]["fidelity"]["rows"]) == 7 and len(arms[0]["accuracy"]["0-shot"]) == 7
     assert arms[0] == arms[1]
@@ -85,7 +69,7 @@ def test_two_processes_give_what_one_gives(one_thread: None, tiny_model_path: Pa
     lines = answers[1].read_text().splitlines()
     changed = {**json.loads(lines[3]), "output": "kept"}
     answers[1].write_text("\n".join([*lines[:3], json.dumps(changed)]) + "\n")
-    launch(2, script, tiny_model_path, tmp_path / "held", tmp_path / "2", 2)
+    processes.run(words, tmp_path / "again.txt", 2)
     after = [json.loads(line) for line in answers[1].read_text().splitlines()]
     assert [record["output"] for record in after] == [
         "kept" if number == 3 else json.loads(line)["output"] for number, line in enumerate(lines)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -146,13 +145,7 @@ if trainer.is_world_process_zero():
     open({str(tmp_path / "logs.json")!r}, "w").write(json.dumps([logs, metrics, trainer.args.world_size]))
 """
     )
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    processes.run([script], tmp_path / "out.txt", 2)
     two_logs, metrics, world_size = json.loads((tmp_path / "logs.json").read_text())
     two_gradient = torch.load(tmp_path / "gradient.pt", weights_only=True)["gradient"]
     assert world_size == 2

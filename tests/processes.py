@@ -1,0 +1,68 @@
+"""Processes that are forked from one that has imported everything: a test pays for imports once, not once a process.
+
+`words` are those after `python`: `-m quantkd capture ...`, or a script and its arguments. Several processes find each
+other as under `torchrun`, whose own launch tests/test_distributed.py tries.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_IMPORTS = "bitsandbytes datasets peft torch transformers.trainer trl quantkd.training.trainer quantkd.cli.capture"
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([*_IMPORTS.split(), "quantkd.cli.evaluate", "quantkd.cli.train"])
+_SECONDS = 240
+
+
+def start(words: Sequence[object], output: Path, processes: int = 1) -> list[BaseProcess]:
+    """Start them; standard output and standard error of all go to the file `output`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    family = []
+    for rank in range(processes):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in group.items()} if processes > 1 else {}
+        family.append(_FORKS.Process(target=_run, args=([str(word) for word in words], environment, str(output))))
+        family[-1].start()
+    return family
+
+
+def finish(family: Sequence[BaseProcess], output: Path) -> str:
+    """Wait until they end without an error; what they printed."""
+    for process in family:
+        process.join(_SECONDS)
+        if process.exitcode != 0:
+            for other in family:
+                other.kill()
+            raise AssertionError(f"exit code {process.exitcode}: {output.read_text()[-4000:]}")
+    return output.read_text()
+
+
+def run(words: Sequence[object], output: Path, processes: int = 1) -> str:
+    """Start them and wait."""
+    return finish(start(words, output, processes), output)
+
+
+def _run(words: list[str], environment: dict[str, str], output: str) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
