@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors
 from matplotlib.figure import Figure
 
+import quantkd.cli.main
 from quantkd import capture
-from quantkd.cli.main import main
+from quantkd.cli.main import COMMANDS, main
 from quantkd.errors import TransferSetError
 
 PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
@@ -45,14 +50,46 @@ def test_usage(capsys):
     assert run(capsys, "--version")[1].startswith("quantkd 0.")
 
 
-def test_help_is_instant_and_loads_no_torch():
+def test_help_is_there_within_half_a_second_and_loads_nothing_heavy():
     code = (
-        "import sys, quantkd.cli.main as m\n"
-        "try: m.main(['--help'])\nexcept SystemExit: pass\n"
-        "print('torch' in sys.modules)"
+        "import atexit, sys\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'trl', 'peft', 'datasets'}\n"
+        "atexit.register(lambda: print('loaded', *heavy & set(sys.modules)))\n"
+        "from quantkd.cli.main import run\nsys.argv = ['quantkd', '--help']\nrun()"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout.strip().endswith("False")
+    seconds = []
+    for _ in range(5):  # the best of five: how busy the machine is does not count
+        start = time.perf_counter()
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - start)
+        assert out.startswith("usage: quantkd") and out.splitlines()[-1] == "loaded"
+    assert min(seconds) < 0.5, seconds
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_shows_examples_that_it_takes(name, capsys):
+    code, out, _ = run(capsys, name, "--help")
+    options, _, examples = out.partition("examples:\n")
+    assert code == 0 and examples.startswith(f"  quantkd {name}")
+    shown = re.sub(r"\\\n", " ", examples).splitlines()
+    for line in [line.strip() for line in shown if re.match(r" +(quantkd|accelerate launch) ", line)]:
+        words = shlex.split(line.split("  ")[0])  # what follows two spaces is said about the command
+        assert f"quantkd {name}" in line, f"an example of another command: {line}"
+        flags = {word for word in words[words.index("quantkd") :] if word.startswith("--")}
+        assert flags - set(re.findall(r"--[\w-]+", options)) == set(), line
+
+
+def test_the_environment_is_set_by_the_program_alone(capsys, monkeypatch, set_path):
+    """Called from Python, main changes no variable of its caller; the program keeps what the user set."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    before = dict(os.environ)
+    assert run(capsys, "verify", set_path)[0] == 0
+    assert dict(os.environ) == before
+    monkeypatch.setattr(sys, "argv", ["quantkd", "verify", str(set_path)])
+    monkeypatch.setattr(os, "environ", dict(before))
+    quantkd.cli.main.run()
+    assert {**before, "TQDM_DISABLE": "1"} == os.environ
 
 
 def test_inspect_shows_facts_and_alternatives(capsys, set_path, tiny_model_path):
@@ -107,40 +144,6 @@ def test_verify_and_convert(capsys, set_path, tmp_path):
     assert code == 1 and shard.name in err
 
 
-def test_errors_are_one_line_and_exit_with_one(capsys, tmp_path, set_path, tiny_model_path):
-    code, _, err = run(capsys, "inspect", tmp_path / "nothing")
-    assert code == 1 and "nothing" in err and "Traceback" not in err
-    code, _, err = run(
-        capsys,
-        "capture",
-        "--model",
-        tiny_model_path,
-        "--prompts",
-        tmp_path / "no.jsonl",
-        "--output_dir",
-        tmp_path / "s",
-    )
-    assert code == 1 and "no.jsonl" in err
-    code, _, err = run(
-        capsys, "train", "--model_name_or_path", tiny_model_path, "--transfer_set", set_path, "--output_dir",
-        tmp_path / "o", "--temperature", "4.0",
-    )  # fmt: skip
-    assert code == 1 and "capture again with --temperatures 4.0" in err
-    code, _, err = run(
-        capsys, "capture", "--model", tiny_model_path, "--prompts", "x.jsonl", "--output_dir", tmp_path / "s",
-        "--attn_implementation", "flash_attention_2",
-    )  # fmt: skip
-    assert code == 1 and "x.jsonl" in err
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    code, _, err = run(
-        capsys, "capture", "--model", tiny_model_path, "--prompts", tmp_path / "p.jsonl", "--output_dir",
-        tmp_path / "s", "--attn_implementation", "flash_attention_2",
-    )  # fmt: skip
-    assert code == 1 and "FlashAttention2" in err and "Traceback" not in err
-    code, _, err = run(capsys, "report", tmp_path)
-    assert code == 1
-
-
 def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(capsys, tiny_model_path, monkeypatch):
     code, out, _ = run(capsys, "selftest", tiny_model_path)
     assert code == 0 and out.count("pass") == 7 and "FAIL" not in out
@@ -186,6 +189,10 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
         (["inspect", "SET", "--histogram", "x.jpg"], 1, "ends in .png"),
         (["inspect", "SET", "--histogram", "no/x.png"], 1, "No such file or directory: no/x.png"),
         (["inspect", "SET", "--tokenizer", "empty"], 1, "holds no tokenizer_config.json"),
+        (["train", "TRAIN", "--temperature", "4.0"], 1, "capture again with --temperatures 4.0"),
+        (["capture", "TEACHER", "no.jsonl"], 1, "no.jsonl"),
+        (["capture", "TEACHER", "p.jsonl", "--attn_implementation", "flash_attention_2"], 1, "FlashAttention2"),
+        (["inspect", "nothing"], 1, "nothing"),
         (["inspect", "empty"], 1, "neither index.json nor plan.json. Capture one"),
         (["verify", "empty"], 1, "neither index.json nor plan.json"),
         (["report", "nowhere"], 1, "There is no folder nowhere/evaluation"),
@@ -220,6 +227,7 @@ def test_wrong_input_is_one_line(capsys, tmp_path, monkeypatch, set_path, tiny_m
         "SET": [set_path],
         "TINY": [tiny_model_path],
         "OUT": ["--model", "no", "--prompts", "p.jsonl", "--output_dir"],
+        "TEACHER": ["--model", tiny_model_path, "--output_dir", "o", "--prompts"],
         "TRAIN": ["--model_name_or_path", tiny_model_path, "--transfer_set", set_path, "--output_dir", "o"],
         "EVALUATE": ["--model_name_or_path", tiny_model_path, "--run_dir", "r"],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -65,11 +66,10 @@ def interrupted(capsys, words, is_time, number):
     return err[err.rindex("quantkd ") :].rstrip()  # a bar may stand before it
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_capture_goes_on_to_the_same_bytes(capsys, folder, tiny_model_path, number):
+def test_capture_goes_on_to_the_same_bytes(capsys, folder, tiny_model_path):
     words = ["capture", "--model", tiny_model_path, "--prompts", "p.jsonl", "--max_new_tokens", "24", "--dtype",
              "float32", "--rows_per_shard", "4", "--output_dir"]  # fmt: skip
-    said = interrupted(capsys, [*words, "s"], Path("s/shard-00001.safetensors").exists, number)
+    said = interrupted(capsys, [*words, "s"], Path("s/shard-00001.safetensors").exists, signal.SIGINT)
     assert said == "quantkd capture: interrupted. Run the same command again to go on."
     assert not Path("s/index.json").exists()
     main([str(word) for word in [*words, "s"]])
@@ -110,6 +110,17 @@ def test_evaluate_goes_on_to_the_same_answers(capsys, folder, tiny_model_path):
     main([str(word) for word in [*words, "whole"]])
     assert set(kept) <= set(records.read_text().splitlines())  # not answered again
     assert records.read_text() == Path("whole/evaluation/x-prompts.jsonl").read_text()
+
+
+def test_what_only_reads_says_that_nothing_was_changed(capsys, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("quantkd.cli.verify"), "main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "s"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "quantkd verify: interrupted. Nothing was changed.\n"
 
 
 def test_the_last_whole_checkpoint_is_found(tmp_path):

@@ -61,27 +61,6 @@ def test_no_home_path_is_kept(words, tiny_model_path, tmp_path, monkeypatch):
     assert str(tiny_model_path.parent) not in Path("o/config.yaml").read_text()
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("train", "Run the same command with --resume_from_checkpoint true"),
-        ("capture", "Run the same command again to go on."),
-        ("verify", "Nothing was changed."),
-    ],
-)
-def test_an_interruption_says_how_to_go_on(capsys, monkeypatch, command, said):
-    import importlib
-
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(importlib.import_module(f"quantkd.cli.{command}"), "main", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        main([command])
-    err = capsys.readouterr().err
-    assert stop.value.code == 130 and f"quantkd {command}: interrupted. {said}" in err and "Traceback" not in err
-
-
 def test_bars_are_quiet_where_there_is_no_terminal(tiny_model_path, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "One?"}\n')
     words = ["capture", "--model", tiny_model_path, "--prompts", tmp_path / "p.jsonl", "--output_dir", tmp_path / "s"]

@@ -59,12 +59,6 @@ def test_the_report_holds_the_control_and_every_arm_has_an_interval(
     assert len(TransferSet(tmp_path / "held_out")) == 3
 
 
-def test_without_the_control(seen: list[tuple[Experiment, Any]], tmp_path: Path) -> None:
-    demo.main(["--output_dir", str(tmp_path), "--control", "none", *FEW])
-    assert json.loads((tmp_path / "results.json").read_text())["arms"].keys() == {"teacher", "before", "after"}
-    assert not (tmp_path / "student-control").exists()
-
-
 @pytest.mark.parametrize("seed", [0, 5])
 def test_no_problem_is_in_two_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int) -> None:
     calls: list[Experiment] = []

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from quantkd.errors import QuantKDError
 
-_COMMANDS = {
+COMMANDS = {
     "capture": "let a teacher answer prompts and store its distributions as a transfer set",
     "inspect": "show what a transfer set holds",
     "verify": "check every byte and row of a transfer set",
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"quantkd {__version__}")
         raise SystemExit(0)
     command = arguments[0]
-    if command not in _COMMANDS:
-        print(f"quantkd: there is no command {command!r}; the commands are {', '.join(_COMMANDS)}.", file=sys.stderr)
+    if command not in COMMANDS:
+        print(f"quantkd: there is no command {command!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     try:
         with _stopped_by_sigterm(), _without_noise(), _progress_on_stderr():
@@ -158,7 +158,7 @@ def _describe(error: Exception) -> str:
 
 def _usage() -> str:
     """What `quantkd --help` prints."""
-    lines = [f"  {name:<10} {text}" for name, text in _COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: quantkd [--traceback] COMMAND [OPTIONS]",
