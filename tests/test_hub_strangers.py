@@ -62,7 +62,7 @@ def files(tiny_tokenizer, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapter")
     model = build_tiny_model(tiny_tokenizer)
-    model.config._name_or_path = "maker/tiny"
+    model.config.name_or_path = "maker/tiny"
     torch.manual_seed(0)
     adapted = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -137,7 +137,7 @@ def test_an_adapter_that_is_a_pickle_is_refused_in_words(hub, files, watch, tiny
 
 def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, files, tiny_model, caplog):
     hub.make("model", "user/other", with_config(files, base_model_name_or_path="evil/model"), private=False)
-    tiny_model.config._name_or_path = "maker/tiny"
+    tiny_model.config.name_or_path = "maker/tiny"
     loaded = load_adapter(tiny_model, "user/other")
     assert "it was trained on 'model'; it is attached to 'tiny'" in " ".join(caplog.text.split())
     assert loaded.hub_revision.startswith("user/other at ")
@@ -151,7 +151,7 @@ def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, files, t
 
 def tiny_model_again(model):
     model = model.__class__(model.config)
-    model.config._name_or_path = "/models/tiny"
+    model.config.name_or_path = "/models/tiny"
     return model
 
 
@@ -266,6 +266,6 @@ def test_files_that_are_missing_or_huge(hub, files, tiny_model, tmp_path):
 
 def test_a_name_in_a_stranger_s_words_cannot_write_to_the_terminal(hub, files, tiny_model, caplog):
     hub.make("model", "user/loud", with_config(files, base_model_name_or_path="m\x1b[31m\r\nred"), private=False)
-    tiny_model.config._name_or_path = "maker/tiny"
+    tiny_model.config.name_or_path = "maker/tiny"
     load_adapter(tiny_model, "user/loud")
     assert "\x1b" not in caplog.text and "\\x1b" not in caplog.text

@@ -222,7 +222,7 @@ def test_what_cannot_be_done_starts_from_zero_and_says_so(
     tiny_model_path, tiny_tokenizer, transfer_set, tmp_path, caplog
 ):
     student = load_student(str(tiny_model_path), dtype="float32")
-    student.config._name_or_path = str(tmp_path)
+    student.config.name_or_path = str(tmp_path)
     trainer = build(tiny_model_path, transfer_set, tmp_path, student, processing_class=tiny_tokenizer)
     assert "start from zero" in caplog.text and "no safetensors weights" in caplog.text
     assert all(not value.any() for name, value in adapters(trainer.model).items() if "lora_B" in name)
@@ -232,7 +232,7 @@ def test_what_cannot_be_done_starts_from_zero_and_says_so(
 
 def test_the_original_weights_may_lie_elsewhere(tiny_model_path, tiny_tokenizer, transfer_set, tmp_path):
     student = load_student(str(tiny_model_path), dtype="float32")
-    student.config._name_or_path = str(tmp_path)
+    student.config.name_or_path = str(tmp_path)
     options = {"init_from": str(tiny_model_path), "processing_class": tiny_tokenizer}
     found = adapters(build(tiny_model_path, transfer_set, tmp_path, student, **options).model)
     expected = adapters(build(tiny_model_path, transfer_set, tmp_path).model)

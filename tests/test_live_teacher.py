@@ -132,7 +132,7 @@ def test_what_cannot_teach_is_refused(make_trainer, transfer_set, tiny_model_pat
 
 
 def test_zero3_is_refused(make_trainer, transfer_set, tiny_model_path, monkeypatch):
-    monkeypatch.setattr("quantkd.teacher.live.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("quantkd.teacher.live.is_zero3", lambda: True)
     with pytest.raises(ConfigError, match="cannot run beside a student under DeepSpeed ZeRO-3"):
         make_trainer(rows_of(transfer_set), teacher_model=str(tiny_model_path))
 

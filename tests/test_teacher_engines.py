@@ -116,7 +116,7 @@ def fake_vllm(request, monkeypatch, tiny_model, tiny_tokenizer):
         def __init__(self, model, **kwargs):
             self.kwargs = kwargs
             self.model_config = SimpleNamespace(
-                hf_config=SimpleNamespace(_commit_hash="abc"),
+                hf_config=SimpleNamespace(_commit_hash="abc", name_or_path=""),
                 revision=None,
                 dtype=torch.float32,
                 max_model_len=512,

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
 from quantkd.cli.parsing import parse_options, save_options
 from quantkd.errors import ConfigError
+from quantkd.foreign import installed_trackers
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.trainer import QuantizedDistillationTrainer
@@ -99,7 +98,7 @@ def _make_control(config: QuantizedDistillationConfig) -> None:
 
 def _check_trackers(config: QuantizedDistillationConfig) -> None:
     """Name a tracker that is missing before the model is loaded."""
-    installed = get_available_reporting_integrations()
+    installed = installed_trackers()
     # Flyte's jobs bring what it needs, and transformers does not look for it.
     missing = [name for name in config.report_to or () if name not in (*installed, "flyte")]
     if missing:

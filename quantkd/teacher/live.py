@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from quantkd.errors import ConfigError
+from quantkd.foreign import is_zero3
 from quantkd.hardware import default_device, parse_dtype
 from quantkd.loss.fused import DenseTeacher
 from quantkd.loss.reference import select_targets
@@ -50,7 +50,7 @@ class LiveTeacher:
                 "quantized student that is the 4-bit model itself, whose errors shall be mended, not the 16-bit one. "
                 "Give the name of the full-precision model, or train on a transfer set."
             )
-        if is_deepspeed_zero3_enabled():
+        if is_zero3():
             raise ConfigError(
                 "teacher_model cannot run beside a student under DeepSpeed ZeRO-3, which would partition the teacher "
                 "too. Train on a transfer set, or under DDP, FSDP2 or ZeRO-2."

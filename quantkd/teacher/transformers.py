@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from quantkd.errors import TeacherError
+from quantkd.foreign import commit_of
 from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
 from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
 from quantkd.transfer_set import TransferRow
@@ -62,7 +63,7 @@ class TransformersTeacher:
         self.rule, self.temperatures, self.settings = rule, tuple(temperatures), settings
         self.config = build_generation_config(model, tokenizer, settings.max_new_tokens)
         self.name = str(model.config.name_or_path)
-        self.revision = str(getattr(model.config, "_commit_hash", None) or "")
+        self.revision = commit_of(model.config)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.vocab_size = min(int(model.get_output_embeddings().weight.shape[0]), count_token_ids(tokenizer))
 

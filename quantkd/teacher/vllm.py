@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
+from quantkd.foreign import commit_of
 from quantkd.teacher.logprobs import (
     TopLogprobs,
     build_row,
@@ -88,7 +89,7 @@ class VLLMTeacher:
             ) from error
         self.llm: Any = LLM(model=model_name, **engine_kwargs)
         config = self.llm.model_config
-        self.revision = str(getattr(config.hf_config, "_commit_hash", None) or config.revision or "")
+        self.revision = commit_of(config.hf_config) or str(config.revision or "")
         self.dtype = str(config.dtype).removeprefix("torch.")
         self.head_size = int(config.get_vocab_size())
         self._vocab_size = min(self.head_size, count_token_ids(tokenizer))

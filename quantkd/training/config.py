@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +52,6 @@ class QuantizedDistillationConfig(TrainingArguments):
     Raises:
         ConfigError: an objective that has no meaning, or an unknown start.
     """
-
-    _VALID_DICT_FIELDS = [  # noqa: RUF012
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "teacher_model_init_kwargs",
-    ]
 
     alpha: float = field(
         default=1.0, metadata={"help": "Weight of the soft loss, in [0, 1]; the rest is cross-entropy."}
@@ -126,6 +121,8 @@ class QuantizedDistillationConfig(TrainingArguments):
             raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
         if self.learning_rate is None:
             self.learning_rate = _LEARNING_RATES[self.init]
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            setattr(self, name, _parse_options(name, getattr(self, name)))
         # Without it the processes of `torchrun` on CPUs would not find each other.
         self.use_cpu = self.use_cpu or not has_accelerator()
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -139,3 +136,16 @@ class QuantizedDistillationConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch
         if self.init_rows < 1:
             raise ConfigError(f"init_rows must be at least 1, found {self.init_rows}.")
+
+
+def _parse_options(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A dict, also from the JSON of a command line."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'{name} is {value!r}, which is not JSON: {error}. Expected {{"revision": "main"}}.'
+        ) from error
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ConfigError(f'{name} is {value!r}; expected an object such as {{"revision": "main"}}.')
+    return parsed

@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from quantkd.transfer_set import TransferSet
 
@@ -28,7 +27,7 @@ def row_lengths(dataset: Any) -> list[int] | None:
 class LengthGroupedBatches(Sampler[int]):
     """Rows in groups of like length, the groups in random order and the one with the longest row first.
 
-    transformers groups them; its own sampler leaves a run of groups sorted from long to short, and takes its random
+    As transformers does it, whose own sampler leaves a run of groups sorted from long to short, and takes its random
     numbers from a state that a resumed run does not have in a later epoch.
 
     Args:
@@ -52,7 +51,11 @@ class LengthGroupedBatches(Sampler[int]):
         # Rows are sorted within windows of this many groups. transformers' own choice, a quarter of the rows, leaves a
         # few hundred rows all but unsorted.
         window = min(50, max(len(self._lengths) // (4 * self._group), 8))
-        rows = get_length_grouped_indices(self._lengths, self._group, mega_batch_mult=window, generator=generator)
+        size, rows = window * self._group, torch.randperm(len(self._lengths), generator=generator).tolist()
+        for start in range(0, len(rows), size):
+            rows[start : start + size] = sorted(rows[start : start + size], key=lambda row: -self._lengths[row])
+        longest = max(range(0, len(rows), size), key=lambda place: self._lengths[rows[place]], default=0)
+        rows[:1], rows[longest : longest + 1] = rows[longest : longest + 1], rows[:1]
         groups = [rows[start : start + self._group] for start in range(0, len(rows), self._group)]
         # The first stays: it has the longest row, so that too little memory shows at once. The last may be short.
         inner = groups[1:-1]

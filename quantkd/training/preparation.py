@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from quantkd.errors import ConfigError
+from quantkd.foreign import use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
@@ -32,7 +33,7 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
             "Start one process each with `accelerate launch` to use them all.",
             args.n_gpu,
         )
-        args._n_gpu = 1
+        use_one_gpu(args)
 
 
 def load_tokenizer(

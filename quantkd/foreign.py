@@ -1,0 +1,242 @@
+"""What quantkd uses of other libraries that they do not document: a function for each name, sorted by library.
+
+A name that has moved has a fallback where there is one; else the function raises a `MissingDependencyError` that says
+which release had it. `tests/test_foreign.py` goes through all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+from quantkd.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# The releases that these functions were last tried with.
+_TRIED = {"transformers": "5.24", "peft": "0.21", "bitsandbytes": "0.50", "lm_eval": "0.4.9"}
+
+
+def _moved(name: str, need: str) -> MissingDependencyError:
+    library = name.split(".")[0]
+    try:
+        found = metadata.version(library)
+    except metadata.PackageNotFoundError:
+        found = "(not installed)"
+    return MissingDependencyError(
+        f"{library} {found} has no {name}, which {need} needs; expected {library} {_TRIED[library]}. Install that "
+        "release, and report the change to quantkd."
+    )
+
+
+def _find(path: str, name: str, need: str, owner: Any = None) -> Any:
+    """An attribute of the module `path`, or of an `owner` whose class that is, or an error that says what needs it."""
+    try:
+        return getattr(import_module(path) if owner is None else owner, name)
+    except (ImportError, AttributeError) as error:
+        raise _moved(f"{path}.{name}", need) from error
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation of a model. The public `set_attn_implementation` has no counterpart."""
+    return getattr(config, "_attn_implementation", None)
+
+
+@contextmanager
+def registered_attention(name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `attention` is an attention implementation of transformers that takes the masks of "sdpa".
+
+    `register` is public, and there is no public way to take a name out again.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    interfaces: list[Any] = [AttentionInterface, AttentionMaskInterface]
+    interfaces[0].register(name, attention)
+    interfaces[1].register(name, interfaces[1]()["sdpa"])
+    try:
+        yield
+    finally:
+        for interface in interfaces:  # without such a mapping the name stays, and no model uses it
+            getattr(interface, "_global_mapping", {}).pop(name, None)
+
+
+def commit_of(config: Any, revision: str | None = None) -> str:
+    """The commit that a model was loaded from; empty for a local folder, or if the `revision` asked for is not known.
+
+    transformers stopped to keep it in the config before 5.24. The layout of the Hub's cache is documented.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    own, name = getattr(config, "_commit_hash", None), str(getattr(config, "name_or_path", ""))
+    if own or revision is None or os.path.exists(name):
+        return str(own or "")
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return os.path.basename(os.path.dirname(found)) if isinstance(found, str) else ""
+
+
+def is_trainable(model: Any) -> bool:
+    """Whether transformers trains adapters on the format that a model was loaded in."""
+    return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))
+
+
+def remove_quantization(model: Any) -> None:
+    """Let transformers save a model whose layers were all dequantized as an ordinary one."""
+    if quantizer := getattr(model, "hf_quantizer", None):
+        _find("transformers.quantizers.HfQuantizer", "remove_quantization_config", "a merge", quantizer)(model)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(model, flag, False):
+            setattr(model, flag, False)
+    if hasattr(model, "hf_device_map"):  # a model on the CPU would be taken for an offloaded one
+        del model.hf_device_map
+
+
+def untie_weights(model: Any) -> None:
+    """Save embeddings and head as two weights: `save_pretrained` follows this mapping and not the config."""
+    _find("transformers.PreTrainedModel", "all_tied_weights_keys", "a merge into embeddings", model)
+    model.all_tied_weights_keys = {}
+
+
+def float32_modules(model: Any) -> set[str]:
+    """Parts of module names whose weights transformers keeps in float32, whatever dtype is asked for."""
+    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def map_checkpoint(keys: Sequence[str], model: Any) -> tuple[dict[str, str], set[str]]:
+    """The key of a checkpoint for each weight of a model, and the weights that are converted while loading.
+
+    transformers renames, splits and merges what it loads; nothing public tells which tensor a weight comes from.
+    """
+    need = "reading a checkpoint's weights one at a time"
+    names = ("WeightRenaming", "WeightConverter", "rename_source_key")
+    renaming, converter, rename = (_find("transformers.core_model_loading", name, need) for name in names)
+    transforms = _find("transformers.conversion_mapping", "get_model_conversion_mapping", need)(model)
+    renamings = [each for each in transforms if isinstance(each, renaming)]
+    converters = [each for each in transforms if isinstance(each, converter)]
+    wanted = {f"{name}.weight": True for name, _ in model.named_modules()}
+    found: dict[str, str] = {}
+    converted: set[str] = set()
+    for key in keys:
+        name, pattern = rename(key, renamings, converters, model.base_model_prefix, wanted)
+        if pattern is None:
+            found[name] = key
+            continue
+        for each in (each for each in converters if pattern in each.source_patterns):
+            converted.update(name.replace(each.target_patterns[0], target) for target in each.target_patterns)
+    return found, converted
+
+
+def is_plain_cache(cache: Any) -> bool:
+    """Whether a cache can be repeated for several prompts; False, so that none is, where transformers does not say."""
+    try:
+        plain = _find("transformers.cache_utils", "DynamicLayer", "a shared prefix")
+    except MissingDependencyError:
+        return False
+    return hasattr(cache, "batch_repeat_interleave") and all(type(layer) is plain for layer in cache.layers)
+
+
+def use_one_gpu(args: Any) -> None:
+    """Keep the Trainer from wrapping the model in `DataParallel`, which no public argument does."""
+    args._n_gpu = 1
+    if args.n_gpu != 1:
+        raise _moved("transformers.TrainingArguments._n_gpu", "training on one of several visible GPUs")
+
+
+def installed_trackers() -> list[str]:
+    """What `report_to` can name on this machine."""
+    return list(_find("transformers.integrations", "get_available_reporting_integrations", "report_to")())
+
+
+def is_zero3() -> bool:
+    """Whether DeepSpeed ZeRO-3 partitions the weights."""
+    return bool(_find("transformers.integrations", "is_deepspeed_zero3_enabled", "training")())
+
+
+def shares_weights() -> bool:
+    """Whether the launcher shares the weights out over the processes: FSDP, or DeepSpeed ZeRO-3.
+
+    accelerate says so in the environment alone until an Accelerator is created, and models are loaded before.
+    """
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or is_zero3()
+
+
+def mixed_precision() -> str:
+    """What `accelerate launch` was told: no, bf16, fp16 or fp8."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The shape of the whole parameter. Where ZeRO-3 has partitioned it, its own shape is (0,)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def lora_variant_of(layer: Any, adapter: str) -> Any:
+    """DoRA or its like, which adds more than `B @ A` to a layer; None for plain LoRA."""
+    return _find("peft.tuners.lora.LoraLayer", "lora_variant", "an adapter's start or merge", layer).get(adapter)
+
+
+def merge_lora(layer: Any, adapter: str, weight: Tensor) -> Tensor | None:
+    """The layer's full-precision weight with what the adapter adds; None where PEFT has no merge for the layer.
+
+    `merge()` would round the sum into the quantized weight.
+    """
+    if not hasattr(layer, "get_delta_weight"):
+        return None
+    merged: Tensor
+    if (variant := lora_variant_of(layer, adapter)) is None:
+        merged = weight + layer.get_delta_weight(adapter).float()
+    else:
+        merged = _find("peft.tuners.lora.LoraVariant", "merge_safe", "a merge", variant)(layer, adapter, weight)
+    return merged
+
+
+def unwrap_trained_module(module: nn.Module) -> nn.Module | None:
+    """The trained copy of a module that PEFT trains whole or by rows (`modules_to_save`, `trainable_token_indices`)."""
+    if not isinstance(module, _find("peft.utils.other", "AuxiliaryTrainingWrapper", "a merge")):
+        return None
+    name = "unload_and_optionally_merge_module"
+    unload = _find("peft.utils.other.AuxiliaryTrainingWrapper", name, "a merge", module)
+    trained: nn.Module = unload(merge=True, safe_merge=True, adapter_names=None)
+    return trained
+
+
+def repacks_on_cpu(layer: Any) -> bool:
+    """Whether a 4-bit layer rewrites its weight for inference on this CPU; releases without the flag never do."""
+    return bool(getattr(layer, "support_avx512bf16_for_cpu", False))
+
+
+def keep_from_repacking(layer: Any) -> None:
+    """Let a 4-bit layer evaluate with the weight that it trains with."""
+    layer.support_avx512bf16_for_cpu = False
+
+
+def is_repacked(quant_state: Any) -> bool:
+    """Whether a 4-bit weight is in the CPU's inference layout, which `dequantize_4bit` cannot read."""
+    return bool(getattr(quant_state, "packing_format_for_cpu", False))
+
+
+def unpack_rounded(data: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
+    """bitsandbytes' own way out of the inference layout, which rounds the quantization constants."""
+    inverse = _find("bitsandbytes.functional", "_convert_weight_packed_for_cpu_inverse", "a repacked 4-bit layer")
+    unpacked: tuple[Tensor, Any] = inverse(data, quant_state)
+    return unpacked
+
+
+def int8_scales(layer: Any) -> Tensor:
+    """The scales of an int8 layer, which move from the weight to the layer's state at the first forward pass."""
+    scales: Tensor | None = getattr(layer.weight, "SCB", None)
+    scales = getattr(getattr(layer, "state", None), "SCB", None) if scales is None else scales
+    if scales is None:
+        raise _moved("bitsandbytes.nn.Int8Params.SCB", "dequantizing an int8 layer")
+    return scales
+
+
+def spread_harness(harnessed: Any, accelerator: Any) -> None:
+    """Let every process evaluate its share of lm-eval's items. HFLM does so only for a model that it loads itself."""
+    harnessed.accelerator, place = accelerator, (accelerator.process_index, accelerator.num_processes)
+    harnessed._rank, harnessed._world_size = place
+    if (harnessed.rank, harnessed.world_size) != place:  # each process would evaluate everything, unnoticed
+        raise _moved("lm_eval.models.huggingface.HFLM._rank", "an evaluation over several processes")

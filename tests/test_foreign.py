@@ -1,0 +1,210 @@
+"""Each undocumented name of another library: it is where it was, and what happens on the day that it is not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from bitsandbytes.nn import Int8Params, Linear4bit
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    DynamicCache,
+    LlamaConfig,
+    TrainingArguments,
+)
+
+from quantkd import foreign
+from quantkd.errors import MissingDependencyError
+from quantkd.models.student import load_student
+
+
+def empty_module(monkeypatch, name):
+    """A release whose module of this name holds nothing."""
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+
+def adapted(**options):
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4, bias=False))
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["1"], init_lora_weights=False, **options))
+
+
+def test_attention(tiny_model):
+    assert foreign.attention_of(tiny_model.config) == "sdpa" and foreign.attention_of(SimpleNamespace()) is None
+    with foreign.registered_attention("mine", print):
+        assert AttentionInterface()["mine"] is print
+        assert AttentionMaskInterface()["mine"] is AttentionMaskInterface()["sdpa"]
+    assert "mine" not in AttentionInterface() and "mine" not in AttentionMaskInterface()
+    assert "sdpa" in AttentionInterface()
+
+
+def test_the_commit_of_a_model(tmp_path, monkeypatch):
+    commit = "c0ffee" + "0" * 34
+    cached = tmp_path / "models--user--model"
+    for folder in (f"snapshots/{commit}", "refs"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = AutoConfig.from_pretrained("user/model")
+    assert foreign.commit_of(config, "main") == commit == foreign.commit_of(config, commit)
+    assert foreign.commit_of(config) == "" == foreign.commit_of(config, "v1")
+    assert foreign.commit_of(AutoConfig.from_pretrained(cached / "snapshots" / commit), "main") == ""
+    config._commit_hash = "abc"  # as earlier releases of transformers do
+    assert foreign.commit_of(config) == "abc"
+
+
+def test_a_model_s_quantization(tiny_model, tiny_model_path):
+    student = load_student(str(tiny_model_path), dtype="float32")
+    assert foreign.is_trainable(student) and foreign.is_trainable(tiny_model)
+    student.hf_quantizer = SimpleNamespace(is_trainable=False)
+    assert not foreign.is_trainable(student)
+    with pytest.raises(MissingDependencyError, match=r"has no transformers.quantizers.HfQuantizer.remove_quantization"):
+        foreign.remove_quantization(student)
+    student = load_student(str(tiny_model_path), dtype="float32")
+    assert student.is_quantized and student.is_loaded_in_4bit
+    foreign.remove_quantization(student)
+    assert not student.is_quantized and not student.is_loaded_in_4bit
+    assert not hasattr(student.config, "quantization_config") and not hasattr(student, "hf_device_map")
+
+
+def test_a_model_s_ties_and_float32_modules(tiny_model):
+    tiny_model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    foreign.untie_weights(tiny_model)
+    assert tiny_model.all_tied_weights_keys == {}
+    with pytest.raises(MissingDependencyError, match=r"has no transformers.PreTrainedModel.all_tied_weights_keys"):
+        foreign.untie_weights(SimpleNamespace())
+    assert foreign.float32_modules(tiny_model) == set() == foreign.float32_modules(SimpleNamespace())
+    tiny_model._keep_in_fp32_modules_strict = {"norm"}
+    assert foreign.float32_modules(tiny_model) == {"norm"}
+
+
+@pytest.mark.parametrize("module", ["transformers.core_model_loading", "transformers.conversion_mapping"])
+def test_the_keys_of_a_checkpoint(tiny_model, monkeypatch, module):
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert foreign.map_checkpoint([key], tiny_model) == ({key: key}, set())
+    empty_module(monkeypatch, module)
+    message = rf"transformers 5[.\d]+ has no {module}\.\w+, which reading .* expected transformers 5.24. Install that"
+    with pytest.raises(MissingDependencyError, match=message):
+        foreign.map_checkpoint([key], tiny_model)
+
+
+def test_a_cache_that_can_be_repeated(tiny_model, monkeypatch):
+    sliding = LlamaConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, sliding_window=4)
+    assert foreign.is_plain_cache(DynamicCache(config=tiny_model.config))
+    assert not foreign.is_plain_cache(DynamicCache(config=sliding))
+    empty_module(monkeypatch, "transformers.cache_utils")
+    assert not foreign.is_plain_cache(DynamicCache(config=tiny_model.config))
+
+
+def test_the_trainer_s_environment(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    args._n_gpu = 4
+    foreign.use_one_gpu(args)
+    assert args.n_gpu == 1
+    with pytest.raises(MissingDependencyError, match=r"has no transformers.TrainingArguments._n_gpu"):
+        foreign.use_one_gpu(SimpleNamespace(n_gpu=4))
+    assert isinstance(foreign.installed_trackers(), list)
+    assert not foreign.is_zero3() and not foreign.shares_weights() and foreign.mixed_precision() == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` writes it
+    assert foreign.shares_weights() and foreign.mixed_precision() == "bf16"
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    empty_module(monkeypatch, "transformers.integrations")
+    for name, ask in (
+        ("get_available_reporting_integrations", foreign.installed_trackers),
+        ("is_deepspeed_zero3_enabled", foreign.shares_weights),
+    ):
+        with pytest.raises(MissingDependencyError, match=f"has no transformers.integrations.{name}, which"):
+            ask()
+
+
+def test_the_shape_of_a_partitioned_parameter():
+    parameter = nn.Parameter(torch.zeros(0))
+    assert foreign.shape_of(parameter) == (0,)
+    parameter.ds_shape = torch.Size([3, 2])  # as ZeRO-3 leaves it
+    assert foreign.shape_of(parameter) == (3, 2)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_an_adapter_adds(use_dora):
+    model = adapted(use_dora=use_dora)
+    layer = model.base_model.model[1]
+    assert (foreign.lora_variant_of(layer, "default") is not None) == use_dora
+    inputs = torch.randn(5, 4)
+    merged = foreign.merge_lora(layer, "default", layer.get_base_layer().weight)
+    torch.testing.assert_close(inputs @ merged.T, layer(inputs))
+    if use_dora:
+        layer.lora_variant["default"] = SimpleNamespace()
+        with pytest.raises(MissingDependencyError, match=r"peft .* has no peft.tuners.lora.LoraVariant.merge_safe"):
+            foreign.merge_lora(layer, "default", layer.get_base_layer().weight)
+    del layer.lora_variant
+    with pytest.raises(MissingDependencyError, match=r"has no peft.tuners.lora.LoraLayer.lora_variant, which"):
+        foreign.merge_lora(layer, "default", layer.get_base_layer().weight)
+    assert foreign.merge_lora(nn.Linear(2, 2), "default", torch.zeros(2, 2)) is None
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["0"]}, {"trainable_token_indices": {"0": [1]}}])
+def test_a_module_that_is_trained_whole(options, monkeypatch):
+    wrapped = adapted(**options).base_model.model[0]
+    trained = foreign.unwrap_trained_module(wrapped)
+    assert type(trained) is nn.Embedding and foreign.unwrap_trained_module(nn.Linear(2, 2)) is None
+    empty_module(monkeypatch, "peft.utils.other")
+    with pytest.raises(MissingDependencyError, match=r"has no peft.utils.other.AuxiliaryTrainingWrapper"):
+        foreign.unwrap_trained_module(wrapped)
+
+
+def test_bitsandbytes_repacking(monkeypatch):
+    layer = Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32, bias=False)
+    layer.load_state_dict({"weight": torch.randn(64, 64)})
+    layer = layer.to("cpu").eval()
+    assert foreign.repacks_on_cpu(layer) == layer.support_avx512bf16_for_cpu
+    assert not foreign.is_repacked(layer.weight.quant_state) and not foreign.repacks_on_cpu(nn.Linear(2, 2))
+    if foreign.repacks_on_cpu(layer):
+        before = layer.weight.data.clone()
+        with torch.no_grad():
+            layer(torch.zeros(1, 64))
+        assert foreign.is_repacked(layer.weight.quant_state)
+        data, state = foreign.unpack_rounded(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(data.flatten(), before.flatten()) and not foreign.is_repacked(state)
+    foreign.keep_from_repacking(layer)
+    assert not foreign.repacks_on_cpu(layer)
+    empty_module(monkeypatch, "bitsandbytes.functional")
+    with pytest.raises(
+        MissingDependencyError, match=r"bitsandbytes [.\d]+ has no bitsandbytes.functional._convert_wei"
+    ):
+        foreign.unpack_rounded(torch.zeros(1), None)
+
+
+def test_int8_scales_before_and_after_a_forward_pass():
+    scales = torch.ones(4)
+    weight = Int8Params(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False, has_fp16_weights=False, SCB=scales)
+    assert foreign.int8_scales(SimpleNamespace(weight=weight)) is scales
+    moved = SimpleNamespace(weight=SimpleNamespace(SCB=None), state=SimpleNamespace(SCB=scales))
+    assert foreign.int8_scales(moved) is scales
+    with pytest.raises(MissingDependencyError, match=r"has no bitsandbytes.nn.Int8Params.SCB"):
+        foreign.int8_scales(SimpleNamespace(weight=SimpleNamespace()))
+
+
+def test_a_harness_whose_processes_share():
+    class Harnessed:  # as lm-eval's: the public names read the private ones
+        rank = property(lambda self: self._rank)
+        world_size = property(lambda self: self._world_size)
+
+    harnessed, state = Harnessed(), SimpleNamespace(process_index=1, num_processes=2)
+    foreign.spread_harness(harnessed, state)
+    assert (harnessed.rank, harnessed.world_size, harnessed.accelerator) == (1, 2, state)
+    with pytest.raises(MissingDependencyError, match=r"lm_eval .* has no lm_eval.models.huggingface.HFLM._rank"):
+        foreign.spread_harness(SimpleNamespace(rank=0, world_size=1), state)
+
+
+def test_every_function_is_tested_here():
+    names = [name for name, value in vars(foreign).items() if getattr(value, "__module__", "") == foreign.__name__]
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in names if not name.startswith("_") and f"foreign.{name}" not in source] == []
