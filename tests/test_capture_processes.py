@@ -6,12 +6,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import psutil
+import processes
 import pytest
 
 from quantkd import TransferSet
@@ -28,41 +27,30 @@ def prompts(tmp_path_factory):
     return path
 
 
-def start(model: Path, prompts: Path, out: Path, processes: int, *words: str) -> subprocess.Popen[bytes]:
+def start(model: Path, prompts: Path, out: Path, count: int, *words: str) -> list[BaseProcess]:
     """The command, each of whose processes computes in one thread."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     options = ["--model", model, "--prompts", prompts, "--output_dir", out, "--dtype", "float32"]
     options += ["--max_new_tokens", "60", "--rows_per_shard", "2", "--batch_size", "2", *words]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "quantkd", "capture", *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return processes.start(["-m", "quantkd", "capture", *options], out.with_suffix(".txt"), count)
 
 
 def committed(out: Path) -> int:
     return PROMPTS if (out / "index.json").exists() else len(list(out.glob("shard-*.json")))
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """The launcher and its workers, which have sessions of their own, all at once."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in family:
-        one.suspend()  # so that none acts on the death of another
-    for one in family:
-        one.kill()
-    process.communicate()
-    psutil.wait_procs(family[1:], timeout=30)
+def kill(family: list[BaseProcess]) -> None:
+    for process in family:
+        os.kill(process.pid, signal.SIGSTOP)  # so that none acts on the death of another
+    for process in family:
+        process.kill()
+        process.join()
 
 
-def wait_for(condition, process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition, family: list[BaseProcess]) -> None:
     deadline = time.monotonic() + DEADLINE
-    while not condition() and process.poll() is None:
+    while not condition() and all(process.is_alive() for process in family):
         assert time.monotonic() < deadline, "the capture is stuck"
         time.sleep(0.01)
-
-
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, err.decode()[-2000:]
 
 
 def digest(out: Path) -> str:
@@ -74,7 +62,7 @@ def digest(out: Path) -> str:
 @pytest.fixture(scope="module")
 def expected(tiny_model_path, prompts, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "s"
-    finish(start(tiny_model_path, prompts, out, 1))
+    processes.finish(start(tiny_model_path, prompts, out, 1), out.with_suffix(".txt"))
     return digest(out)
 
 
@@ -84,7 +72,7 @@ def test_two_processes_of_which_all_are_killed_once(tiny_model_path, prompts, ex
     wait_for(lambda: committed(out) >= 3, process)
     kill(process)
     assert 3 <= committed(out) < PROMPTS // 2
-    finish(start(tiny_model_path, prompts, out, 2))
+    processes.finish(start(tiny_model_path, prompts, out, 2), out.with_suffix(".txt"))
     assert digest(out) == expected
 
 
@@ -92,33 +80,33 @@ def test_a_late_joiner_helps_and_a_stranger_is_told_how(tiny_model_path, prompts
     out = tmp_path / "s"
     first = start(tiny_model_path, prompts, out, 1, "--join")
     wait_for(lambda: committed(out) >= 1, first)
-    first.send_signal(signal.SIGSTOP)  # it holds a shard, and is as slow as can be
+    os.kill(first[0].pid, signal.SIGSTOP)  # it holds a shard, and is as slow as can be
     stranger = start(tiny_model_path, prompts, out, 1)
-    _, err = stranger.communicate(timeout=DEADLINE)
-    assert stranger.returncode == 1 and b"Another writer is at work" in err and b"--join" in err
+    stranger[0].join(DEADLINE)
+    err = out.with_suffix(".txt").read_text()
+    assert stranger[0].exitcode == 1 and "Another writer is at work" in err and "--join" in err
     second = start(tiny_model_path, prompts, out, 1, "--join")
     wait_for(lambda: committed(out) >= PROMPTS // 2 - 1, second)
-    first.send_signal(signal.SIGCONT)
-    finish(first)
-    finish(second)
+    os.kill(first[0].pid, signal.SIGCONT)
+    processes.finish([*first, *second], out.with_suffix(".txt"))
     assert digest(out) == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_killed_at_random_until_it_is_done(tiny_model_path, prompts, expected, tmp_path, processes):
-    draw, out, kills = random.Random(processes), tmp_path / "s", 0
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_killed_at_random_until_it_is_done(tiny_model_path, prompts, expected, tmp_path, count):
+    draw, out, kills = random.Random(count), tmp_path / "s", 0
     while True:
         # Every second time the number of processes is another one.
-        process = start(tiny_model_path, prompts, out, processes if kills % 2 == 0 else draw.choice([1, 2, 3]))
+        process = start(tiny_model_path, prompts, out, count if kills % 2 == 0 else draw.choice([1, 2, 3]))
         target = committed(out) + draw.randint(1, 6)
         wait_for(lambda: committed(out) >= target, process)  # noqa: B023
-        if process.poll() is None and kills < 5:
+        if all(one.is_alive() for one in process) and kills < 5:
             time.sleep(draw.random() * 0.2)
             kill(process)
             kills += 1
             continue
-        finish(process)
+        processes.finish(process, out.with_suffix(".txt"))
         break
     assert kills >= 2
     assert digest(out) == expected
