@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkd.loss.fused import DenseTeacher, compute_fused_loss
-from quantkd.loss.reference import compute_position_terms
-from quantkd.models.network import Head
+from quantkd.loss.fused import compute_fused_loss
+from quantkd.loss.reference import Objective, compute_position_terms
+from quantkd.loss.states import Head, TargetStates
 from quantkd.transfer_set.topk import TopKLogprobs
 
 LIVE = {"fused_dense", "liger", "trl_chunked", "trl_gkd"}  # contenders that also get a teacher's head
@@ -89,15 +89,16 @@ def plain_ce(inputs: Inputs) -> Tensor:
 
 
 def fused(inputs: Inputs, temperature: float = 1.0) -> Tensor:
-    head = Head(inputs.weight)
-    return backward(
-        compute_fused_loss(inputs.hidden, head, inputs.labels, inputs.teacher, temperature=temperature).loss
-    )
+    states = TargetStates(inputs.hidden, Head(inputs.weight))
+    return backward(compute_fused_loss(states, inputs.labels, inputs.teacher, Objective(0.5, temperature))[0])
 
 
 def fused_dense(inputs: Inputs) -> Tensor:
-    teacher = DenseTeacher(inputs.teacher_hidden, Head(inputs.teacher_weight))
-    return backward(compute_fused_loss(inputs.hidden, Head(inputs.weight), inputs.labels, teacher).loss)
+    states, teacher = (
+        TargetStates(hidden, Head(weight))
+        for hidden, weight in ((inputs.hidden, inputs.weight), (inputs.teacher_hidden, inputs.teacher_weight))
+    )
+    return backward(compute_fused_loss(states, inputs.labels, teacher, Objective(0.5))[0])
 
 
 def reference(inputs: Inputs) -> Tensor:

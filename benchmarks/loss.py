@@ -11,7 +11,7 @@ On CUDA it is the allocator's peak less what the inputs take.
 The two matrix products that nobody can avoid (hidden states times head, gradient times head) are a contender. Stored
 teachers (about 10 entries a position): plain cross-entropy alone, this project's fused loss and its reference over
 logits, Axolotl's chunked top-k kernel. Live teachers (hidden states and a head of the same size, so one product more):
-this project's `DenseTeacher`, Liger's and TRL's chunked divergences, TRL's divergence over logits.
+this project's fused loss, Liger's and TRL's chunked divergences, TRL's divergence over logits.
 
     python benchmarks/loss.py --install-peers      # once: Axolotl and Liger into build/peers, without dependencies
     python benchmarks/loss.py

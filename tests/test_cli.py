@@ -148,10 +148,12 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(capsys, 
     code, out, _ = run(capsys, "selftest", tiny_model_path)
     assert code == 0 and out.count("pass") == 7 and "FAIL" not in out
 
-    from quantkd.loss.reference import select_targets
-    from quantkd.training import selftest
+    from quantkd.loss.states import TargetStates
 
-    monkeypatch.setattr(selftest, "select_targets", lambda logits, labels: select_targets(logits.roll(1, 1), labels))
+    sound = TargetStates.at_targets
+    monkeypatch.setattr(
+        TargetStates, "at_targets", lambda self, labels: sound(TargetStates(self.values.roll(1, 1)), labels)
+    )
     code, out, _ = run(capsys, "selftest", tiny_model_path)
     assert code == 1 and "FAIL  teacher = student" in out
 
@@ -198,7 +200,7 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
         (["report", "nowhere"], 1, "There is no folder nowhere/evaluation"),
         (["train", "TRAIN", "--num_train_epochs", "0"], 1, "Nothing would be trained"),
         (["train", "TRAIN", "--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps is 0; expected"),
-        (["train", "TRAIN", "--alpha", "2"], 1, "alpha weighs the soft loss and lies in [0, 1], found 2.0"),
+        (["train", "TRAIN", "--alpha", "2"], 1, "alpha is 2.0; expected a weight of the soft loss in [0, 1]"),
         (["train", "TRAIN", "--resume_from_checkpoint", "true"], 1, "o holds no checkpoint to go on from"),
         (["train", "TRAIN", "--resume_from_checkpoint", "r"], 1, "is r, which is no whole checkpoint"),
         (["train", "TRAIN", "--eval_strategy", "steps"], 1, "there are no held-out rows to evaluate on. Give"),

@@ -16,7 +16,7 @@ from quantkd.cli.evaluate import main
 from quantkd.errors import ConfigError
 from quantkd.evaluation.bins import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, bin_confidence, bin_values
 from quantkd.evaluation.fidelity import Fidelity, evaluate_fidelity
-from quantkd.loss.position_metrics import compare_with_entries, compare_with_logits, compute_predictions
+from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions
 from quantkd.report import build_report
 from quantkd.transfer_set.topk import TopKLogprobs
 from tests.conftest import build_tiny_model
@@ -146,8 +146,8 @@ def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(
 ) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
     expected = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=5, progress=False).rows
-    monkeypatch.setattr("quantkd.loss.position_metrics._CHUNK_BYTES", 4 * 320 * 3)  # three positions
-    monkeypatch.setattr("quantkd.loss.position_metrics._CPU_BLOCK_BYTES", 4 * 320 * 2)
+    monkeypatch.setattr("quantkd.loss.metrics._CHUNK_BYTES", 4 * 320 * 3)  # three positions
+    monkeypatch.setattr("quantkd.loss.metrics._CPU_BLOCK_BYTES", 4 * 320 * 2)
     chunked = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=1, progress=False).rows
     torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr("quantkd.evaluation.fidelity.why_not_fusable", lambda model: "a test says so")
@@ -166,7 +166,7 @@ def test_no_more_than_a_chunk_of_logits(student: LlamaForCausalLM, held_out: Tra
         return real(hidden, weight, bias)
 
     teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
-    monkeypatch.setattr("quantkd.loss.position_metrics._CHUNK_BYTES", 4 * 320 * 3)
+    monkeypatch.setattr("quantkd.loss.metrics._CHUNK_BYTES", 4 * 320 * 3)
     monkeypatch.setattr("torch.nn.functional.linear", counting)
     evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
     assert len(widths) > 20 and max(widths) <= 3

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
-from quantkd.models.network import find_head, gathered_head, hidden_states_as_logits, why_not_fusable
+from quantkd.models.network import gathered_head, hidden_states_as_logits, why_not_fusable
 
 # What the others do to their logits is not known here; the probe finds it, and their logits are held.
 NOT_FUSED = {"RecurrentGemma"}
@@ -68,7 +68,8 @@ def test_the_model_is_left_as_it_was(family, tiny_tokenizer):
     with hidden_states_as_logits(model):
         hidden = model(input_ids=tokens).logits
     torch.testing.assert_close(model(input_ids=tokens).logits, before)
-    torch.testing.assert_close(find_head(model).logits(hidden[0]), before[0])
+    with gathered_head(model) as head:
+        torch.testing.assert_close(head.logits(hidden[0]), before[0])
     with pytest.raises(RuntimeError), hidden_states_as_logits(model):
         raise RuntimeError
     torch.testing.assert_close(model(input_ids=tokens).logits, before)
@@ -115,10 +116,11 @@ def test_a_head_that_peft_trains_whole_is_fused(tied, transfer_set, tiny_tokeniz
     trainer = assert_equal_to_logits_path(adapted, transfer_set, tiny_tokenizer, tmp_path)
     assert trainer._fused
     model = adapted()
-    head = model.get_output_embeddings().modules_to_save["default"]
-    assert head.weight.requires_grad and find_head(model).weight is head.weight
-    with model.disable_adapter():
-        assert find_head(model).weight is model.get_output_embeddings().original_module.weight
+    wrapper = model.get_output_embeddings()
+    with gathered_head(model) as head:
+        assert head.weight.requires_grad and head.weight is wrapper.modules_to_save["default"].weight
+    with model.disable_adapter(), gathered_head(model) as head:
+        assert head.weight is wrapper.original_module.weight and why_not_fusable(model) is None
 
 
 @pytest.fixture

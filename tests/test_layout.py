@@ -15,10 +15,6 @@ PARTS += ["experiment", "cli", "__main__"]
 
 # What still has to go.
 UPWARD = {
-    "loss.fused -> models.network",
-    "loss.metrics -> models.network",
-    "loss.objective -> models.network",
-    "loss.position_metrics -> models.network",
     "transfer_set.collator -> models.packing",
     "transfer_set.compatibility -> models.weights",
     "transfer_set.compatibility -> training.config",

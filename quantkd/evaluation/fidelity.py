@@ -6,8 +6,6 @@ whole vocabulary.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,15 +17,9 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity_sums import Fidelity, sum_rows
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.hardware import process_state
-from quantkd.loss.position_metrics import (
-    compare_with_entries,
-    compare_with_logits,
-    compute_predictions,
-    positions_per_chunk,
-    take_logits,
-)
-from quantkd.loss.reference import select_targets
-from quantkd.models.network import Head, find_head, hidden_states_as_logits, why_not_fusable
+from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions, cut_positions
+from quantkd.loss.states import TargetStates
+from quantkd.models.network import run_to_targets, why_not_fusable
 from quantkd.models.weights import count_rows
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
@@ -64,10 +56,8 @@ def evaluate_fidelity(
         DataError: no rows, rows longer than the model's context, or figures that are not finite.
     """
     check_student(transfer_set, model)
-    student = _Forward(model)
-    live = None
+    fused = [each is not None and why_not_fusable(each) is None for each in (model, teacher)]
     if teacher is not None:
-        live = student if teacher is model else _Forward(teacher)
         widths = [count_rows(each.get_output_embeddings().weight) for each in (model, teacher)]
         if widths[0] != widths[1]:
             raise ConfigError(
@@ -77,20 +67,19 @@ def evaluate_fidelity(
     collate = DistillationCollator(pad_token_id=0)  # whatever fills the padding is masked and never a target
     batches = deal_batches(transfer_set.lengths.tolist(), batch_size, share)
     quiet = None if progress and (not share or process_state().is_main_process) else True
-    found = Fidelity.zeros(len(transfer_set), dense=live is not None)
+    found = Fidelity.zeros(len(transfer_set), dense=teacher is not None)
     training = [(each, each.training) for each in (model, teacher) if each is not None]
     for each, _ in training:
         each.eval()
     for indices in tqdm(batches, desc="fidelity", unit="batch", disable=quiet):
         batch = collate(transfer_set.__getitems__(indices))
         with torch.inference_mode():
-            hidden, targets = student(batch)
-            entries = batch["teacher"].to(hidden.device)
-            beside = None
-            if live is not None:
-                beside = (hidden if live is student else live(batch)[0].to(hidden.device), live.head_on(hidden.device))
-            positions = _measure_positions(hidden, student.head, targets, entries, beside)
-            found.place(indices, sum_rows(batch["labels"].to(hidden.device), positions))
+            states, targets = run_to_targets(model, batch, fused=fused[0])
+            device, beside = states.device, None
+            if teacher is not None:
+                beside = states if teacher is model else run_to_targets(teacher, batch, fused=fused[1])[0].to(device)
+            positions = _measure_positions(states, targets, batch["teacher"].to(device), beside)
+            found.place(indices, sum_rows(batch["labels"].to(device), positions))
     for each, mode in training:
         each.train(mode)
     if share and process_state().num_processes > 1:  # each process has filled in its own rows
@@ -104,56 +93,23 @@ def evaluate_fidelity(
     return found
 
 
-class _Forward:
-    """A model's forward pass up to the hidden states at target positions, or to logits where it has no plain head."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.head: Head | None = find_head(model) if why_not_fusable(model) is None else None
-
-    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(N, H) hidden states or (N, V) logits, and the (N,) targets."""
-        device = self.model.get_input_embeddings().weight.device
-        with hidden_states_as_logits(self.model) if self.head is not None else nullcontext():
-            outputs = self.model(
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
-            )
-        return select_targets(outputs.logits, batch["labels"].to(outputs.logits.device))
-
-    def head_on(self, device: torch.device) -> Head | None:
-        """The head where the other model's hidden states are."""
-        if self.head is None:
-            return None
-        bias = None if self.head.bias is None else self.head.bias.to(device)
-        return replace(self.head, weight=self.head.weight.to(device), bias=bias)
-
-
 def _measure_positions(
-    hidden: Tensor,
-    head: Head | None,
-    targets: Tensor,
-    entries: TopKLogprobs,
-    beside: tuple[Tensor, Head | None] | None,
+    states: TargetStates, targets: Tensor, entries: TopKLogprobs, beside: TargetStates | None
 ) -> dict[str, Tensor]:
-    """Every figure at each of N target positions, a chunk of logits at a time; `beside` is the teacher at hand."""
-    step = positions_per_chunk(hidden.shape[1] if head is None else head.weight.shape[0])
+    """Every figure at each of N target positions, a chunk of logits at a time; `beside` is the teacher in memory."""
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, max(len(targets), 1), step):  # no target at all makes empty sums
-        part = slice(start, min(start + step, len(targets)))
-        logits = take_logits(hidden, part, head)
+    for part in cut_positions(len(targets), states.vocab_size):
+        logits = states.logits(part)
         predictions = compute_predictions(logits, targets[part])
         chunk = {
             "ce": predictions.ce,
             "confidence": predictions.confidence,
             "correct": predictions.top_ids == targets[part],
         }
-        comparisons = []
+        stored = entries.select(torch.arange(len(targets), device=targets.device)[part])
+        comparisons = [("", compare_with_entries(logits, predictions, stored))]
         if beside is not None:
-            teacher_logits = take_logits(beside[0], part, beside[1])
-            comparisons.append(("dense_", compare_with_logits(logits, predictions, teacher_logits)))
-            del teacher_logits
-        stored = entries.select(torch.arange(part.start, part.stop, device=hidden.device))
-        comparisons.append(("", compare_with_entries(logits, predictions, stored)))  # overwrites the logits
+            comparisons.append(("dense_", compare_with_logits(logits, predictions, beside.logits(part))))
         for prefix, compared in comparisons:
             chunk[f"{prefix}kl"] = compared.kl
             chunk[f"{prefix}reverse_kl"] = compared.reverse_kl

@@ -1,1 +1,1 @@
-"""The distillation loss: the readable reference, the fused form, and the metrics of one position."""
+"""The distillation loss: the readable reference, the fused form, and the metrics at each position."""

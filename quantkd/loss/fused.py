@@ -1,186 +1,75 @@
-"""The loss of `reference` from hidden states, in chunks of positions: no more than one chunk's logits ever exist.
+"""The loss of `reference` in chunks of positions, with its gradient in closed form: one chunk's logits at a time.
 
-One pass over a chunk of logits gives loss and gradient, because the gradient has a closed form: see
-`fused_blocks`. Two matrix products around it turn hidden states into logits, and the gradient of logits into
-that of the hidden states. See docs/loss.md.
+    loss, terms = compute_fused_loss(states, labels, teacher, Objective(alpha, temperature), weights)
+
+equals, to rounding, what `compute_position_terms(states.logits(), labels, teacher, temperature=temperature)` gives as
+`terms`, and `loss = (weights * terms.mix(alpha, temperature)).sum()`. One pass over a chunk of logits gives loss and
+gradient. With the classes c of a position (its k entries and the tail, or the whole vocabulary), the student's
+probabilities q_c and g_c = d divergence / d q_c:
+
+    d divergence / d z_v = q_v * (g_c(v) - sum_c q_c g_c)
+    d CE / d z_v         = q_v - [v = label]
+
+Of a stored teacher all tokens outside the entries and the label share one factor per position, so the whole gradient
+is the exponentials scaled by that factor, with the few others written over it. Where there is a head, two matrix
+products around this turn hidden states into logits, and the gradient of logits into that of hidden states. See
+docs/loss.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quantkd.errors import ConfigError
-from quantkd.loss.fused_blocks import Block, DenseBlock, Objective, SparseBlock
-from quantkd.loss.reference import Divergence, check_objective, check_positions, check_weights
-from quantkd.models.network import Head
+from quantkd.loss.reference import Objective, PositionTerms, check_positions, compute_divergence
+from quantkd.loss.states import TargetStates
 from quantkd.transfer_set.topk import TopKLogprobs
 
-# The student's logits of one chunk; a dense teacher's come on top. Larger chunks cost memory, smaller ones read the
-# head more often: a CPU's products with 128,256 tokens slow down below some 250 rows, and an accelerator needs several
-# hundred rows to be as busy with arithmetic as with reading.
+# The student's logits of one chunk; a dense teacher's are added to them. Larger chunks cost memory, smaller ones read
+# the head more often: a CPU's products with 128,256 tokens slow down below some 250 rows, and an accelerator needs
+# several hundred rows to be as busy with arithmetic as with reading.
 _CPU_CHUNK_BYTES = 128 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 # On a CPU the passes between the two products run over this much at a time, which stays in the cache.
 _CPU_BLOCK_BYTES = 2 * 2**20
 
 
-@dataclass(frozen=True)
-class FusedTerms:
-    """The loss of N positions, and its parts for the log.
-
-    Args:
-        loss: scalar, `sum of weight * ((1 - alpha) * ce + alpha * T^2 * kl)`, differentiable.
-        ce: (N,) cross-entropy in nats, detached.
-        kl: (N,) divergence at the training temperature in nats, without T^2, detached.
-    """
-
-    loss: Tensor
-    ce: Tensor
-    kl: Tensor
-
-
-@dataclass(frozen=True)
-class DenseTeacher:
-    """A teacher that is in memory: its distributions at N positions, as hidden states and the head that reads them.
-
-    It gets no gradient. Its logits exist only beside the student's, one chunk at a time.
-
-    Args:
-        hidden: (N, H) the teacher's last hidden states; H is its own.
-        head: the teacher's, over the student's vocabulary.
-
-    Example:
-        >>> import torch
-        >>> teacher = DenseTeacher(torch.randn(5, 8), Head(torch.randn(100, 8)))
-        >>> len(teacher), len(teacher.select(torch.tensor([0, 3])))
-        (5, 2)
-    """
-
-    hidden: Tensor
-    head: Head
-
-    def __len__(self) -> int:
-        return self.hidden.shape[0]
-
-    def select(self, index: Tensor) -> DenseTeacher:
-        """The positions named by `index` ((M,) int64, or (N,) bool), in that order."""
-        return replace(self, hidden=self.hidden[index])
-
-
 def compute_fused_loss(
-    hidden: Tensor,
-    head: Head,
+    states: TargetStates,
     labels: Tensor,
-    teacher: TopKLogprobs | DenseTeacher,
-    *,
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
+    teacher: TopKLogprobs | TargetStates,
+    objective: Objective,
     weights: Tensor | None = None,
     chunk_rows: int | None = None,
-) -> FusedTerms:
-    """Equal to `compute_position_terms(head.logits(hidden), ...)` and its sum, without ever holding the logits.
+) -> tuple[Tensor, PositionTerms]:
+    """The summed loss of N positions, differentiable in the states and their head, and its terms, detached.
 
-    Under autocast both products run in its dtype, as the model's own head would.
+    A teacher in memory gets no gradient; its logits exist only beside the student's, one chunk at a time. Under
+    autocast the products run in its dtype, as the model's own head would.
 
-    Shapes: hidden (N, H), labels (N,), weights (N,).
+    Shapes: labels (N,), weights (N,).
     """
-    check_objective(alpha, temperature, divergence, beta)
-    vocab_size = head.weight.shape[0]
-    targets: _SparseTargets | _DenseTargets
-    if isinstance(teacher, DenseTeacher):
-        _check_dense(hidden.shape[0], labels, teacher, vocab_size)
-        targets = _DenseTargets(teacher)
-    else:
-        check_positions(hidden.shape[0], labels, teacher, vocab_size)
-        targets = _SparseTargets(teacher, temperature)
-    check_weights(weights, labels)
-    rows = chunk_rows or _balance_chunks(hidden, vocab_size)
-    weight, bias = head.weight, head.bias
+    rows = chunk_rows or _balance_chunks(states)
+    check_positions(len(states), states.vocab_size, labels, teacher, weights)
+    weight, bias = (None, None) if states.head is None else (states.head.weight, states.head.bias)
+    leaves = [states.values, weight, bias]
     if not torch.is_grad_enabled():  # a function's inputs ask for gradients even then
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    objective = Objective(alpha, temperature, divergence, beta)
-    loss, ce, kl = _FusedLoss.apply(hidden, weight, bias, head, labels, targets, objective, weights, rows)  # type: ignore[no-untyped-call]
-    return FusedTerms(loss, ce, kl)
+        leaves = [None if leaf is None else leaf.detach() for leaf in leaves]
+    loss, ce, kl = _FusedLoss.apply(*leaves, states, labels, teacher, objective, weights, rows)  # type: ignore[no-untyped-call]
+    return loss, PositionTerms(ce, kl)
 
 
-def _balance_chunks(hidden: Tensor, vocab_size: int) -> int:
-    """Positions a chunk: as few chunks as memory allows, all of about one size."""
-    count = max(hidden.shape[0], 1)
-    budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
-    chunks = math.ceil(count / max(1, budget // (4 * vocab_size)))
+def _balance_chunks(states: TargetStates) -> int:
+    """Positions per chunk: as few chunks as memory allows, all of about one size."""
+    count = max(len(states), 1)
+    budget = _CPU_CHUNK_BYTES if states.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    chunks = math.ceil(count / max(1, budget // (4 * states.vocab_size)))
     return math.ceil(count / chunks)
-
-
-def _check_dense(count: int, labels: Tensor, teacher: DenseTeacher, vocab_size: int) -> None:
-    if not count == labels.shape[0] == len(teacher):
-        raise ConfigError(
-            f"Expected one hidden state of the teacher and one label for each of {count} target positions, found "
-            f"{len(teacher)} and {labels.shape[0]}. Select the same target positions from teacher and student."
-        )
-    if teacher.head.weight.shape[0] != vocab_size:
-        raise ConfigError(
-            f"The teacher's head has {teacher.head.weight.shape[0]} tokens, the student's {vocab_size}; a dense "
-            "divergence needs the same vocabulary. Take a teacher of the same family, or capture a transfer set."
-        )
-
-
-class _SparseTargets:
-    """Stored entries, cut into blocks."""
-
-    def __init__(self, teacher: TopKLogprobs, temperature: float) -> None:
-        self.log_p, self.p_tail = teacher.at_temperature(temperature)
-        self.positions, self.token_ids = teacher.positions, teacher.token_ids
-        self.borders: list[int] = teacher.offsets.tolist()  # the one transfer that waits for the device
-
-    def blocks(self, start: int, stop: int, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Block]]:
-        """The positions of each block of a chunk, and its entries."""
-        for rows in _cut(start, stop, size):
-            part = slice(self.borders[rows.start], self.borders[rows.stop])
-            yield (
-                rows,
-                SparseBlock(
-                    self.positions[part] - rows.start,
-                    self.token_ids[part],
-                    self.log_p[part].to(dtype),
-                    self.p_tail[rows].to(dtype),
-                ),
-            )
-
-
-class _DenseTargets:
-    """A teacher's hidden states, turned into logits a chunk at a time."""
-
-    def __init__(self, teacher: DenseTeacher) -> None:
-        self.hidden, self.head = _cast(teacher.hidden, teacher.head)
-
-    def blocks(self, start: int, stop: int, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Block]]:
-        """The positions of each block of a chunk, and its logits."""
-        logits = self.head.logits(self.hidden[start:stop]).to(dtype)
-        for rows in _cut(start, stop, size):
-            yield rows, DenseBlock(logits[rows.start - start : rows.stop - start])
-
-
-def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
-
-
-def _cast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Both, detached, in the dtype that autocast computes products in; cast once, where each product would do it."""
-    device, dtype = hidden.device.type, head.weight.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden = hidden.to(dtype)
-    bias = None if head.bias is None else head.bias.detach().to(dtype)
-    return hidden.detach(), replace(head, weight=head.weight.detach().to(dtype), bias=bias)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -189,64 +78,61 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
+        values: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        head: Head,
+        states: TargetStates,
         labels: Tensor,
-        targets: _SparseTargets | _DenseTargets,
+        teacher: TopKLogprobs | TargetStates,
         objective: Objective,
         weights: Tensor | None,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, CE (N,) and divergence (N,); what requires a gradient gets it now, for `backward` to scale."""
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        wants_gradient = needs_hidden or needs_weight or needs_bias
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        count = labels.shape[0]
-        ce = torch.empty(count, dtype=dtype, device=hidden.device)
-        kl = torch.empty(count, dtype=dtype, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs_bias else None
+        needs_values, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        wants_gradient = needs_values or needs_weight or needs_bias
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        ce, kl = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
+        # A gradient of logits waits for the loss's scale in float32; one of hidden states has been summed already.
+        grad_values = torch.empty_like(values, dtype=dtype if weight is None else None) if needs_values else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight and weight is not None else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
         weights = None if weights is None else weights.detach().to(dtype)
-        hidden, head = _cast(hidden, head)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in _cut(0, count, rows):
-                logits = head.logits(hidden[chunk]).to(dtype)
+        states = _detach_for_products(states)
+        sides = _TeacherSides(teacher, objective.temperature, dtype)
+        head = states.head
+        with torch.autocast(states.device.type, enabled=False):
+            for chunk in _cut(0, len(states), rows):
+                logits = states.logits(chunk).to(dtype)
                 slope = None
-                if head.softcap is not None and wants_gradient:
+                if head is not None and head.softcap is not None and wants_gradient:
                     slope = 1 - (logits / head.softcap).square()
-                # Blocks of a chunk differ only in where they lie; on a GPU one block is the chunk.
-                block_rows = rows
-                if logits.device.type == "cpu":
-                    block_rows = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
-                for block, teacher in targets.blocks(chunk.start, chunk.stop, block_rows, dtype):
-                    ce[block], kl[block] = teacher.differentiate(
-                        logits[block.start - chunk.start : block.stop - chunk.start],
-                        labels[block],
-                        objective,
-                        wants_gradient,
-                    )
+                for block, side in sides.blocks(chunk, logits):
+                    own = logits[block.start - chunk.start : block.stop - chunk.start], labels[block]
+                    if isinstance(side, Tensor):
+                        ce[block], kl[block] = _differentiate_dense(*own, side, objective, wants_gradient)
+                    else:
+                        ce[block], kl[block] = _differentiate_entries(*own, side, objective, wants_gradient)
                 if not wants_gradient:
                     continue
+                # From here on `logits` holds the gradient.
                 if slope is not None:
                     logits.mul_(slope)
-                if head.scale != 1.0:
+                if head is not None and head.scale != 1.0:
                     logits.mul_(head.scale)
                 if weights is not None:
                     logits.mul_(weights[chunk].unsqueeze(-1))
-                gradient = logits.to(head.weight.dtype)  # from here on `logits` holds the gradient
-                if grad_hidden is not None:
-                    grad_hidden[chunk] = gradient @ head.weight
+                gradient = logits if head is None else logits.to(head.weight.dtype)
+                if grad_values is not None:
+                    grad_values[chunk] = gradient if head is None else gradient @ head.weight
                 if grad_weight is not None:
-                    grad_weight += gradient.T @ hidden[chunk]
+                    grad_weight += gradient.T @ states.values[chunk]
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
                 del logits, gradient, slope
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype = weight.dtype
-        mixed = (1 - objective.alpha) * ce + objective.alpha * objective.temperature**2 * kl
+        ctx.save_for_backward(grad_values, grad_weight, grad_bias)
+        ctx.dtypes = values.dtype, weight is not None and weight.dtype
+        mixed = PositionTerms(ce, kl).mix(objective.alpha, objective.temperature)
         if weights is not None:
             mixed = mixed * weights
         ctx.mark_non_differentiable(ce, kl)
@@ -256,10 +142,175 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         """The gradients of `forward`, times that of the loss."""
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else (grad_hidden * grad_loss).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_loss).to(ctx.weight_dtype),
-            *[None] * 6,
-        )
+        dtypes = ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1]
+        scaled = [
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
+        ]
+        return *scaled, *[None] * 6
+
+
+class _Entries(NamedTuple):
+    """The stored teacher's side of n positions at the training temperature."""
+
+    positions: Tensor  # (E,) int64, from 0 to n - 1
+    token_ids: Tensor  # (E,) int64
+    log_p: Tensor  # (E,)
+    p_tail: Tensor  # (n,)
+
+
+class _TeacherSides:
+    """What each block of positions is compared with: stored entries, or the logits of a teacher in memory."""
+
+    def __init__(self, teacher: TopKLogprobs | TargetStates, temperature: float, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.states: TargetStates | None = None
+        if isinstance(teacher, TargetStates):
+            self.states = _detach_for_products(teacher)
+            return
+        log_p, p_tail = teacher.at_temperature(temperature)
+        self.entries = _Entries(teacher.positions, teacher.token_ids, log_p.to(dtype), p_tail.to(dtype))
+        self.borders: list[int] = teacher.offsets.tolist()  # the one transfer that waits for the device
+
+    def blocks(self, chunk: slice, logits: Tensor) -> Iterator[tuple[slice, _Entries | Tensor]]:
+        """The positions of each block of a chunk, and its entries or logits (n, V)."""
+        size = len(logits)  # on a GPU the chunk is one block
+        if logits.device.type == "cpu":
+            size = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
+        dense = None if self.states is None else self.states.logits(chunk).to(self.dtype)
+        for block in _cut(chunk.start, chunk.stop, size):
+            if dense is not None:
+                yield block, dense[block.start - chunk.start : block.stop - chunk.start]
+                continue
+            part = slice(self.borders[block.start], self.borders[block.stop])
+            positions, token_ids, log_p, p_tail = self.entries
+            yield block, _Entries(positions[part] - block.start, token_ids[part], log_p[part], p_tail[block])
+
+
+def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def _detach_for_products(states: TargetStates) -> TargetStates:
+    """The states without their graph, in the dtype of autocast: cast once, where each product would do it."""
+    states, device = states.map(Tensor.detach), states.device.type
+    if states.head is None or states.head.weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return states
+    return states.to(torch.get_autocast_dtype(device))
+
+
+def _differentiate_entries(
+    logits: Tensor, labels: Tensor, entries: _Entries, objective: Objective, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """CE and divergence, each (n,); `logits` (n, V) are overwritten, with the gradient of the loss if wanted."""
+    temperature, alpha = objective.temperature, objective.alpha
+    positions, token_ids = entries.positions, entries.token_ids
+    every = torch.arange(logits.shape[0], device=logits.device)
+    label_logits = logits[every, labels]
+    entry_logits = logits[positions, token_ids]  # (E,)
+    logits[positions, token_ids] = -torch.inf  # what remains is the tail
+    peak = logits.amax(-1)
+    peak = torch.where(peak.isfinite(), peak, 0)  # k = V leaves nothing
+    logits.sub_(peak.unsqueeze(-1))
+    if temperature == 1.0:
+        soft = logits.exp_()
+        hard, hard_tail = soft, None
+    elif temperature == 2.0:
+        soft = logits.mul_(0.5).exp_()
+        hard, hard_tail = soft, torch.linalg.vector_norm(soft, dim=-1).square()  # exp(x) = exp(x / 2)^2
+    else:
+        hard = logits.exp()
+        soft, hard_tail = logits.mul_(1 / temperature).exp_(), hard.sum(-1)
+
+    def normalize(tail_sum: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """log Z of the whole vocabulary and log-mass of the tail at temperature t."""
+        log_tail = tail_sum.log() + peak / t
+        log_z = torch.logaddexp(log_tail, _segment_logsumexp(entry_logits / t, positions, logits.shape[0]))
+        return log_z, log_tail - log_z
+
+    tail_sum = soft.sum(-1)  # at least 1 where there is a tail: its own peak was subtracted
+    log_z, log_q_tail = normalize(tail_sum, temperature)
+    hard_log_z = log_z if hard_tail is None else normalize(hard_tail, 1.0)[0]
+    ce = hard_log_z - label_logits
+    log_q = entry_logits / temperature - log_z[positions]
+    with torch.set_grad_enabled(wants_gradient):
+        sides = (log_q.requires_grad_(wants_gradient), log_q_tail.requires_grad_(wants_gradient))
+        kl = compute_divergence(entries.log_p, entries.p_tail, *sides, positions, objective.divergence, objective.beta)
+    if not wants_gradient:
+        return ce, kl
+
+    # The formula's own derivative by log q_c is q_c * g_c, and finite where q_c vanishes. The classes are few; only the
+    # work over the vocabulary is written out here.
+    slopes, slope_tail = torch.autograd.grad(kl, sides, torch.ones_like(kl))
+    mean = slope_tail.index_add(0, positions, slopes)
+    soft_weight, hard_weight = alpha * temperature, 1 - alpha  # T^2 from the loss, 1 / T from z / T
+    grad_entries = soft_weight * (slopes - log_q.detach().exp() * mean[positions])
+    grad_entries += hard_weight * (entry_logits - hard_log_z[positions]).exp()
+    # Per position: d / d z_v = exp(z_v / T) * soft_factor + exp(z_v) * hard_factor for every v of the tail.
+    # q_v / q_tail is exp(z_v / T) / tail_sum: a quotient of two numbers that may both underflow is not formed.
+    share = torch.where(tail_sum > 0, slope_tail / tail_sum, 0)
+    soft_factor = soft_weight * (share - (peak / temperature - log_z).exp() * mean)
+    hard_factor = hard_weight * (peak - hard_log_z).exp()
+    if temperature == 1.0:
+        logits.mul_((soft_factor + hard_factor).unsqueeze(-1))
+    elif temperature == 2.0:
+        logits.mul_((logits * hard_factor.unsqueeze(-1)).add_(soft_factor.unsqueeze(-1)))
+    else:
+        logits.mul_(soft_factor.unsqueeze(-1)).addcmul_(hard, hard_factor.unsqueeze(-1))
+    logits[positions, token_ids] = grad_entries
+    logits[every, labels] -= hard_weight
+    return ce, kl.detach()
+
+
+def _differentiate_dense(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor, objective: Objective, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As `_differentiate_entries`, over the whole vocabulary; both logits are overwritten.
+
+    With log q and log p over V tokens an autograd graph would hold many copies of them, so the slopes are written out:
+    g_v = -p_v / q_v (forward_kl), log(q_v / p_v) (reverse_kl), (1 - beta) log(q_v / m_v) (jsd); constants cancel.
+
+    Shapes: logits (n, V), labels (n,), teacher_logits (n, V) at temperature 1.
+    """
+    temperature, alpha, beta = objective.temperature, objective.alpha, objective.beta
+    every = torch.arange(logits.shape[0], device=logits.device)
+    hard_log_z = logits.logsumexp(-1)
+    ce = hard_log_z - logits[every, labels]
+    if temperature == 1.0:
+        hard, log_q = None, logits.sub_(hard_log_z.unsqueeze(-1))
+    else:
+        hard = (logits - hard_log_z.unsqueeze(-1)).exp_() if wants_gradient else None
+        log_q = _log_softmax_(logits.mul_(1 / temperature))
+    log_p = _log_softmax_(teacher_logits.mul_(1 / temperature))
+    q = log_q.exp()
+    if objective.divergence == "forward_kl":
+        p = log_p.exp()
+        kl = log_p.sub_(log_q).mul_(p).sum(-1)
+        soft = p.neg_().add_(q)
+    else:
+        if objective.divergence == "reverse_kl":
+            slope = log_q.sub_(log_p)
+            kl = mean = (q * slope).sum(-1)
+        else:
+            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+            slope = log_q.sub_(log_m).mul_(1 - beta)
+            mean = (q * slope).sum(-1)
+            kl = mean + beta * log_m.neg_().add_(log_p).mul_(log_p.exp()).sum(-1)
+        soft = slope.sub_(mean.unsqueeze(-1)).mul_(q)
+    if not wants_gradient:
+        return ce, kl
+    # T^2 from the loss, 1 / T from z / T. `log_q` shares the storage of `logits`, and is no longer needed.
+    torch.add(soft.mul_(alpha * temperature), q if hard is None else hard, alpha=1 - alpha, out=logits)
+    logits[every, labels] -= 1 - alpha
+    return ce, kl
+
+
+def _segment_logsumexp(values: Tensor, segments: Tensor, count: int) -> Tensor:
+    """(count,) logsumexp of the values of each segment; -inf for an empty one."""
+    peak = values.new_full((count,), -torch.inf).scatter_reduce(0, segments, values, "amax")
+    safe = torch.where(peak.isfinite(), peak, 0)
+    return values.new_zeros(count).index_add(0, segments, (values - safe[segments]).exp()).log() + safe
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))

@@ -1,71 +1,152 @@
-"""How near a student is to its teacher, as sums per row, so that any mean or interval over rows can be formed later."""
+"""How close a model is to its teacher at target positions, and per row: over stored entries, or the whole vocabulary.
+
+Everything is at temperature 1 and in nats. Sums per row are kept, so that any mean or interval over rows can be formed
+later.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkd.hardware import wide_dtype
-from quantkd.loss.fused import DenseTeacher
-from quantkd.loss.position_metrics import (
-    compare_with_entries,
-    compare_with_logits,
-    compute_predictions,
-    positions_per_chunk,
-    take_logits,
-)
-from quantkd.loss.reference import Divergence, PositionTerms, compute_position_terms
-from quantkd.models.network import Head
-from quantkd.transfer_set import IGNORE_INDEX
+from quantkd.loss.fused import compute_fused_loss
+from quantkd.loss.reference import Objective, PositionTerms, check_positions, compute_divergence, merge_classes
+from quantkd.loss.states import TargetStates
+from quantkd.transfer_set.batch import IGNORE_INDEX
 from quantkd.transfer_set.topk import TopKLogprobs
 
 ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
 
+_CHUNK_BYTES = 64 * 2**20
+# On a CPU the passes over two models' logits run over this much at a time, which stays in the cache.
+_CPU_BLOCK_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model alone.
+
+    Args:
+        log_z: (N,) the log-normalizer of its logits.
+        ce: (N,) cross-entropy of the targets.
+        confidence: (N,) probability of its most probable token.
+        top_ids: (N,) int64, that token.
+    """
+
+    log_z: Tensor
+    ce: Tensor
+    confidence: Tensor
+    top_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside its teacher.
+
+    Args:
+        kl: (N,) forward KL, teacher to model.
+        reverse_kl: (N,) model to teacher.
+        entropy: (N,) the teacher's, over the same classes.
+        top_ids: (N,) int64, the teacher's most probable token.
+    """
+
+    kl: Tensor
+    reverse_kl: Tensor
+    entropy: Tensor
+    top_ids: Tensor
+
+
+def cut_positions(count: int, vocab_size: int, models: int = 1) -> list[slice]:
+    """The positions 0 to `count` in parts whose logits, of that many models, are held at once; at least one part."""
+    size = max(1, _CHUNK_BYTES // (4 * vocab_size) // models)
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+
+
+def compute_predictions(logits: Tensor, targets: Tensor) -> Predictions:
+    """What a model says.
+
+    Shapes: logits (N, V), targets (N,).
+    """
+    log_z = logits.logsumexp(-1)
+    top, top_ids = logits.max(-1)
+    ce = log_z - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return Predictions(log_z, ce, (top - log_z).exp(), top_ids)
+
+
+def compare_with_entries(logits: Tensor, predictions: Predictions, teacher: TopKLogprobs) -> Comparison:
+    """Compare over the k + 1 classes of stored entries and the tail.
+
+    Shapes: logits (N, V).
+    """
+    check_positions(len(logits), logits.shape[1], predictions.ce, teacher)
+    wide = wide_dtype(logits.device)
+    positions = teacher.positions
+    log_p, p_tail = (part.to(wide) for part in teacher.at_temperature(1.0))
+    log_q, log_q_tail = (part.to(wide) for part in merge_classes(logits, predictions.log_z, teacher))
+    classes = log_p, p_tail, log_q, log_q_tail, positions
+    return Comparison(
+        kl=compute_divergence(*classes, "forward_kl"),
+        reverse_kl=compute_divergence(*classes, "reverse_kl"),
+        entropy=-torch.xlogy(p_tail, p_tail).index_add(0, positions, log_p.exp() * log_p),
+        top_ids=teacher.top_ids,
+    )
+
+
+def compare_with_logits(logits: Tensor, predictions: Predictions, teacher_logits: Tensor) -> Comparison:
+    """Compare over the whole vocabulary.
+
+    Shapes: logits (N, V), teacher_logits (N, V).
+    """
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
+    kl, reverse_kl, entropy = (torch.empty_like(predictions.ce) for _ in range(3))
+    top_ids = torch.empty_like(predictions.top_ids)
+    for start in range(0, len(logits), max(rows, 1)):
+        block = slice(start, start + rows)
+        log_q = logits[block] - predictions.log_z[block].unsqueeze(-1)
+        # As for the model, not by log_softmax: of equal logits the divergence is then 0 to the last bit.
+        log_p = teacher_logits[block] - teacher_logits[block].logsumexp(-1, keepdim=True)
+        top_ids[block] = log_p.argmax(-1)
+        p = log_p.exp()
+        entropy[block] = -(p * log_p).sum(-1)
+        excess = log_p - log_q
+        kl[block] = p.mul_(excess).sum(-1)
+        reverse_kl[block] = -log_q.exp_().mul_(excess).sum(-1)
+    return Comparison(kl, reverse_kl, entropy, top_ids)
+
 
 def compute_row_metrics(
-    hidden: Tensor,
-    targets: Tensor,
-    teacher: TopKLogprobs | DenseTeacher,
-    labels: Tensor,
-    *,
-    head: Head | None = None,
-    alpha: float = 1.0,
-    temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
+    states: TargetStates, labels: Tensor, teacher: TopKLogprobs | TargetStates, objective: Objective
 ) -> Tensor:
     """Per row: targets, forward KL and cross-entropy at temperature 1 (nats), top-1 agreements, and the training loss.
 
-    Shapes: hidden (N, H), targets (N,), labels (B, T), returns (B, 5).
+    Shapes: states (B, T, .), labels (B, T), teacher (N,), returns (B, 5).
     """
-    width = hidden.shape[1] if head is None else head.weight.shape[0]
-    step = positions_per_chunk(width)
-    wide = wide_dtype(hidden.device)
-    columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=hidden.device)
-    plain = (temperature, divergence) == (1.0, "forward_kl")  # then the training loss is a mixture of two columns
-    for start in range(0, len(targets), step):
-        part = slice(start, min(start + step, len(targets)))
-        logits = take_logits(hidden, part, head)
+    states, targets = states.at_targets(labels)
+    wide = wide_dtype(states.device)
+    columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=states.device)
+    for part in cut_positions(len(targets), states.vocab_size):
+        logits = states.logits(part)
         predictions = compute_predictions(logits, targets[part])
-        if isinstance(teacher, DenseTeacher):
-            teacher_logits = take_logits(teacher.hidden, part, teacher.head)
-            compared = compare_with_logits(logits, predictions, teacher_logits)
-            entries = None if plain else TopKLogprobs.from_dense(teacher_logits, tuple({1.0, temperature}))
+        if isinstance(teacher, TargetStates):
+            compared = compare_with_logits(logits, predictions, teacher.logits(part))
         else:
-            entries = teacher.select(torch.arange(part.start, part.stop, device=hidden.device))
-            compared = compare_with_entries(logits if plain else logits.clone(), predictions, entries)
-        terms = PositionTerms(predictions.ce.to(wide), compared.kl.to(wide))
-        if not plain and entries is not None:
-            terms = compute_position_terms(
-                logits, targets[part], entries, temperature=temperature, divergence=divergence, beta=beta
-            )
-        agree = predictions.top_ids == compared.top_ids
-        found = [torch.ones_like(compared.kl), compared.kl, predictions.ce, agree, terms.mix(alpha, temperature)]
-        columns[part] = torch.stack([column.to(wide) for column in found], dim=-1)
+            entries = teacher.select(torch.arange(len(targets), device=states.device)[part])
+            compared = compare_with_entries(logits, predictions, entries)
+        found = [torch.ones_like(compared.kl), compared.kl, predictions.ce, predictions.top_ids == compared.top_ids]
+        columns[part, :-1] = torch.stack([column.to(wide) for column in found], dim=-1)
+    if (objective.temperature, objective.divergence) == (1.0, "forward_kl"):
+        terms = PositionTerms(ce=columns[:, 2], kl=columns[:, 1])
+    else:
+        _, terms = compute_fused_loss(states, targets, teacher, objective)
+    columns[:, -1] = terms.mix(objective.alpha, objective.temperature)
     rows = (labels[:, 1:] != IGNORE_INDEX).nonzero()[:, 0]
-    return torch.zeros(labels.shape[0], len(ROW_COLUMNS), dtype=wide, device=hidden.device).index_add_(0, rows, columns)
+    return columns.new_zeros(len(labels), len(ROW_COLUMNS)).index_add_(0, rows, columns)
 
 
 def summarize_rows(rows: Tensor) -> dict[str, float]:

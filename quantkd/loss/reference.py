@@ -1,4 +1,4 @@
-"""The distillation loss over logits in plain PyTorch: the readable reference that every faster path is held against.
+"""The distillation loss over logits in plain PyTorch: the readable reference that the fused form is checked against.
 
 Per target position, with label y, student logits z, stored teacher log-probabilities l_i and temperature T:
 
@@ -22,13 +22,39 @@ from torch import Tensor
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import wide_dtype
-from quantkd.transfer_set.batch import IGNORE_INDEX
+from quantkd.loss.states import TargetStates
 from quantkd.transfer_set.topk import TopKLogprobs
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 # A teacher's tail below float32's half unit of 1.0 is rounding; reverse KL would take its logarithm.
-MIN_TAIL = 2.0**-24
+_MIN_TAIL = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized at every target: `(1 - alpha) * ce + alpha * temperature**2 * divergence`.
+
+    An objective that has no meaning raises ConfigError.
+    """
+
+    alpha: float
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha is {self.alpha}; expected a weight of the soft loss in [0, 1].")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ConfigError(f"temperature is {self.temperature}; expected a finite number above 0.")
+        if self.divergence not in get_args(Divergence):
+            raise ConfigError(f"divergence is {self.divergence!r}; expected one of {', '.join(get_args(Divergence))}.")
+        if self.divergence == "jsd" and not 0 < self.beta < 1:
+            raise ConfigError(
+                f"beta is {self.beta}; jsd needs 0 < beta < 1. Its ends are forward_kl (beta near 0) and reverse_kl "
+                "(beta near 1)."
+            )
 
 
 @dataclass(frozen=True)
@@ -48,58 +74,36 @@ class PositionTerms:
         return (1 - alpha) * self.ce + alpha * temperature**2 * self.kl
 
 
-def check_objective(alpha: float, temperature: float, divergence: str, beta: float) -> None:
-    """Refuse an objective that has no meaning, before any work is spent."""
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha weighs the soft loss and lies in [0, 1], found {alpha}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ConfigError(f"temperature must be above 0 and finite, found {temperature}.")
-    if divergence not in get_args(Divergence):
-        raise ConfigError(f"Unknown divergence {divergence!r}; choose one of {', '.join(get_args(Divergence))}.")
-    if divergence == "jsd" and not 0 < beta < 1:
-        raise ConfigError(
-            f"jsd needs 0 < beta < 1, found {beta}. Its ends are forward_kl (beta near 0) and reverse_kl (near 1)."
-        )
-
-
-def check_positions(count: int, labels: Tensor, teacher: TopKLogprobs, vocab_size: int) -> None:
-    """Refuse labels and distributions that do not belong to the same positions, or to another vocabulary.
-
-    Shapes: labels (N,).
-    """
+def check_positions(
+    count: int,
+    vocab_size: int,
+    labels: Tensor,
+    teacher: TopKLogprobs | TargetStates,
+    weights: Tensor | None = None,
+) -> None:
+    """Refuse labels, distributions and weights that are not one per position, or a teacher of another vocabulary."""
     if not count == labels.shape[0] == len(teacher):
         raise ConfigError(
             f"Expected one teacher distribution and one label for each of {count} target positions, found "
             f"{len(teacher)} and {labels.shape[0]}. Was the batch truncated after the transfer set was read?"
         )
-    # Looked at only where it can be: on a GPU the maximum waits for the device.
-    if teacher.vocab_size > vocab_size and teacher.token_ids.numel() and int(teacher.token_ids.max()) >= vocab_size:
+    if isinstance(teacher, TargetStates):
+        if teacher.vocab_size != vocab_size:
+            raise ConfigError(
+                f"The teacher's head has {teacher.vocab_size} tokens, the student's {vocab_size}; a dense divergence "
+                "needs the same vocabulary. Use a teacher of the same family, or capture a transfer set."
+            )
+    # The maximum is looked up only where it can matter: on a GPU it waits for the device.
+    elif teacher.vocab_size > vocab_size and teacher.token_ids.numel() and int(teacher.token_ids.max()) >= vocab_size:
         raise ConfigError(
             f"The teacher's entries reach id {int(teacher.token_ids.max())}, the student's vocabulary ends at "
             f"{vocab_size - 1}. Teacher and student must share a tokenizer."
         )
-
-
-def check_weights(weights: Tensor | None, labels: Tensor) -> None:
-    """Refuse weights that are not one a position.
-
-    Shapes: labels (N,).
-    """
     if weights is not None and weights.shape != labels.shape:
         raise ConfigError(
-            f"Expected one weight for each of {labels.shape[0]} target positions, found the shape "
-            f"{tuple(weights.shape)}. Repeat a row's weight once for each of its targets."
+            f"Expected one weight for each of {count} target positions, found the shape {tuple(weights.shape)}. "
+            "Repeat a row's weight once for each of its targets."
         )
-
-
-def select_targets(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair every label with the logits that predict it. The one place where the causal shift happens.
-
-    Shapes: logits (B, T, V), labels (B, T), returns (N, V).
-    """
-    shifted = labels[:, 1:]
-    is_target = shifted != IGNORE_INDEX
-    return logits[:, :-1][is_target], shifted[is_target]
 
 
 def compute_position_terms(
@@ -108,7 +112,7 @@ def compute_position_terms(
     teacher: TopKLogprobs,
     *,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
+    divergence: str = "forward_kl",
     beta: float = 0.5,
 ) -> PositionTerms:
     """Cross-entropy and divergence at every target position, differentiable in `logits`.
@@ -122,7 +126,7 @@ def compute_position_terms(
         beta: for `jsd`, `beta * KL(p || m) + (1 - beta) * KL(q || m)` with `m = beta * p + (1 - beta) * q`.
 
     Raises:
-        ConfigError: the three disagree on N, an entry lies outside the student's vocabulary, or the temperature is
+        ConfigError: the three disagree on N, an entry is outside the student's vocabulary, or the temperature is
             not one of the teacher's.
 
     Reference:
@@ -135,7 +139,7 @@ def compute_position_terms(
         >>> f"{terms.ce.item():.4f} {abs(terms.kl.item()):.4f}"
         '0.4076 0.0000'
     """
-    check_positions(logits.shape[0], labels, teacher, logits.shape[1])
+    check_positions(len(logits), logits.shape[1], labels, teacher)
     if logits.dtype != torch.float64:
         logits = logits.float()
     log_z = logits.logsumexp(-1)
@@ -144,16 +148,9 @@ def compute_position_terms(
     scaled = logits / temperature
     log_z = log_z if temperature == 1.0 else scaled.logsumexp(-1)
     log_p, p_tail = teacher.at_temperature(temperature)
-    positions = teacher.positions
-    log_q = scaled[positions, teacher.token_ids] - log_z[positions]  # (E,)
-    # Not 1 - sum(q): that loses all digits when the entries hold nearly all mass. A position that stores the whole
-    # vocabulary has no tail; its logits stay, so that the logarithm stays finite, and its tail gets no weight.
-    has_tail = teacher.counts < logits.shape[1]
-    left_out = has_tail[positions]
-    rest = scaled.index_put((positions[left_out], teacher.token_ids[left_out]), scaled.new_tensor(-torch.inf))
-    log_q_tail = rest.logsumexp(-1) - log_z
-    kl = _divergence(
-        log_p.to(log_q.dtype), log_q, p_tail.to(log_q.dtype), log_q_tail, has_tail, positions, divergence, beta
+    log_q, log_q_tail = merge_classes(scaled, log_z, teacher)
+    kl = compute_divergence(
+        log_p.to(log_q.dtype), p_tail.to(log_q.dtype), log_q, log_q_tail, teacher.positions, divergence, beta
     )
     return PositionTerms(ce=ce, kl=kl)
 
@@ -163,9 +160,9 @@ def compute_distillation_loss(
     labels: Tensor,
     teacher: TopKLogprobs,
     *,
-    alpha: float = 0.5,
+    alpha: float,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
+    divergence: str = "forward_kl",
     beta: float = 0.5,
     num_items: Tensor | int | None = None,
 ) -> Tensor:
@@ -184,35 +181,63 @@ def compute_distillation_loss(
 
     Returns:
         A scalar in nats; 0 with a zero gradient when nothing is a target.
+
+    Raises:
+        ConfigError: an objective that has no meaning, or what `compute_position_terms` refuses.
+
+    Example:
+        >>> import torch
+        >>> logits, labels = torch.zeros(1, 2, 3), torch.tensor([[-100, 1]])
+        >>> teacher = TopKLogprobs.from_dense(torch.tensor([[2.0, 1.0, 0.0]]))
+        >>> f"{compute_distillation_loss(logits, labels, teacher, alpha=1.0).item():.4f}"
+        '0.2657'
     """
-    check_objective(alpha, temperature, divergence, beta)
-    target_logits, target_labels = select_targets(logits, labels)
+    Objective(alpha, temperature, divergence, beta)
+    states, targets = TargetStates(logits).at_targets(labels)
     terms = compute_position_terms(
-        target_logits, target_labels, teacher, temperature=temperature, divergence=divergence, beta=beta
+        states.values, targets, teacher, temperature=temperature, divergence=divergence, beta=beta
     )
     count = max(len(teacher), 1) if num_items is None else num_items
     return terms.mix(alpha, temperature).sum() / count
 
 
-def _divergence(
+def merge_classes(logits: Tensor, log_z: Tensor, teacher: TopKLogprobs) -> tuple[Tensor, Tensor]:
+    """The student's log-probabilities over the teacher's classes: (E,) of the entries, and (N,) of the tail.
+
+    Shapes: logits (N, V) and their normalizers log_z (N,), at one temperature.
+    """
+    positions = teacher.positions
+    log_q = logits[positions, teacher.token_ids] - log_z[positions]
+    # Not 1 - sum(q): that loses all digits when the entries hold nearly all mass. A position that stores the whole
+    # vocabulary has no tail; its logits stay, because the gradient of a logsumexp over nothing is not a number.
+    has_tail = teacher.counts < logits.shape[1]
+    left_out = has_tail[positions]
+    rest = logits.index_put((positions[left_out], teacher.token_ids[left_out]), logits.new_tensor(-torch.inf))
+    return log_q, (rest.logsumexp(-1) - log_z).masked_fill(~has_tail, -torch.inf)
+
+
+def compute_divergence(
     log_p: Tensor,
-    log_q: Tensor,
     p_tail: Tensor,
+    log_q: Tensor,
     log_q_tail: Tensor,
-    has_tail: Tensor,
     positions: Tensor,
-    divergence: Divergence,
-    beta: float,
+    divergence: str,
+    beta: float = 0.5,
 ) -> Tensor:
-    """(N,) divergence over the entries (E,) and the tail (N,)."""
-    p, q = log_p.exp(), log_q.exp()
-    q_tail = log_q_tail.exp().masked_fill(~has_tail, 0)
+    """(N,) divergence over the classes of each position: the entries (E,) that `positions` assigns to it, and its tail.
+
+    Shapes: log_p (E,), p_tail (N,), log_q (E,), log_q_tail (N,), positions (E,).
+    """
+    p, q, q_tail = log_p.exp(), log_q.exp(), log_q_tail.exp()
+    # Where there is no tail its logarithm must be finite, so that its term and its gradient are 0.
+    log_q_tail = torch.where(log_q_tail.isneginf() & (p_tail == 0), 0, log_q_tail)
     if divergence == "forward_kl":
         entries = p * (log_p - log_q)
         tail = torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail
     elif divergence == "reverse_kl":
         entries = q * (log_q - log_p)
-        tail = q_tail * (log_q_tail - p_tail.clamp_min(MIN_TAIL).log())
+        tail = q_tail * (log_q_tail - p_tail.clamp_min(_MIN_TAIL).log())
     else:
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         log_m_tail = torch.logaddexp(p_tail.log() + math.log(beta), log_q_tail + math.log1p(-beta))

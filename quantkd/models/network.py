@@ -1,10 +1,9 @@
-"""Getting hidden states out of a causal language model through its own forward pass, and the head that they go to."""
+"""Running a causal language model up to its states at the targets of a batch, through its own forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,52 +11,49 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from quantkd.loss.states import Head, TargetStates
 from quantkd.models.weights import is_sharded, whole_parameters
 
 # What families do to the logits after the head: the attribute, where it lies, and the value that makes it do nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
 
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`.
+@contextmanager
+def run_model(
+    model: Any, batch: Mapping[str, Any], *, fused: bool, forward: Callable[..., Any] | None = None
+) -> Iterator[tuple[TargetStates, Any]]:
+    """Run a model on a batch: its states at all (B, T) positions, and its outputs.
 
-    Args:
-        weight: (V, H).
-        bias: (V,) or None.
-        scale: a factor on the logits (Cohere, Granite); 1.0 for most models.
-        softcap: the final soft-capping (Gemma 2); None for most models.
+    Inside, a head that processes share is whole. `fused` says whether `why_not_fusable` had no objection; `forward` is
+    what is called where something is wrapped around the model (DDP, FSDP, DeepSpeed).
     """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V), in float32, or float64 if the product is."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "teacher", "weights")}
+    if "position_ids" in inputs:
+        # With a cache transformers takes position ids for a continued sequence, and packed rows would see each other.
+        inputs["use_cache"] = False
+    with hidden_states_as_logits(model) if fused else nullcontext():
+        outputs = (forward or model)(**inputs)
+    with gathered_head(model, outputs.logits.dtype) if fused else nullcontext() as head:
+        yield TargetStates(outputs.logits, head), outputs
 
 
-def find_head(model: Any) -> Head:
-    """The head of a causal language model as it stands now, with the scale and soft-capping of its family."""
-    with gathered_head(model) as head:
-        return head
+def run_to_targets(model: Any, batch: Mapping[str, Any], *, fused: bool) -> tuple[TargetStates, Tensor]:
+    """A model's states at the N targets of a batch, and the (N,) targets, on the model's device.
+
+    For models that no processes share.
+    """
+    device = model.get_input_embeddings().weight.device
+    moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+    with run_model(model, moved, fused=fused) as (states, _):
+        return states.at_targets(moved["labels"].to(states.device))
 
 
 @contextmanager
 def gathered_head(model: Any, dtype: torch.dtype | None = None) -> Iterator[Head]:
-    """`find_head` for a model whose weights may be sharded or 4-bit: inside, the head's are whole and floating point.
+    """The head with its family's scale and soft-capping; inside, its weights are whole and in floating point.
 
-    Every process enters, for gathering takes them all. What FSDP2 or ZeRO-3 has sharded again after the forward pass
-    is gathered without a gradient; that is right for a frozen head, and `why_not_fusable` refuses a trainable one.
+    Every process must enter, because gathering takes them all. What FSDP2 or ZeRO-3 has sharded again after the forward
+    pass is gathered without a gradient: right for a frozen head, and `why_not_fusable` refuses a trainable one.
     """
     module, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
@@ -147,9 +143,11 @@ def why_not_fusable(model: Any, forward: Callable[..., Any] | None = None) -> st
 def _head_module(model: Any) -> Any:
     """The output embeddings; of a head that PEFT trains whole (`modules_to_save`), the copy in use."""
     head = model.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters and head.active_adapters:
-        return head.modules_to_save[head.active_adapters[0]]
-    return head
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module
+    return head.modules_to_save[head.active_adapters[0]]
 
 
 def _is_linear(head: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import has_accelerator
-from quantkd.loss.reference import check_objective
+from quantkd.loss.reference import Objective
 
 # The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): a start that lies near
 # the optimum is led away from it by steps that a start from zero needs.
@@ -131,11 +131,15 @@ class QuantizedDistillationConfig(TrainingArguments):
                 f"hub_strategy is {self.hub_strategy}, which uploads optimizer and random states; expected 'end' or "
                 "'every_save', which upload the adapter."
             )
-        check_objective(self.alpha, self.temperature, self.divergence, self.beta)
+        self.objective()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch
         if self.init_rows < 1:
             raise ConfigError(f"init_rows must be at least 1, found {self.init_rows}.")
+
+    def objective(self) -> Objective:
+        """What the loss minimizes."""
+        return Objective(self.alpha, self.temperature, self.divergence, self.beta)
 
 
 def _parse_options(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ def load_live_teacher(
 ) -> LiveTeacher:
     """The teacher that runs beside the student."""
     assert not isinstance(args.teacher_model_init_kwargs, str)  # TrainingArguments has parsed it
-    return LiveTeacher(teacher_model, student, (args.temperature,), **(args.teacher_model_init_kwargs or {}))
+    return LiveTeacher(teacher_model, student, **(args.teacher_model_init_kwargs or {}))
 
 
 def prepare_student(

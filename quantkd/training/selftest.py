@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkd.data.prompts import encode_prompt
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
-from quantkd.loss.reference import compute_distillation_loss, compute_position_terms, select_targets
+from quantkd.loss.reference import Objective, compute_distillation_loss, compute_position_terms
+from quantkd.loss.states import TargetStates
 from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set import IGNORE_INDEX, TransferRow
@@ -57,19 +58,19 @@ def run_selftest(
     model.eval()
     with torch.no_grad():
         logits = _logits(model, batch)
-        metrics = summarize_rows(
-            compute_row_metrics(*select_targets(logits, batch["labels"]), batch["teacher"], batch["labels"])
-        )
+        states, targets = TargetStates(logits).at_targets(batch["labels"])
+        own = compute_row_metrics(TargetStates(logits), batch["labels"], batch["teacher"], Objective(alpha=1.0))
+        metrics = summarize_rows(own)
         yield Check(
             f"teacher = student has a KL below {_MAX_KL:g}",
             abs(metrics["kl"]) < _MAX_KL,
             f"KL {metrics['kl']:.2e}, top-1 agreement {metrics['top1_agreement']:.4f}",
         )
         for name, shift in (("late", 1), ("early", -1)):
-            target_logits, targets = select_targets(logits.roll(shift, dims=1), batch["labels"])
-            kl = float(compute_position_terms(target_logits, targets, batch["teacher"]).kl.mean())
+            moved, targets = TargetStates(logits.roll(shift, dims=1)).at_targets(batch["labels"])
+            kl = float(compute_position_terms(moved.logits(), targets, batch["teacher"]).kl.mean())
             yield Check(f"a shift by one, {name}, is detected", kl > _MIN_SHIFTED_KL, f"KL {kl:.3f}")
-        target_logits, targets = select_targets(logits, batch["labels"])
+        target_logits = states.logits()
         dense = TopKLogprobs.from_dense(target_logits, (1.0, 2.0))
         student = target_logits.roll(1, dims=0)
         ours = compute_position_terms(student, targets, dense, temperature=2.0).kl.sum()
@@ -102,7 +103,7 @@ def _gradient(model: Any, parameters: list[Tensor], batches: list[dict[str, Any]
     for batch in batches:
         # Against a teacher at another temperature, so that the gradient is far from zero.
         loss = compute_distillation_loss(
-            _logits(model, batch), batch["labels"], batch["teacher"], temperature=2.0, num_items=total
+            _logits(model, batch), batch["labels"], batch["teacher"], alpha=0.5, temperature=2.0, num_items=total
         )
         loss.backward()
     return torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy
 
 from quantkd.errors import ConfigError, DataError, HubError
-from quantkd.loss.fused import DenseTeacher
+from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
-from quantkd.loss.objective import compute_terms
-from quantkd.loss.reference import select_targets
-from quantkd.models.network import gathered_head, hidden_states_as_logits, why_not_fusable
+from quantkd.loss.states import TargetStates
+from quantkd.models.network import run_model, why_not_fusable
 from quantkd.models.provenance import describe_quantization, describe_training, name_base_model, write_provenance
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.curves import TrainingCurves
@@ -109,6 +108,7 @@ class QuantizedDistillationTrainer(Trainer):
         self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
+        self._objective = args.objective()
         self._fused: bool | None = None if args.use_fused_loss else False  # None: still to be tried
         # Where weights are shared out, only the wrapper's forward pass has them whole: tried at the first one.
         if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -136,17 +136,18 @@ class QuantizedDistillationTrainer(Trainer):
         Returns:
             The scalar loss in nats, or `(loss, outputs)`.
         """
-        outputs, hidden, labels = self._forward(model, inputs)
-        teacher = self._teacher(inputs, hidden.device)
-        with gathered_head(self._unwrapped(model), hidden.dtype) if self._fused else nullcontext() as head:
-            terms = compute_terms(hidden, labels, teacher, head, weights=inputs.get("weights"), **self._objective)
+        teacher = self._teacher(inputs)
+        with self._run(model, inputs) as (states, outputs):
+            loss, terms = compute_fused_loss(
+                *states.at_targets(inputs["labels"]), teacher, self._objective, inputs.get("weights")
+            )
         if num_items_in_batch is None:
-            scale: Tensor | float = 1.0 / max(len(labels), 1)
+            scale: Tensor | float = 1.0 / max(len(teacher), 1)
         else:
             # Data-parallel wrappers average gradients over processes; the count is over all of them.
             world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             scale = world / num_items_in_batch
-        loss = terms.loss * scale
+        loss = loss * scale
         if model.training:
             # On the device, for reading them would wait for it in every step.
             step = torch.stack([terms.ce.sum(), terms.kl.sum()]).float() * scale
@@ -154,10 +155,6 @@ class QuantizedDistillationTrainer(Trainer):
             self._train_terms[:2] += step
             self._train_terms[2] += float(self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
-
-    @property
-    def _objective(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in ("alpha", "temperature", "divergence", "beta")}
 
     def _is_fused(self, model: nn.Module) -> bool:
         if self._fused is None:
@@ -170,24 +167,20 @@ class QuantizedDistillationTrainer(Trainer):
     def _unwrapped(self, model: nn.Module) -> Any:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
-    def _teacher(self, inputs: dict[str, Any], device: torch.device) -> TopKLogprobs | DenseTeacher:
+    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[tuple[TargetStates, Any]]:
+        return run_model(self._unwrapped(model), inputs, fused=self._is_fused(model), forward=model)
+
+    def _teacher(self, inputs: dict[str, Any]) -> TopKLogprobs | TargetStates:
         """The teacher's distributions at the N targets, stored or computed now."""
         if self.live_teacher is not None:
-            return self.live_teacher.distributions(_model_inputs(inputs), inputs["labels"], device)
+            return self.live_teacher.compute_states(inputs)
         if "teacher" not in inputs:
             raise DataError(
                 "The batch holds no teacher entries. Train on a TransferSet, or on rows with a `teacher` each, or pass "
                 "teacher_model= to run the teacher beside the student."
             )
-        stored: TopKLogprobs = inputs["teacher"].to(device)
+        stored: TopKLogprobs = inputs["teacher"].to(inputs["labels"].device)
         return stored
-
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
-        """Outputs, and hidden states (N, H) of the N targets; their logits (N, V) without the fused loss."""
-        kwargs = _model_inputs(inputs)
-        with hidden_states_as_logits(self._unwrapped(model)) if self._is_fused(model) else nullcontext():
-            outputs = model(**kwargs)
-        return outputs, *select_targets(outputs.logits, inputs["labels"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `ce` and `kl`, averaged over the steps since the last log, beside the Trainer's `loss`.
@@ -212,13 +205,10 @@ class QuantizedDistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's, packed if asked for. Evaluation never is: its metrics are kept by row of the batch."""
-        padded = self.data_collator
-        if self.args.packing and isinstance(padded, DistillationCollator):  # no other, by `check_collator`
-            self.data_collator = replace(padded, packing=True)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = padded
+        loader = super().get_train_dataloader()
+        if self.args.packing and isinstance(self.data_collator, DistillationCollator):  # no other, by `check_collator`
+            loader.collate_fn = replace(self.data_collator, packing=True)
+        return loader
 
     def prediction_step(
         self,
@@ -237,20 +227,16 @@ class QuantizedDistillationTrainer(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs, hidden, labels = self._forward(model, inputs)
-            teacher = self._teacher(inputs, hidden.device)
-            gathered = gathered_head(self._unwrapped(model), hidden.dtype) if self._fused else nullcontext()
-            with gathered as head:
-                rows = compute_row_metrics(hidden, labels, teacher, inputs["labels"], head=head, **self._objective)
-                logits = None
-                if not prediction_loss_only:
-                    logits = outputs.logits if head is None else head.logits(outputs.logits.flatten(0, 1))
+            teacher = self._teacher(inputs)
+            with self._run(model, inputs) as (states, _):
+                rows = compute_row_metrics(states, inputs["labels"], teacher, self._objective)
+                logits = None if prediction_loss_only else states.logits()
             # By rows, so that those which fill up the last batch of the processes are not counted twice.
             self._eval_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
             loss = (rows[:, -1].sum() / rows[:, 0].sum().clamp_min(1)).float()
         if logits is None:
             return loss, None, None
-        return loss, logits.view(*inputs["labels"].shape, -1), inputs["labels"]
+        return loss, logits, inputs["labels"]
 
     def evaluation_loop(
         self,
@@ -283,7 +269,7 @@ class QuantizedDistillationTrainer(Trainer):
         _remove_arguments(folder)
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
         training = describe_training(self.args, self.accelerator.num_processes)
-        write_provenance(folder, trained_on, self._objective, training, describe_quantization(self.model))
+        write_provenance(folder, trained_on, asdict(self._objective), training, describe_quantization(self.model))
         name_base_model(folder)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             self._write_card(folder)
@@ -400,9 +386,3 @@ class _ArgumentsRemoved(TrainerCallback):
 def _remove_arguments(folder: Path) -> None:
     # It is a pickle, can hold a Hub token, and nothing reads it back.
     (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    kwargs = {key: value for key, value in inputs.items() if key not in ("labels", "teacher", "weights")}
-    # With a cache at hand transformers takes position ids for a continued sequence, and packed rows see each other.
-    return {**kwargs, "use_cache": False} if "position_ids" in kwargs else kwargs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.sharing import deal_batches
-from quantkd.loss.position_metrics import compare_with_entries, compute_predictions, positions_per_chunk, take_logits
-from quantkd.loss.reference import select_targets
-from quantkd.models.network import Head, base_network, find_head, hidden_states_as_logits, undisturbed, why_not_fusable
+from quantkd.loss.metrics import compare_with_entries, compute_predictions, cut_positions
+from quantkd.loss.states import TargetStates
+from quantkd.models.network import base_network, run_to_targets, undisturbed, why_not_fusable
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import IGNORE_INDEX
@@ -30,9 +30,6 @@ from quantkd.view.spelling import decode_text, spell_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    # (N, H) hidden states at N targets with the head that makes logits of them, or (N, V) logits and None.
-    Outputs = tuple[Tensor, Head | None]
 
 
 def collect_divergence(
@@ -63,11 +60,9 @@ def collect_divergence(
     batches = deal_batches(shown.lengths.tolist(), batch_size, share=False)
     found: list[RowDivergence] = []
     with _evaluating(model):
-        with model.disable_adapter():
-            fusable = why_not_fusable(model) is None
-        fusable = fusable and why_not_fusable(model) is None
+        fused = why_not_fusable(model) is None
         for indices in tqdm(batches, desc="view", unit="batch", disable=None if progress else True):
-            found += _compare_batch(model, shown, indices, tokenizer, alternatives, fusable)
+            found += _compare_batch(model, shown, indices, tokenizer, alternatives, fused)
     found.sort(key=lambda row: row.index)
     ids = np.concatenate([part for row in found for part in (row.token_ids, row.alternatives.token_ids)])
     return Divergence(
@@ -87,23 +82,23 @@ def _compare_batch(
     indices: list[int],
     tokenizer: PreTrainedTokenizerBase,
     alternatives: int,
-    fusable: bool,
+    fused: bool,
 ) -> Iterator[RowDivergence]:
     """The rows of one batch."""
     fetched = shown.__getitems__(indices)
     batch = DistillationCollator(pad_token_id=0)(fetched)  # padding is masked and never a target, whatever its id
-    labels, teacher = batch["labels"].to(model.device), batch["teacher"].to(model.device)
     with model.disable_adapter(), torch.inference_mode():
-        before, targets = _run(model, batch, labels, fusable)
+        before, targets = run_to_targets(model, batch, fused=fused)
     with torch.inference_mode():
-        after, _ = _run(model, batch, labels, fusable)
+        after, _ = run_to_targets(model, batch, fused=fused)
+    teacher = batch["teacher"].to(targets.device)
     bounds = np.append(0, fetched.target_counts.cumsum(0).numpy())
     starts = np.append(0, fetched.lengths.cumsum(0).numpy())
     for place, index in enumerate(indices):
+        own = slice(*bounds[place : place + 2])
+        stored = teacher.select(torch.arange(len(targets), device=targets.device)[own])
         with torch.inference_mode():
-            columns = _compare_students(
-                before, after, targets, teacher, range(*bounds[place : place + 2]), alternatives
-            )
+            columns = _compare_students(before.select(own), after.select(own), targets[own], stored, alternatives)
         if not (np.isfinite(columns["kl_before"]).all() and np.isfinite(columns["kl_after"]).all()):
             raise DataError(
                 f"The student's KL at row {index} is not finite, so its logits are not either; expected finite ones. "
@@ -124,36 +119,22 @@ def _compare_batch(
         )
 
 
-def _run(model: PeftModel, batch: dict[str, Any], labels: Tensor, fusable: bool) -> tuple[Outputs, Tensor]:
-    """One forward pass at the N targets, and the (N,) targets."""
-    with hidden_states_as_logits(model) if fusable else nullcontext():
-        outputs = model(
-            input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
-        )
-    hidden, targets = select_targets(outputs.logits, labels)
-    return (hidden, find_head(model) if fusable else None), targets
-
-
 def _compare_students(
-    before: Outputs, after: Outputs, targets: Tensor, teacher: TopKLogprobs, own: range, num_alternatives: int
+    before: TargetStates, after: TargetStates, targets: Tensor, teacher: TopKLogprobs, num_alternatives: int
 ) -> dict[str, NDArray[Any]]:
-    """The columns of a row, whose targets are `own` of the batch's, a chunk of logits at a time."""
-    width = max(hidden.shape[1] if head is None else head.weight.shape[0] for hidden, head in (before, after))
-    step = max(1, positions_per_chunk(width) // 2)  # both students' logits at once
+    """The columns of a row, a chunk of both students' logits at a time."""
     chunks: list[dict[str, NDArray[Any]]] = []
-    for start in range(own.start, max(own.stop, own.start + 1), step):
-        part = slice(start, min(start + step, own.stop))
-        logits = [take_logits(hidden, part, head) for hidden, head in (before, after)]
+    for part in cut_positions(len(targets), before.vocab_size, models=2):
+        logits = [states.logits(part) for states in (before, after)]
         predicted = [compute_predictions(values, targets[part]) for values in logits]
-        entries = teacher.select(torch.arange(part.start, part.stop, device=targets.device))
+        entries = teacher.select(torch.arange(len(targets), device=targets.device)[part])
         first_choices = torch.stack([targets[part], *(each.top_ids for each in predicted)], dim=-1)
         found = _choose_alternatives(entries, first_choices.tolist(), num_alternatives)
-        positions = torch.from_numpy(np.repeat(np.arange(part.stop - start), found["counts"])).to(targets.device)
+        positions = torch.from_numpy(np.repeat(np.arange(len(entries)), found["counts"])).to(targets.device)
         chosen = torch.from_numpy(found["token_ids"]).to(targets.device)
         for name, values, each in zip(("before", "after"), logits, predicted, strict=True):
             found[name] = (values[positions, chosen] - each.log_z[positions]).cpu().double().numpy()
             found[f"top_{name}"] = each.top_ids.cpu().numpy()
-            # compare_with_entries overwrites the logits
             found[f"kl_{name}"] = compare_with_entries(values, each, entries).kl.cpu().double().numpy()
         chunks.append(found)
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -1,0 +1,111 @@
+"""TargetStates: what a model gives at the target positions of a batch, as hidden states with a head or as logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantkd.transfer_set.batch import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`.
+
+    Args:
+        weight: (V, H).
+        bias: (V,) or None.
+        scale: a factor on the logits (Cohere, Granite); 1.0 for most models.
+        softcap: the final soft-capping (Gemma 2); None for most models.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V), in float32, or float64 if the product is."""
+        logits = _widen(torch.nn.functional.linear(hidden, self.weight, self.bias))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Head:
+        """The same head with its tensors changed."""
+        return replace(self, weight=function(self.weight), bias=None if self.bias is None else function(self.bias))
+
+
+@dataclass(frozen=True)
+class TargetStates:
+    """What a model gives at N positions: its last hidden states and the head that reads them, or its logits.
+
+    Logits are held only by models whose head cannot be separated (`models.network.why_not_fusable`). Everybody else
+    makes them from hidden states, a part at a time.
+
+    Args:
+        values: (N, H) hidden states if there is a head, else (N, V) logits.
+        head: the head, or None.
+
+    Example:
+        >>> import torch
+        >>> states = TargetStates(torch.randn(5, 8), Head(torch.randn(100, 8)))
+        >>> len(states), states.vocab_size, states.logits(slice(2)).shape
+        (5, 100, torch.Size([2, 100]))
+    """
+
+    values: Tensor
+    head: Head | None = None
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return self.values.shape[-1] if self.head is None else self.head.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.values.device
+
+    def logits(self, part: slice = slice(None)) -> Tensor:
+        """(n, V) logits of some positions in float32 or float64, never shared: the caller may overwrite them."""
+        values = self.values[part]
+        if self.head is not None:
+            return self.head.logits(values)
+        wide = _widen(values)
+        return wide.clone() if wide is values else wide
+
+    def at_targets(self, labels: Tensor) -> tuple[TargetStates, Tensor]:
+        """Of states (B, T, ·), those that predict a target, and the (N,) targets.
+
+        This is the one place where the causal shift happens: position t predicts the label of t + 1.
+
+        Shapes: labels (B, T), unshifted.
+        """
+        shifted = labels[:, 1:]
+        is_target = shifted != IGNORE_INDEX
+        return replace(self, values=self.values[:, :-1][is_target]), shifted[is_target]
+
+    def select(self, index: Tensor | slice) -> TargetStates:
+        """The positions named by `index`, in that order."""
+        return replace(self, values=self.values[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TargetStates:
+        """The same states with all tensors changed."""
+        return TargetStates(function(self.values), None if self.head is None else self.head.map(function))
+
+    def to(self, target: torch.device | torch.dtype) -> TargetStates:
+        """The same states on a device or in a dtype."""
+        return self.map(lambda tensor: tensor.to(target))
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
