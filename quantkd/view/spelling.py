@@ -1,4 +1,4 @@
-"""How a single token reads: its text with its leading space, or its bytes where they are no whole characters."""
+"""The text of single tokens with their leading space, or their bytes where they are not whole characters."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece spells a 
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of some ids as it is, special tokens and spaces included."""
+    """The text of some ids, including special tokens and spaces."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str | bytes]:
-    """How each id reads by itself.
-
-    A character of several bytes, such as an emoji, may be split over tokens; none of them is text then, and their
-    bytes are what there is to show.
-    """
-    # Some decoders drop the space at the start of a text: put a token before it and take its text off again.
+    """The text of each id by itself, or its bytes if it is a part of a character, such as an emoji."""
+    # Some decoders drop the space at the start of a text, so decode after another token and remove that one's text.
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     before = decode_text(tokenizer, anchor)
     spelled: dict[int, str | bytes] = {}
@@ -40,7 +36,7 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict
 
 
 def _spell_bytes(name: str) -> str | bytes:
-    """The bytes behind a token's name in the vocabulary, as text if they are any; the name if it stands for none."""
+    """The bytes of a token's name in the vocabulary, as text if they are text; the name if it has no bytes."""
     alphabet = _byte_alphabet()
     if found := _BYTE_TOKEN.fullmatch(name):
         raw = bytes([int(found[1], 16)])
@@ -55,7 +51,7 @@ def _spell_bytes(name: str) -> str | bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE's characters for the 256 bytes (Radford et al. 2019): printable ones are themselves."""
+    """Byte-level BPE's characters for the 256 bytes (Radford et al. 2019): printable ones map to themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {**{chr(byte): byte for byte in printable}, **{chr(256 + n): byte for n, byte in enumerate(others)}}
