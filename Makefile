@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The small CPU build where pip can see one; anything else, such as TORCH="torch==2.9.1", is taken as given.
 TORCH ?= torch==2.13.0+cpu
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+# A file stays in one process, so that what its tests share is made once.
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 

@@ -10,50 +10,34 @@ import doctest
 import json
 import re
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from doc_pages import (
-    LANGUAGES,
-    PAGES,
-    Block,
-    name_of,
-    read_blocks,
-    split_commands,
-    split_launcher,
-)
+from conftest import build_tiny_model
+from doc_pages import LANGUAGES, PAGES, Block, name_of, read_blocks, split_commands, split_launcher
 from doc_stand_ins import StandIns
 
-Run = Callable[[list[str]], None]
+from quantkd import capture
+from quantkd.cli.main import main
 
 
-@pytest.fixture
-def run_quantkd(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line in this process, as its entry point would; a failing exit code fails the test."""
-    from quantkd.cli.main import main
-
-    def run(words: list[str]) -> None:
-        monkeypatch.setattr(sys, "argv", words)
-        code: Any = None
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        assert not code, f"{shlex.join(words)} exited with {code}"
-
-    return run
+def run_quantkd(words: list[str]) -> None:
+    """Run the command line in this process; a failing exit code fails the test."""
+    code: Any = None
+    try:
+        main(words[1:])
+    except SystemExit as stop:
+        code = stop.code
+    assert not code, f"{shlex.join(words)} exited with {code}"
 
 
 @pytest.fixture(scope="session")
 def page_model_path(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a context for eight shots and answers that end soon."""
-    from conftest import build_tiny_model
-
     folder = tmp_path_factory.mktemp("page-model")
     model = build_tiny_model(tiny_tokenizer)
     model.config.max_position_embeddings = 2048  # its rotary embeddings have no weights that would have to grow
@@ -66,9 +50,6 @@ def page_model_path(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def made(page_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sets and a student as the commands of the README leave them."""
-    from quantkd import capture
-    from quantkd.cli.main import main
-
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -106,7 +87,7 @@ def run_pycon(block: Block, code: str, namespace: dict[str, Any]) -> None:
     assert not said, "".join(said)
 
 
-def run_bash(block: Block, code: str, run_quantkd: Run) -> None:
+def run_bash(block: Block, code: str) -> None:
     for words in split_commands(code):
         _, script, command = split_launcher(words)  # a launcher's processes are those of tests/test_distributed.py
         assert script is None and command[:1] == ["quantkd"], (
@@ -126,7 +107,7 @@ def read_data(block: Block) -> list[Any]:
         return [json.loads(line) for line in block.code.splitlines()]
 
 
-def run_blocks(blocks: list[Block], stand_ins: StandIns, run_quantkd: Run) -> None:
+def run_blocks(blocks: list[Block], stand_ins: StandIns) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
         for name in block.given:
@@ -137,7 +118,7 @@ def run_blocks(blocks: list[Block], stand_ins: StandIns, run_quantkd: Run) -> No
         elif block.language == "pycon":
             run_pycon(block, code, namespace)
         elif block.language == "bash":
-            run_bash(block, code, run_quantkd)
+            run_bash(block, code)
         else:
             assert all(read_data(block)), f"{block.place} holds nothing"
             if "file" in block.marks:
@@ -149,10 +130,10 @@ RUN_PAGES = [page for page in PAGES if any(block.is_run for block in read_blocks
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=name_of)
-def test_blocks_run(page: Path, stand_ins: StandIns, run_quantkd: Run) -> None:
+def test_blocks_run(page: Path, stand_ins: StandIns) -> None:
     blocks = [block for block in read_blocks(page) if block.is_run]
     missing = {name for block in blocks if (name := block.marks.get("needs")) and find_spec(name) is None}
-    run_blocks([block for block in blocks if block.marks.get("needs") not in missing], stand_ins, run_quantkd)
+    run_blocks([block for block in blocks if block.marks.get("needs") not in missing], stand_ins)
     if missing:
         pytest.skip(f"all blocks ran but those that need {', '.join(missing)}, which is not installed")
 
@@ -168,7 +149,9 @@ def test_no_block_is_overlooked(page: Path) -> None:
     prose = re.sub(r"```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     assert re.findall(r"^ {4,}(?:quantkd|python|pip|make|accelerate) .*$", prose, re.MULTILINE) == []
     for block in blocks:
-        assert block.language != "python" or ">>>" not in block.code, f"{block.place} is a session: ```pycon"
+        if block.language == "python":
+            assert ">>>" not in block.code, f"{block.place} is a session: ```pycon"
+            compile("\n" * (block.line - 1) + block.code, str(page), "exec")
         if file := block.marks.get("file"):
             others = [other.code for other in blocks if other is not block]
             assert any(Path(file).stem in code for code in others), f"{block.place}: no block uses {file}"
@@ -183,10 +166,3 @@ def test_most_blocks_are_run() -> None:
     for language in LANGUAGES - {"bash"}:
         left_out = [block.place for block in blocks if block.language == language and not block.is_run]
         assert len(left_out) <= 1, f"{language} blocks need no GPU or engine as a rule; not run: {left_out}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_blocks_that_are_not_run_are_python(page: Path) -> None:
-    for block in read_blocks(page):
-        if block.language == "python":
-            compile("\n" * (block.line - 1) + block.code, str(page), "exec")

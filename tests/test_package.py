@@ -55,16 +55,6 @@ def test_import_is_light() -> None:
     assert loaded == "[]"
 
 
-def test_help_is_light() -> None:
-    code = (
-        "import sys; sys.argv = ['quantkd', '--help']\n"
-        "from quantkd.cli.main import main\n"
-        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        f"print([name for name in {HEAVY} if name in sys.modules])"
-    )
-    assert run_python(code).splitlines()[-1] == "[]"
-
-
 def test_public_names() -> None:
     assert set(quantkd.__all__) - {"__version__"} == PUBLIC_NAMES
     for name in PUBLIC_NAMES:
@@ -100,10 +90,8 @@ def test_every_data_file_of_the_package_is_shipped() -> None:
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:
-    folders = {path.parent for path in list_checkout() if path.suffix == ".py"}
-    package = REPOSITORY / "quantkd"
-    inside = [folder for folder in folders if folder.is_relative_to(package)]
-    assert [folder.name for folder in inside if not (folder / "__init__.py").is_file()] == []
+    folders = {path.parent for path in (REPOSITORY / "quantkd").rglob("*.py")}
+    assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 def test_no_file_is_too_large_for_the_repository() -> None:

