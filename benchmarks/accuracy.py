@@ -37,10 +37,17 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
+from quantkd import (
+    GenerationSettings,
+    QuantizedDistillationConfig,
+    QuantizedDistillationTrainer,
+    RunSettings,
+    TransferSet,
+    capture,
+)
 from quantkd.data.arithmetic import generate_problems
+from quantkd.data.encoding import encode_completion, encode_prompt
 from quantkd.data.gsm8k import build_prompt
-from quantkd.data.prompts import encode_completion, encode_prompt
 from quantkd.evaluation import compute_gap_recovered, evaluate_gsm8k, mcnemar_exact, wilson_interval
 from quantkd.evaluation.stats import RowSums
 from quantkd.hardware import default_device, native_compute_dtype
@@ -111,7 +118,12 @@ def train(teacher: Path, problems: Problems, folder: Path, args: argparse.Namesp
     transfer_set = Path(args.cache) / f"transfer_set-{args.distill_rows}"
     prompts = [build_prompt(problem["question"]) for problem in problems]
     capture(
-        str(teacher), prompts, transfer_set, chat_template=CHAT_TEMPLATE, max_new_tokens=MAX_NEW_TOKENS, batch_size=32
+        str(teacher),
+        prompts,
+        transfer_set,
+        chat_template=CHAT_TEMPLATE,
+        generation=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
+        run=RunSettings(batch_size=32),
     )
     trainer = QuantizedDistillationTrainer(
         load_student(str(teacher), quantization_config=quantization_config(args)),

@@ -29,23 +29,21 @@ import numpy as np
 from _metering import MIB, Memory
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from quantkd import capture
-from quantkd.teacher.progress import CaptureObserver
-from quantkd.teacher.teacher import EncodedPrompt
+from quantkd import Nucleus, RunSettings, capture
+from quantkd.teacher import EncodedPrompt, GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow, TransferSetWriter
 
 
-class ReadyTeacher:
+class ReadyTeacher(Teacher):
     """Answers with rows that are computed from nothing but the row's number, and counts the time it takes for that."""
 
-    engine, name, revision, dtype, temperatures = "ready", "ready", "", "float32", (1.0, 2.0)
-    max_context = None
     batch_invariant = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int, entries: int) -> None:
-        self.tokenizer, self.tokens, self.seconds, self.answered = tokenizer, tokens, 0.0, 0
+        settings, size = GenerationSettings(), len(tokenizer)
+        super().__init__("ready", tokenizer, Nucleus(0.95), (1.0, 2.0), settings, vocab_size=size, dtype="float32")
+        self.tokens, self.seconds, self.answered = tokens, 0.0, 0
         draw = np.random.default_rng(0)
-        self.vocab_size = len(tokenizer)
         self.parts = []
         for _ in range(64):
             counts = draw.integers(1, 2 * entries, tokens)
@@ -60,6 +58,9 @@ class ReadyTeacher:
                     np.tile(np.float32([0.0, 3.0]), (tokens, 1)),
                 )
             )
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "ready"}
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         started = time.perf_counter()
@@ -82,17 +83,8 @@ class ReadyTeacher:
         self.seconds += time.perf_counter() - started
         return rows
 
-    score = answer
-
-
-class Clock(CaptureObserver):
-    """When the plan was fixed."""
-
-    def __init__(self) -> None:
-        self.planned_at = 0.0
-
-    def planned(self, estimate: Any) -> None:
-        self.planned_at = time.perf_counter()
+    def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
+        return self.answer(prompts)
 
 
 class Timed:
@@ -130,16 +122,17 @@ def main() -> None:
     args = parser.parse_args()
 
     teacher = ReadyTeacher(AutoTokenizer.from_pretrained(args.model), args.tokens, args.entries)
-    clock, memory, resident = Clock(), Memory(), []
+    memory, resident, planned = Memory(), [], []
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         with Timed(TransferSetWriter, "commit", lambda: resident.append(memory.now())) as storing:
             prompts = [f"What is {number} + {number % 97}?" for number in range(args.prompts)]
             path = Path(folder) / "set"
-            done = capture(teacher, prompts, path, batch_size=args.batch_size, observer=clock, progress=False)
+            run = RunSettings(batch_size=args.batch_size, progress=False)
+            done = capture(teacher, prompts, path, run=run, on_plan=lambda _: planned.append(time.perf_counter()))
         total = time.perf_counter() - started
         rows, size = len(done), done.info.num_bytes
-    planning = clock.planned_at - started
+    planning = planned[0] - started
     bookkeeping = total - planning - teacher.seconds - storing.seconds
     assumed = teacher.answered / args.tokens_per_second
     table = {"planning": planning, "bookkeeping": bookkeeping, "storing": storing.seconds, "rows made": teacher.seconds}

@@ -38,10 +38,10 @@ import torch
 from _metering import MIB, Memory
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from quantkd import capture
+from quantkd import GenerationSettings, RunSettings, capture
 from quantkd.data.arithmetic import generate_problems
+from quantkd.data.encoding import encode_prompt
 from quantkd.data.gsm8k import load_gsm8k
-from quantkd.data.prompts import encode_prompt
 from quantkd.models.generation import build_generation_config, generation_mode
 from quantkd.teacher import load_teacher
 
@@ -87,10 +87,14 @@ class Bench:
         """quantkd's whole call; the length of each answer."""
         with tempfile.TemporaryDirectory() as folder:
             found = capture(
-                self.model, prompts, Path(folder) / "set", tokenizer=self.tokenizer, progress=False,
-                max_new_tokens=self.args.max_new_tokens, batch_size=self.args.batch_size,
-                rows_per_shard=len(prompts), temperatures=TEMPERATURES,
-            )  # fmt: skip
+                self.model,
+                prompts,
+                Path(folder) / "set",
+                tokenizer=self.tokenizer,
+                temperatures=TEMPERATURES,
+                generation=GenerationSettings(max_new_tokens=self.args.max_new_tokens),
+                run=RunSettings(batch_size=self.args.batch_size, rows_per_shard=len(prompts), progress=False),
+            )
             return [int((row["labels"] != -100).sum()) for row in found]
 
     def run(self, name: str, prompts: list[str]) -> list[int]:

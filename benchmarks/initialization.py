@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantkd import Nucleus, TransferSet, capture
+from quantkd import GenerationSettings, Nucleus, TransferSet, capture
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
@@ -44,7 +44,14 @@ def load_sets(domain: str, args: argparse.Namespace) -> tuple[TransferSet, Trans
         teacher, tokenizer = load_teacher(args.model)
         prompts = [build_prompt(row["question"]) for row in rows]
         for folder, part in zip(folders, (prompts[: counts[0]], prompts[counts[0] :]), strict=True):
-            capture(teacher, part, folder, tokenizer=tokenizer, storage=Nucleus(0.95, max_k=64), max_new_tokens=256)
+            capture(
+                teacher,
+                part,
+                folder,
+                tokenizer=tokenizer,
+                storage=Nucleus(0.95, max_k=64),
+                generation=GenerationSettings(max_new_tokens=256),
+            )
     train, held_out = (TransferSet.open(folder) for folder in folders)
     return train, held_out[: args.held_out_rows]
 

@@ -26,7 +26,16 @@ from typing import Any
 
 from peft import LoraConfig
 
-from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK, TransferSet, capture
+from quantkd import (
+    GenerationSettings,
+    Nucleus,
+    QuantizedDistillationConfig,
+    QuantizedDistillationTrainer,
+    RunSettings,
+    TopK,
+    TransferSet,
+    capture,
+)
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
@@ -88,8 +97,9 @@ def load_sets(domain: str, args: argparse.Namespace) -> tuple[TransferSet, Trans
     if not (folder / "index.json").is_file():
         teacher, tokenizer = load_teacher(args.model)
         capture(
-            teacher, [build_prompt(row["question"]) for row in rows], folder, tokenizer=tokenizer, batch_size=32,
-            storage=Nucleus(0.95, max_k=64), max_new_tokens=MAX_NEW_TOKENS[domain],
+            teacher, [build_prompt(row["question"]) for row in rows], folder, tokenizer=tokenizer,
+            storage=Nucleus(0.95, max_k=64), generation=GenerationSettings(MAX_NEW_TOKENS[domain]),
+            run=RunSettings(batch_size=32),
         )  # fmt: skip
     answers, learned = TransferSet.open(folder), max(recipe.rows for recipe in TRIALS)
     return answers[:learned], answers[learned : learned + args.held_out_rows]

@@ -42,7 +42,15 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
+from quantkd import (
+    GenerationSettings,
+    Nucleus,
+    QuantizedDistillationConfig,
+    QuantizedDistillationTrainer,
+    RunSettings,
+    TransferSet,
+    capture,
+)
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
 from quantkd.evaluation import bootstrap_ratio_interval, compute_gap_recovered
 from quantkd.evaluation.fidelity import evaluate_fidelity
@@ -79,7 +87,8 @@ def capture_sets(args: argparse.Namespace) -> None:
     for name in ("train", "held_out"):
         capture(
             teacher, question_prompts(args, name), set_folder(args, name), tokenizer=tokenizer,
-            storage=Nucleus(args.storage_mass, max_k=64), max_new_tokens=args.max_new_tokens, batch_size=32,
+            storage=Nucleus(args.storage_mass, max_k=64), generation=GenerationSettings(args.max_new_tokens),
+            run=RunSettings(batch_size=32),
         )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, RunSettings, TransferSet
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.student import attach_lora, load_student
 
@@ -176,7 +176,7 @@ def capture_rows(args: argparse.Namespace, folder: str) -> None:
 
     rows = load_gsm8k(args.gsm8k, "train", limit=args.rows)
     examples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
-    capture(args.model, examples, folder, responses="given", rows_per_shard=args.rows)
+    capture(args.model, examples, folder, responses="given", run=RunSettings(rows_per_shard=args.rows))
 
 
 def run_all(args: argparse.Namespace, given: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:

@@ -28,7 +28,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quantkd import capture
+from quantkd import GenerationSettings, RunSettings, capture
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.loss.reference import compute_position_terms
 from quantkd.models.student import attach_lora, load_student
@@ -121,8 +121,8 @@ def main() -> None:
     output = args.output or Path(tempfile.mkdtemp())
     questions = [row["question"] for row in load_gsm8k(args.gsm8k, "train", limit=args.rows)]
     faithful = capture(
-        args.model, questions, output / "faithful", storage=PROFILES["faithful"].storage, profile="faithful",
-        max_new_tokens=args.max_new_tokens, rows_per_shard=args.rows, dtype="float32",
+        args.model, questions, output / "faithful", storage=PROFILES["faithful"].storage,
+        generation=GenerationSettings(args.max_new_tokens), run=RunSettings(rows_per_shard=args.rows, dtype="float32"),
     )  # fmt: skip
     convert(faithful, output / "compact", "compact")
     sets = {"compact": TransferSet(output / "compact", verify="full"), "faithful": faithful}

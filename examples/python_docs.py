@@ -21,7 +21,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from quantkd import QuantizedDistillationConfig
+from quantkd import GenerationSettings, QuantizedDistillationConfig, RunSettings
 from quantkd.data.demo_model import load_demo_model
 from quantkd.experiment import Experiment, run_experiment
 from quantkd.hardware import process_state
@@ -102,7 +102,7 @@ def main() -> None:
             train_rows=[{"prompt": prompt} for prompt in prompts[: data.train_rows]],
             held_out_rows=[{"prompt": prompt} for prompt in prompts[data.train_rows : wanted]],
             make_prompt=lambda row: row["prompt"],
-            capture={"max_new_tokens": data.max_new_tokens, "batch_size": 16},
+            capture={"generation": GenerationSettings(data.max_new_tokens), "run": RunSettings(batch_size=16)},
             peft_config=default_lora_config(data.rank),
             control=True,
         ),

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "errors": "QuantKDError",
         "teacher.capture": "capture",
+        "teacher.teacher": "GenerationSettings RunSettings",
         "training.config": "QuantizedDistillationConfig",
         "training.trainer": "QuantizedDistillationTrainer",
         "transfer_set.reader": "TransferSet",
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy(
 if TYPE_CHECKING:
     from quantkd.errors import QuantKDError as QuantKDError
     from quantkd.teacher.capture import capture as capture
+    from quantkd.teacher.teacher import GenerationSettings as GenerationSettings, RunSettings as RunSettings
     from quantkd.training.config import QuantizedDistillationConfig as QuantizedDistillationConfig
     from quantkd.training.trainer import QuantizedDistillationTrainer as QuantizedDistillationTrainer
     from quantkd.transfer_set.reader import TransferSet as TransferSet

@@ -21,7 +21,8 @@ from quantkd.hardware import default_device, process_state
 from quantkd.models.export import export_merged, export_requantized, load_exported, read_provenance
 from quantkd.models.student import load_student
 from quantkd.report import build_report
-from quantkd.teacher import capture, load_teacher
+from quantkd.teacher import GenerationSettings, load_teacher
+from quantkd.teacher.capture import capture
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.trainer import QuantizedDistillationTrainer
@@ -50,7 +51,7 @@ class Experiment:
         few_shot_rows: what the shots are taken from, in the same format; disjoint from the test rows.
         shots: numbers of shots to test with.
         make_prompt: the prompt of a training or held-out row; that of a GSM8K question by default.
-        capture: further arguments of `quantkd.capture`, such as `storage` and `max_new_tokens`.
+        capture: further arguments of `quantkd.capture`, such as `storage` and `generation`.
         dtype: of the teacher, and of what the student computes in; after the hardware if None.
         quantization_config: of the student; NF4 if None.
         peft_config: of the student; rank 16 on all linear layers if None.
@@ -122,7 +123,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             few_shot=experiment.few_shot_rows,
             shots=experiment.shots,
             batch_size=experiment.eval_batch_size,
-            max_new_tokens=experiment.capture.get("max_new_tokens", 256),
+            max_new_tokens=experiment.capture.get("generation", GenerationSettings()).max_new_tokens,
             chat_template=experiment.chat_template,
             force=experiment.force,
             share=True,

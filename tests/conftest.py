@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -23,6 +23,8 @@ if os.environ.get("CI"):
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from quantkd import TransferSet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
@@ -93,6 +95,24 @@ def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Llama
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return model
+
+
+def capture_set(model: Any, prompts: Any, folder: str | Path, **options: Any) -> TransferSet:
+    """`quantkd.capture` without a bar, in float32 if it loads the teacher; fields of its settings are options."""
+    from quantkd import GenerationSettings, RunSettings, capture
+
+    run: dict[str, Any] = {"progress": False, **({"dtype": "float32"} if isinstance(model, (str, Path)) else {})}
+    generation: dict[str, Any] = {}
+    for kind, fields in ((GenerationSettings, generation), (RunSettings, run)):
+        fields |= {name: options.pop(name) for name in list(options) if name in kind.__dataclass_fields__}
+    return capture(
+        str(model) if isinstance(model, Path) else model,
+        prompts,
+        folder,
+        generation=GenerationSettings(**generation) if generation else None,
+        run=RunSettings(**run),
+        **options,
+    )
 
 
 @pytest.fixture(scope="session")

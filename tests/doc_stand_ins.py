@@ -40,7 +40,6 @@ def _prompts(numbers: range) -> list[dict[str, Any]]:
 FILES: dict[str, list[dict[str, Any]]] = {
     "prompts.jsonl": _prompts(range(20)),
     "held_out.jsonl": _prompts(range(20, 26)),
-    "more.jsonl": _prompts(range(30, 34)),
     "data.jsonl": [{**row, "completion": f"{n * (n + 1)} pens."} for n, row in enumerate(_prompts(range(4)))],
     "tasks/items.jsonl": [{"question": f"{n} + 2 =", "choices": [str(n + 2), str(n)], "label": 0} for n in range(3)],
 }

@@ -11,8 +11,9 @@ from hub_client import connect, disconnect
 from test_report import LEVELS, build, make_arm
 from transformers import AutoModelForCausalLM
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.student import default_quantization_config
+from tests.conftest import capture_set
 
 PUSHED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "gap.png", "quantkd.json",
@@ -32,7 +33,7 @@ def hub(monkeypatch, tmp_path):
 def transfer_set(tiny_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets") / "set"
     prompts = ["Two and two?", "Why?", "Name a colour.", "One."]
-    return capture(str(tiny_model_path), prompts, folder, max_new_tokens=6, dtype="float32", progress=False)
+    return capture_set(tiny_model_path, prompts, folder, max_new_tokens=6)
 
 
 def build_trainer(tiny_model_path, transfer_set, folder, **options):

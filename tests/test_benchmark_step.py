@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkd import TransferSet, capture
+from quantkd import TransferSet
+from tests.conftest import capture_set
 
 PROMPTS = ["Two and two?", "Name a colour, then one more.", "Why?", "Tell me of the sea.", "One.", "A", "B?", "C D"]
 RANK, HIDDEN, INNER, KEYS, LAYERS, VOCABULARY = 16, 64, 128, 32, 2, 320
@@ -27,7 +28,7 @@ def step(monkeypatch):
 @pytest.fixture(scope="module")
 def set_path(tiny_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets") / "set"
-    capture(str(tiny_model_path), PROMPTS, folder, max_new_tokens=10, dtype="float32", progress=False)
+    capture_set(tiny_model_path, PROMPTS, folder, max_new_tokens=10)
     return folder
 
 

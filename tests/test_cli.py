@@ -16,9 +16,9 @@ import safetensors
 from matplotlib.figure import Figure
 
 import quantkd.cli.main
-from quantkd import capture
 from quantkd.cli.main import COMMANDS, main
 from quantkd.errors import TransferSetError
+from tests.conftest import capture_set
 
 PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
 
@@ -26,7 +26,7 @@ PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
 @pytest.fixture(scope="module")
 def set_path(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "set"
-    capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=8, dtype="float32", progress=False)
+    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=8)
     return path
 
 
@@ -95,7 +95,15 @@ def test_the_environment_is_set_by_the_program_alone(capsys, monkeypatch, set_pa
 def test_inspect_shows_facts_and_alternatives(capsys, set_path, tiny_model_path):
     code, out, _ = run(capsys, "inspect", set_path, "--tokenizer", tiny_model_path, "--rows", 1)
     assert code == 0
-    for piece in ("teacher", tiny_model_path.name, "bytes a response token", "entries a token", "tail", "One and one?"):
+    expected = (
+        "teacher",
+        tiny_model_path.name,
+        "bytes per response token",
+        "entries per token",
+        "tail",
+        "One and one?",
+    )
+    for piece in expected:
         assert piece in out
     code, out, _ = run(capsys, "inspect", set_path, "--rows", 1)
     assert code == 0 and "--tokenizer" in out

@@ -47,16 +47,16 @@ def run(capsys, model, folder, *words, prompts="p.jsonl", out="s"):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, files, tiny_model_path):
-    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--batch_size", "auto")
+    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--auto_find_batch_size")
     assert code == 0 and not (files / "s").exists()
-    for line in ("rows          6", "batches of", "at most 36 in responses", "time          at most", " free"):
+    for line in ("rows          6", "batches of", "at most 36 in responses", " free"):
         assert line in out
 
 
 def test_given_answers_have_an_exact_plan(capsys, files, tiny_model_path, tiny_tokenizer):
     code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--responses", "given")
     tokens = sum(len(tiny_tokenizer(row["completion"]).input_ids) + 1 for row in ROWS)
-    assert code == 0 and f"in prompts, {tokens} in responses" in out and "known after the first batch" in out
+    assert code == 0 and f"in prompts, {tokens} in responses" in out
 
 
 def test_samples_filters_and_summary(capsys, files, tiny_model_path):
@@ -64,30 +64,18 @@ def test_samples_filters_and_summary(capsys, files, tiny_model_path):
         capsys, tiny_model_path, files, "--do_sample", "--num_samples", 3, "--generation_temperature", 2.0,
         "--drop_duplicates", "--min_response_tokens", 2, prompts="twice.jsonl",
     )  # fmt: skip
-    assert code == 0 and "tokens/s in this process" in out
+    assert code == 0
     info = TransferSet.open(files / "s").info
     counted = {name: count for name, count in info.counters.items() if name.startswith("filtered_")}
     assert counted["filtered_duplicate_prompts"] == 2
     assert info.num_rows == 18 - sum(counted.values()) + 2 and info.generation["num_samples"] == 3
-    assert f"filtered      {sum(counted.values())}: " in out
+    assert all(f"{count} {name.removeprefix('filtered_')}" in out for name, count in counted.items())
 
 
 def test_correct_answers_alone(capsys, files, tiny_model_path):
     code, out, _ = run(capsys, tiny_model_path, files, "--correct_only")
-    assert code == 0 and "filtered      6: 6 incorrect" in out  # a random model solves nothing
+    assert code == 0 and "6 incorrect" in out  # a random model solves nothing
     assert TransferSet.open(files / "s").info.counters["filtered_incorrect"] == 6
-
-
-def test_extend_adds_rows_once(capsys, files, tiny_model_path):
-    assert run(capsys, tiny_model_path, files)[0] == 0
-    old = TransferSet.open(files / "s")
-    shards = {file.name: file.read_bytes() for file in (files / "s").glob("*.safetensors")}
-    assert run(capsys, tiny_model_path, files, "--extend", prompts="more.jsonl")[0] == 0
-    new = TransferSet.open(files / "s")
-    assert len(new) == 10 and new.digest != old.digest
-    assert all((files / "s" / name).read_bytes() == data for name, data in shards.items())
-    assert run(capsys, tiny_model_path, files, "--extend", prompts="more.jsonl")[0] == 0
-    assert TransferSet.open(files / "s").digest == new.digest
 
 
 def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tiny_model_path, tiny_tokenizer):
@@ -104,10 +92,9 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tin
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--num_samples", "2"], "num_samples is 2 with responses='generate' and do_sample=False"),
+        (["--num_samples", "2"], "num_samples is 2 with do_sample=False; more than one"),
         (["--num_samples", "0"], "num_samples is 0"),
-        (["--num_samples", "2", "--do_sample", "--responses", "given"], "Set do_sample=True (--do_sample), or leave"),
-        (["--batch_size", "many"], "--batch_size is 'many'; expected a whole number, or auto"),
+        (["--num_samples", "2", "--do_sample", "--responses", "given"], "a given answer is one row"),
         (["--batch_size", "0"], "must be at least 1, found 0"),
         (["--rows_per_shard", "0"], "must be at least 1, found 8 and 0"),
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, found 0"),
@@ -127,8 +114,7 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tin
         (["--few_shot", "no.jsonl"], "no.jsonl"),
         (["--plain_prompts", "--system_prompt", "Be brief."], "A plain prompt must be text, found 2 chat messages"),
         (["--max_new_tokens", "600"], "more than the teacher's context of 512"),
-        (["--extend"], "There is no finished transfer set at"),
-        (["--engine", "server"], "base_url is the address of the server engine; found none with engine='server'"),
+        (["--engine", "server"], "base_url is the address of the server engine; found None with engine='server'"),
         (["--base_url", "http://127.0.0.1:1/v1"], "Give both engine='server' and base_url, or neither"),
         (["--engine_kwargs", "{}x"], "expected a JSON object"),
         (["--engine_kwargs", "[1]"], "is a JSON list; expected an object"),

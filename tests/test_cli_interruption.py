@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from quantkd import TransferSet, capture
+from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError
 from quantkd.training.checkpoints import find_checkpoint
+from tests.conftest import capture_set
 
 PROMPTS = [f"What is {number} + 3?" for number in range(32)]
 
@@ -78,7 +79,7 @@ def test_capture_goes_on_to_the_same_bytes(capsys, folder, tiny_model_path):
 
 
 def test_train_goes_on_to_the_same_weights(capsys, folder, tiny_model_path):
-    capture(str(tiny_model_path), PROMPTS, "set", max_new_tokens=8, dtype="float32", progress=False)
+    capture_set(tiny_model_path, PROMPTS, "set", max_new_tokens=8)
     words = ["train", "--model_name_or_path", tiny_model_path, "--transfer_set", "set", "--dtype", "float32",
              "--report_to", "none", "--per_device_train_batch_size", "2", "--num_train_epochs", "2",
              "--save_steps", "4", "--output_dir"]  # fmt: skip

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantkd import capture
 from quantkd.cli.main import main
+from tests.conftest import capture_set
 
 CANARY = "hf_canaryCANARYcanaryCANARY"
 
@@ -21,7 +21,7 @@ CANARY = "hf_canaryCANARYcanaryCANARY"
 def words(tiny_model_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompts = [f"What is {number} + 3?" for number in range(8)]
-    capture(str(tiny_model_path), prompts, "set", max_new_tokens=6, dtype="float32", progress=False)
+    capture_set(tiny_model_path, prompts, "set", max_new_tokens=6)
     Path("base.yaml").write_text("learning_rate: 0.003\nlora_r: 4\nlogging_steps: 1\nhub_token: " + CANARY + "\n")
     return ["train", "--config", "base.yaml", "--model_name_or_path", str(tiny_model_path), "--transfer_set", "set",
             "--dtype", "float32", "--report_to", "none"]  # fmt: skip

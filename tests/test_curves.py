@@ -9,8 +9,9 @@ from conftest import REPOSITORY
 from matplotlib.figure import Figure
 from transformers.integrations.integration_utils import rewrite_logs
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.training.curves import draw_curves
+from tests.conftest import capture_set
 
 HISTORY = [
     {"step": 2, "loss": 0.7, "ce": 1.3, "kl": 0.2, "learning_rate": 1e-4},
@@ -76,9 +77,8 @@ def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_sam
         def on_log(self, args, state, control, logs=None, **kwargs):
             names.update(logs or {})
 
-    transfer_set = capture(
+    transfer_set = capture_set(
         tiny_model, ["One?", "Two?", "Three?"], tmp_path / "s", max_new_tokens=6, tokenizer=tiny_tokenizer,
-        progress=False,
     )  # fmt: skip
     args = QuantizedDistillationConfig(
         str(tmp_path / "o"), max_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no",
@@ -103,9 +103,8 @@ def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_sam
 
 
 def test_a_run_shorter_than_logging_steps_has_its_first_and_last_step(tiny_model_path, tmp_path, drawn):
-    transfer_set = capture(
-        str(tiny_model_path), ["One?", "Two?", "Three?"], tmp_path / "s", max_new_tokens=4, dtype="float32",
-        progress=False,
+    transfer_set = capture_set(
+        tiny_model_path, ["One?", "Two?", "Three?"], tmp_path / "s", max_new_tokens=4,
     )  # fmt: skip
     args = QuantizedDistillationConfig(
         str(tmp_path / "o"), max_steps=3, save_strategy="no", report_to="none", disable_tqdm=True, init="zero",

@@ -10,10 +10,11 @@ import datasets
 import pytest
 import torch
 
-from quantkd import TopK, capture
-from quantkd.data.conversations import encode_conversation, encode_example, with_context
-from quantkd.data.prompts import Example, load_examples
+from quantkd import TopK
+from quantkd.data.encoding import encode_conversation, encode_example
+from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
+from tests.conftest import capture_set
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -195,9 +196,9 @@ def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
     monkeypatch.setattr("quantkd.teacher.transformers._MAX_LOGITS_BYTES", 4 * 320 * 2 * 3)  # pieces of three tokens
     tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
     short = [turn("user", "Why?"), turn("assistant", "The sea.")]
-    found = capture(
+    found = capture_set(
         tiny_model, [{"messages": CONVERSATION}, {"messages": short}], tmp_path / "set", responses="given",
-        tokenizer=tokenizer, storage=TopK(5), batch_size=2, progress=False, temperatures=(1.0, 2.0),
+        tokenizer=tokenizer, storage=TopK(5), batch_size=2, temperatures=(1.0, 2.0),
     )  # fmt: skip
     ids, spans = by_hand(tokenizer)
     row = found[0]
@@ -224,9 +225,9 @@ def test_system_prompt_and_few_shot_reach_the_tokens_and_count_as_no_answer(
     tiny_model, tiny_tokenizer, tmp_path
 ) -> None:
     shots = [Example("1 + 1?", "2")]
-    found = capture(
-        tiny_model, ["3 + 3?"], tmp_path / "set", tokenizer=tiny_tokenizer, progress=False, max_new_tokens=3,
-        system_prompt="Think.", few_shot=shots,
+    found = capture_set(
+        tiny_model, with_context([Example("3 + 3?")], system_prompt="Think.", few_shot=shots), tmp_path / "set",
+        tokenizer=tiny_tokenizer, max_new_tokens=3,
     )  # fmt: skip
     row = found[0]
     prompt = tiny_tokenizer.decode(row["input_ids"][row["labels"] == -100])

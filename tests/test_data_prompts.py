@@ -14,7 +14,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quantkd.data.prompts import Example, encode_completion, encode_prompt, load_examples
+from quantkd.data.encoding import encode_completion, encode_prompt
+from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import DataError
 
 ROWS = [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "2"}]

@@ -17,9 +17,10 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quantkd import TransferSet, capture
+from quantkd import TransferSet
 from quantkd.errors import ConfigError
 from quantkd.models.student import default_quantization_config, load_student
+from tests.conftest import capture_set
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "accelerate_configs"
 PROCESS = Path(__file__).with_name("training_process.py")
@@ -46,7 +47,7 @@ def train(student, arguments=TWO_BY_TWO, reshard=False):
 @pytest.fixture(scope="module")
 def set_path(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("distributed") / "set"
-    capture(str(tiny_model_path), EXAMPLES, path, responses="given", dtype="float32", progress=False)
+    capture_set(tiny_model_path, EXAMPLES, path, responses="given")
     return path
 
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import build_tiny_model
+from conftest import build_tiny_model, capture_set
 from doc_pages import LANGUAGES, PAGES, Block, name_of, read_blocks, split_commands, split_launcher
 from doc_stand_ins import StandIns
 
-from quantkd import capture
 from quantkd.cli.main import main
 
 
@@ -56,7 +55,7 @@ def made(page_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for name, numbers in (("set", range(12)), ("train", range(12)), ("held", range(12, 16))):
             prompts = [f"What is {number} + 2?" for number in numbers]
             # In bfloat16 a model as small as this has so many equal logits that an audit finds them.
-            capture(str(page_model_path), prompts, f"runs/{name}", max_new_tokens=12, dtype="float32", progress=False)
+            capture_set(page_model_path, prompts, f"runs/{name}", max_new_tokens=12)
         words = ["--model_name_or_path", str(page_model_path), "--transfer_set", "runs/set", "--max_steps", "2"]
         main(["train", *words, "--output_dir", "runs/student"])
     return folder

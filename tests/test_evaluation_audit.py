@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from quantkd import Nucleus, Sampled, TopK, TransferSet, capture
+from quantkd import Nucleus, Sampled, TopK, TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.audit import audit
 from quantkd.teacher import GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set import verify
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, capture_set
 
 PROMPTS = [f"What is {a} + {b}?" for a in range(4) for b in range(4)]
 POISONED = 5
@@ -56,7 +56,7 @@ def other_answer(row):
 
 def write(model, tokenizer, path, poison):
     teacher = Poisoner(model, tokenizer, poison)
-    return capture(teacher, PROMPTS, path, batch_size=4, tokenizer=tokenizer, progress=False)
+    return capture_set(teacher, PROMPTS, path, batch_size=4, tokenizer=tokenizer)
 
 
 def test_an_honest_set_passes_in_any_batch(tiny_model, tiny_tokenizer, tmp_path):
@@ -109,19 +109,17 @@ def test_a_teacher_that_is_not_finite_does_not_pass(tiny_model, tiny_tokenizer, 
 
 def test_what_cannot_be_audited(tiny_model, tiny_tokenizer, tmp_path):
     options = {"tokenizer": tiny_tokenizer, "max_new_tokens": 4, "progress": False}
-    sampled = capture(tiny_model, PROMPTS[:2], tmp_path / "s", storage=Sampled(8), **options)
+    sampled = capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", storage=Sampled(8), **options)
     with pytest.raises(ConfigError, match="random draws that a second computation does not repeat"):
         audit(sampled, tiny_model)
-    warm = capture(tiny_model, PROMPTS[:2], tmp_path / "w", storage=TopK(5), do_sample=True, **options)
+    warm = capture_set(tiny_model, PROMPTS[:2], tmp_path / "w", storage=TopK(5), do_sample=True, **options)
     assert audit(warm, tiny_model, progress=False).greedy is None
     with pytest.raises(ConfigError, match="0 of 2 rows were asked for"):
         audit(warm, tiny_model, num_rows=0)
 
 
 def test_command(capsys, tiny_model_path, tiny_tokenizer, tmp_path):
-    honest = capture(
-        str(tiny_model_path), PROMPTS[:6], tmp_path / "s", max_new_tokens=6, dtype="float32", progress=False
-    )
+    honest = capture_set(tiny_model_path, PROMPTS[:6], tmp_path / "s", max_new_tokens=6)
     main(["audit", str(tmp_path / "s"), "--teacher", str(tiny_model_path), "--rows", "4"])
     out = capsys.readouterr().out
     assert (

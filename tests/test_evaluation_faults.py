@@ -15,14 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from quantkd import TransferSet, capture
+from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.evaluation.arms import check_arm_name, evaluate_arm
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.report import build_report
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, capture_set
 
 ROWS = generate_problems(3, seed=0)
 
@@ -30,7 +30,7 @@ ROWS = generate_problems(3, seed=0)
 @pytest.fixture(scope="module")
 def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("faults") / "set"
-    capture(str(tiny_model_path), ["One?", "Two?", "Three?"], path, max_new_tokens=6, dtype="float32", progress=False)
+    capture_set(tiny_model_path, ["One?", "Two?", "Three?"], path, max_new_tokens=6)
     return path
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quantkd import Nucleus, TopK, TransferSet, capture
+from quantkd import Nucleus, TopK, TransferSet
 from quantkd.cli.evaluate import main
 from quantkd.errors import ConfigError
 from quantkd.evaluation.bins import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, bin_confidence, bin_values
@@ -19,7 +19,7 @@ from quantkd.evaluation.fidelity import Fidelity, evaluate_fidelity
 from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions
 from quantkd.report import build_report
 from quantkd.transfer_set.topk import TopKLogprobs
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, capture_set
 
 PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
 
@@ -29,7 +29,7 @@ def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactor
     """Answers of up to 20 tokens, so that they reach the third bin of positions; the tails are real."""
     folder = tmp_path_factory.mktemp("held")
     rule = Nucleus(0.9, max_k=24)
-    capture(str(tiny_model_path), PROMPTS, folder, storage=rule, max_new_tokens=20, dtype="float32", progress=False)
+    capture_set(tiny_model_path, PROMPTS, folder, storage=rule, max_new_tokens=20)
     return folder
 
 
@@ -238,8 +238,7 @@ def test_top_k_of_another_rule_has_the_same_dense_figures(
     teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
     figures = []
     for name, rule in (("few", TopK(2)), ("many", TopK(320))):
-        capture(str(tiny_model_path), PROMPTS[:2], tmp_path / name, storage=rule, max_new_tokens=6, dtype="float32",
-                progress=False)  # fmt: skip
+        capture_set(tiny_model_path, PROMPTS[:2], tmp_path / name, storage=rule, max_new_tokens=6)  # fmt: skip
         held = TransferSet.open(tmp_path / name)
         figures.append(evaluate_fidelity(student, held, teacher=teacher, progress=False).to_json())
     few, many = figures

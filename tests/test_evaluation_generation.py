@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from quantkd.data.arithmetic import generate_problems
-from quantkd.data.prompts import encode_prompt
+from quantkd.data.encoding import encode_prompt
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation import generation
 from quantkd.evaluation.generation import Generated, generate_greedy

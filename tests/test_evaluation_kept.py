@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from quantkd import TransferSet, capture
+from quantkd import TransferSet
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import DataError
 from quantkd.evaluation import arms
@@ -19,6 +19,7 @@ from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.kept import compute_arm_fingerprint, discard_stale_arm
 from quantkd.models.student import load_student
+from tests.conftest import capture_set
 
 ROWS = generate_problems(3, seed=0)
 
@@ -26,7 +27,7 @@ ROWS = generate_problems(3, seed=0)
 @pytest.fixture(scope="module")
 def held_out(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TransferSet:
     path = tmp_path_factory.mktemp("kept") / "set"
-    capture(str(tiny_model_path), ["One?", "Two?", "Three?"], path, max_new_tokens=6, dtype="float32", progress=False)
+    capture_set(tiny_model_path, ["One?", "Two?", "Three?"], path, max_new_tokens=6)
     return TransferSet.open(path)
 
 

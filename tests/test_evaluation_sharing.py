@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkd import TransferSet, capture
+from quantkd import TransferSet
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
+from tests.conftest import capture_set
 
 SCRIPT = """
 import json, sys
@@ -50,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 def test_two_processes_give_what_one_gives(one_thread: None, tiny_model_path: Path, tmp_path: Path) -> None:
     prompts = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(7)]
-    capture(str(tiny_model_path), prompts, tmp_path / "held", max_new_tokens=5, dtype="float32", progress=False)
+    capture_set(tiny_model_path, prompts, tmp_path / "held", max_new_tokens=5)
     script = tmp_path / "measure.py"
     script.write_text(SCRIPT)
     words = [script, tiny_model_path, tmp_path / "held", tmp_path / "2", 2]

@@ -21,7 +21,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from quantkd import TransferSet, capture
+from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
@@ -29,6 +29,7 @@ from quantkd.models.export import export_adapter, export_merged, export_requanti
 from quantkd.models.merging import merge_adapters
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.models.student_formats import dequantize_weight
+from tests.conftest import capture_set
 
 PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
 
@@ -41,7 +42,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="module")
 def held_out(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "set"
-    capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=8, dtype="float32", progress=False)
+    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=8)
     return path
 
 

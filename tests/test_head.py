@@ -10,8 +10,9 @@ from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.network import gathered_head, hidden_states_as_logits, why_not_fusable
+from tests.conftest import capture_set
 
 # What the others do to their logits is not known here; the probe finds it, and their logits are held.
 NOT_FUSED = {"RecurrentGemma"}
@@ -21,7 +22,7 @@ NOT_FUSED = {"RecurrentGemma"}
 def transfer_set(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / "set"
     prompts = ["One and one?", "A longer question, which has more words?", "Why?"]
-    return capture(str(tiny_model_path), prompts, path, max_new_tokens=8, dtype="float32", progress=False)
+    return capture_set(tiny_model_path, prompts, path, max_new_tokens=8)
 
 
 def loss_and_gradient(model, transfer_set, tokenizer, tmp_path, fused, **kwargs):

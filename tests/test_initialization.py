@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.errors import ConfigError
 from quantkd.models.initialization import compute_correction, draw_rows, initialize_from_error
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.student import attach_lora, load_student
+from tests.conftest import capture_set
 
 PROMPTS = [f"What is {n} and {n + 1}, and a few words more?" for n in range(12)]
 
@@ -88,7 +89,7 @@ def test_full_rank_gives_back_the_whole_error_and_what_exceeds_it_is_zero():
 @pytest.fixture(scope="module")
 def transfer_set(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("init") / "set"
-    return capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=12, dtype="float32", progress=False)
+    return capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=12)
 
 
 def build(tiny_model_path, transfer_set, tmp_path, model=None, **options):

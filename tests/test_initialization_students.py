@@ -16,6 +16,7 @@ from quantkd.models.initialization import _MAX_INPUTS, initialize_from_error
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.student import attach_lora, load_student
 from quantkd.models.student_formats import dequantize_weight
+from tests.conftest import capture_set
 
 IDS = torch.arange(120).view(6, 20)
 
@@ -197,9 +198,8 @@ torch.save(found, f"{job['folder']}/adapters-{args.process_index}.pt")
 
 
 def test_processes_start_from_the_same_adapters(tiny_model_path, tmp_path):
-    from quantkd import capture
 
-    capture(str(tiny_model_path), ["What is it?", "And now?"], tmp_path / "set", dtype="float32", progress=False)
+    capture_set(tiny_model_path, ["What is it?", "And now?"], tmp_path / "set")
     job = json.dumps({"folder": str(tmp_path), "model": str(tiny_model_path), "set": str(tmp_path / "set")})
     (tmp_path / "process.py").write_text(PROCESS)
     for count in (1, 2):

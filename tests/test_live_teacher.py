@@ -9,10 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.student import load_student
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, capture_set
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?"]
 
@@ -20,7 +20,7 @@ PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?
 @pytest.fixture(scope="module")
 def transfer_set(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("live") / "set"
-    return capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=8, dtype="float32", progress=False)
+    return capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=8)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.student import load_student
+from tests.conftest import capture_set
 
 CHECKPOINTING = {
     "by default": {"gradient_checkpointing": True},
@@ -21,7 +22,7 @@ CHECKPOINTING = {
 def transfer_set(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "set"
     prompts = ["Two and two?", "Name a colour, and then another one.", "Why?", "Tell me about the sea."]
-    return capture(str(tiny_model_path), prompts, path, max_new_tokens=10, dtype="float32", progress=False)
+    return capture_set(tiny_model_path, prompts, path, max_new_tokens=10)
 
 
 @pytest.fixture

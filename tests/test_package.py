@@ -16,10 +16,12 @@ import quantkd
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLIC_NAMES = {
+    "GenerationSettings",
     "Nucleus",
     "QuantKDError",
     "QuantizedDistillationConfig",
     "QuantizedDistillationTrainer",
+    "RunSettings",
     "Sampled",
     "TopK",
     "TopKLogprobs",

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, MistralConfig, Qwen2Config
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.packing import position_ids_of, why_not_packable
 from quantkd.models.row_attention import ROW_ATTENTION, use_row_attention
 from quantkd.transfer_set.collator import DistillationCollator
+from tests.conftest import capture_set
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?", "Tell me about the sea.", "One."]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -22,7 +23,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 @pytest.fixture(scope="module")
 def transfer_set(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("packing") / "set"
-    return capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=12, dtype="float32", progress=False)
+    return capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=12)
 
 
 @pytest.fixture

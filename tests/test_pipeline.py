@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from quantkd import QuantizedDistillationConfig, TransferSet
+from quantkd import GenerationSettings, QuantizedDistillationConfig, TransferSet
 from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
@@ -32,7 +32,7 @@ def run(tiny_model_path: Path, tmp_path: Path) -> Run:
         rows = generate_problems(8, 0)
         experiment = Experiment(
             model=str(tiny_model_path), run_dir=tmp_path / name, train_rows=rows[:5], held_out_rows=rows[5:],
-            capture={"max_new_tokens": 8}, dtype="float32", **options,
+            capture={"generation": GenerationSettings(8)}, dtype="float32", **options,
         )  # fmt: skip
         args = QuantizedDistillationConfig(
             str(tmp_path / name / "student"), max_steps=max_steps, per_device_train_batch_size=2, learning_rate=1e-3,

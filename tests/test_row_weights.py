@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.transfer_set import concatenate
 from quantkd.transfer_set.collator import DistillationCollator
+from tests.conftest import capture_set
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one.", "How many legs?", "Why?"]
 
@@ -16,7 +17,7 @@ PROMPTS = ["Two and two?", "Name a colour, and then another one.", "How many leg
 def sets(tiny_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     return [
-        capture(str(tiny_model_path), prompts, folder / name, max_new_tokens=8, dtype="float32", progress=False)
+        capture_set(tiny_model_path, prompts, folder / name, max_new_tokens=8)
         for name, prompts in (("one", PROMPTS[:2]), ("two", PROMPTS[2:]))
     ]
 

@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel
 from scipy.stats import norm
 from torch import nn
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.initialization import initialize_from_error
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.student import attach_lora, is_quantized, load_student
 from quantkd.models.student_formats import dequantize_weight
+from tests.conftest import capture_set
 
 IDS = torch.arange(120).view(6, 20)
 FORMATS = ("nf4", "fp4", "int8", "hqq4", "torchao-int8", "gptq", "awq")
@@ -212,7 +213,7 @@ def test_the_trainer_takes_a_packed_checkpoint_by_name(method, tiny_model_path, 
     require_package(method)
     folder = tmp_path / method
     write_packed_checkpoint(method, tiny_model_path, folder)
-    rows = capture(str(tiny_model_path), ["What is it?", "And now?"], tmp_path / "set", dtype="float32", progress=False)
+    rows = capture_set(tiny_model_path, ["What is it?", "And now?"], tmp_path / "set")
 
     def train(**options):
         args = QuantizedDistillationConfig(

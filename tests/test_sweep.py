@@ -13,11 +13,12 @@ pytest.importorskip("optuna", reason="optuna is not installed: pip install quant
 import torch
 from peft import LoraConfig
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.models.student import load_student
 from quantkd.training.sweep import parse_space, run_sweep
+from tests.conftest import capture_set
 
 PROMPTS = [f"What is the sum of {a} and {b}?" for a, b in [(1, 2), (3, 4), (5, 6), (7, 8), (9, 1), (2, 6)]]
 SPACE = ("learning_rate=1e-4:1e-2:log", "lora_r=2,4", "temperature=1.0,2.0")
@@ -26,7 +27,7 @@ SPACE = ("learning_rate=1e-4:1e-2:log", "lora_r=2,4", "temperature=1.0,2.0")
 @pytest.fixture(scope="module")
 def set_path(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "set"
-    capture(str(tiny_model_path), PROMPTS, path, max_new_tokens=6, dtype="float32", progress=False)
+    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=6)
     return path
 
 

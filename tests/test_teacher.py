@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from quantkd import Nucleus, Sampled, TopK, TransferSet, capture
-from quantkd.data.prompts import encode_prompt
+from quantkd import Nucleus, Sampled, TopK, TransferSet
+from quantkd.data.encoding import encode_prompt
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
 from quantkd.teacher import EncodedPrompt, GenerationSettings, load_teacher
 from quantkd.teacher.transformers import TransformersTeacher
+from tests.conftest import capture_set
 
 PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat, and how many have two cats?"]
 
@@ -24,7 +25,7 @@ PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat
 def set_of(tiny_model, tiny_tokenizer, tmp_path):
     def build(name="set", prompts=PROMPTS, **kwargs):
         kwargs = {"max_new_tokens": 12, "batch_size": 2, "tokenizer": tiny_tokenizer, "progress": False, **kwargs}
-        return capture(tiny_model, prompts, tmp_path / name, **kwargs)
+        return capture_set(tiny_model, prompts, tmp_path / name, **kwargs)
 
     return build
 
@@ -313,7 +314,7 @@ def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tok
 
 
 def test_no_local_path_is_written(tiny_model_path, tmp_path):
-    capture(str(tiny_model_path), PROMPTS, tmp_path / "set", max_new_tokens=4, progress=False)
+    capture_set(tiny_model_path, PROMPTS, tmp_path / "set", max_new_tokens=4)
     assert TransferSet.open(tmp_path / "set").info.teacher_name == tiny_model_path.name
     for file in (tmp_path / "set").rglob("*"):
         if file.is_file():

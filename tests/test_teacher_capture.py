@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,34 +12,29 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK, TransferSet, capture
+from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
-from quantkd.files import FileSystem
+from quantkd.teacher import GenerationSettings, Teacher
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
-from quantkd.teacher.progress import CaptureObserver
 from quantkd.transfer_set import TransferRow
-from quantkd.transfer_set.extension import merge_extension
 from quantkd.transfer_set.index import read_index
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, capture_set
 
 PROMPTS = [f"What is {a} + {b}?" for a in range(3) for b in range(4)]
 
 
-class FakeTeacher:
+class FakeTeacher(Teacher):
     """Answers with a token for each of `lengths`, found by the row's number; no model is behind it."""
 
-    engine, name, revision, dtype, temperatures = "fake", "fake", "", "float32", (1.0,)
-    batch_invariant = False
-    max_context = 400
-
     def __init__(self, tokenizer, fits=10**9, lengths=(3, 1, 5, 2)):
-        self.tokenizer, self.fits, self.lengths = tokenizer, fits, lengths
+        kwargs = {"vocab_size": len(tokenizer), "max_context": 400, "dtype": "float32"}
+        super().__init__("fake", tokenizer, Nucleus(0.95), (1.0,), GenerationSettings(), **kwargs)
+        self.fits, self.lengths = fits, lengths
         self.batches: list[int] = []
         self.failures = 0
 
-    @property
-    def vocab_size(self):
-        return len(self.tokenizer)
+    def describe(self):
+        return {"engine": "fake"}
 
     def answer(self, prompts):
         self.batches.append(len(prompts))
@@ -50,7 +43,8 @@ class FakeTeacher:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [self.row(prompt) for prompt in prompts]
 
-    score = answer
+    def score(self, prompts):
+        return self.answer(prompts)
 
     def row(self, prompt):
         length = self.lengths[prompt.index % len(self.lengths)]
@@ -67,7 +61,7 @@ class FakeTeacher:
 
 
 def run(teacher, path, prompts=PROMPTS, **kwargs):
-    return capture(teacher, prompts, path, progress=False, **{"batch_size": 4, "rows_per_shard": 4, **kwargs})
+    return capture_set(teacher, prompts, path, **{"batch_size": 4, "rows_per_shard": 4, **kwargs})
 
 
 def answers(transfer_set):
@@ -131,9 +125,9 @@ def test_bad_filters_are_refused(tiny_tokenizer, tmp_path):
 
 def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(tiny_model, tiny_tokenizer, tmp_path):
     def go(name, batch_size):
-        return capture(
+        return capture_set(
             tiny_model, PROMPTS[:3], tmp_path / name, tokenizer=tiny_tokenizer, num_samples=3, do_sample=True,
-            max_new_tokens=6, batch_size=batch_size, progress=False,
+            max_new_tokens=6, batch_size=batch_size,
         )  # fmt: skip
 
     one, other = go("a", 2), go("b", 9)
@@ -141,8 +135,6 @@ def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(tiny_model, t
     rows = [one[row]["input_ids"].tolist() for row in range(9)]
     assert rows == [other[row]["input_ids"].tolist() for row in range(9)]
     assert len({tuple(row) for row in rows}) > 6
-    with pytest.raises(ConfigError, match="needs a teacher that samples"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "c", num_samples=2)
 
 
 def test_duplicate_prompts_and_answers_are_dropped(tiny_model, tiny_tokenizer, tmp_path):
@@ -150,9 +142,9 @@ def test_duplicate_prompts_and_answers_are_dropped(tiny_model, tiny_tokenizer, t
         FakeTeacher(tiny_tokenizer), tmp_path / "s", [*PROMPTS, *PROMPTS[:5]], filters=[DropDuplicates()]
     )
     assert len(transfer_set) == 12 and transfer_set.info.counters["filtered_duplicate_prompts"] == 5
-    sampled = capture(
+    sampled = capture_set(
         tiny_model, PROMPTS[:2], tmp_path / "t", tokenizer=tiny_tokenizer, num_samples=4, do_sample=True,
-        generation_temperature=1e-4, max_new_tokens=4, filters=[DropDuplicates()], progress=False,
+        generation_temperature=1e-4, max_new_tokens=4, filters=[DropDuplicates()],
     )  # fmt: skip
     assert len(sampled) == 2 and sampled.info.counters["filtered_duplicate"] == 6
 
@@ -197,105 +189,27 @@ def test_other_errors_pass_through(tiny_tokenizer, tmp_path):
 
 def test_the_probe_stays_below_what_fits_and_is_asked_once(tiny_tokenizer, tmp_path):
     teacher = FakeTeacher(tiny_tokenizer, fits=5)
-    run(teacher, tmp_path / "s", batch_size="auto", rows_per_shard=None)
+    run(teacher, tmp_path / "s", auto_find_batch_size=True, rows_per_shard=None)
     chosen = read_index(tmp_path / "s").plan.batch_size
-    assert chosen in (1, 2, 4) and max(teacher.batches[-12 // chosen :]) <= chosen
+    assert chosen == 4 and max(teacher.batches[-12 // chosen :]) <= chosen
     again = FakeTeacher(tiny_tokenizer, fits=5)
-    run(again, tmp_path / "s", batch_size="auto", rows_per_shard=None)
+    run(again, tmp_path / "s", auto_find_batch_size=True, rows_per_shard=None)
     assert again.batches == []
     with pytest.raises(TeacherError, match="does not fit into memory"):
-        run(FakeTeacher(tiny_tokenizer, fits=0), tmp_path / "t", batch_size="auto")
+        run(FakeTeacher(tiny_tokenizer, fits=0), tmp_path / "t", auto_find_batch_size=True)
 
 
 def test_a_dry_run_writes_nothing(tiny_tokenizer, tmp_path):
-    class Stop(CaptureObserver):
-        def planned(self, estimate):
-            self.estimate = estimate
-            raise KeyboardInterrupt
+    estimates = []
 
-    stop = Stop()
+    def stop(estimate):
+        estimates.append(estimate)
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", observer=stop)
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", on_plan=stop)
     assert not (tmp_path / "s").exists()
-    assert stop.estimate.plan.num_prompts == 12 and stop.estimate.num_bytes > 0 and stop.estimate.free_bytes > 0
-
-
-# -- growing a set ---------------------------------------------------------------------------------------------------
-
-
-def grown(tokenizer, path):
-    run(FakeTeacher(tokenizer), path, PROMPTS[:6])
-    return run(FakeTeacher(tokenizer), path, PROMPTS[6:], extend=True)
-
-
-def test_old_shards_keep_their_bytes_and_the_digest_is_new(tiny_tokenizer, tmp_path):
-    first = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[:6])
-    old = {file.name: file.read_bytes() for file in (tmp_path / "s").glob("*.safetensors")}
-    both = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[6:], extend=True)
-    assert len(both) == 12 and both.digest != first.digest
-    assert all((tmp_path / "s" / name).read_bytes() == data for name, data in old.items())
-    assert TransferSet.open(tmp_path / "s", verify="full").digest == both.digest
-    prompts = [tiny_tokenizer.decode(both[row]["input_ids"]) for row in range(12)]
-    assert all(prompt in text for prompt, text in zip(PROMPTS, prompts, strict=True))
-    again = FakeTeacher(tiny_tokenizer)
-    assert run(again, tmp_path / "s", PROMPTS[6:], extend=True).digest == both.digest and again.batches == []
-
-
-def test_only_a_finished_set_of_the_same_plan_grows(tiny_tokenizer, tmp_path):
-    with pytest.raises(TransferSetError, match="no finished transfer set"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", extend=True)
-    run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[:6])
-    with pytest.raises(TransferSetError, match="their plan differs from the set's in"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", PROMPTS[6:], extend=True, profile="compact")
-
-
-class Dead(Exception):
-    """The process is killed."""
-
-
-class DyingDisk(FileSystem):
-    """Dies at the n-th of the named steps of an extension."""
-
-    def __init__(self, at):
-        self.left = at
-
-    def reach(self, step):
-        if step.startswith(("extension", "index")):
-            self.left -= 1
-            if self.left < 0:
-                raise Dead(step)
-        super().reach(step)
-
-
-def test_killed_at_any_step_the_set_is_the_old_one_or_the_new_one(tiny_tokenizer, tmp_path):
-    whole = grown(tiny_tokenizer, tmp_path / "whole")
-    old = run(FakeTeacher(tiny_tokenizer), tmp_path / "base", PROMPTS[:6]).digest
-
-    # The extension finished, and not yet taken in: what `capture` leaves when it is killed just before.
-    staged = tmp_path / "staged"
-    shutil.copytree(tmp_path / "base", staged)
-    with pytest.MonkeyPatch.context() as patch:
-        # `quantkd.teacher.capture` is the function; the module of that name lies behind it.
-        patch.setattr(sys.modules["quantkd.teacher.capture"], "grow", lambda folder: None)
-        assert run(FakeTeacher(tiny_tokenizer), staged, PROMPTS[6:], extend=True).digest == old
-
-    seen, step = set(), 0
-    while True:
-        folder = tmp_path / f"at-{step}"
-        shutil.copytree(staged, folder)
-        try:
-            merge_extension(folder, DyingDisk(step))
-        except Dead:
-            seen.add(TransferSet.open(folder, verify="full").digest)
-            assert merge_extension(folder) == whole.digest  # the same command goes on
-        else:
-            break
-        assert TransferSet.open(folder, verify="full").digest == whole.digest
-        step += 1
-    assert step >= 4 and seen == {old, whole.digest}
-    (staged / "extension" / "index.json").unlink()
-    with pytest.raises(TransferSetError, match="is not finished: it holds"):
-        merge_extension(staged)
+    assert estimates[0].plan.num_prompts == 12 and estimates[0].num_bytes > 0 and estimates[0].free_bytes > 0
 
 
 # -- teachers --------------------------------------------------------------------------------------------------------
@@ -307,14 +221,14 @@ def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tok
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     options = {"max_new_tokens": 5, "dtype": "float32", "progress": False}
-    plain = capture(str(tiny_model_path), PROMPTS[:3], tmp_path / "plain", **options)
-    adapted = capture(
-        str(tiny_model_path), PROMPTS[:3], tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options
+    plain = capture_set(tiny_model_path, PROMPTS[:3], tmp_path / "plain", **options)
+    adapted = capture_set(
+        tiny_model_path, PROMPTS[:3], tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options
     )
     assert adapted.digest != plain.digest
     assert str(tmp_path).encode() not in (tmp_path / "adapted" / "index.json").read_bytes()
     with pytest.raises(TransferSetError):
-        capture(str(tiny_model_path), PROMPTS[:3], tmp_path / "adapted", **options)
+        capture_set(tiny_model_path, PROMPTS[:3], tmp_path / "adapted", **options)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "generation_temperature": 3.0}])
@@ -322,10 +236,10 @@ def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
     ids = len(tiny_tokenizer)
     teacher = padded(build_tiny_model(tiny_tokenizer), 8)
     options = {"max_new_tokens": 8, "tokenizer": tiny_tokenizer, "progress": False, **sampling}
-    generated = capture(teacher, PROMPTS[:4], tmp_path / "s", storage=TopK(ids), temperatures=(1.0, 2.0), **options)
+    generated = capture_set(teacher, PROMPTS[:4], tmp_path / "s", storage=TopK(ids), temperatures=(1.0, 2.0), **options)
     assert generated.info.vocab_size == ids
     given = [{"prompt": prompt, "completion": "She has 7."} for prompt in PROMPTS[:4]]
-    scored = capture(teacher, given, tmp_path / "g", storage=Nucleus(0.9, 16), responses="given", **options)
+    scored = capture_set(teacher, given, tmp_path / "g", storage=Nucleus(0.9, 16), responses="given", **options)
     for row in (*generated, *scored):
         assert int(row["input_ids"].max()) < ids and int(row["teacher"].token_ids.max()) < ids
         with torch.inference_mode():
@@ -351,9 +265,7 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
     teacher = padded(AutoModelForCausalLM.from_config(config).eval(), teachers)
     padded(build_tiny_model(tiny_tokenizer), students).save_pretrained(tmp_path / "student")
     tiny_tokenizer.save_pretrained(tmp_path / "student")
-    transfer_set = capture(
-        teacher, PROMPTS[:4], tmp_path / "s", max_new_tokens=8, tokenizer=tiny_tokenizer, progress=False
-    )
+    transfer_set = capture_set(teacher, PROMPTS[:4], tmp_path / "s", max_new_tokens=8, tokenizer=tiny_tokenizer)
     args = QuantizedDistillationConfig(
         str(tmp_path / "o"), max_steps=3, learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none",
         per_device_train_batch_size=4, model_init_kwargs={"dtype": "float32"}, disable_tqdm=True,

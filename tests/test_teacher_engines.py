@@ -149,7 +149,12 @@ def fake_vllm(request, monkeypatch, tiny_model, tiny_tokenizer):
 @pytest.mark.parametrize("rule", [TopK(5), Nucleus(0.8, max_k=30)], ids=str)
 def test_vllm_answers_and_scores(fake_vllm, prompts, tiny_model, tiny_tokenizer, rule):
     teacher = VLLMTeacher("tiny", tiny_tokenizer, rule, (1.0,), SETTINGS, dtype="float32")
-    assert (teacher.engine, teacher.revision, teacher.dtype, teacher.max_context) == ("vllm", "abc", "float32", 512)
+    assert (teacher.describe()["engine"], teacher.revision, teacher.dtype, teacher.max_context) == (
+        "vllm",
+        "abc",
+        "float32",
+        512,
+    )
     assert teacher.ends == sorted({1, 2, tiny_tokenizer.eos_token_id})
     assert teacher.llm.kwargs == {"logprobs_mode": "raw_logprobs", "max_logprobs": 64, "dtype": "float32"}
     rows = teacher.answer(prompts)

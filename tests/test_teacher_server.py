@@ -30,7 +30,7 @@ def test_a_server_gives_what_the_transformers_teacher_gives(
         assert row.counts.tolist() == expected.counts.tolist()
         assert row.finished == expected.finished
         np.testing.assert_allclose(row.logprobs, expected.logprobs, atol=1e-4)
-    assert (teacher.engine, teacher.temperatures, teacher.max_context) == ("server", (1.0,), 512)
+    assert (teacher.describe()["engine"], teacher.temperatures, teacher.max_context) == ("server", (1.0,), 512)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])

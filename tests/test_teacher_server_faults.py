@@ -8,10 +8,11 @@ import logging
 import pytest
 from teacher_rows import KINDS, SETTINGS, TEXTS
 
-from quantkd import Nucleus, TopK, capture
+from quantkd import Nucleus, TopK
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher import GenerationSettings, TransformersTeacher
 from quantkd.teacher.server import ServerTeacher
+from tests.conftest import capture_set
 
 pytest_plugins = ["teacher_servers"]
 KEY = "sk-secret-0123456789"
@@ -145,10 +146,10 @@ def test_a_capture_through_a_server_resumes_and_stores_neither_address_nor_key(
 
     server.respond = respond
     with pytest.raises(TeacherError, match="HTTP 503"):
-        capture("tiny", TEXTS, tmp_path / "set", **kwargs)
+        capture_set("tiny", TEXTS, tmp_path / "set", **kwargs)
     server.respond = answered
     before = len(server.requests)
-    transfer_set = capture("tiny", TEXTS, tmp_path / "set", **kwargs)
+    transfer_set = capture_set("tiny", TEXTS, tmp_path / "set", **kwargs)
     assert len(server.requests) - before == 4  # the model's card, the probe, and the second shard alone
     assert transfer_set.info.engine == "server"
     own = TransformersTeacher(tiny_model, tiny_tokenizer, TopK(8), (1.0,), GenerationSettings(6)).answer(prompts)

@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK, capture
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.loss.reference import compute_distillation_loss
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.collator import DistillationCollator
+from tests.conftest import capture_set
 
 PROMPTS = [
     "Two and two?",
@@ -37,7 +38,7 @@ def set_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transfer_set(tiny_model_path, set_path):
-    return capture(str(tiny_model_path), PROMPTS, set_path, max_new_tokens=10, dtype="float32", progress=False)
+    return capture_set(tiny_model_path, PROMPTS, set_path, max_new_tokens=10)
 
 
 @pytest.fixture
@@ -302,9 +303,8 @@ def test_a_student_of_another_vocabulary_or_a_shorter_context_is_refused(make_tr
 def test_sampled_sets_refuse_reverse_kl(make_trainer, tiny_model, tiny_tokenizer, tmp_path):
     from quantkd import Sampled
 
-    sampled = capture(
+    sampled = capture_set(
         tiny_model, PROMPTS, tmp_path / "s", storage=Sampled(10), max_new_tokens=4, tokenizer=tiny_tokenizer,
-        progress=False,
     )  # fmt: skip
     with pytest.raises(ConfigError, match="reverse KL is infinite"):
         make_trainer(transfer=sampled, divergence="reverse_kl")
@@ -313,9 +313,8 @@ def test_sampled_sets_refuse_reverse_kl(make_trainer, tiny_model, tiny_tokenizer
 
 def test_top_k_of_the_whole_vocabulary_trains_like_dense_kl(make_trainer, tiny_model, tiny_tokenizer, tmp_path):
     size = len(tiny_tokenizer)
-    dense = capture(
+    dense = capture_set(
         tiny_model, PROMPTS[:2], tmp_path / "d", storage=TopK(size), max_new_tokens=4, tokenizer=tiny_tokenizer,
-        progress=False,
     )  # fmt: skip
     trainer = make_trainer(transfer=dense, alpha=1.0, max_steps=1)
     batch = trainer.data_collator(dense.__getitems__([0, 1]))

@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from quantkd import Nucleus, TransferSet, capture
+from quantkd import Nucleus, TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.view import collect_divergence, render_page
 from quantkd.view.divergence import KL_EDGES
 from quantkd.view.spelling import decode_text, spell_tokens
-from tests.conftest import build_tiny_model, build_tiny_tokenizer
+from tests.conftest import build_tiny_model, build_tiny_tokenizer, capture_set
 from tests.divergence_pages import Reader
 
 BYTE_LEVEL = build_tiny_tokenizer()
@@ -33,7 +33,7 @@ def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactor
     """Answers of up to 20 tokens, their distributions cut to a nucleus so that the tails are real."""
     folder = tmp_path_factory.mktemp("view") / "held"
     rule = Nucleus(0.9, max_k=24)
-    capture(str(tiny_model_path), PROMPTS, folder, storage=rule, max_new_tokens=20, dtype="float32", progress=False)
+    capture_set(tiny_model_path, PROMPTS, folder, storage=rule, max_new_tokens=20)
     return folder
 
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from quantkd.cli.format import format_info
-from quantkd.cli.format_capture import format_estimate, format_summary
+from quantkd.cli.format import format_bytes, format_info
 from quantkd.cli.parsing import parse_options
-from quantkd.data.prompts import Example, load_examples
+from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import ConfigError
 from quantkd.hardware import process_state
-from quantkd.teacher import capture
+from quantkd.teacher.capture import capture
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, Filter, FinishedOnly, ResponseLength
 from quantkd.teacher.plan import CaptureEstimate
-from quantkd.teacher.progress import CaptureObserver, CaptureSummary
+from quantkd.teacher.teacher import GenerationSettings, RunSettings
 from quantkd.transfer_set.rules import parse_storage_rule
 
 _EXAMPLES = """examples:
   quantkd capture --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts prompts.jsonl --output_dir runs/set
   quantkd capture --model MODEL --prompts openai/gsm8k:main --prompt_column question --limit 1000 --output_dir runs/set
   quantkd capture --model MODEL --prompts data.jsonl --responses given --storage topk:50 --output_dir runs/set
-  quantkd capture --model MODEL --prompts data.jsonl --output_dir runs/set --batch_size auto --dry_run
+  quantkd capture --model MODEL --prompts data.jsonl --output_dir runs/set --auto_find_batch_size --dry_run
   quantkd capture --model MODEL --prompts openai/gsm8k:main --prompt_column question --answer_column answer \\
       --correct_only --do_sample --num_samples 4 --drop_duplicates --output_dir runs/set
-  quantkd capture --model MODEL --prompts more.jsonl --output_dir runs/set --extend
   quantkd capture --model MODEL --prompts data.jsonl --output_dir runs/set --engine server \\
       --base_url http://127.0.0.1:8000/v1
   quantkd capture --config capture.yaml --output_dir runs/set
@@ -36,7 +33,7 @@ _EXAMPLES = """examples:
 
 @dataclass
 class CaptureArguments:
-    """What `quantkd.capture` takes, by the same names."""
+    """The data, and what is kept of it; `GenerationSettings` and `RunSettings` hold the other options."""
 
     model: str = field(metadata={"help": "The teacher: a Hub name or a checkpoint folder."})
     prompts: str = field(
@@ -46,8 +43,7 @@ class CaptureArguments:
     storage: str | None = field(
         default=None,
         metadata={
-            "help": "Which entries to keep: topk:K, nucleus:P, nucleus:P:MAX_K or sampled:N. "
-            "Default: the profile's rule, or nucleus:0.95:64 without a profile."
+            "help": "Which entries to keep: topk:K, nucleus:P, nucleus:P:MAX_K or sampled:N. Default: nucleus:0.95:64."
         },
     )
     temperatures: list[float] | None = field(
@@ -59,13 +55,6 @@ class CaptureArguments:
     responses: Literal["generate", "given"] = field(
         default="generate", metadata={"help": "Let the teacher answer, or take the data set's own answers."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Length limit of an answer."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample the answers instead of decoding greedily."})
-    generation_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from this mass of most probable tokens."})
-    top_k: int = field(default=0, metadata={"help": "Sample from this many most probable tokens; 0 for all."})
-    num_samples: int = field(default=1, metadata={"help": "Answers a prompt, each a row; needs --do_sample."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampled answers and sampled entries."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt: text or messages."})
     completion_column: str = field(default="completion", metadata={"help": "Column of the given answer."})
     split: str = field(default="train", metadata={"help": "Split of a folder or a Hub data set."})
@@ -90,111 +79,66 @@ class CaptureArguments:
     drop_duplicates: bool = field(
         default=False, metadata={"help": "Leave out prompts that came before, and equal answers to one prompt."}
     )
-    extend: bool = field(default=False, metadata={"help": "Add the prompts to the finished set in --output_dir."})
-    join: bool = field(
-        default=False, metadata={"help": "Share the work with the same command on other machines; give it to each."}
-    )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop, with nothing written."})
-    batch_size: str = field(
-        default="8", metadata={"help": "Prompts a batch, or auto to probe once what fits into memory and pays."}
-    )
-    rows_per_shard: int | None = field(default=None, metadata={"help": "Prompts a shard."})
-    profile: Literal["faithful", "compact"] | None = field(
-        default=None, metadata={"help": "Precision on disk, and the storage rule that goes with it."}
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Teacher's dtype; bfloat16 where the hardware has it, else float32."}
-    )
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "LoRA adapter on the teacher: a folder, or user/name on the Hub."}
-    )
-    engine: Literal["transformers", "vllm", "server"] = field(
-        default="transformers", metadata={"help": "What runs the teacher."}
-    )
-    base_url: str | None = field(default=None, metadata={"help": "Address of the server engine's server, with /v1."})
-    engine_kwargs: str | None = field(
-        default=None,
-        metadata={"help": "Further arguments of vLLM or the server engine, as JSON: '{\"tensor_parallel_size\": 2}'."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the teacher, such as sdpa."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the teacher's repository."})
-
-
-class _Printer(CaptureObserver):
-    """Prints the plan and the summary on the main process; a dry run ends after the plan."""
-
-    def __init__(self, output_dir: str, dry_run: bool) -> None:
-        self.output_dir, self.dry_run = output_dir, dry_run
-
-    def planned(self, estimate: CaptureEstimate) -> None:
-        """Print the plan; a dry run ends here."""
-        if process_state().is_main_process:
-            # The plan is what a dry run is asked for; otherwise it goes where the bar goes.
-            print(format_estimate(estimate), file=sys.stdout if self.dry_run else sys.stderr, flush=True)
-        if self.dry_run:
-            raise SystemExit(0)
-
-    def finished(self, summary: CaptureSummary) -> None:
-        """Print what was done."""
-        if process_state().is_main_process:
-            print(f"{self.output_dir}\n{format_info(summary.info)}\n{format_summary(summary)}".rstrip())
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, capture, and print the plan before and what the set holds after."""
-    (args,) = parse_options([CaptureArguments], argv, prog="quantkd capture", examples=_EXAMPLES)
-    init_kwargs = {
-        name: value
-        for name in ("revision", "attn_implementation", "trust_remote_code")
-        if (value := getattr(args, name))
-    }
-    capture(
+    args, generation, run = parse_options(
+        [CaptureArguments, GenerationSettings, RunSettings], argv, prog="quantkd capture", examples=_EXAMPLES
+    )
+    is_main_process = process_state().is_main_process
+
+    def show(estimate: CaptureEstimate) -> None:
+        if is_main_process:
+            # The plan is what a dry run is asked for; otherwise it goes where the bar goes.
+            print(format_estimate(estimate), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
+        if args.dry_run:
+            raise SystemExit(0)
+
+    examples = _load(args, args.prompts, args.limit)
+    shots = _load(args, args.few_shot) if args.few_shot else []
+    transfer_set = capture(
         args.model,
-        args.prompts,
+        with_context(examples, system_prompt=args.system_prompt, few_shot=shots),
         args.output_dir,
         storage=parse_storage_rule(args.storage) if args.storage else None,
         temperatures=args.temperatures,
         responses=args.responses,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.do_sample,
-        generation_temperature=args.generation_temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        num_samples=args.num_samples,
-        seed=args.seed,
-        prompt_column=args.prompt_column,
-        completion_column=args.answer_column or args.completion_column,
-        split=args.split,
-        limit=args.limit,
         chat_template=not args.plain_prompts,
-        system_prompt=args.system_prompt,
-        few_shot=_few_shot(args),
         filters=_filters(args),
-        extend=args.extend,
-        join=args.join,
-        batch_size=_batch_size(str(args.batch_size)),
-        rows_per_shard=args.rows_per_shard,
-        profile=args.profile,
-        dtype=args.dtype,
-        model_init_kwargs=init_kwargs,
-        teacher_adapter=args.teacher_adapter,
-        engine=args.engine,
-        base_url=args.base_url,
-        engine_kwargs=_engine_kwargs(args.engine_kwargs),
-        observer=_Printer(args.output_dir, args.dry_run),
+        generation=generation,
+        run=run,
+        on_plan=show,
     )
+    if is_main_process:
+        print(f"{args.output_dir}\n{format_info(transfer_set.info)}")
 
 
-def _few_shot(args: CaptureArguments) -> list[Example]:
-    """The solved examples of the file, all of them."""
-    if args.few_shot is None:
-        return []
+def format_estimate(estimate: CaptureEstimate) -> str:
+    """What a capture will do and cost, a line each."""
+    plan, most = estimate.plan, "" if estimate.is_exact else "at most "
+    samples, processes = plan.generation.get("num_samples", 1), process_state().num_processes
+    lines = {
+        "rows": f"{plan.num_prompts}" + (f", {samples} per prompt" if samples > 1 else ""),
+        "shards": f"{plan.num_shards} of up to {plan.rows_per_shard} rows, batches of {plan.batch_size}"
+        + (f", shared by {processes} processes" if processes > 1 else ""),
+        "tokens": f"{estimate.prompt_tokens} in prompts, {most}{estimate.response_tokens} in responses",
+        "size": f"{most}{format_bytes(estimate.num_bytes)}, {format_bytes(estimate.free_bytes)} free",
+    }
+    text = "\n".join(["plan", *(f"  {name:<13} {value}" for name, value in lines.items())])
+    if estimate.num_bytes > estimate.free_bytes:
+        text += "\n  The disk may fill up. A capture that stops so is resumed by the same command once there is room."
+    return text
+
+
+def _load(args: CaptureArguments, source: str, limit: int | None = None) -> list[Example]:
     return load_examples(
-        args.few_shot,
+        source,
         prompt_column=args.prompt_column,
         completion_column=args.answer_column or args.completion_column,
         split=args.split,
+        limit=limit,
     )
 
 
@@ -216,24 +160,3 @@ def _filters(args: CaptureArguments) -> list[Filter]:
     if args.drop_duplicates:
         filters.append(DropDuplicates())
     return filters
-
-
-def _batch_size(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ConfigError(f"--batch_size is {text!r}; expected a whole number, or auto.") from error
-
-
-def _engine_kwargs(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--engine_kwargs is {text!r}; expected a JSON object ({error}).") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"--engine_kwargs is a JSON {type(value).__name__}; expected an object.")
-    return value

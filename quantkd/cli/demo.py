@@ -13,6 +13,7 @@ from quantkd.experiment import Experiment, run_experiment
 from quantkd.models.student import default_lora_config
 from quantkd.models.student_formats import STUDENT_FORMATS
 from quantkd.report import format_table
+from quantkd.teacher import GenerationSettings, RunSettings
 from quantkd.training.config import QuantizedDistillationConfig
 
 _EXAMPLES = """examples:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
             train_rows=train,
             held_out_rows=held_out,
             test_rows=test,
-            capture={"max_new_tokens": 128, "batch_size": 16},
+            capture={"generation": GenerationSettings(128), "run": RunSettings(batch_size=16)},
             quantization_config=args.student_format,
             peft_config=default_lora_config(args.rank),
             eval_batch_size=16,

@@ -31,7 +31,7 @@ def format_histograms(histograms: Histograms) -> str:
         for low in range(0, len(histograms.entropy), step)
         if (part := histograms.entropy[low : low + step]).sum()
     ]
-    lines = ["  entries a token", *_bars(entries)]
+    lines = ["  entries per token", *_bars(entries)]
     lines += ["  the teacher's entropy, the tail counted as one token", *_bars(entropy)]
     return "\n".join(lines)
 
@@ -45,15 +45,18 @@ def format_info(info: TransferSetInfo) -> str:
     """What a transfer set holds, a line each."""
     storage = ", ".join(f"{key}={value}" for key, value in info.storage.items() if key != "kind")
     revision = f" @ {info.teacher_revision[:12]}" if info.teacher_revision else ""
+    reasons = {name.removeprefix("filtered_"): n for name, n in info.counters.items() if name.startswith("filtered_")}
     cut, rescaled = info.counters.get("responses_cut", 0), info.counters.get("targets_rescaled", 0)
     lines = {
         "teacher": f"{info.teacher_name}{revision} ({', '.join(filter(None, (info.teacher_dtype, info.engine)))})",
-        "rows": f"{info.num_rows} of {info.num_prompts} prompts" + (f", {cut} cut by the length limit" if cut else ""),
+        "rows": f"{info.num_rows} of {info.num_prompts} prompts"
+        + (f", {cut} cut by the length limit" if cut else "")
+        + "".join(f", {n} {name} left out" for name, n in reasons.items() if n),
         "tokens": f"{info.num_tokens}, of which {info.num_response_tokens} in responses",
         "storage": f"{info.storage['kind']}({storage}), profile {info.profile}",
-        "entries": f"{info.mean_entries:.2f} a response token"
+        "entries": f"{info.mean_entries:.2f} per response token"
         + (f", {rescaled} targets scaled back to a mass of 1" if rescaled else ""),
-        "size": f"{format_bytes(info.num_bytes)}, {info.bytes_per_response_token:.1f} bytes a response token",
+        "size": f"{format_bytes(info.num_bytes)}, {info.bytes_per_response_token:.1f} bytes per response token",
         "temperatures": ", ".join(map(str, info.temperatures)),
         "responses": f"{info.responses}({', '.join(f'{key}={value}' for key, value in info.generation.items())})",
         "digest": info.digest + ("" if info.complete else " (unfinished)"),

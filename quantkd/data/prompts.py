@@ -1,19 +1,15 @@
-"""Prompts from files, the Hub or memory, and how they become token ids, with a chat template or without one."""
+"""Prompts from files, the Hub or memory, and what is put before them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkd.data.sources import iterate_rows
 from quantkd.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 Message = dict[str, str]
 
@@ -73,52 +69,36 @@ def load_examples(
     return examples
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], *, chat_template: bool = True
-) -> list[int]:
-    """Token ids of a prompt, up to the point where the answer begins."""
-    if chat_template:
-        if not tokenizer.chat_template:
+def with_context(
+    examples: Sequence[Example], *, system_prompt: str | None = None, few_shot: Sequence[Example] = ()
+) -> list[Example]:
+    """The examples with a system prompt and solved examples before them, as turns of the same chat.
+
+    Example:
+        >>> (example,) = with_context([Example("2 + 3?")], system_prompt="Be brief.", few_shot=[Example("1 + 1?", "2")])
+        >>> [message["role"] for message in example.prompt]
+        ['system', 'user', 'assistant', 'user']
+    """
+    turns: list[Message] = []
+    for index, shot in enumerate(few_shot):
+        if not isinstance(shot.prompt, str) or not shot.completion:
+            raise DataError(f"Few-shot example {index} is {shot!r:.80}; expected a prompt in text and its completion.")
+        turns += [{"role": "user", "content": shot.prompt}, {"role": "assistant", "content": shot.completion}]
+    system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    if not system and not turns:
+        return list(examples)
+    made = []
+    for index, example in enumerate(examples):
+        if turns and example.messages is not None:
             raise DataError(
-                f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, and a chat prompt was asked for. "
-                "Use an instruct model's tokenizer, or plain prompts: chat_template=False (--plain_prompts)."
+                f"Row {index} is a whole conversation, and {len(few_shot)} few-shot examples were to stand before it; "
+                "their answers would be taken for its own. Leave few_shot out, or give prompts and completions."
             )
+        prompt = example.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        encoded = render_chat(tokenizer, messages, add_generation_prompt=True)
-    elif not isinstance(prompt, str):
-        raise DataError(
-            f"A plain prompt must be text, found {len(prompt)} chat messages. "
-            "Use chat_template=True, or give the prompts as text."
-        )
-    else:
-        encoded = tokenizer(prompt)["input_ids"]
-        # Some tokenizers close every text with their end token; after it a model answers nothing.
-        if encoded and encoded[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
-            encoded = encoded[:-1]
-    if not encoded:
-        raise DataError(f"The prompt {prompt!r} gives no tokens; expected at least one. Remove it from the data.")
-    return [int(token) for token in encoded]
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> Any:
-    """Token ids of messages in the tokenizer's chat template."""
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(list(messages), **{"tokenize": True, "return_dict": False, **kwargs})
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"The chat template refuses messages of the roles {roles}: {error}. Mend them.") from error
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of an answer: the text tokenised alone, then the end-of-sequence token."""
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; expected one to close answers "
-            "with. Set tokenizer.eos_token."
-        )
-    return [*(int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
+        own = messages[:1] if messages[0]["role"] == "system" else []
+        made.append(replace(example, prompt=[*(own or system), *turns, *messages[len(own) :]]))
+    return made
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from quantkd.data.encoding import encode_prompt
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
-from quantkd.data.prompts import Example, encode_prompt
+from quantkd.data.prompts import Example
 from quantkd.errors import DataError
 from quantkd.evaluation.generation import Generated, generate_greedy
 from quantkd.evaluation.records import RecordFile, compute_model_fingerprint, compute_prompts_digest

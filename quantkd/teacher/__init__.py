@@ -1,8 +1,9 @@
 """The teacher pass: from prompts to a transfer set."""
 
-from quantkd.teacher.capture import capture
+from quantkd.data.encoding import EncodedPrompt
 from quantkd.teacher.loading import load_teacher
-from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings, Teacher
+from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
 
-__all__ = ["EncodedPrompt", "GenerationSettings", "Teacher", "TransformersTeacher", "capture", "load_teacher"]
+# Not `capture`: the name belongs to the module; the function is `quantkd.capture`.
+__all__ = ["EncodedPrompt", "GenerationSettings", "RunSettings", "Teacher", "TransformersTeacher", "load_teacher"]

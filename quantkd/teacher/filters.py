@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,36 +15,54 @@ from quantkd.data.prompts import Example
 from quantkd.errors import ConfigError, DataError
 from quantkd.transfer_set import TransferRow
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Verifier = Callable[[str, str], bool]
 """From the answer's text and the reference answer to whether it is right."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A row that is to be judged: the example it comes from, its supervised tokens, and their text on demand."""
+    """A row that is to be judged, and the example that it comes from."""
 
     example: Example
     row: TransferRow
-    decode: Callable[[Sequence[int]], str]
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def text(self) -> str:
-        """The answer in words, without special tokens."""
-        return self.decode(response_ids(self.row).tolist())
+        """The answer, without special tokens."""
+        ids = np.concatenate([self.row.input_ids[start:stop] for start, stop in self.row.spans.tolist()])
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
 
-class Filter(Protocol):
-    """Keeps or rejects a row; must depend on nothing but the row, its example and earlier samples of its prompt."""
+class Filter(ABC):
+    """Keeps or rejects a row; must depend on nothing but the row, its example and earlier samples of its prompt.
 
+    Attributes:
+        needs_reference: whether each example must have a completion, which the teacher does not see.
+        across_rows: whether prompts that came before are left out when the plan is made.
+    """
+
+    needs_reference: ClassVar[bool] = False
+    across_rows: ClassVar[bool] = False
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What the plan says of it."""
 
+    @abstractmethod
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """Why a row is left out."""
+        """Why a row is left out; None to keep it."""
+
+    def check_reference(self, reference: str) -> None:
+        """Refuse a reference that answers cannot be compared with."""
+        return
 
 
 @dataclass(frozen=True)
-class FinishedOnly:
+class FinishedOnly(Filter):
     """Leaves out answers that the length limit cut; counted as `filtered_unfinished`."""
 
     def describe(self) -> dict[str, Any]:
@@ -56,7 +75,7 @@ class FinishedOnly:
 
 
 @dataclass(frozen=True)
-class ResponseLength:
+class ResponseLength(Filter):
     """Leaves out answers of too few or too many tokens; counted as `filtered_short` and `filtered_long`.
 
     Args:
@@ -90,12 +109,14 @@ class ResponseLength:
 
 
 @dataclass(frozen=True)
-class DropDuplicates:
+class DropDuplicates(Filter):
     """Keeps one of several equal rows. Prompts that come twice are dropped when the plan is made, counted as
     `filtered_duplicate_prompts`; equal answers among the samples of one prompt while it runs, as `filtered_duplicate`.
 
-    The samples of a prompt lie in one shard, so both are the same whoever computes which shard.
+    The samples of a prompt are in one shard, so both are the same whichever process computes it.
     """
+
+    across_rows: ClassVar[bool] = True
 
     def describe(self) -> dict[str, Any]:
         """What the plan says of it."""
@@ -108,7 +129,7 @@ class DropDuplicates:
 
 
 @dataclass(frozen=True)
-class CorrectOnly:
+class CorrectOnly(Filter):
     """Leaves out answers that a verifier finds wrong; counted as `filtered_incorrect`.
 
     The reference is the example's own completion, which the teacher does not see.
@@ -118,6 +139,7 @@ class CorrectOnly:
     """
 
     verifier: Verifier | None = None
+    needs_reference: ClassVar[bool] = True
 
     def describe(self) -> dict[str, Any]:
         """What the plan says of it."""
@@ -129,30 +151,17 @@ class CorrectOnly:
         right = self.verifier(answered.text, reference) if self.verifier else _grade(answered.text, reference)
         return None if right else "incorrect"
 
-    def check(self, examples: Sequence[Example], responses: str) -> None:
-        """Refuse examples without a reference, before any work is spent."""
-        if responses == "given":
-            raise ConfigError(
-                "correct_only compares the teacher's own answers with the data set's, and responses='given' takes the "
-                "data set's as they are. Leave it out, or filter by a function of your own: filters=[function]."
-            )
-        for index, example in enumerate(examples):
-            if not example.completion:
-                raise DataError(
-                    f"Row {index} has no reference answer, and correct_only was asked for. Name its column with "
-                    "completion_column (--answer_column)."
-                )
-            if self.verifier is None:
-                try:
-                    is_correct("", example.completion, "strict")
-                except DataError as error:
-                    raise DataError(
-                        f"Row {index}: {error} For other data give a verifier: filters=[CorrectOnly(verifier)]."
-                    ) from error
+    def check_reference(self, reference: str) -> None:
+        """GSM8K's grader needs a number after `####`."""
+        if self.verifier is None:
+            try:
+                is_correct("", reference, "strict")
+            except DataError as error:
+                raise DataError(f"{error} For other data give a verifier: filters=[CorrectOnly(verifier)].") from error
 
 
 @dataclass(frozen=True)
-class UserFilter:
+class UserFilter(Filter):
     """Leaves out what a function of the user's returns False for; counted as `filtered_<its name>`.
 
     Args:
@@ -174,7 +183,7 @@ def as_filters(filters: Sequence[Filter | Callable[[Example, str], bool]]) -> li
     """Filters, with plain functions taken for the user's own."""
     made: list[Filter] = []
     for each in filters:
-        if hasattr(each, "reject") and hasattr(each, "describe"):
+        if isinstance(each, Filter):
             made.append(each)
         elif callable(each):
             made.append(UserFilter(each))
@@ -186,12 +195,35 @@ def as_filters(filters: Sequence[Filter | Callable[[Example, str], bool]]) -> li
     return made
 
 
+def check_references(filters: Sequence[Filter], examples: Sequence[Example], responses: str) -> None:
+    """Refuse examples without a reference where a filter needs one, before any work is spent."""
+    for each in filters:
+        if not each.needs_reference:
+            continue
+        kind = each.describe()["kind"]
+        if responses == "given":
+            raise ConfigError(
+                f"{kind} compares the teacher's own answers with the data set's, and responses='given' takes the data "
+                "set's unchanged. Leave it out, or filter by a function of your own: filters=[function]."
+            )
+        for index, example in enumerate(examples):
+            if not example.completion:
+                raise DataError(
+                    f"Row {index} has no reference answer, and {kind} was asked for. Name its column with "
+                    "completion_column (--answer_column)."
+                )
+            try:
+                each.check_reference(example.completion)
+            except DataError as error:
+                raise DataError(f"Row {index}: {error}") from error
+
+
 def apply_filters(
     filters: Sequence[Filter],
     rows: Sequence[TransferRow],
     groups: Sequence[int],
     examples: Sequence[Example],
-    decode: Callable[[Sequence[int]], str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[TransferRow], Counter[str]]:
     """The rows of a shard that pass every filter, and how many did not by the first reason that each met."""
     kept: list[TransferRow] = []
@@ -201,7 +233,7 @@ def apply_filters(
     for row, number, example in zip(rows, groups, examples, strict=True):
         if number != group:
             group, earlier = number, []
-        answered = Answered(example, row, decode)
+        answered = Answered(example, row, tokenizer)
         reason = next((found for each in filters if (found := each.reject(answered, earlier)) is not None), None)
         if reason is not None:
             counts[f"filtered_{reason}"] += 1
@@ -209,14 +241,6 @@ def apply_filters(
         kept.append(row)
         earlier.append(row)
     return kept, counts
-
-
-def response_ids(row: TransferRow) -> Any:
-    """The supervised token ids of a row.
-
-    Shapes: returns (R,).
-    """
-    return np.concatenate([row.input_ids[start:stop] for start, stop in row.spans.tolist()])
 
 
 def _grade(text: str, reference: str) -> bool:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.models.generation import find_end_tokens
-from quantkd.teacher.teacher import EncodedPrompt
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import Sampled, StorageRule, TopK
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher.logprobs import (
     build_row,
@@ -22,7 +23,7 @@ from quantkd.teacher.logprobs import (
 )
 from quantkd.teacher.server_client import ServerClient
 from quantkd.teacher.server_dialects import DIALECTS, Answer, Completion, Dialect
-from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
+from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import StorageRule
@@ -36,7 +37,7 @@ _ENGINE = "The server"
 T = TypeVar("T")
 
 
-class ServerTeacher:
+class ServerTeacher(Teacher):
     """A model behind vLLM's, SGLang's or llama.cpp's server, or one that answers as vLLM's does.
 
     Prompts and answers pass as token ids. Each prompt is a request of its own; the server batches them. Log-
@@ -67,8 +68,7 @@ class ServerTeacher:
         ServerTeacher("http://127.0.0.1:8000/v1", "SmolLM2", tokenizer, Nucleus(0.95), (1.0,), GenerationSettings())
     """
 
-    engine = "server"
-    revision = ""
+    preferred_batch_size = 256
 
     def __init__(
         self,
@@ -88,38 +88,33 @@ class ServerTeacher:
         backoff_seconds: float = 0.5,
     ) -> None:
         check_rule(rule, _ENGINE)
-        self.temperatures = check_temperature_one(temperatures, _ENGINE)
+        check_temperature_one(temperatures, _ENGINE)
         if dialect is not None and dialect not in DIALECTS:
             raise ConfigError(f"dialect is one of {', '.join(DIALECTS)}, found {dialect!r}.")
         if concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, found {concurrency}.")
-        self.name, self.tokenizer, self.rule, self.settings, self.dtype = model_name, tokenizer, rule, settings, dtype
         width, own_ends = _read_config(tokenizer)
         self.head_size = vocab_size or width
-        self._vocab_size = min(self.head_size, count_token_ids(tokenizer))
-        self.width = count_entries(rule, self._vocab_size)
+        # Rows that pad the head beyond the tokenizer count to the tail.
+        ids = min(self.head_size, count_token_ids(tokenizer))
+        super().__init__(model_name, tokenizer, rule, temperatures, settings, vocab_size=ids, dtype=dtype)
+        self.width = count_entries(rule, ids)
         self.ends = end_tokens(tokenizer, own_ends)
         self._concurrency = concurrency
         self._client = ServerClient(
             base_url, timeout_seconds=timeout_seconds, max_retries=max_retries, backoff_seconds=backoff_seconds
         )
         card = self._find_model()
-        self._max_context = card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx_train")
+        self.max_context = card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx_train")
         self._dialect: Dialect = DIALECTS[dialect or _OWNERS.get(str(card.get("owned_by")), "vllm")]
         self._dialect.check(settings)
         # One token, before any work is spent: does it give ids, and as many log-probabilities as the rule needs?
         probe = EncodedPrompt(0, tokenizer.encode("1 2 3"))
         self._answer(probe, GenerationSettings(max_new_tokens=1))
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the ids that can be a token; rows that pad the head beyond the tokenizer count to the tail."""
-        return self._vocab_size
-
-    @property
-    def max_context(self) -> int | None:
-        """Tokens of prompt and answer together; None if the server does not say."""
-        return self._max_context
+    def describe(self) -> dict[str, Any]:
+        """The engine."""
+        return {"engine": "server"}
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Ask for one answer a prompt, `concurrency` at once, with the entries of each token."""
@@ -188,7 +183,7 @@ class ServerTeacher:
 
     def _row(self, index: int, sequence: list[int], spans: Any, candidates: Any, finished: bool) -> TransferRow:
         return build_row(
-            index, sequence, spans, candidates, self.rule, self._vocab_size,
+            index, sequence, spans, candidates, self.rule, self.vocab_size,
             finished=finished, engine=_ENGINE, head_size=self.head_size,
         )  # fmt: skip
 

@@ -1,31 +1,20 @@
-"""What capture asks of a teacher, whatever engine runs it."""
+"""What capture asks of a teacher, and the settings of a capture, from which the command line makes its options."""
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
+from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.rules import StorageRule, check_temperatures
 
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One row to be made: its place in the set, the prompt as token ids, and the given answer if there is one.
-
-    Args:
-        index: the row's place in the plan; with the seed it decides all random draws of the row.
-        prompt_ids: token ids up to where the answer begins.
-        completion_ids: a given answer; None where the teacher answers.
-        spans: of a given answer of several turns, the `[start, stop)` of each supervised part, counted from the start
-            of the prompt; None supervises all of `completion_ids`.
-    """
-
-    index: int
-    prompt_ids: list[int]
-    completion_ids: list[int] | None = None
-    spans: tuple[tuple[int, int], ...] | None = None
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -33,24 +22,27 @@ class GenerationSettings:
     """How the teacher answers. Part of a capture's plan: the same settings give the same answers.
 
     Args:
-        max_new_tokens: length limit of an answer; what reaches it is kept, counted and marked as cut.
+        max_new_tokens: length limit of an answer. An answer that reaches it is kept, counted and marked as cut.
         do_sample: sample instead of taking the most probable token. What is stored is the teacher's unfiltered
             distribution either way.
         generation_temperature: sampling temperature; not the distillation temperature.
         top_p: sample from the smallest set of tokens with this mass; 1.0 for all.
         top_k: sample from the k most probable tokens; 0 for all.
-        seed: each row draws from a stream of its own, derived from this and its index, whatever batch it is in.
+        seed: seed of sampled answers and sampled entries. Each row draws from a stream of its own, derived from this
+            and its index, whatever batch it is in.
+        num_samples: answers per prompt, each a row; sample j of prompt i is row i * num_samples + j.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range, or several answers per prompt without sampling.
     """
 
-    max_new_tokens: int = 256
-    do_sample: bool = False
-    generation_temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    max_new_tokens: int = field(default=256, metadata={"help": "Length limit of an answer."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample the answers instead of decoding greedily."})
+    generation_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from this mass of most probable tokens."})
+    top_k: int = field(default=0, metadata={"help": "Sample from this many most probable tokens; 0 for all."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampled answers and sampled entries."})
+    num_samples: int = field(default=1, metadata={"help": "Answers per prompt, each a row; needs --do_sample."})
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -60,38 +52,148 @@ class GenerationSettings:
                 "Sampling needs generation_temperature > 0, 0 < top_p <= 1 and top_k >= 0, found "
                 f"{self.generation_temperature}, {self.top_p} and {self.top_k}. For greedy answers leave do_sample off."
             )
+        if self.num_samples < 1 or (self.num_samples > 1 and not self.do_sample):
+            raise ConfigError(
+                f"num_samples is {self.num_samples} with do_sample={self.do_sample}; more than one answer per prompt "
+                "needs a teacher that samples. Set do_sample=True (--do_sample), or leave num_samples at 1."
+            )
 
 
-class Teacher(Protocol):
-    """Answers batches of prompts, or scores given answers, and keeps the entries of every target token.
+@dataclass(frozen=True)
+class RunSettings:
+    """What runs the teacher, in which batches, and how its rows are cut into shards.
 
-    Attributes:
-        engine: "transformers", "vllm" or "server"; part of the plan, for engines differ in the last bits.
-        name: the model's name or path.
-        revision: its commit, or "" if it has none.
-        dtype: such as "bfloat16".
-        vocab_size: V, one more than the greatest id that can be a token; the padding of a head is not among them.
-        max_context: tokens of prompt and answer together; None if it is not known.
-        temperatures: the distillation temperatures it gives log-normalizers for, ascending; an engine that hands out
-            log-probabilities alone gives (1.0,).
+    Args:
+        batch_size: prompts per batch. Part of the plan, because it changes the last bits of the logits.
+        auto_find_batch_size: find the batch size instead, before the plan is fixed. A capture that is resumed keeps
+            the size of its plan.
+        rows_per_shard: rows per shard; chosen from the number of prompts if None.
+        profile: precision on disk, "faithful" or "compact".
+        engine: what runs a teacher given by name: "transformers", "vllm" or "server".
+        base_url: address of the server engine's OpenAI-compatible server.
+        engine_kwargs: further arguments of `vllm.LLM` or of `ServerTeacher`; a JSON object on the command line.
+        dtype: dtype of a teacher given by name; bfloat16 where the hardware has it, else float32, if None.
+        revision: branch, tag or commit of a teacher given by name.
+        attn_implementation: attention of a teacher given by name, such as "sdpa".
+        trust_remote_code: run code from the teacher's repository.
+        teacher_adapter: a PEFT adapter on the teacher, a Hub name or a folder.
+        progress: show a bar with tokens per second and the time left, if there is a terminal.
+
+    Raises:
+        ConfigError: a value outside its range, or settings that belong to another engine.
     """
 
-    engine: str
-    name: str
-    revision: str
-    dtype: str
-    temperatures: tuple[float, ...]
+    batch_size: int = field(default=8, metadata={"help": "Prompts per batch."})
+    auto_find_batch_size: bool = field(
+        default=False, metadata={"help": "Find the largest batch that fits into memory, before anything is written."}
+    )
+    rows_per_shard: int | None = field(default=None, metadata={"help": "Rows per shard."})
+    profile: Literal["faithful", "compact"] = field(default="faithful", metadata={"help": "Precision on disk."})
+    engine: Literal["transformers", "vllm", "server"] = field(
+        default="transformers", metadata={"help": "What runs the teacher."}
+    )
+    base_url: str | None = field(default=None, metadata={"help": "Address of the server engine's server, with /v1."})
+    engine_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of vLLM or the server engine, as JSON: '{\"tensor_parallel_size\": 2}'."},
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Teacher's dtype; bfloat16 where the hardware has it, else float32."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the teacher, such as sdpa."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the teacher's repository."})
+    teacher_adapter: str | None = field(
+        default=None, metadata={"help": "LoRA adapter on the teacher: a folder, or user/name on the Hub."}
+    )
+    progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
 
-    @property
-    def vocab_size(self) -> int:
-        """V, one more than the greatest id that can be a token."""
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.rows_per_shard is not None and self.rows_per_shard < 1):
+            raise ConfigError(
+                f"batch_size and rows_per_shard must be at least 1, found {self.batch_size} and {self.rows_per_shard}."
+            )
+        for name, choices in (("profile", ("faithful", "compact")), ("engine", ("transformers", "vllm", "server"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is one of {', '.join(choices)}, found {getattr(self, name)!r}.")
+        if (self.engine == "server") != (self.base_url is not None):
+            raise ConfigError(
+                f"base_url is the address of the server engine; found {self.base_url!r} with engine={self.engine!r}. "
+                "Give both engine='server' and base_url, or neither."
+            )
+        if self.engine == "transformers" and self.engine_arguments():
+            raise ConfigError(
+                f"engine_kwargs {sorted(self.engine_arguments())} go to vLLM or to the server engine. Name the engine, "
+                "or load the model yourself and pass it."
+            )
+        if self.engine != "transformers" and self.teacher_adapter:
+            raise ConfigError(
+                f"Only the transformers engine attaches teacher_adapter, found engine={self.engine!r}. "
+                "Merge the adapter into a checkpoint (PEFT's merge_and_unload), and name that."
+            )
 
-    @property
-    def max_context(self) -> int | None:
-        """Tokens of prompt and answer together; None if it is not known."""
+    def engine_arguments(self) -> dict[str, Any]:
+        """`engine_kwargs` as a dictionary."""
+        value: Any = self.engine_kwargs or {}
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"engine_kwargs is {value!r}; expected a JSON object ({error}).") from error
+        if not isinstance(value, dict):
+            raise ConfigError(f"engine_kwargs is a JSON {type(value).__name__}; expected an object.")
+        return dict(value)
 
+
+class Teacher(ABC):
+    """Answers batches of prompts, or scores given answers, and keeps the entries of every target token.
+
+    A teacher of your own calls this constructor and implements `answer` and `score`.
+
+    Args:
+        name: the model's name or path.
+        tokenizer: its tokenizer.
+        rule: which entries are kept.
+        temperatures: the distillation temperatures with a log-normalizer.
+        settings: how it answers.
+        vocab_size: V, one more than the greatest id that can be a token; the padding of a head is not counted.
+        max_context: tokens of prompt and answer together; None if it is not known.
+        revision: the model's commit, or "" if it has none.
+        dtype: such as "bfloat16".
+
+    Attributes:
+        batch_invariant: whether a row has the same bits in any batch, so that a batch may be halved.
+        preferred_batch_size: for an engine that forms its own batches, the prompts that keep it busy.
+    """
+
+    batch_invariant: bool = False
+    preferred_batch_size: int | None = None
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        rule: StorageRule,
+        temperatures: Sequence[float],
+        settings: GenerationSettings,
+        *,
+        vocab_size: int,
+        max_context: int | None = None,
+        revision: str = "",
+        dtype: str = "",
+    ) -> None:
+        self.name, self.revision, self.dtype, self.tokenizer = name, revision, dtype, tokenizer
+        self.rule, self.temperatures, self.settings = rule, check_temperatures(rule, temperatures), settings
+        self.vocab_size, self.max_context = vocab_size, max_context
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the plan records in addition: the engine, as engines differ in the last bits, or an adapter."""
+
+    @abstractmethod
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """One answer a prompt, in order, with the entries of each of its tokens."""
+        """One answer per prompt, in order, with the entries of each of its tokens."""
 
+    @abstractmethod
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """The entries at every supervised token of given answers, in order."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
 from quantkd.foreign import commit_of
 from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
-from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
+from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
@@ -33,23 +33,17 @@ from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick
 _MAX_LOGITS_BYTES = 64 * 2**20
 
 
-class TransformersTeacher:
+class TransformersTeacher(Teacher):
     """A causal language model of transformers as a teacher.
 
     Args:
-        model: the model, in the dtype that its distribution shall be taken in.
+        model: the model, in the dtype that its distribution is taken in.
         tokenizer: its tokenizer.
         rule: which entries to keep.
         temperatures: distillation temperatures to keep log-normalizers for.
         settings: how it answers.
-
-    Attributes:
-        vocab_size: V, the ids that can be a token; rows that pad the head beyond the tokenizer take no part.
-        batch_invariant: False: the shape of a batch moves the last bits of the logits.
+        adapter: what the plan says of an adapter in the model.
     """
-
-    engine = "transformers"
-    batch_invariant = False
 
     def __init__(
         self,
@@ -58,31 +52,33 @@ class TransformersTeacher:
         rule: StorageRule,
         temperatures: Sequence[float],
         settings: GenerationSettings,
+        adapter: dict[str, str] | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.rule, self.temperatures, self.settings = rule, tuple(temperatures), settings
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        super().__init__(
+            str(model.config.name_or_path),
+            tokenizer,
+            rule,
+            temperatures,
+            settings,
+            # Rows that pad the head beyond the tokenizer are not counted.
+            vocab_size=min(int(model.get_output_embeddings().weight.shape[0]), count_token_ids(tokenizer)),
+            max_context=None if limit is None else int(limit),
+            revision=commit_of(model.config),
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
+        self.model, self.adapter = model, adapter
         self.config = build_generation_config(model, tokenizer, settings.max_new_tokens)
-        self.name = str(model.config.name_or_path)
-        self.revision = commit_of(model.config)
-        self.dtype = str(model.dtype).removeprefix("torch.")
-        self.vocab_size = min(int(model.get_output_embeddings().weight.shape[0]), count_token_ids(tokenizer))
 
-    @property
-    def max_context(self) -> int | None:
-        """Tokens of prompt and answer together; None if the model's configuration names no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
-
-    def with_max_new_tokens(self, max_new_tokens: int) -> TransformersTeacher:
-        """The same teacher with another length limit, sharing the model."""
-        settings = replace(self.settings, max_new_tokens=max_new_tokens)
-        return TransformersTeacher(self.model, self.tokenizer, self.rule, self.temperatures, settings)
+    def describe(self) -> dict[str, Any]:
+        """The adapter, if there is one."""
+        return {"adapter": self.adapter} if self.adapter else {}
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Generate one answer a prompt, in one batch, keeping each token's entries in the pass that generates it."""
         width = max(len(prompt.prompt_ids) for prompt in prompts)
         input_ids, mask = self._left_padded(prompts, width)
-        recorder = _Recorder(self.vocab_size, self.rule, self.temperatures, self.settings, prompts)
+        recorder = _Recorder(self, prompts)
         with generation_mode(self.model, self.config), torch.inference_mode():
             output = self.model.generate(
                 input_ids=input_ids,
@@ -135,7 +131,7 @@ class TransformersTeacher:
                 logits = (outputs.logits[:, -1:] if start == 0 else outputs.logits)[..., : self.vocab_size]
                 first = 0 if start == 0 else start + 1 - width  # the step that the first of these logits predicts
                 for offset in range(logits.shape[1]):
-                    uniforms = draws.entries()  # one a step, kept or not, so that a row's draws are its own
+                    uniforms = draws.entries(logits.device)  # at every step, so that a row's draws are its own
                     if first + offset in places:
                         picks.append(pick_entries(logits[:, offset], self.rule, self.temperatures, uniforms))
                 start, stop = stop, min(stop + piece, width + steps - 1)
@@ -205,30 +201,26 @@ class _Draws:
             (_seeded(f"{seed}:{prompt.index}:entries"), _seeded(f"{seed}:{prompt.index}:tokens")) for prompt in prompts
         ]
 
-    def entries(self) -> Tensor | None:
+    def entries(self, device: torch.device) -> Tensor | None:
         """(B, n) for the entries of `Sampled(n)`; None for rules that draw nothing."""
         if not self.count:
             return None
-        return torch.stack([torch.rand(self.count, generator=entries) for entries, _ in self.generators])
+        draws = [torch.rand(self.count, generator=entries) for entries, _ in self.generators]
+        return torch.stack(draws).to(device)
 
-    def tokens(self) -> Tensor:
+    def tokens(self, device: torch.device) -> Tensor:
         """(B, 1) for the next token."""
-        return torch.stack([torch.rand(1, generator=tokens, dtype=torch.float64) for _, tokens in self.generators])
+        draws = [torch.rand(1, generator=tokens, dtype=torch.float64) for _, tokens in self.generators]
+        return torch.stack(draws).to(device)
 
 
 class _Recorder(LogitsProcessor):
     """Keeps the entries of every step from the raw logits, then, if asked, samples the token from filtered ones."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        rule: StorageRule,
-        temperatures: Sequence[float],
-        settings: GenerationSettings,
-        prompts: Sequence[EncodedPrompt],
-    ) -> None:
-        self.vocab_size, self.rule, self.temperatures, self.settings = vocab_size, rule, temperatures, settings
-        self.draws = _Draws(prompts, rule, settings.seed)
+    def __init__(self, teacher: Teacher, prompts: Sequence[EncodedPrompt]) -> None:
+        settings = self.settings = teacher.settings
+        self.vocab_size, self.rule, self.temperatures = teacher.vocab_size, teacher.rule, teacher.temperatures
+        self.draws = _Draws(prompts, teacher.rule, settings.seed)
         self.picks: list[PickedEntries] = []
         self.warpers: Any = LogitsProcessorList()
         if settings.generation_temperature != 1.0:
@@ -239,18 +231,15 @@ class _Recorder(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(settings.top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniforms = self.draws.entries()
-        if uniforms is not None:
-            uniforms = uniforms.to(scores.device)
         padded = scores.shape[-1] - self.vocab_size
         logits = scores[:, : self.vocab_size]
-        self.picks.append(pick_entries(logits, self.rule, self.temperatures, uniforms))
+        self.picks.append(pick_entries(logits, self.rule, self.temperatures, self.draws.entries(scores.device)))
         if not self.settings.do_sample:
             return torch.nn.functional.pad(logits, (0, padded), value=-torch.inf) if padded else scores
         # The draw is ours, by inverse transform from the row's own stream, and `generate` takes its maximum: so a row
         # samples the same answer in any batch, which torch.multinomial on one global stream cannot give.
         cumulative = self.warpers(input_ids, logits).double().softmax(-1).cumsum(-1)
-        draws = self.draws.tokens().to(scores.device) * cumulative[:, -1:]
+        draws = self.draws.tokens(scores.device) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, draws, right=True).clamp_max(self.vocab_size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
 from quantkd.foreign import commit_of
 from quantkd.teacher.logprobs import (
@@ -19,7 +20,7 @@ from quantkd.teacher.logprobs import (
     locate_targets,
     seed_of,
 )
-from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
+from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import StorageRule
@@ -33,7 +34,7 @@ _ENGINE = "vLLM"
 _LOGPROBS_MODE = "raw_logprobs"
 
 
-class VLLMTeacher:
+class VLLMTeacher(Teacher):
     """A model run by vLLM in this process. Needs the package vllm; loads the model itself.
 
     vLLM schedules the rows of a batch on its own, so the last bits of a log-probability may differ from one run to
@@ -56,7 +57,7 @@ class VLLMTeacher:
         VLLMTeacher("HuggingFaceTB/SmolLM2-135M-Instruct", tokenizer, Nucleus(0.95), (1.0,), GenerationSettings())
     """
 
-    engine = "vllm"
+    preferred_batch_size = 256
 
     def __init__(
         self,
@@ -68,8 +69,7 @@ class VLLMTeacher:
         **engine_kwargs: Any,
     ) -> None:
         check_rule(rule, _ENGINE)
-        self.temperatures = check_temperature_one(temperatures, _ENGINE)
-        self.name, self.tokenizer, self.rule, self.settings = model_name, tokenizer, rule, settings
+        check_temperature_one(temperatures, _ENGINE)
         mode = engine_kwargs.setdefault("logprobs_mode", _LOGPROBS_MODE)
         if mode != _LOGPROBS_MODE:
             raise ConfigError(f"vLLM must run with logprobs_mode={_LOGPROBS_MODE!r}, found {mode!r}; leave it out.")
@@ -89,22 +89,25 @@ class VLLMTeacher:
             ) from error
         self.llm: Any = LLM(model=model_name, **engine_kwargs)
         config = self.llm.model_config
-        self.revision = commit_of(config.hf_config) or str(config.revision or "")
-        self.dtype = str(config.dtype).removeprefix("torch.")
         self.head_size = int(config.get_vocab_size())
-        self._vocab_size = min(self.head_size, count_token_ids(tokenizer))
+        super().__init__(
+            model_name,
+            tokenizer,
+            rule,
+            temperatures,
+            settings,
+            # Rows that pad the head beyond the tokenizer count to the tail.
+            vocab_size=min(self.head_size, count_token_ids(tokenizer)),
+            max_context=int(config.max_model_len),
+            revision=commit_of(config.hf_config) or str(config.revision or ""),
+            dtype=str(config.dtype).removeprefix("torch."),
+        )
         self.width = count_entries(rule, self.vocab_size)
         self.ends = end_tokens(tokenizer, config.try_get_generation_config().get("eos_token_id"))
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the ids that can be a token; rows that pad the head beyond the tokenizer count to the tail."""
-        return self._vocab_size
-
-    @property
-    def max_context(self) -> int | None:
-        """Tokens of prompt and answer together."""
-        return int(self.llm.model_config.max_model_len)
+    def describe(self) -> dict[str, Any]:
+        """The engine."""
+        return {"engine": "vllm"}
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Generate one answer a prompt, keeping the entries of each token."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quantkd.data.prompts import encode_prompt
+from quantkd.data.encoding import EncodedPrompt, encode_prompt
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.reference import Objective, compute_distillation_loss, compute_position_terms
 from quantkd.loss.states import TargetStates
-from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
+from quantkd.teacher.teacher import GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set import IGNORE_INDEX, TransferRow
 from quantkd.transfer_set.collator import DistillationCollator

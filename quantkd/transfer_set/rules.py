@@ -209,3 +209,6 @@ def _draw(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+DEFAULT_STORAGE = Nucleus(0.95, max_k=64)
