@@ -1,4 +1,4 @@
-"""The paper's experiment on GSM8K: a teacher answers training questions, and its NF4 copy trains on its answers.
+"""The paper's experiment on GSM8K: a teacher answers training questions, its NF4 copy learns its distributions.
 
     accelerate launch examples/gsm8k.py --preset paper
     accelerate launch examples/gsm8k.py --preset small --dataset_path path/to/gsm8k
@@ -20,7 +20,7 @@ from typing import Literal
 
 from trl import TrlParser, get_quantization_config
 
-from quantkd import GenerationSettings, QuantizedDistillationConfig, RunSettings
+from quantkd import QuantizedDistillationConfig
 from quantkd.cli.arguments import StudentArguments, peft_config_from
 from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import load_gsm8k
@@ -115,8 +115,8 @@ def main() -> None:
             shots=data.shots,
             capture={
                 "storage": parse_storage_rule(data.storage),
-                "generation": GenerationSettings(data.max_new_tokens),
-                "run": RunSettings(batch_size=data.batch_size),
+                "max_new_tokens": data.max_new_tokens,
+                "batch_size": data.batch_size,
             },
             dtype=student.dtype,
             quantization_config=get_quantization_config(student),

@@ -50,9 +50,7 @@ DEFAULTS = {
 class ExampleArguments:
     """Data and model of the example."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "A Hub name or a folder; default: the 135M model from PyPI."}
-    )
+    model: str | None = field(default=None, metadata={"help": "Hub name or folder; default: the 135M model from PyPI."})
     train_rows: int = field(default=128, metadata={"help": "Functions for training."})
     held_out_rows: int = field(default=32, metadata={"help": "Other functions, for measuring."})
     max_new_tokens: int = field(default=128, metadata={"help": "Length limit of an answer."})

@@ -18,11 +18,15 @@ from transformers import PreTrainedTokenizerFast
 from quantkd import Nucleus, TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError, TransferSetError
+from quantkd.transfer_set.fingerprint import compute_fingerprint
+from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.writer import TransferSetWriter
 from quantkd.view import collect_divergence, render_page
 from quantkd.view.divergence import KL_EDGES
 from quantkd.view.spelling import decode_text, spell_tokens
 from tests.conftest import build_tiny_model, build_tiny_tokenizer, capture_set
 from tests.divergence_pages import Reader
+from tests.transfer_sets import make_plan, make_row
 
 BYTE_LEVEL = build_tiny_tokenizer()
 PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
@@ -138,6 +142,20 @@ def test_the_page_holds_the_same_numbers(held_out: TransferSet, student: PeftMod
         names = [data["strings"][packed["ids"][at]] for at in (starts + packed["first_after"]).tolist()]
         spelled = [found.tokens[int(token)] for token in row.top_after]
         assert names == [list(name) if isinstance(name, bytes) else name for name in spelled]
+
+
+def test_a_row_without_targets_shows_its_text(student: PeftModel, tmp_path: Path) -> None:
+    plan = make_plan(tokenizer_fingerprint=compute_fingerprint(BYTE_LEVEL), vocab_size=len(BYTE_LEVEL), num_prompts=2)
+    ids, none = np.array(BYTE_LEVEL.encode("No answer")), np.zeros(0, np.int64)
+    empty = TransferRow(ids, none.reshape(0, 2), none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
+    with TransferSetWriter.open(tmp_path / "set", plan) as writer:
+        for task in writer.claim():
+            writer.commit(task, [empty, make_row(plan, 1)], {})
+        writer.finalize()
+    found = collect_divergence(student, TransferSet.open(tmp_path / "set"), BYTE_LEVEL, progress=False)
+    assert found.rows[0].contexts == ((0, "No answer"),) and len(found.rows[0].token_ids) == 0
+    assert found.num_tokens == len(found.rows[1].token_ids) > 0
+    assert Reader(render_page(found)).data["rows"][0]["tokens"] == []
 
 
 @pytest.mark.parametrize("frozen", [False, True])

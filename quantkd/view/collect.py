@@ -135,6 +135,7 @@ def _compare_students(
         for name, values, each in zip(("before", "after"), logits, predicted, strict=True):
             found[name] = (values[positions, chosen] - each.log_z[positions]).cpu().double().numpy()
             found[f"top_{name}"] = each.top_ids.cpu().numpy()
+            # Last, for it overwrites the logits.
             found[f"kl_{name}"] = compare_with_entries(values, each, entries).kl.cpu().double().numpy()
         chunks.append(found)
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -145,19 +146,16 @@ def _choose_alternatives(
 ) -> dict[str, NDArray[Any]]:
     """How many at each target, their ids, and the teacher's log-probabilities, nan where it stored none."""
     offsets, ids, logprobs = entries.offsets.tolist(), entries.token_ids.tolist(), entries.logprobs.tolist()
-    counts: list[int] = []
-    chosen: list[int] = []
+    kept: list[list[int]] = []
     known: list[float] = []
     for (start, stop), extra in zip(itertools.pairwise(offsets), extras, strict=True):
         stored = dict(zip(ids[start:stop], logprobs[start:stop], strict=True))
         ranked = sorted(stored, key=lambda token: -stored[token])  # stable: the stored first one stays the first
-        kept = list(dict.fromkeys([*ranked[:num_alternatives], *extra]))
-        counts.append(len(kept))
-        chosen += kept
-        known += [stored.get(token, np.nan) for token in kept]
+        kept.append(list(dict.fromkeys([*ranked[:num_alternatives], *extra])))
+        known += [stored.get(token, np.nan) for token in kept[-1]]
     return {
-        "counts": np.array(counts, dtype=np.int64),
-        "token_ids": np.array(chosen, dtype=np.int64),
+        "counts": np.array([len(tokens) for tokens in kept], dtype=np.int64),
+        "token_ids": np.array([token for tokens in kept for token in tokens], dtype=np.int64),
         "teacher": np.array(known, dtype=np.float64),
     }
 

@@ -88,10 +88,6 @@ function showPanel(row, place) {
   panel.classList.add("open");
 }
 
-function closePanel() {
-  panel.classList.remove("open");
-}
-
 function showTip(element, row, place) {
   clearTimeout(tipTimer);
   tipOwner = element;
@@ -121,5 +117,5 @@ tip.addEventListener("pointerenter", () => clearTimeout(tipTimer));
 tip.addEventListener("pointerleave", () => hideTip(100));
 document.getElementById("close").addEventListener("click", () => {
   lastFocused?.focus({ preventScroll: true }); // which opens it again
-  closePanel();
+  panel.classList.remove("open");
 });

@@ -140,10 +140,7 @@ def escape_script_json(value: Any) -> str:
 
 
 def count_classes(kl: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many tokens fall into each color class.
-
-    Shapes: kl (N,).
-    """
+    """How many of N tokens fall into each color class."""
     return np.bincount(np.searchsorted(KL_EDGES, kl, side="right"), minlength=len(KL_EDGES) + 1)
 
 

@@ -7,7 +7,6 @@ const SORTS = {
   loss: (row) => row.means.before - row.means.after,
   index: (row) => row.index,
 };
-const WORST_TOKENS = 12;
 const filterInput = document.getElementById("filter");
 const sortSelect = document.getElementById("sort");
 const themeButton = document.getElementById("theme");
@@ -40,7 +39,7 @@ function goTo(row, place) {
 
 function listWorst() {
   const all = ROWS.flatMap((row) => row.after.map((kl, place) => ({ row, place, kl })));
-  for (const { row, place, kl } of all.sort((one, other) => other.kl - one.kl).slice(0, WORST_TOKENS)) {
+  for (const { row, place, kl } of all.sort((one, other) => other.kl - one.kl).slice(0, 12)) {
     const lead = join(row.tokens.slice(Math.max(0, place - 8), place)).replace(/\s+/g, " ");
     const mark = make(`mark.k${colorClass(kl)}`, showToken(row.tokens[place]));
     const note = `row ${row.index}, KL ${formatKl(row.before[place])} → ${formatKl(kl)}`;
@@ -51,7 +50,7 @@ function listWorst() {
 }
 
 function setTheme(isDark) {
-  document.documentElement.dataset.theme = isDark ? "dark" : "light";
+  document.documentElement.style.colorScheme = isDark ? "dark" : "light";
   themeButton.setAttribute("aria-pressed", String(isDark));
 }
 
@@ -60,7 +59,7 @@ const followSystem = () => setTheme(systemTheme.matches);
 systemTheme.addEventListener("change", followSystem);
 themeButton.addEventListener("click", () => {
   systemTheme.removeEventListener("change", followSystem); // the reader has chosen
-  setTheme(document.documentElement.dataset.theme !== "dark");
+  setTheme(document.documentElement.style.colorScheme !== "dark");
 });
 document.getElementById("fold").addEventListener("click", (event) => {
   const isFolded = event.currentTarget.getAttribute("aria-pressed") === "false";
@@ -70,7 +69,7 @@ document.getElementById("fold").addEventListener("click", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   hideTip();
-  closePanel();
+  panel.classList.remove("open");
 });
 sortSelect.addEventListener("change", sortRows);
 filterInput.addEventListener("input", filterRows);
