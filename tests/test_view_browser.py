@@ -258,6 +258,7 @@ def test_the_worst_token_is_one_click_away(page: Any) -> None:
     one(page, "#fold").click()
     filter_by(page, "nowhere")
     one(page, ".worst > summary").click()
+    assert not any(sign in button.text for button in all_of(page, "#worst button") for sign in "\u202e\x00\ud800")
     one(page, "#worst button").click()
     assert page.switch_to.active_element == tokens_of(page, index, "after")[place]
     assert page.switch_to.active_element.is_displayed()

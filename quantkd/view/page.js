@@ -43,7 +43,8 @@ function listWorst() {
     const lead = join(row.tokens.slice(Math.max(0, place - 8), place)).replace(/\s+/g, " ");
     const mark = make(`mark.k${colorClass(kl)}`, showToken(row.tokens[place]));
     const note = `row ${row.index}, KL ${formatKl(row.before[place])} → ${formatKl(kl)}`;
-    const button = make("button", { type: "button" }, make("span.snippet", { dir: "auto" }, lead, mark), make("span.note", note));
+    const snippet = make("span.snippet", { dir: "auto" }, ...showPieces(spell(lead)), mark);
+    const button = make("button", { type: "button" }, snippet, make("span.note", note));
     button.addEventListener("click", () => goTo(row, place));
     document.getElementById("worst").append(make("li", button));
   }
