@@ -7,9 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # "model", "user/model", and either with a revision (@) or a server's tag (:).
@@ -103,3 +106,20 @@ def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
             f"{name_or_path!r} could not be loaded, neither as a folder here nor from the Hub. Check the name, the "
             f"revision and the network. ({reason})"
         ) from error
+
+
+def load_tokenizer(model: Any, **model_init_kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that is stored with a model, which is given by name or loaded."""
+    from transformers import AutoTokenizer
+
+    name = model if isinstance(model, str) else model.config.name_or_path
+    if not name:
+        raise ConfigError(
+            "The loaded model does not say where its tokenizer is. Pass that too: `tokenizer`, or `processing_class` "
+            "of the trainer."
+        )
+    kwargs = {key: model_init_kwargs[key] for key in ("revision", "token") if key in model_init_kwargs}
+    remote = bool(model_init_kwargs.get("trust_remote_code", False))
+    with naming(name, "tokenizer_config.json"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=remote, **kwargs)
+    return tokenizer

@@ -22,7 +22,7 @@ UPWARD = {
 IN_CIRCLES: set[str] = set()
 WITH_ASSERT = {
     "cli/evaluate.py", "cli/export.py", "models/student.py",
-    "report/arms.py", "teacher/batches.py", "teacher/loading.py", "teacher/logprobs.py", "training/preparation.py",
+    "report/arms.py", "teacher/batches.py", "teacher/loading.py", "teacher/logprobs.py",
     "transfer_set/rules.py",
 }  # fmt: skip
 

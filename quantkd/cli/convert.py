@@ -47,15 +47,15 @@ def main(argv: Sequence[str]) -> None:
 
 def _import_table(args: argparse.Namespace) -> None:
     """Ask the teacher's checkpoint for what its table does not say, and import."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from quantkd.names import naming, public_name
+    from quantkd.names import load_tokenizer, naming, public_name
     from quantkd.transfer_set.fingerprint import compute_fingerprint
     from quantkd.transfer_set.importers import import_axolotl, import_distillkit
 
     with naming(args.model):
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    tokenizer = load_tokenizer(args.model, revision=args.revision)
     (import_axolotl if args.toolkit == "axolotl" else import_distillkit)(
         args.source,
         args.destination,

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.parsing import parse_options
 from quantkd.data.gsm8k import load_gsm8k
@@ -20,7 +18,7 @@ from quantkd.evaluation.arms import check_arm_name, evaluate_arm
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import load_adapter
-from quantkd.names import naming
+from quantkd.names import load_tokenizer
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet
 
@@ -97,12 +95,11 @@ def main(argv: Sequence[str]) -> None:
         )
     else:
         model = load_student_from(student, trainable=False)
-        with naming(student.model_name_or_path):
-            tokenizer = AutoTokenizer.from_pretrained(
-                student.model_name_or_path,
-                revision=student.model_revision,
-                trust_remote_code=student.trust_remote_code,
-            )
+        tokenizer = load_tokenizer(
+            student.model_name_or_path,
+            revision=student.model_revision,
+            trust_remote_code=student.trust_remote_code,
+        )
     if args.adapter:
         model = load_adapter(model, args.adapter)
     teacher = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.parsing import parse_options
@@ -29,7 +29,7 @@ from quantkd.models.export import (
     load_exported,
     read_provenance,
 )
-from quantkd.teacher.loading import load_tokenizer
+from quantkd.names import load_tokenizer
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
 
@@ -117,9 +117,8 @@ def _check(args: ExportArguments, student: StudentArguments) -> None:
 def _load_tokenizer(adapter: str, student: StudentArguments) -> PreTrainedTokenizerBase:
     """The tokenizer that was trained with, where it lies beside the adapter; else the base model's."""
     if (Path(adapter) / "tokenizer_config.json").is_file():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
-        return tokenizer
-    return load_tokenizer(str(student.model_name_or_path), {"revision": student.model_revision})
+        return load_tokenizer(adapter)
+    return load_tokenizer(str(student.model_name_or_path), revision=student.model_revision)
 
 
 def _load_adapted(student: StudentArguments, adapter: str) -> PeftModel:

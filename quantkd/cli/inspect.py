@@ -96,13 +96,10 @@ def _describe(row: dict[str, Any], decode: Any, tokens: int, alternatives: int) 
 def _decoder(name: str | None, transfer_set: TransferSet) -> Any:
     if name is None:
         return lambda ids: " ".join(map(str, ids))
-    from transformers import AutoTokenizer
-
-    from quantkd.names import naming
+    from quantkd.names import load_tokenizer
     from quantkd.transfer_set.fingerprint import check_fingerprint
 
-    with naming(name, "tokenizer_config.json"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     check_fingerprint(transfer_set.info.tokenizer_fingerprint, tokenizer, what="The transfer set")
     return tokenizer.decode
 

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.format import format_bytes
 from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
 from quantkd.hub.adapters import load_adapter
-from quantkd.names import naming, public_name
+from quantkd.names import load_tokenizer, public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
@@ -53,12 +51,11 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--model_name_or_path is missing; expected the teacher's own checkpoint.")
     held_out = TransferSet.open(args.held_out)
     model = load_student_from(student, trainable=False)
-    with naming(student.model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            student.model_name_or_path,
-            revision=student.model_revision,
-            trust_remote_code=student.trust_remote_code,
-        )
+    tokenizer = load_tokenizer(
+        student.model_name_or_path,
+        revision=student.model_revision,
+        trust_remote_code=student.trust_remote_code,
+    )
     adapted = load_adapter(model, args.adapter)
     divergence = collect_divergence(
         adapted,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import default_device, parse_dtype
 from quantkd.hub.adapters import load_adapter
-from quantkd.names import naming, public_name, refuse_adapter
+from quantkd.names import load_tokenizer, naming, public_name, refuse_adapter
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set.rules import DEFAULT_STORAGE, Sampled, StorageRule
@@ -25,21 +25,10 @@ def load_teacher(
     """Load a causal language model and its tokenizer in 16 bit, or in float32 where bfloat16 is not native."""
     with naming(name_or_path):
         refuse_adapter(name_or_path, **model_init_kwargs)
-    tokenizer = load_tokenizer(name_or_path, model_init_kwargs)
+    tokenizer = load_tokenizer(name_or_path, **model_init_kwargs)
     kwargs = {"dtype": parse_dtype(dtype), "device_map": {"": default_device()}, "trust_remote_code": False}
     with naming(name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **model_init_kwargs}), tokenizer
-
-
-def load_tokenizer(name_or_path: str, model_init_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model."""
-    kwargs = {key: model_init_kwargs[key] for key in ("revision", "token") if key in model_init_kwargs}
-    remote = bool(model_init_kwargs.get("trust_remote_code", False))
-    with naming(name_or_path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name_or_path, trust_remote_code=remote, **kwargs
-        )
-    return tokenizer
 
 
 def build_teacher(
@@ -68,13 +57,13 @@ def build_teacher(
         if isinstance(model, str):
             network, own = load_teacher(model, dtype=run.dtype, **init_kwargs)
             tokenizer = tokenizer or own
-        tokenizer = tokenizer or _load_own_tokenizer(network)
+        tokenizer = tokenizer or load_tokenizer(network)
         if run.teacher_adapter:
             network, adapter = attach_adapter(network, run.teacher_adapter)
         return TransformersTeacher(network, tokenizer, rule, kept, settings, adapter=adapter)
     name, kwargs = str(model), run.engine_arguments()
     # A server may use any name for its model; then the tokenizer is named in addition.
-    tokenizer = tokenizer or load_tokenizer(kwargs.pop("tokenizer", name), init_kwargs)
+    tokenizer = tokenizer or load_tokenizer(kwargs.pop("tokenizer", name), **init_kwargs)
     if run.dtype is not None:
         kwargs.setdefault("dtype", run.dtype)
     if run.engine == "vllm":
@@ -117,12 +106,6 @@ def _check_built(
                 f"The teacher was built with {name} {found}, and the call asks for {asked}. Leave that out of the "
                 "call, or build the teacher with it."
             )
-
-
-def _load_own_tokenizer(network: Any) -> PreTrainedTokenizerBase:
-    if not network.config.name_or_path:
-        raise ConfigError("The loaded teacher does not say where its tokenizer is; pass it as tokenizer.")
-    return load_tokenizer(network.config.name_or_path, {})
 
 
 def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:

@@ -122,7 +122,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = _LEARNING_RATES[self.init]
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            setattr(self, name, _parse_options(name, getattr(self, name)))
+            setattr(self, name, parse_options(name, getattr(self, name)) or None)
         # Without it the processes of `torchrun` on CPUs would not find each other.
         self.use_cpu = self.use_cpu or not has_accelerator()
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -142,14 +142,14 @@ class QuantizedDistillationConfig(TrainingArguments):
         return Objective(self.alpha, self.temperature, self.divergence, self.beta)
 
 
-def _parse_options(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """A dict, also from the JSON of a command line."""
+def parse_options(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The dict of an argument that may also be given as JSON, or not at all."""
     try:
-        parsed = json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value) if isinstance(value, str) else value or {}
     except json.JSONDecodeError as error:
         raise ConfigError(
             f'{name} is {value!r}, which is not JSON: {error}. Expected {{"revision": "main"}}.'
         ) from error
-    if parsed is not None and not isinstance(parsed, dict):
+    if not isinstance(parsed, dict):
         raise ConfigError(f'{name} is {value!r}; expected an object such as {{"revision": "main"}}.')
     return parsed

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from quantkd.errors import ConfigError
@@ -18,7 +18,7 @@ from quantkd.models.packing import why_not_packable
 from quantkd.models.row_attention import use_row_attention
 from quantkd.models.student import attach_lora, is_quantized, load_student
 from quantkd.teacher.live import LiveTeacher
-from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.compatibility import check_student
 
@@ -36,24 +36,13 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
         use_one_gpu(args)
 
 
-def load_tokenizer(
-    model: str | PreTrainedModel | PeftModel, args: QuantizedDistillationConfig
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model."""
-    name = model if isinstance(model, str) else model.config.name_or_path
-    if not name:
-        raise ConfigError("The model does not say where its tokenizer is; pass it as processing_class.")
-    kwargs = {k: v for k, v in model_init_kwargs(args).items() if k in ("revision", "trust_remote_code", "token")}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **kwargs)
-    return tokenizer
-
-
 def load_live_teacher(
     teacher_model: str | PreTrainedModel, student: Any, args: QuantizedDistillationConfig
 ) -> LiveTeacher:
     """The teacher that runs beside the student."""
-    assert not isinstance(args.teacher_model_init_kwargs, str)  # TrainingArguments has parsed it
-    return LiveTeacher(teacher_model, student, **(args.teacher_model_init_kwargs or {}))
+    return LiveTeacher(
+        teacher_model, student, **parse_options("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
+    )
 
 
 def prepare_student(
@@ -66,7 +55,7 @@ def prepare_student(
     quantization_config: Any | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The student that the trainer trains."""
-    init_kwargs = dict(model_init_kwargs(args))
+    init_kwargs = dict(parse_options("model_init_kwargs", args.model_init_kwargs))
     name = model if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
         if args.packing and is_flash_attn_2_available():
@@ -93,12 +82,6 @@ def prepare_student(
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, init_kwargs.get("revision"))
     return adapted
-
-
-def model_init_kwargs(args: QuantizedDistillationConfig) -> dict[str, Any]:
-    """The further arguments of `from_pretrained`, parsed."""
-    assert not isinstance(args.model_init_kwargs, str)  # TrainingArguments has parsed it
-    return args.model_init_kwargs or {}
 
 
 def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: str, revision: str | None) -> None:
@@ -140,12 +123,11 @@ def _with_adapters(
         return model
     if peft_config is None and not is_quantized(model):
         return model  # a full-precision model that the caller chose to train whole
-    kwargs = args.gradient_checkpointing_kwargs
-    assert not isinstance(kwargs, str)  # TrainingArguments has parsed it
+    kwargs = parse_options("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
     torch.manual_seed(args.seed)
     return attach_lora(
         model,
         peft_config,
         gradient_checkpointing=bool(args.gradient_checkpointing),
-        gradient_checkpointing_kwargs=kwargs,
+        gradient_checkpointing_kwargs=kwargs or None,
     )

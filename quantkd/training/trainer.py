@@ -23,10 +23,11 @@ from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
 from quantkd.models.network import run_model, why_not_fusable
 from quantkd.models.provenance import describe_quantization, describe_training, name_base_model, write_provenance
-from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.names import load_tokenizer
+from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
-from quantkd.training.preparation import load_live_teacher, load_tokenizer, prepare_student, take_one_gpu
+from quantkd.training.preparation import load_live_teacher, prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_collator, check_transfer_set, find_transfer_sets
@@ -80,7 +81,9 @@ class QuantizedDistillationTrainer(Trainer):
     ) -> None:
         args = args or QuantizedDistillationConfig("quantkd_output")
         take_one_gpu(args)
-        processing_class = processing_class or load_tokenizer(model, args)
+        processing_class = processing_class or load_tokenizer(
+            model, **parse_options("model_init_kwargs", args.model_init_kwargs)
+        )
         self.transfer_sets = find_transfer_sets(train_dataset, eval_dataset)
         for transfer_set in self.transfer_sets:
             check_transfer_set(transfer_set, processing_class, args)
