@@ -112,13 +112,12 @@ def retry(call: Callable[[], Result], attempts: int) -> Result:
         try:
             return call()
         except TransientHubError:
-            wait_to_retry(failures)
-    return call()
-
-
-def wait_to_retry(failures: int) -> None:
-    """Sleep before the next try, longer after each failure in a row."""
-    time.sleep(min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS))
+            time.sleep(min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS))
+    try:
+        return call()
+    except TransientHubError as error:
+        tried = f" It failed {attempts} times in a row; the same call goes on where it stopped." if attempts > 1 else ""
+        raise TransientHubError(f"{error}{tried}") from error
 
 
 def _judge(links: list[BaseException]) -> tuple[type[HubError], str]:

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from fake_repository import Commit, Repository, git_hash, is_lfs, list_tree, upload_mode
+from fake_repository import Commit, Repository, describe_file, git_hash, is_lfs, upload_mode
 
 TOKEN = "hf_CanaryCanaryCanaryCanary00"
 OWNER = "user"
@@ -146,16 +146,12 @@ class _Handler(BaseHTTPRequestHandler):
         is_known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}, {}
-        if path == "/api/whoami-v2":
-            return (200, {"name": OWNER, "type": "user"}, {}) if is_known else (401, {"error": "who?"}, {})
         if path == "/api/repos/create":
             return self._create(json.loads(body)) if is_known else (401, {"error": "who?"}, {})
         blob = re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path)
         if blob:
             return self._take_blob(blob[1], body, verify=bool(blob[2]))
-        found = re.fullmatch(
-            r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|tree|preupload|commit|branch)/(.+))?", path
-        )
+        found = re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|preupload|commit|branch)/(.+))?", path)
         if found:
             kind, name, action, revision = found.groups()
         else:
@@ -171,8 +167,6 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
         if action == "branch":
             return self._branch(repository, revision) if is_known else (403, {"error": "no permission"}, {})
-        if action == "tree":
-            revision, _, folder = revision.partition("/")
         commit = repository.at(revision or "main")
         if commit is None:
             return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
@@ -180,9 +174,6 @@ class _Handler(BaseHTTPRequestHandler):
             return 403, {"error": "no permission"}, {}
         if action == "resolve":
             return self._resolve(commit, found[5])
-        if action == "tree":
-            tree = list_tree(commit.files, folder)
-            return (200, tree, {}) if tree or not folder else (404, {"error": "?"}, {"X-Error-Code": "EntryNotFound"})
         if action == "preupload":
             return 200, {"files": [upload_mode(commit, file["path"]) for file in json.loads(body)["files"]]}, {}
         if action == "batch":
@@ -193,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if action == "commit":
             return self._commit(repository, revision, f"{'datasets/' if kind == 'dataset' else ''}{name}", body)
-        siblings = [{"rfilename": file} for file in commit.files]
+        siblings = [describe_file(file, data) for file, data in commit.files.items()]
         return 200, {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings}, {}
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:

@@ -50,20 +50,9 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def list_tree(files: dict[str, bytes], folder: str = "") -> list[dict[str, Any]]:
-    """What lies in a folder, the top one if it is ""; of what lies in a folder within, that folder alone."""
-    below = f"{folder}/" if folder else ""
-    inside = {path: path.removeprefix(below) for path in files if path.startswith(below)}
-    folders = sorted({below + rest.split("/")[0] for rest in inside.values() if "/" in rest})
-    listed = [{"type": "directory", "path": path, "oid": git_hash(path.encode())} for path in folders]
-    return [*listed, *(describe_file(path, files[path]) for path, rest in sorted(inside.items()) if "/" not in rest)]
-
-
 def describe_file(path: str, data: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
-    if is_lfs(path):
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return entry
+    lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130} if is_lfs(path) else None
+    return {"rfilename": path, "size": len(data), "blobId": git_hash(data), "lfs": lfs}
 
 
 def upload_mode(commit: Commit, path: str) -> dict[str, Any]:

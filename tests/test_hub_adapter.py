@@ -89,7 +89,7 @@ def test_failures_on_the_way(hub, run):
     assert set(files_at(hub, "user/student")) == PUSHED
     assert pushed.commit == hub.repositories["model", "user/student"].commits[-1].sha
     hub.fault = lambda number, method, path: "503"
-    with pytest.raises(HubError, match="stopped after 8 failures in a row"):
+    with pytest.raises(HubError, match="failed 8 times in a row"):
         push_adapter(run, "user/student", license="mit")
 
 
@@ -109,11 +109,11 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, run, tmp_path
     hub.make("dataset", "user/folder", {"data/x.parquet": b"1"})
     write_set(tmp_path / "set")
     opened = TransferSet(tmp_path / "set")
-    with pytest.raises(ConfigError, match=r"user/other holds data, config.json, and no adapter; .*Choose another name"):
+    with pytest.raises(ConfigError, match=r"user/other holds config.json, data/x.bin, and no adapter; .*Choose another name"):
         push_adapter(run, "user/other")
-    with pytest.raises(ConfigError, match=r"user/other holds data, config.json, and no transfer set"):
+    with pytest.raises(ConfigError, match=r"user/other holds config.json, data/x.bin, and no transfer set"):
         push_transfer_set(opened, "user/other")
-    with pytest.raises(ConfigError, match=r"user/folder holds data, and no transfer set"):
+    with pytest.raises(ConfigError, match=r"user/folder holds data/x.parquet, and no transfer set"):
         push_transfer_set(opened, "user/folder")
     assert all(len(hub.repositories[kind, "user/other"].commits) == 2 for kind in ("model", "dataset"))
     push_adapter(run, "user/blank")
@@ -156,7 +156,7 @@ def test_without_a_token_it_says_what_to_do(hub, run, tmp_path, monkeypatch, cap
 
 def test_a_pickled_adapter_is_not_pushed(hub, run):
     (run / "student" / "adapter_model.safetensors").rename(run / "student" / "adapter_model.bin")
-    with pytest.raises(DataError, match=r"adapter_model.bin, a pickle; expected adapter_model.safetensors"):
+    with pytest.raises(DataError, match=r"adapter_model.bin, a pickle.*expected adapter_model.safetensors"):
         push_adapter(run, "user/student")
     assert hub.requests == []
 

@@ -31,7 +31,7 @@ def test_the_page(hub, run, transfer_set):
     assert measured == expected and len(measured) >= 4
     for fact in (
         transfer_set.digest, "learning_rate", "0.01", "alpha", "gap recovered", "](gap.png)", "BitsAndBytesConfig",
-        "bnb_4bit_compute_dtype=torch.float32", 'PeftModel.from_pretrained(base, "user/student")', "## Limits",
+        'bnb_4bit_compute_dtype="float32"', 'PeftModel.from_pretrained(base, "user/student")', "## Limits",
     ):  # fmt: skip
         assert fact in text, fact
     blocks = text.split("```python\n")[1:]
@@ -72,7 +72,7 @@ def test_the_snippet_runs_and_gives_the_student_that_was_evaluated(
 @pytest.mark.parametrize(
     ("quantization", "tags", "words"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"8-bit"}, "load_in_8bit=True)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"8-bit"}, "load_in_8bit=True,"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, {"4-bit"}, "quantization_config = ..."),
         ({"quant_method": "torchao"}, set(), "quantization_config = ..."),
         (None, {"4-bit"}, "was not recorded; this is quantkd's default"),

@@ -254,7 +254,7 @@ def test_somebody_else_commits_in_between(fresh, sets, reader):
 
 def test_a_push_gives_up_in_words_and_goes_on_later(fresh, sets):
     fresh.fault = lambda number, method, path: "503" if method == "PUT" else None
-    with pytest.raises(HubError, match=r"stopped after 8 failures in a row.*Push again to go on"):
+    with pytest.raises(HubError, match=r"failed 8 times in a row; the same call goes on"):
         push_transfer_set(sets["old"], NAME)
     fresh.fault = lambda number, method, path: None
     push_transfer_set(sets["old"], NAME)

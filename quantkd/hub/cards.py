@@ -17,13 +17,13 @@ from quantkd.transfer_set.info import TransferSetInfo
 CARD_NAME = "README.md"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _TAGS = ["quantkd", "distillation"]
-# The fields of adapter_config.json that the page shows.
+# The fields of adapter_config.json that the page shows, and the settings of bitsandbytes that its snippet repeats.
 _ADAPTER_FIELDS = ("bias", "lora_alpha", "lora_dropout", "r", "target_modules", "use_dora", "use_rslora")
-# What a student is loaded in by default, for an adapter that does not say it, and bitsandbytes' own defaults.
-_NF4 = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
-_DEFAULTS = {
-    "load_in_4bit": False, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False,
-    "bnb_4bit_compute_dtype": "float32",
+_BITSANDBYTES = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+# What a student is loaded in by default, for an adapter that does not say it.
+_NF4 = {
+    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -38,28 +38,23 @@ def check_license(license: str | None) -> None:
 
 def render_set_card(info: TransferSetInfo, num_shards: int, *, repo_id: str, license: str | None) -> str:
     """The page of a transfer set. The same set gives the same page."""
-    return _render(
-        "set_card.md.j2",
-        metadata=DatasetCardData(license=license, tags=[*_TAGS, "transfer-set"], viewer=False),
-        repo_id=repo_id,
-        info=info,
-        num_shards=num_shards,
-        license=license,
-    )
+    metadata = DatasetCardData(license=license, tags=[*_TAGS, "transfer-set"], viewer=False)
+    return _render("set_card", metadata, repo_id=repo_id, info=info, num_shards=num_shards, license=license)
 
 
 def render_adapter_card(
-    *,
     repo_id: str,
     adapter: Mapping[str, Any],
     facts: Mapping[str, Any],
-    license: str | None,
     results: dict[str, Any] | None,
-    has_chart: bool,
-    has_tokenizer: bool,
-    has_chat_template: bool,
+    *,
+    license: str | None,
+    **has: bool,
 ) -> str:
-    """The page of an adapter, from its `adapter_config.json`, its `quantkd.json` and a report's `results.json`."""
+    """The page of an adapter, from its `adapter_config.json`, its `quantkd.json` and a report's `results.json`.
+
+    `has` says whether a chart, a tokenizer and a chat template are pushed with it.
+    """
     base = str(adapter["base_model_name_or_path"] or "BASE_MODEL")
     facts = {**dict.fromkeys(("quantkd_version", "teacher", "transfer_set", "transfer_set_digest")), **facts}
     recorded = facts.get("quantization")
@@ -84,26 +79,23 @@ def render_adapter_card(
         settings.pop("beta", None)
     if settings.get("max_steps") == -1:  # the Trainer's value for "as many as the epochs take"
         del settings["max_steps"]
-    kind = str(adapter.get("peft_type") or "PEFT")
     return _render(
-        "adapter_card.md.j2",
-        metadata=metadata,
+        "adapter_card",
+        metadata,
         repo_id=repo_id,
         base=base,
         base_is_named=is_repository_name(base),
         bits=bits or "quantized",
-        kind="LoRA" if kind == "LORA" else kind,
+        kind="LoRA" if adapter.get("peft_type") == "LORA" else adapter.get("peft_type"),
         adapter=described,
         facts=facts,
         recorded=recorded,
-        quantization={**_DEFAULTS, **(recorded or _NF4)},
+        bitsandbytes=_snippet_settings(recorded or _NF4),
         settings=settings,
         table=table,
         notes=notes,
-        has_chart=has_chart,
-        has_tokenizer=has_tokenizer,
-        has_chat_template=has_chat_template,
         license=license,
+        **has,
     )
 
 
@@ -113,6 +105,12 @@ def _bits(quantization: Mapping[str, Any]) -> str | None:
         if quantization.get(f"load_in_{bits}bit") or bits in (quantization.get("bits"), quantization.get("nbits")):
             return f"{bits}-bit"
     return None
+
+
+def _snippet_settings(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `BitsAndBytesConfig`; none for other formats."""
+    names = _BITSANDBYTES if quantization.get("load_in_4bit") else ("load_in_8bit",)
+    return {name: quantization[name] for name in names if name in quantization}
 
 
 def _describe_results(results: dict[str, Any] | None) -> tuple[list[list[str]], list[str], list[EvalResult]]:
@@ -128,25 +126,25 @@ def _describe_results(results: dict[str, Any] | None) -> tuple[list[list[str]], 
             f"{subject['title']}: fidelity over {subject['num_rows']:,} held-out rows with {subject['num_tokens']:,} "
             "target tokens."
         )
-    digest = str(results.get("transfer_set_digest") or "")[:12]
+    held_out = f"held-out rows of transfer set {str(results.get('transfer_set_digest') or '')[:12]}".strip()
     measured = results["arms"]["after"]["metrics"] if "after" in results["arms"] else {}
-    found = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="quantkd",
-            dataset_name="questions of the evaluation" if key.startswith("accuracy_")
-            else f"held-out rows of transfer set {digest}".strip(),
-            metric_type="accuracy" if key.startswith("accuracy_") else key,
-            metric_name=results["metrics"][key],
-            metric_value=measured[key]["value"],
+    found = []
+    for key in (key for key in results["metric_order"] if key in measured):
+        is_accuracy = key.startswith("accuracy_")
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="quantkd",
+                dataset_name="questions of the evaluation" if is_accuracy else held_out,
+                metric_type="accuracy" if is_accuracy else key,
+                metric_name=results["metrics"][key],
+                metric_value=measured[key]["value"],
+            )
         )
-        for key in results["metric_order"]
-        if key in measured
-    ]  # fmt: skip
     return tabulate(results), notes, found
 
 
-def _render(template: str, *, metadata: ModelCardData | DatasetCardData, **values: Any) -> str:
+def _render(template: str, card: ModelCardData | DatasetCardData, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("quantkd", "hub"),
         undefined=StrictUndefined,
@@ -155,14 +153,8 @@ def _render(template: str, *, metadata: ModelCardData | DatasetCardData, **value
         keep_trailing_newline=True,
         autoescape=False,  # the page is Markdown, not HTML; `cell` escapes what would break a table or add HTML
     )
-    environment.filters.update(
-        cell=_escape_cell,
-        code=_to_code,
-        text=_to_text,
-        public_name=public_name,
-        word=lambda text: re.sub(r"[^\w.]", "", text),
-    )
-    return environment.get_template(template).render(metadata=metadata.to_yaml(), **values)
+    environment.filters.update(cell=_escape_cell, code=_to_code, text=_to_text, public_name=public_name)
+    return environment.get_template(f"{template}.md.j2").render(metadata=card.to_yaml(), **values)
 
 
 def _escape_cell(text: Any) -> str:

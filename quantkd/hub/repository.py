@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoSibling
 
 from quantkd import __version__
 from quantkd.errors import ConfigError, HubError
-from quantkd.remote import RepositoryType, Result, TransientHubError, find_token, hub_errors, retry
+from quantkd.remote import RepositoryType, find_token, hub_errors, retry
 
 Operation = CommitOperationAdd | CommitOperationDelete
 PUSH_ATTEMPTS = 8
@@ -46,28 +44,13 @@ class PushedRepository:
         return f"{self.url} at {self.commit} ({'private' if self.private else 'public'})"
 
 
-class Snapshot(NamedTuple):
-    """The files of a repository at one commit."""
-
-    commit: str
-    files: dict[str, RepoFile]
-
-
 class HubRepository:
-    """A repository that is pushed to.
-
-    Args:
-        repo_id: `user/name`, or `name` for one of the token's owner.
-        repo_type: "model" or "dataset".
-        token: with write permission; else that of `hf auth login` or HF_TOKEN.
-        branch: where commits go; "main" if None. Created if it is missing.
-    """
+    """A branch of a repository that is pushed to; `repo_id` gets the owner's name once the repository is created."""
 
     def __init__(
         self, repo_id: str, repo_type: RepositoryType, *, token: str | None = None, branch: str | None = None
     ) -> None:
-        self.repo_id = repo_id
-        self.private = True
+        self.repo_id, self._url, self._private = repo_id, "", True
         self._branch = branch or "main"
         self._token = token
         self._api = HfApi(token=token, library_name="quantkd", library_version=__version__)
@@ -80,43 +63,34 @@ class HubRepository:
                 f"There is no token to push to {self.repo_id} with. Log in with `hf auth login`, or set HF_TOKEN; the "
                 "token needs write permission."
             )
-        if "/" not in self.repo_id:
-            with self._talking("ask who owns the token"):
-                self.repo_id = f"{self._api.whoami()['name']}/{self.repo_id}"
-        with self._talking(f"look at {self.repo_id}"):
-            try:
-                found = self._api.repo_info(self.repo_id, **self._kind)
-            except RepositoryNotFoundError:
-                self._api.create_repo(self.repo_id, private=private, exist_ok=True, **self._kind)
-                found = self._api.repo_info(self.repo_id, **self._kind)
-        self.private = bool(found.private)
-        if private and not self.private:
+        with hub_errors(f"find or create {self.repo_id}", self._token):
+            url = self._api.create_repo(self.repo_id, private=private, exist_ok=True, **self._kind)
+            self.repo_id, self._url = url.repo_id, str(url)
+            self._private = bool(self._api.repo_info(self.repo_id, **self._kind).private)
+        if private and not self._private:
             raise ConfigError(
                 f"{self.repo_id} is public, and this push asks for a private repository. Pass private=False "
                 "(--public) if everybody may read it, or choose another name."
             )
-        with self._talking(f"look at the branch {self._branch} of {self.repo_id}"):
-            try:
-                self._api.repo_info(self.repo_id, revision=self._branch, **self._kind)
-            except RevisionNotFoundError:
-                self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True, **self._kind)
+        with hub_errors(f"create the branch {self._branch} of {self.repo_id}", self._token):
+            self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True, **self._kind)
 
-    def read(self, is_ours: Callable[[str], bool], what: str) -> Snapshot:
-        """The newest commit; a repository that was made for something else is refused: its page would be replaced."""
-        with self._talking(f"list {self.repo_id}"):
-            commit = str(self._api.repo_info(self.repo_id, revision=self._branch, **self._kind).sha)
-            entries = list(self._api.list_repo_tree(self.repo_id, revision=commit, **self._kind))
-        others = [entry.path for entry in entries if entry.path not in _BLANK]
-        if others and not any(is_ours(name) for name in others):
+    def read(self, is_ours: Callable[[str], bool], what: str) -> tuple[str, dict[str, RepoSibling]]:
+        """The newest commit and its files. A repository made for something else is refused: its page would go."""
+        with hub_errors(f"list {self.repo_id}", self._token):
+            found: Any = self._api.repo_info(self.repo_id, revision=self._branch, files_metadata=True, **self._kind)
+        files = {file.rfilename: file for file in found.siblings or ()}
+        others = [name for name in files if name not in _BLANK]
+        if others and not any(map(is_ours, others)):
             raise ConfigError(
                 f"{self.repo_id} holds {', '.join(others[:4])}{' and others' if len(others) > 4 else ''}, and no "
                 f"{what}; this push would replace its page. Choose another name, or empty that repository first."
             )
-        return Snapshot(commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)})
+        return str(found.sha), files
 
     def commit(self, operations: Sequence[Operation], message: str, parent: str) -> PushedRepository:
         """Commit on top of `parent`, or fail if the branch has moved on."""
-        with self._talking(f"commit to {self.repo_id}"):
+        with hub_errors(f"commit to {self.repo_id}", self._token):
             done = self._api.create_commit(
                 self.repo_id,
                 operations=list(operations),
@@ -130,30 +104,14 @@ class HubRepository:
 
     def pushed(self, commit: str) -> PushedRepository:
         """What a push returns."""
-        kind = self._kind["repo_type"]
-        url = f"{self._api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{self.repo_id}"
-        return PushedRepository(self.repo_id, kind, commit, self.private, url)
-
-    def _talking(self, what: str) -> AbstractContextManager[None]:
-        return hub_errors(what, self._token)
+        return PushedRepository(self.repo_id, self._kind["repo_type"], commit, self._private, self._url)
 
 
 def create_repository(name: str, *, private: bool, token: str | None) -> str:
     """Create a model repository, or find it; returns its name with the owner's."""
     repository = HubRepository(name, "model", token=token)
-    persevere(lambda: repository.ensure(private), name)
+    retry(lambda: repository.ensure(private), PUSH_ATTEMPTS)
     return repository.repo_id
-
-
-def persevere(step: Callable[[], Result], repo_id: str, attempts: int = PUSH_ATTEMPTS) -> Result:
-    """What `step` of a push returns, tried again after failures that may not come again."""
-    try:
-        return retry(step, attempts)
-    except TransientHubError as error:
-        raise HubError(
-            f"The push to {repo_id} stopped after {attempts} failures in a row: {error} Push again to go on where it "
-            "stopped; files that arrived are not sent again."
-        ) from error
 
 
 def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths: bool = True) -> None:

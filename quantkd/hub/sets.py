@@ -14,16 +14,14 @@ Each commit names its parent, so the Hub refuses a step that was decided before 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoSibling
 
 from quantkd.errors import ConfigError, HubError, TransferSetError
 from quantkd.hub.cards import CARD_NAME, check_license, render_set_card
-from quantkd.hub.repository import HubRepository, Operation, PushedRepository, check_shareable, persevere
-from quantkd.remote import find_secrets
+from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository, check_shareable
+from quantkd.remote import find_secrets, retry
 from quantkd.transfer_set.index import INDEX_NAME
 from quantkd.transfer_set.plan import MAX_SHARDS
 from quantkd.transfer_set.reader import TransferSet
@@ -32,29 +30,6 @@ from quantkd.transfer_set.shard import shard_name
 _MAX_STEPS = 4 * MAX_SHARDS
 MAX_COMMIT_BYTES = 2**31
 MAX_COMMIT_FILES = 64
-_CHUNK_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file as the repository must hold it; `content` is a path or the bytes themselves."""
-
-    name: str
-    content: Path | bytes
-    size: int
-    sha256: str
-
-    def is_at(self, remote: RepoFile | None) -> bool:
-        """Whether the repository holds just this: large files are listed by sha256, small ones by git's own hash."""
-        if remote is None or remote.size != self.size:
-            return False
-        if remote.lfs is not None:
-            return bool(remote.lfs.sha256 == self.sha256)
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
-
-    def addition(self) -> CommitOperationAdd:
-        return CommitOperationAdd(self.name, self.content)
 
 
 def push_transfer_set(
@@ -88,14 +63,12 @@ def push_transfer_set(
         HubError: the Hub could not be reached, or refused. The same call goes on where it stopped.
     """
     wanted = _wanted_files(transfer_set, repo_id, license, token)
-    for file in wanted.values():
-        _check_content(file)
     repository = HubRepository(repo_id, "dataset", token=token, branch=revision)
-    persevere(lambda: repository.ensure(private), repo_id)
+    retry(lambda: repository.ensure(private), PUSH_ATTEMPTS)
     if repository.repo_id != repo_id:  # the owner's name was left out, and the card names it
-        wanted = _wanted_files(transfer_set, repository.repo_id, license, token)
+        wanted[CARD_NAME] = _card(transfer_set, repository.repo_id, license)
     for _ in range(_MAX_STEPS):
-        pushed = persevere(lambda: _advance(repository, wanted, max_commit_bytes), repo_id)
+        pushed = retry(lambda: _advance(repository, wanted, max_commit_bytes), PUSH_ATTEMPTS)
         if pushed is not None:
             return pushed
     raise HubError(
@@ -106,11 +79,14 @@ def push_transfer_set(
 
 def list_set_files(transfer_set: TransferSet) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload."""
-    return [(file.name, file.size) for file in _wanted_files(transfer_set, "user/name", None, None).values()]
+    wanted = _wanted_files(transfer_set, "user/name", None, None)
+    return [(name, file.upload_info.size) for name, file in wanted.items()]
 
 
-def _wanted_files(transfer_set: TransferSet, repo_id: str, license: str | None, token: str | None) -> dict[str, _File]:
-    """The card, the shards and the index, by name."""
+def _wanted_files(
+    transfer_set: TransferSet, repo_id: str, license: str | None, token: str | None
+) -> dict[str, CommitOperationAdd]:
+    """The card, the index and the shards, by name; a damaged set is refused."""
     check_license(license)
     store = transfer_set.whole_store
     if store is None:
@@ -120,33 +96,30 @@ def _wanted_files(transfer_set: TransferSet, repo_id: str, license: str | None, 
         )
     if not store.index.complete:
         raise TransferSetError(f"The transfer set at {store.source} is unfinished. Finish its capture first.")
-    card = render_set_card(transfer_set.info, len(store.index.shards), repo_id=repo_id, license=license)
-    wanted = {}
-    for name, data in ((CARD_NAME, card.encode()), (INDEX_NAME, store.index.to_bytes())):
-        check_shareable(name, data, find_secrets(token))
-        wanted[name] = _File(name, data, len(data), hashlib.sha256(data).hexdigest())
+    index = store.index.to_bytes()
+    wanted = {CARD_NAME: _card(transfer_set, repo_id, license), INDEX_NAME: CommitOperationAdd(INDEX_NAME, index)}
+    for name, file in wanted.items():
+        with file.as_file() as content:
+            check_shareable(name, content.read(), find_secrets(token))
     for number, record in enumerate(store.index.shards):
         path = store.locate(number).resolve()
-        wanted[shard_name(number)] = _File(shard_name(number), path, path.stat().st_size, record.sha256)
+        file = CommitOperationAdd(shard_name(number), path)
+        if (found := file.upload_info.sha256.hex()) != record.sha256:
+            raise TransferSetError(
+                f"{path} has the sha256 {found}; the index says {record.sha256}. The set is damaged: get it anew."
+            )
+        wanted[file.path_in_repo] = file
     return wanted
 
 
-def _check_content(file: _File) -> None:
-    """Refuse a damaged set before anything is sent."""
-    if isinstance(file.content, bytes):
-        return
-    digest = hashlib.sha256()
-    with file.content.open("rb") as data:
-        while chunk := data.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != file.sha256:
-        raise TransferSetError(
-            f"{file.content} has the sha256 {digest.hexdigest()}; the index says {file.sha256}. The set is damaged: "
-            "get it anew."
-        )
+def _card(transfer_set: TransferSet, repo_id: str, license: str | None) -> CommitOperationAdd:
+    text = render_set_card(transfer_set.info, transfer_set.plan.num_shards, repo_id=repo_id, license=license)
+    return CommitOperationAdd(CARD_NAME, text.encode())
 
 
-def _advance(repository: HubRepository, wanted: dict[str, _File], max_bytes: int) -> PushedRepository | None:
+def _advance(
+    repository: HubRepository, wanted: dict[str, CommitOperationAdd], max_bytes: int
+) -> PushedRepository | None:
     """Commit the next step; the repository as it is pushed, if it holds the set already."""
     # The files are listed anew each time: what the Hub holds decides, not what this process has sent.
     commit, there = repository.read(_is_shard, "transfer set")
@@ -162,35 +135,49 @@ def _advance(repository: HubRepository, wanted: dict[str, _File], max_bytes: int
     return None
 
 
-def _next_step(there: dict[str, RepoFile], wanted: dict[str, _File], max_bytes: int) -> tuple[str, list[Operation]]:
+def _next_step(
+    there: dict[str, RepoSibling], wanted: dict[str, CommitOperationAdd], max_bytes: int
+) -> tuple[str, list[Operation]]:
     """The message and the operations of the next commit; no operations if the repository holds the set."""
-    missing = [file for name, file in wanted.items() if not file.is_at(there.get(name))]
-    shards = [file for file in missing if _is_shard(file.name)]
+    missing = [name for name, file in wanted.items() if not _is_at(file, there.get(name))]
+    shards = [name for name in missing if _is_shard(name)]
     strays = [name for name in there if name not in wanted and _is_shard(name)]
-    card: list[Operation] = [file.addition() for file in missing if file.name == CARD_NAME]
-    has_index = INDEX_NAME in there
-    is_indexed = wanted[INDEX_NAME] not in missing
+    has_index, is_indexed = INDEX_NAME in there, INDEX_NAME not in missing
+
+    def add(*names: str) -> list[Operation]:  # an operation that was committed once cannot be used again
+        return [CommitOperationAdd(name, wanted[name].path_or_fileobj) for name in names if name in missing]
+
     # With an index in place, its shards may neither change nor go. If it is ours, shards that are missing were lost.
-    if has_index and (strays or any(file.name in there for file in shards) or (is_indexed and shards)):
-        return "Begin to replace the transfer set", [CommitOperationDelete(INDEX_NAME), *card]
+    if has_index and (strays or any(name in there for name in shards) or (is_indexed and shards)):
+        return "Begin to replace the transfer set", [CommitOperationDelete(INDEX_NAME), *add(CARD_NAME)]
     if shards or strays:
-        chosen = _first_batch(shards, max_bytes)
+        chosen = _first_batch({name: wanted[name].upload_info.size for name in shards}, max_bytes)
         removals = [CommitOperationDelete(name) for name in strays[:MAX_COMMIT_FILES]]
-        additions = [file.addition() for file in chosen]
         # While the old index stands, so does the old card.
-        return f"Upload {len(chosen)} shards", [*([] if has_index else card), *removals, *additions]
-    if card:
-        return "Describe the transfer set", card
-    return "Finish the transfer set", [] if is_indexed else [wanted[INDEX_NAME].addition()]
+        return f"Upload {len(chosen)} shards", [*([] if has_index else add(CARD_NAME)), *removals, *add(*chosen)]
+    if CARD_NAME in missing:
+        return "Describe the transfer set", add(CARD_NAME)
+    return "Finish the transfer set", add(INDEX_NAME)
 
 
-def _first_batch(shards: list[_File], max_bytes: int) -> list[_File]:
+def _is_at(file: CommitOperationAdd, remote: RepoSibling | None) -> bool:
+    """Whether the repository holds just this: large files are listed by sha256, small ones by git's own hash."""
+    if remote is None or remote.size != file.upload_info.size:
+        return False
+    if remote.lfs is not None:
+        return bool(remote.lfs.sha256 == file.upload_info.sha256.hex())
+    with file.as_file() as content:
+        data = content.read()
+    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _first_batch(sizes: dict[str, int], max_bytes: int) -> list[str]:
     """As many shards as fit into one commit, and at least one."""
-    chosen: list[_File] = []
-    for file in shards[:MAX_COMMIT_FILES]:
-        if chosen and sum(other.size for other in chosen) + file.size > max_bytes:
+    chosen: list[str] = []
+    for name in list(sizes)[:MAX_COMMIT_FILES]:
+        if chosen and sum(sizes[other] for other in chosen) + sizes[name] > max_bytes:
             break
-        chosen.append(file)
+        chosen.append(name)
     return chosen
 
 
