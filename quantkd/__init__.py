@@ -1,4 +1,4 @@
-"""Distil a language model into a 4-bit instance of itself, from a stored teacher, in the Hugging Face tools."""
+"""Distill a language model into a 4-bit copy of itself, with a stored teacher and the Hugging Face libraries."""
 
 from __future__ import annotations
 

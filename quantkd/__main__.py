@@ -1,4 +1,4 @@
-"""`python -m quantkd`, for launchers such as `torchrun -m quantkd capture ...`."""
+"""`python -m quantkd`, for launchers such as `torchrun -m quantkd train ...`."""
 
 from quantkd.cli.main import run
 

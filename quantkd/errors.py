@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class QuantKDError(Exception):
-    """Base of every error that quantkd raises on purpose."""
+    """Base of all errors that quantkd raises."""
 
 
 class ConfigError(QuantKDError, ValueError):
@@ -16,7 +16,7 @@ class DataError(QuantKDError, ValueError):
 
 
 class TransferSetError(QuantKDError, ValueError):
-    """A transfer set that is damaged, unfinished, foreign, or does not fit the student."""
+    """A transfer set that is damaged, unfinished, or does not fit the student."""
 
 
 class TeacherError(QuantKDError, RuntimeError):
@@ -24,8 +24,8 @@ class TeacherError(QuantKDError, RuntimeError):
 
 
 class HubError(QuantKDError, ConnectionError):
-    """The Hub could not be reached, or refused what was asked of it."""
+    """The Hub could not be reached, or refused a request."""
 
 
 class MissingDependencyError(QuantKDError, ImportError):
-    """An optional package that the requested feature needs."""
+    """An optional package is missing that the requested feature needs."""

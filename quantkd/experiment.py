@@ -1,4 +1,4 @@
-"""One experiment from teacher to report: capture, teacher measured, student measured, trained, measured again."""
+"""A whole experiment: capture, measure teacher and student, train, measure again, report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Experiment:
 
     Args:
         model: Hub name or checkpoint folder; in full precision the teacher, quantized the student.
-        run_dir: everything is written below this folder.
+        run_dir: the folder that everything is written to.
         train_rows: their prompts make the transfer set that is learned from, with the teacher's own answers.
         held_out_rows: their prompts make the transfer set that fidelity is measured on.
         test_rows: questions for the accuracy, in GSM8K's format (`question`, and an `answer` that ends in `#### n`);
@@ -52,7 +52,7 @@ class Experiment:
         shots: numbers of shots to test with.
         make_prompt: the prompt of a training or held-out row; that of a GSM8K question by default.
         capture: further arguments of `quantkd.capture`, such as `storage` and `generation`.
-        dtype: of the teacher, and of what the student computes in; after the hardware if None.
+        dtype: of the teacher, and the compute dtype of the student; chosen by the hardware if None.
         quantization_config: of the student; NF4 if None.
         peft_config: of the student; rank 16 on all linear layers if None.
         chat_template: False prompts with plain text, for a base model.
@@ -186,12 +186,12 @@ def _load_student(experiment: Experiment, **kwargs: Any) -> Any:
 
 
 def _load_trained(experiment: Experiment, adapter: str) -> Any:
-    """The student as others will load it. While it trains, its head and norms are in float32."""
+    """The student as users load it; during training its head and norms are in float32."""
     return PeftModel.from_pretrained(_load_student(experiment, device_map={"": default_device()}), adapter)
 
 
 def _export(experiment: Experiment, form: str, adapter: str, folder: Path, tokenizer: Any) -> None:
-    """Write one form, over what an earlier run of the same experiment wrote."""
+    """Write one form, replacing that of an earlier run of the same experiment."""
     _log(f"exporting {form}")
     if folder.is_dir() and "export" in read_provenance(str(folder)):
         shutil.rmtree(folder)

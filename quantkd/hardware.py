@@ -1,4 +1,4 @@
-"""What the hardware does natively: the device to run on, and the dtype to compute in."""
+"""The device to run on, and the dtypes to compute in."""
 
 from __future__ import annotations
 
@@ -36,10 +36,8 @@ def default_device() -> torch.device:
 
 
 def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
-    """bfloat16 where `device` multiplies it natively, else float32.
-
-    Without native support bfloat16 is emulated: measured at a seventh of float32's speed for a forward pass on CPU.
-    """
+    """bfloat16 if `device` multiplies it natively, else float32."""
+    # Emulated bfloat16 was measured at a seventh of float32's speed for a forward pass on a CPU.
     device = device or default_device()
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -66,7 +64,7 @@ def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = No
 def _cpu_has_bfloat16() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         return any("bf16" in name and bool(found) for name, found in torch.cpu.get_capabilities().items())
-    # torch before 2.11 has no public question for it
+    # torch before 2.11 has no public function for it
     return any(
         bool(ask())
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -1,1 +1,1 @@
-"""The command line: one file a subcommand, which parses and calls and decides nothing."""
+"""The command line: one file per subcommand, which parses its options and calls the library."""

@@ -1,4 +1,4 @@
-"""The student's arguments, which `train`, `evaluate` and the example share: TRL's ModelConfig with our defaults."""
+"""The student's arguments, which several commands share: TRL's ModelConfig with our defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StudentArguments(ModelConfig):
     dtype: str | None = field(
         default="auto",
         metadata={
-            "help": "What the 4-bit layers compute in; auto takes bfloat16 where the hardware has it, else float32.",
+            "help": "Compute dtype of the 4-bit layers; auto is bfloat16 if the hardware supports it, else float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -46,14 +46,14 @@ class StudentArguments(ModelConfig):
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.student_format not in (None, "int8"):
             raise ConfigError(
-                f"load_in_8bit asks for int8, and student_format for {self.student_format}. Set one of the two."
+                f"load_in_8bit means int8, and student_format is {self.student_format}. Set one of the two."
             )
         if self.student_format in ("nf4", "fp4"):
             self.load_in_4bit, self.bnb_4bit_quant_type = True, self.student_format
         elif self.student_format is not None:
             self.load_in_8bit = self.student_format == "int8"
             self.load_in_4bit = False
-        if self.load_in_8bit:  # 4 bit is the default, so asking for 8 is enough
+        if self.load_in_8bit:  # 4-bit is the default, so one option is enough to choose 8-bit
             self.load_in_4bit = False
         super().__post_init__()  # type: ignore[no-untyped-call]
 
@@ -84,7 +84,7 @@ def _quantization_from(args: StudentArguments, name: str) -> Any:
             return None
         if not args.load_in_4bit:
             raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
-    # TRL's options refine what bitsandbytes does; the other formats have none.
+    # TRL's options are for bitsandbytes; the other formats have none.
     return get_quantization_config(args) or args.student_format
 
 

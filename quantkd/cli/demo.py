@@ -1,4 +1,4 @@
-"""`quantkd demo`: the whole way on a real small model, on a CPU, in minutes."""
+"""`quantkd demo`: capture, train, evaluate and report with a small real model, on a CPU, in minutes."""
 
 from __future__ import annotations
 
@@ -28,25 +28,29 @@ def main(argv: Sequence[str]) -> None:
     parser = plain_parser("quantkd demo", _EXAMPLES)
     parser.add_argument("--output_dir", default="runs/demo", help="where everything is written (runs/demo)")
     parser.add_argument("--train_rows", type=int, default=96, help="problems to learn from (96)")
-    parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure the fidelity on (32)")
-    parser.add_argument("--test_rows", type=int, default=32, help="problems to solve, before and after (32)")
+    parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure fidelity on (32)")
+    parser.add_argument("--test_rows", type=int, default=32, help="problems to solve before and after training (32)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
     parser.add_argument(
-        "--student_format", default="nf4", choices=STUDENT_FORMATS, help="what the student is quantized in (nf4)"
+        "--student_format", default="nf4", choices=STUDENT_FORMATS, help="quantization format of the student (nf4)"
     )
-    parser.add_argument("--rank", type=int, default=64, help="rank of the adapters (64)")
+    parser.add_argument("--rank", type=int, default=64, help="LoRA rank (64)")
     parser.add_argument(
         "--control",
         nargs="?",
         const="ce",
         default="ce",
         choices=["ce", "none"],
-        help="also train one by cross-entropy alone, with as many steps, to compare with (ce)",
+        help="also train a student with cross-entropy only, for comparison (ce)",
     )
     parser.add_argument(
-        "--exports", nargs="+", default=[], choices=["merged", "requantized"], help="also write and measure these forms"
+        "--exports",
+        nargs="+",
+        default=[],
+        choices=["merged", "requantized"],
+        help="also export the student in these forms and measure them",
     )
-    parser.add_argument("--force", action="store_true", help="measure again what was measured of the same model")
+    parser.add_argument("--force", action="store_true", help="measure again what was measured before")
     parser.add_argument("--seed", type=int, default=0, help="seed of problems and training (0)")
     args = parser.parse_args(argv)
     train = generate_problems(args.train_rows, args.seed)
@@ -82,4 +86,4 @@ def main(argv: Sequence[str]) -> None:
         ),
     )
     print(format_table(json.loads((run_dir / "results.json").read_text())))
-    print(f"\nThe report is {report}; results.json and the chart lie beside it, the adapter in {run_dir / 'student'}.")
+    print(f"\nThe report is {report}, with results.json and the chart next to it. The adapter is in {run_dir}/student.")

@@ -1,4 +1,4 @@
-"""`quantkd`: finds the subcommand and runs it. Imports nothing heavy, so that help is instant."""
+"""`quantkd`: finds the subcommand and runs it. It imports nothing heavy, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from typing import NoReturn
 from quantkd.errors import QuantKDError
 
 COMMANDS = {
-    "capture": "let a teacher answer prompts and store its distributions as a transfer set",
+    "capture": "store a teacher's answers to prompts, with its distributions, as a transfer set",
     "inspect": "show what a transfer set holds",
     "verify": "check every byte and row of a transfer set",
     "audit": "compute a sample of a transfer set's rows again with its teacher",
-    "convert": "write a transfer set again, smaller or trimmed, or one from another toolkit's table",
-    "train": "distil a transfer set into a quantized student",
-    "sweep": "search training arguments for the least held-out KL",
-    "evaluate": "measure one model: fidelity to the teacher and GSM8K accuracy",
+    "convert": "rewrite a transfer set smaller or trimmed, or import another toolkit's table",
+    "train": "train a quantized student on a transfer set",
+    "sweep": "search for the training arguments with the lowest held-out KL",
+    "evaluate": "measure one model: KL to the teacher, and accuracy on GSM8K and other tasks",
     "export": "write a student as a 16-bit checkpoint, a 4-bit one, or the adapter alone",
-    "report": "put evaluated models side by side: table, JSON, chart",
+    "report": "compare evaluated models: table, JSON, chart",
     "view": "write a page that shows, token by token, where a student differs from its teacher",
-    "push": "upload an adapter or a transfer set to the Hub, private unless told otherwise",
-    "selftest": "check on your own model that the loss, the alignment and the gradients are right",
-    "demo": "the whole way on a real small model: capture, train, evaluate, report",
+    "push": "upload an adapter or a transfer set to the Hub, private by default",
+    "selftest": "check loss, alignment and gradients on your own model",
+    "demo": "capture, train, evaluate and report with a small real model",
 }
 
 # What to do after Ctrl-C.
 _GO_ON = {
     "train": "Run the same command with --resume_from_checkpoint true to go on from the last checkpoint (every "
-    "--save_steps), or without it to start anew.",
+    "--save_steps), or without it to start again.",
     **dict.fromkeys(("inspect", "verify", "audit", "selftest"), "Nothing was changed."),
 }
 
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM, which schedulers and containers send, ends a command as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    """Treat SIGTERM, which schedulers and containers send, like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
 
@@ -101,25 +101,25 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """Leave out two lines of other libraries about each other, which a user can do nothing about."""
+    """Hide two messages of other libraries that a user cannot act on."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
-    def is_news(record: logging.LogRecord) -> bool:
-        return "gemm_4bit_forward" not in record.getMessage()  # a faster kernel that is optional
+    def is_shown(record: logging.LogRecord) -> bool:
+        return "gemm_4bit_forward" not in record.getMessage()  # an optional, faster kernel
 
-    logger.addFilter(is_news)
+    logger.addFilter(is_shown)
     try:
         with warnings.catch_warnings():
-            # PEFT asks transformers by the old name.
+            # PEFT uses the old name of an attribute of transformers.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             yield
     finally:
-        logger.removeFilter(is_news)
+        logger.removeFilter(is_shown)
 
 
 @contextmanager
 def _progress_on_stderr() -> Iterator[None]:
-    """Say which step of an experiment runs, and what was read from the Hub at which commit."""
+    """Show the steps of an experiment, and what is read from the Hub with its commit."""
     handler = logging.StreamHandler()
     loggers = [logging.getLogger(name) for name in ("quantkd.experiment", "quantkd.remote")]
     levels = [logger.level for logger in loggers]
@@ -135,24 +135,24 @@ def _progress_on_stderr() -> Iterator[None]:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the message says it all, so that where it arose is of no use to who reads it."""
-    # The latter three are how torch, transformers, peft and datasets say that an argument, a model, a file or a package
-    # is not as it must be; the others how safetensors and torch say that the disk is full.
+    """Whether the message is enough for a user, without a traceback."""
+    # torch, transformers, peft and datasets raise the latter three for a bad argument, model, file or package.
     if isinstance(error, (QuantKDError, ImportError, OSError, ValueError)):
         return True
+    # safetensors and torch raise these when the disk is full.
     return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter failed" in str(error)
 
 
 def _describe(error: Exception) -> str:
-    """One line without secrets; of errors that are not quantkd's own also what to do next."""
+    """One line without secrets; for the errors of other libraries also what to do next."""
     from quantkd.remote import find_secrets, redact  # the Hub's client takes half a second to import
 
-    # A file of options that is broken, or a server, may be quoted with the token in it.
+    # A message may quote a broken file of options, or a server, with a token in it.
     text = " ".join(redact(str(error), find_secrets()).split()) or type(error).__name__
     if isinstance(error, QuantKDError):
         return text
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}. Give a path that is there and may be read or written."
+        return f"{error.strerror}: {error.filename}. Give an existing path that can be read or written."
     return f"{text.rstrip('.')}. (`quantkd --traceback COMMAND ...` shows where.)"
 
 
@@ -163,7 +163,7 @@ def _usage() -> str:
         [
             "usage: quantkd [--traceback] COMMAND [OPTIONS]",
             "",
-            "Distil a language model into a 4-bit instance of itself.",
+            "Distill a language model into a 4-bit copy of itself.",
             "",
             *lines,
             "",

@@ -16,8 +16,6 @@ from quantkd.names import hide_home
 
 _FROM_A_FILE = "--config FILE.yaml takes options from a file, by their long names; the command line overrides it."
 _SECRET = re.compile(r"(?:.*_)?token")
-# How a run was started, which is not part of what it is.
-_OF_THE_START = ("resume_from_checkpoint",)
 
 
 class _OneLine(ArgumentParser):
@@ -71,7 +69,7 @@ def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, comm
     plain = {
         name: _plain(value.value if isinstance(value, Enum) else value)
         for name, value in sorted(options.items())
-        if not _SECRET.fullmatch(name) and name not in _OF_THE_START
+        if not _SECRET.fullmatch(name) and name != "resume_from_checkpoint"
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = f"# {command} --config {path.name}\n" + yaml.safe_dump(plain, sort_keys=True, allow_unicode=True)

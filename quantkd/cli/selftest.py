@@ -1,4 +1,4 @@
-"""`quantkd selftest MODEL`: are loss, alignment and gradients right on this very model?"""
+"""`quantkd selftest MODEL`: check loss, alignment and gradients on your own model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print one line a check."""
+    """Print one line per check; the exit code is 1 if one fails."""
     parser = plain_parser("quantkd selftest", _EXAMPLES)
     parser.add_argument("model", help="a Hub name or a checkpoint folder; loaded in float32")
     parser.add_argument("--plain_prompts", action="store_true", help="use no chat template, as for a base model")

@@ -1,4 +1,4 @@
-"""`quantkd train`: a transfer set and a model in, an adapter out."""
+"""`quantkd train`: train a quantized student on a transfer set."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class DataArguments:
     transfer_set: str = field(metadata={"help": "Folder of the transfer set to learn from."})
     eval_transfer_set: str | None = field(default=None, metadata={"help": "Folder of held-out rows."})
     eval_fraction: float | None = field(
-        default=None, metadata={"help": "Or: hold out this share of the transfer set's rows."}
+        default=None, metadata={"help": "Or: hold out this fraction of the rows of --transfer_set."}
     )
     control: str | None = field(
         default=None,
         metadata={
-            "help": "ce: train the student to compare with instead, on the same rows from the same start by "
-            "cross-entropy alone, into a folder beside output_dir.",
+            "help": "ce: train a student for comparison instead, on the same rows from the same start with "
+            "cross-entropy only, into OUTPUT_DIR-control.",
             "choices": ["ce"],
         },
     )
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     if config.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
-        print(f"The adapter lies in {config.output_dir}.")
+        print(f"The adapter is stored in {config.output_dir}.")
 
 
 def open_rows(data: DataArguments, config: QuantizedDistillationConfig) -> tuple[TransferSet, TransferSet | None]:
@@ -89,17 +89,17 @@ def open_rows(data: DataArguments, config: QuantizedDistillationConfig) -> tuple
 
 
 def _make_control(config: QuantizedDistillationConfig) -> None:
-    """The same training without the teacher's distributions, in a folder of its own."""
+    """Turn the arguments into those of the same training without the teacher's distributions."""
     if config.push_to_hub:
-        raise ConfigError("A control is there to be compared with, not to be published. Leave push_to_hub off.")
+        raise ConfigError("A control is for comparison, not to be published. Leave push_to_hub off.")
     config.alpha = 0.0
     config.output_dir = f"{config.output_dir}-control"
 
 
 def _check_trackers(config: QuantizedDistillationConfig) -> None:
-    """Name a tracker that is missing before the model is loaded."""
+    """Refuse a tracker that is not installed, before the model is loaded."""
     installed = installed_trackers()
-    # Flyte's jobs bring what it needs, and transformers does not look for it.
+    # transformers does not look for Flyte, which its jobs bring along.
     missing = [name for name in config.report_to or () if name not in (*installed, "flyte")]
     if missing:
         raise ConfigError(
@@ -109,7 +109,7 @@ def _check_trackers(config: QuantizedDistillationConfig) -> None:
 
 
 def _check_amounts(config: QuantizedDistillationConfig) -> None:
-    """Refuse amounts that the Trainer would divide by, or take for "no training" without a word."""
+    """Refuse zeros that the Trainer would divide by, or silently take for "no training"."""
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected at least 1.")
