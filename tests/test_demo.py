@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from peft import PeftConfig
 
-from quantkd import TransferSet
+from quantkd import GenerationSettings, TransferSet
 from quantkd.cli import demo
 from quantkd.experiment import Experiment, run_experiment
 
@@ -26,7 +26,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tiny_model_path: Path) -> list[tuple[E
     def run(experiment: Experiment, args: Any) -> Path:
         calls.append((experiment, args))
         assert isinstance(experiment.capture, dict)
-        experiment.capture["max_new_tokens"] = 8
+        experiment.capture["generation"] = GenerationSettings(max_new_tokens=8)
         args.disable_tqdm = True
         return run_experiment(experiment, args)
 

@@ -109,7 +109,9 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, run, tmp_path
     hub.make("dataset", "user/folder", {"data/x.parquet": b"1"})
     write_set(tmp_path / "set")
     opened = TransferSet(tmp_path / "set")
-    with pytest.raises(ConfigError, match=r"user/other holds config.json, data/x.bin, and no adapter; .*Choose another name"):
+    with pytest.raises(
+        ConfigError, match=r"user/other holds config.json, data/x.bin, and no adapter; .*Choose another name"
+    ):
         push_adapter(run, "user/other")
     with pytest.raises(ConfigError, match=r"user/other holds config.json, data/x.bin, and no transfer set"):
         push_transfer_set(opened, "user/other")
