@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,6 +96,42 @@ class PromptTable:
         """(prompts, 2): tokens of each prompt and of its given answer."""
         ends: NDArray[np.int64] = np.asarray([0, *self._ends], dtype=np.int64)
         return (ends[1:] - ends[:-1]).reshape(-1, 2)
+
+    def count_tokens(self, max_new_tokens: int) -> tuple[int, int]:
+        """Tokens of the prompts and of the answers of all rows; of answers that are not given, at most."""
+        prompts, given = (int(total) * self.num_samples for total in self.lengths().sum(0))
+        return prompts, given if self.is_given else self.num_rows * max_new_tokens
+
+    def check_lengths(self, max_context: int | None, max_new_tokens: int) -> None:
+        """Refuse prompts that leave no room for the answer, before any work is spent."""
+        lengths = self.lengths()
+        for number, (prompt, given) in zip(self.numbers, lengths.tolist(), strict=True):
+            answer = given if self.is_given else max_new_tokens
+            if not prompt:
+                raise DataError(f"Row {number} has a prompt without tokens; expected at least one. Remove the row.")
+            if max_context is not None and prompt + answer > max_context:
+                raise DataError(
+                    f"Row {number} has a prompt of {prompt} tokens; with {answer} tokens for the answer that is more "
+                    f"than the teacher's context of {max_context}. Shorten it (fewer shots), remove it, or lower "
+                    "max_new_tokens."
+                )
+
+    def batches(self, start: int, stop: int, size: int) -> list[list[EncodedPrompt]]:
+        """The rows `[start, stop)`, longest first, so that a batch pads little."""
+        rows = [self.row(row) for row in range(start, stop)]
+        rows.sort(key=lambda row: (-len(row.prompt_ids) - len(row.completion_ids or ()), row.index))
+        return [rows[place : place + size] for place in range(0, len(rows), size)]
+
+    def longest(self, count: int, max_new_tokens: int) -> list[EncodedPrompt]:
+        """At most `count` of the longest rows, with answers as long as they may get; which tokens does not matter."""
+        order = self.lengths().sum(1).argsort(kind="stable")[::-1].repeat(self.num_samples)
+        rows = [self.row(int(prompt) * self.num_samples) for prompt in order[:count]]
+        if self.is_given:
+            return rows
+        return [
+            replace(row, completion_ids=(row.prompt_ids * (max_new_tokens // len(row.prompt_ids) + 1))[:max_new_tokens])
+            for row in rows
+        ]
 
     def row(self, row: int) -> EncodedPrompt:
         """A row of the plan."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +12,16 @@ from typing import Any, Literal
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd.data.encoding import PromptTable, encode_examples
-from quantkd.data.prompts import Example, load_examples
-from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+from quantkd.data.encoding import encode_examples
+from quantkd.data.prompts import Example, check_references, load_examples
+from quantkd.errors import ConfigError, TransferSetError
 from quantkd.hardware import process_state
-from quantkd.teacher.batches import find_batch_size, run_batch
-from quantkd.teacher.filters import Filter, apply_filters, as_filters, check_references
+from quantkd.teacher.batches import find_batch_size, retry_out_of_memory
+from quantkd.teacher.filters import Filter, as_filters, build_sieve
 from quantkd.teacher.loading import build_teacher
-from quantkd.teacher.plan import CaptureEstimate, build_plan, estimate_capture, find_planned_batch_size
+from quantkd.teacher.plan import CaptureEstimate, describe_teacher
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
-from quantkd.transfer_set import ShardTask, TransferRow, TransferSet, TransferSetWriter
+from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter
 from quantkd.transfer_set.rules import StorageRule
 
 logger = logging.getLogger(__name__)
@@ -88,136 +87,80 @@ def capture(
     occupied = next((part for part in (folder, *folder.parents) if part.exists()), None)
     if occupied is not None and not occupied.is_dir():
         raise TransferSetError(f"{occupied} is a file; the set needs a folder. Name another output_dir.")
-    examples = load_examples(prompts, limit=limit)
     chosen = as_filters(filters)
-    check_references(chosen, examples, responses)
+    examples = load_examples(prompts, limit=limit)
+    if comparing := [each for each in chosen if each.needs_reference]:
+        if responses == "given":
+            raise ConfigError(
+                "correct_only compares the teacher's own answers with the data set's, and responses='given' takes the "
+                "data set's unchanged. Leave it out, or filter by a function of your own: filters=[function]."
+            )
+        check_references(examples, [each.check_reference for each in comparing])
+
     teacher = build_teacher(model, tokenizer, storage, temperatures, generation, run)
-    if responses == "given" and teacher.settings.num_samples > 1:
+    settings = teacher.settings
+    if responses == "given" and settings.num_samples > 1:
         raise ConfigError(
-            f"num_samples is {teacher.settings.num_samples} with responses='given'; a given answer is one row. Leave "
+            f"num_samples is {settings.num_samples} with responses='given'; a given answer is one row. Leave "
             "num_samples at 1, or let the teacher answer with responses='generate'."
         )
+    answer = retry_out_of_memory(teacher.answer if responses == "generate" else teacher.score, teacher.batch_invariant)
+    sift = build_sieve(chosen, teacher.tokenizer)
     table = encode_examples(
         examples,
         teacher.tokenizer,
         given=responses == "given",
         chat_template=chat_template,
-        num_samples=teacher.settings.num_samples,
+        num_samples=settings.num_samples,
         drop_duplicates=any(each.across_rows for each in chosen),
     )
-    _check_lengths(table, teacher)
-    plan = build_plan(
-        teacher,
-        run,
-        chosen,
-        num_rows=table.num_rows,
+    table.check_lengths(teacher.max_context, settings.max_new_tokens)
+
+    def score_longest(count: int) -> None:
+        teacher.score(table.longest(count, settings.max_new_tokens))
+
+    batch_size = run.batch_size
+    if run.auto_find_batch_size:
+        batch_size = teacher.preferred_batch_size or find_batch_size(folder, score_longest)
+    rows_per_shard = run.rows_per_shard
+    if rows_per_shard is None:
+        # A small set is still cut into 16 shards, so that as many processes can share the work.
+        batches = min(-(-table.num_rows // (16 * batch_size)), max(1024 // batch_size, 1))
+        rows_per_shard = batches * batch_size
+    plan = Plan(
+        **describe_teacher(teacher, chosen, responses=responses, chat_template=chat_template),
+        profile=run.profile,
         prompts_digest=table.digest(),
-        batch_size=_agree_on_batch_size(folder, teacher, table) if run.auto_find_batch_size else run.batch_size,
-        responses=responses,
-        chat_template=chat_template,
+        num_prompts=table.num_rows,
+        rows_per_shard=-(-rows_per_shard // settings.num_samples) * settings.num_samples,  # a prompt's samples together
+        batch_size=batch_size,
     )
-    prompt_tokens, given_tokens = (int(total) * table.num_samples for total in table.lengths().sum(0))
-    estimate = estimate_capture(
-        plan,
-        folder,
-        prompt_tokens=prompt_tokens,
-        response_tokens=given_tokens if table.is_given else table.num_rows * teacher.settings.max_new_tokens,
-        is_exact=table.is_given,
-    )
+    estimate = CaptureEstimate(plan, folder, *table.count_tokens(settings.max_new_tokens), is_exact=table.is_given)
     if on_plan is not None:
         on_plan(estimate)
 
-    with TransferSetWriter.open(folder, plan, join=process_state().num_processes > 1) as writer:
+    state = process_state()
+    shown = run.progress and state.is_main_process
+    bar = tqdm(total=table.num_rows, desc="capture", unit="row", file=sys.stderr, disable=None if shown else True)
+    with bar, TransferSetWriter.open(folder, plan, join=state.num_processes > 1) as writer:
         if writer.is_complete:
             logger.warning("The transfer set at %s is complete already; nothing was captured.", output_dir)
-        else:
-            _fill(writer, teacher, table, chosen, progress=run.progress)
-            writer.finalize()
+        tokens, started = 0, time.monotonic()
+        for task in writer.claim():
+            rows: dict[int, TransferRow] = {}
+            for batch in table.batches(task.start, task.stop, batch_size):
+                made = answer(batch)
+                rows |= {prompt.index: row for prompt, row in zip(batch, made, strict=True)}
+                tokens += sum(len(row.counts) for row in made)
+                bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
+                bar.update(len(made))
+            prompt_numbers = [index // settings.num_samples for index in sorted(rows)]
+            kept, counters = sift([rows[index] for index in sorted(rows)], prompt_numbers, table.examples)
+            if task.index == 0 and table.num_duplicates:
+                counters["filtered_duplicate_prompts"] = table.num_duplicates
+            writer.commit(task, kept, {**counters, "responses_cut": sum(not row.finished for row in kept)})
+        writer.finalize()
     transfer_set = TransferSet.open(folder)
     if not len(transfer_set):
         logger.warning("No row passed the filters; the transfer set at %s is empty.", output_dir)
     return transfer_set
-
-
-def _check_lengths(table: PromptTable, teacher: Teacher) -> None:
-    """Refuse prompts that leave no room for the answer, before any work is spent."""
-    lengths, limit = table.lengths(), teacher.max_context or 2**62
-    answers = lengths[:, 1] if table.is_given else lengths[:, 1] + teacher.settings.max_new_tokens
-    if not lengths[:, 0].all():
-        row = table.numbers[int((lengths[:, 0] == 0).argmax())]
-        raise DataError(f"Row {row} has a prompt without tokens; expected at least one. Remove the row.")
-    too_long = lengths[:, 0] + answers > limit
-    if too_long.any():
-        index = int(too_long.argmax())
-        raise DataError(
-            f"Row {table.numbers[index]} has a prompt of {lengths[index, 0]} tokens; with {answers[index]} tokens for "
-            f"the answer that is more than the teacher's context of {limit}. Shorten it (fewer shots), remove it, or "
-            "lower max_new_tokens."
-        )
-
-
-def _agree_on_batch_size(folder: Path, teacher: Teacher, table: PromptTable) -> int:
-    """The batch size of the plan on disk, or the one that the main process finds for all."""
-    state = process_state()
-    found = [0]
-    if state.is_main_process:
-        found = [find_planned_batch_size(folder) or find_batch_size(teacher, table)]
-    if state.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(found)
-    return found[0]
-
-
-def _fill(
-    writer: TransferSetWriter, teacher: Teacher, table: PromptTable, filters: Sequence[Filter], *, progress: bool
-) -> None:
-    """Run the teacher over every shard of this process, and commit each."""
-    tokens, kept, counted, started = 0, 0, Counter[str](), time.monotonic()
-    shown = progress and process_state().is_main_process
-    bar = tqdm(total=table.num_rows, desc="capture", unit="row", file=sys.stderr, disable=None if shown else True)
-
-    def advance(made: Sequence[TransferRow]) -> None:
-        nonlocal tokens
-        tokens += sum(len(row.counts) for row in made)
-        speed = f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s"
-        bar.set_postfix_str(f"{speed}, {kept} kept, {counted.total()} filtered" if filters else speed, refresh=False)
-        bar.update(len(made))
-
-    with bar:
-        for task in writer.claim():
-            rows = _compute(task, teacher, table, writer.plan.batch_size, advance)
-            counters: Counter[str] = Counter()
-            if filters:
-                prompts = [row // table.num_samples for row in range(task.start, task.stop)]
-                examples = [table.examples[prompt] for prompt in prompts]
-                rows, counters = apply_filters(filters, rows, prompts, examples, teacher.tokenizer)
-                if task.index == 0 and table.num_duplicates:
-                    counters["filtered_duplicate_prompts"] = table.num_duplicates
-            kept += len(rows)
-            counted += counters
-            writer.commit(task, rows, {**counters, "responses_cut": sum(not row.finished for row in rows)})
-
-
-def _compute(
-    task: ShardTask,
-    teacher: Teacher,
-    table: PromptTable,
-    batch_size: int,
-    advance: Callable[[Sequence[TransferRow]], None],
-) -> list[TransferRow]:
-    """The rows of a shard, in the order of the prompts. Batches depend on nothing but the plan."""
-    prompts = [table.row(row) for row in range(task.start, task.stop)]
-    # Longest first, so that a batch pads little; rows go back to the order of the prompts.
-    prompts.sort(key=lambda prompt: (-len(prompt.prompt_ids) - len(prompt.completion_ids or ()), prompt.index))
-    rows: dict[int, TransferRow] = {}
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        made = run_batch(
-            teacher.score if table.is_given else teacher.answer, batch, batch_invariant=teacher.batch_invariant
-        )
-        if len(made) != len(batch):
-            raise TeacherError(f"The teacher gave {len(made)} rows for a batch of {len(batch)}; expected one each.")
-        rows |= {prompt.index: row for prompt, row in zip(batch, made, strict=True)}
-        advance(made)
-    return [rows[index] for index in sorted(rows)]

@@ -57,7 +57,7 @@ class Filter(ABC):
         """Why a row is left out; None to keep it."""
 
     def check_reference(self, reference: str) -> None:
-        """Refuse a reference that answers cannot be compared with."""
+        """Refuse a reference that answers cannot be compared with, before any work is spent."""
         return
 
 
@@ -138,8 +138,8 @@ class CorrectOnly(Filter):
         verifier: takes the answer's text and the reference; GSM8K's grader, the number after `####`, if None.
     """
 
-    verifier: Verifier | None = None
     needs_reference: ClassVar[bool] = True
+    verifier: Verifier | None = None
 
     def describe(self) -> dict[str, Any]:
         """What the plan says of it."""
@@ -152,7 +152,7 @@ class CorrectOnly(Filter):
         return None if right else "incorrect"
 
     def check_reference(self, reference: str) -> None:
-        """GSM8K's grader needs a number after `####`."""
+        """See `Filter`; GSM8K's grader needs a number after `####`."""
         if self.verifier is None:
             try:
                 is_correct("", reference, "strict")
@@ -195,52 +195,30 @@ def as_filters(filters: Sequence[Filter | Callable[[Example, str], bool]]) -> li
     return made
 
 
-def check_references(filters: Sequence[Filter], examples: Sequence[Example], responses: str) -> None:
-    """Refuse examples without a reference where a filter needs one, before any work is spent."""
-    for each in filters:
-        if not each.needs_reference:
-            continue
-        kind = each.describe()["kind"]
-        if responses == "given":
-            raise ConfigError(
-                f"{kind} compares the teacher's own answers with the data set's, and responses='given' takes the data "
-                "set's unchanged. Leave it out, or filter by a function of your own: filters=[function]."
-            )
-        for index, example in enumerate(examples):
-            if not example.completion:
-                raise DataError(
-                    f"Row {index} has no reference answer, and {kind} was asked for. Name its column with "
-                    "completion_column (--answer_column)."
-                )
-            try:
-                each.check_reference(example.completion)
-            except DataError as error:
-                raise DataError(f"Row {index}: {error}") from error
+Sieve = Callable[[Sequence[TransferRow], Sequence[int], Sequence[Example]], tuple[list[TransferRow], Counter[str]]]
 
 
-def apply_filters(
-    filters: Sequence[Filter],
-    rows: Sequence[TransferRow],
-    groups: Sequence[int],
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[list[TransferRow], Counter[str]]:
-    """The rows of a shard that pass every filter, and how many did not by the first reason that each met."""
-    kept: list[TransferRow] = []
-    counts: Counter[str] = Counter()
-    earlier: list[TransferRow] = []
-    group = None
-    for row, number, example in zip(rows, groups, examples, strict=True):
-        if number != group:
-            group, earlier = number, []
-        answered = Answered(example, row, tokenizer)
-        reason = next((found for each in filters if (found := each.reject(answered, earlier)) is not None), None)
-        if reason is not None:
-            counts[f"filtered_{reason}"] += 1
-            continue
-        kept.append(row)
-        earlier.append(row)
-    return kept, counts
+def build_sieve(filters: Sequence[Filter], tokenizer: PreTrainedTokenizerBase) -> Sieve:
+    """A function of a shard's rows, the number of each row's prompt, and all examples.
+
+    It returns the rows that pass every filter, and how many did not, by the first reason that each met.
+    """
+
+    def sift(
+        rows: Sequence[TransferRow], prompts: Sequence[int], examples: Sequence[Example]
+    ) -> tuple[list[TransferRow], Counter[str]]:
+        kept: dict[int, list[TransferRow]] = {}
+        counts: Counter[str] = Counter()
+        for row, prompt in zip(rows, prompts, strict=True):
+            answered, earlier = Answered(examples[prompt], row, tokenizer), kept.setdefault(prompt, [])
+            reason = next((found for each in filters if (found := each.reject(answered, earlier)) is not None), None)
+            if reason is None:
+                earlier.append(row)
+            else:
+                counts[f"filtered_{reason}"] += 1
+        return [row for group in kept.values() for row in group], counts
+
+    return sift
 
 
 def _grade(text: str, reference: str) -> bool:
