@@ -1,0 +1,200 @@
+"""Experiments and the demo on the tiny model: every arm is measured, in the form that others load, and once."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from quantkd import GenerationSettings, QuantizedDistillationConfig, TransferSet
+from quantkd.cli import demo
+from quantkd.cli.main import main
+from quantkd.data.arithmetic import generate_problems
+from quantkd.errors import ConfigError
+from quantkd.evaluation import arms
+from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.experiment import Experiment, run_experiment
+from quantkd.models.student import default_quantization_config
+
+FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
+
+
+def run(model: Path, folder: Path, *, max_steps: int = 3, **options: Any) -> Path:
+    rows = generate_problems(8, 0)
+    experiment = Experiment(
+        model=str(model), run_dir=folder, train_rows=rows[:5], held_out_rows=rows[5:],
+        capture={"generation": GenerationSettings(8)}, dtype="float32", **options,
+    )  # fmt: skip
+    args = QuantizedDistillationConfig(
+        str(folder / "student"), max_steps=max_steps, per_device_train_batch_size=2, learning_rate=1e-3,
+        alpha=1.0, init="zero", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    run_experiment(experiment, args)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an experiment with all that there is."""
+    return run(tiny_model_path, tmp_path_factory.mktemp("whole"), control=True, exports=("merged", "requantized"))
+
+
+def read_results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text())
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def count_models() -> int:
+    return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every fidelity that is really measured; no other model is in memory then."""
+    counts: list[int] = []
+    others = count_models()
+
+    def measure(model: Any, rows: TransferSet, **options: Any) -> Any:
+        counts.append(len(rows))
+        assert count_models() == others + 1
+        return evaluate_fidelity(model, rows, **options)
+
+    monkeypatch.setattr(arms, "evaluate_fidelity", measure)
+    return counts
+
+
+def test_the_control_is_an_arm_of_its_own(whole: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    results, plain = read_results(whole), read_results(run(tiny_model_path, tmp_path))
+    assert results["arm_order"] == ["teacher", "before", "after", "control", "merged", "requantized"]
+    assert plain["arm_order"] == ["teacher", "before", "after"]
+    control, after, alone = (
+        arm["metrics"]["kl"]["value"]
+        for arm in (results["arms"]["control"], results["arms"]["after"], plain["arms"]["after"])
+    )
+    assert control != after == pytest.approx(alone, rel=1e-6)
+    assert results["arms"]["after"]["gap_recovered"]["kl"]["value"] > 0
+    ours, theirs = read_adapter(whole / "student"), read_adapter(whole / "student-control")
+    for name, tensor in read_adapter(tmp_path / "student").items():
+        assert tensor.allclose(ours[name], rtol=1e-5, atol=1e-8), name
+    assert any(not tensor.allclose(theirs[name]) for name, tensor in ours.items())
+    assert json.loads((whole / "student-control" / "quantkd.json").read_text())["objective"]["alpha"] == 0.0
+
+
+def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole: Path, tiny_model_path: Path) -> None:
+    results = read_results(whole)
+    for name in ("control", "merged", "requantized"):
+        assert results["arms"][name]["title"] in (whole / "report.md").read_text()
+
+    def load(**options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, **options)
+
+    four_bit = {"quantization_config": default_quantization_config(torch.float32)}
+    plainly = {
+        "teacher": load(),
+        "before": load(**four_bit),
+        "after": PeftModel.from_pretrained(load(**four_bit), whole / "student"),
+        "merged": AutoModelForCausalLM.from_pretrained(whole / "merged"),
+        "requantized": AutoModelForCausalLM.from_pretrained(whole / "requantized"),
+    }
+    held_out = TransferSet.open(whole / "held_out")
+    for name, model in plainly.items():
+        found = evaluate_fidelity(model, held_out, progress=False).to_json()
+        reported = json.loads((whole / "evaluation" / f"{name}.json").read_text())["fidelity"]
+        assert reported == json.loads(json.dumps(found)), name
+
+
+def test_an_unknown_export_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
+        run(tmp_path, tmp_path, exports=("half",))
+
+
+def test_what_was_measured_of_the_same_model_is_not_measured_again(
+    measured: list[int], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    def go(**options: Any) -> int:
+        run(tiny_model_path, tmp_path, test_rows=generate_problems(2, 9), **options)
+        return len(measured)
+
+    def read() -> dict[str, bytes]:
+        files = [tmp_path / "results.json", *(tmp_path / "evaluation").iterdir()]
+        return {path.name: path.read_bytes() for path in files}
+
+    assert go(exports=("merged",)) == 4
+    first = read()
+    assert go(exports=("merged",)) == 4 and read() == first
+    assert go(max_steps=1, exports=("merged",)) == 6  # another adapter: teacher and before stay
+    assert read()["results.json"] != first["results.json"]
+    assert go(max_steps=1, force=True) == 9
+
+
+def test_the_train_command_makes_a_control_beside_the_student(
+    whole: Path, tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "train", "--model_name_or_path", str(tiny_model_path), "--transfer_set", str(whole / "transfer_set"),
+        "--output_dir", str(tmp_path / "s"), "--max_steps", "3", "--per_device_train_batch_size", "2",
+        "--learning_rate", "1e-3", "--alpha", "0.7", "--init", "zero", "--save_strategy", "no", "--dtype", "float32",
+        "--lora_alpha", "32", "--control", "ce",
+    ]  # fmt: skip
+    main(words)
+    assert not (tmp_path / "s").exists()
+    assert "s-control" in capsys.readouterr().out
+    expected = read_adapter(whole / "student-control")
+    for name, tensor in read_adapter(tmp_path / "s-control").items():
+        assert tensor.allclose(expected[name], rtol=1e-4, atol=1e-6), name
+    with pytest.raises(SystemExit):
+        main([*words, "--push_to_hub", "true"])
+    assert "not to be published" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_the_demo_runs_what_it_was_asked_for(
+    control: bool, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def run_short(experiment: Experiment, args: Any) -> Path:
+        short = replace(experiment, capture={"generation": GenerationSettings(8)})
+        return run_experiment(short, replace(args, disable_tqdm=True))
+
+    monkeypatch.setattr(demo, "load_demo_model", lambda: tiny_model_path)
+    monkeypatch.setattr(demo, "run_experiment", run_short)
+    demo.main(["--output_dir", str(tmp_path), *FEW, *([] if control else ["--control", "none"])])
+    arms = read_results(tmp_path)["arms"]
+    assert arms.keys() == {"teacher", "before", "after", *(["control"] if control else [])}
+    assert (tmp_path / "student-control").exists() == control
+    for arm in arms.values():
+        low, high = arm["metrics"]["kl"]["interval"]
+        assert low <= arm["metrics"]["kl"]["value"] <= high and arm["metrics"]["kl"]["n"] == 3
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "report.md") in printed and (arms["after"]["title"] in printed)
+    assert PeftConfig.from_pretrained(tmp_path / "student").r == 2
+    assert [len(TransferSet(tmp_path / name)) for name in ("transfer_set", "held_out")] == [6, 3]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_no_problem_of_the_demo_is_in_two_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int) -> None:
+    asked: list[Experiment] = []
+
+    def stop(experiment: Experiment, args: Any) -> Path:
+        assert args.seed == seed
+        asked.append(experiment)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "load_demo_model", lambda: tmp_path)
+    monkeypatch.setattr(demo, "run_experiment", stop)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(["--output_dir", str(tmp_path), "--seed", str(seed), "--train_rows", "400", "--test_rows", "300"])
+    sets = [asked[0].train_rows, asked[0].held_out_rows, asked[0].test_rows]
+    assert [len(rows) for rows in sets] == [400, 32, 300]
+    assert len({row["question"] for rows in sets for row in rows}) == 732
