@@ -22,18 +22,18 @@ WORDS = ["The", " answer", " is", " ", "4", "2", ".", "\n", " So", " fence", " c
 
 
 def make_row(
-    rng: np.random.Generator,
+    rng: Any,
     index: int,
     ids: Sequence[int],
     vocab_size: int,
     *,
     kl: float = 0.3,
     alternatives: int = 8,
-    prompt: str | None = None,
+    prompt: str = "",
 ) -> RowDivergence:
     """A row of these tokens; `kl` is its mean before, and a tenth of it after."""
     count, width = len(ids), alternatives + 1
-    tokens = np.array([rng.permutation(vocab_size)[:width] for _ in ids], dtype=np.int64).reshape(count, width)
+    tokens = np.array([rng.permutation(size)[:width] for _ in ids], dtype=np.int64).reshape(count, width)
     for place, token in enumerate(ids):  # the last one is the token of the text, unless it is there already
         if token not in tokens[place]:
             tokens[place, -1] = token
@@ -47,7 +47,7 @@ def make_row(
         index=index,
         finished=index % 2 == 0,
         token_ids=np.array(ids, dtype=np.int64),
-        contexts=((0, prompt if prompt is not None else f"What is {index} + 2?"),),
+        contexts=((0, prompt or f"What is {index} + 2?"),),
         kl_before=kl_before,
         kl_after=kl_before * rng.uniform(0, 0.2, size=count),
         top_teacher=tokens[:, 0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -33,18 +34,10 @@ PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in ran
 
 
 @pytest.fixture(scope="module")
-def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def held_out(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TransferSet:
     """Answers of up to 20 tokens, their distributions cut to a nucleus so that the tails are real."""
     folder = tmp_path_factory.mktemp("view") / "held"
-    rule = Nucleus(0.9, max_k=24)
-    capture_set(tiny_model_path, PROMPTS, folder, storage=rule, max_new_tokens=20)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def held_out(held_out_path: Path) -> TransferSet:
-    """The rows of `held_out_path`."""
-    return TransferSet.open(held_out_path)
+    return capture_set(tiny_model_path, PROMPTS, folder, storage=Nucleus(0.9, max_k=24), max_new_tokens=20)
 
 
 @pytest.fixture
@@ -69,20 +62,17 @@ def dense_logprobs(model: PeftModel, item: dict[str, Any]) -> torch.Tensor:
 
 def expected_kl(stored: dict[int, float], logprobs: torch.Tensor) -> float:
     """KL over the stored tokens and the rest as one class, by a loop over the vocabulary."""
-    kept = {token: math.exp(value) for token, value in stored.items()}
-    rest = 1 - sum(kept.values())
-    student_rest = sum(math.exp(value) for token, value in enumerate(logprobs.tolist()) if token not in kept)
-    kl = sum(p * (math.log(p) - float(logprobs[token])) for token, p in kept.items())
+    rest = 1 - sum(map(math.exp, stored.values()))
+    student_rest = sum(math.exp(value) for token, value in enumerate(logprobs.tolist()) if token not in stored)
+    kl = sum(math.exp(value) * (value - float(logprobs[token])) for token, value in stored.items())
     return kl + (rest * math.log(rest / student_rest) if rest > 1e-6 else 0.0)
 
 
 def stored_at(held_out: TransferSet, row: int) -> list[dict[int, float]]:
     """The teacher's stored log-probabilities at each target of a row."""
-    teacher, found = held_out[row]["teacher"], []
-    for start, stop in zip(teacher.offsets[:-1].tolist(), teacher.offsets[1:].tolist(), strict=True):
-        ids, values = teacher.token_ids[start:stop].tolist(), teacher.logprobs[start:stop].tolist()
-        found.append(dict(zip(ids, values, strict=True)))
-    return found
+    teacher = held_out[row]["teacher"]
+    entries = list(zip(teacher.token_ids.tolist(), teacher.logprobs.tolist(), strict=True))
+    return [dict(entries[start:stop]) for start, stop in itertools.pairwise(teacher.offsets.tolist())]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -98,14 +88,12 @@ def test_every_number_equals_a_plain_pass(held_out: TransferSet, student: PeftMo
         after = dense_logprobs(student, held_out[row.index])
         labels = torch.as_tensor(held_out[row.index]["labels"])
         assert row.token_ids.tolist() == labels[labels != -100].tolist()
+        assert row.top_before.tolist() == before.argmax(-1).tolist()
+        assert row.top_after.tolist() == after.argmax(-1).tolist()
         for place, stored in enumerate(stored_at(held_out, row.index)):
-            for name, dense, kl, top in (
-                ("before", before[place], row.kl_before[place], row.top_before[place]),
-                ("after", after[place], row.kl_after[place], row.top_after[place]),
-            ):
-                kls[name].append(expected_kl(stored, dense))
-                assert kl == pytest.approx(kls[name][-1], abs=2e-4)
-                assert top == int(dense.argmax())
+            for name, dense, kl in (("before", before, row.kl_before), ("after", after, row.kl_after)):
+                kls[name].append(expected_kl(stored, dense[place]))
+                assert kl[place] == pytest.approx(kls[name][-1], abs=2e-4)
             own = slice(row.alternatives.offsets[place], row.alternatives.offsets[place + 1])
             ids = row.alternatives.token_ids[own].tolist()
             ranked = sorted(stored, key=lambda token: -stored[token])[:3]
@@ -179,10 +167,9 @@ def test_rows_are_limited_and_the_model_is_as_it_was(held_out: TransferSet, stud
 def test_what_cannot_be_shown_is_refused(held_out: TransferSet, student: PeftModel) -> None:
     with pytest.raises(ConfigError, match="expected a PeftModel"):
         collect_divergence(student.get_base_model(), held_out, BYTE_LEVEL)
-    with pytest.raises(ConfigError, match="rows is 0; expected at least 1"):
-        collect_divergence(student, held_out, BYTE_LEVEL, rows=0)
-    with pytest.raises(ConfigError, match="alternatives is 0"):
-        collect_divergence(student, held_out, BYTE_LEVEL, alternatives=0)
+    for name in ("rows", "alternatives"):
+        with pytest.raises(ConfigError, match=f"{name} is 0; expected at least 1"):
+            collect_divergence(student, held_out, BYTE_LEVEL, **{name: 0})
     with pytest.raises(DataError, match="no rows to show"):
         collect_divergence(student, held_out[:0], BYTE_LEVEL)
     other = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL._tokenizer, eos_token="<|pad|>")
@@ -195,10 +182,18 @@ def test_what_cannot_be_shown_is_refused(held_out: TransferSet, student: PeftMod
 
 
 def test_the_command_writes_the_page(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, held_out_path: Path, tiny_model_path: Path, student: PeftModel
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, held_out: TransferSet, tiny_model_path: Path, student: PeftModel
 ) -> None:
     student.save_pretrained(tmp_path / "adapter")
-    words = ["view", "--held_out", held_out_path, "--model_name_or_path", tiny_model_path, "--dtype", "float32"]
+    words = [
+        "view",
+        "--held_out",
+        *map(str, held_out.sources),
+        "--model_name_or_path",
+        tiny_model_path,
+        "--dtype",
+        "float32",
+    ]
     page = tmp_path / "page.html"
     adapter = ["--adapter", tmp_path / "adapter"]
 

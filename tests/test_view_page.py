@@ -17,8 +17,6 @@ from quantkd.view import render_page, write_page
 from quantkd.view.divergence import KL_EDGES, count_classes, escape_script_json
 from tests.divergence_pages import HOSTILE, Reader, make_divergence, make_page_divergence, make_row
 
-MEGABYTE = 1_000_000
-
 
 def test_the_page_needs_nothing_from_outside() -> None:
     page = render_page(make_divergence(make_page_divergence().rows[:1], ["a"] * 40))
@@ -49,7 +47,6 @@ def test_hostile_tokens_and_names_stay_text() -> None:
 
     hostile, harmless = render(tokens, **names), render([f"word{number}" for number in range(len(tokens))])
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
-    assert len(hostile.texts["script"]) == 2
     assert hostile.texts["script"][1] == harmless.texts["script"][1]
     strings = hostile.data["strings"]
     assert set(HOSTILE) <= set(strings) and hostile.data["rows"][0]["contexts"] == [[0, HOSTILE[0]]]
@@ -75,7 +72,7 @@ def test_fifty_rows_of_two_hundred_tokens_stay_below_five_megabytes(tmp_path: Pa
         for index in range(50)
     ]
     path = write_page(make_divergence(rows, words), tmp_path / "page.html")
-    assert 2 * MEGABYTE < path.stat().st_size < 5 * MEGABYTE
+    assert 2e6 < path.stat().st_size < 5e6
 
 
 def test_the_same_divergence_gives_the_same_bytes_and_replaces_the_file(tmp_path: Path) -> None:
