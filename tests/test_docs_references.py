@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from doc_pages import PAGES, REPOSITORY, list_commands, name_of, split_launcher
 
-from quantkd.cli.main import main
+from quantkd.cli.main import COMMANDS, main
 
 SCRIPTS = ("benchmarks/", "examples/", "tests/")
 
@@ -40,6 +40,12 @@ def test_commands_have_the_flags_that_pages_use(
         main([command, "--help"])
     assert not stop.value.code
     assert flags - set(re.findall(r"--[\w-]+", capsys.readouterr().out)) == set()
+
+
+def test_the_page_of_the_command_line_has_every_command() -> None:
+    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(table) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize(("script", "flags"), sorted(list_flags("script").items()))
