@@ -67,14 +67,7 @@ _LOAD_DATASET = datasets.load_dataset
 
 
 class StandIns:
-    """What a page's blocks are run with.
-
-    Args:
-        model_path: the folder of the model that stands for every other.
-        made: a folder with `runs/set`, `runs/held`, `runs/train` and `runs/student`, made once.
-        monkeypatch: the test's, whose end undoes everything.
-        cache: an empty folder for what would be fetched.
-    """
+    """What a page's blocks are run with; `made` has `runs/set`, `runs/held`, `runs/train` and `runs/student`."""
 
     def __init__(self, model_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         self.model_path, self.made, self.cache = model_path, made, cache

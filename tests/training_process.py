@@ -1,8 +1,7 @@
 """One process of a distributed run, started by `torchrun` or `accelerate launch`: train, evaluate, save, report.
 
-python training_process.py jobs.json, where each job names the model folder, the transfer set, the output folder, the
-kind of student and further training arguments. The first step's gradient is read off plain SGD with a rate of 1, which
-holds whatever DDP, FSDP2 or DeepSpeed do with gradients: it is the difference of the parameters.
+The first step's gradient is read off plain SGD with a rate of 1, whatever DDP, FSDP2 or DeepSpeed do with gradients: it
+is the difference of the parameters.
 """
 
 from __future__ import annotations
@@ -64,11 +63,7 @@ def read_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class KeepParameters(TrainerCallback):
-    """The trainable parameters as the first step finds them.
-
-    Args:
-        reshard: let FSDP2 take the head's weight apart after each forward pass, which is left to the wrapper.
-    """
+    """The trainable parameters as the first step finds them; `reshard` lets FSDP2 shard the head after each pass."""
 
     def __init__(self, reshard: bool) -> None:
         self.before: dict[str, Tensor] | None = None
