@@ -29,8 +29,7 @@ from transformers import TrainerCallback
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import QuantKDError
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.models.student import load_student
-from quantkd.models.student_formats import STUDENT_FORMATS
+from quantkd.models.student import STUDENT_FORMATS, load_student
 
 
 class StepTimes(TrainerCallback):

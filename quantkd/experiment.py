@@ -18,7 +18,8 @@ from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.kept import discard_stale_arm
 from quantkd.hardware import default_device, process_state
-from quantkd.models.export import export_merged, export_requantized, load_exported, read_provenance
+from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
+from quantkd.models.provenance import Provenance
 from quantkd.models.student import load_student
 from quantkd.report import build_report
 from quantkd.teacher import GenerationSettings, load_teacher
@@ -30,7 +31,6 @@ from quantkd.training.trainer import QuantizedDistillationTrainer
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, str]
-_EXPORTS = {"merged": export_merged, "requantized": export_requantized}
 
 
 def _prompt_of_question(row: Row) -> Any:
@@ -84,9 +84,9 @@ class Experiment:
     force: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [form for form in self.exports if form not in _EXPORTS]
+        unknown = [form for form in self.exports if form not in CHECKPOINT_FORMS]
         if unknown:
-            raise ConfigError(f"exports are of {', '.join(_EXPORTS)}; found {unknown}.")
+            raise ConfigError(f"exports are of {', '.join(CHECKPOINT_FORMS)}; found {unknown}.")
 
 
 def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:
@@ -193,9 +193,11 @@ def _load_trained(experiment: Experiment, adapter: str) -> Any:
 def _export(experiment: Experiment, form: str, adapter: str, folder: Path, tokenizer: Any) -> None:
     """Write one form, replacing that of an earlier run of the same experiment."""
     _log(f"exporting {form}")
-    if folder.is_dir() and "export" in read_provenance(str(folder)):
+    if Provenance.read(folder).export is not None:
         shutil.rmtree(folder)
-    _EXPORTS[form](_load_trained(experiment, adapter), tokenizer, folder, provenance=read_provenance(adapter))
+    export_checkpoint(
+        _load_trained(experiment, adapter), tokenizer, folder, form=form, provenance=Provenance.read(adapter)
+    )
 
 
 def _log(step: str) -> None:

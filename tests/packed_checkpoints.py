@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints packed here from their definitions: the true weight is known without their library.
+"""Students in every format, and GPTQ and AWQ checkpoints whose true weight is known without their library.
 
 4-bit integers in groups of 32 inputs, w = scale * (q - zero), rounded to nearest: not what GPTQ or AWQ would choose,
 but stored as AutoGPTQ (version 1) and AutoAWQ (GEMM) store it.
@@ -10,15 +10,19 @@ import json
 import shutil
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from quantkd.models.student import load_student
 
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's eight nibbles, the lowest first
-NEEDS = {"hqq4": "hqq", "torchao-int8": "torchao", "gptq": "gptqmodel", "awq": "gptqmodel"}
+NEEDS = {"hqq": "hqq", "torchao-int8": "torchao", "gptq": "gptqmodel", "awq": "gptqmodel"}
 CONFIGS = {
     "gptq": {
         "quant_method": "gptq",
@@ -42,6 +46,29 @@ def require_package(name: str) -> None:
         metadata.version(NEEDS.get(name, "torch"))
     except metadata.PackageNotFoundError:
         pytest.skip(f"{name} needs the package {NEEDS[name]}, which is not installed")
+
+
+def load_in(name: str, path: Path) -> Any:
+    """A student of a full-precision checkpoint in float32, quantized through the library that offers the format.
+
+    Args:
+        name: nf4, fp4 or int8, which quantkd offers by name; hqq, by its own library; or torchao-int8.
+        path: the checkpoint.
+    """
+    require_package(name)
+    if name == "hqq":
+        from hqq.core.quantize import BaseQuantizeConfig
+        from hqq.models.hf.base import AutoHQQHFModel
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        config = BaseQuantizeConfig(nbits=4, group_size=64)
+        return AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+    if name == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return load_student(str(path), quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype="float32")
+    return load_student(str(path), quantization_config=name, dtype="float32")
 
 
 def write_packed_checkpoint(method: str, source: Path, folder: Path) -> dict[str, Tensor]:

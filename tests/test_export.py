@@ -25,10 +25,11 @@ from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.models.export import export_adapter, export_merged, export_requantized, load_exported
+from quantkd.models.export import export_adapter, export_checkpoint, load_exported
 from quantkd.models.merging import merge_adapters
+from quantkd.models.provenance import Provenance
 from quantkd.models.student import default_quantization_config, load_student
-from quantkd.models.student_formats import dequantize_weight
+from quantkd.models.weights import dequantize_weight
 from tests.conftest import capture_set
 
 PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
@@ -107,7 +108,7 @@ def test_the_merged_model_is_the_adapted_one(
         expected = model.train()(ids.requires_grad_(False)).logits
         with model.disable_adapter():
             assert (model(ids).logits - expected).abs().max() > 0.1
-    export_merged(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
+    export_checkpoint(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
     with torch.no_grad():
@@ -120,7 +121,7 @@ def test_the_base_of_the_merge_is_what_was_quantized(
     tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter", r=2, lora_alpha=6)
-    export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
+    export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     original = load_file(tiny_model_path / "model.safetensors")
     factors = load_file(adapter / "adapter_model.safetensors")
@@ -183,7 +184,7 @@ def test_gpt2_is_turned_back(tiny_tokenizer: Any, tmp_path: Path) -> None:
         for part in (modules for modules in model.modules() if isinstance(modules, torch.nn.Dropout)):
             part.p = 0.0
         expected = model.train()(ids).logits
-        export_merged(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
+        export_checkpoint(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -191,7 +192,7 @@ def test_gpt2_is_turned_back(tiny_tokenizer: Any, tmp_path: Path) -> None:
 def test_bfloat16_rounds_once(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
     for dtype in ("float32", "bfloat16"):
-        export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / dtype, dtype=dtype)
+        export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / dtype, dtype=dtype)
     exact, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
     assert all(torch.equal(exact[name].bfloat16(), tensor) for name, tensor in rounded.items())
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -204,7 +205,7 @@ def test_what_lies_in_an_exported_folder(tiny_model_path: Path, tiny_tokenizer: 
     (adapter / "quantkd.json").write_text('{"teacher": "T"}')
     export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out" / "a", base=str(tiny_model_path))
     model = load_adapted(tiny_model_path, adapter)
-    export_merged(model, tiny_tokenizer, tmp_path / "out" / "m", provenance={"teacher": "T"})
+    export_checkpoint(model, tiny_tokenizer, tmp_path / "out" / "m", provenance=Provenance(teacher="T"))
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     facts = {"quantkd.json", "config.json", "generation_config.json", "model.safetensors"}
     assert {file.name for file in (tmp_path / "out" / "m").iterdir()} == tokenizer_files | facts
@@ -231,9 +232,9 @@ def test_a_requantized_checkpoint_is_the_merged_one_quantized(
     tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path, held_out: Path
 ) -> None:
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
-    export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
+    export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
     model = load_adapted(tiny_model_path, adapter)
-    export_requantized(model, tiny_tokenizer, tmp_path / "again", dtype="float32")
+    export_checkpoint(model, tiny_tokenizer, tmp_path / "again", dtype="float32", form="requantized")
     assert not (tmp_path / "again" / "merged").exists()
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert quantized.config.quantization_config.bnb_4bit_quant_type == "nf4"
@@ -254,7 +255,9 @@ def test_the_second_rounding_is_to_the_students_own_format(
         ("b", BitsAndBytesConfig(load_in_8bit=True), ("nf4", True)),
     ):
         student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
-        export_requantized(PeftModel.from_pretrained(student, adapter), tiny_tokenizer, tmp_path / name)
+        export_checkpoint(
+            PeftModel.from_pretrained(student, adapter), tiny_tokenizer, tmp_path / name, form="requantized"
+        )
         found = AutoConfig.from_pretrained(tmp_path / name).quantization_config
         assert (found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"]) == expected
 
@@ -264,8 +267,8 @@ def test_a_folder_that_is_not_new_is_refused(tiny_model_path: Path, tiny_tokeniz
     with pytest.raises(ConfigError, match="a folder that is not empty; an export is written to a new one"):
         export_adapter(str(adapter), tiny_tokenizer, adapter, base="b")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="no folder"):
-        export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "file")
+    with pytest.raises(ConfigError, match="not a folder"):
+        export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     export_adapter(str(adapter), tiny_tokenizer, tmp_path / "empty", base="b")
     assert (tmp_path / "empty" / "adapter_model.safetensors").is_file()
@@ -282,7 +285,7 @@ def test_a_failed_export_leaves_nothing(
 
     monkeypatch.setattr(tiny_tokenizer, "save_pretrained", fail, raising=False)
     with pytest.raises(OSError, match="No space"):
-        export_merged(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "out" / "m")
+        export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "out" / "m")
     assert list((tmp_path / "out").iterdir()) == []
 
 

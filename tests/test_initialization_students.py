@@ -8,6 +8,7 @@ import re
 import processes
 import pytest
 import torch
+from packed_checkpoints import load_in
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 from quantkd.models.initialization import _MAX_INPUTS, initialize_from_error
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.student import attach_lora, load_student
-from quantkd.models.student_formats import dequantize_weight
+from quantkd.models.weights import dequantize_weight
 from tests.conftest import capture_set
 
 IDS = torch.arange(120).view(6, 20)
@@ -35,12 +36,10 @@ def logit_error(model, teacher):
 @pytest.mark.parametrize(
     ("config", "left"),
     # LLM.int8 rounds its inputs too, which no correction of weights can mend.
-    [("nf4", 0.6), ("fp4", 0.6), ("int8", 0.8), ("hqq4", 0.6), ("torchao-int8", 0.6)],
+    [("nf4", 0.6), ("fp4", 0.6), ("int8", 0.8), ("hqq", 0.6), ("torchao-int8", 0.6)],
 )
 def test_every_format_comes_nearer_to_the_teacher(tiny_model, tiny_model_path, config, left):
-    if package := {"h": "hqq", "t": "torchao"}.get(config[0]):
-        pytest.importorskip(package, reason="the format's package is not installed")
-    student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
+    student = load_in(config, tiny_model_path)
     before = logit_error(student.eval(), tiny_model)
     model, count = start(student, tiny_model_path)
     assert count == 14

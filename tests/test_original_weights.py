@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,12 +57,22 @@ def test_names_follow_the_mapping_of_transformers(tmp_path):
     assert "model.layers.0.mlp.experts.gate_up_proj" in weights._converted
 
 
+def test_without_the_mapping_the_checkpoint_is_loaded_whole(tiny_model, tmp_path, monkeypatch, caplog):
+    """As in a release of transformers that has moved it."""
+    tiny_model.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", ModuleType("transformers.conversion_mapping"))
+    weights = OriginalWeights(str(tmp_path), tiny_model)
+    assert "The checkpoint is loaded whole" in caplog.text and "has no transformers.conversion_mapping" in caplog.text
+    assert torch.equal(weights.read(NAME), tiny_model.get_submodule(NAME).weight)
+    with pytest.raises(ConfigError, match=r"has no tensor for nothing\.weight"):
+        weights.read("nothing")
+
+
 def test_a_weight_that_is_made_of_others_is_refused(tmp_path):
     """transformers 5 splits or permutes some families' linear layers; the mapping's own words say which."""
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    from quantkd.models import original_weights
-
+    mapping = import_module("transformers.conversion_mapping")
     converter = WeightConverter("qkv_proj.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"], [Chunk(dim=0)])
     model = torch.nn.Module()
     model.base_model_prefix = "model"
@@ -67,7 +81,7 @@ def test_a_weight_that_is_made_of_others_is_refused(tmp_path):
         model.attn.add_module(name, torch.nn.Linear(4, 4, bias=False))
     save_file({"attn.qkv_proj.weight": torch.ones(12, 4)}, tmp_path / "model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(original_weights, "get_model_conversion_mapping", lambda model: [converter])
+        patch.setattr(mapping, "get_model_conversion_mapping", lambda model: [converter])
         weights = OriginalWeights(str(tmp_path), model)
     for name in ("q_proj", "k_proj", "v_proj"):
         with pytest.raises(ConfigError, match="is made of other tensors"):

@@ -7,13 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    TrainerCallback,
+)
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.errors import ConfigError, DataError
-from quantkd.models.packing import position_ids_of, why_not_packable
-from quantkd.models.row_attention import ROW_ATTENTION, use_row_attention
-from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.foreign import attention_of
+from quantkd.models.packing import why_not_packable
+from quantkd.models.row_attention import ROW_ATTENTION, row_attention
+from quantkd.transfer_set.collator import DistillationCollator, position_ids_of
 from tests.conftest import capture_set
 
 PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?", "Tell me about the sea.", "One."]
@@ -69,17 +80,34 @@ def test_packing_changes_nothing_but_the_layout(make_trainer, transfer_set, fuse
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_attention_by_row_equals_one_masked_attention(make_trainer, transfer_set, monkeypatch, checkpointing):
+def test_attention_by_row_equals_one_masked_attention(make_trainer, transfer_set, checkpointing):
     rows = transfer_set.__getitems__([0, 1, 2, 3, 4])
-    by_row = make_trainer(packing=True, gradient_checkpointing=checkpointing)
-    assert by_row.model.config._attn_implementation == ROW_ATTENTION
-    _, loss, gradient = loss_and_gradient(by_row, rows)
-    monkeypatch.setattr("quantkd.training.preparation.use_row_attention", lambda model: False)
-    masked = make_trainer(packing=True, gradient_checkpointing=checkpointing)
-    assert masked.model.config._attn_implementation == "sdpa"
-    _, expected, masked_gradient = loss_and_gradient(masked, rows)
+    trainer = make_trainer(packing=True, gradient_checkpointing=checkpointing)
+    with row_attention(trainer.model):
+        assert attention_of(trainer.model.config) == ROW_ATTENTION
+        _, loss, gradient = loss_and_gradient(trainer, rows)
+    assert attention_of(trainer.model.config) == "sdpa"
+    _, expected, masked_gradient = loss_and_gradient(trainer, rows)
     assert math.isclose(loss, expected, rel_tol=1e-5)
     assert float((gradient - masked_gradient).norm() / masked_gradient.norm()) < 1e-5
+
+
+def test_attention_by_row_ends_with_the_training(make_trainer):
+    """It is registered in transformers' global tables, which outlive every model."""
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            names.append(attention_of(model.config))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    names = []
+    trainer = make_trainer(packing=True, max_steps=1, trainer_kwargs={"callbacks": [Seen()]})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert names == [ROW_ATTENTION] and attention_of(trainer.model.config) == "sdpa"
+    assert ROW_ATTENTION not in AttentionInterface() and ROW_ATTENTION not in AttentionMaskInterface()
 
 
 def test_sliding_windows_and_unpacked_batches_keep_their_mask():
@@ -91,9 +119,9 @@ def test_sliding_windows_and_unpacked_batches_keep_their_mask():
     packed = {"input_ids": torch.arange(12)[None], "position_ids": position_ids_of(torch.tensor([7, 5]))[None]}
     with torch.no_grad():
         expected = [model(**batch, use_cache=False).logits for batch in (padded, packed)]
-        use_row_attention(model)
-        for batch, logits in zip((padded, packed), expected, strict=True):
-            torch.testing.assert_close(model(**batch, use_cache=False).logits, logits)
+        with row_attention(model):
+            for batch, logits in zip((padded, packed), expected, strict=True):
+                torch.testing.assert_close(model(**batch, use_cache=False).logits, logits)
 
 
 def test_a_packed_run_trains_and_evaluates_like_a_padded_one(make_trainer, transfer_set):

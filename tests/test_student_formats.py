@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from packed_checkpoints import require_package, write_packed_checkpoint
+from packed_checkpoints import load_in, require_package, write_packed_checkpoint
 from peft import LoraConfig, PeftModel
 from scipy.stats import norm
 from torch import nn
@@ -16,11 +16,11 @@ from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.initialization import initialize_from_error
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.student import attach_lora, is_quantized, load_student
-from quantkd.models.student_formats import dequantize_weight
+from quantkd.models.weights import dequantize_weight
 from tests.conftest import capture_set
 
 IDS = torch.arange(120).view(6, 20)
-FORMATS = ("nf4", "fp4", "int8", "hqq4", "torchao-int8", "gptq", "awq")
+FORMATS = ("nf4", "fp4", "int8", "hqq", "torchao-int8", "gptq", "awq")
 # What the layers' own arithmetic may add: int8 rounds the inputs too, gptqmodel computes in float16.
 SLACK = {"int8": 2e-2, "awq": 1e-3, "gptq": 1e-3}
 # bitsandbytes' kernel for evaluation on some CPUs computes in bfloat16, with constants that are rounded to it.
@@ -35,7 +35,7 @@ def student(request, tiny_model_path, tmp_path):
         folder = tmp_path / request.param
         write_packed_checkpoint(request.param, tiny_model_path, folder)
         return request.param, lambda: load_student(str(folder), dtype="float32")
-    return request.param, lambda: load_student(str(tiny_model_path), quantization_config=request.param, dtype="float32")
+    return request.param, lambda: load_in(request.param, tiny_model_path)
 
 
 def projections(model):
@@ -83,15 +83,14 @@ REFERENCES = {
     "nf4": lambda layer: dequantize_bitsandbytes(layer, normal_float_codebook()),
     "fp4": lambda layer: dequantize_bitsandbytes(layer, four_bit_float_codebook()),
     "int8": lambda layer: layer.weight.data.double() * layer.weight.SCB.double().unsqueeze(1) / 127,
-    "hqq4": dequantize_hqq,
+    "hqq": dequantize_hqq,
     "torchao-int8": lambda layer: layer.weight.qdata.double() * layer.weight.scale.double().view(-1, 1),
 }
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_the_weight_is_what_the_stored_numbers_say(name, tiny_model, tiny_model_path):
-    require_package(name)
-    model = load_student(str(tiny_model_path), quantization_config=name, dtype="float32")
+    model = load_in(name, tiny_model_path)
     layers = projections(model)
     assert len(layers) == 14 and is_quantized(model)
     for path, layer in layers.items():

@@ -11,8 +11,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from quantkd.errors import ConfigError
 from quantkd.hardware import parse_dtype
-from quantkd.models.student import load_student
-from quantkd.models.student_formats import STUDENT_FORMATS, stored_quantization
+from quantkd.models.student import STUDENT_FORMATS, load_student, stored_quantization
 from quantkd.names import naming
 
 
@@ -58,7 +57,7 @@ class StudentArguments(ModelConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 
-def load_student_from(args: StudentArguments, *, trainable: bool = True) -> PreTrainedModel:
+def load_student_from(args: StudentArguments) -> PreTrainedModel:
     """The quantized student that the arguments describe, without adapters."""
     if not args.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
@@ -72,7 +71,6 @@ def load_student_from(args: StudentArguments, *, trainable: bool = True) -> PreT
             args.model_name_or_path,
             quantization_config=_quantization_from(args, args.model_name_or_path),
             dtype=dtype,
-            trainable=trainable,
             **kwargs,
         )
 

@@ -10,8 +10,7 @@ from quantkd.cli.parsing import plain_parser
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.demo_model import load_demo_model
 from quantkd.experiment import Experiment, run_experiment
-from quantkd.models.student import default_lora_config
-from quantkd.models.student_formats import STUDENT_FORMATS
+from quantkd.models.student import STUDENT_FORMATS, default_lora_config
 from quantkd.report import format_table
 from quantkd.teacher import GenerationSettings, RunSettings
 from quantkd.training.config import QuantizedDistillationConfig

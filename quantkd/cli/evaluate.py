@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
             trust_remote_code=student.trust_remote_code,
         )
     else:
-        model = load_student_from(student, trainable=False)
+        model = load_student_from(student)
         tokenizer = load_tokenizer(
             student.model_name_or_path,
             revision=student.model_revision,

@@ -24,11 +24,10 @@ from quantkd.models.export import (
     FORMS,
     check_output_dir,
     export_adapter,
-    export_merged,
-    export_requantized,
+    export_checkpoint,
     load_exported,
-    read_provenance,
 )
+from quantkd.models.provenance import Provenance
 from quantkd.names import load_tokenizer
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
@@ -85,9 +84,10 @@ def main(argv: Sequence[str]) -> None:
         model = _load_adapted(student, adapter)
         if held_out is not None:
             score.measure("after", model)
-        write = export_merged if args.form == "merged" else export_requantized
-        facts = read_provenance(adapter)
-        path = write(model, tokenizer, args.output_dir, dtype=args.save_dtype, provenance=facts)
+        facts = Provenance.read(adapter)
+        path = export_checkpoint(
+            model, tokenizer, args.output_dir, form=args.form, dtype=args.save_dtype, provenance=facts
+        )
         del model
         gc.collect()
         if held_out is not None:

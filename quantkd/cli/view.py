@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     if not student.model_name_or_path:
         raise ConfigError("--model_name_or_path is missing; expected the teacher's own checkpoint.")
     held_out = TransferSet.open(args.held_out)
-    model = load_student_from(student, trainable=False)
+    model = load_student_from(student)
     tokenizer = load_tokenizer(
         student.model_name_or_path,
         revision=student.model_revision,

@@ -19,6 +19,8 @@ from quantkd.errors import DataError, HubError
 from quantkd.files import write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository, check_shareable
+from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.provenance import PROVENANCE_NAME, Provenance
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, split_revision
 from quantkd.remote import RemoteFiles, find_secrets, logger as revisions, retry
@@ -26,9 +28,7 @@ from quantkd.remote import RemoteFiles, find_secrets, logger as revisions, retry
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_CHART, _PROVENANCE, _TOKENIZER_CONFIG, _CHAT_TEMPLATE = (
-    "gap.png", "quantkd.json", "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
+_CHART, _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "gap.png", "tokenizer_config.json", "chat_template.jinja"
 # In these "/root" is a token like any other.
 _VOCABULARIES = (
     "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
@@ -36,8 +36,7 @@ _VOCABULARIES = (
 )  # fmt: skip
 # With the page, configuration and weights all that is ever pushed: training_args.bin can hold a token, and nobody knows
 # what the next library leaves behind.
-_OPTIONAL = (_CHART, _PROVENANCE, _TOKENIZER_CONFIG, _CHAT_TEMPLATE, *_VOCABULARIES)
-_FACTS = ("quantkd_version", "transfer_set", "transfer_set_digest", "teacher", "objective", "training", "quantization")
+_OPTIONAL = (_CHART, PROVENANCE_NAME, _TOKENIZER_CONFIG, _CHAT_TEMPLATE, *_VOCABULARIES)
 _MAX_CONFIG_BYTES = 2**20
 _MAX_WEIGHTS_BYTES = 2**36
 # What shapes plain LoRA. Other fields import packages, repeat layers or read files, and are refused if they are set.
@@ -167,8 +166,8 @@ def _gather(
     if not values["adapter"]["base_model_name_or_path"]:
         raise DataError(f"{folder / CONFIG} names no base model; pass base_model (--base_model).")
     files: dict[str, Path | bytes] = {CONFIG: _to_json(values["adapter"]), WEIGHTS: folder / WEIGHTS}
-    if values["facts"]:
-        files[_PROVENANCE] = _to_json(values["facts"])
+    if values["facts"] != Provenance():
+        files[PROVENANCE_NAME] = values["facts"].to_json().encode()
     files |= {name: folder / name for name in (*_VOCABULARIES, _CHAT_TEMPLATE) if (folder / name).is_file()}
     if (folder / _TOKENIZER_CONFIG).is_file():
         config = _read_json(folder / _TOKENIZER_CONFIG)
@@ -188,15 +187,11 @@ def _describe(folder: Path, base_model: str | None) -> dict[str, Any]:
     """What the page of an adapter says without a report: its configuration and provenance, without local paths."""
     adapter = _read_json(folder / CONFIG)
     adapter["base_model_name_or_path"] = public_name(base_model or str(adapter.get("base_model_name_or_path") or ""))
-    written = _read_json(folder / _PROVENANCE) if (folder / _PROVENANCE).is_file() else {}
-    facts = {key: value for key, value in written.items() if key in _FACTS}
-    if facts.get("teacher"):
-        facts["teacher"] = public_name(str(facts["teacher"]))
     tokenizer = _read_json(folder / _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     has_template = bool(tokenizer.get("chat_template")) or (folder / _CHAT_TEMPLATE).is_file()
     return {
-        "adapter": adapter, "facts": facts, "results": None, "chart": False, "tokenizer": bool(tokenizer),
-        "chat_template": has_template,
+        "adapter": adapter, "facts": Provenance.read(folder), "results": None, "chart": False,
+        "tokenizer": bool(tokenizer), "chat_template": has_template,
     }  # fmt: skip
 
 
@@ -305,6 +300,7 @@ def load_adapter(
     if files is not None:
         revisions.info("Adapter %s", place)
     loaded.hub_revision = place
+    keep_trainable_on_cpu(loaded)
     if not is_trainable:
         loaded.eval()
     attached: PeftModel = loaded
@@ -315,7 +311,7 @@ def fetch_adapter(adapter: str | Path, *, revision: str | None = None, token: st
     """A folder with an adapter's files and descriptions: the one named, or the Hub's cache. Logs the commit."""
     place, folder, files = _find(str(adapter), revision, token)
     if files is not None:
-        for name in (CARD_NAME, _PROVENANCE):
+        for name in (CARD_NAME, PROVENANCE_NAME):
             files.fetch(name, max_bytes=_MAX_CONFIG_BYTES)
         revisions.info("Adapter %s", place)
     return folder

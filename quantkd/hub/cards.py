@@ -11,6 +11,8 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantkd.errors import ConfigError
+from quantkd.models.provenance import Provenance
+from quantkd.models.student import bits_of
 from quantkd.names import is_repository_name, public_name
 from quantkd.transfer_set.info import TransferSetInfo
 
@@ -45,7 +47,7 @@ def render_set_card(info: TransferSetInfo, num_shards: int, *, repo_id: str, lic
 def render_adapter_card(
     repo_id: str,
     adapter: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    facts: Provenance,
     results: dict[str, Any] | None,
     *,
     license: str | None,
@@ -56,16 +58,15 @@ def render_adapter_card(
     `has` says whether a chart, a tokenizer and a chat template are pushed with it.
     """
     base = str(adapter["base_model_name_or_path"] or "BASE_MODEL")
-    facts = {**dict.fromkeys(("quantkd_version", "teacher", "transfer_set", "transfer_set_digest")), **facts}
-    recorded = facts.get("quantization")
-    bits = _bits(recorded or _NF4)
+    recorded = facts.quantization
+    bits = bits_of(recorded or _NF4)
     table, notes, measured = _describe_results(results)
-    source = re.match(r"([\w.-]+/[\w.-]+) at ", str(facts["transfer_set"] or ""), re.ASCII)
+    source = re.match(r"([\w.-]+/[\w.-]+) at ", facts.transfer_set or "", re.ASCII)
     metadata = ModelCardData(
         license=license,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, *([bits] if bits else []), "lora"],
+        tags=[*_TAGS, *([f"{bits}-bit"] if bits else []), "lora"],
         base_model=base if is_repository_name(base) else None,
         datasets=[source[1]] if source else None,
         model_name=repo_id.split("/")[-1] if measured else None,
@@ -74,7 +75,7 @@ def render_adapter_card(
     described = {name: adapter[name] for name in _ADAPTER_FIELDS if adapter.get(name) not in (None, False)}
     if isinstance(described.get("target_modules"), list):
         described["target_modules"] = sorted(described["target_modules"])
-    settings = {**(facts.get("objective") or {}), **(facts.get("training") or {})}
+    settings = {**(facts.objective or {}), **(facts.training or {})}
     if settings.get("divergence") != "jsd":
         settings.pop("beta", None)
     if settings.get("max_steps") == -1:  # the Trainer's value for "as many as the epochs take"
@@ -85,7 +86,7 @@ def render_adapter_card(
         repo_id=repo_id,
         base=base,
         base_is_named=is_repository_name(base),
-        bits=bits or "quantized",
+        bits=f"{bits}-bit" if bits else "quantized",
         kind="LoRA" if adapter.get("peft_type") == "LORA" else adapter.get("peft_type"),
         adapter=described,
         facts=facts,
@@ -97,14 +98,6 @@ def render_adapter_card(
         license=license,
         **has,
     )
-
-
-def _bits(quantization: Mapping[str, Any]) -> str | None:
-    """ "4-bit" or "8-bit", as the Hub's tags have it; None if the settings do not say."""
-    for bits in (4, 8):
-        if quantization.get(f"load_in_{bits}bit") or bits in (quantization.get("bits"), quantization.get("nbits")):
-            return f"{bits}-bit"
-    return None
 
 
 def _snippet_settings(quantization: Mapping[str, Any]) -> dict[str, Any]:

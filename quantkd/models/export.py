@@ -1,20 +1,15 @@
 """A trained student in the forms that others load: a 16-bit checkpoint, a 4-bit one, or the adapter alone.
 
-Every form is written to a folder beside its destination and renamed when it is whole, so a folder that is there is
-complete. Nothing that a pickle could hide in is written or copied.
+A folder that exists is complete (`files.new_folder`). Nothing that a pickle could hide in is written or copied.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,79 +17,62 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from quantkd import __version__
 from quantkd.errors import ConfigError
+from quantkd.files import new_folder
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.merging import merge_adapters
-from quantkd.models.provenance import name_base_model
-from quantkd.models.student import default_quantization_config
+from quantkd.models.provenance import Provenance, name_base_model
+from quantkd.models.student import default_quantization_config, describe_quantization
 from quantkd.names import find_file, naming
 
-Form = Literal["merged", "requantized", "adapter"]
-FORMS: tuple[Form, ...] = ("merged", "requantized", "adapter")
+CHECKPOINT_FORMS = ("merged", "requantized")
+FORMS = (*CHECKPOINT_FORMS, "adapter")
 _SHARD_SIZE = "5GB"
-_PROVENANCE = "quantkd.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def check_output_dir(output_dir: str | Path) -> Path:
-    """Refuse a place where something lies already."""
+    """Refuse a path that exists already, unless it is an empty folder."""
     path = Path(output_dir)
     if path.is_dir() and not any(path.iterdir()):
         return path
     if path.exists() or path.is_symlink():
-        found = "a folder that is not empty" if path.is_dir() else "no folder"
+        found = "a folder that is not empty" if path.is_dir() else "not a folder"
         raise ConfigError(f"{path} is {found}; an export is written to a new one. Name another --output_dir.")
     return path
 
 
-def export_merged(
+def export_checkpoint(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: str | Path,
     *,
+    form: str = "merged",
     dtype: str | torch.dtype = torch.bfloat16,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
 ) -> Path:
-    """Write a checkpoint in 16 bit: the dequantized weights with what the adapter adds to them."""
-    path, dtype = check_output_dir(output_dir), parse_dtype(dtype)
-    quantized = _describe_quantization(model)
-    with _new_folder(path) as folder:
-        merge_adapters(model, dtype).save_pretrained(folder, max_shard_size=_SHARD_SIZE)
-        tokenizer.save_pretrained(folder)
-        facts = {"form": "merged", "dtype": str(dtype).removeprefix("torch."), "dequantized_from": quantized}
-        _write_provenance(folder, facts, provenance)
-    return path
+    """Write a checkpoint of the dequantized weights with the adapter merged into them. The model is used up.
 
-
-def export_requantized(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output_dir: str | Path,
-    *,
-    quantization_config: BitsAndBytesConfig | None = None,
-    dtype: str | torch.dtype = torch.bfloat16,
-    provenance: Mapping[str, Any] | None = None,
-) -> Path:
-    """Merge, quantize the merged weights again, and write a bitsandbytes checkpoint in 4 bit.
-
-    The second rounding takes part of what was learned away: measure it, see docs/export.md.
+    `merged` stores them in 16 bit. `requantized` quantizes the merged weights again, to the student's own 4-bit format
+    or else NF4; this second rounding loses some of what was learned: measure it, see docs/export.md.
     """
+    if form not in CHECKPOINT_FORMS:
+        raise ConfigError(f"form is {form!r}; expected one of {', '.join(CHECKPOINT_FORMS)}.")
     path, dtype = check_output_dir(output_dir), parse_dtype(dtype)
-    quantized = _describe_quantization(model)
-    config = quantization_config or _four_bit_config(model)
-    with _new_folder(path) as folder:
-        merged = folder / "merged"
+    quantization, config = describe_quantization(model), _four_bit_config(model)
+    made = {"form": form, "dtype": str(dtype).removeprefix("torch."), "dequantized_from": quantization}
+    with new_folder(path) as folder:
+        merged = folder / "merged" if form == "requantized" else folder
         merge_adapters(model, dtype).save_pretrained(merged, max_shard_size=_SHARD_SIZE)
-        del model
-        gc.collect()
-        again: Any = AutoModelForCausalLM.from_pretrained(
-            merged, quantization_config=config, dtype=dtype, device_map={"": default_device()}
-        )
-        again.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
-        shutil.rmtree(merged)
-        tokenizer.save_pretrained(folder)
-        facts = {"form": "requantized", "dtype": str(dtype).removeprefix("torch."), "dequantized_from": quantized}
-        _write_provenance(folder, facts, provenance)
+        if form == "requantized":
+            del model
+            gc.collect()
+            again: Any = AutoModelForCausalLM.from_pretrained(
+                merged, quantization_config=config, dtype=dtype, device_map={"": default_device()}
+            )
+            again.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+            shutil.rmtree(merged)
+        _finish(folder, tokenizer, provenance or Provenance(), made)
     return path
 
 
@@ -109,13 +87,12 @@ def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir:
             f"{adapter} holds no {' and no '.join(missing)}; expected what `quantkd train` saves. Weights in a pickle "
             "are not copied: load the adapter with PEFT and save it again."
         )
-    with _new_folder(path) as folder:
+    with new_folder(path) as folder:
         for name, source in files.items():
             if source is not None:
                 shutil.copyfile(source, folder / name)
         name_base_model(folder, base)
-        tokenizer.save_pretrained(folder)
-        _write_provenance(folder, {"form": "adapter"}, read_provenance(adapter))
+        _finish(folder, tokenizer, Provenance.read(adapter), {"form": "adapter"})
     return path
 
 
@@ -131,59 +108,11 @@ def load_exported(path: str | Path) -> PreTrainedModel:
     return model
 
 
-def read_provenance(adapter: str) -> dict[str, Any]:
-    """What `quantkd.json` beside an adapter says: of which transfer set, teacher and objective it comes."""
-    found = find_file(adapter, _PROVENANCE)
-    if found is None:
-        return {}
-    try:
-        facts = json.loads(found.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{found} is not JSON: {error}. Remove it, or save the adapter again.") from error
-    if not isinstance(facts, dict):
-        raise ConfigError(f"{found} holds a {type(facts).__name__}; expected an object. Remove it.")
-    return facts
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its name when everything in it is written and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        for file in [*temporary.iterdir(), temporary]:
-            _sync(file)
-        os.rename(temporary, path)  # over an empty folder at most: the system refuses any other
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _four_bit_config(model: PeftModel) -> BitsAndBytesConfig:
     config: Any = getattr(model.get_base_model().config, "quantization_config", None)
     return config if getattr(config, "load_in_4bit", False) else default_quantization_config()
 
 
-def _describe_quantization(model: PeftModel) -> dict[str, Any] | None:
-    config = getattr(model.get_base_model().config, "quantization_config", None)
-    if config is None:
-        return None
-    facts: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
-    return {key: value for key, value in facts.items() if not key.startswith("_")}
-
-
-def _write_provenance(folder: Path, export: Mapping[str, Any], facts: Mapping[str, Any] | None) -> None:
-    content = {**(facts or {}), "export": {**export, "quantkd_version": __version__}}
-    (folder / _PROVENANCE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _finish(folder: Path, tokenizer: PreTrainedTokenizerBase, provenance: Provenance, made: dict[str, Any]) -> None:
+    tokenizer.save_pretrained(folder)
+    replace(provenance, export={**made, "quantkd_version": __version__}).write(folder)

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from quantkd.errors import ConfigError
+from quantkd.foreign import lora_variant_of
 from quantkd.hardware import process_state
 from quantkd.models.network import base_network, undisturbed
 from quantkd.models.original_weights import OriginalWeights
-from quantkd.models.student_formats import dequantize_weight
-from quantkd.models.weights import is_sharded
+from quantkd.models.weights import dequantize_weight, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def initialize_from_error(
     Shapes: input_ids (B, T), attention_mask (B, T).
     """
     network = base_network(model)
-    waiting: dict[nn.Module, str] = {module: name for name, module in network.named_modules() if _has_lora(module)}
+    adapted = [(name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer)]
+    waiting: dict[Any, str] = {module: name for name, module in adapted}
     refused: dict[str, str] = {}
     hooks: dict[nn.Module, Any] = {}
     total = len(waiting)
@@ -174,16 +175,12 @@ def initialize_from_rows(
             parameter.data.copy_(broadcast(parameter.data.to(state.device)))
 
 
-def _has_lora(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer)
-
-
 def _correct(layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | None, shrinkage: float) -> None:
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(adapters) != 1:
         raise ConfigError(f"it has {len(adapters)} active adapters; expected one.")
     (adapter,) = adapters
-    if adapter in layer.lora_variant or not isinstance(layer.lora_A[adapter], nn.Linear):
+    if lora_variant_of(layer, adapter) is not None or not isinstance(layer.lora_A[adapter], nn.Linear):
         raise ConfigError("its adapter is not a plain LoRA of a linear layer (DoRA, say).")
     base = layer.get_base_layer()
     quantized, original = dequantize_weight(base), weights.read(name)

@@ -1,26 +1,13 @@
-"""Whole rows side by side in one sequence: which models keep them apart."""
+"""Rows packed into one sequence: which models keep them apart."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantkd.models.network import undisturbed
-
-
-def position_ids_of(lengths: Tensor) -> Tensor:
-    """(T,) int64 position ids of rows laid end to end: each row counts from 0, which is where models cut them apart.
-
-    Example:
-        >>> position_ids_of(torch.tensor([2, 3])).tolist()
-        [0, 1, 0, 1, 2]
-
-    Shapes: lengths (B,).
-    """
-    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    return torch.arange(starts.numel(), device=lengths.device) - starts
+from quantkd.transfer_set.collator import position_ids_of
 
 
 def why_not_packable(model: Any) -> str | None:

@@ -1,86 +1,97 @@
-"""What is written beside a saved adapter: where it comes from, and nothing about where its maker keeps things."""
+"""`quantkd.json`, which stands beside a saved adapter or export: where it comes from, and no local path."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from quantkd import __version__
+from quantkd.errors import DataError
 from quantkd.files import write_file
-from quantkd.names import public_name
+from quantkd.models.student import describe_quantization
+from quantkd.names import find_file, public_name
 from quantkd.transfer_set import TransferSet
 
+PROVENANCE_NAME = "quantkd.json"
 # Named one by one: the arguments of a Trainer also hold folders, tokens and whatever a caller passes on.
 _TRAINING_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-    "bf16",
-    "fp16",
-    "packing",
-    "init",
-    "init_rows",
-)
-_QUANTIZATION_SETTINGS = (
-    "quant_method",
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "bnb_4bit_compute_dtype",
-    "nbits",
-    "bits",
-    "group_size",
-)
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "seed",
+    "bf16", "fp16", "packing", "init", "init_rows",
+)  # fmt: skip
 
 
-def write_provenance(
-    folder: Path,
-    transfer_set: TransferSet | None,
-    objective: dict[str, Any],
-    training: dict[str, Any] | None = None,
-    quantization: dict[str, Any] | None = None,
-) -> None:
-    """Write `quantkd.json`: version, the transfer set's digest, its teacher, the objective, and how it was trained."""
-    # Of a set on the Hub its repository and commit; where a folder lies is its owner's business.
-    remote = [] if transfer_set is None else [str(source) for source in transfer_set.sources if source.is_remote]
-    facts = {
-        "quantkd_version": __version__,
-        "transfer_set": ", ".join(dict.fromkeys(remote)) or None,
-        "transfer_set_digest": None if transfer_set is None else transfer_set.digest,
-        "teacher": None if transfer_set is None else transfer_set.info.teacher_name,
-        "objective": objective,
-        "training": training,
-        "quantization": quantization,
-    }
-    text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
-    (folder / "quantkd.json").write_text(text, encoding="utf-8")
+@dataclass(frozen=True)
+class Provenance:
+    """The content of `quantkd.json`. What is not known is None.
 
+    Args:
+        quantkd_version: that trained the adapter.
+        transfer_set: of a set on the Hub its repository and commit.
+        transfer_set_digest: of the set's rows.
+        teacher: the teacher's name.
+        objective: alpha, temperature, divergence and beta.
+        training: the arguments that decide what is learned, and the number of processes.
+        quantization: of the base model that the adapter was trained on, as its config names it.
+        export: form, dtype and quantkd's version of a checkpoint that was made from the adapter.
+    """
 
-def describe_training(args: Any, num_processes: int) -> dict[str, Any]:
-    """The training arguments that decide what is learned."""
-    values = {name: getattr(args, name, None) for name in _TRAINING_ARGUMENTS}
-    plain = {name: getattr(value, "value", value) for name, value in values.items()}
-    return {**{name: value for name, value in plain.items() if value is not None}, "num_processes": num_processes}
+    quantkd_version: str | None = None
+    transfer_set: str | None = None
+    transfer_set_digest: str | None = None
+    teacher: str | None = None
+    objective: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
 
+    @classmethod
+    def of_training(
+        cls, transfer_set: TransferSet | None, objective: dict[str, Any], args: Any, num_processes: int, model: Any
+    ) -> Provenance:
+        """Of an adapter that was just trained with a Trainer's `args`."""
+        values = {name: getattr(args, name, None) for name in _TRAINING_ARGUMENTS}
+        plain = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
+        sources = [] if transfer_set is None else [str(source) for source in transfer_set.sources if source.is_remote]
+        return cls(
+            quantkd_version=__version__,
+            transfer_set=", ".join(dict.fromkeys(sources)) or None,
+            transfer_set_digest=None if transfer_set is None else transfer_set.digest,
+            teacher=None if transfer_set is None else public_name(transfer_set.info.teacher_name),
+            objective=objective,
+            training={**plain, "num_processes": num_processes},
+            quantization=describe_quantization(model),
+        )
 
-def describe_quantization(model: Any) -> dict[str, Any] | None:
-    """How the student's base model is quantized."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None:
-        return None
-    settings = config if isinstance(config, dict) else config.to_dict()
-    found = {name: settings[name] for name in _QUANTIZATION_SETTINGS if settings.get(name) not in (None, False)}
-    return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
+    @classmethod
+    def read(cls, name_or_path: str | Path) -> Provenance:
+        """What stands beside an adapter, in a folder or a repository; everything is None if there is no such file."""
+        path = find_file(str(name_or_path), PROVENANCE_NAME)
+        if path is None:
+            return cls()
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} is not JSON: {error}. Remove it, or save the adapter again.") from error
+        if not isinstance(facts, dict):
+            raise DataError(f"{path} holds a {type(facts).__name__}; expected an object. Remove it.")
+        found: dict[str, Any] = {field.name: facts.get(field.name) for field in fields(cls)}
+        for name, value in found.items():
+            expected = str if name in ("quantkd_version", "transfer_set", "transfer_set_digest", "teacher") else dict
+            if value is not None and not isinstance(value, expected):
+                raise DataError(f"{name} in {path} is {value!r}; expected a {expected.__name__}. Remove the file.")
+        return cls(**{**found, "teacher": found["teacher"] and public_name(found["teacher"])})
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        facts = {name: value for name, value in asdict(self).items() if name != "export" or value is not None}
+        return json.dumps(facts, indent=2, sort_keys=True) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write the file into a folder."""
+        write_file(folder / PROVENANCE_NAME, self.to_json())
 
 
 def name_base_model(folder: Path, base: str | None = None) -> None:

@@ -1,34 +1,37 @@
-"""The student: the teacher's own model quantized, NF4 unless another format is named, with LoRA on all its layers."""
+"""The student: the teacher's own model quantized, NF4 unless asked otherwise, with LoRA on all its linear layers."""
 
 from __future__ import annotations
 
 import copy
-import os
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.hqq import name_to_linear_tag
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+from transformers import (
+    AutoModelForCausalLM,
+    AwqConfig,
+    BitsAndBytesConfig,
+    GPTQConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from quantkd.errors import ConfigError
+from quantkd.foreign import is_trainable, mixed_precision, shares_weights
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.network import base_network
-from quantkd.models.student_formats import (
-    build_quantization_config,
-    check_format,
-    choose_kernel,
-    format_of,
-    stored_quantization,
-)
+from quantkd.models.weights import is_quantized_layer
 from quantkd.names import refuse_adapter
+
+STUDENT_FORMATS = ("nf4", "fp4", "int8")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# What decides the numbers of a quantization, as transformers' configs call it.
+_SETTINGS = (
+    "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype", "nbits", "bits", "group_size",
+)  # fmt: skip
 
 
 def default_lora_config(r: int = 16) -> LoraConfig:
@@ -36,35 +39,80 @@ def default_lora_config(r: int = 16) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def default_quantization_config(compute_dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
-    """NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314).
+def default_quantization_config(compute_dtype: torch.dtype | None = None, name: str = "nf4") -> BitsAndBytesConfig:
+    """The config of transformers for a format's name: `nf4`, `fp4` or `int8`.
 
-    Under FSDP or ZeRO-3 the packed weights lie in tensors of `shard_dtype`, so that they can be sharded.
+    4 bits come with double quantization (Dettmers et al. 2023, arXiv:2305.14314). Under FSDP or ZeRO-3 the packed
+    weights are stored in tensors of `shard_dtype`, so that they can be sharded.
     """
-    config = _build_config("nf4", compute_dtype or native_compute_dtype())
-    assert isinstance(config, BitsAndBytesConfig)
-    return config
-
-
-def shares_weights() -> bool:
-    """Whether the launcher shares the weights out over the processes: FSDP, or DeepSpeed ZeRO-3."""
-    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled())
+    if name not in STUDENT_FORMATS:
+        raise ConfigError(
+            f"The student's format is {name!r}; expected one of {', '.join(STUDENT_FORMATS)}. Pass a quantization "
+            "config of transformers for others, or a loaded model."
+        )
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = compute_dtype or native_compute_dtype()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=name,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=shard_dtype(dtype) if shares_weights() else torch.uint8,
+    )
 
 
 def shard_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     """What packed 4-bit weights must be stored in where they are sharded: the dtype of the parameters beside them.
 
-    FSDP shards floating parameters alone, and mixed precision casts them when it gathers them. Packed bits survive
-    that only where the cast is to the dtype that they are in already.
+    FSDP shards floating-point parameters only, and mixed precision casts them when it gathers them. Packed bits survive
+    only a cast to the dtype that they are stored in already.
     """
-    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed, compute_dtype)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(), compute_dtype)
+
+
+def format_of(quantization_config: Any) -> str:
+    """The name of a quantization: one of `STUDENT_FORMATS`, or the method (gptq, awq, torchao, ...)."""
+    method = _get(quantization_config, "quant_method")
+    if method is None and (_get(quantization_config, "load_in_4bit") or _get(quantization_config, "load_in_8bit")):
+        method = "bitsandbytes"  # old checkpoints do not name it
+    method = str(getattr(method, "value", method))
+    if method != "bitsandbytes":
+        return method
+    four_bit = _get(quantization_config, "bnb_4bit_quant_type") or "fp4"
+    return "int8" if _get(quantization_config, "load_in_8bit") else str(four_bit)
+
+
+def bits_of(quantization_config: Any) -> int | None:
+    """Bits per weight; None where the config does not say."""
+    known = {"nf4": 4, "fp4": 4, "int8": 8}.get(format_of(quantization_config))
+    return known or _get(quantization_config, "bits") or _get(quantization_config, "nbits")
+
+
+def describe_quantization(model: Any) -> dict[str, Any] | None:
+    """How a model is quantized, in the words of its config, as JSON; None for a model in full precision."""
+    config = getattr(base_network(model).config, "quantization_config", None)
+    if config is None:
+        return None
+    settings = config if isinstance(config, dict) else config.to_dict()
+    found = {name: settings[name] for name in _SETTINGS if settings.get(name) not in (None, False)}
+    return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether the model was loaded quantized, with or without adapters around it."""
+    """Whether a loaded model is quantized, by transformers or by its format's own library, with adapters or without."""
     network = base_network(model)
-    return bool(getattr(network, "is_quantized", False) or getattr(network, "hqq_quantized", False))
+    return bool(getattr(network, "is_quantized", False)) or any(map(is_quantized_layer, network.modules()))
+
+
+def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str, Any] | None:
+    """The quantization that a checkpoint is stored in already, from its config alone."""
+    if "gguf_file" in model_init_kwargs:
+        return None
+    where = {key: value for key, value in model_init_kwargs.items() if key in _HUB_ARGUMENTS}
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **where)
+    stored: dict[str, Any] | None = config.get("quantization_config")
+    return stored
 
 
 def load_student(
@@ -72,34 +120,26 @@ def load_student(
     *,
     quantization_config: Any | None = None,
     dtype: str | torch.dtype | None = None,
-    trainable: bool = True,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model quantized, on this process's own device."""
+    """Load a causal language model quantized, on this process's own device.
+
+    `quantization_config` is one of transformers, a name of `STUDENT_FORMATS`, or None for the checkpoint's own format,
+    else NF4.
+    """
     compute_dtype = parse_dtype(dtype)
     refuse_adapter(name_or_path, **model_init_kwargs)
     stored = stored_quantization(name_or_path, **model_init_kwargs)
     config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
-    check_format(
-        stored or config, device=default_device(), trainable=trainable, shared=shares_weights(), dtype=compute_dtype
-    )
+    _check_format(stored or config)
     kwargs: dict[str, Any] = {"dtype": compute_dtype, "trust_remote_code": False, **model_init_kwargs}
     if shares_weights():
-        _check_storage(stored or config, shard_dtype(compute_dtype))
+        _check_storage(stored or config, shard_dtype(compute_dtype), is_stored=stored is not None)
     else:
         kwargs.setdefault("device_map", {"": default_device()})
-    # transformers 5 reads an HqqConfig and leaves out the quantizing that it asks for.
-    by_hqq = format_of(stored or config).startswith("hqq") and _is_left_out(HqqHfQuantizer)
-    if by_hqq and stored is not None:
-        raise ConfigError(
-            f"{name_or_path} is a checkpoint in HQQ, which this transformers cannot read. Load the full-precision "
-            "checkpoint that it was made from, with quantization_config='hqq4'."
-        )
-    if config is not None and not by_hqq:
+    if config is not None:
         kwargs["quantization_config"] = config
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    if by_hqq:
-        _quantize_with_hqq(model, config, compute_dtype)
     keep_trainable_on_cpu(model)
     return model
 
@@ -108,7 +148,7 @@ def _choose_config(name_or_path: str, wanted: Any, stored: dict[str, Any] | None
     """The config to load with; None for a checkpoint whose own says all."""
     if stored is None:
         wanted = "nf4" if wanted is None else wanted
-        return _build_config(wanted, compute_dtype) if isinstance(wanted, str) else wanted
+        return default_quantization_config(compute_dtype, wanted) if isinstance(wanted, str) else wanted
     if wanted is None:
         return choose_kernel(stored, default_device())
     found, asked = format_of(stored), wanted if isinstance(wanted, str) else format_of(wanted)
@@ -120,37 +160,43 @@ def _choose_config(name_or_path: str, wanted: Any, stored: dict[str, Any] | None
     return choose_kernel(stored, default_device()) if isinstance(wanted, str) else wanted
 
 
-def _build_config(name: str, compute_dtype: torch.dtype) -> Any:
-    storage_dtype = shard_dtype(compute_dtype) if shares_weights() else torch.uint8
-    return build_quantization_config(name, compute_dtype, storage_dtype)
+def choose_kernel(stored: dict[str, Any], device: torch.device) -> GPTQConfig | AwqConfig | None:
+    """The config with which a GPTQ or AWQ checkpoint can be trained.
+
+    Most of gptqmodel's kernels for a CPU have no gradient, or lose it for good at the first pass without one; among
+    them is what "auto_trainable" chooses there (gptqmodel 7.7). Evaluation uses the kernel of training too, so that
+    figures are those of the student that is trained.
+    """
+    method, bits = format_of(stored), stored.get("bits", 4)
+    kernel: Any = {"gptq": "torch", "awq": "torch_awq"}.get(method) if device.type == "cpu" else "auto_trainable"
+    if method == "gptq":
+        return GPTQConfig(bits=bits, backend=kernel)
+    return AwqConfig(bits=bits, backend=kernel) if method == "awq" else None
 
 
-def _is_left_out(quantizer: type[HfQuantizer]) -> bool:
-    return quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops
+def _check_format(quantization_config: Any) -> None:
+    """Refuse a format that cannot be loaded or shared out, before any weight is read."""
+    name = format_of(quantization_config)
+    _check_shared(name)
+    if name == "hqq":
+        # transformers 5 reads an HqqConfig, and leaves out the quantizing that it asks for.
+        raise ConfigError(
+            "The student is in HQQ, which transformers 5 neither quantizes nor reads. Quantize the model with hqq's "
+            "own library and pass it loaded, or use nf4."
+        )
 
 
-def _quantize_with_hqq(model: PreTrainedModel, config: Any, compute_dtype: torch.dtype) -> None:
-    """Replace the linear layers one by one, each freed before the next; which and how, as HqqConfig documents it."""
-    from hqq.core.quantize import HQQLinear
-
-    model.requires_grad_(False)
-    tags = {name: name_to_linear_tag(name) for name, module in model.named_modules() if type(module) is nn.Linear}
-    settings = config.quant_config
-    by_tag = any(tag in settings for tag in tags.values())  # else one setting for all
-    for name, tag in tags.items():
-        wanted = settings.get(tag) if by_tag else settings
-        if tag not in (config.skip_modules or ()) and wanted is not None:
-            layer: Any = model.get_submodule(name)
-            device = str(layer.weight.device)
-            model.set_submodule(name, HQQLinear(layer, dict(wanted), compute_dtype=compute_dtype, device=device))
-    setattr(model, "hqq_quantized", True)  # what PEFT knows such a model by  # noqa: B010
+def _check_shared(name: str) -> None:
+    if shares_weights() and name not in ("nf4", "fp4"):
+        raise ConfigError(
+            f"The student is in {name}, and FSDP or ZeRO-3 would shard its weights; only nf4 and fp4 are known to "
+            "survive that. Train with one whole copy per process (DDP), or use nf4."
+        )
 
 
-def _check_storage(quantization_config: Any, expected: torch.dtype) -> None:
-    """Refuse 4-bit weights that lie, or would lie, in another floating dtype than they are gathered in."""
-    is_stored = isinstance(quantization_config, dict)
-    config: Any = SimpleNamespace(**quantization_config) if is_stored else quantization_config
-    storage = getattr(config, "bnb_4bit_quant_storage", None)
+def _check_storage(quantization_config: Any, expected: torch.dtype, *, is_stored: bool) -> None:
+    """Refuse 4-bit weights in another floating-point dtype than they are gathered in."""
+    storage = _get(quantization_config, "bnb_4bit_quant_storage")
     storage = getattr(torch, storage) if isinstance(storage, str) else storage
     if storage is not None and storage.is_floating_point and storage != expected:
         remedy = f"Set bnb_4bit_quant_storage={expected}, or leave it out."
@@ -159,6 +205,21 @@ def _check_storage(quantization_config: Any, expected: torch.dtype) -> None:
         raise ConfigError(
             f"bnb_4bit_quant_storage is {storage}, and the sharded parameters are gathered in {expected}: the cast "
             f"would destroy the packed weights. {remedy}"
+        )
+
+
+def check_trainable(model: Any) -> None:
+    """Refuse a loaded model whose format cannot be trained, or not under this launcher."""
+    network = base_network(model)
+    if not is_quantized(network):
+        return
+    config = getattr(network.config, "quantization_config", None)
+    name = "the format of another library" if config is None else format_of(config)
+    _check_shared(name)
+    if not is_trainable(network):
+        raise ConfigError(
+            f"The student is in {name}, which transformers does not train. Train nf4, fp4 or int8, or only evaluate "
+            "this one."
         )
 
 
@@ -181,11 +242,13 @@ def attach_lora(
             use_gradient_checkpointing=gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})},
         )
-    return get_peft_model(model, _name_linear_layers(model, peft_config or default_lora_config()))
+    adapted = get_peft_model(model, _name_linear_layers(model, peft_config or default_lora_config()))
+    keep_trainable_on_cpu(adapted)
+    return adapted
 
 
 def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
-    """What "all-linear" means for HQQ, GPTQ and AWQ, whose layers PEFT adapts but does not count among the linear."""
+    """What "all-linear" means for HQQ, GPTQ and AWQ, whose layers PEFT adapts but does not count as linear."""
     if getattr(peft_config, "target_modules", None) != "all-linear":
         return peft_config
     modules = {name: module for name, module in model.named_modules() if module is not model.get_output_embeddings()}
@@ -197,18 +260,7 @@ def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> Peft
     return named  # type: ignore[no-any-return]
 
 
-def check_trainable(model: Any) -> None:
-    """Refuse a loaded model whose format cannot be trained where the model is."""
-    network = base_network(model)
-    config = getattr(network.config, "quantization_config", None)
-    if config is None and getattr(network, "hqq_quantized", False):
-        config = {"quant_method": "hqq"}
-    if not is_quantized(network) or config is None:
-        return
-    check_format(config, device=network.device, trainable=True, shared=shares_weights())
-    quantizer = getattr(network, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_trainable:
-        raise ConfigError(
-            f"The student is in {format_of(config)}, which transformers does not train. "
-            "Train nf4, fp4, int8, hqq4 or torchao-int8, or only evaluate this one."
-        )
+def _get(quantization_config: Any, name: str) -> Any:
+    if isinstance(quantization_config, dict):
+        return quantization_config.get(name)
+    return getattr(quantization_config, name, None)

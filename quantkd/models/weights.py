@@ -1,4 +1,4 @@
-"""A layer's weight whole and in floating point: gathered where processes share it, dequantized where it is 4-bit."""
+"""The weight of a layer: whole where processes share it, in floating point where it is quantized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkd.models.cpu_repacking import unpack
+from quantkd.errors import ConfigError
+from quantkd.foreign import int8_scales, shape_of
+from quantkd.models.cpu_repacking import restore_weight
+
+# What a weight can be computed with in; float8 has its scales in another tensor.
+FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -19,15 +24,12 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def count_rows(parameter: Any) -> int:
     """The first dimension of the whole parameter, also where this process holds a part of it or a 4-bit form."""
-    if hasattr(parameter, "ds_shape"):  # ZeRO-3 leaves an empty tensor here
-        return int(parameter.ds_shape[0])
-    state = getattr(parameter, "quant_state", None)
-    return int((parameter if state is None else state).shape[0])
+    return shape_of(getattr(parameter, "quant_state", None) or parameter)[0]
 
 
 @contextmanager
 def whole_parameters(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The layer's weight and bias whole; what was gathered is let go of at the end.
+    """The layer's weight and bias whole; what was gathered is released at the end.
 
     All processes that share the layer must enter together. Sharded parameters are gathered without a gradient; those
     that are whole already are handed out themselves.
@@ -38,19 +40,79 @@ def whole_parameters(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
-        bias: Any = layer.bias
-        yield _whole_weight(layer), bias if bias is None else _whole(bias)
+        weight, bias, dtype = _dequantize_4bit(layer), layer.bias, getattr(layer, "compute_dtype", None)
+        if weight is None:
+            weight = _whole(layer.weight)
+        elif dtype is not None:
+            weight = weight.to(dtype)
+        yield weight, bias if bias is None else _whole(bias)
 
 
-def _whole_weight(layer: Any) -> Tensor:
-    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+def is_quantized_layer(layer: Any) -> bool:
+    """Whether a layer's weight is in a format of bitsandbytes, HQQ, torchao, GPTQ or AWQ."""
+    if hasattr(layer, "W_q") or hasattr(layer, "qweight"):
+        return True
+    weight = getattr(layer, "weight", None)
+    kind = type(weight)
+    return isinstance(weight, Tensor) and (
+        getattr(weight, "quant_state", None) is not None
+        or kind.__name__ in ("Params4bit", "Int8Params")
+        or kind.__module__.startswith("torchao.")
+    )
+
+
+def dequantize_weight(layer: Any) -> Tensor:
+    """The weight that a linear layer of any format trains with, in floating point; an ordinary one is not copied."""
+    if hasattr(layer, "get_base_layer"):
+        layer = layer.get_base_layer()
+    with torch.no_grad():
+        weight = _dequantize(layer)
+    if weight is None or weight.dim() != 2 or weight.dtype not in FULL_PRECISION:
+        raise ConfigError(
+            f"{type(layer).__module__}.{type(layer).__name__} gives no full-precision weight; expected a linear layer "
+            "of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or an ordinary one."
+        )
+    return weight.detach()
+
+
+def _dequantize(layer: Any) -> Tensor | None:
+    weight: Tensor | None = getattr(layer, "weight", None)
+    if hasattr(layer, "W_q"):  # HQQ
+        weight = layer.dequantize()
+    elif hasattr(layer, "qweight"):  # GPTQ and AWQ, whose layers differ in how they pack and agree in what they compute
+        weight = _pass_identity(layer, layer.scales.dtype)
+    elif type(weight).__name__ == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        weight = int8_vectorwise_dequant(layer.weight.data, int8_scales(layer).to(layer.weight.device))
+    elif type(weight).__module__.startswith("torchao."):
+        # Not every layout can be dequantized by name.
+        by_name = type(weight).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+        weight = layer.weight.dequantize() if by_name else _pass_identity(layer, layer.weight.dtype)
+    elif (unpacked := _dequantize_4bit(layer)) is not None:
+        weight = unpacked
+    return weight
+
+
+def _dequantize_4bit(layer: Any) -> Tensor | None:
+    """The weight of bitsandbytes' 4-bit layer, gathered if it is a DTensor; None for other layers."""
+    restore_weight(layer)
+    # Under FSDP the weight is a plain parameter, and the layer alone keeps its constants.
+    state = getattr(getattr(layer, "weight", None), "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
-        return _whole(layer.weight)
+        return None
     from bitsandbytes.functional import dequantize_4bit
 
-    unpack(layer)
-    weight: Tensor = dequantize_4bit(_whole(layer.weight.data), getattr(layer.weight, "quant_state", None) or state)
-    return weight if layer.compute_dtype is None else weight.to(layer.compute_dtype)
+    weight: Tensor = dequantize_4bit(_whole(layer.weight.data), state)
+    return weight
+
+
+def _pass_identity(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight as the layer's own kernel applies it: what it makes of the unit vectors, less its bias."""
+    device = next(tensor.device for tensor in (*layer.parameters(), *layer.buffers()))
+    outputs: Tensor = layer(torch.eye(layer.in_features, dtype=dtype, device=device))
+    bias = getattr(layer, "bias", None)
+    return (outputs if bias is None else outputs - bias).T
 
 
 def _whole(parameter: Any) -> Tensor:
@@ -67,4 +129,4 @@ def _is_dtensor(parameter: Any) -> bool:
 
 def _is_partitioned(parameter: Any) -> bool:
     # What ZeRO-3 has gathered, or keeps everywhere because it is small, has its own shape.
-    return hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
+    return tuple(parameter.shape) != shape_of(parameter)

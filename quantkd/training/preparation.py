@@ -15,7 +15,7 @@ from quantkd.foreign import use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
-from quantkd.models.row_attention import use_row_attention
+from quantkd.models.row_attention import row_attention
 from quantkd.models.student import attach_lora, is_quantized, load_student
 from quantkd.teacher.live import LiveTeacher
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
@@ -72,8 +72,10 @@ def prepare_student(
     for transfer_set in transfer_sets:
         check_student(transfer_set, adapted)
     if args.packing:
-        use_row_attention(adapted)
-    reason = why_not_packable(adapted) if args.packing else None
+        with row_attention(adapted):
+            reason = why_not_packable(adapted)
+    else:
+        reason = None
     if reason is not None:
         raise ConfigError(
             f"packing=True would let rows see each other: {reason}. Leave packing off; rows of like length still "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
 from quantkd.models.network import run_model, why_not_fusable
-from quantkd.models.provenance import describe_quantization, describe_training, name_base_model, write_provenance
+from quantkd.models.provenance import Provenance, name_base_model
+from quantkd.models.row_attention import row_attention
 from quantkd.names import load_tokenizer
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.training.curves import TrainingCurves
@@ -213,6 +214,16 @@ class QuantizedDistillationTrainer(Trainer):
             loader.collate_fn = replace(self.data_collator, packing=True)
         return loader
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's `train`; on a CPU, packed batches attend row by row meanwhile.
+
+        Args:
+            *args: passed on.
+            **kwargs: passed on.
+        """
+        with row_attention(self.model) if self.args.packing else nullcontext():
+            return super().train(*args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -271,8 +282,8 @@ class QuantizedDistillationTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         _remove_arguments(folder)
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
-        training = describe_training(self.args, self.accelerator.num_processes)
-        write_provenance(folder, trained_on, asdict(self._objective), training, describe_quantization(self.model))
+        objective, count = asdict(self._objective), self.accelerator.num_processes
+        Provenance.of_training(trained_on, objective, self.args, count, self.model).write(folder)
         name_base_model(folder)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             self._write_card(folder)
