@@ -47,11 +47,10 @@ class StudentArguments(ModelConfig):
             raise ConfigError(
                 f"load_in_8bit means int8, and student_format is {self.student_format}. Set one of the two."
             )
-        if self.student_format in ("nf4", "fp4"):
-            self.load_in_4bit, self.bnb_4bit_quant_type = True, self.student_format
+        if self.student_format == "int8":
+            self.load_in_8bit = True
         elif self.student_format is not None:
-            self.load_in_8bit = self.student_format == "int8"
-            self.load_in_4bit = False
+            self.load_in_4bit, self.bnb_4bit_quant_type = True, self.student_format
         if self.load_in_8bit:  # 4-bit is the default, so one option is enough to choose 8-bit
             self.load_in_4bit = False
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -76,14 +75,13 @@ def load_student_from(args: StudentArguments) -> PreTrainedModel:
 
 
 def _quantization_from(args: StudentArguments, name: str) -> Any:
-    """A config, a format's name, or None for a checkpoint that is loaded as it is stored."""
+    """A config, or None for a checkpoint that is loaded as it is stored."""
     if args.student_format is None and not args.load_in_8bit:
         if stored_quantization(name, revision=args.model_revision) is not None:
             return None
         if not args.load_in_4bit:
             raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
-    # TRL's options are for bitsandbytes; the other formats have none.
-    return get_quantization_config(args) or args.student_format
+    return get_quantization_config(args)
 
 
 def peft_config_from(args: StudentArguments) -> LoraConfig:
