@@ -22,14 +22,7 @@ WORDS = ["The", " answer", " is", " ", "4", "2", ".", "\n", " So", " fence", " c
 
 
 def make_row(
-    rng: Any,
-    index: int,
-    ids: Sequence[int],
-    vocab_size: int,
-    *,
-    kl: float = 0.3,
-    alternatives: int = 8,
-    prompt: str = "",
+    rng: Any, index: int, ids: Sequence[int], size: int, *, kl: float = 0.3, alternatives: int = 8, prompt: str = ""
 ) -> RowDivergence:
     """A row of these tokens; `kl` is its mean before, and a tenth of it after."""
     count, width = len(ids), alternatives + 1
