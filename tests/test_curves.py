@@ -38,7 +38,7 @@ def test_lines_are_what_was_logged(tmp_path, drawn):
     assert lines["top-1 agreement with the teacher"] == {"held-out rows": [[3, 90]]}
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["training", "held-out rows"]
     units = {panel.get_title(): panel.get_ylabel() for panel in drawn[0].axes}
-    assert set(units.values()) == {"nats a token", "% of tokens"} and all(p.get_xlabel() for p in drawn[0].axes)
+    assert set(units.values()) == {"nats per token", "% of tokens"} and all(p.get_xlabel() for p in drawn[0].axes)
     assert all(panel.get_ylim()[0] == 0 for panel in drawn[0].axes if "nats" in panel.get_ylabel())
 
 

@@ -262,6 +262,13 @@ def test_several_held_out_sets_are_named_apart(make_trainer, transfer_set):
     assert {"eval_easy_kl", "eval_hard_kl", "eval_hard_top1_agreement"} <= set(metrics)
 
 
+@pytest.mark.parametrize("rows", [[], "an empty transfer set"])
+def test_evaluation_without_rows_is_refused(make_trainer, transfer_set, rows):
+    trainer = make_trainer()
+    with pytest.raises(DataError, match=r"\(eval\) holds no rows; expected at least one"):
+        trainer.evaluate(transfer_set[:0] if rows else rows)
+
+
 def test_what_does_not_fit_is_refused_before_the_first_step(make_trainer, transfer_set, tiny_model, tiny_tokenizer):
     with pytest.raises(ConfigError, match=r"temperatures 1.0, 2.0; training asked for 4.0.*--temperatures 4.0"):
         make_trainer(temperature=4.0)

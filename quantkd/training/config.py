@@ -13,10 +13,14 @@ from quantkd.errors import ConfigError
 from quantkd.hardware import has_accelerator
 from quantkd.loss.reference import Objective
 
-# The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): a start that lies near
-# the optimum is led away from it by steps that a start from zero needs.
+# The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): the steps that a start
+# from zero needs lead a start near the optimum away from it.
 _LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}
 STARTS = tuple(_LEARNING_RATES)
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -25,95 +29,74 @@ class QuantizedDistillationConfig(TrainingArguments):
 
     Args:
         alpha: weight of the soft loss, in [0, 1]: `loss = (1 - alpha) * ce + alpha * temperature**2 * divergence`.
-            On the teacher's own answers hard labels take fidelity away (docs/recipes.md); lower it where answers were
-            given that are better than the teacher's.
+            With the teacher's own answers, hard labels lower the fidelity (docs/recipes.md); use less than 1 where the
+            given answers are better than the teacher's.
         temperature: distillation temperature, one that the transfer set was captured with.
         divergence: `forward_kl`, `reverse_kl` or `jsd`, over the stored entries and the tail.
         beta: the teacher's share of the mixture in `jsd`, in (0, 1).
         init: where new adapters on a quantized student start: `covariance`, at the best correction of each layer's
             quantization error for the inputs that rows of the transfer set give it; `loftq`, at the best one without
-            regard to inputs; or `zero`, at no correction. A run with `resume_from_checkpoint` takes its start there.
+            regard to inputs; or `zero`, at no correction. With `resume_from_checkpoint` the checkpoint's adapters
+            are used.
         init_rows: rows of the transfer set that `covariance` looks at.
         init_from: the full-precision checkpoint that quantized weights are compared with, a folder or a Hub name; the
-            student's own if None. Needed for a student that was saved quantized, as GPTQ and AWQ checkpoints are.
-        use_fused_loss: compute the loss from hidden states in chunks, without holding logits. Models that it cannot
-            serve fall back to their logits with a warning that says why.
-        packing: lay the rows of a batch end to end in one sequence, without padding and without sight of each other.
-            Needs a model whose attention follows position ids, which is tried; pays with FlashAttention.
+            student's own if None. Needed for a student that was saved quantized, such as GPTQ and AWQ checkpoints.
+        use_fused_loss: compute the loss from hidden states in chunks, without holding logits. For models whose head
+            cannot be separated, logits are held instead, and a warning says why.
+        packing: concatenate the rows of a batch into one sequence without padding; rows do not attend to each other.
+            Needs a model whose attention follows position ids, which is tested; fastest with FlashAttention.
         model_init_kwargs: further arguments of `from_pretrained` when the student is given by name, such as
             `{"revision": ..., "dtype": ...}`. `dtype` is also what the 4-bit layers compute in: bfloat16 where the
             hardware has it, else float32, if it is not given. `trust_remote_code` is off unless set here.
         teacher_model_init_kwargs: the same for the trainer's `teacher_model`, if that is given by name.
 
     Five defaults differ from `TrainingArguments`: `learning_rate` (3e-5, and 3e-4 with `init="zero"`),
-    `logging_steps` (10), `logging_first_step` (on), `remove_unused_columns` (off, for rows carry the teacher's entries)
-    and `train_sampling_strategy` (`group_by_length`: rows of like length share a batch, so that little is padding).
+    `logging_steps` (10), `logging_first_step` (on), `remove_unused_columns` (off, because rows carry the teacher's
+    entries) and `train_sampling_strategy` (`group_by_length`: rows of similar length share a batch, which reduces
+    padding).
 
     Raises:
         ConfigError: an objective that has no meaning, or an unknown start.
     """
 
-    alpha: float = field(
-        default=1.0, metadata={"help": "Weight of the soft loss, in [0, 1]; the rest is cross-entropy."}
+    alpha: float = _option(1.0, "Weight of the soft loss, in [0, 1]; the rest is cross-entropy.")
+    temperature: float = _option(1.0, "Distillation temperature; one that the transfer set was captured with.")
+    divergence: str = _option(
+        "forward_kl", "Soft loss over the stored entries and the tail: forward_kl, reverse_kl or jsd."
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Distillation temperature; one that the transfer set was captured with."}
+    beta: float = _option(0.5, "The teacher's share of the mixture in jsd, in (0, 1).")
+    init: str = _option(
+        "covariance",
+        "Start of new adapters: covariance (from the quantization error and the inputs), loftq (from the quantization "
+        "error alone) or zero.",
     )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={"help": "Soft loss over the stored entries and the tail: forward_kl, reverse_kl or jsd."},
+    init_rows: int = _option(16, "Rows of the transfer set that init=covariance looks at.")
+    init_from: str | None = _option(
+        None, "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
     )
-    beta: float = field(default=0.5, metadata={"help": "The teacher's share of the mixture in jsd, in (0, 1)."})
-    init: str = field(
-        default="covariance",
-        metadata={
-            "help": "Start of new adapters: covariance (from the quantization error and the inputs), loftq (from the "
-            "quantization error alone) or zero."
-        },
+    use_fused_loss: bool = _option(True, "Compute the loss from hidden states in chunks, without holding logits.")
+    packing: bool = _option(False, "Concatenate the rows of a batch into one sequence, without padding.")
+    model_init_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009  # None is not shared state
+        None, "Further arguments of from_pretrained for a student given by name, as JSON."
     )
-    init_rows: int = field(default=16, metadata={"help": "Rows of the transfer set that init=covariance looks at."})
-    init_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
-        },
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
+        None, "Further arguments of from_pretrained for a teacher_model given by name, as JSON."
     )
-    use_fused_loss: bool = field(
-        default=True, metadata={"help": "Compute the loss from hidden states in chunks, without holding logits."}
+    learning_rate: float | None = _option(  # type: ignore[assignment]  # a number once the start is known
+        None,
+        "Peak learning rate; if not given, 3e-5 where adapters start at a correction of the quantization error, and "
+        "3e-4 with init=zero.",
     )
-    packing: bool = field(
-        default=False, metadata={"help": "Lay the rows of a batch end to end in one sequence, without padding."}
+    logging_steps: float = _option(10, "Log every this many optimizer steps; below 1, a share of all steps.")
+    logging_first_step: bool = _option(True, "Log the first step too, so that curves have a beginning.")
+    train_sampling_strategy: str = _option(
+        "group_by_length",
+        "Order of the training rows: group_by_length (rows of similar length share a batch), random, sequential, or "
+        "batch_rebalance.",
+        choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of from_pretrained for a student given by name, as JSON."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Further arguments of from_pretrained for a teacher_model given by name, as JSON."},
-    )
-    learning_rate: float | None = field(  # type: ignore[assignment]  # a number once the start is known
-        default=None,
-        metadata={
-            "help": "Peak learning rate; if not given, 3e-5 where adapters start at a correction of the quantization "
-            "error, and 3e-4 with init=zero."
-        },
-    )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every this many optimizer steps; below 1, a share of all steps."}
-    )
-    logging_first_step: bool = field(
-        default=True, metadata={"help": "Log the first step too, so that curves have a beginning."}
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Order of the training rows: group_by_length (rows of like length share a batch), random, "
-            "sequential, or batch_rebalance.",
-            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
-        },
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Leave off: rows carry the teacher's entries beside the model's inputs."}
+    remove_unused_columns: bool = _option(
+        False, "Leave off: rows carry the teacher's entries beside the model's inputs."
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The order of training rows: rows of like length share a batch, and the order follows from the seed and the epoch."""
+"""The order of training rows: rows of similar length share a batch; the order follows from the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def row_lengths(dataset: Any) -> list[int] | None:
 
 
 class LengthGroupedBatches(Sampler[int]):
-    """Rows in groups of like length, the groups in random order and the one with the longest row first.
+    """Rows in groups of similar length: the one with the longest row first, the others in random order.
 
-    As transformers does it, whose own sampler leaves a run of groups sorted from long to short, and takes its random
-    numbers from a state that a resumed run does not have in a later epoch.
+    transformers' own sampler leaves a run of groups sorted from long to short, and draws from a random state that a
+    resumed run does not have in a later epoch.
 
     Args:
         lengths: tokens per row.
         group: rows that belong together: those of one optimizer step over all processes.
-        seed: with the epoch, decides the order.
+        seed: with the epoch, determines the order.
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
@@ -48,24 +48,21 @@ class LengthGroupedBatches(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        # Rows are sorted within windows of this many groups. transformers' own choice, a quarter of the rows, leaves a
-        # few hundred rows all but unsorted.
-        window = min(50, max(len(self._lengths) // (4 * self._group), 8))
-        size, rows = window * self._group, torch.randperm(len(self._lengths), generator=generator).tolist()
-        for start in range(0, len(rows), size):
-            rows[start : start + size] = sorted(rows[start : start + size], key=lambda row: -self._lengths[row])
-        longest = max(range(0, len(rows), size), key=lambda place: self._lengths[rows[place]], default=0)
+        rows = torch.randperm(len(self._lengths), generator=generator).tolist()
+        # Sorted within windows of shuffled rows, so that each epoch has other groups.
+        size = self._group * min(50, max(len(rows) // (4 * self._group), 8))
+        windows = [rows[start : start + size] for start in range(0, len(rows), size)]
+        rows = [row for window in windows for row in sorted(window, key=lambda row: -self._lengths[row])]
+        # The longest row comes first, so that too little memory shows at once. The last group may be short and stays.
+        longest = max(range(len(rows)), key=lambda place: self._lengths[rows[place]], default=0)
         rows[:1], rows[longest : longest + 1] = rows[longest : longest + 1], rows[:1]
         groups = [rows[start : start + self._group] for start in range(0, len(rows), self._group)]
-        # The first stays: it has the longest row, so that too little memory shows at once. The last may be short.
-        inner = groups[1:-1]
-        shuffled = [inner[i] for i in torch.randperm(len(inner), generator=generator).tolist()]
-        ordered = [groups[0], *shuffled, *groups[len(groups) - 1 :]] if len(groups) > 1 else groups
-        return iter([row for group in ordered for row in group])
+        inner = [groups[1 + place] for place in torch.randperm(max(len(groups) - 2, 0), generator=generator).tolist()]
+        return iter([row for group in [*groups[:1], *inner, *groups[1:][-1:]] for row in group])
 
 
 def order_for_training(dataset: Any, args: TrainingArguments) -> LengthGroupedBatches | None:
-    """Rows of like length together, in groups of one optimizer step; None for the Trainer's own order."""
+    """Rows of similar length together, in groups of one optimizer step; None for the Trainer's own order."""
     lengths = row_lengths(dataset) if args.train_sampling_strategy == "group_by_length" else None
     if lengths is None:
         return None

@@ -1,4 +1,4 @@
-"""From what the caller names to a student that is ready to train: loaded, with adapters, and well started."""
+"""The student that is trained: loaded, with adapters, and at its start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
 from quantkd.models.row_attention import row_attention
 from quantkd.models.student import attach_lora, is_quantized, load_student
-from quantkd.teacher.live import LiveTeacher
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.compatibility import check_student
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def take_one_gpu(args: QuantizedDistillationConfig) -> None:
-    """Train on one GPU a process, where the Trainer would wrap the model in `DataParallel`."""
+    """Train on one GPU per process, where the Trainer would wrap the model in `DataParallel`."""
     if args.n_gpu > 1:
         logger.warning(
             "%d GPUs are visible to one process; training on the first. "
@@ -34,15 +33,6 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
             args.n_gpu,
         )
         use_one_gpu(args)
-
-
-def load_live_teacher(
-    teacher_model: str | PreTrainedModel, student: Any, args: QuantizedDistillationConfig
-) -> LiveTeacher:
-    """The teacher that runs beside the student."""
-    return LiveTeacher(
-        teacher_model, student, **parse_options("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
-    )
 
 
 def prepare_student(
@@ -78,7 +68,7 @@ def prepare_student(
         reason = None
     if reason is not None:
         raise ConfigError(
-            f"packing=True would let rows see each other: {reason}. Leave packing off; rows of like length still "
+            f"packing=True would let rows see each other: {reason}. Leave packing off; rows of similar length still "
             "share a batch with train_sampling_strategy='group_by_length'."
         )
     if is_new and is_quantized(adapted):
@@ -87,9 +77,9 @@ def prepare_student(
 
 
 def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: str, revision: str | None) -> None:
-    """Move new adapters to the start that was asked for."""
+    """Set new adapters to the start that was asked for."""
     if args.init == "zero" or dataset is None or args.resume_from_checkpoint:
-        return  # what is resumed brings its own adapters
+        return  # a checkpoint brings its own adapters
     own = [
         config for config in model.peft_config.values() if isinstance(getattr(config, "init_lora_weights", True), str)
     ]
@@ -120,7 +110,7 @@ def _with_adapters(
         if peft_config is not None:
             raise ConfigError(
                 "The model already carries adapters and peft_config asks for new ones. "
-                "Leave peft_config out to train those there, or merge_and_unload() them first."
+                "Leave peft_config out to train those, or merge_and_unload() them first."
             )
         return model
     if peft_config is None and not is_quantized(model):

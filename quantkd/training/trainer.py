@@ -25,10 +25,11 @@ from quantkd.models.network import run_model, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
 from quantkd.names import load_tokenizer
+from quantkd.teacher.live import LiveTeacher
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
-from quantkd.training.preparation import load_live_teacher, prepare_student, take_one_gpu
+from quantkd.training.preparation import prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_collator, check_transfer_set, find_transfer_sets
@@ -50,6 +51,7 @@ class QuantizedDistillationTrainer(Trainer):
         peft_config: adapters to attach; rank 16 on all linear layers if None.
         quantization_config: for a model given by name, any quantization config of transformers; NF4 if None.
         teacher_model: a full-precision model, or its name, that runs beside the student; stored entries are not read.
+        data_collator: a `DistillationCollator` for the tokenizer if None.
         **trainer_kwargs: everything else that `transformers.Trainer` takes (callbacks, optimizers, ...).
 
     Logs `loss`, `ce` and `kl` (nats per target token, `kl` without the factor T^2). Evaluation adds `eval_kl` (forward
@@ -96,7 +98,10 @@ class QuantizedDistillationTrainer(Trainer):
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
-        self.live_teacher = None if teacher_model is None else load_live_teacher(teacher_model, model, args)
+        self.live_teacher: LiveTeacher | None = None
+        if teacher_model is not None:
+            options = parse_options("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
+            self.live_teacher = LiveTeacher(teacher_model, model, **options)
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class)
         check_collator(data_collator, args)
         super().__init__(
@@ -114,9 +119,10 @@ class QuantizedDistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._objective = args.objective()
         self._fused: bool | None = None if args.use_fused_loss else False  # None: still to be tried
-        # Where weights are shared out, only the wrapper's forward pass has them whole: tried at the first one.
-        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            self._is_fused(model)
+        # Where processes share the weights, only the wrapper's forward pass has them whole: tried at the first one.
+        shared = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self._fused is None and not shared:
+            self._try_fused(model, None)
         self._train_terms = torch.zeros(3)  # summed ce, summed kl, optimizer steps
         self._eval_rows: list[Tensor] = []
 
@@ -129,7 +135,7 @@ class QuantizedDistillationTrainer(Trainer):
     ) -> Any:
         """`sum over targets of (1 - alpha) * ce + alpha * T^2 * divergence`, over the targets of the global batch.
 
-        A target of a row with a weight counts that many times in the sum, and once in what it is divided by.
+        The weight of a row multiplies its targets' part of the sum, and does not change what the sum is divided by.
 
         Args:
             model: the student, wrapped or not.
@@ -153,26 +159,24 @@ class QuantizedDistillationTrainer(Trainer):
             scale = world / num_items_in_batch
         loss = loss * scale
         if model.training:
-            # On the device, for reading them would wait for it in every step.
+            # Kept on the device, because reading them would wait for it in every step.
             step = torch.stack([terms.ce.sum(), terms.kl.sum()]).float() * scale
             self._train_terms = self._train_terms.to(step.device)
             self._train_terms[:2] += step
             self._train_terms[2] += float(self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
 
-    def _is_fused(self, model: nn.Module) -> bool:
-        if self._fused is None:
-            reason = why_not_fusable(self._unwrapped(model), forward=model)
-            if reason is not None:
-                logger.warning("The fused loss is off for this model, for %s; its logits are held instead.", reason)
-            self._fused = reason is None
-        return self._fused
-
-    def _unwrapped(self, model: nn.Module) -> Any:
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
-
     def _run(self, model: nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[tuple[TargetStates, Any]]:
-        return run_model(self._unwrapped(model), inputs, fused=self._is_fused(model), forward=model)
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if self._fused is None:
+            self._try_fused(unwrapped, model)
+        return run_model(unwrapped, inputs, fused=bool(self._fused), forward=model)
+
+    def _try_fused(self, unwrapped: Any, forward: Any) -> None:
+        reason = why_not_fusable(unwrapped, forward)
+        if reason is not None:
+            logger.warning("The fused loss is off for this model, for %s; its logits are held instead.", reason)
+        self._fused = reason is None
 
     def _teacher(self, inputs: dict[str, Any]) -> TopKLogprobs | TargetStates:
         """The teacher's distributions at the N targets, stored or computed now."""
@@ -187,12 +191,7 @@ class QuantizedDistillationTrainer(Trainer):
         return stored
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `ce` and `kl`, averaged over the steps since the last log, beside the Trainer's `loss`.
-
-        Args:
-            logs: what the Trainer logs.
-            start_time: passed on.
-        """
+        """Add `ce` and `kl`, averaged over the steps since the last log, to the Trainer's `loss`."""
         if "loss" in logs and self._train_terms[2] > 0:
             mean = self.accelerator.reduce(self._train_terms.to(self.args.device), "mean").tolist()
             logs["ce"], logs["kl"] = (total / mean[2] for total in mean[:2])
@@ -208,7 +207,7 @@ class QuantizedDistillationTrainer(Trainer):
         return order_for_evaluation(eval_dataset)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The Trainer's, packed if asked for. Evaluation never is: its metrics are kept by row of the batch."""
+        """The Trainer's, packed if asked for. Evaluation is not: its metrics are sums over the rows of a batch."""
         loader = super().get_train_dataloader()
         if self.args.packing and isinstance(self.data_collator, DistillationCollator):  # no other, by `check_collator`
             loader.collate_fn = replace(self.data_collator, packing=True)
@@ -231,26 +230,17 @@ class QuantizedDistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """One evaluation batch: its loss, and per-row sums of KL, CE and agreement kept for the epoch's metrics.
-
-        Args:
-            model: the student, wrapped or not.
-            inputs: a batch of `DistillationCollator`.
-            prediction_loss_only: return no logits and labels.
-            ignore_keys: unused; the outputs' logits are what is returned.
-        """
+        """One evaluation batch: its loss, logits and labels; sums per row are kept for the metrics of the epoch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             teacher = self._teacher(inputs)
             with self._run(model, inputs) as (states, _):
                 rows = compute_row_metrics(states, inputs["labels"], teacher, self._objective)
                 logits = None if prediction_loss_only else states.logits()
-            # By rows, so that those which fill up the last batch of the processes are not counted twice.
+            # By row, so that rows that fill up the last batch of the processes are not counted twice.
             self._eval_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
             loss = (rows[:, -1].sum() / rows[:, 0].sum().clamp_min(1)).float()
-        if logits is None:
-            return loss, None, None
-        return loss, logits, inputs["labels"]
+        return loss, logits, None if prediction_loss_only else inputs["labels"]
 
     def evaluation_loop(
         self,
@@ -260,19 +250,16 @@ class QuantizedDistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The Trainer's loop, with the metrics of `prediction_step` added; its loss is per target token.
-
-        Args:
-            dataloader: batches of `DistillationCollator`.
-            description: passed on.
-            prediction_loss_only: passed on.
-            ignore_keys: passed on.
-            metric_key_prefix: what the metrics' names begin with.
-        """
+        """The Trainer's loop, with the metrics of `prediction_step` added; its loss is per target token."""
         self._eval_rows = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        rows = summarize_rows(torch.cat(self._eval_rows))
-        named = {f"{metric_key_prefix}_{name}": value for name, value in rows.items()}
+        if not self._eval_rows:
+            raise DataError(
+                f"The evaluation data set ({metric_key_prefix}) holds no rows; expected at least one. Give rows, or "
+                "leave eval_dataset out."
+            )
+        means = summarize_rows(torch.cat(self._eval_rows))
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
