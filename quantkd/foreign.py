@@ -1,7 +1,6 @@
 """What quantkd uses of other libraries that they do not document: a function for each name, sorted by library.
 
-A name that has moved has a fallback where there is one; else the function raises a `MissingDependencyError` that says
-which release had it. `tests/test_foreign.py` goes through all of them.
+Where a name has moved, there is a fallback, or an error that says which release had it (`tests/test_foreign.py`).
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor, nn
 
 from quantkd.errors import MissingDependencyError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 # The releases that these functions were last tried with.
 _TRIED = {"transformers": "5.24", "peft": "0.21", "bitsandbytes": "0.50", "lm_eval": "0.4.9"}
@@ -23,10 +21,7 @@ _TRIED = {"transformers": "5.24", "peft": "0.21", "bitsandbytes": "0.50", "lm_ev
 
 def _moved(name: str, need: str) -> MissingDependencyError:
     library = name.split(".")[0]
-    try:
-        found = metadata.version(library)
-    except metadata.PackageNotFoundError:
-        found = "(not installed)"
+    found = next((each.version for each in metadata.distributions(name=library)), "(not installed)")
     return MissingDependencyError(
         f"{library} {found} has no {name}, which {need} needs; expected {library} {_TRIED[library]}. Install that "
         "release, and report the change to quantkd."
@@ -48,10 +43,7 @@ def attention_of(config: Any) -> str | None:
 
 @contextmanager
 def registered_attention(name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `attention` is an attention implementation of transformers that takes the masks of "sdpa".
-
-    `register` is public, and there is no public way to take a name out again.
-    """
+    """Inside, `attention` is an attention implementation of transformers that takes the masks of "sdpa"."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     interfaces: list[Any] = [AttentionInterface, AttentionMaskInterface]
@@ -60,22 +52,22 @@ def registered_attention(name: str, attention: Callable[..., Any]) -> Iterator[N
     try:
         yield
     finally:
-        for interface in interfaces:  # without such a mapping the name stays, and no model uses it
+        for interface in interfaces:  # a name is registered publicly, and has no public way out
             getattr(interface, "_global_mapping", {}).pop(name, None)
 
 
-def commit_of(config: Any, revision: str | None = None) -> str:
-    """The commit that a model was loaded from; empty for a local folder, or if the `revision` asked for is not known.
+def commit_of(config: Any) -> str:
+    """The commit that a model was loaded from; empty for a local folder, or if `keep_commit` was not called."""
+    return str(getattr(config, "_commit_hash", None) or "")
 
-    transformers stopped to keep it in the config before 5.24. The layout of the Hub's cache is documented.
-    """
+
+def keep_commit(config: Any, revision: str | None) -> None:
+    """Note in the config of a model that was just loaded which commit that is, as transformers did before 5.24."""
     from huggingface_hub import try_to_load_from_cache
 
-    own, name = getattr(config, "_commit_hash", None), str(getattr(config, "name_or_path", ""))
-    if own or revision is None or os.path.exists(name):
-        return str(own or "")
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return os.path.basename(os.path.dirname(found)) if isinstance(found, str) else ""
+    if not commit_of(config) and not os.path.exists(name := config.name_or_path):
+        found = try_to_load_from_cache(name, "config.json", revision=revision)  # its folder's name is the commit
+        config._commit_hash = os.path.basename(os.path.dirname(found)) if isinstance(found, str) else None
 
 
 def is_trainable(model: Any) -> bool:
@@ -117,8 +109,7 @@ def map_checkpoint(keys: Sequence[str], model: Any) -> tuple[dict[str, str], set
     renamings = [each for each in transforms if isinstance(each, renaming)]
     converters = [each for each in transforms if isinstance(each, converter)]
     wanted = {f"{name}.weight": True for name, _ in model.named_modules()}
-    found: dict[str, str] = {}
-    converted: set[str] = set()
+    found, converted = dict[str, str](), set[str]()
     for key in keys:
         name, pattern = rename(key, renamings, converters, model.base_model_prefix, wanted)
         if pattern is None:
@@ -156,10 +147,8 @@ def is_zero3() -> bool:
 
 
 def shares_weights() -> bool:
-    """Whether the launcher shares the weights out over the processes: FSDP, or DeepSpeed ZeRO-3.
-
-    accelerate says so in the environment alone until an Accelerator is created, and models are loaded before.
-    """
+    """Whether the launcher shares the weights out over the processes: FSDP, or DeepSpeed ZeRO-3."""
+    # accelerate says so in the environment alone until an Accelerator is created, and models are loaded before.
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or is_zero3()
 
 
@@ -179,18 +168,14 @@ def lora_variant_of(layer: Any, adapter: str) -> Any:
 
 
 def merge_lora(layer: Any, adapter: str, weight: Tensor) -> Tensor | None:
-    """The layer's full-precision weight with what the adapter adds; None where PEFT has no merge for the layer.
-
-    `merge()` would round the sum into the quantized weight.
-    """
-    if not hasattr(layer, "get_delta_weight"):
+    """The layer's full-precision weight with what the adapter adds; None where PEFT has no merge for the layer."""
+    if not hasattr(layer, "get_delta_weight"):  # the public `merge()` would round the sum into the quantized weight
         return None
-    merged: Tensor
     if (variant := lora_variant_of(layer, adapter)) is None:
-        merged = weight + layer.get_delta_weight(adapter).float()
-    else:
-        merged = _find("peft.tuners.lora.LoraVariant", "merge_safe", "a merge", variant)(layer, adapter, weight)
-    return merged
+        delta: Tensor = layer.get_delta_weight(adapter)
+        return weight + delta.float()
+    merge: Callable[..., Tensor] = _find("peft.tuners.lora.LoraVariant", "merge_safe", "a merge", variant)
+    return merge(layer, adapter, weight)
 
 
 def unwrap_trained_module(module: nn.Module) -> nn.Module | None:
@@ -199,8 +184,7 @@ def unwrap_trained_module(module: nn.Module) -> nn.Module | None:
         return None
     name = "unload_and_optionally_merge_module"
     unload = _find("peft.utils.other.AuxiliaryTrainingWrapper", name, "a merge", module)
-    trained: nn.Module = unload(merge=True, safe_merge=True, adapter_names=None)
-    return trained
+    return unload(merge=True, safe_merge=True, adapter_names=None)  # type: ignore[no-any-return]
 
 
 def repacks_on_cpu(layer: Any) -> bool:
@@ -221,22 +205,20 @@ def is_repacked(quant_state: Any) -> bool:
 def unpack_rounded(data: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
     """bitsandbytes' own way out of the inference layout, which rounds the quantization constants."""
     inverse = _find("bitsandbytes.functional", "_convert_weight_packed_for_cpu_inverse", "a repacked 4-bit layer")
-    unpacked: tuple[Tensor, Any] = inverse(data, quant_state)
-    return unpacked
+    return inverse(data, quant_state)  # type: ignore[no-any-return]
 
 
 def int8_scales(layer: Any) -> Tensor:
     """The scales of an int8 layer, which move from the weight to the layer's state at the first forward pass."""
-    scales: Tensor | None = getattr(layer.weight, "SCB", None)
-    scales = getattr(getattr(layer, "state", None), "SCB", None) if scales is None else scales
-    if scales is None:
-        raise _moved("bitsandbytes.nn.Int8Params.SCB", "dequantizing an int8 layer")
-    return scales
+    found = [getattr(place, "SCB", None) for place in (layer.weight, getattr(layer, "state", None))]
+    for scales in (each for each in found if each is not None):
+        return scales  # type: ignore[no-any-return]
+    raise _moved("bitsandbytes.nn.Int8Params.SCB", "dequantizing an int8 layer")
 
 
 def spread_harness(harnessed: Any, accelerator: Any) -> None:
     """Let every process evaluate its share of lm-eval's items. HFLM does so only for a model that it loads itself."""
-    harnessed.accelerator, place = accelerator, (accelerator.process_index, accelerator.num_processes)
-    harnessed._rank, harnessed._world_size = place
+    place = accelerator.process_index, accelerator.num_processes
+    harnessed.accelerator, (harnessed._rank, harnessed._world_size) = accelerator, place
     if (harnessed.rank, harnessed.world_size) != place:  # each process would evaluate everything, unnoticed
         raise _moved("lm_eval.models.huggingface.HFLM._rank", "an evaluation over several processes")

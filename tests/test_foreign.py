@@ -52,12 +52,19 @@ def test_the_commit_of_a_model(tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text(commit)
     (cached / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    config = AutoConfig.from_pretrained("user/model")
-    assert foreign.commit_of(config, "main") == commit == foreign.commit_of(config, commit)
-    assert foreign.commit_of(config) == "" == foreign.commit_of(config, "v1")
-    assert foreign.commit_of(AutoConfig.from_pretrained(cached / "snapshots" / commit), "main") == ""
+    for name, revision, expected in (
+        ("user/model", None, commit),
+        ("user/model", "main", commit),
+        ("user/model", commit, commit),
+        ("user/model", "v1", ""),
+        (cached / "snapshots" / commit, None, ""),
+    ):
+        config = AutoConfig.from_pretrained(name, revision="main" if revision == "v1" else revision)
+        foreign.keep_commit(config, revision)
+        assert foreign.commit_of(config) == expected, (name, revision)
     config._commit_hash = "abc"  # as earlier releases of transformers do
-    assert foreign.commit_of(config) == "abc"
+    foreign.keep_commit(config, None)
+    assert foreign.commit_of(config) == "abc" and "abc" not in config.to_json_string()
 
 
 def test_a_model_s_quantization(tiny_model, tiny_model_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -319,3 +320,16 @@ def test_no_local_path_is_written(tiny_model_path, tmp_path):
     for file in (tmp_path / "set").rglob("*"):
         if file.is_file():
             assert str(tiny_model_path.parent).encode() not in file.read_bytes()
+
+
+def test_a_teacher_from_the_hub_has_its_commit(tiny_model_path, tmp_path, monkeypatch):
+    """transformers 5.24 no longer keeps it; a set whose teacher is not known to the commit cannot be made again."""
+    commit = "c0ffee" + "0" * 34
+    cached = tmp_path / "models--user--model"
+    shutil.copytree(tiny_model_path, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, expected in (("user/model", commit), (str(tiny_model_path), "")):
+        model, tokenizer = load_teacher(name, dtype="float32")
+        assert TransformersTeacher(model, tokenizer, TopK(5), (1.0,), GenerationSettings()).revision == expected

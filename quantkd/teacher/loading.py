@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError
+from quantkd.foreign import keep_commit
 from quantkd.hardware import default_device, parse_dtype
 from quantkd.hub.adapters import load_adapter
 from quantkd.names import load_tokenizer, naming, public_name, refuse_adapter
@@ -28,7 +29,9 @@ def load_teacher(
     tokenizer = load_tokenizer(name_or_path, **model_init_kwargs)
     kwargs = {"dtype": parse_dtype(dtype), "device_map": {"": default_device()}, "trust_remote_code": False}
     with naming(name_or_path):
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **model_init_kwargs}), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **model_init_kwargs})
+    keep_commit(model.config, model_init_kwargs.get("revision"))
+    return model, tokenizer
 
 
 def build_teacher(

@@ -9,7 +9,7 @@ import numpy as np
 
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
-from quantkd.foreign import commit_of
+from quantkd.foreign import commit_of, keep_commit
 from quantkd.teacher.logprobs import (
     TopLogprobs,
     build_row,
@@ -89,6 +89,7 @@ class VLLMTeacher(Teacher):
             ) from error
         self.llm: Any = LLM(model=model_name, **engine_kwargs)
         config = self.llm.model_config
+        keep_commit(config.hf_config, config.revision)
         self.head_size = int(config.get_vocab_size())
         super().__init__(
             model_name,
