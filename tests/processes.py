@@ -1,7 +1,7 @@
 """Processes that are forked from one that has imported everything: a test pays for imports once, not once a process.
 
 `words` are those after `python`: `-m quantkd capture ...`, or a script and its arguments. Several processes find each
-other as under `torchrun`, whose own launch tests/test_distributed.py tries.
+other by the variables that `torchrun` sets; tests/test_distributed.py tries a real launcher, too.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def set_path(tiny_model_path, tmp_path_factory):
 def launch(tiny_model_path, set_path, tmp_path_factory):
     """Train one step a job, a student with what is special about it; the report of each job, with the gradient."""
 
-    def go(jobs, launcher=(), fsdp_on_cpu=False):
+    def go(jobs, launcher=(), count=1, fsdp_on_cpu=False):
         folder = tmp_path_factory.mktemp("jobs")
         common = {"model": str(tiny_model_path), "transfer_set": str(set_path)}
         jobs = {name: {**common, "folder": str(folder / name), **job} for name, job in jobs.items()}
@@ -70,7 +70,7 @@ def launch(tiny_model_path, set_path, tmp_path_factory):
             )  # fmt: skip
             assert result.returncode == 0, result.stderr[-4000:]
         else:
-            processes.run(words, folder / "output.txt")
+            processes.run(words, folder / "output.txt", count)
         return {name: read_report(folder / name) for name in jobs}
 
     return go
@@ -90,13 +90,11 @@ def alone(launch):
 
 
 @pytest.fixture(scope="module")
-def ddp(launch, tmp_path_factory):
-    """The reports of two processes that `accelerate launch` starts."""
+def ddp(launch):
+    """The reports of two processes, as `torchrun` and `accelerate launch` with cpu.yaml start them."""
     by_process = train("lora", {**ONE_ROW, "average_tokens_across_devices": False})
     jobs = {**{student: train(student) for student in STUDENTS}, "one row": train("lora", ONE_ROW)}
-    return launch(
-        {**jobs, "one row, by process": by_process}, accelerate_launch("cpu.yaml", tmp_path_factory.mktemp("ddp"))
-    )
+    return launch({**jobs, "one row, by process": by_process}, count=2)
 
 
 @pytest.fixture(scope="module")
