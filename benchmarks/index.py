@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from quantkd.transfer_set import Plan
-from quantkd.transfer_set.encoded import ShardSize
+from quantkd.transfer_set.codec import ShardSize
 from quantkd.transfer_set.index import INDEX_NAME, Index, ShardRecord, read_index
 
 
@@ -32,7 +32,6 @@ def make_index(shards: int, rows: int, prompt_tokens: int, response_tokens: int,
         tokenizer_fingerprint=hashlib.sha256(b"tokenizer").hexdigest(),
         vocab_size=128_256,
         storage={"kind": "nucleus", "p": 0.95, "max_k": 64},
-        profile="compact",
         temperatures=(1.0, 2.0),
         responses="generate",
         generation={"chat_template": True, "do_sample": False, "max_new_tokens": 2048, "seed": 0},
@@ -43,8 +42,8 @@ def make_index(shards: int, rows: int, prompt_tokens: int, response_tokens: int,
     )
     targets = rows * response_tokens
     size = ShardSize(
-        rows=rows, tokens=rows * prompt_tokens + targets, explicit=rows * prompt_tokens, spans=rows, targets=targets,
-        entries=targets * entries, low=targets * (entries - 1) * 2, high=0,
+        rows=rows, tokens=rows * prompt_tokens + targets, spans=rows, targets=targets, entries=targets * entries,
+        blocks=-(-rows // 8), bytes=targets * entries * 3,
     )  # fmt: skip
     records = [
         ShardRecord(size, hashlib.sha256(str(shard).encode()).hexdigest(), {"responses_cut": 3})

@@ -122,7 +122,6 @@ def time_epochs(
 def main() -> None:
     """Make rows, read them both ways, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="compact", choices=("compact", "faithful"))
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=95)
@@ -134,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = Plan(
         teacher_name="made up", teacher_revision="", teacher_dtype="float32", tokenizer_fingerprint="0" * 64,
-        vocab_size=args.vocab_size, storage={"kind": "nucleus", "p": 0.95, "max_k": 64}, profile=args.profile,
+        vocab_size=args.vocab_size, storage={"kind": "nucleus", "p": 0.95, "max_k": 64},
         temperatures=(1.0, 2.0), responses="generate", generation={}, prompts_digest="0" * 64,
         num_prompts=args.rows, rows_per_shard=256, batch_size=8,
     )  # fmt: skip
@@ -163,7 +162,6 @@ def main() -> None:
                 "wall_tokens_per_second": round(wall_rate),
                 "first_epoch_tokens_per_second": round(first_rate),
                 "lists_tokens_per_second": round(rate_of_lists),
-                "profile": args.profile,
                 "entries_per_token": round(transfer_set.info.mean_entries, 2),
                 "batch_size": args.batch_size,
             }

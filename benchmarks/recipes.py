@@ -113,7 +113,7 @@ def trimmed(train: TransferSet, storage: str, folder: Path) -> TransferSet:
     if not isinstance(rule, TopK | Nucleus):
         raise SystemExit(f"Entries of {storage} cannot be made of stored ones.")
     if not (folder / "index.json").is_file():
-        convert(train, folder, train.plan.profile, storage=rule)
+        convert(train, folder, rule)
     return TransferSet.open(folder)
 
 

@@ -1,7 +1,8 @@
 """What a stored teacher costs in bytes, and what it loses in the direction of the student's gradient.
 
-The teacher answers GSM8K training questions greedily. Three stores of its distributions are compared: the two profiles
-of a transfer set, and the peers' practice of a parquet table with the renormalised top 50. For each:
+The teacher answers GSM8K training questions greedily. These stores of its distributions are compared: transfer sets of
+nucleus 0.98 and 0.90; the same entries as plain CSR in safetensors (ids in uint16 or uint32, log-probabilities in
+float16), with and without zstd; and the peers' practice of a parquet table with the renormalised top 50. For each:
 
 - bytes per response token of all files on disk: prompts, ids, values, counts, normalizers, index and headers;
 - the angle between the gradient of the forward KL from what is stored and from the full distribution, over the LoRA
@@ -19,12 +20,15 @@ import argparse
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from datasets import Dataset
+from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,10 +36,12 @@ from quantkd import GenerationSettings, RunSettings, capture
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.loss.reference import compute_position_terms
 from quantkd.models.student import attach_lora, load_student
-from quantkd.transfer_set import PROFILES, TransferSet, convert
+from quantkd.transfer_set import TransferSet, convert
+from quantkd.transfer_set.rules import Nucleus, select_entries
 from quantkd.transfer_set.topk import TopKLogprobs
 
 TOP_K = 50
+RULES = {"nucleus_0.98": Nucleus(0.98, max_k=64), "nucleus_0.90": Nucleus(0.90, max_k=64)}
 
 
 def compute_angle(first: list[Tensor], second: list[Tensor]) -> float:
@@ -53,6 +59,27 @@ def renormalised_top(logits: Tensor, k: int) -> TopKLogprobs:
     return TopKLogprobs(offsets, ids.flatten(), values.flatten(), torch.zeros(len(logits), 1), (1.0,), logits.shape[-1])
 
 
+def save_csr(rows: list[dict[str, Tensor]], parts: list[TopKLogprobs]) -> dict[str, int]:
+    """Bytes of plain CSR tensors in one safetensors file, as it is and with each tensor through zstd."""
+    entries = TopKLogprobs.concatenate(parts)
+    ids = torch.uint16 if entries.vocab_size <= 2**16 else torch.uint32
+    tensors = {
+        "lengths": torch.tensor([len(row["input_ids"]) for row in rows]).to(torch.uint32),
+        "prompt_lengths": torch.tensor([int((row["labels"] == -100).sum()) for row in rows]).to(torch.uint32),
+        "input_ids": torch.cat([row["input_ids"] for row in rows]).to(ids),
+        "counts": entries.counts.to(torch.uint8),
+        "token_ids": entries.token_ids.to(ids),
+        "logprobs": entries.logprobs.half(),
+        "log_normalizers": entries.log_normalizers[:, 1:].half(),
+    }
+    codec = pyarrow.Codec("zstd", compression_level=19)
+    packed = {
+        name: torch.frombuffer(bytearray(codec.compress(tensor.numpy().tobytes(), asbytes=True)), dtype=torch.uint8)
+        for name, tensor in tensors.items()
+    }
+    return {"": len(save(tensors)), "_zstd": len(save(packed))}
+
+
 def make_student(model: str, seed: int) -> Any:
     """An NF4 student with LoRA on all linear layers and a `lora_B` that is not zero.
 
@@ -66,17 +93,19 @@ def make_student(model: str, seed: int) -> Any:
     return student
 
 
-def measure_angles(
+def measure(
     args: argparse.Namespace, sets: dict[str, TransferSet], table: list[dict[str, Any]]
-) -> dict[str, float]:
-    """Accumulate the gradients row by row; also fills `table` with the peers' rows."""
+) -> tuple[dict[str, float], dict[str, int]]:
+    """The angle of each store, and the bytes of the CSR ones; also fills `table` with the peers' rows."""
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     student = make_student(args.model, args.seed)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    names = ["full", *sets, "top50_renormalised"]
+    names = ["full", *sets, *(f"{name}_csr" for name in sets), "top50_renormalised"]
     sums = {name: [torch.zeros_like(p, dtype=torch.float64) for p in parameters] for name in names}
-    for number in range(len(sets["faithful"])):
-        row = sets["faithful"][number]
+    rows, exact = [], {name: [] for name in sets}
+    for number in range(args.rows):
+        row = sets["nucleus_0.98"][number]
+        rows.append(row)
         input_ids, is_target = row["input_ids"], row["labels"] != -100
         before = torch.nonzero(is_target).squeeze(1) - 1
         with torch.no_grad():
@@ -84,13 +113,17 @@ def measure_angles(
         top = renormalised_top(logits, TOP_K)
         ids, values = top.token_ids.view(-1, TOP_K), top.logprobs.view(-1, TOP_K)
         table.append({"input_ids": input_ids.tolist(), "token_ids": ids.tolist(), "top_values": values.tolist()})
+        stored = {"top50_renormalised": top}
+        for name, transfer_set in sets.items():
+            exact[name].append(select_entries(logits, RULES[name], (1.0, 2.0)))
+            stored[name] = transfer_set[number]["teacher"]
+            stored[f"{name}_csr"] = replace(exact[name][-1], logprobs=exact[name][-1].logprobs.half().float())
         if number >= args.angle_rows:
             continue
         student_logits = student(input_ids[None]).logits[0, before]
         leaf = student_logits.detach().requires_grad_()
-        stored = {name: transfer_set[number]["teacher"] for name, transfer_set in sets.items()}
         upstream = {"full": student_logits.detach().softmax(-1) - logits.softmax(-1)}
-        for name, entries in {**stored, "top50_renormalised": top}.items():
+        for name, entries in stored.items():
             kl = compute_position_terms(leaf, input_ids[is_target], entries).kl.sum()
             (upstream[name],) = torch.autograd.grad(kl, leaf)
         for name, gradient in upstream.items():
@@ -101,7 +134,16 @@ def measure_angles(
         if number % 8 == 7:
             so_far = {name: round(compute_angle(sums["full"], sums[name]), 2) for name in names[1:]}
             print(f"{number + 1} rows: degrees {so_far}", flush=True)
-    return {name: compute_angle(sums["full"], sums[name]) for name in names[1:]}
+    angles = {name: compute_angle(sums["full"], sums[name]) for name in names[1:]}
+    sizes = {}
+    for name, parts in exact.items():
+        index = (
+            sets[name].info.num_bytes - sets[name].whole_store.index.shards[0].size.bytes
+        )  # theirs would need one, too
+        for suffix, size in save_csr(rows, parts).items():
+            sizes[f"{name}_csr{suffix}"] = size + index
+            angles.setdefault(f"{name}_csr{suffix}", angles[f"{name}_csr"])
+    return angles, sizes
 
 
 def main() -> None:
@@ -120,28 +162,32 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     output = args.output or Path(tempfile.mkdtemp())
     questions = [row["question"] for row in load_gsm8k(args.gsm8k, "train", limit=args.rows)]
-    faithful = capture(
-        args.model, questions, output / "faithful", storage=PROFILES["faithful"].storage,
-        generation=GenerationSettings(args.max_new_tokens), run=RunSettings(rows_per_shard=args.rows, dtype="float32"),
-    )  # fmt: skip
-    convert(faithful, output / "compact", "compact")
-    sets = {"compact": TransferSet(output / "compact", verify="full"), "faithful": faithful}
+    large, small = RULES
+    sets = {
+        large: capture(
+            args.model, questions, output / large, storage=RULES[large],
+            generation=GenerationSettings(max_new_tokens=args.max_new_tokens),
+            run=RunSettings(rows_per_shard=args.rows, dtype="float32"),
+        )
+    }  # fmt: skip
+    convert(sets[large], output / small, RULES[small])
+    sets[small] = TransferSet(output / small, verify="full")
     table: list[dict[str, Any]] = []
-    angles = measure_angles(args, sets, table)
-    tokens = faithful.info.num_response_tokens
+    angles, sizes = measure(args, sets, table)
+    tokens = sets[large].info.num_response_tokens
     parquet = output / "top50.parquet"
     peers = Dataset.from_list(table)
-    peers.cast_column("token_ids", _lists("int32")).cast_column("top_values", _lists("float32")).to_parquet(parquet)
-    sizes = {name: each.info.num_bytes for name, each in sets.items()} | {"top50_renormalised": parquet.stat().st_size}
+    peers = peers.cast_column("token_ids", _lists("int32")).cast_column("top_values", _lists("float32"))
+    peers.to_parquet(parquet)
+    sizes |= {name: each.info.num_bytes for name, each in sets.items()} | {"top50_renormalised": parquet.stat().st_size}
     results = {
         name: {"bytes_per_token": round(sizes[name] / tokens, 3), "angle_degrees": round(angles[name], 3)}
         for name in angles
     }
     for name, each in sets.items():
         results[name]["mean_entries"] = round(each.info.mean_entries, 2)
-    print(
-        f"{args.rows} rows, {tokens} response tokens, {np.round(faithful.info.num_tokens / tokens - 1, 2)} prompt each"
-    )
+    prompt_share = np.round(sets[large].info.num_tokens / tokens - 1, 2)
+    print(f"{args.rows} rows, {tokens} response tokens, {prompt_share} prompt tokens each")
     print(json.dumps({**results, "rows": args.rows, "angle_rows": args.angle_rows, "response_tokens": tokens}))
 
 

@@ -11,8 +11,7 @@ import os
 import secrets
 import shutil
 import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -135,7 +134,7 @@ def read_regular(path: Path, max_bytes: int, *, error: type[QuantKDError] = Data
 
 
 class FileLock:
-    """An advisory lock on a file of its own. The kernel releases it when the process dies, however it dies.
+    """An exclusive advisory lock on a file of its own. The kernel releases it when the process ends, however it ends.
 
     Args:
         path: the lock file; created if it is not there.
@@ -145,46 +144,29 @@ class FileLock:
         self.path = path
         self._descriptor: int | None = None
 
-    @property
-    def held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._descriptor is not None
-
-    def acquire(self, *, shared: bool = False) -> bool:
-        """Take the lock if nobody is in the way; returns whether it was taken."""
+    def acquire(self) -> bool:
+        """Take the lock if no one else holds it; returns whether it was taken."""
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
                 return False
             except OSError:
                 os.close(descriptor)
                 raise
-            # Between open and flock another process may have removed the file: then the lock would exclude nobody.
-            try:
+            # Between open and flock another process may have removed the file: then the lock would exclude no one.
+            with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
                     self._descriptor = descriptor
                     return True
-            except FileNotFoundError:
-                pass  # removed just now: the next round creates it
             os.close(descriptor)
 
-    def wait(self, timeout_seconds: float, done: Callable[[], bool] = lambda: False) -> bool:
-        """Take the lock, polling, until `done()` or the timeout; returns whether it was taken."""
-        deadline = time.monotonic() + timeout_seconds
-        while not self.acquire():
-            if done() or time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        return True
-
-    def release(self, *, remove: bool = False) -> None:
-        """Give the lock back; with `remove`, the file goes first, while it is still held."""
+    def release(self) -> None:
+        """Give the lock back. The file is removed first, while it is still held."""
         if self._descriptor is not None:
-            if remove:
-                self.path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 

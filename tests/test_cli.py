@@ -142,8 +142,8 @@ def test_evaluate_prints_what_it_measured(capsys, set_path, tiny_model_path, tmp
 def test_verify_and_convert(capsys, set_path, tmp_path):
     code, out, _ = run(capsys, "verify", set_path)
     assert code == 0 and "3 rows" in out
-    code, out, _ = run(capsys, "convert", set_path, tmp_path / "small", "--profile", "compact")
-    assert code == 0 and "profile compact" in out
+    code, out, _ = run(capsys, "convert", set_path, tmp_path / "small", "--storage", "nucleus:0.9")
+    assert code == 0 and "nucleus(max_k=64, p=0.9)" in out
     shard = next((tmp_path / "small").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

@@ -30,7 +30,7 @@ def sets(tmp_path_factory):
     plans = {
         "old": make_plan(num_prompts=12),
         "smaller": make_plan(num_prompts=8, prompts_digest="2" * 64, temperatures=(1.0,)),
-        "larger": make_plan(num_prompts=20, prompts_digest="3" * 64, profile="compact"),
+        "larger": make_plan(num_prompts=20, prompts_digest="3" * 64, temperatures=(1.0,)),
         "grown": make_plan(num_prompts=20, prompts_digest="4" * 64),
     }
     for name, plan in plans.items():

@@ -248,7 +248,7 @@ def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
         assert torch.equal(row["teacher"].top_ids, logits[targets - 1].argmax(-1))
         expected = logits[targets - 1].log_softmax(-1).max(-1).values.exp()
         first = row["teacher"].logprobs[row["teacher"].offsets[:-1]].double().exp()
-        torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(first, expected, atol=4e-4, rtol=0)  # twice p |log p| / 2048
         log_z = (logits[targets - 1] / 2).logsumexp(-1) - logits[targets - 1].logsumexp(-1) / 2
         if len(row["teacher"].temperatures) == 2:
             torch.testing.assert_close(row["teacher"].log_normalizers[:, 1].double(), log_z, atol=2e-3, rtol=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
-from quantkd.transfer_set import concatenate
+from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from tests.conftest import capture_set
 
@@ -43,12 +43,12 @@ def make_trainer(tiny_model_path, tmp_path):
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_batch_holds_one_weight_a_target_only_where_a_row_has_one(sets, packing):
     collator = DistillationCollator(0, packing=packing)
-    joined = concatenate(sets, weights=[0.5, 2.0])
+    joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
     targets = [int((row["labels"] != -100).sum()) for row in joined]
     expected = torch.repeat_interleave(torch.tensor([0.5, 0.5, 2.0, 2.0]), torch.tensor(targets))
     for rows in (joined.__getitems__([0, 1, 2, 3]), [joined[index] for index in range(4)]):
         torch.testing.assert_close(collator(rows)["weights"], expected)
-    assert "weights" not in collator(concatenate(sets).__getitems__([0, 3]))
+    assert "weights" not in collator(TransferSet.concatenate(sets).__getitems__([0, 3]))
     assert "weights" not in collator([sets[0][0], sets[1][0]])
     mixed = collator([sets[0][0], joined[2]])["weights"]
     assert mixed.tolist() == [1.0] * targets[0] + [2.0] * targets[2]
@@ -64,7 +64,7 @@ def loss_and_gradient(trainer, rows):
 
 @pytest.mark.parametrize("kwargs", [{}, {"use_fused_loss": False}, {"packing": True}])
 def test_the_trainer_multiplies_loss_and_gradient_and_divides_by_the_number_of_targets(sets, make_trainer, kwargs):
-    joined = concatenate(sets, weights=[0.5, 2.0])
+    joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
     trainer = make_trainer(joined, **kwargs)
     weighted = loss_and_gradient(trainer, joined.__getitems__([0, 1, 2, 3]))
     parts = [loss_and_gradient(trainer, each.__getitems__([0, 1])) for each in sets]
@@ -76,8 +76,8 @@ def test_the_trainer_multiplies_loss_and_gradient_and_divides_by_the_number_of_t
 
 
 def test_evaluation_ignores_weights(sets, make_trainer):
-    joined = concatenate(sets, weights=[0.5, 2.0])
+    joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
     trainer = make_trainer(joined)
-    weighted, plain = trainer.evaluate(joined), trainer.evaluate(concatenate(sets))
+    weighted, plain = trainer.evaluate(joined), trainer.evaluate(TransferSet.concatenate(sets))
     names = [name for name in plain if not name.endswith(("runtime", "per_second"))]
     assert {name: weighted[name] for name in names} == {name: plain[name] for name in names}

@@ -8,53 +8,39 @@ import numpy as np
 import pytest
 from transfer_sets import make_plan, make_row, write_set
 
-from quantkd.errors import ConfigError, TransferSetError
-from quantkd.transfer_set import PROFILES, TransferSet, convert, estimate_bytes, verify
-from quantkd.transfer_set.conversion import expect_entries
-from quantkd.transfer_set.histograms import compute_histograms
-from quantkd.transfer_set.plan import max_entries
-from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK
-from quantkd.transfer_set.trimming import narrow, trim
+from quantkd.errors import ConfigError
+from quantkd.transfer_set import TransferSet, convert, estimate_bytes, verify
+from quantkd.transfer_set.conversion import expect_entries, trim
+from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, max_entries, narrow
 
 
-def test_convert_to_compact(tmp_path: Path) -> None:
-    write_set(tmp_path / "faithful", make_plan(num_prompts=40, rows_per_shard=40, vocab_size=5000))
-    digest = convert(tmp_path / "faithful", tmp_path / "compact", "compact")
-    source, small = TransferSet(tmp_path / "faithful"), TransferSet(tmp_path / "compact")
-    assert verify(tmp_path / "compact").digest == digest == small.digest
-    assert small.info.profile == "compact"
-    assert small.info.storage == {"kind": "nucleus", "p": PROFILES["compact"].storage.p, "max_k": 16}
-    assert small.info.bytes_per_response_token < source.info.bytes_per_response_token
+def test_convert_to_fewer_entries(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", make_plan(num_prompts=40, rows_per_shard=40, vocab_size=5000))
+    digest = convert(tmp_path / "set", tmp_path / "small", Nucleus(0.7))
+    source, small = TransferSet(tmp_path / "set"), TransferSet(tmp_path / "small")
+    assert verify(tmp_path / "small").digest == digest == small.digest
+    assert small.info.storage == {"kind": "nucleus", "p": 0.7, "max_k": 16}
+    assert small.info.num_entries < source.info.num_entries
     assert small.plan.extra == {"converted_from": source.digest}
     for number in range(40):
         before, after = source.row(number), small.row(number)
         np.testing.assert_array_equal(after.input_ids, before.input_ids)
-        assert (after.counts <= before.counts).all() and (after.counts >= 1).all()
-        _, tail = small[number]["teacher"].at_temperature(1.0)
-        kept = trim(before, small.plan.rule)
-        starts = np.cumsum(kept.counts) - kept.counts
-        np.testing.assert_allclose(tail, 1 - np.add.reduceat(np.exp(kept.logprobs), starts), atol=0.02)
-    assert convert(tmp_path / "faithful", tmp_path / "compact", "compact") == digest, "a second time is nothing to do"
+        kept = trim(before, Nucleus(0.7, 16))
+        assert after.counts.tolist() == kept.counts.tolist()
+        # What is stored already is not rounded again, and the tail is what the entries leave.
+        np.testing.assert_array_equal(np.sort(after.logprobs), np.sort(kept.logprobs))
+    assert convert(tmp_path / "set", tmp_path / "small", Nucleus(0.7)) == digest, "a second time is nothing to do"
 
 
-def test_convert_with_a_rule_of_ones_own_and_of_a_view(tmp_path: Path) -> None:
+def test_convert_a_view(tmp_path: Path) -> None:
     write_set(tmp_path / "set", make_plan())
     view = TransferSet(tmp_path / "set")[2:7]
-    convert(view, tmp_path / "top3", "faithful", storage=TopK(3))
-    top = TransferSet(tmp_path / "top3")
+    convert(view, tmp_path / "top3", TopK(3))
+    convert(view, tmp_path / "all")
+    top, every = TransferSet(tmp_path / "top3"), TransferSet(tmp_path / "all")
     assert len(top) == 5 and top.info.mean_entries <= 3
+    assert every.plan.storage == view.plan.storage and every.info.num_entries == view.info.num_entries
     np.testing.assert_array_equal(top.row(0).input_ids, view.row(0).input_ids)
-    with pytest.raises(TransferSetError, match="one of faithful, compact"):
-        convert(view, tmp_path / "tiny", "tiny")
-
-
-def test_draws_are_never_trimmed(tmp_path: Path) -> None:
-    plan = make_plan(storage={"kind": "sampled", "n": 50}, temperatures=(1.0,))
-    write_set(tmp_path / "set", plan)
-    convert(tmp_path / "set", tmp_path / "compact", "compact")
-    assert TransferSet(tmp_path / "compact").info.num_entries == TransferSet(tmp_path / "set").info.num_entries
-    with pytest.raises(ConfigError, match="cannot be trimmed"):
-        convert(tmp_path / "set", tmp_path / "other", "compact", storage=Nucleus(0.9))
 
 
 @pytest.mark.parametrize(
@@ -96,15 +82,14 @@ def test_trim_keeps_the_fewest_entries_that_hold_the_mass() -> None:
             start, at = start + count, at + kept
 
 
-@pytest.mark.parametrize("profile", ["faithful", "compact"])
 @pytest.mark.parametrize("vocab_size", [200, 1000, 70_000])
-def test_the_estimate_is_close(tmp_path: Path, profile: str, vocab_size: int) -> None:
-    plan = make_plan(num_prompts=30, rows_per_shard=8, profile=profile, vocab_size=vocab_size)
+def test_the_estimate_is_close(tmp_path: Path, vocab_size: int) -> None:
+    plan = make_plan(num_prompts=30, rows_per_shard=8, vocab_size=vocab_size)
     write_set(tmp_path / "set", plan)
     info = TransferSet(tmp_path / "set").info
     prompt_tokens = info.num_tokens - info.num_response_tokens
     estimate = estimate_bytes(plan, prompt_tokens, info.num_response_tokens, info.mean_entries)
-    assert abs(estimate / info.num_bytes - 1) < 0.04
+    assert abs(estimate / info.num_bytes - 1) < 0.2
     assert estimate_bytes(plan, prompt_tokens, info.num_response_tokens) > 0
 
 
@@ -115,23 +100,3 @@ def test_expected_entries() -> None:
         assert abs(expect_entries(Nucleus(p)) / entries - 1) < 0.25
     assert expect_entries(Nucleus(1.0, max_k=64)) == 64
     assert max_entries(Nucleus(0.9, max_k=64), 10) == 10
-
-
-@pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0,)])
-def test_histograms(tmp_path: Path, temperatures: tuple[float, ...]) -> None:
-    write_set(tmp_path / "set", make_plan(num_prompts=12, temperatures=temperatures))
-    transfer_set = TransferSet(tmp_path / "set")
-    found = compute_histograms(transfer_set)
-    entries = [count for row in transfer_set.rows(range(12)) for count in row.counts.tolist()]
-    assert found.entries.tolist() == [entries.count(n) for n in range(max(entries) + 1)]
-    entropies = []
-    for row in transfer_set.rows(range(12)):
-        start = 0
-        for count in row.counts.tolist():
-            p = np.exp(row.logprobs[start : start + count].astype(np.float64))
-            p = np.append(p, max(1 - p.sum(), 0))
-            entropies.append(float(-(p[p > 0] * np.log(p[p > 0])).sum()))
-            start += count
-    wanted = np.histogram(entropies, bins=np.append(found.entropy_edges[:-1], 1e9))[0]
-    assert found.entropy.tolist() == wanted.tolist()
-    assert compute_histograms(transfer_set[:0]).entropy.sum() == 0

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transfer_sets import make_plan, make_row, write_set
 
 from quantkd.errors import TransferSetError
@@ -21,7 +23,6 @@ FILES = ["index.json", "shard-00000.safetensors", "shard-00001.safetensors"]
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "set"
-    # 65,537 ids need a 17th bit, so every kind of tensor is there.
     plan = make_plan(vocab_size=65_537, num_prompts=3, rows_per_shard=2)
     with TransferSetWriter.open(folder, plan) as writer:
         for task in writer.claim():
@@ -55,9 +56,8 @@ def test_one_flipped_bit_in_every_byte(copy: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_every_truncation_and_appended_bytes(copy: Path, name: str) -> None:
     data = (copy / name).read_bytes()
-    for length in range(len(data)):
-        os.truncate(copy / name, 0)
-        (copy / name).write_bytes(data[:length])
+    for length in reversed(range(len(data))):
+        os.truncate(copy / name, length)
         with pytest.raises(TransferSetError):
             verify(copy)
     for extra in (b"\0", b"\n", data):
@@ -93,29 +93,44 @@ def test_a_shard_of_the_same_size_from_another_set(tmp_path: Path) -> None:
             writer.finalize()
     shutil.copy(tmp_path / "b" / FILES[1], tmp_path / "a" / FILES[1])
     TransferSet(tmp_path / "a")[0]  # cheap checks do not hash
-    with pytest.raises(TransferSetError, match="holds the rows of another shard"):
+    with pytest.raises(TransferSetError, match="so it is another shard"):
         verify(tmp_path / "a")
     with pytest.raises(TransferSetError, match="sha256"):
         TransferSet(tmp_path / "a", verify="full")
 
 
-def test_verify_names_the_row_and_its_bytes(tmp_path: Path) -> None:
-    write_set(tmp_path / "set", make_plan(num_prompts=6, rows_per_shard=6))
+def test_damage_is_named_by_rows_and_bytes(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", make_plan(num_prompts=20, rows_per_shard=20))
     shard = tmp_path / "set" / FILES[1]
-    transfer_set = TransferSet(tmp_path / "set")
-    mapped = transfer_set._sources[0][0].map(0)
-    at = mapped.offsets["logprobs"] + int(mapped.edges[4, 2])  # in the first entry of row 4
     data = bytearray(shard.read_bytes())
+    blocks = load_file(shard)["blocks"].tolist()
+    assert [rows for rows, _ in blocks] == [8, 8, 4]
+    at = len(data) - blocks[2][1] - blocks[1][1] // 2  # in the middle of the second block
     data[at] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(TransferSetError, match=r"in row 4, .* bytes (\d+) and (\d+)") as caught:
+    with pytest.raises(TransferSetError, match=r"Rows 8 to 15 of .* bytes (\d+) to (\d+), are damaged") as caught:
         verify(tmp_path / "set")
-    first, last = map(int, re.search(r"bytes (\d+) and (\d+)", str(caught.value)).groups())  # type: ignore[union-attr]
+    first, last = map(int, re.search(r"bytes (\d+) to (\d+)", str(caught.value)).groups())  # type: ignore[union-attr]
     assert first <= at <= last
     damaged = TransferSet(tmp_path / "set")
-    damaged[3]
-    with pytest.raises(TransferSetError, match=r"Row 4 of .* does not match its checksum"):
-        damaged[4]
+    damaged.rows([*range(8), *range(16, 20)])
+    for row in range(8, 16):
+        with pytest.raises(TransferSetError, match="Rows 8 to 15"):
+            damaged[row]
+
+
+def test_a_flipped_bit_is_found_on_reading_or_changes_nothing(copy: Path) -> None:
+    data = (copy / FILES[1]).read_bytes()
+    wanted = [vars(row) for row in TransferSet(copy).rows([0, 1])]
+    for at in range(len(data)):
+        (copy / FILES[1]).write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+        try:
+            found = [vars(row) for row in TransferSet(copy).rows([0, 1])]
+        except TransferSetError:
+            continue
+        for before, after in zip(wanted, found, strict=True):
+            for name in before:
+                np.testing.assert_array_equal(after[name], before[name], err_msg=f"byte {at}, {name}")
 
 
 def test_downloaded_sets_are_hashed_when_opened(copy: Path) -> None:

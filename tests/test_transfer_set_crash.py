@@ -83,16 +83,6 @@ def test_sigkill_at_every_named_step(tmp_path: Path, reference: str, step: str) 
     assert len(content(tmp_path / "set")) == 5, "leftovers of the killed run"
 
 
-def test_one_of_three_joined_writers_is_killed(tmp_path: Path, reference: str) -> None:
-    processes = [start(tmp_path / "set", tmp_path / f"log{i}", 0.005, join=True) for i in range(3)]
-    time.sleep(0.04)
-    os.kill(processes[0].pid, signal.SIGKILL)
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes[1:]] == [0, 0]
-    assert TransferSet(tmp_path / "set", verify="full").digest == reference
-
-
 def count_calls(tmp_path: Path) -> int:
     disk = FaultyDisk()
     capture_slowly(tmp_path / "count", tmp_path / "log", disk=disk)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import gc
 import hashlib
 import multiprocessing
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transfer_sets import capture_slowly, make_plan, make_row, write_set
+from transfer_sets import capture_slowly, make_plan, make_row
 
-from quantkd.files import FileLock
 from quantkd.transfer_set import RowBatch, TransferSet, TransferSetWriter
 
 fork = multiprocessing.get_context("fork")
@@ -93,7 +92,7 @@ def read_epochs(path: Path, epochs: int) -> tuple[int, int, int]:
     transfer_set = TransferSet(path)
     sizes = []
     for epoch in range(2 + epochs):
-        shuffled = transfer_set.shuffle(0, epoch)
+        shuffled = transfer_set.select(np.random.default_rng(epoch).permutation(len(transfer_set)))
         for start in range(0, len(shuffled), 8):
             shuffled.__getitems__(range(start, min(start + 8, len(shuffled))))
         del shuffled
@@ -117,17 +116,19 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def start(*args: Any, join: bool) -> Any:
-    process = fork.Process(target=capture_slowly, args=args, kwargs={"join": join})
-    process.start()
-    return process
+def start(*args: Any, number: int) -> list[Any]:
+    """A launch of `number` processes."""
+    launch = []
+    for index in range(number):
+        launch.append(fork.Process(target=capture_slowly, args=args, kwargs={"process": (index, number)}))
+        launch[-1].start()
+    return launch
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_any_number_of_processes_gives_the_same_digest(tmp_path: Path, processes: int) -> None:
     reference = capture_slowly(tmp_path / "reference", tmp_path / "log")
-    join = processes > 1
-    workers = [start(tmp_path / "set", tmp_path / "log", 0.002, join=join) for _ in range(processes)]
+    workers = start(tmp_path / "set", tmp_path / "log", 0.002, number=processes)
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * processes
@@ -135,33 +136,15 @@ def test_any_number_of_processes_gives_the_same_digest(tmp_path: Path, processes
     assert TransferSet(tmp_path / "set").digest == reference
 
 
-def test_a_late_joiner_may_meet_a_set_that_was_finished_just_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between its look at the index and its turn at the plan, the others finish and remove the plan."""
-    plan = make_plan()
-    reference = write_set(tmp_path / "done", plan)
-    wait = FileLock.wait
-
-    def finish_meanwhile(self: FileLock, *args: Any) -> bool:
-        shutil.copytree(tmp_path / "done", tmp_path / "set", dirs_exist_ok=True)
-        return wait(self, *args)
-
-    monkeypatch.setattr(FileLock, "wait", finish_meanwhile)
-    with TransferSetWriter.open(tmp_path / "set", plan, join=True) as writer:
-        assert writer.is_complete and writer.finalize() == reference
-    assert files(tmp_path / "set") == files(tmp_path / "done")
-
-
 @pytest.mark.parametrize(("first", "then"), [(3, 1), (1, 4), (4, 2)])
 def test_resumed_on_another_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
     reference = capture_slowly(tmp_path / "reference", tmp_path / "log")
-    workers = [start(tmp_path / "set", tmp_path / "a", 0.01, join=first > 1) for _ in range(first)]
+    workers = start(tmp_path / "set", tmp_path / "a", 0.01, number=first)
     time.sleep(0.06)
     for worker in workers:
         worker.kill()
         worker.join()
-    workers = [start(tmp_path / "set", tmp_path / "b", 0.0, join=then > 1) for _ in range(then)]
+    workers = start(tmp_path / "set", tmp_path / "b", 0.0, number=then)
     for worker in workers:
         worker.join(60)
     assert TransferSet(tmp_path / "set", verify="full").digest == reference

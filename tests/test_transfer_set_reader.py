@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 from transfer_sets import make_plan, make_row, storage_order, write_set
 
-from quantkd.errors import ConfigError, DataError, TransferSetError
-from quantkd.transfer_set import TransferSet, TransferSetWriter, concatenate, store
+from quantkd.errors import ConfigError, TransferSetError
+from quantkd.transfer_set import TransferSet, TransferSetWriter, store
 from quantkd.transfer_set.batch import RowBatch
 from quantkd.transfer_set.topk import TopKLogprobs
 
@@ -105,26 +105,22 @@ def test_split(path: Path) -> None:
     for fraction in (0.0, 1.0, 0.01, 0.99, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="leaves one part empty"):
             transfer_set.split(fraction, seed=0)
-    with pytest.raises(DataError, match="at least 0"):
+    with pytest.raises(ConfigError, match="seed is -1; expected a number of at least 0"):
         transfer_set.split(0.5, seed=-1)
 
 
-def test_shuffling_depends_on_seed_and_epoch_alone(path: Path) -> None:
-    transfer_set = TransferSet(path)
+def test_a_split_is_part_of_what_a_run_can_be_repeated_by(path: Path) -> None:
     state = (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())  # type: ignore[index]
-    orders = {(seed, epoch): transfer_set.shuffle(seed, epoch).digest for seed in range(3) for epoch in range(3)}
-    assert len(set(orders.values())) == 9
-    assert orders[1, 2] == TransferSet(path).shuffle(1, epoch=2).digest
-    assert sorted(numbers(transfer_set.shuffle(0))) == sorted(numbers(transfer_set))
+    every = numbers(TransferSet(path))
+    _, held_out = TransferSet(path).split(0.25, seed=0)
+    assert [every.index(row) for row in numbers(held_out)] == [2, 3, 11, 13, 20, 21]  # in every release
     assert state == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())  # type: ignore[index]
-    # The order is part of what a run can be repeated by: it must never change between releases.
-    assert [int(n) for n in transfer_set.shuffle(0, 0)._rows[:6]] == [11, 3, 20, 13, 2, 21]
 
 
 def test_joined_sets(path: Path, tmp_path: Path) -> None:
-    write_set(tmp_path / "other", make_plan(profile="compact", num_prompts=5, teacher_name="second"))
+    write_set(tmp_path / "other", make_plan(num_prompts=5, teacher_name="second"))
     first, second = TransferSet(path), TransferSet(tmp_path / "other")
-    joined = concatenate([first, second[1:4], first[:1]])
+    joined = TransferSet.concatenate([first, second[1:4], first[:1]])
     assert numbers(joined) == numbers(first) + numbers(second[1:4]) + numbers(first[:1])
     assert joined.info.teacher_name == "tiny-teacher, second"
     assert joined.info.num_rows == 27 and joined.info.num_prompts == 23 + 5 + 23
@@ -132,12 +128,12 @@ def test_joined_sets(path: Path, tmp_path: Path) -> None:
     assert torch.equal(mixed.input_ids, torch.cat([joined[number]["input_ids"] for number in (22, 23, 26, 0)]))
     assert torch.equal(mixed.targets, torch.nonzero(mixed.labels != -100).squeeze(1))
     assert mixed.weights is None and "weight" not in joined[0]
-    assert len({joined.digest, first.digest, second.digest, concatenate([first]).digest}) == 3
-    weighted = concatenate([concatenate([first, second], [2.0, 1.0]), second], [1.0, 0.5])
+    assert len({joined.digest, first.digest, second.digest, TransferSet.concatenate([first]).digest}) == 3
+    weighted = TransferSet.concatenate([TransferSet.concatenate([first, second], [2.0, 1.0]), second], [1.0, 0.5])
     batch = weighted.__getitems__([0, 23, 28])
     assert batch.weights is not None and batch.weights.tolist() == [2.0, 1.0, 0.5]
     assert weighted[0]["weight"] == 2.0
-    assert weighted.digest != concatenate([first, second, second]).digest
+    assert weighted.digest != TransferSet.concatenate([first, second, second]).digest
     half = RowBatch.concatenate([first.__getitems__([0]), weighted.__getitems__([0])])
     assert half.weights is not None and half.weights.tolist() == [1.0, 2.0]
 
@@ -146,12 +142,12 @@ def test_sets_that_cannot_be_joined(path: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "other", make_plan(tokenizer_fingerprint="f" * 64, num_prompts=2))
     sets = [TransferSet(path), TransferSet(tmp_path / "other")]
     with pytest.raises(ConfigError, match="differ in tokenizer_fingerprint"):
-        concatenate(sets)
+        TransferSet.concatenate(sets)
     with pytest.raises(ConfigError, match="at least one"):
-        concatenate([])
+        TransferSet.concatenate([])
     for weights in ([1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, float("nan")]):
         with pytest.raises(ConfigError, match="finite number above 0"):
-            concatenate(sets, weights)
+            TransferSet.concatenate(sets, weights)
 
 
 def test_info(path: Path) -> None:
@@ -195,8 +191,10 @@ def test_a_set_can_be_pickled(path: Path) -> None:
 def test_open_maps_are_limited(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_OPEN_MAPS", 2)
     transfer_set = TransferSet(path)
-    assert numbers(transfer_set.shuffle(0)) == [numbers(transfer_set)[n] for n in transfer_set.shuffle(0)._rows]
-    assert len(transfer_set._sources[0][0]._maps) == 2
+    order = np.random.default_rng(0).permutation(23)
+    assert numbers(transfer_set.select(order)) == [numbers(transfer_set)[n] for n in order]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    assert len(mapped) == 2
 
 
 @pytest.mark.parametrize("verify", ["auto", "full", "off"])

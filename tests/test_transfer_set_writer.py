@@ -1,12 +1,10 @@
-"""Writing: resuming, refusing, locking, and several processes on one plan."""
+"""Writing: resuming, refusing, locking, and the processes of one launch."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import multiprocessing
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transfer_sets import FaultyDisk, make_plan, make_row, write_set
+from transfer_sets import make_plan, make_row, write_set
 
 from quantkd.errors import TransferSetError
 from quantkd.files import FileLock
-from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, writer
+from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, codec, writer
 
 
 def rows_of(plan: Any, task: ShardTask) -> list[Any]:
@@ -32,8 +30,8 @@ def files(folder: Path) -> dict[str, str]:
 def test_a_finished_set_is_left_alone(tmp_path: Path) -> None:
     digest = write_set(tmp_path / "set")
     before = files(tmp_path / "set")
-    for join in (False, True):
-        with TransferSetWriter.open(tmp_path / "set", make_plan(), join=join) as again:
+    for process in ((0, 1), (0, 2), (1, 2)):
+        with TransferSetWriter.open(tmp_path / "set", make_plan(), process=process) as again:
             assert again.is_complete
             assert list(again.claim()) == []
             assert again.finalize() == digest
@@ -77,70 +75,74 @@ def test_shards_without_a_plan_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_fails_clearly(tmp_path: Path) -> None:
-    with TransferSetWriter.open(tmp_path / "set", make_plan()):
-        for join in (False, True):
-            with pytest.raises(TransferSetError, match="Another writer is at work"):
-                TransferSetWriter.open(tmp_path / "set", make_plan(), join=join)
-    with TransferSetWriter.open(tmp_path / "set", make_plan(), join=True):
-        with pytest.raises(TransferSetError, match="Another writer is at work"):
-            TransferSetWriter.open(tmp_path / "set", make_plan())
-        with TransferSetWriter.open(tmp_path / "set", make_plan(), join=True):
+    """Processes of one launch share a folder; another launch is refused, whatever its number of processes."""
+    with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(0, 2)):
+        with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(1, 2)):
             pass
+        for process in ((0, 2), (0, 1), (2, 3), (0, 3)):
+            with pytest.raises(TransferSetError, match="Another writer is at work"):
+                TransferSetWriter.open(tmp_path / "set", make_plan(), process=process)
+    assert sorted(files(tmp_path / "set")) == ["plan.json"], "a lock that was given back is removed"
+    TransferSetWriter.open(tmp_path / "set", make_plan(), process=(2, 3)).close()
 
 
-def test_a_stuck_plan_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "LOCK_TIMEOUT_SECONDS", 0.05)
-    (tmp_path / "set").mkdir()
-    with FileLock(tmp_path / "set" / "commit.lock") as lock:
-        assert lock.acquire()
-        with pytest.raises(TransferSetError, match=r"commit\.lock locked"):
-            TransferSetWriter.open(tmp_path / "set", make_plan())
-    assert not lock.held
-    plan = make_plan()
-    with TransferSetWriter.open(tmp_path / "set", plan) as first:
-        for task in first.claim():
-            first.commit(task, rows_of(plan, task))
-        with FileLock(tmp_path / "set" / "commit.lock") as lock:
-            assert lock.acquire()
-            with pytest.raises(TransferSetError, match=r"commit\.lock locked"):
-                first.finalize()
-        first.finalize()
-
-
-def test_a_joined_writer_finds_the_set_finished_by_another(tmp_path: Path) -> None:
+def test_shards_are_dealt_to_processes_in_turn_and_process_0_finishes(tmp_path: Path) -> None:
     plan = make_plan()
     with (
-        TransferSetWriter.open(tmp_path / "set", plan, join=True) as first,
-        TransferSetWriter.open(tmp_path / "set", plan, join=True) as second,
-        TransferSetWriter.open(tmp_path / "set", plan, join=True) as third,
+        TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)) as first,
+        TransferSetWriter.open(tmp_path / "set", plan, process=(1, 2)) as second,
     ):
+        tasks = list(second.claim())
+        assert [task.index for task in tasks] == [1]
+        with pytest.raises(TransferSetError, match="lacks 3 of 3 shards, first 1"):
+            second.finalize()
+        for task in tasks:
+            second.commit(task, rows_of(plan, task))
+        waiting = threading.Thread(target=second.finalize)
+        waiting.start()
+        assert not second.is_complete
         for task in first.claim():
             first.commit(task, rows_of(plan, task))
         digest = first.finalize()
-        assert list(second.claim()) == []
-        assert second.finalize() == digest
-        third._write_index()  # it saw all records, and then waited for the lock
-        assert third.finalize() == digest
+        waiting.join(10)
+        assert second.is_complete and second.finalize() == digest and list(second.claim()) == []
     assert set(files(tmp_path / "set")) == {"index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
 
 
-def test_finalize_waits_for_what_others_hold_and_not_for_what_it_holds(tmp_path: Path) -> None:
-    plan = make_plan()
-    with (
-        TransferSetWriter.open(tmp_path / "set", plan, join=True) as first,
-        TransferSetWriter.open(tmp_path / "set", plan, join=True) as second,
-    ):
-        assert len(list(first.claim())) == 3
-        assert list(first.claim()) == [], "what is claimed is not handed out again"
-        with pytest.raises(TransferSetError, match="lacks 3 of 3 shards"):
-            first.finalize()
-        timer = threading.Timer(0.15, first.close)
-        timer.start()
-        began = time.monotonic()
-        with pytest.raises(TransferSetError, match="lacks 3 of 3 shards"):
-            second.finalize()
-        assert time.monotonic() - began > 0.1
-        timer.join()
+def test_other_processes_wait_for_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, opened = make_plan(), []
+
+    def open_second() -> None:
+        with TransferSetWriter.open(tmp_path / "set", plan, process=(1, 2)) as second:
+            opened.append([task.index for task in second.claim()])
+
+    waiting = threading.Thread(target=open_second)
+    waiting.start()
+    time.sleep(0.1)
+    assert not opened and not (tmp_path / "set" / "plan.json").exists()
+    with TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)):
+        waiting.join(10)
+    assert opened == [[1]]
+    monkeypatch.setattr(writer, "PLAN_TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(TransferSetError, match="Process 0 of 2 has not begun"):
+        TransferSetWriter.open(tmp_path / "other", plan, process=(1, 2))
+
+
+def test_a_set_that_is_finished_while_another_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look for the plan and its reading, process 0 finishes and removes the plan."""
+    write_set(tmp_path / "done")
+    with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(0, 2)):
+        pass
+    acquire = FileLock.acquire
+
+    def finish_meanwhile(lock: FileLock) -> bool:
+        shutil.copytree(tmp_path / "done", tmp_path / "set", dirs_exist_ok=True)
+        (tmp_path / "set" / "plan.json").write_bytes(b"")
+        return acquire(lock)
+
+    monkeypatch.setattr(FileLock, "acquire", finish_meanwhile)
+    with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(1, 2)) as late:
+        assert late.is_complete
 
 
 def test_what_commit_refuses(tmp_path: Path) -> None:
@@ -158,15 +160,11 @@ def test_what_commit_refuses(tmp_path: Path) -> None:
         first.commit(task, rows_of(plan, task)[:2])
         with pytest.raises(TransferSetError, match="lacks 2 of 3 shards, first 1"):
             first.finalize()
-        with pytest.raises(TransferSetError, match="lacks 2 of 3 shards, first 1"):
-            first.finalize(wait=False)
     assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == 2
 
 
 def test_a_shard_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantkd.transfer_set import encoded
-
-    monkeypatch.setattr(encoded, "MAX_SHARD_SPANS", 3)
+    monkeypatch.setattr(codec, "MAX_SHARD_SPANS", 3)
     plan = make_plan()
     with TransferSetWriter.open(tmp_path / "set", plan) as first:
         task = next(first.claim())
@@ -193,43 +191,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         TransferSetWriter.open(tmp_path / "file" / "set", make_plan())
 
 
-def test_the_claims_of_a_writer_that_is_closed_fall_back(tmp_path: Path) -> None:
-    plan = make_plan()
-    with TransferSetWriter.open(tmp_path / "set", plan, join=True) as first:
-        assert len(list(first.claim())) == 3
-        with TransferSetWriter.open(tmp_path / "set", plan, join=True) as second:
-            claims = second.claim()
-            first.close()
-            task = next(claims)
-            second.commit(task, rows_of(plan, task))
-            with pytest.raises(TransferSetError, match="lacks 2 of 3"):
-                second.finalize()
-
-
-def test_a_joined_writer_waits_for_the_last_shard(tmp_path: Path) -> None:
-    plan = make_plan(rows_per_shard=5)
-
-    def slow() -> None:
-        with TransferSetWriter.open(tmp_path / "set", plan, join=True, filesystem=FaultyDisk()) as other:
-            task = next(other.claim())
-            (tmp_path / "claimed").write_text("")
-            time.sleep(0.3)
-            other.commit(task, rows_of(plan, task))
-            other.finalize()
-
-    process = multiprocessing.get_context("fork").Process(target=slow)
-    process.start()
-    while not (tmp_path / "claimed").exists():
-        time.sleep(0.005)
-    with TransferSetWriter.open(tmp_path / "set", plan, join=True) as first:
-        for task in first.claim():
-            first.commit(task, rows_of(plan, task))
-        digest = first.finalize()
-    process.join()
-    assert process.exitcode == 0
-    assert TransferSet(tmp_path / "set", verify="full").digest == digest
-
-
 def test_a_plan_decides_the_bytes_and_time_does_not(tmp_path: Path) -> None:
     assert write_set(tmp_path / "a") == write_set(tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -238,51 +199,13 @@ def test_a_plan_decides_the_bytes_and_time_does_not(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_crash_in_the_cleanup_are_removed(tmp_path: Path) -> None:
     write_set(tmp_path / "set")
-    for name in ("plan.json", "shard-00000.json", "shard-00001.lock", "shard-00001.safetensors.tmp", "writer.lock"):
+    for name in ("plan.json", "shard-00000.json", "shard-00001.safetensors.tmp", "writer-1-of-2.lock"):
         (tmp_path / "set" / name).write_text("{}")
     (tmp_path / "set" / "README.md").write_text("mine")
     with TransferSetWriter.open(tmp_path / "set", make_plan()):
         pass
     kept = {"README.md", "index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
     assert set(files(tmp_path / "set")) == kept
-
-
-def test_a_lock_file_that_was_removed_does_not_fool_two_holders(tmp_path: Path) -> None:
-    first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
-    assert first.acquire() and not second.acquire()
-    first.release(remove=True)
-    assert not (tmp_path / "lock").exists()
-    assert second.acquire() and not third.acquire()
-    assert third.wait(0.05) is False
-    assert third.wait(10, done=lambda: True) is False
-    second.release()
-    assert third.wait(1) is True
-    second.release()  # a second time does nothing
-
-
-def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = fcntl.flock, []
-
-    def flock(descriptor: int, operation: int) -> None:
-        real(descriptor, operation)
-        calls.append(descriptor)
-        if len(calls) == 1:
-            (tmp_path / "lock").unlink()
-        if len(calls) == 2:
-            (tmp_path / "lock").rename(tmp_path / "old")
-            (tmp_path / "lock").touch()
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    lock = FileLock(tmp_path / "lock")
-    assert lock.acquire() and len(calls) == 3
-    assert not FileLock(tmp_path / "lock").acquire()
-
-    def broken(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(files.fcntl, "flock", broken)
-    with pytest.raises(TransferSetError, match=os.strerror(errno.ENOLCK)):
-        TransferSetWriter.open(tmp_path / "set", make_plan())
 
 
 def test_empty_rows_and_missing_rows(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkd.files import FileSystem
+from quantkd.files import DISK, FileSystem
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.writer import TransferSetWriter
@@ -25,7 +25,6 @@ def make_plan(**changes: Any) -> Plan:
         "tokenizer_fingerprint": "0" * 64,
         "vocab_size": 1000,
         "storage": {"kind": "nucleus", "p": 0.95, "max_k": 16},
-        "profile": "faithful",
         "temperatures": (1.0, 2.0),
         "responses": "generate",
         "generation": {"max_new_tokens": 32},
@@ -76,7 +75,7 @@ def storage_order(row: TransferRow) -> Any:
     return np.array(order, dtype=np.int64)
 
 
-def write_set(path: Path, plan: Plan | None = None, filesystem: FileSystem | None = None, **row: Any) -> str:
+def write_set(path: Path, plan: Plan | None = None, filesystem: FileSystem = DISK, **row: Any) -> str:
     """A finished set at `path`; returns its root digest."""
     plan = plan or make_plan()
     with TransferSetWriter.open(path, plan, filesystem=filesystem) as writer:
@@ -138,10 +137,12 @@ class DyingDisk(FaultyDisk):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def capture_slowly(path: Path, log: Path, seconds_per_row: float = 0.0, *, join: bool = False, disk: Any = None) -> str:
+def capture_slowly(
+    path: Path, log: Path, seconds_per_row: float = 0.0, *, process: tuple[int, int] = (0, 1), disk: Any = None
+) -> str:
     """A small fake teacher's capture; every claimed shard leaves a line in `log`."""
     plan = make_plan(num_prompts=16, vocab_size=50)
-    with TransferSetWriter.open(path, plan, join=join, filesystem=disk or FaultyDisk()) as writer:
+    with TransferSetWriter.open(path, plan, process=process, filesystem=disk or FaultyDisk()) as writer:
         for task in writer.claim():
             with log.open("a") as file:
                 file.write(f"{task.index}\n")

@@ -1,4 +1,4 @@
-"""`quantkd convert`: a transfer set in another profile, or one from the table of another toolkit."""
+"""`quantkd convert`: a transfer set with fewer entries, or one from the table of another toolkit."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ from collections.abc import Sequence
 
 from quantkd.cli.format import format_info
 from quantkd.cli.parsing import plain_parser
-from quantkd.transfer_set import PROFILES, TransferSet, convert
+from quantkd.transfer_set import TransferSet, convert
 from quantkd.transfer_set.rules import parse_storage_rule
 
 _EXAMPLES = """examples:
-  quantkd convert runs/set runs/small --profile compact
-  quantkd convert runs/set runs/other --profile faithful --storage nucleus:0.9
+  quantkd convert runs/set runs/small --storage nucleus:0.9
   quantkd convert --from distillkit captured/ runs/set --model meta-llama/Llama-3.1-8B-Instruct
   quantkd convert --from axolotl last_run_prepared/0123abcd runs/set --model meta-llama/Llama-3.1-8B-Instruct
 """
 
 
 def main(argv: Sequence[str]) -> None:
-    """Re-encode a set or import a table, and print what the new set holds."""
+    """Trim a set or import a table, and print what the new set holds."""
     parser = plain_parser("quantkd convert", _EXAMPLES)
     parser.add_argument("source", help="folder of the transfer set; with --from a Parquet file, or a folder of them")
     parser.add_argument("destination", help="folder of the new one")
-    parser.add_argument("--profile", choices=list(PROFILES), help="precision of the new one; faithful with --from")
-    parser.add_argument(
-        "--storage", help="rule to trim the entries to, such as nucleus:0.9; the profile's own if not given"
-    )
+    parser.add_argument("--storage", help="rule to trim the entries to, such as nucleus:0.9")
     parser.add_argument(
         "--from", dest="toolkit", choices=["axolotl", "distillkit"], help="import that toolkit's table of the teacher"
     )
@@ -37,11 +33,10 @@ def main(argv: Sequence[str]) -> None:
         if not args.model or args.storage:
             parser.error("--from needs --model, and takes no --storage: convert the imported set to trim it")
         _import_table(args)
-    elif not args.profile or args.model or args.revision:
-        parser.error("a transfer set is converted with --profile, and without --model and --revision")
+    elif not args.storage or args.model or args.revision:
+        parser.error("a transfer set is converted with --storage, and without --model and --revision")
     else:
-        rule = parse_storage_rule(args.storage) if args.storage else None
-        convert(args.source, args.destination, args.profile, rule)
+        convert(args.source, args.destination, parse_storage_rule(args.storage))
     print(f"{args.destination}\n{format_info(TransferSet.open(args.destination).info)}")
 
 
@@ -51,16 +46,16 @@ def _import_table(args: argparse.Namespace) -> None:
 
     from quantkd.names import load_tokenizer, naming, public_name
     from quantkd.transfer_set.fingerprint import compute_fingerprint
-    from quantkd.transfer_set.importers import import_axolotl, import_distillkit
+    from quantkd.transfer_set.importers import import_table
 
     with naming(args.model):
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
     tokenizer = load_tokenizer(args.model, revision=args.revision)
-    (import_axolotl if args.toolkit == "axolotl" else import_distillkit)(
+    import_table(
         args.source,
         args.destination,
+        toolkit=args.toolkit,
         vocab_size=config.get_text_config().vocab_size,
         teacher_name=public_name(args.model),
         tokenizer_fingerprint=compute_fingerprint(tokenizer),
-        profile=args.profile or "faithful",
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+from quantkd.report.histograms import Histograms
 from quantkd.transfer_set import TransferSetInfo
-from quantkd.transfer_set.histograms import Histograms
 
 
 def format_bytes(count: float) -> str:
@@ -53,7 +53,7 @@ def format_info(info: TransferSetInfo) -> str:
         + (f", {cut} cut by the length limit" if cut else "")
         + "".join(f", {n} {name} left out" for name, n in reasons.items() if n),
         "tokens": f"{info.num_tokens}, of which {info.num_response_tokens} in responses",
-        "storage": f"{info.storage['kind']}({storage}), profile {info.profile}",
+        "storage": f"{info.storage['kind']}({storage})",
         "entries": f"{info.mean_entries:.2f} per response token"
         + (f", {rescaled} targets scaled back to a mass of 1" if rescaled else ""),
         "size": f"{format_bytes(info.num_bytes)}, {info.bytes_per_response_token:.1f} bytes per response token",

@@ -10,8 +10,8 @@ from typing import Any
 from quantkd.cli.format import format_histograms, format_info
 from quantkd.cli.parsing import plain_parser, whole_number
 from quantkd.errors import ConfigError
+from quantkd.report.histograms import compute_histograms, draw_histograms
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
-from quantkd.transfer_set.histograms import compute_histograms
 
 _EXAMPLES = """examples:
   quantkd inspect runs/set
@@ -45,8 +45,6 @@ def main(argv: Sequence[str]) -> None:
     ]
     histograms = compute_histograms(transfer_set)
     if args.histogram:
-        from quantkd.report.histograms import draw_histograms  # matplotlib takes a second to import
-
         draw_histograms(histograms, args.histogram)
     if args.json:
         counts = {"entries": histograms.entries.tolist(), "entropy": histograms.entropy.tolist()}

@@ -19,8 +19,9 @@ from quantkd.evaluation.sharing import deal_batches
 from quantkd.hardware import process_state
 from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions, cut_positions
 from quantkd.loss.states import TargetStates
+from quantkd.models.generation import context_length
 from quantkd.models.network import run_to_targets, why_not_fusable
-from quantkd.models.weights import count_rows
+from quantkd.models.weights import head_width
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
@@ -55,10 +56,10 @@ def evaluate_fidelity(
         ConfigError: a batch size below 1, a head smaller than the set's vocabulary, or a teacher of another one.
         DataError: no rows, rows longer than the model's context, or figures that are not finite.
     """
-    check_student(transfer_set, model)
+    check_student(transfer_set, head_width(model), context_length(model))
     fused = [each is not None and why_not_fusable(each) is None for each in (model, teacher)]
     if teacher is not None:
-        widths = [count_rows(each.get_output_embeddings().weight) for each in (model, teacher)]
+        widths = [head_width(each) for each in (model, teacher)]
         if widths[0] != widths[1]:
             raise ConfigError(
                 f"The model's vocabulary has {widths[0]} ids, the teacher's {widths[1]}; figures over the whole "

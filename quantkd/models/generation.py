@@ -50,9 +50,15 @@ def generation_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.train(training)
 
 
+def context_length(model: Any) -> int | None:
+    """How many tokens a model's positions reach; None if it does not say."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def check_context(model: Any, prompt_lengths: list[int], new_tokens: int) -> None:
     """Refuse prompts that leave no room for the answer, before any work is spent."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     for index, length in enumerate(prompt_lengths):
         if length < 1:
             raise DataError(f"Row {index} has a prompt without tokens; expected at least one. Remove the row.")

@@ -27,6 +27,11 @@ def count_rows(parameter: Any) -> int:
     return shape_of(getattr(parameter, "quant_state", None) or parameter)[0]
 
 
+def head_width(model: Any) -> int:
+    """The rows of a model's output head, which may be padded beyond its tokenizer's ids."""
+    return count_rows(model.get_output_embeddings().weight)
+
+
 @contextmanager
 def whole_parameters(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The layer's weight and bias whole; what was gathered is released at the end.

@@ -129,7 +129,6 @@ def capture(
         rows_per_shard = batches * batch_size
     plan = Plan(
         **describe_teacher(teacher, chosen, responses=responses, chat_template=chat_template),
-        profile=run.profile,
         prompts_digest=table.digest(),
         num_prompts=table.num_rows,
         rows_per_shard=-(-rows_per_shard // settings.num_samples) * settings.num_samples,  # a prompt's samples together
@@ -142,7 +141,7 @@ def capture(
     state = process_state()
     shown = run.progress and state.is_main_process
     bar = tqdm(total=table.num_rows, desc="capture", unit="row", file=sys.stderr, disable=None if shown else True)
-    with bar, TransferSetWriter.open(folder, plan, join=state.num_processes > 1) as writer:
+    with bar, TransferSetWriter.open(folder, plan, process=(state.process_index, state.num_processes)) as writer:
         if writer.is_complete:
             logger.warning("The transfer set at %s is complete already; nothing was captured.", output_dir)
         tokens, started = 0, time.monotonic()

@@ -15,7 +15,7 @@ from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.models.generation import find_end_tokens
 from quantkd.transfer_set import TransferRow
-from quantkd.transfer_set.rules import Sampled, StorageRule, TopK
+from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, keep_entries, max_entries
 
 # What vLLM's server writes for a probability of 0, for JSON has no infinity.
 _ZERO_PROBABILITY = -9999.0
@@ -90,12 +90,9 @@ def check_rule(rule: StorageRule, engine: str) -> None:
 
 def count_entries(rule: StorageRule, vocab_size: int) -> int:
     """How many candidates a target must come with for the rule to choose from."""
-    assert not isinstance(rule, Sampled)
-    if isinstance(rule, TopK):
-        if rule.k > vocab_size:
-            raise ConfigError(f"{rule} exceeds the teacher's vocabulary of {vocab_size}; choose a smaller k.")
-        return rule.k
-    return min(rule.max_k, vocab_size)
+    if isinstance(rule, TopK) and rule.k > vocab_size:
+        raise ConfigError(f"{rule} exceeds the teacher's vocabulary of {vocab_size}; choose a smaller k.")
+    return max_entries(rule, vocab_size)
 
 
 def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64]]:
@@ -129,7 +126,6 @@ def build_row(
 
     Shapes: input_ids (L,), spans (S, 2).
     """
-    assert not isinstance(rule, Sampled)
     targets = int((spans[:, 1] - spans[:, 0]).sum())
     ids, logprobs = candidates.token_ids, candidates.logprobs
     where = f"{engine} answered prompt {index} with"
@@ -154,17 +150,11 @@ def build_row(
     order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
     owners, ids, logprobs = owners[order], ids[order], logprobs[order]
     counts = np.bincount(owners, minlength=targets)
-    starts = np.cumsum(counts) - counts
     width = count_entries(rule, vocab_size)
-    rank = np.arange(len(ids)) - starts[owners]
-    mass = np.exp(logprobs)
-    keep = (rank < width) & (logprobs > _ZERO_PROBABILITY) & (ids < vocab_size)
+    keep = keep_entries(logprobs, counts, rule) & (logprobs > _ZERO_PROBABILITY) & (ids < vocab_size)
     complete = counts >= width
-    if not isinstance(rule, TopK):
-        before = np.cumsum(mass) - mass
-        before -= before[np.minimum(starts, len(before) - 1)][owners] if len(before) else 0.0
-        keep &= before < rule.p
-        complete |= np.bincount(owners, weights=mass, minlength=targets) >= rule.p
+    if isinstance(rule, Nucleus):
+        complete |= np.bincount(owners, weights=np.exp(logprobs), minlength=targets) >= rule.p
     kept = np.bincount(owners[keep], minlength=targets)
     for target in np.flatnonzero(~complete | (kept == 0)):
         raise TeacherError(

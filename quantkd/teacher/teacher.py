@@ -68,7 +68,6 @@ class RunSettings:
         auto_find_batch_size: find the batch size instead, before the plan is fixed. A capture that is resumed keeps
             the size of its plan.
         rows_per_shard: rows per shard; chosen from the number of prompts if None.
-        profile: precision on disk, "faithful" or "compact".
         engine: what runs a teacher given by name: "transformers", "vllm" or "server".
         base_url: address of the server engine's OpenAI-compatible server.
         engine_kwargs: further arguments of `vllm.LLM` or of `ServerTeacher`; a JSON object on the command line.
@@ -88,7 +87,6 @@ class RunSettings:
         default=False, metadata={"help": "Find the largest batch that fits into memory, before anything is written."}
     )
     rows_per_shard: int | None = field(default=None, metadata={"help": "Rows per shard."})
-    profile: Literal["faithful", "compact"] = field(default="faithful", metadata={"help": "Precision on disk."})
     engine: Literal["transformers", "vllm", "server"] = field(
         default="transformers", metadata={"help": "What runs the teacher."}
     )
@@ -113,9 +111,8 @@ class RunSettings:
             raise ConfigError(
                 f"batch_size and rows_per_shard must be at least 1, found {self.batch_size} and {self.rows_per_shard}."
             )
-        for name, choices in (("profile", ("faithful", "compact")), ("engine", ("transformers", "vllm", "server"))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is one of {', '.join(choices)}, found {getattr(self, name)!r}.")
+        if self.engine not in ("transformers", "vllm", "server"):
+            raise ConfigError(f"engine is {self.engine!r}; expected transformers, vllm or server.")
         if (self.engine == "server") != (self.base_url is not None):
             raise ConfigError(
                 f"base_url is the address of the server engine; found {self.base_url!r} with engine={self.engine!r}. "

@@ -13,15 +13,33 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from quantkd.errors import ConfigError
 from quantkd.foreign import use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.generation import context_length
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
 from quantkd.models.row_attention import row_attention
 from quantkd.models.student import attach_lora, is_quantized, load_student
+from quantkd.models.weights import head_width
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
 
 logger = logging.getLogger(__name__)
+
+
+def find_transfer_sets(train_dataset: Any, eval_dataset: Any) -> list[TransferSet]:
+    """The transfer sets among the trainer's data."""
+    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [dataset for dataset in (train_dataset, *held_out) if isinstance(dataset, TransferSet)]
+
+
+def check_collator(collator: Any, args: QuantizedDistillationConfig) -> None:
+    """Refuse packing with a collator that does not know how."""
+    if args.packing and not isinstance(collator, DistillationCollator):
+        raise ConfigError(
+            f"packing=True packs with a DistillationCollator, found the data_collator {type(collator).__name__}. "
+            "Leave data_collator out, or pack in your own and leave packing off."
+        )
 
 
 def take_one_gpu(args: QuantizedDistillationConfig) -> None:
@@ -60,7 +78,7 @@ def prepare_student(
     is_new = adapted is not model
     keep_trainable_on_cpu(adapted)
     for transfer_set in transfer_sets:
-        check_student(transfer_set, adapted)
+        check_student(transfer_set, head_width(adapted), context_length(adapted))
     if args.packing:
         with row_attention(adapted):
             reason = why_not_packable(adapted)

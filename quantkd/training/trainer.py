@@ -29,10 +29,10 @@ from quantkd.teacher.live import LiveTeacher
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
-from quantkd.training.preparation import prepare_student, take_one_gpu
+from quantkd.training.preparation import check_collator, find_transfer_sets, prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
-from quantkd.transfer_set.compatibility import check_collator, check_transfer_set, find_transfer_sets
+from quantkd.transfer_set.compatibility import check_transfer_set
 from quantkd.transfer_set.topk import TopKLogprobs
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class QuantizedDistillationTrainer(Trainer):
         )
         self.transfer_sets = find_transfer_sets(train_dataset, eval_dataset)
         for transfer_set in self.transfer_sets:
-            check_transfer_set(transfer_set, processing_class, args)
+            check_transfer_set(transfer_set, processing_class, args.temperature, args.divergence)
         model = prepare_student(
             model,
             args,

@@ -3,9 +3,7 @@
 from quantkd.transfer_set.batch import IGNORE_INDEX, RowBatch
 from quantkd.transfer_set.conversion import convert, estimate_bytes
 from quantkd.transfer_set.info import TransferSetInfo
-from quantkd.transfer_set.joining import concatenate
 from quantkd.transfer_set.plan import FORMAT_VERSION, Plan
-from quantkd.transfer_set.profiles import PROFILES
 from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.verification import Verification, verify
@@ -14,7 +12,6 @@ from quantkd.transfer_set.writer import ShardTask, TransferSetWriter
 __all__ = [
     "FORMAT_VERSION",
     "IGNORE_INDEX",
-    "PROFILES",
     "Plan",
     "RowBatch",
     "ShardTask",
@@ -23,7 +20,6 @@ __all__ = [
     "TransferSetInfo",
     "TransferSetWriter",
     "Verification",
-    "concatenate",
     "convert",
     "estimate_bytes",
     "verify",

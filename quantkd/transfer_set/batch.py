@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkd.transfer_set.codec import DecodedRows
+from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.topk import TopKLogprobs
 
 IGNORE_INDEX = -100
@@ -42,28 +45,34 @@ class RowBatch:
         return self.lengths.numel()
 
     @classmethod
-    def from_decoded(
-        cls, decoded: DecodedRows, temperatures: tuple[float, ...], vocab_size: int, weight: float | None
+    def from_rows(
+        cls, rows: Sequence[TransferRow], temperatures: tuple[float, ...], vocab_size: int, weight: float | None
     ) -> RowBatch:
-        """Decoded rows as tensors."""
-        labels = np.full(len(decoded.input_ids), IGNORE_INDEX, dtype=np.int64)
-        labels[decoded.targets] = decoded.input_ids[decoded.targets]
+        """Rows as tensors."""
+        lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        targets = _join([row.targets + start for row, start in zip(rows, starts, strict=True)], np.int64)
+        input_ids = _join([row.input_ids for row in rows], np.int64)
+        labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+        labels[targets] = input_ids[targets]
+        normalizers = [row.log_normalizers for row in rows] or [np.zeros((0, len(temperatures)))]
+        counts = _join([row.counts for row in rows], np.int64)
         return cls(
-            lengths=torch.from_numpy(decoded.lengths),
-            input_ids=torch.from_numpy(decoded.input_ids),
+            lengths=torch.from_numpy(lengths),
+            input_ids=torch.from_numpy(input_ids),
             labels=torch.from_numpy(labels),
-            targets=torch.from_numpy(decoded.targets),
-            target_counts=torch.from_numpy(decoded.target_counts),
+            targets=torch.from_numpy(targets),
+            target_counts=torch.tensor([len(row.counts) for row in rows], dtype=torch.int64),
             teacher=TopKLogprobs(
-                offsets=torch.from_numpy(np.append(0, np.cumsum(decoded.counts))),
-                token_ids=torch.from_numpy(decoded.token_ids),
-                logprobs=torch.from_numpy(decoded.logprobs),
-                log_normalizers=torch.from_numpy(decoded.log_normalizers),
+                offsets=torch.from_numpy(np.append(0, np.cumsum(counts))),
+                token_ids=torch.from_numpy(_join([row.token_ids for row in rows], np.int64)),
+                logprobs=torch.from_numpy(_join([row.logprobs for row in rows], np.float32)),
+                log_normalizers=torch.from_numpy(np.concatenate(normalizers).astype(np.float32, copy=False)),
                 temperatures=temperatures,
                 vocab_size=vocab_size,
             ),
-            finished=torch.from_numpy(decoded.finished),
-            weights=None if weight is None else torch.full((len(decoded.lengths),), weight),
+            finished=torch.tensor([row.finished for row in rows], dtype=torch.bool),
+            weights=None if weight is None else torch.full((len(rows),), weight),
         )
 
     @classmethod
@@ -85,3 +94,7 @@ class RowBatch:
             finished=torch.cat([part.finished for part in parts]),
             weights=weights,
         )
+
+
+def _join(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *parts])

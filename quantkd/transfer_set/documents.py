@@ -7,17 +7,11 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-import numpy as np
-
 from quantkd.errors import TransferSetError
 
 # An array of empty objects takes about 27 times its text in memory: 2 MiB of text stay below 64 MiB.
 MAX_DOCUMENT_BYTES = 2 * 2**20
 MAX_JSON_DEPTH = 16
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STEPS = np.zeros(256, dtype=np.int8)
-_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 # C0 without tab and newline, DEL, C1, the bidirectional controls, and lone surrogates: none of them reaches a terminal.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -31,25 +25,27 @@ def canonical_json(value: Any) -> bytes:
             f"A transfer set's description must be plain JSON with finite numbers: {quote(error)}. "
             "Use strings, numbers, booleans, lists and dictionaries only."
         ) from error
-    _check_depth(text.encode(), "the description")
-    _check_strings(value, "the description")
+    _check_content(value, "the description")
     return text.encode() + b"\n"
 
 
 def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
-    """The object in `data`, which must be byte for byte what `canonical_json` writes."""
-    _check_depth(data, name)
+    """The object in `data`, which must be byte for byte what `canonical_json` writes; so no key occurs twice."""
     try:
         value = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set anew.") from error
     except ValueError as error:
         raise TransferSetError(f"{name} is not JSON: {quote(error)}. It is damaged; get the set anew.") from error
     if not isinstance(value, dict):
         raise TransferSetError(f"{name} holds a JSON {type(value).__name__}; expected an object. Get the set anew.")
-    _check_strings(value, name)
+    _check_content(value, name)
     canonical = canonical_json(value)
     if canonical != data:
         at = next((i for i, (a, b) in enumerate(zip(canonical, data, strict=False)) if a != b), len(canonical))
-        raise TransferSetError(f"{name} is not in canonical form at byte {at}. The file is damaged; get the set anew.")
+        raise TransferSetError(
+            f"{name} is not in canonical form at byte {at}. It was edited, or its line ends converted; get it anew."
+        )
     return value
 
 
@@ -71,24 +67,22 @@ def require_fields(value: Any, name: str, fields: Iterable[str]) -> dict[str, An
     return value
 
 
-def _check_depth(data: bytes, name: str) -> None:
-    """Refuse deep nesting before the parser recurses; a numpy scan, for the text may hold millions of brackets."""
-    steps = _STEPS[np.frombuffer(_STRING.sub(b"", data).translate(None, _NOT_BRACKETS), dtype=np.uint8)]
-    if np.cumsum(steps, dtype=np.int32).max(initial=0) > MAX_JSON_DEPTH:
-        raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set anew.")
-
-
-def _check_strings(value: Any, name: str) -> None:
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack.extend(item.keys())
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple):
-            stack.extend(item)
-        elif isinstance(item, str) and _UNSAFE.search(item):
-            raise TransferSetError(f"{name} holds a control character in {quote(item)!r}. Remove it.")
+def _check_content(value: Any, name: str) -> None:
+    """Refuse deep nesting and strings that would harm a terminal, without recursion."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        parts: list[Any] = []
+        for item in level:
+            if isinstance(item, str) and _UNSAFE.search(item):
+                raise TransferSetError(f"{name} holds a control character in {quote(item)!r}. Remove it.")
+            if isinstance(item, dict):
+                parts += [*item, *item.values()]
+            elif isinstance(item, list | tuple):
+                parts += item
+        if not parts:
+            return
+        level = parts
+    raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set anew.")
 
 
 def _refuse_constant(constant: str) -> NoReturn:

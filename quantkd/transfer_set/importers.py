@@ -1,132 +1,110 @@
-"""Transfer sets from the tables of other distillation toolkits."""
+"""Transfer sets from the tables of other distillation toolkits: Axolotl's prepared rows, and DistillKit's captures."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import yaml
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from quantkd.errors import DataError
 from quantkd.transfer_set.batch import IGNORE_INDEX
-from quantkd.transfer_set.distillkit import CompressedLayout
-from quantkd.transfer_set.interchange import require_columns
-from quantkd.transfer_set.plan import Plan
+from quantkd.transfer_set.plan import MAX_VOCAB_SIZE, Plan, is_whole
 from quantkd.transfer_set.row import MASS_SLACK, TransferRow
 from quantkd.transfer_set.rules import TopK, storage_rule_to_dict
 from quantkd.transfer_set.writer import TransferSetWriter
 
-ROWS_PER_SHARD = 1024
 _PADDING_LOGPROB = -1e8  # toolkits pad with -inf or -1e9
-_LAYOUT_FILE = "compression_config.yaml"
+_AXOLOTL_COLUMNS = ("input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask")
+_FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_SPECIAL_TERMS = {"sqrt": np.sqrt, "exp": np.exp}
 
 Source: TypeAlias = "Dataset | str | Path | list[str]"
-_Reader = Callable[[dict[str, Any]], tuple[TransferRow, int]]  # a row, and how many of its targets were rescaled
+_Read = Callable[[dict[str, Any]], tuple[TransferRow, int]]  # a row, and how many of its targets were rescaled
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What a table does not say about itself."""
-
-    vocab_size: int
-    teacher_name: str
-    tokenizer_fingerprint: str
-    profile: str
-    rows_per_shard: int
-
-
-def import_axolotl(
-    source: Source, path: str | Path, *, vocab_size: int, teacher_name: str,
-    tokenizer_fingerprint: str, profile: str = "faithful", rows_per_shard: int = ROWS_PER_SHARD,
+def import_table(
+    source: Source, path: str | Path, *, toolkit: Literal["axolotl", "distillkit"], vocab_size: int,
+    teacher_name: str, tokenizer_fingerprint: str, rows_per_shard: int = 1024,
 ) -> str:  # fmt: skip
-    """Write Axolotl's prepared distillation rows as a transfer set.
+    """Write another toolkit's table of a teacher as a transfer set.
 
-    Reads `input_ids`, `labels`, `target_token_ids`, `target_logprobs` and `target_mask`, where position t of the last
-    three describes the token at t. Axolotl renormalises over its top k, so the rows have no tail. Rows must have been
-    prepared with `kd_temperature: 1.0`.
+    "axolotl": prepared distillation rows with `input_ids`, `labels`, `target_token_ids`, `target_logprobs` and
+    `target_mask`, where position t of the last three describes the token at t. Axolotl renormalises over its top k, so
+    the rows have no tail. They must have been prepared with `kd_temperature: 1.0`.
+
+    "distillkit": `input_ids`, if there `labels`, and the top k: compressed, as DistillKit's capture writes it
+    (`compressed_logprobs` and `bytepacked_indices`, with `compression_config.yaml` beside the files), or plain
+    (`token_ids` and `top_values`, which are log-probabilities). Position t of the top k describes the token at t + 1.
+    Without `labels` every token but the first is a target, and so is the padding token that the capture adds.
+    Compression can leave a position with a mass above 1. It is scaled back to 1, and counted as `targets_rescaled`.
 
     Args:
-        source: the table, its parquet files, or a folder: of parquet files, or one that `save_to_disk` wrote, as
-            Axolotl's `dataset_prepared_path` is.
+        source: the table, its parquet files, or a folder: of parquet files, or one that `save_to_disk` wrote.
         path: the new set's folder.
+        toolkit: "axolotl" or "distillkit".
         vocab_size: width of the teacher's logits.
         teacher_name: what made the rows.
         tokenizer_fingerprint: of the teacher's tokenizer, from `quantkd.transfer_set.fingerprint.compute_fingerprint`.
-        profile: "faithful" or "compact".
         rows_per_shard: rows in one file.
 
     Returns:
         The root digest.
 
     Raises:
-        DataError: a source that cannot be read, missing columns, or lists that do not fit together.
+        DataError: a source that cannot be read, missing columns, lists that do not fit together, or centred logits.
         TransferSetError: a row that is not valid, or another set at `path`.
 
     Reference:
-        `integrations/kd/chat_template.py` in github.com/axolotl-ai-cloud/axolotl.
+        `integrations/kd/chat_template.py` in github.com/axolotl-ai-cloud/axolotl; `distillkit/compression` and
+        `sample_logits_vllm.py` in github.com/arcee-ai/DistillKit.
     """
-    columns = ("input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask")
+    table = source if isinstance(source, Dataset) else _load(source)
+    if toolkit == "axolotl":
+        _require_columns(table, _AXOLOTL_COLUMNS)
+    read = _read_axolotl if toolkit == "axolotl" else _distillkit_reader(source, table)
+    digest, most = hashlib.sha256(), 0
+    for number, values in enumerate(table):  # once to check the table and to learn its plan, and once to write it
+        try:
+            row, _ = read(values)
+        except (ValueError, IndexError, TypeError) as error:
+            raise DataError(f"Row {number} has lists that do not fit together: {error}. Repair it.") from error
+        digest.update(np.asarray([len(row.input_ids), *row.input_ids], dtype="<i8").tobytes())
+        most = max(most, int(row.counts.max(initial=0)))
+    if not most:
+        raise DataError(f"None of the {len(table)} rows has a target with entries. Choose another table.")
+    plan = Plan(
+        teacher_name=teacher_name, teacher_revision="", teacher_dtype="unknown", responses="given", generation={},
+        tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size, storage=storage_rule_to_dict(TopK(most)),
+        temperatures=(1.0,), prompts_digest=digest.hexdigest(), num_prompts=len(table), rows_per_shard=rows_per_shard,
+        batch_size=1,
+    )  # fmt: skip
+    with TransferSetWriter.open(path, plan) as writer:
+        for task in writer.claim():
+            rows, rescaled = zip(*(read(table[number]) for number in range(task.start, task.stop)), strict=True)
+            writer.commit(task, rows, {"targets_rescaled": sum(rescaled)} if sum(rescaled) else None)
+        return writer.finalize()
 
-    def read(row: dict[str, Any]) -> tuple[TransferRow, int]:
-        if len({len(row[name]) for name in columns}) != 1:
-            raise ValueError(f"{columns} must be of one length")  # arrays of length 1 would broadcast
-        mask = np.asarray(row["target_mask"], dtype=bool)
-        targets = np.flatnonzero(mask.any(-1) & (np.asarray(row["labels"]) != IGNORE_INDEX))
-        return _row(
-            row["input_ids"], targets[targets >= 1], np.asarray(row["target_token_ids"]),
-            np.where(mask, np.asarray(row["target_logprobs"], dtype=np.float64), -np.inf), shift=0,
-        )  # fmt: skip
 
-    facts = _Facts(vocab_size, teacher_name, tokenizer_fingerprint, profile, rows_per_shard)
-    table = _open(source)
-    require_columns(table, columns)
-    return _import(table, path, read, facts)
+def _read_axolotl(row: dict[str, Any]) -> tuple[TransferRow, int]:
+    if len({len(row[name]) for name in _AXOLOTL_COLUMNS}) != 1:
+        raise ValueError(f"{_AXOLOTL_COLUMNS} must be of one length")  # arrays of length 1 would broadcast
+    mask = np.asarray(row["target_mask"], dtype=bool)
+    targets = np.flatnonzero(mask.any(-1) & (np.asarray(row["labels"]) != IGNORE_INDEX))
+    logprobs = np.where(mask, np.asarray(row["target_logprobs"], dtype=np.float64), -np.inf)
+    return _make_row(row["input_ids"], targets[targets >= 1], np.asarray(row["target_token_ids"]), logprobs, shift=0)
 
 
-def import_distillkit(
-    source: Source, path: str | Path, *, vocab_size: int, teacher_name: str,
-    tokenizer_fingerprint: str, profile: str = "faithful", rows_per_shard: int = ROWS_PER_SHARD,
-    layout: CompressedLayout | None = None,
-) -> str:  # fmt: skip
-    """Write a teacher table of DistillKit as a transfer set.
-
-    Reads `input_ids`, if there `labels`, and the top k in either of two forms: compressed, as DistillKit's capture
-    writes it (`compressed_logprobs` and `bytepacked_indices`, with `compression_config.yaml` beside the files), or
-    plain (`token_ids` and `top_values`, which are log-probabilities). Position t of the top k describes the token at
-    t + 1. Without `labels` every token but the first is a target, and so is the padding token that the capture adds.
-
-    Compression can leave a position with a mass above 1. Such a position is scaled back to 1, and the set counts how
-    many there were as `targets_rescaled`.
-
-    Args:
-        source: the table, its parquet files, or a folder that holds them.
-        path: the new set's folder.
-        vocab_size: width of the teacher's logits.
-        teacher_name: what made the rows.
-        tokenizer_fingerprint: of the teacher's tokenizer, from `quantkd.transfer_set.fingerprint.compute_fingerprint`.
-        profile: "faithful" or "compact".
-        rows_per_shard: rows in one file.
-        layout: of compressed rows; None reads the file in the folder of the source.
-
-    Returns:
-        The root digest.
-
-    Raises:
-        DataError: a source that cannot be read, missing columns, lists that do not fit together, or rows of the older
-            form that keeps centred logits, from which no probability follows.
-        TransferSetError: a row that is not valid, or another set at `path`.
-
-    Reference:
-        `distillkit/compression` and `sample_logits_vllm.py` in github.com/arcee-ai/DistillKit.
-    """
-    table = _open(source)
+def _distillkit_reader(source: Source, table: Dataset) -> _Read:
+    """A function that reads a row of a table of DistillKit."""
     if {"packed_indices", "exact_values", "coeffs"} <= set(table.column_names):
         raise DataError(
             "The table holds DistillKit's older form, centred logits of the top k, which say nothing about the mass "
@@ -134,32 +112,26 @@ def import_distillkit(
         )
     compressed = "compressed_logprobs" in table.column_names
     names = ("bytepacked_indices", "compressed_logprobs") if compressed else ("token_ids", "top_values")
-    require_columns(table, ("input_ids", *names))
-    if compressed and layout is None:
-        layout = CompressedLayout.load(_folder_of(source) / _LAYOUT_FILE)
+    _require_columns(table, ("input_ids", *names))
+    layout = CompressedLayout.beside(source) if compressed else None
 
     def read(row: dict[str, Any]) -> tuple[TransferRow, int]:
         ids, values = row[names[0]], row[names[1]]
-        if compressed and layout is not None:
+        if layout is not None:
             ids, values = layout.decode_ids(ids), layout.decode_logprobs(values)
         values = np.asarray(values, dtype=np.float64)
         targets = np.arange(1, min(len(row["input_ids"]), len(values) + 1))
         if row.get("labels") is not None:
             targets = targets[np.asarray(row["labels"])[targets] != IGNORE_INDEX]
-        return _row(row["input_ids"], targets, np.asarray(ids), values, shift=1, rescale=compressed)
+        return _make_row(row["input_ids"], targets, np.asarray(ids), values, shift=1, rescale=compressed)
 
-    facts = _Facts(vocab_size, teacher_name, tokenizer_fingerprint, profile, rows_per_shard)
-    return _import(table, path, read, facts)
+    return read
 
 
-def _row(
-    input_ids: list[int],
-    targets: NDArray[np.int64],
-    token_ids: NDArray[Any],
-    logprobs: NDArray[np.float64],
-    shift: int,
-    rescale: bool = False,
-) -> tuple[TransferRow, int]:
+def _make_row(
+    input_ids: list[int], targets: NDArray[np.int64], token_ids: NDArray[Any], logprobs: NDArray[np.float64],
+    shift: int, rescale: bool = False,
+) -> tuple[TransferRow, int]:  # fmt: skip
     """A row from dense (positions, k) tables without their padding; each target is read `shift` positions before it."""
     ids, values = token_ids[targets - shift], logprobs[targets - shift]  # (R, k)
     keep = values > _PADDING_LOGPROB  # false for NaN, too, which a polynomial makes of an entry of -inf
@@ -168,8 +140,7 @@ def _row(
         mass = np.exp(np.where(keep, values, -np.inf)).sum(-1, keepdims=True)
         rescaled = int((mass > 1 + MASS_SLACK).sum())
         values = values - np.log(np.maximum(mass, 1.0))
-    cuts = np.flatnonzero(np.diff(targets) != 1) + 1
-    runs = np.split(targets, cuts) if len(targets) else []
+    runs = np.split(targets, np.flatnonzero(np.diff(targets) != 1) + 1) if len(targets) else []
     row = TransferRow(
         input_ids=np.asarray(input_ids, dtype=np.int64),
         spans=np.array([[run[0], run[-1] + 1] for run in runs], dtype=np.int64).reshape(-1, 2),
@@ -181,80 +152,138 @@ def _row(
     return row, rescaled
 
 
-def _open(source: Source) -> Dataset:
-    """The table that a source names."""
-    if isinstance(source, Dataset):
-        return source
+@dataclass(frozen=True)
+class CompressedLayout:
+    """How DistillKit lays out one position; the fields are those of its `compression_config.yaml`.
+
+    Of the k most probable of d tokens, the ids take as few bits as d needs. The first `exact_k` log-probabilities are
+    plain floats; the others a polynomial in the rank, corrected by runs of residuals, each with a `scale_dtype`,
+    `element_bits` and `num_elements`. `delta_encoding`: each number is the difference to the one before it.
+    `normalize_t`: the rank runs from 0 to 1 instead of 0, 1, 2, ...
+    """
+
+    d: int
+    k: int
+    exact_k: int
+    exact_dtype: str = "float32"
+    polynomial_terms: Sequence[int | str] | None = None
+    term_dtype: str = "float32"
+    residual_bins: Sequence[dict[str, Any]] | None = None
+    delta_encoding: bool = True
+    normalize_t: bool = False
+    error_diffusion: bool = False  # of no use to a reader
+
+    def __post_init__(self) -> None:
+        terms, bins = self.polynomial_terms or (), self.residual_bins or ()
+        residuals = sum(part["num_elements"] for part in bins)
+        floats = {self.exact_dtype, self.term_dtype, *(part["scale_dtype"] for part in bins)}
+        for valid, what in (
+            (floats <= set(_FLOAT_BYTES), f"dtypes {sorted(floats)}, expected {', '.join(_FLOAT_BYTES)}"),
+            (is_whole(self.d, 1, MAX_VOCAB_SIZE), f"d is {self.d!r}"),
+            (is_whole(self.k, 1, self.d), f"k is {self.k!r}, expected 1 to d = {self.d}"),
+            (is_whole(self.exact_k, 0, self.k), f"exact_k is {self.exact_k!r}, expected 0 to k"),
+            (all(is_whole(part["element_bits"], 1, 32) for part in bins), "element_bits outside 1 to 32"),
+            (residuals <= self.k - self.exact_k, f"{residuals} residuals, expected at most k - exact_k"),
+            (all(t in _SPECIAL_TERMS or is_whole(t, 0, 64) for t in terms), f"polynomial_terms are {terms}"),
+        ):
+            if not valid:
+                raise ValueError(what)
+
+    @classmethod
+    def beside(cls, source: Source) -> CompressedLayout:
+        """The layout from the file beside a table's files."""
+        if isinstance(source, Dataset):
+            raise DataError(
+                "The rows are compressed, and a table in memory does not say how. Give the folder of its files, with "
+                "compression_config.yaml in it."
+            )
+        path = Path(source[0] if isinstance(source, list) else source)
+        path = (path if path.is_dir() else path.parent) / "compression_config.yaml"
+        try:
+            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{path} does not say how DistillKit compressed the table: {error}. Expected the YAML file that its "
+                "capture wrote; copy it beside the table."
+            ) from error
+
+    def decode_ids(self, data: ArrayLike) -> NDArray[np.int64]:
+        """(T, k) token ids from `bytepacked_indices`."""
+        bits = (self.d - 1).bit_length()
+        return _unpack(_to_table(data, -(-self.k * bits // 8), "ids"), bits, self.k)
+
+    def decode_logprobs(self, data: ArrayLike) -> NDArray[np.float64]:
+        """(T, k) log-probabilities from `compressed_logprobs`."""
+        terms, bins = self.polynomial_terms or (), self.residual_bins or ()
+        widths = [-(-part["element_bits"] * part["num_elements"] // 8) for part in bins]
+        floats = [self.exact_dtype] * self.exact_k + [self.term_dtype] * len(terms)
+        expected = sum(_FLOAT_BYTES[dtype] for dtype in [*floats, *(part["scale_dtype"] for part in bins)])
+        table = _to_table(data, expected + sum(widths), "log-probabilities")
+        exact, table = _take_floats(table, self.exact_k, self.exact_dtype)
+        coefficients, table = _take_floats(table, len(terms), self.term_dtype)
+        count = self.k - self.exact_k
+        rank = np.linspace(0.0, 1.0, count) if self.normalize_t else np.arange(count, dtype=np.float64)
+        approximate = np.zeros((len(exact), count))
+        for column, term in enumerate(terms):
+            power = _SPECIAL_TERMS[term](rank) if isinstance(term, str) else rank**term
+            approximate += coefficients[:, column : column + 1] * power
+        start = 0
+        for part, width in zip(bins, widths, strict=True):
+            scale, table = _take_floats(table, 1, part["scale_dtype"])
+            codes = _unpack(table[:, :width], part["element_bits"], part["num_elements"])
+            # One bit is a sign; more are a whole number around 0.
+            steps = 2 * codes - 1 if part["element_bits"] == 1 else codes - 2 ** (part["element_bits"] - 1)
+            approximate[:, start : start + part["num_elements"]] += steps * scale
+            start, table = start + part["num_elements"], table[:, width:]
+        logprobs = np.concatenate([exact, approximate], axis=1)
+        return np.cumsum(logprobs, axis=1) if self.delta_encoding else logprobs
+
+
+def _to_table(data: ArrayLike, width: int, what: str) -> NDArray[np.uint8]:
+    table = np.asarray(data, dtype=np.uint8)
+    if table.ndim != 2 or table.shape[1] != width:
+        raise ValueError(f"{what} of shape {table.shape}, expected {width} bytes per position")
+    return table
+
+
+def _unpack(table: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
+    """(T, count) whole numbers of `bits` bits each, the highest bit first, from (T, B) bytes."""
+    flat = np.unpackbits(table, axis=1)[:, : bits * count].reshape(len(table), count, bits)
+    return flat.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
+
+
+def _take_floats(table: NDArray[np.uint8], count: int, dtype: str) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """The first `count` little-endian floats of each position as float64, and the bytes after them."""
+    size = count * _FLOAT_BYTES[dtype]
+    raw = np.ascontiguousarray(table[:, :size])
+    if dtype == "bfloat16":  # the upper half of a float32
+        values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = raw.view(f"<f{_FLOAT_BYTES[dtype]}")
+    return values.astype(np.float64).reshape(len(table), count), table[:, size:]
+
+
+def _require_columns(table: Dataset, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise DataError(f"The table lacks the columns {missing}; it has {table.column_names}. Choose another table.")
+
+
+def _load(source: str | Path | list[str]) -> Dataset:
     paths = [Path(path) for path in (source if isinstance(source, list) else [source])]
     missing = [str(path) for path in paths if not path.exists()]
     if missing or not paths:
         raise DataError(f"There is no {', '.join(missing) or 'file given'}. Give parquet files, or a folder with them.")
     folder = paths[0]
-    if len(paths) == 1 and folder.is_dir():
-        if (folder / "state.json").is_file():
-            table = load_from_disk(str(folder))
-            if not isinstance(table, Dataset):
-                raise DataError(
-                    f"{folder} holds the splits {sorted(table)}; expected one table. Give a split's folder."
-                )
-            return table
+    if len(paths) == 1 and folder.is_dir() and not (folder / "state.json").is_file():
         # data_10 after data_9, so that rows keep the order in which they were written.
         paths = sorted(folder.glob("*.parquet"), key=lambda path: [*map(int, re.findall(r"\d+", path.stem))])
         if not paths:
             found = sorted(entry.name for entry in folder.iterdir())[:8]
-            raise DataError(
-                f"{folder} holds {found or 'nothing'}; expected *.parquet files, or what save_to_disk writes."
-            )
+            raise DataError(f"{folder} holds {found or 'nothing'}; expected *.parquet, or what save_to_disk writes.")
     try:
-        return Dataset.from_parquet([str(path) for path in paths])
+        return load_from_disk(str(folder)) if paths[0].is_dir() else Dataset.from_parquet([str(path) for path in paths])
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"{paths[0]} cannot be read: {error}. Expected Parquet files of one schema; write them again."
         ) from error
-
-
-def _folder_of(source: Source) -> Path:
-    """Where the files of a source lie."""
-    if isinstance(source, Dataset):
-        files = [file["filename"] for file in source.cache_files]
-        raise DataError(
-            f"The table of {files or 'rows in memory'} is compressed, and the layout is not given. "
-            "Load compression_config.yaml with CompressedLayout.load, and pass it as layout."
-        )
-    path = Path(source[0] if isinstance(source, list) else source)
-    return path if path.is_dir() else path.parent
-
-
-def _import(table: Dataset, path: str | Path, read: _Reader, facts: _Facts) -> str:
-    """Read the table once to check it and to learn its plan, and once to write it."""
-    digest, most = hashlib.sha256(), 0
-    for number, values in enumerate(table):
-        try:
-            row, _ = read(values)
-        except (ValueError, IndexError, TypeError) as error:
-            raise DataError(f"Row {number} has lists that do not fit together: {error}. Repair it.") from error
-        digest.update(np.asarray([len(row.input_ids), *row.input_ids], dtype="<i8").tobytes())
-        most = max(most, int(row.counts.max(initial=0)))
-    if not most:
-        raise DataError(f"None of the {len(table)} rows has a target with entries. Choose another table.")
-    plan = Plan(
-        teacher_name=facts.teacher_name,
-        teacher_revision="",
-        teacher_dtype="unknown",
-        tokenizer_fingerprint=facts.tokenizer_fingerprint,
-        vocab_size=facts.vocab_size,
-        storage=storage_rule_to_dict(TopK(most)),
-        profile=facts.profile,
-        temperatures=(1.0,),
-        responses="given",
-        generation={},
-        prompts_digest=digest.hexdigest(),
-        num_prompts=len(table),
-        rows_per_shard=facts.rows_per_shard,
-        batch_size=1,
-    )
-    with TransferSetWriter.open(path, plan) as writer:
-        for task in writer.claim():
-            rows, rescaled = zip(*(read(table[number]) for number in range(task.start, task.stop)), strict=True)
-            writer.commit(task, rows, {"targets_rescaled": sum(rescaled)} if sum(rescaled) else None)
-        return writer.finalize()

@@ -11,6 +11,7 @@ from typing import Any
 
 from quantkd.errors import TransferSetError
 from quantkd.files import read_regular
+from quantkd.transfer_set.codec import MAX_SHARD_ITEMS, ShardSize
 from quantkd.transfer_set.documents import (
     MAX_DOCUMENT_BYTES,
     canonical_json,
@@ -18,7 +19,6 @@ from quantkd.transfer_set.documents import (
     quote,
     require_fields,
 )
-from quantkd.transfer_set.encoded import MAX_SHARD_ITEMS, ShardSize
 from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
 
 INDEX_NAME = "index.json"
@@ -37,7 +37,7 @@ class ShardRecord:
     """What is known of a committed shard.
 
     Args:
-        size: its rows, tokens, spans, targets and entries.
+        size: its rows, their sums, and its blocks.
         sha256: of the file, in hexadecimal.
         counters: what its capture counted; kept in the record and summed in the index.
     """

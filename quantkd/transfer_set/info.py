@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkd.transfer_set.extension import count_prompts
 from quantkd.transfer_set.store import ShardStore
 
 _TOTALS = ("tokens", "targets", "entries")
@@ -30,7 +29,6 @@ class TransferSetInfo:
         tokenizer_fingerprint: sha256 in hexadecimal.
         vocab_size: V.
         storage: the storage rule as JSON.
-        profile: "faithful" or "compact".
         temperatures: those with a stored log-normalizer.
         generation: generation settings.
         responses: "generate" or "given".
@@ -54,7 +52,6 @@ class TransferSetInfo:
     tokenizer_fingerprint: str
     vocab_size: int
     storage: dict[str, Any]
-    profile: str
     temperatures: tuple[float, ...]
     generation: dict[str, Any]
     responses: str
@@ -92,12 +89,11 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | Non
         tokenizer_fingerprint=plan.tokenizer_fingerprint,
         vocab_size=plan.vocab_size,
         storage=plan.storage,
-        profile=plan.profile,
         temperatures=plan.temperatures,
         generation=plan.generation,
         responses=plan.responses,
         num_rows=sum(size.rows for size in shards) if table is None else len(table),
-        num_prompts=sum(count_prompts(store.index.plan) for store in stores),
+        num_prompts=sum(store.index.plan.num_prompts for store in stores),
         num_tokens=tokens,
         num_response_tokens=targets,
         num_entries=entries,

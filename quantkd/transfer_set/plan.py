@@ -1,4 +1,4 @@
-"""What a transfer set holds: one row, and the plan that fixes every row's place before the first token."""
+"""The plan of a transfer set, which fixes every row's place before the first token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.documents import canonical_json, quote, require_fields
-from quantkd.transfer_set.encoded import MAX_SHARD_ROWS
-from quantkd.transfer_set.profiles import PROFILES
-from quantkd.transfer_set.rules import Nucleus, StorageRule, TopK, storage_rule_from_dict
+from quantkd.transfer_set.rules import StorageRule, storage_rule_from_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MAX_SHARD_ROWS = 2**16
 MAX_SHARDS = 8192  # their records stay below MAX_DOCUMENT_BYTES in one index
 MAX_VOCAB_SIZE = 2**24
 MAX_TEMPERATURES = 16
@@ -35,7 +34,6 @@ class Plan:
         tokenizer_fingerprint: sha256 in hexadecimal.
         vocab_size: V, the width of the teacher's logits.
         storage: a storage rule as `quantkd.transfer_set.rules.storage_rule_to_dict` writes it.
-        profile: "faithful" or "compact", the precision of the encoding.
         temperatures: distillation temperatures with a stored log-normalizer, ascending.
         responses: "generate" if the teacher wrote them, "given" if they came with the prompts.
         generation: generation settings, any JSON.
@@ -55,7 +53,6 @@ class Plan:
     tokenizer_fingerprint: str
     vocab_size: int
     storage: dict[str, Any]
-    profile: str
     temperatures: tuple[float, ...]
     responses: str
     generation: dict[str, Any]
@@ -74,9 +71,7 @@ class Plan:
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             _require(is_whole(value, 1, limit), name, value, f"a whole number from 1 to {limit}")
-        for name, choices in (("profile", tuple(PROFILES)), ("responses", ("generate", "given"))):
-            value = getattr(self, name)
-            _require(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
+        _require(self.responses in ("generate", "given"), "responses", self.responses, "generate or given")
         for name in ("generation", "extra"):
             _require(isinstance(getattr(self, name), dict), name, getattr(self, name), "a dictionary")
         _require(
@@ -132,12 +127,6 @@ class Plan:
     def differences(self, other: Plan) -> list[str]:
         """The names of the fields in which two plans differ."""
         return [name for name in self.__dataclass_fields__ if getattr(self, name) != getattr(other, name)]
-
-
-def max_entries(rule: StorageRule, vocab_size: int) -> int:
-    """The most entries that a position can hold under `rule`."""
-    limit = rule.k if isinstance(rule, TopK) else rule.max_k if isinstance(rule, Nucleus) else rule.n
-    return min(limit, vocab_size)
 
 
 def parse_storage(value: Any) -> StorageRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -14,12 +15,12 @@ from torch.utils.data import Dataset
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.batch import RowBatch
+from quantkd.transfer_set.documents import canonical_json
 from quantkd.transfer_set.info import TransferSetInfo, describe_stores
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.source import ShardSource, find_source
 from quantkd.transfer_set.store import ShardStore, Verify
-from quantkd.transfer_set.views import permute_rows, split_rows, view_digest
 
 
 class TransferSet(Dataset[dict[str, Any]]):
@@ -88,6 +89,55 @@ class TransferSet(Dataset[dict[str, Any]]):
             )
         return opened
 
+    @classmethod
+    def concatenate(cls, sets: Sequence[TransferSet], weights: Sequence[float] | None = None) -> TransferSet:
+        """Several sets or views one after the other, without copying.
+
+        Args:
+            sets: of the same tokenizer, vocabulary size and temperatures.
+            weights: what the loss of each set's rows is multiplied by; rows carry none if None.
+
+        Returns:
+            The joined view.
+
+        Raises:
+            ConfigError: no sets, sets that do not fit together, or weights that are not finite and above 0.
+
+        Example:
+            mixed = TransferSet.concatenate([TransferSet("runs/gsm8k"), TransferSet("runs/chat")], weights=[1.0, 0.5])
+        """
+        if not sets:
+            raise ConfigError("concatenate needs at least one transfer set.")
+        if len(sets) == 1 and weights is None:
+            return sets[0]
+        if weights is not None and (len(weights) != len(sets) or not all(0 < w < float("inf") for w in weights)):
+            raise ConfigError(f"weights are {list(weights)} for {len(sets)} sets; give each a finite number above 0.")
+        plans = [store.index.plan for each in sets for store, _ in each._sources]
+        for name in ("tokenizer_fingerprint", "vocab_size", "temperatures"):
+            found = list(dict.fromkeys(getattr(plan, name) for plan in plans))
+            if len(found) > 1:
+                raise ConfigError(
+                    f"The sets differ in {name}: {found[0]} and {found[1]}. Capture them alike to join them."
+                )
+        sources: list[tuple[ShardStore, float | None]] = []
+        rows: list[NDArray[np.int64]] = []
+        shift = 0
+        for position, each in enumerate(sets):
+            rows.append(np.asarray(each._rows, dtype=np.int64) + shift)
+            for store, weight in each._sources:
+                sources.append((store, weight if weights is None else (weight or 1.0) * weights[position]))
+                shift += store.num_rows
+        return cls._over(sources, np.concatenate(rows))
+
+    @classmethod
+    def _over(cls, sources: Sequence[tuple[ShardStore, float | None]], rows: NDArray[np.int64] | range) -> TransferSet:
+        """Some rows of stores that are open already, which no path names."""
+        view = cls.__new__(cls)
+        view._sources = tuple(sources)
+        view._starts = np.append(0, np.cumsum([store.num_rows for store, _ in sources], dtype=np.int64))
+        view._rows = rows
+        return view
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -152,7 +202,7 @@ class TransferSet(Dataset[dict[str, Any]]):
         located = self._resolve(indices)
         sources = np.searchsorted(self._starts, located, side="right") - 1
         return [
-            self._sources[source][0].fetch([int(row - self._starts[source])]).rows()[0]
+            self._sources[source][0].fetch([int(row - self._starts[source])])[0]
             for source, row in zip(sources.tolist(), located, strict=True)
         ]
 
@@ -189,23 +239,18 @@ class TransferSet(Dataset[dict[str, Any]]):
         Raises:
             ConfigError: one of the two would be empty.
         """
-        rest, held_out = split_rows(len(self), fraction, seed)
-        return self.select(rest), self.select(held_out)
-
-    def shuffle(self, seed: int, epoch: int = 0) -> TransferSet:
-        """A view in an order that depends on `seed` and `epoch` alone; no global random state is read or changed.
-
-        Args:
-            seed: of the run.
-            epoch: of the pass over the data.
-
-        Returns:
-            The view.
-
-        Raises:
-            DataError: a negative seed or epoch.
-        """
-        return self.select(permute_rows(len(self), (seed, epoch)))
+        size = round(fraction * len(self)) if 0 < fraction < 1 else 0
+        if not 0 < size < len(self):
+            raise ConfigError(
+                f"A split of {fraction} of {len(self)} rows leaves one part empty. Choose a fraction between 0 and 1 "
+                "that leaves at least one row on either side."
+            )
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}; expected a number of at least 0.")
+        # The raw output of a bit generator never changes between numpy releases; that of `permutation` may.
+        keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(len(self))
+        order = np.argsort(np.asarray(keys), kind="stable")
+        return self.select(np.sort(order[size:])), self.select(np.sort(order[:size]))
 
     @property
     def plan(self) -> Plan:
@@ -222,7 +267,10 @@ class TransferSet(Dataset[dict[str, Any]]):
         """The root digest; of a view or of joined sets, a digest over theirs, the weights and the chosen rows."""
         if (store := self.whole_store) is not None:
             return store.index.digest()
-        return view_digest([(store.index.digest(), weight) for store, weight in self._sources], self._rows)
+        rows = np.asarray(self._rows, dtype="<i8").tobytes()
+        sources = [[store.index.digest(), weight] for store, weight in self._sources]
+        view = {"sources": sources, "rows": hashlib.sha256(rows).hexdigest()}
+        return hashlib.sha256(canonical_json(view)).hexdigest()
 
     @cached_property
     def info(self) -> TransferSetInfo:
@@ -231,15 +279,15 @@ class TransferSet(Dataset[dict[str, Any]]):
         return describe_stores([store for store, _ in self._sources], table, self.digest)
 
     @property
-    def sources(self) -> tuple[ShardSource, ...]:
-        """Where the set lies, or each of joined sets; as text a folder, or a repository on the Hub and its commit."""
-        return tuple(store.source for store, _ in self._sources)
-
-    @property
     def whole_store(self) -> ShardStore | None:
         """The store of one whole set; None for a view and for joined sets."""
         is_set = len(self._sources) == 1 and self._sources[0][1] is None and self._is_whole
         return self._sources[0][0] if is_set else None
+
+    @property
+    def sources(self) -> tuple[ShardSource, ...]:
+        """Where the set lies, or each of joined sets; as text a folder, or a repository on the Hub and its commit."""
+        return tuple(store.source for store, _ in self._sources)
 
     @property
     def _is_whole(self) -> bool:
@@ -257,14 +305,11 @@ class TransferSet(Dataset[dict[str, Any]]):
         return [int(self._rows[index]) for index in indices]
 
     def _view(self, rows: NDArray[np.int64] | range | list[int]) -> TransferSet:
-        view = object.__new__(type(self))
-        view._sources, view._starts = self._sources, self._starts
-        view._rows = np.array(rows, dtype=np.int64) if isinstance(rows, list) else rows
-        return view
+        return self._over(self._sources, np.array(rows, dtype=np.int64) if isinstance(rows, list) else rows)
 
     def _fetch(self, source: int, rows: list[int]) -> RowBatch:
         """Some rows of one of the joined sets, as tensors."""
         store, weight = self._sources[source]
         start = int(self._starts[source])
-        decoded = store.fetch([row - start for row in rows])
-        return RowBatch.from_decoded(decoded, store.codec.temperatures, store.codec.vocab_size, weight)
+        fetched = store.fetch([row - start for row in rows])
+        return RowBatch.from_rows(fetched, store.codec.temperatures, store.codec.vocab_size, weight)

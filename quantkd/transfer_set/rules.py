@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkd.errors import ConfigError
@@ -106,6 +108,54 @@ def parse_storage_rule(text: str) -> StorageRule:
     return rule
 
 
+def max_entries(rule: StorageRule, vocab_size: int) -> int:
+    """The most entries that a position can hold under `rule`."""
+    limit = rule.k if isinstance(rule, TopK) else rule.max_k if isinstance(rule, Nucleus) else rule.n
+    return min(limit, vocab_size)
+
+
+def narrow(stored: StorageRule, wanted: StorageRule) -> StorageRule:
+    """The rule that entries follow once those stored under `stored` were cut to `wanted`."""
+    match stored, wanted:
+        case Sampled(), Sampled():
+            if stored == wanted:
+                return stored
+        case Nucleus(), Nucleus():
+            return Nucleus(min(stored.p, wanted.p), min(stored.max_k, wanted.max_k))
+        case TopK(), TopK():
+            return TopK(min(stored.k, wanted.k))
+        case TopK(), Nucleus():
+            return Nucleus(wanted.p, min(stored.k, wanted.max_k))
+        case Nucleus(), TopK():
+            return Nucleus(stored.p, min(stored.max_k, wanted.k))
+    raise ConfigError(
+        f"Rows stored under {stored} cannot be trimmed to {wanted}: draws would lose their balance. "
+        f"Convert with storage={stored}, or capture again."
+    )
+
+
+def in_nucleus(mass: Any, p: float) -> Any:
+    """Which of (..., W) descending probabilities, a tensor or an array, a nucleus of mass `p` keeps."""
+    return mass.cumsum(-1) - mass < p  # the mass before an entry, so the first always stays
+
+
+def keep_entries(logprobs: NDArray[Any], counts: NDArray[np.int64], rule: StorageRule) -> NDArray[np.bool_]:
+    """(E,) which ragged entries `rule` keeps, those of each position in descending order. `Sampled` keeps all.
+
+    Shapes: logprobs (E,), counts (N,).
+    """
+    owners = np.repeat(np.arange(len(counts)), counts)
+    rank = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if isinstance(rule, TopK):
+        return rank < rule.k
+    if isinstance(rule, Sampled):
+        return np.ones(len(owners), dtype=bool)
+    mass = np.zeros((len(counts), int(counts.max(initial=0))))
+    mass[owners, rank] = np.exp(logprobs.astype(np.float64))
+    kept: NDArray[np.bool_] = in_nucleus(mass, rule.p)[owners, rank] & (rank < rule.max_k)
+    return kept
+
+
 def check_temperatures(rule: StorageRule, temperatures: Sequence[float]) -> tuple[float, ...]:
     """The temperatures as a tuple, sorted and checked against the rule."""
     values = tuple(sorted({float(t) for t in temperatures}))
@@ -163,18 +213,17 @@ def pick_entries(
     log_z = logits.logsumexp(-1)  # (N,)
     columns = [torch.zeros_like(log_z) if t == 1.0 else (logits / t).logsumexp(-1) - log_z / t for t in temperatures]
     if isinstance(rule, Sampled):
-        _require(uniforms is not None, f"{rule} needs uniforms of shape (N, {rule.n}).")
-        assert uniforms is not None
+        if uniforms is None:
+            raise ConfigError(f"{rule} needs uniforms of shape (N, {rule.n}).")
         token_ids, logprobs, keep = _draw(logits - log_z.unsqueeze(-1), uniforms)
     else:
-        width = rule.k if isinstance(rule, TopK) else min(rule.max_k, vocab_size)
+        width = rule.k if isinstance(rule, TopK) else max_entries(rule, vocab_size)
         _require(width <= vocab_size, f"{rule} exceeds the teacher's vocabulary of {vocab_size}; choose a smaller k.")
         top, token_ids = logits.topk(width, dim=-1)  # (N, width), descending
         logprobs = (top - log_z.unsqueeze(-1)).clamp_max(0)  # rounding can leave a sure token above 0
         keep = torch.isfinite(logprobs)  # a vocabulary that is masked with -inf may have fewer than `width` tokens
         if isinstance(rule, Nucleus):
-            mass = logprobs.exp()
-            keep &= mass.cumsum(-1) - mass < rule.p  # the mass before an entry, so the first always stays
+            keep &= in_nucleus(logprobs.exp(), rule.p)
     return PickedEntries(token_ids, logprobs, keep, torch.stack(columns, dim=-1), log_z.isfinite())
 
 

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkd.errors import ConfigError, TransferSetError
-from quantkd.transfer_set.codec import Codec, DecodedRows
-from quantkd.transfer_set.encoded import CHECKSUM, ENTRIES, TOKENS, RowCodes
-from quantkd.transfer_set.index import ShardRecord, record_to_bytes
-from quantkd.transfer_set.row import check_entries
-from quantkd.transfer_set.shard import TARGETS, ShardMap, concatenate_codes, shard_bytes
+from quantkd.transfer_set.codec import ENTRIES, TARGETS, TOKENS, Codec
+from quantkd.transfer_set.index import record_to_bytes
+from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.shard import ShardMap, shard_bytes
 from quantkd.transfer_set.source import FolderSource, ShardSource
 
 Verify = Literal["auto", "full", "off"]
@@ -28,8 +27,8 @@ class ShardStore:
     Args:
         path: the set's folder, or another source of its files.
         verify: "full" hashes every shard first; "auto" does so for downloaded sets and otherwise compares sizes and
-            headers now and each row when it is first read; "off" compares sizes and structure alone. The shards of a
-            remote source are opened, and hashed under any of them, when they are first touched; by "full" now.
+            tables now and checks each row when it is first read; "off" compares sizes and structure alone. The shards
+            of a remote source are opened, and hashed under any of them, when they are first touched; by "full" now.
         allow_incomplete: accept an unfinished set and read its committed prefix.
         hash_downloads: whether "auto" looks for downloads; `quantkd verify` hashes by itself.
 
@@ -39,12 +38,7 @@ class ShardStore:
     """
 
     def __init__(
-        self,
-        path: str | Path | ShardSource,
-        verify: Verify,
-        allow_incomplete: bool,
-        *,
-        hash_downloads: bool = True,
+        self, path: str | Path | ShardSource, verify: Verify, allow_incomplete: bool, *, hash_downloads: bool = True
     ) -> None:
         if verify not in ("auto", "full", "off"):
             raise ConfigError(f"verify is {verify!r}; expected 'auto', 'full' or 'off'.")
@@ -65,7 +59,7 @@ class ShardStore:
         for shard in range(0 if self.source.is_remote and not full else len(self.index.shards)):
             mapped = self.map(shard)
             if full:
-                self._hash(shard, mapped)
+                self._check_digest(shard, mapped)
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps do not travel to another process; it opens its own.
@@ -83,76 +77,28 @@ class ShardStore:
             documents = len(self.index.to_bytes())
         else:
             documents = sum(len(record_to_bytes(record)) for record in self.index.shards)
-        return documents + sum(shard_bytes(self.codec, record.size) for record in self.index.shards)
+        return documents + sum(shard_bytes(record.size) for record in self.index.shards)
 
     def table(self) -> NDArray[np.int64]:
         """(rows, 3): tokens, targets and entries of every row, from the row tables alone."""
-        columns = [TOKENS, TARGETS, ENTRIES]
-        parts = [np.diff(self.map(s).edges, axis=0)[:, columns] for s in range(len(self.index.shards))]
+        parts = [self.map(shard).table[:, [TOKENS, TARGETS, ENTRIES]] for shard in range(len(self.index.shards))]
         return np.concatenate([np.zeros((0, 3), dtype=np.int64), *parts])
 
-    def fetch(self, rows: Sequence[int]) -> DecodedRows:
-        """The given rows, decoded, in the order asked for."""
+    def fetch(self, rows: Sequence[int]) -> list[TransferRow]:
+        """The given rows, in the order asked for."""
         shards = (np.searchsorted(self.row_starts, np.asarray(rows, dtype=np.int64), side="right") - 1).tolist()
-        located = [(self.map(s), row - int(self.row_starts[s])) for s, row in zip(shards, rows, strict=True)]
-        parts: list[RowCodes] = []
-        fresh = False
-        position = 0
-        while position < len(located):
-            mapped, local = located[position]
-            run = 1
-            if mapped.checked[local]:
-                # Neighbours that are known to be good come as one slice.
-                while (
-                    position + run < len(located)
-                    and located[position + run] == (mapped, local + run)
-                    and mapped.checked[local + run]
-                ):
-                    run += 1
-            codes = mapped.fetch(local, local + run)
-            if not mapped.checked[local]:
-                fresh = True
-                if self._check_rows and codes.checksum() != int(codes.rows[0, CHECKSUM]):
-                    raise _damaged(mapped, local, "does not match its checksum")
-            parts.append(codes)
-            position += run
-        codes = concatenate_codes(parts) if parts else RowCodes.empty(self.codec.num_normalizers, self.codec.high_bits)
-        if not fresh:
-            return self.codec.decode(codes)
-        fault = codes.find_fault(self.codec.max_entries, self.codec.vocab_size)
-        if fault is not None:
-            raise _damaged(*located[fault[0]], fault[1])
-        decoded = self.codec.decode(codes)
-        if self._check_rows:
-            self._check_content(decoded, located)
-        for mapped, local in located:
-            mapped.checked[local] = True
-        return decoded
-
-    def _check_content(self, decoded: DecodedRows, located: list[tuple[ShardMap, int]]) -> None:
-        try:
-            self._check_values(decoded)
-        except TransferSetError:
-            for mapped, local in located:  # which one was it?
-                try:
-                    self._check_values(self.codec.decode(mapped.fetch(local, local + 1)))
-                except TransferSetError as error:
-                    raise TransferSetError(f"Row {local} of {mapped.path}: {error}") from error
-            raise  # pragma: no cover - what is wrong with several rows is wrong with one of them
-
-    def _check_values(self, decoded: DecodedRows) -> None:
-        check_entries(
-            decoded.input_ids, decoded.counts, decoded.token_ids, decoded.logprobs, decoded.log_normalizers,
-            self.codec.vocab_size, self.codec.temperatures,
-        )  # fmt: skip
+        return [
+            self.map(shard).read_row(row - int(self.row_starts[shard]), check=self._check_rows)
+            for shard, row in zip(shards, rows, strict=True)
+        ]
 
     def map(self, shard: int) -> ShardMap:
-        """The shard, mapped and with its header and row table checked."""
+        """The shard, mapped and with its header and tables checked."""
         mapped = self._maps.get(shard)
         if mapped is None:
             mapped = ShardMap(self.locate(shard), self.codec, self.index.shards[shard].size)
             if self.source.is_remote:
-                self._hash(shard, mapped)
+                self._check_digest(shard, mapped)
             self._maps[shard] = mapped
             if len(self._maps) > MAX_OPEN_MAPS:
                 self._maps.popitem(last=False)
@@ -162,23 +108,16 @@ class ShardStore:
 
     def locate(self, shard: int) -> Path:
         """The file of a shard, fetched if need be and not yet checked."""
-        return self.source.locate(shard, shard_bytes(self.codec, self.index.shards[shard].size))
+        return self.source.locate(shard, shard_bytes(self.index.shards[shard].size))
 
-    def _hash(self, shard: int, mapped: ShardMap) -> None:
-        if shard not in self._hashed:
-            check_digest(mapped, self.index.shards[shard])
-            self._hashed.add(shard)
-
-
-def check_digest(mapped: ShardMap, record: ShardRecord) -> None:
-    """Compare a shard's sha256 with its record."""
-    digest = mapped.sha256()
-    if digest != record.sha256:
-        raise TransferSetError(
-            f"{mapped.path} has the sha256 {digest}; the index says {record.sha256}. `quantkd verify` names the row. "
-            "Get the shard anew."
-        )
-
-
-def _damaged(mapped: ShardMap, row: int, what: str) -> TransferSetError:
-    return TransferSetError(f"Row {row} of {mapped.path} {what}. The shard is damaged: get it anew.")
+    def _check_digest(self, shard: int, mapped: ShardMap) -> None:
+        """Compare a shard's sha256 with its record, once."""
+        if shard in self._hashed:
+            return
+        digest, expected = mapped.sha256(), self.index.shards[shard].sha256
+        if digest != expected:
+            raise TransferSetError(
+                f"{mapped.path} has the sha256 {digest}; the index says {expected}. `quantkd verify` names the row. "
+                "Get the shard anew."
+            )
+        self._hashed.add(shard)

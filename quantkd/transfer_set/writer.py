@@ -1,8 +1,9 @@
 """Writing a transfer set so that no crash, full disk or second writer can spoil it.
 
-The plan fixes which prompts belong to which shard before the first token. A shard is committed in this order: temporary
-file, fsync, rename, fsync of the folder, and the same for its record, which is what marks it as committed. When every
-record is there, one process writes index.json the same way; from then on the set is complete and is not written again.
+The plan fixes which prompts belong to which shard before the first token, and shard i belongs to process i mod n. A
+shard is committed in this order: temporary file, fsync, rename, fsync of the folder, and the same for its record, which
+is what marks it as committed. When every record is there, process 0 writes index.json the same way; from then on the
+set is complete and is not written again. A pass that ended early is resumed by any number of processes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from quantkd.errors import TransferSetError
-from quantkd.files import FileLock, FileSystem, write_file
-from quantkd.transfer_set.claims import ShardClaims, lock_name
+from quantkd.files import DISK, FileLock, FileSystem, write_file
 from quantkd.transfer_set.codec import Codec
 from quantkd.transfer_set.index import (
     INDEX_NAME,
@@ -37,16 +37,15 @@ from quantkd.transfer_set.plan import Plan, check_counters
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.shard import serialize_shard, shard_bytes, shard_name
 
-WRITER_LOCK = "writer.lock"
-COMMIT_LOCK = "commit.lock"
 POLL_SECONDS = 0.05
-_TEMPORARY = re.compile(r"(plan\.json|index\.json|shard-\d{5}\.(json|safetensors))\.tmp")
-LOCK_TIMEOUT_SECONDS = 30.0
+PLAN_TIMEOUT_SECONDS = 600.0
+_LOCK = re.compile(r"writer-\d+-of-(\d+)\.lock")
+_LEFTOVER = re.compile(r"(plan|index|shard-\d{5})\.json\.tmp|shard-\d{5}\.safetensors\.tmp|(plan|shard-\d{5})\.json")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard that this writer has claimed: the prompts `[start, stop)` of the plan."""
+    """A shard that is to be written: the prompts `[start, stop)` of the plan."""
 
     index: int
     start: int
@@ -54,7 +53,7 @@ class ShardTask:
 
 
 class TransferSetWriter:
-    """Writes one transfer set, alone or together with other processes. Use `open`, and close it or use `with`.
+    """Writes one transfer set, alone or as one of several processes. Use `open`, and close it or use `with`.
 
     Example:
         with TransferSetWriter.open("runs/gsm8k", plan) as writer:
@@ -63,43 +62,35 @@ class TransferSetWriter:
             digest = writer.finalize()
     """
 
-    def __init__(self, path: Path, plan: Plan, filesystem: FileSystem, lock: FileLock, digest: str | None) -> None:
+    def __init__(self, path: Path, plan: Plan, process: tuple[int, int], filesystem: FileSystem) -> None:
         self.path = path
         self.plan = plan
+        self._process, self._num_processes = process
         self._filesystem = filesystem
         self._codec = Codec(plan)
-        self._lock = lock
-        self._digest = digest
-        self._claims = ShardClaims(path)
+        self._lock = FileLock(path / f"writer-{process[0]}-of-{process[1]}.lock")
+        self._claimed: set[int] = set()
+        self._digest: str | None = None
 
     @classmethod
     def open(
-        cls, path: str | Path, plan: Plan, *, join: bool = False, filesystem: FileSystem | None = None
+        cls, path: str | Path, plan: Plan, *, process: tuple[int, int] = (0, 1), filesystem: FileSystem = DISK
     ) -> TransferSetWriter:
-        """Start a set at `path`, or resume the one that lies there with the same plan."""
+        """Start a set at `path`, or resume the one that is there with the same plan, as `process` (index, number)."""
         folder = Path(path)
-        disk = filesystem or FileSystem()
-        lock = FileLock(folder / WRITER_LOCK)
+        writer = cls(folder, plan, process, filesystem)
         with _disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / INDEX_NAME).exists() and not lock.acquire(shared=join):
-                raise TransferSetError(
-                    f"Another writer is at work on {folder}. Wait for it, or, to share the work, start every process "
-                    "with the same plan and join=True (--join; `accelerate launch` does so by itself)."
-                )
             try:
-                digest = None
                 if not (folder / INDEX_NAME).exists():
-                    _establish_plan(disk, folder, plan)
+                    writer._start()
                 if (folder / INDEX_NAME).exists():
                     index = read_index(folder)
                     _require_same(folder, index.plan, plan)
-                    digest = index.digest()
-                writer = cls(folder, plan, disk, lock, digest)
-                if digest is not None:
+                    writer._digest = index.digest()
                     writer._remove_leftovers()
             except BaseException:
-                lock.release()
+                writer.close()
                 raise
         return writer
 
@@ -109,29 +100,15 @@ class TransferSetWriter:
         return self._digest is not None
 
     def claim(self) -> Iterator[ShardTask]:
-        """The shards that are left, each claimed for this writer alone. Ends when nobody has one left.
-
-        While other writers hold the last shards, this waits: if one of them dies, its shard is handed out here.
-        """
-        while self._digest is None:
-            others = False
-            for shard in range(self.plan.num_shards):
-                if self._claims.holds(shard):
-                    continue
-                with _disk_errors(self.path):
-                    state = self._claims.try_claim(shard)
-                if state == "finished":
-                    return
-                others |= state == "taken"
-                if state == "ours":
-                    yield ShardTask(shard, *self.plan.prompt_range(shard))
-            if not others:
-                return
-            time.sleep(POLL_SECONDS)
+        """The shards of this process that are not committed yet."""
+        for shard in range(self._process, 0 if self.is_complete else self.plan.num_shards, self._num_processes):
+            if not self._is_committed(shard):
+                self._claimed.add(shard)
+                yield ShardTask(shard, *self.plan.prompt_range(shard))
 
     def commit(self, task: ShardTask, rows: Sequence[TransferRow], counters: Mapping[str, int] | None = None) -> None:
         """Store a claimed shard; when this returns, it survives a power cut."""
-        if not self._claims.holds(task.index):
+        if task.index not in self._claimed:
             raise TransferSetError(f"Shard {task.index} is not claimed by this writer; commit what `claim` handed out.")
         if len(rows) > task.stop - task.start:
             raise TransferSetError(
@@ -145,37 +122,34 @@ class TransferSetWriter:
         size, tensors = self._codec.encode(rows)
         if not size.is_possible():
             raise TransferSetError(f"Shard {task.index} would be too large: {size}. Plan fewer rows per shard.")
-        data = serialize_shard(self._codec, size, tensors)
+        data = serialize_shard(size, tensors)
         record = ShardRecord(size, hashlib.sha256(data).hexdigest(), check_counters(dict(counters or {})))
         with _disk_errors(self.path):
-            write_file(self.path / shard_name(task.index), data, filesystem=self._filesystem, what="shard")
-            write_file(
-                self.path / record_name(task.index), record_to_bytes(record), filesystem=self._filesystem, what="record"
-            )
-            self._claims.release(task.index, committed=True)
+            self._write(shard_name(task.index), data, "shard")
+            self._write(record_name(task.index), record_to_bytes(record), "record")
+        self._claimed.discard(task.index)
 
-    def finalize(self, wait: bool = True) -> str:
-        """Write the index once every shard is committed; the set is then complete."""
+    def finalize(self) -> str:
+        """Write the index once every shard is committed, or wait until process 0 did; returns the root digest."""
         while self._digest is None:
             with _disk_errors(self.path):
-                missing = [shard for shard in range(self.plan.num_shards) if not self._claims.is_committed(shard)]
+                missing = [shard for shard in range(self.plan.num_shards) if not self._is_committed(shard)]
+                own = [shard for shard in missing if shard % self._num_processes == self._process]
                 if (self.path / INDEX_NAME).exists():
                     self._digest = read_index(self.path).digest()
-                elif not missing:
+                elif own:
+                    raise TransferSetError(
+                        f"{self.path} lacks {len(missing)} of {self.plan.num_shards} shards, first {own[0]}. "
+                        "Write them by the tasks of `claim`, then finalize."
+                    )
+                elif not missing and self._process == 0:
                     self._write_index()
                 else:
-                    orphan = next((s for s in missing if not wait or self._claims.is_abandoned(s)), None)
-                    if orphan is not None:
-                        raise TransferSetError(
-                            f"{self.path} lacks {len(missing)} of {self.plan.num_shards} shards, first {orphan}. "
-                            "Write them by the tasks of `claim`, then finalize."
-                        )
                     time.sleep(POLL_SECONDS)
         return self._digest
 
     def close(self) -> None:
-        """Release all locks. An unfinished set stays resumable."""
-        self._claims.release_all()
+        """Release the lock. An unfinished set stays resumable."""
         self._lock.release()
 
     def __enter__(self) -> TransferSetWriter:
@@ -186,60 +160,74 @@ class TransferSetWriter:
     ) -> None:
         self.close()
 
+    def _start(self) -> None:
+        """Take this process's lock, and write the plan or find that it is there and the same."""
+        self._refuse_others()
+        plan_path, deadline = self.path / PLAN_NAME, time.monotonic() + PLAN_TIMEOUT_SECONDS
+        while self._process and not (plan_path.exists() or (self.path / INDEX_NAME).exists()):
+            if time.monotonic() > deadline:
+                raise TransferSetError(
+                    f"Process 0 of {self._num_processes} has not begun the transfer set at {self.path} within "
+                    f"{PLAN_TIMEOUT_SECONDS:.0f} seconds. Start all processes together."
+                )
+            time.sleep(POLL_SECONDS)
+        if plan_path.exists():
+            try:
+                _require_same(self.path, read_plan(self.path), self.plan)
+            except TransferSetError:
+                if not (self.path / INDEX_NAME).exists():  # else process 0 finished just now, and removed the plan
+                    raise
+        elif not self._process:
+            strays = sorted(entry.name for entry in os.scandir(self.path) if entry.name.startswith("shard-"))
+            if strays:
+                raise TransferSetError(
+                    f"{self.path} holds {strays[0]} but neither {PLAN_NAME} nor {INDEX_NAME}: its shards belong to "
+                    "something else. Choose another folder, or remove them."
+                )
+            self._write(PLAN_NAME, plan_to_bytes(self.plan), "plan")
+
+    def _refuse_others(self) -> None:
+        """Every process holds a lock of its own; those of one launch agree on how many there are."""
+        taken = not self._lock.acquire()
+        for entry in os.scandir(self.path):
+            named = _LOCK.fullmatch(entry.name)
+            if named and int(named[1]) != self._num_processes:
+                other = FileLock(self.path / entry.name)
+                taken |= not other.acquire()
+                other.release()
+        if taken:
+            raise TransferSetError(
+                f"Another writer is at work on {self.path}. Wait for it, or choose another folder; to share the work, "
+                "start all processes together with `accelerate launch`."
+            )
+
+    def _is_committed(self, shard: int) -> bool:
+        return (self.path / record_name(shard)).exists()
+
+    def _write(self, name: str, data: bytes, what: str) -> None:
+        write_file(self.path / name, data, filesystem=self._filesystem, what=what)
+
     def _write_index(self) -> None:
-        """Write the index, unless another writer was faster, and remove what only an unfinished set needs."""
-        with FileLock(self.path / COMMIT_LOCK) as lock:
-            finished = (self.path / INDEX_NAME).exists
-            if not lock.wait(LOCK_TIMEOUT_SECONDS, finished) and not finished():
-                raise _stuck(lock)
-            if finished():  # by another writer, which has cleaned up: a lock file made since then is ours to remove
-                lock.release(remove=True)
-                return
-            records = [read_record(self.path, shard) for shard in range(self.plan.num_shards)]
-            for shard, record in enumerate(records):
-                found = os.stat(self.path / shard_name(shard)).st_size
-                if found != shard_bytes(self._codec, record.size):
-                    raise TransferSetError(
-                        f"{self.path / shard_name(shard)} has {found} bytes; its record promises "
-                        f"{shard_bytes(self._codec, record.size)}. Remove {record_name(shard)} and resume to redo it."
-                    )
-            index = Index.from_records(self.plan, records)
-            write_file(self.path / INDEX_NAME, index.to_bytes(), filesystem=self._filesystem, what="index")
-            self._digest = index.digest()
-            self._filesystem.reach("cleanup:started")
-            self._remove_leftovers()
+        """Write the index, and remove what only an unfinished set needs."""
+        records = [read_record(self.path, shard) for shard in range(self.plan.num_shards)]
+        for shard, record in enumerate(records):
+            found = os.stat(self.path / shard_name(shard)).st_size
+            if found != shard_bytes(record.size):
+                raise TransferSetError(
+                    f"{self.path / shard_name(shard)} has {found} bytes; its record promises "
+                    f"{shard_bytes(record.size)}. Remove {record_name(shard)} and resume to redo it."
+                )
+        index = Index.from_records(self.plan, records)
+        self._write(INDEX_NAME, index.to_bytes(), "index")
+        self._digest = index.digest()
+        self._filesystem.reach("cleanup:started")
+        self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
         """Remove what only an unfinished set needs. A crash in here leaves files that every reader ignores."""
-        names = {PLAN_NAME, COMMIT_LOCK, WRITER_LOCK}
-        for shard in range(self.plan.num_shards):
-            names |= {record_name(shard), lock_name(shard)}
         for entry in os.scandir(self.path):
-            if entry.name in names or _TEMPORARY.fullmatch(entry.name):
+            if _LEFTOVER.fullmatch(entry.name) or _LOCK.fullmatch(entry.name):
                 self._filesystem.unlink(self.path / entry.name)
-
-
-def _establish_plan(disk: FileSystem, folder: Path, plan: Plan) -> None:
-    """Write the plan, or find that it is there and the same."""
-    with FileLock(folder / COMMIT_LOCK) as lock:
-        if not lock.wait(LOCK_TIMEOUT_SECONDS):
-            raise _stuck(lock)
-        if (folder / INDEX_NAME).exists():
-            return  # finished by others while this process waited; they removed the plan
-        if (folder / PLAN_NAME).exists():
-            _require_same(folder, read_plan(folder), plan)
-            return
-        strays = sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith("shard-"))
-        if strays:
-            raise TransferSetError(
-                f"{folder} holds {strays[0]} but neither {PLAN_NAME} nor {INDEX_NAME}: its shards belong to something "
-                "else. Choose another folder, or remove them."
-            )
-        write_file(folder / PLAN_NAME, plan_to_bytes(plan), filesystem=disk, what="plan")
-
-
-def _stuck(lock: FileLock) -> TransferSetError:
-    return TransferSetError(f"Another writer keeps {lock.path} locked. Stop it, then run the same command again.")
 
 
 def _require_same(folder: Path, found: Plan, wanted: Plan) -> None:

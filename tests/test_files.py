@@ -1,0 +1,120 @@
+"""Files and folders are written whole, plain files read, locks held once; test_transfer_set_crash kills writers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+from transfer_sets import FaultyDisk
+
+from quantkd.errors import ConfigError, DataError
+from quantkd.files import COMMIT_STEPS, FileLock, FileSystem, new_folder, read_regular, write_file
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    steps: list[str] = []
+
+    class Listening(FileSystem):
+        def reach(self, step: str) -> None:
+            steps.append(step)
+
+    path = tmp_path / "new" / "folder" / "file.json"
+    write_file(path, b"bytes", filesystem=Listening(), what="index")
+    assert path.read_bytes() == b"bytes" and steps == [f"index:{step}" for step in COMMIT_STEPS]
+    write_file(path, "caf\u00e9\n")
+    assert path.read_bytes() == b"caf\xc3\xa9\n"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
+    mask = os.umask(0o027)
+    try:
+        write_file(path, "")
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(mask)
+
+
+def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file(path, b"old")
+    counted = FaultyDisk()
+    write_file(tmp_path / "counted", b"new", filesystem=counted)
+    (tmp_path / "counted").unlink()
+    for number in range(1, counted.calls):  # the last one flushes the folder, when the new file is there
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            write_file(path, b"new", filesystem=FaultyDisk(number, errno.ENOSPC))
+        assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "parent" / "set"
+    with new_folder(path) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("1")
+        assert not path.exists() and folder.parent == path.parent
+    assert (path / "inner" / "file").read_text() == "1"
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "parent" / "other") as folder:
+        (folder / "file").touch()
+        raise RuntimeError
+    with pytest.raises(OSError, match=r"not empty|exists"), new_folder(path) as folder:
+        (folder / "file").touch()
+    assert [entry.name for entry in path.parent.iterdir()] == ["set"]
+    assert [entry.name for entry in path.iterdir()] == ["inner"]
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "empty" / "file").exists()
+
+
+def test_only_plain_files_within_the_limit_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    assert read_regular(file, 5) == b"12345"
+    (tmp_path / "link").symlink_to(file)
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in (
+        (file, "is larger than 4 bytes"), (tmp_path / "link", "is a symbolic link"),
+        (tmp_path / "pipe", "not a plain file"), (tmp_path, "not a plain file"), (tmp_path / "no", "No such file"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            read_regular(path, 4)
+        with pytest.raises(ConfigError, match=message):
+            read_regular(path, 4, error=ConfigError)
+
+
+def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path: Path) -> None:
+    first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert first.acquire() and not second.acquire()
+    first.release()
+    assert not (tmp_path / "lock").exists()
+    with second:
+        assert second.acquire() and not first.acquire()
+    second.release()  # a second time does nothing
+    assert first.acquire()
+    first.release()
+
+
+def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        real(descriptor, operation)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / "lock").unlink()
+        if len(calls) == 2:
+            (tmp_path / "lock").rename(tmp_path / "old")
+            (tmp_path / "lock").touch()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = FileLock(tmp_path / "lock")
+    assert lock.acquire() and len(calls) == 3
+    assert not FileLock(tmp_path / "lock").acquire()
+
+    def broken(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
+        FileLock(tmp_path / "other").acquire()

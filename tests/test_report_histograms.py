@@ -1,0 +1,32 @@
+"""The histograms that `quantkd inspect` prints and draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transfer_sets import make_plan, write_set
+
+from quantkd.report.histograms import compute_histograms
+from quantkd.transfer_set import TransferSet
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0,)])
+def test_histograms(tmp_path: Path, temperatures: tuple[float, ...]) -> None:
+    write_set(tmp_path / "set", make_plan(num_prompts=12, temperatures=temperatures))
+    transfer_set = TransferSet(tmp_path / "set")
+    found = compute_histograms(transfer_set)
+    entries = [count for row in transfer_set.rows(range(12)) for count in row.counts.tolist()]
+    assert found.entries.tolist() == [entries.count(n) for n in range(max(entries) + 1)]
+    entropies = []
+    for row in transfer_set.rows(range(12)):
+        start = 0
+        for count in row.counts.tolist():
+            p = np.exp(row.logprobs[start : start + count].astype(np.float64))
+            p = np.append(p, max(1 - p.sum(), 0))
+            entropies.append(float(-(p[p > 0] * np.log(p[p > 0])).sum()))
+            start += count
+    wanted = np.histogram(entropies, bins=np.append(found.entropy_edges[:-1], 1e9))[0]
+    assert found.entropy.tolist() == wanted.tolist()
+    assert compute_histograms(transfer_set[:0]).entropy.sum() == 0
