@@ -19,7 +19,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 from fake_hub import running_hub
 from fake_openai_server import FakeServer
-from hub_client import connect, disconnect
 from test_transfer_set_importers import axolotl_rows, compressed_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,9 +113,7 @@ class StandIns:
         Dataset.from_list(axolotl_rows()).save_to_disk("last_run_prepared/0123abcd")
 
     def _give_hub(self) -> None:
-        hub = self.open.enter_context(running_hub())
-        connect(hub, self.monkeypatch, self.cache / "hub")
-        self.open.callback(disconnect)
+        self.open.enter_context(running_hub(self.monkeypatch, self.cache / "hub"))
 
     def _give_server(self) -> None:
         model = AutoModelForCausalLM.from_pretrained(self.model_path)

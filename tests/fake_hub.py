@@ -16,15 +16,45 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from fake_repository import Commit, Repository, describe_file, git_hash, is_lfs, upload_mode
-
 TOKEN = "hf_CanaryCanaryCanaryCanary00"
 OWNER = "user"
 HOLD_SECONDS = 0.6
+Answer = tuple[int, Any, dict[str, str]]
+
+
+@dataclass
+class Commit:
+    """One revision with all its files."""
+
+    sha: str
+    title: str
+    files: dict[str, bytes]
+
+
+@dataclass
+class Repository:
+    """A repository, its history, oldest first, and where its branches stand."""
+
+    name: str
+    private: bool
+    commits: list[Commit] = field(default_factory=list)
+    branches: dict[str, Commit] = field(default_factory=dict)
+
+    def at(self, revision: str) -> Commit | None:
+        named = (commit for commit in self.commits if commit.sha == revision)
+        return self.branches.get(revision) or next(named, None)
+
+    def add(self, title: str, files: dict[str, bytes], branch: str = "main") -> Commit:
+        tree = sorted((path, git_hash(data)) for path, data in files.items())
+        sha = hashlib.sha1(json.dumps([self.name, title, tree, len(self.commits)]).encode()).hexdigest()
+        self.branches[branch] = Commit(sha, title, files)
+        self.commits.append(self.branches[branch])
+        return self.commits[-1]
 
 
 class FakeHub:
@@ -36,24 +66,31 @@ class FakeHub:
     """
 
     def __init__(self) -> None:
-        self.repositories: dict[tuple[str, str], Repository] = {}
-        self.blobs: dict[str, bytes] = {}
-        self.requests: list[tuple[str, str]] = []
         self.received: list[bytes] = []
-        self.fault: Callable[[int, str, str], str | None] = lambda number, method, path: None
         self.echo = ""
-        self.killed = False
-        self.pid: int | None = None
         self.lock = threading.RLock()
+        self.empty()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    def empty(self) -> None:
+        """The Hub without repositories, requests and faults."""
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.killed, self.pid = False, None
+        self.mend()
+
+    def mend(self) -> None:
+        self.fault: Callable[[int, str, str], str | None] = lambda number, method, path: None
+
+    def fail(self, *faults: str | None) -> None:
+        """The next requests meet these faults, one each."""
+        rest = iter(faults)
+        self.fault = lambda number, method, path: next(rest, None)
 
     def make(self, kind: str, name: str, files: dict[str, bytes], *, private: bool = True) -> Repository:
         """A repository that somebody else has made."""
@@ -64,17 +101,79 @@ class FakeHub:
         self.repositories[kind, name] = repository
         return repository
 
+    def files(self, kind: str, name: str) -> dict[str, bytes]:
+        """The files of the newest commit."""
+        newest = self.repositories[kind, name].commits[-1].files
+        return {path: data for path, data in newest.items() if path != ".gitattributes"}
+
     def count(self, method: str, pattern: str) -> int:
         return sum(verb == method and re.search(pattern, path) is not None for verb, path in self.requests)
 
 
+class Killed(BaseException):
+    """Stands for the end of the pushing process: nothing may catch it, and nothing is sent after it."""
+
+
 @contextmanager
-def running_hub() -> Iterator[FakeHub]:
+def running_hub(monkeypatch: Any, cache: Any, *, seconds: float | None = None) -> Iterator[FakeHub]:
+    """The Hub, and the client, which read its environment long ago, turned to it; it does not sleep between tries."""
+    import huggingface_hub
+    from huggingface_hub import constants, file_download, hf_api
+    from huggingface_hub.utils import _http
+
+    from quantkd import remote
+
     hub = FakeHub()
+    settings = {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(cache),
+        "HF_TOKEN_PATH": str(cache / "no-token"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # the instance behind `file_exists`, which PEFT calls
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for module in (_http, file_download, remote):
+        monkeypatch.setattr(module, "time", _Sleepless())
+    plain = _http.default_client_factory()
+
+    class Client(type(plain)):  # type: ignore[misc]
+        """The client's own, with a time limit, and an end to everything once it is killed."""
+
+        def send(self, request: Any, **kwargs: Any) -> Any:
+            if hub.killed:
+                raise Killed
+            try:
+                return super().send(request, **kwargs)
+            finally:
+                if hub.killed:
+                    raise Killed
+
+    plain.close()
+    hooks = {"request": [_http.hf_request_event_hook]}
+    huggingface_hub.set_client_factory(
+        lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=seconds, trust_env=False)
+    )
     try:
         yield hub
     finally:
-        hub.close()
+        huggingface_hub.set_client_factory(_http.default_client_factory)
+        hub.server.shutdown()
+        hub.server.server_close()
+
+
+class _Sleepless:
+    """The time module, without the waiting."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        return None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -87,11 +186,6 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def do_GET(self) -> None:
-        self._serve()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def _serve(self) -> None:
         body = self._read_body()
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
@@ -102,26 +196,24 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "hold":
                 time.sleep(HOLD_SECONDS)
             self._die(fault)
-            return
-        if fault is not None and fault.isdigit():
+        elif fault is not None and fault.isdigit():
             self._answer(int(fault), {"error": f"no luck {self.hub.echo}"})
-            return
-        with self.hub.lock:
-            status, content, headers = self._respond(path, body)
-        if fault in ("lost", "kill after"):
-            self._die(fault)
-            return
-        self._answer(status, content, headers)
+        else:
+            with self.hub.lock:
+                answer = self._respond(path, body)
+            self._die(fault) if fault in ("lost", "kill after") else self._answer(*answer)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _read_body(self) -> bytes:
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
             self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _die(self, fault: str) -> None:
         if fault.startswith("kill"):
@@ -142,38 +234,35 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _respond(self, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+    def _respond(self, path: str, body: bytes) -> Answer:
         is_known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}, {}
         if path == "/api/repos/create":
-            return self._create(json.loads(body)) if is_known else (401, {"error": "who?"}, {})
-        blob = re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path)
-        if blob:
+            return self._create(json.loads(body)) if is_known else refuse(401, "who?")
+        if blob := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path):
             return self._take_blob(blob[1], body, verify=bool(blob[2]))
-        found = re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|preupload|commit|branch)/(.+))?", path)
-        if found:
-            kind, name, action, revision = found.groups()
+        api = re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|preupload|commit|branch)/(.+))?", path)
+        page = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+?)(\.git/info/lfs/objects/batch|/resolve/([^/]+)/(.+))", path)
+        if api:
+            kind, name, action, revision = api.groups()
+        elif page:
+            kind, name, revision = "dataset" if page[1] else "model", page[2], page[4]
+            action = "resolve" if page[4] else "batch"
         else:
-            found = re.fullmatch(
-                r"/(datasets/)?([^/]+/[^/]+?)(\.git/info/lfs/objects/batch|/resolve/([^/]+)/(.+))", path
-            )
-            if not found:
-                return 404, {"error": f"no such route {path}"}, {}
-            kind, name, revision = "dataset" if found[1] else "model", found[2], found[4] or "main"
-            action = "resolve" if found[4] else "batch"
+            return refuse(404, f"no such route {path}")
         repository = self.hub.repositories.get((kind, name))
         if repository is None or (repository.private and not is_known):
-            return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+            return refuse(404, "Repository not found", "RepoNotFound")
+        if action in ("branch", "preupload", "commit", "batch") and not is_known:
+            return refuse(403, "no permission")
         if action == "branch":
-            return self._branch(repository, revision) if is_known else (403, {"error": "no permission"}, {})
+            return self._branch(repository, revision)
         commit = repository.at(revision or "main")
         if commit is None:
-            return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
-        if action in ("preupload", "commit", "batch") and not is_known:
-            return 403, {"error": "no permission"}, {}
+            return refuse(404, "Invalid rev id", "RevisionNotFound")
         if action == "resolve":
-            return self._resolve(commit, found[5])
+            return self._resolve(commit, page[5])
         if action == "preupload":
             return 200, {"files": [upload_mode(commit, file["path"]) for file in json.loads(body)["files"]]}, {}
         if action == "batch":
@@ -184,10 +273,10 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if action == "commit":
             return self._commit(repository, revision, f"{'datasets/' if kind == 'dataset' else ''}{name}", body)
-        siblings = [describe_file(file, data) for file, data in commit.files.items()]
-        return 200, {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings}, {}
+        files = [describe_file(file, data) for file, data in commit.files.items()]
+        return 200, {"id": name, "sha": commit.sha, "private": repository.private, "siblings": files}, {}
 
-    def _create(self, asked: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+    def _create(self, asked: dict[str, Any]) -> Answer:
         kind, name = asked.get("type") or "model", f"{asked.get('organization') or OWNER}/{asked['name']}"
         url = f"{self.hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
         if (kind, name) in self.hub.repositories:
@@ -196,58 +285,76 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.make(kind, name, {}, private=private)
         return 200, {"url": url}, {}
 
-    def _branch(self, repository: Repository, branch: str) -> tuple[int, Any, dict[str, str]]:
+    def _branch(self, repository: Repository, branch: str) -> Answer:
         if branch in repository.branches:
-            return 409, {"error": "Reference already exists"}, {}
+            return refuse(409, "Reference already exists")
         repository.branches[branch] = repository.branches["main"]
         return 200, {}, {}
 
-    def _take_blob(self, oid: str, body: bytes, *, verify: bool) -> tuple[int, Any, dict[str, str]]:
+    def _take_blob(self, oid: str, body: bytes, *, verify: bool) -> Answer:
         if verify:
-            return (200, {}, {}) if oid in self.hub.blobs else (404, {"error": "not uploaded"}, {})
+            return (200, {}, {}) if oid in self.hub.blobs else refuse(404, "not uploaded")
         if hashlib.sha256(body).hexdigest() != oid:
-            return 400, {"error": "sha256 mismatch"}, {}
+            return refuse(400, "sha256 mismatch")
         self.hub.blobs[oid] = body
         return 200, {}, {}
 
     def _offer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        oid = asked["oid"]
-        answer: dict[str, Any] = {"oid": oid, "size": asked["size"]}
-        if oid not in self.hub.blobs:
-            href = f"{self.hub.endpoint}/lfs/{oid}"
-            answer["actions"] = {"upload": {"href": href}, "verify": {"href": href + "/verify"}}
-        return answer
+        href = f"{self.hub.endpoint}/lfs/{asked['oid']}"
+        actions = {"upload": {"href": href}, "verify": {"href": href + "/verify"}}
+        known = asked["oid"] in self.hub.blobs
+        return {"oid": asked["oid"], "size": asked["size"], **({} if known else {"actions": actions})}
 
-    def _commit(self, repository: Repository, branch: str, page: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+    def _commit(self, repository: Repository, branch: str, page: str, body: bytes) -> Answer:
         if branch not in repository.branches:
-            return 400, {"error": "a commit goes to a branch"}, {}
+            return refuse(400, "a commit goes to a branch")
         lines = [json.loads(line) for line in body.splitlines()]
         header, files = lines[0]["value"], dict(repository.branches[branch].files)
         if header.get("parentCommit") not in (None, repository.branches[branch].sha):
-            return 412, {"error": "A commit has happened since. Please refresh and try again."}, {}
-        for line in lines[1:]:
-            kind, value = line["key"], line["value"]
+            return refuse(412, "A commit has happened since. Please refresh and try again.")
+        for kind, value in ((line["key"], line["value"]) for line in lines[1:]):
+            path = value["path"]
             if kind == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-                self.hub.received.append(files[value["path"]])
-            elif kind == "lfsFile":
-                if value["oid"] not in self.hub.blobs:
-                    return 400, {"error": f"{value['path']} was not uploaded"}, {}
-                files[value["path"]] = self.hub.blobs[value["oid"]]
-            elif kind == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    return 400, {"error": "A file with this name doesn't exist"}, {}
+                files[path] = base64.b64decode(value["content"])
+                self.hub.received.append(files[path])
+            elif kind == "lfsFile" and value["oid"] in self.hub.blobs:
+                files[path] = self.hub.blobs[value["oid"]]
+            elif kind == "deletedFile" and path in files:
+                del files[path]
             else:
-                return 400, {"error": f"unknown operation {kind}"}, {}
+                return refuse(400, f"{kind} of {path}: not uploaded, not there, or unknown")
         commit = repository.add(header["summary"], files, branch)
         return 200, {"commitUrl": f"{self.hub.endpoint}/{page}/commit/{commit.sha}", "commitOid": commit.sha}, {}
 
-    def _resolve(self, commit: Commit, path: str) -> tuple[int, Any, dict[str, str]]:
-        data = commit.files.get(path)
+    def _resolve(self, commit: Commit, path: str) -> Answer:
+        data, headers = commit.files.get(path), {"X-Repo-Commit": commit.sha}
         if data is None:
-            return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.sha}
-        etag = hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)
-        headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{etag}"'}
+            return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", **headers}
+        headers["ETag"] = f'"{hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)}"'
         if is_lfs(path):
-            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
         return 200, data, headers
+
+
+def refuse(status: int, error: str, code: str | None = None) -> Answer:
+    return status, {"error": error}, {"X-Error-Code": code} if code else {}
+
+
+def is_lfs(path: str) -> bool:
+    """As the .gitattributes of a new repository has it."""
+    return path.endswith((".safetensors", ".bin", ".model"))
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def describe_file(path: str, data: bytes) -> dict[str, Any]:
+    lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130} if is_lfs(path) else None
+    return {"rfilename": path, "size": len(data), "blobId": git_hash(data), "lfs": lfs}
+
+
+def upload_mode(commit: Commit, path: str) -> dict[str, Any]:
+    data = commit.files.get(path)
+    oid = None if data is None else hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)
+    return {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False, "oid": oid}

@@ -1,4 +1,4 @@
-"""A trained run and the small Hub, for the tests of adapters on the Hub. A pytest plugin: its fixtures come with it."""
+"""A pytest plugin for the tests of the Hub: the small Hub, a trained run and a small set."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from fake_hub import TOKEN, FakeHub, running_hub
-from hub_client import connect, disconnect
+from fake_hub import TOKEN, running_hub
 from test_report import LEVELS, build, make_arm
+from transfer_sets import write_set
 from transformers import AutoModelForCausalLM
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.models.student import default_quantization_config
 from tests.conftest import capture_set
 
@@ -23,10 +23,14 @@ PUSHED = {
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with running_hub() as hub:
-        connect(hub, monkeypatch, tmp_path / "cache")
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
         yield hub
-        disconnect()
+
+
+@pytest.fixture
+def small_set(tmp_path):
+    write_set(tmp_path / "small")
+    return TransferSet.open(tmp_path / "small")
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +40,31 @@ def transfer_set(tiny_model_path, tmp_path_factory):
     return capture_set(tiny_model_path, prompts, folder, max_new_tokens=6)
 
 
-def build_trainer(tiny_model_path, transfer_set, folder, **options):
-    settings = {
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "model_init_kwargs": {"dtype": "float32"},
-        "init": "zero",
-        "disable_tqdm": True,
-        **options,
-    }
-    args = QuantizedDistillationConfig(str(folder), **settings)
-    return QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=transfer_set)
+@pytest.fixture(scope="module")
+def build_trainer(tiny_model_path, transfer_set):
+    def build(folder, train_dataset=transfer_set, **options):
+        settings = {
+            "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "init": "zero", "disable_tqdm": True,
+            "model_init_kwargs": {"dtype": "float32"}, **options,
+        }  # fmt: skip
+        args = QuantizedDistillationConfig(str(folder), **settings)
+        return QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=train_dataset)
+
+    return build
 
 
 @pytest.fixture(scope="module")
-def trained_run(tiny_model_path, transfer_set, tmp_path_factory):
+def trained_run(build_trainer, tmp_path_factory):
     """A run's folder with a report, an adapter in `student`, and what a trainer leaves beside it."""
     run = tmp_path_factory.mktemp("runs") / "mine"
-    trainer = build_trainer(tiny_model_path, transfer_set, run / "student", save_strategy="steps", save_steps=2)
+    trainer = build_trainer(run / "student", save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model()
     build(run, {name: make_arm(name, *level) for name, level in LEVELS.items()})
     student = run / "student"
     torch.save({"hub_token": TOKEN}, student / "training_args.bin")
-    (student / "optimizer.pt").write_text(TOKEN)
-    (student / "config.yaml").write_text(f"hub_token: {TOKEN}\n")
-    (student / "notes.txt").write_text(TOKEN)
+    for name in ("optimizer.pt", "config.yaml", "notes.txt"):
+        (student / name).write_text(f"hub_token: {TOKEN}\n")
     return run
 
 
@@ -71,12 +73,8 @@ def run(trained_run, tmp_path):
     return shutil.copytree(trained_run, tmp_path / "mine")
 
 
-def files_at(hub: FakeHub, name: str) -> dict[str, bytes]:
-    files = hub.repositories["model", name].commits[-1].files
-    return {path: data for path, data in files.items() if path != ".gitattributes"}
-
-
+@pytest.fixture(scope="session")
 def load_base(tiny_model_path):
-    return AutoModelForCausalLM.from_pretrained(
+    return lambda: AutoModelForCausalLM.from_pretrained(
         tiny_model_path, dtype=torch.float32, quantization_config=default_quantization_config(torch.float32)
     )

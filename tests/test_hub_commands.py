@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ import sys
 
 import pytest
 from fake_hub import TOKEN
-from hub_runs import files_at, load_base
-from test_hub_strangers import Trap
+from hub_runs import PUSHED
+from test_hub_strangers import PICKLE, TRAPS
 
 from quantkd import TransferSet
 from quantkd.cli.main import main
@@ -27,11 +26,9 @@ pytest_plugins = ["hub_runs"]
 def trapped(hub, run, transfer_set):
     """An adapter and a set on the Hub, with pickles and another base model beside them; and the adapter's commit."""
     push_adapter(run / "student", "user/student")
-    files = files_at(hub, "user/student")
+    files = hub.files("model", "user/student")
     fields = {**json.loads(files["adapter_config.json"]), "base_model_name_or_path": "evil/model"}
-    trap = pickle.dumps(Trap())
-    traps = {name: trap for name in ("adapter_model.bin", "training_args.bin", "pytorch_model.bin", "optimizer.pt")}
-    bad = {**files, **traps, "adapter_config.json": json.dumps(fields).encode(), "evil.py": b"raise AssertionError"}
+    bad = {**files, **TRAPS, "adapter_config.json": json.dumps(fields).encode(), "evil.py": b"raise AssertionError"}
     commit = hub.repositories["model", "user/student"].add("upload", bad).sha
     push_transfer_set(transfer_set, "user/held")
     hub.requests.clear()
@@ -121,7 +118,7 @@ def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_
     ],
 )
 def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, tmp_path, capsys, name, said):
-    hub.make("model", "user/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": pickle.dumps(Trap())})
+    hub.make("model", "user/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": PICKLE})
     words = ["evaluate", "--model_name_or_path", str(tiny_model_path), "--adapter", name, "--held_out", "user/held",
              "--arm", "x", "--run_dir", str(tmp_path)]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
@@ -131,12 +128,12 @@ def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, t
     assert hub.count("GET", r"\.bin$") == 0
 
 
-def test_a_process_without_a_network(hub, run, transfer_set, tiny_model_path, tmp_path):
+def test_a_process_without_a_network(hub, run, transfer_set, tiny_model_path, load_base, tmp_path):
     """As a user has it, nothing patched: what was fetched once is enough."""
     adapter = push_adapter(run / "student", "user/student").commit
     held = push_transfer_set(transfer_set, "user/held").commit
     list(TransferSet.open("user/held"))
-    load_adapter(load_base(tiny_model_path), "user/student")
+    load_adapter(load_base(), "user/student")
     hub.requests.clear()
     script = (
         "import sys; from quantkd import TransferSet; from quantkd.hub import load_adapter\n"
@@ -152,10 +149,51 @@ def test_a_process_without_a_network(hub, run, transfer_set, tiny_model_path, tm
     assert TOKEN not in done.stdout + done.stderr and hub.requests == []
 
 
-def test_a_folder_of_that_name_comes_first(hub, trapped, run, tiny_model_path, tmp_path, monkeypatch):
+def test_a_folder_of_that_name_comes_first(hub, trapped, run, load_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run / "student", tmp_path / "user" / "student")
-    assert load_adapter(load_base(tiny_model_path), "user/student").hub_revision == "user/student"
+    assert load_adapter(load_base(), "user/student").hub_revision == "user/student"
     assert hub.requests == []
     with pytest.raises(ConfigError, match="user/student is a folder; only a repository on the Hub has revisions"):
-        load_adapter(load_base(tiny_model_path), "user/student", revision="v1")
+        load_adapter(load_base(), "user/student", revision="v1")
+
+
+def test_push(hub, run, small_set, tmp_path, capsys, monkeypatch):
+    folder, student = str(tmp_path / "small"), str(run)
+    main(["push", student, "user/student", "--dry_run"])
+    listed = capsys.readouterr().out
+    assert {line.split()[-1] for line in listed.splitlines()[:-1]} == PUSHED
+    assert "would go to user/student (private)" in listed
+    main(["push", folder, "user/set", "--dry_run", "--public"])
+    assert "5 files" in (text := capsys.readouterr().out) and "(public)" in text
+    assert hub.requests == []
+    main(["push", student, "user/student", "--license", "mit"])
+    commit = hub.repositories["model", "user/student"].commits[-1].sha
+    assert f"{hub.endpoint}/user/student at {commit} (private)" in capsys.readouterr().out
+    main(["push", folder, "user/set", "--public"])
+    assert not hub.repositories["dataset", "user/set"].private
+    refused = [([folder, "user/set"], "--public"), ([folder, "user/set", "--base_model", "x"], "is a transfer set"),
+               ([str(tmp_path), "user/set"], "expected one adapter")]  # fmt: skip
+    for words, said in refused:
+        with pytest.raises(SystemExit) as stop:
+            main(["push", *words])
+        assert stop.value.code == 1 and said in capsys.readouterr().err
+    monkeypatch.delenv("HF_TOKEN")
+    hub.requests.clear()
+    for words in ([folder, "user/set"], [student, "user/student"], [student, "s"]):
+        with pytest.raises(SystemExit):
+            main(["push", *words])
+        assert "no token to push to" in (said := capsys.readouterr().err) and "`hf auth login`, or set HF_TOKEN" in said
+    assert hub.requests == []
+
+
+def test_push_in_a_process_of_its_own(hub, small_set, tmp_path):
+    """With the environment that a user sets, and nothing patched."""
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    environment = {**os.environ, **settings, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+    command = [sys.executable, "-m", "quantkd", "push", str(tmp_path / "small"), "user/set"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories["dataset", "user/set"].commits[-1].sha in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    assert TransferSet.open("user/set").digest == small_set.digest

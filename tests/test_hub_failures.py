@@ -9,8 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fake_hub import FakeHub, Repository, running_hub
-from hub_client import Killed, connect, disconnect
+from fake_hub import FakeHub, Killed, Repository, running_hub
 from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet
@@ -44,62 +43,44 @@ def sets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    with running_hub() as hub:
-        connect(hub, patch, tmp_path_factory.mktemp("cache"), seconds=0.5)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running_hub(patch, tmp_path_factory.mktemp("cache"), seconds=0.5) as hub,
+    ):
         yield hub
-        disconnect()
-        patch.undo()
 
 
 @pytest.fixture
 def fresh(hub):
-    """The Hub without repositories, requests and faults."""
-    for held in (hub.repositories, hub.blobs, hub.requests, hub.received):
-        held.clear()
-    hub.fault, hub.killed, hub.pid = lambda number, method, path: None, False, None
+    hub.empty()
     return hub
 
 
-class Reader:
-    """What a reader gets at each revision; equal trees are read once."""
+@pytest.fixture(scope="module")
+def read(sets):
+    """What a reader gets at each revision of a repository, repeats left out; equal trees are read once."""
+    names = {opened.digest: name for name, opened in sets.items()}
+    known: dict[str, str] = {}
 
-    def __init__(self, sets: dict[str, TransferSet]) -> None:
-        self.names = {opened.digest: name for name, opened in sets.items()}
-        self.known: dict[str, str] = {}
-
-    def read(self, repository: Repository) -> list[str]:
-        states = []
-        for commit in repository.commits:
-            tree = json.dumps(sorted((name, hashlib.sha256(data).hexdigest()) for name, data in commit.files.items()))
-            if tree not in self.known:
-                self.known[tree] = self.open(commit.sha)
-            states.append(self.known[tree])
-        return states
-
-    def open(self, sha: str) -> str:
+    def open_at(sha: str) -> str:
         try:
             opened = TransferSet.open(NAME, revision=sha, verify="full")
         except TransferSetError as error:
             assert "incomplete" in str(error), error
             return "incomplete"
         assert sum(1 for _ in opened) == len(opened)
-        return self.names[opened.digest]
+        return names[opened.digest]
 
+    def read(repository: Repository) -> list[str]:
+        states: list[str] = []
+        for commit in repository.commits:
+            tree = json.dumps(sorted((name, hashlib.sha256(data).hexdigest()) for name, data in commit.files.items()))
+            if tree not in known:
+                known[tree] = open_at(commit.sha)
+            states += [known[tree]] if states[-1:] != [known[tree]] else []
+        return states
 
-@pytest.fixture(scope="module")
-def reader(sets):
-    return Reader(sets)
-
-
-def place(hub: FakeHub, opened: TransferSet) -> None:
-    """The set on the Hub, as an earlier push left it."""
-    push_transfer_set(opened, NAME)
-    hub.requests.clear()
-
-
-def without_repeats(states: list[str]) -> list[str]:
-    return [state for place, state in enumerate(states) if place == 0 or states[place - 1] != state]
+    return read
 
 
 def schedule(seed: int):
@@ -121,27 +102,35 @@ def schedule(seed: int):
     return fault
 
 
+def _push(opened: TransferSet) -> None:
+    push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
+
+
+def push_in_process(hub: FakeHub, opened: TransferSet) -> int | None:
+    """A push in a process of its own, which the Hub may end by SIGKILL; returns its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,))
+    with hub.lock:  # no request is looked at before the Hub knows whom to kill
+        process.start()
+        hub.pid = process.pid
+    process.join(60)
+    hub.pid = None
+    return process.exitcode
+
+
 def push_in_processes(hub: FakeHub, opened: TransferSet) -> int:
-    """As `push_until_done`, each start a process of its own, which the Hub ends by SIGKILL; returns the kills."""
-    kills = 0
-    for _ in range(60):
-        process = multiprocessing.get_context("fork").Process(target=_push_in_child, args=(opened,))
-        with hub.lock:  # no request is looked at before the Hub knows whom to kill
-            process.start()
-            hub.pid = process.pid
-        process.join(60)
-        hub.pid = None
-        if process.exitcode == 0:
-            return kills
-        kills += process.exitcode == -9
-    raise AssertionError("the push does not converge")
+    """As `push_until_done`, each start a process of its own; returns how many were killed."""
+    codes = [-9]
+    while codes[-1] != 0:
+        assert len(codes) < 60, "the push does not converge"
+        codes.append(push_in_process(hub, opened))
+    return codes.count(-9) - 1
 
 
 def push_until_done(hub: FakeHub, opened: TransferSet) -> int:
     """Start the push again whenever it died or gave up; returns how often it was started."""
     for start in range(1, 60):
         try:
-            push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
+            _push(opened)
             return start
         except (Killed, HubError):
             hub.killed = False
@@ -149,68 +138,56 @@ def push_until_done(hub: FakeHub, opened: TransferSet) -> int:
 
 
 @pytest.mark.parametrize("block", range(10))  # the first of them in processes of their own
-def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is_not(fresh, sets, reader, block):
+def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is_not(fresh, sets, read, block):
     kills = 0
     for seed in range(block * SEQUENCES // 10, (block + 1) * SEQUENCES // 10):
-        for held in (fresh.repositories, fresh.blobs):
-            held.clear()
-        begin = ("", "old", "old", "old")[seed % 4]
-        target = ("old", "smaller", "larger", "grown")[seed % 4]
-        if begin:
-            place(fresh, sets[begin])
+        fresh.empty()
+        target, path = [
+            ("old", ["incomplete", "old"]),
+            ("smaller", ["incomplete", "old", "incomplete", "smaller"]),
+            ("larger", ["incomplete", "old", "incomplete", "larger"]),
+            ("grown", ["incomplete", "old", "grown"]),  # old shards stay, so there is always a whole set
+        ][seed % 4]
+        if target != "old":
+            push_transfer_set(sets["old"], NAME)
         fresh.fault = schedule(seed)
         if block == 0:
             kills += push_in_processes(fresh, sets[target])
         else:
             push_until_done(fresh, sets[target])
-        fresh.fault = lambda number, method, path: None
+        fresh.mend()
         repository = fresh.repositories["dataset", NAME]
         assert repository.private
-        states = reader.read(repository)
-        path = without_repeats(states)
-        allowed = {
-            "old": ["incomplete", "old"],
-            "smaller": ["incomplete", "old", "incomplete", "smaller"],
-            "larger": ["incomplete", "old", "incomplete", "larger"],
-            "grown": ["incomplete", "old", "grown"],  # old shards stay, so there is always a whole set
-        }[target]
-        assert path == allowed, (seed, [(c.title, s) for c, s in zip(repository.commits, states, strict=True)])
-        index_commit = repository.commits[-1]
-        before = repository.commits[-2].files
-        assert {n for n in index_commit.files if index_commit.files[n] != before.get(n)} == {"index.json"}
-        shards = sorted(name for name in index_commit.files if name.startswith("shard-"))
+        assert read(repository) == path, (seed, [commit.title for commit in repository.commits])
+        before, last = (commit.files for commit in repository.commits[-2:])
+        assert {name for name in last if last[name] != before.get(name)} == {"index.json"}
+        shards = sorted(name for name in last if name.startswith("shard-"))
         assert shards == [f"shard-{i:05d}.safetensors" for i in range(sets[target].plan.num_shards)]
     assert (kills > 5) == (block == 0)
 
 
 def test_a_resumed_push_sends_no_shard_twice(fresh, sets):
-    """Killed after every single request in turn, as if each were the last that arrived."""
+    """Killed after every commit and every ninth request, as if each were the last that arrived."""
     sent: Counter[str] = Counter()
     asked = 0
 
     def fault(number: int, method: str, path: str) -> str | None:
         nonlocal asked
         asked += 1
-        if method == "PUT":
-            sent[path] += 1
-        return "kill after" if asked % 9 == 0 or path.startswith("/api/datasets/user/set/commit") else None
+        sent[path] += method == "PUT"
+        return "kill after" if asked % 9 == 0 or "/commit/" in path else None
 
     fresh.fault = fault
-    starts = push_until_done(fresh, sets["larger"])
-    assert starts > 5
-    assert len(sent) == 5 and set(sent.values()) == {1}
-    fresh.fault = lambda number, method, path: None
+    assert push_until_done(fresh, sets["larger"]) > 5
+    assert sorted(sent.values())[-6:] == [0, 1, 1, 1, 1, 1]  # each of five shards once
+    fresh.mend()
     assert TransferSet.open(NAME).digest == sets["larger"].digest
-
-
-def _push_in_child(opened: TransferSet) -> None:
-    push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("when", ["kill", "kill after"])
-def test_a_process_that_is_really_killed_at_a_commit(fresh, sets, reader, nth, when):
-    place(fresh, sets["old"])
+def test_a_process_that_is_really_killed_at_a_commit(fresh, sets, read, nth, when):
+    push_transfer_set(sets["old"], NAME)
     commits = 0
 
     def fault(number: int, method: str, path: str) -> str | None:
@@ -218,21 +195,17 @@ def test_a_process_that_is_really_killed_at_a_commit(fresh, sets, reader, nth, w
         commits += "/commit/" in path
         return when if commits == nth and "/commit/" in path else None
 
-    process = multiprocessing.get_context("fork").Process(target=_push_in_child, args=(sets["smaller"],))
     fresh.fault = fault
-    process.start()
-    fresh.pid = process.pid
-    process.join(60)
-    assert process.exitcode == -9
-    fresh.pid, fresh.fault = None, lambda number, method, path: None
-    assert set(reader.read(fresh.repositories["dataset", NAME])) <= {"old", "incomplete", "smaller"}
+    assert push_in_process(fresh, sets["smaller"]) == -9
+    fresh.mend()
+    assert set(read(fresh.repositories["dataset", NAME])) <= {"old", "incomplete", "smaller"}
     push_until_done(fresh, sets["smaller"])
-    assert reader.read(fresh.repositories["dataset", NAME])[-1] == "smaller"
+    assert read(fresh.repositories["dataset", NAME])[-1] == "smaller"
 
 
-def test_somebody_else_commits_in_between(fresh, sets, reader):
+def test_somebody_else_commits_in_between(fresh, sets, read):
     """A step that was decided on an old listing is refused by the Hub and decided anew."""
-    place(fresh, sets["old"])
+    push_transfer_set(sets["old"], NAME)
     repository = fresh.repositories["dataset", NAME]
     meddled = False
 
@@ -246,23 +219,19 @@ def test_somebody_else_commits_in_between(fresh, sets, reader):
         return None
 
     fresh.fault = fault
-    push_transfer_set(sets["smaller"], NAME, max_commit_bytes=SMALL_COMMIT)
+    _push(sets["smaller"])
     assert meddled
-    states = reader.read(repository)
-    assert without_repeats(states)[-2:] == ["incomplete", "smaller"]
+    assert read(repository)[-2:] == ["incomplete", "smaller"]
 
 
-def test_a_push_gives_up_in_words_and_goes_on_later(fresh, sets):
+def test_a_push_gives_up_and_goes_on_later_and_a_refusal_is_not_tried_again(fresh, sets):
     fresh.fault = lambda number, method, path: "503" if method == "PUT" else None
     with pytest.raises(HubError, match=r"failed 8 times in a row; the same call goes on"):
         push_transfer_set(sets["old"], NAME)
-    fresh.fault = lambda number, method, path: None
+    fresh.mend()
     push_transfer_set(sets["old"], NAME)
     assert TransferSet.open(NAME).digest == sets["old"].digest
-
-
-def test_a_refusal_is_not_tried_again(fresh, sets):
-    place(fresh, sets["old"])
+    fresh.requests.clear()
     fresh.fault = lambda number, method, path: "403" if "/commit/" in path else None
     with pytest.raises(HubError, match="403"):
         push_transfer_set(sets["smaller"], NAME)

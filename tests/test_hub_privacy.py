@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_hub import TOKEN
-from hub_runs import build_trainer, load_base
 
 from quantkd import TransferSet
 from quantkd.cli.main import main
@@ -43,7 +42,7 @@ def test_a_file_that_holds_a_secret_stays_here(hub, run, name, text):
 
 
 def test_a_canary_token_is_found_nowhere(
-    hub, run, tiny_model_path, transfer_set, tmp_path, caplog, capfd, monkeypatch
+    hub, run, build_trainer, load_base, tiny_model_path, transfer_set, tmp_path, caplog, capfd, monkeypatch
 ):  # fmt: skip
     """In the environment, as an argument, in the training configuration, and in what the server answers."""
     monkeypatch.setenv("MY_SERVICE_API_KEY", "canary-0123456789-canary")
@@ -53,18 +52,17 @@ def test_a_canary_token_is_found_nowhere(
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     hub.echo = f"with {TOKEN}, nor with canary-0123456789-canary"
     said = []
-    faults = iter(["503", None, "429"])
-    hub.fault = lambda number, method, path: next(faults, None)
+    hub.fail("503", None, "429")
     push_transfer_set(transfer_set, "user/set", token=TOKEN)
     trainer = build_trainer(
-        tiny_model_path, transfer_set, tmp_path / "student", push_to_hub=True, hub_model_id="user/trained",
+        tmp_path / "student", push_to_hub=True, hub_model_id="user/trained",
         hub_token=TOKEN, save_strategy="steps", save_steps=1,
     )  # fmt: skip
     trainer.train()
     trainer.push_to_hub()
     push_adapter(run, "user/student", token=TOKEN)
     list(TransferSet.open("user/set", token=TOKEN))
-    load_adapter(load_base(tiny_model_path), "user/student", token=TOKEN)
+    load_adapter(load_base(), "user/student", token=TOKEN)
     for fault in ("400", "403", "503"):
         hub.fault = lambda number, method, path, fault=fault: fault
         for attempt in (

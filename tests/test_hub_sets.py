@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import shutil
@@ -11,30 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fake_hub import FakeHub, running_hub
+from fake_hub import TOKEN, FakeHub
 from hostile_sets import seal
-from hub_client import connect, disconnect
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet
 from quantkd.errors import ConfigError, HubError, TransferSetError
 from quantkd.hub import push_transfer_set
+from quantkd.remote import TransientHubError, hub_errors
 from quantkd.transfer_set import verify
 
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with running_hub() as hub:
-        connect(hub, monkeypatch, tmp_path / "cache")
-        yield hub
-        disconnect()
-
-
-@pytest.fixture
-def small_set(tmp_path):
-    write_set(tmp_path / "small")
-    return TransferSet.open(tmp_path / "small")
+pytest_plugins = ["hub_runs"]
 
 
 def files_of(opened: TransferSet) -> dict[str, bytes]:
@@ -53,12 +40,12 @@ def assert_equal(first: TransferSet, second: TransferSet) -> None:
 
 
 def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, caplog):
-    pushed = push_transfer_set(small_set, "user/set", license="mit")
+    pushed = push_transfer_set(small_set, "set", license="mit")  # the owner is the token's
     repository = hub.repositories["dataset", "user/set"]
-    assert repository.private and pushed.private
+    assert pushed.repo_id == "user/set" and repository.private and pushed.private
     assert pushed.commit == repository.commits[-1].sha and pushed.commit in str(pushed)
-    stored = {name: data for name, data in repository.commits[-1].files.items() if name != ".gitattributes"}
-    assert stored.pop("README.md")
+    stored = hub.files("dataset", "user/set")
+    assert '"user/set"' in stored.pop("README.md").decode()
     assert stored == files_of(small_set)
     with caplog.at_level("INFO", logger="quantkd.remote"):
         opened = TransferSet.open("user/set", digest=small_set.digest)
@@ -69,24 +56,16 @@ def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, cap
     assert verify("user/set").digest == small_set.digest
 
 
-def test_the_owner_may_be_left_out(hub: FakeHub, small_set):
-    pushed = push_transfer_set(small_set, "set")
-    assert pushed.repo_id == "user/set"
-    assert '"user/set"' in hub.repositories["dataset", "user/set"].commits[-1].files["README.md"].decode()
-
-
 def test_shards_come_when_they_are_touched(hub: FakeHub, small_set):
-    push_transfer_set(small_set, "user/set")
+    commit = push_transfer_set(small_set, "user/set").commit
     hub.requests.clear()
     opened = TransferSet.open("user/set")
     assert len(opened) == 10 and opened.info.num_tokens == small_set.info.num_tokens
     assert hub.count("GET", r"\.safetensors$") == 0
-    opened[5]
+    opened[5], opened[4], opened[6]
     assert [path for verb, path in hub.requests if verb == "GET" and path.endswith(".safetensors")] == [
-        f"/datasets/user/set/resolve/{hub.repositories['dataset', 'user/set'].commits[-1].sha}/shard-00001.safetensors"
+        f"/datasets/user/set/resolve/{commit}/shard-00001.safetensors"
     ]
-    opened[4], opened[6]
-    assert hub.count("GET", r"\.safetensors$") == 1
 
 
 def test_the_revision_is_fixed_when_the_set_is_opened(hub: FakeHub, small_set, tmp_path):
@@ -100,11 +79,20 @@ def test_the_revision_is_fixed_when_the_set_is_opened(hub: FakeHub, small_set, t
     assert_equal(TransferSet.open("user/set", revision=first), small_set)
     with pytest.raises(TransferSetError, match=f"has the digest {other.digest}; expected {small_set.digest}"):
         TransferSet.open("user/set", digest=small_set.digest)
+    pushed = push_transfer_set(small_set, "user/set", revision="v2")  # a branch of its own
+    assert TransferSet.open("user/set").digest == other.digest
+    assert TransferSet.open("user/set", revision="v2").digest == small_set.digest
+    assert str(TransferSet.open("user/set@v2").sources[0]) == f"user/set at {pushed.commit}"
+    with pytest.raises(ConfigError, match="names one revision"):
+        TransferSet.open("user/set@v2", revision="main")
 
 
-def test_offline_it_comes_from_the_cache(hub: FakeHub, small_set, monkeypatch):
+def test_offline_or_while_the_hub_is_down_it_comes_from_the_cache(hub: FakeHub, small_set, monkeypatch, caplog):
     commit = push_transfer_set(small_set, "user/set").commit
     list(TransferSet.open("user/set"))
+    hub.fault = lambda number, method, path: "503"
+    assert_equal(TransferSet.open("user/set"), small_set)
+    assert "from the cache" in caplog.text
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for revision in (None, "main", commit):
@@ -116,25 +104,16 @@ def test_offline_it_comes_from_the_cache(hub: FakeHub, small_set, monkeypatch):
         TransferSet.open("user/other")
 
 
-def test_a_hub_that_is_down_is_replaced_by_the_cache(hub: FakeHub, small_set, caplog):
-    push_transfer_set(small_set, "user/set")
-    list(TransferSet.open("user/set"))
-    hub.fault = lambda number, method, path: "503"
-    assert_equal(TransferSet.open("user/set"), small_set)
-    assert "from the cache" in caplog.text
-
-
 def test_it_travels_to_other_processes_without_its_token(hub: FakeHub, small_set):
     push_transfer_set(small_set, "user/set")
-    opened = TransferSet.open("user/set", token="hf_CanaryCanaryCanaryCanary00")
+    opened = TransferSet.open("user/set", token=TOKEN)
     opened[0]
     data = pickle.dumps(opened)
-    assert b"hf_Canary" not in data
+    assert TOKEN.encode() not in data
     assert_equal(pickle.loads(data), small_set)
 
 
 def test_a_folder_wins_over_the_hub_and_has_no_revision(hub: FakeHub, small_set, tmp_path, monkeypatch):
-    (tmp_path / "user").mkdir()
     shutil.copytree(tmp_path / "small", tmp_path / "user" / "set")
     monkeypatch.chdir(tmp_path)
     assert_equal(TransferSet.open("user/set", digest=small_set.digest), small_set)
@@ -157,29 +136,23 @@ def test_nothing_becomes_public_by_mistake(hub: FakeHub, small_set):
     assert push_transfer_set(small_set, "user/closed", private=False).private  # stays as it is
 
 
-def test_pushed_again_nothing_changes(hub: FakeHub, small_set):
+def test_the_page(hub: FakeHub, small_set):
     push_transfer_set(small_set, "user/set")
-    commits = len(hub.repositories["dataset", "user/set"].commits)
-    push_transfer_set(small_set, "user/set")
-    assert len(hub.repositories["dataset", "user/set"].commits) == commits
-    push_transfer_set(small_set, "user/set", license="mit")  # the page alone
     repository = hub.repositories["dataset", "user/set"]
+    page = hub.files("dataset", "user/set")["README.md"].decode()
+    assert "license" not in page.split("---\n", 2)[1] and "Not stated" in page
+    commits = len(repository.commits)
+    push_transfer_set(small_set, "user/set")  # pushed again, nothing changes
+    assert len(repository.commits) == commits
+    push_transfer_set(small_set, "user/set", license="mit")  # the page alone
     assert len(repository.commits) == commits + 1
     assert repository.commits[-1].files["index.json"] == repository.commits[-2].files["index.json"]
-
-
-def test_the_page(hub: FakeHub, small_set):
-    push_transfer_set(small_set, "user/set", license="mit")
-    page = hub.repositories["dataset", "user/set"].commits[-1].files["README.md"].decode()
-    _, front, text = page.split("---\n", 2)
+    _, front, text = hub.files("dataset", "user/set")["README.md"].decode().split("---\n", 2)
     metadata = yaml.safe_load(front)
     assert metadata["license"] == "mit" and {"quantkd", "distillation"} <= set(metadata["tags"])
     size = f"{small_set.info.num_bytes:,} bytes"
     for fact in (small_set.digest, "contains its training text", "tiny-teacher", "nucleus", "0" * 64, size):
         assert fact in text
-    push_transfer_set(small_set, "user/bare")
-    page = hub.repositories["dataset", "user/bare"].commits[-1].files["README.md"].decode()
-    assert "license" not in page.split("---\n", 2)[1] and "Not stated" in page
     with pytest.raises(ConfigError, match="short name of the Hub's list"):
         push_transfer_set(small_set, "user/set", license="My Own License!")
 
@@ -194,10 +167,6 @@ def test_only_whole_and_sound_sets_are_pushed(hub: FakeHub, small_set, tmp_path)
     shard.write_bytes(data)
     with pytest.raises(TransferSetError, match="damaged"):
         push_transfer_set(small_set, "user/set")
-    assert hub.requests == []
-
-
-def test_a_set_that_names_a_home_folder_stays_here(hub: FakeHub, tmp_path):
     write_set(tmp_path / "told", make_plan(teacher_name=str(Path.home() / "models" / "llama")))
     with pytest.raises(ConfigError, match=r"index\.json names your home folder"):
         push_transfer_set(TransferSet.open(tmp_path / "told"), "user/set")
@@ -222,26 +191,18 @@ def test_a_shard_that_is_not_the_index_s_is_refused_when_it_is_touched(hub: Fake
         TransferSet.open("user/bad", verify="full")
 
 
-def test_a_shard_of_another_size_is_not_even_fetched(hub: FakeHub, small_set):
-    files = files_of(small_set)
-    hub.make("dataset", "user/huge", {**files, "shard-00001.safetensors": bytes(10**6)}, private=False)
-    opened = TransferSet.open("user/huge")
-    hub.requests.clear()
-    with pytest.raises(HubError, match=r"has 1000000 bytes; expected 1\d\d\d"):
-        opened[5]
-    assert hub.count("GET", "shard-00001") == 0
-
-
-def test_an_index_that_is_huge_is_not_fetched(hub: FakeHub):
-    hub.make("dataset", "user/huge", {"index.json": b" " * (2**21 + 1)}, private=False)
+def test_what_is_too_large_is_not_fetched(hub: FakeHub, small_set):
+    hub.make("dataset", "user/index", {"index.json": b" " * (2**21 + 1)}, private=False)
     with pytest.raises(HubError, match="expected at most 2097152"):
-        TransferSet.open("user/huge")
-    assert hub.count("GET", "index.json") == 0
+        TransferSet.open("user/index")
+    hub.make("dataset", "user/shard", {**files_of(small_set), "shard-00001.safetensors": bytes(10**6)}, private=False)
+    with pytest.raises(HubError, match=r"has 1000000 bytes; expected 1\d\d\d"):
+        TransferSet.open("user/shard")[5]
+    assert hub.count("GET", "user/index/.*index.json|shard-00001") == 0
 
 
 def test_missing_parts_are_named(hub: FakeHub, small_set):
-    files = files_of(small_set)
-    lacking = {name: data for name, data in files.items() if name != "shard-00002.safetensors"}
+    lacking = {name: data for name, data in files_of(small_set).items() if name != "shard-00002.safetensors"}
     hub.make("dataset", "user/lacking", lacking, private=False)
     with pytest.raises(TransferSetError, match=r"holds no shard-00002.safetensors, which its index lists"):
         TransferSet.open("user/lacking")[9]
@@ -263,9 +224,25 @@ def test_a_changed_index_is_refused(hub: FakeHub, small_set):
     hub.make("dataset", "user/changed", {**files, "index.json": plain}, private=False)
     with pytest.raises(TransferSetError, match="changed or damaged"):
         TransferSet.open("user/changed")
-    sealed = seal(index)  # a forger puts the digest right, too; only who knows the digest notices
-    assert hashlib.sha256(sealed).hexdigest()
-    hub.make("dataset", "user/forged", {**files, "index.json": sealed}, private=False)
+    # A forger puts the digest right, too; only who knows the digest notices.
+    hub.make("dataset", "user/forged", {**files, "index.json": seal(index)}, private=False)
     assert TransferSet.open("user/forged").digest != small_set.digest
     with pytest.raises(TransferSetError, match=f"expected {small_set.digest}"):
         TransferSet.open("user/forged", digest=small_set.digest)
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), RuntimeError("a bug"), OSError(28, "No space left on device")])
+def test_errors_of_a_program_or_of_the_disk_are_not_the_hub_s(error):
+    with pytest.raises(type(error)) as caught, hub_errors("push"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_connection_that_fails_is_worth_another_try(hub: FakeHub):
+    """As the client's HTTP library raises it, and as an upload wraps it."""
+    for wrapped in (False, True):
+        with pytest.raises(TransientHubError, match="Could not push: "), hub_errors("push"):
+            try:
+                get_session().get("http://127.0.0.1:9")
+            except Exception as error:
+                raise (RuntimeError("Error while uploading 'x' to the Hub.") if wrapped else error) from error

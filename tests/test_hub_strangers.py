@@ -8,10 +8,8 @@ import sys
 
 import pytest
 import torch
-from fake_hub import running_hub
-from hub_client import connect, disconnect
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from transfer_sets import write_set
 
 from quantkd import TransferSet
@@ -19,6 +17,8 @@ from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter
 from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
+
+pytest_plugins = ["hub_runs"]
 
 
 class PickleWatch:
@@ -47,14 +47,6 @@ def watch():
     return PickleWatch()
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with running_hub() as hub:
-        connect(hub, monkeypatch, tmp_path / "cache")
-        yield hub
-        disconnect()
-
-
 @pytest.fixture(scope="module")
 def files(tiny_tokenizer, tmp_path_factory):
     """The two files of a small, honest adapter."""
@@ -62,18 +54,36 @@ def files(tiny_tokenizer, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapter")
     model = build_tiny_model(tiny_tokenizer)
-    model.config.name_or_path = "maker/tiny"
     torch.manual_seed(0)
     adapted = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     )
     adapted.save_pretrained(folder)
-    return {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    config = json.dumps({**fields, "base_model_name_or_path": "maker/tiny"}).encode()
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    return {"adapter_config.json": config, "adapter_model.safetensors": weights}
 
 
-def with_config(files, **changes):
-    fields = {**json.loads(files["adapter_config.json"]), **changes}
-    return {**files, "adapter_config.json": json.dumps(fields).encode()}
+@pytest.fixture
+def attach(hub, files, tiny_model):
+    """Put an adapter on the Hub, with changes to its configuration or its files, and load it."""
+    tiny_model.config.name_or_path = "/models/tiny"
+
+    def attach(changed=None, **changes):
+        config = {"adapter_config.json": json.dumps({**json.loads(files["adapter_config.json"]), **changes}).encode()}
+        hub.make("model", "user/adapter", {**files, **config, **(changed or {})}, private=False)
+        return load_adapter(tiny_model, "user/adapter")
+
+    return attach
+
+
+def assert_holds(loaded, files) -> None:
+    """The model has the file's weights, and no others, in its adapter."""
+    expected = load(files["adapter_model.safetensors"])
+    state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 class Trap:
@@ -83,76 +93,56 @@ class Trap:
         return (exec, ("raise AssertionError('a pickle was opened')",))
 
 
-def test_the_watch_sees_a_pickle(watch):
-    data = pickle.dumps(Trap())
+PICKLE = pickle.dumps(Trap())
+TRAPS = dict.fromkeys(("adapter_model.bin", "training_args.bin", "optimizer.pt", "pytorch_model.bin"), PICKLE)
+
+
+def test_no_pickle_is_opened(hub, files, attach, watch, tmp_path):
     with watch, pytest.raises(AssertionError, match="a pickle was opened"):
-        pickle.loads(data)
-    assert watch.found
-
-
-def test_no_pickle_is_opened(hub, files, watch, tiny_model, tmp_path):
-    trap = pickle.dumps(Trap())
-    traps = {"adapter_model.bin": trap, "training_args.bin": trap, "optimizer.pt": trap, "pytorch_model.bin": trap}
-    hub.make("model", "user/trap", {**files, **traps}, private=False)
+        pickle.loads(PICKLE)
+    assert watch.found  # the watch sees one
     write_set(tmp_path / "set")
     folder = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
-    hub.make("dataset", "user/trap", {**folder, **traps, "set.py": b"raise AssertionError"}, private=False)
+    hub.make("dataset", "user/trap", {**folder, **TRAPS, "set.py": b"raise AssertionError"}, private=False)
     with watch:
-        loaded = load_adapter(tiny_model, "user/trap")
+        loaded = attach(TRAPS)
         rows = list(TransferSet.open("user/trap"))
     assert watch.found == [] and len(rows) == 10
-    expected = load_file_bytes(files["adapter_model.safetensors"], tmp_path)
-    state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert_holds(loaded, files)
     assert not [path for verb, path in hub.requests if path.endswith((".bin", ".pt", ".py"))]
 
 
-@pytest.mark.parametrize("load", [load_teacher, load_student])
-def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load):
-    hub.make("model", "user/adapter", with_config(files, base_model_name_or_path="user/trap"), private=False)
-    hub.make("model", "user/trap", {"config.json": b"{}"}, private=False)
+@pytest.mark.parametrize("load_model", [load_teacher, load_student])
+def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load_model):
+    hub.make("model", "user/adapter", files, private=False)
+    hub.make("model", "maker/tiny", {"config.json": b"{}"}, private=False)
     with pytest.raises(ConfigError, match="user/adapter holds an adapter and no model"):
-        load("user/adapter")
-    assert not [path for verb, path in hub.requests if "user/trap" in path]
-
-
-def load_file_bytes(data, tmp_path):
-    (tmp_path / "weights.safetensors").write_bytes(data)
-    return load_file(tmp_path / "weights.safetensors")
+        load_model("user/adapter")
+    assert not [path for verb, path in hub.requests if "maker/tiny" in path]
 
 
 @pytest.mark.parametrize("place", ["hub", "folder"])
-def test_an_adapter_that_is_a_pickle_is_refused_in_words(hub, files, watch, tiny_model, tmp_path, place):
-    trapped = {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": pickle.dumps(Trap())}
+def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, tmp_path, place):
+    trapped = {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": PICKLE}
     hub.make("model", "user/trap", trapped, private=False)
-    (tmp_path / "trap").mkdir()
     for name, data in trapped.items():
-        (tmp_path / "trap" / name).write_bytes(data)
+        (tmp_path / name).write_bytes(data)
     with watch, pytest.raises(DataError, match=r"adapter_model.bin, a pickle, which can run any code"):
-        load_adapter(tiny_model, "user/trap" if place == "hub" else tmp_path / "trap")
+        load_adapter(tiny_model, "user/trap" if place == "hub" else tmp_path)
     assert watch.found == []
     assert hub.count("GET", r"\.bin$") == 0
 
 
-def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, files, tiny_model, caplog):
-    hub.make("model", "user/other", with_config(files, base_model_name_or_path="evil/model"), private=False)
-    tiny_model.config.name_or_path = "maker/tiny"
-    loaded = load_adapter(tiny_model, "user/other")
-    assert "it was trained on 'model'; it is attached to 'tiny'" in " ".join(caplog.text.split())
-    assert loaded.hub_revision.startswith("user/other at ")
-    assert not [path for verb, path in hub.requests if "evil" in path]
-    caplog.clear()
-    hub.make("model", "user/same", files, private=False)
-    del loaded
-    load_adapter(tiny_model_again(tiny_model), "user/same")
-    assert "trained on" not in caplog.text
-
-
-def tiny_model_again(model):
-    model = model.__class__(model.config)
-    model.config.name_or_path = "/models/tiny"
-    return model
+@pytest.mark.parametrize(
+    ("named", "warned"),
+    [("evil/model", "it was trained on 'model'; it is attached to 'tiny'"), ("maker/tiny", ""), ("", ""),
+     ("m\x1b[31m\r\nred", "it was trained on 'm?[31m??red'")],
+)  # fmt: skip
+def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, attach, caplog, named, warned):
+    loaded = attach(base_model_name_or_path=named)
+    assert ("trained on" in caplog.text) == bool(warned) and warned in caplog.text
+    assert loaded.hub_revision.startswith("user/adapter at ")
+    assert not [path for verb, path in hub.requests if "evil" in path or "maker" in path]
 
 
 def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, monkeypatch):
@@ -160,11 +150,11 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
 
     asked = {}
 
-    def load(name, **kwargs):
+    def load_base(name, **kwargs):
         asked.update(kwargs, name=name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "load_student", load)
+    monkeypatch.setattr(adapters, "load_student", load_base)
     hub.make("model", "user/fine", files, private=False)
     with pytest.raises(KeyboardInterrupt):
         load_adapter(str(tiny_model_path), "user/fine")
@@ -187,85 +177,57 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
         ({"modules_to_save": ["x" * 999]}, "expected plain names"),
         ({"peft_type": "PROMPT_TUNING"}, "of the kind 'PROMPT_TUNING'"),
         ({"peft_type": None}, "expected LORA"),
-        ({"r": -1}, "fit|is no LoRA"),
+        ({"r": -1}, "fit|is not a LoRA"),
         ({"r": 3}, "does not fit"),
         ({"target_modules": ["q_proj"]}, "fit"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "does not fit its own configuration: 4 weights"),
         ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
     ],
-)  # fmt: skip
-def test_configurations_that_ask_for_more_or_for_what_cannot_be(hub, files, tiny_model, watch, changes, message):
-    hub.make("model", "user/strange", with_config(files, **changes), private=False)
+)
+def test_configurations_that_ask_for_more_or_for_what_cannot_be(attach, watch, changes, message):
     with watch, pytest.raises(DataError, match=message):
-        load_adapter(tiny_model, "user/strange")
+        attach(**changes)
     assert watch.found == []
 
 
-def test_the_class_that_an_adapter_names_is_not_imported(hub, files, tiny_model, watch, tmp_path):
+def test_the_class_that_an_adapter_names_is_not_imported(attach, files, watch):
     """PEFT writes it where the maker gave no task type."""
-    named = {"base_model_class": "Trap", "parent_library": "trap_library"}
-    hub.make("model", "user/untyped", with_config(files, task_type=None, auto_mapping=named), private=False)
     with watch:
-        loaded = load_adapter(tiny_model, "user/untyped")
+        loaded = attach(task_type=None, auto_mapping={"base_model_class": "Trap", "parent_library": "trap_library"})
     assert watch.found == [] and "trap_library" not in watch.imported
-    expected = load_file_bytes(files["adapter_model.safetensors"], tmp_path)
-    state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
-    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert_holds(loaded, files)
 
 
-def test_a_regular_expression_is_not_run(hub, files, tiny_model, tmp_path):
+def test_a_regular_expression_is_not_run(attach, files):
     """PEFT saves one where the maker gave one; the weights tell which modules it meant."""
-    fields = {"target_modules": "(x+x+)+y|.*\\.(q|v)_proj", "exclude_modules": "(x+x+)+y"}
-    hub.make("model", "user/pattern", with_config(files, **fields), private=False)
-    loaded = load_adapter(tiny_model, "user/pattern")
-    expected = load_file_bytes(files["adapter_model.safetensors"], tmp_path)
-    state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    loaded = attach(target_modules="(x+x+)+y|.*\\.(q|v)_proj", exclude_modules="(x+x+)+y")
+    assert_holds(loaded, files)
     assert all(name.count(".") > 2 for name in loaded.peft_config["default"].target_modules)
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 10**5])
-def test_a_configuration_that_is_none(hub, files, tiny_model, text):
-    hub.make("model", "user/broken", {**files, "adapter_config.json": text}, private=False)
+def test_a_configuration_that_is_none(attach, text):
     with pytest.raises(DataError, match=r"is not a LoRA configuration|of the kind 'list'"):
-        load_adapter(tiny_model, "user/broken")
+        attach({"adapter_config.json": text})
 
 
-@pytest.mark.parametrize("size", [0, 7, 100])
-def test_weights_that_are_cut(hub, files, tiny_model, size):
-    data = files["adapter_model.safetensors"][:size]
-    hub.make("model", "user/cut", {**files, "adapter_model.safetensors": data}, private=False)
+@pytest.mark.parametrize("size", [0, 7, 100, None])
+def test_weights_that_are_cut_or_of_other_shapes(attach, files, size):
+    weights = load(files["adapter_model.safetensors"])
+    wide = save({**weights, sorted(weights)[0]: torch.zeros(2, 999)})
+    data = wide if size is None else files["adapter_model.safetensors"][:size]
     with pytest.raises(DataError, match="does not fit the base model"):
-        load_adapter(tiny_model, "user/cut")
+        attach({"adapter_model.safetensors": data})
 
 
-def test_weights_of_other_shapes_or_names(hub, files, tiny_model, tmp_path):
-    weights = load_file_bytes(files["adapter_model.safetensors"], tmp_path)
-    name = sorted(weights)[0]
-    wide = save({**weights, name: torch.zeros(2, 999)})
-    hub.make("model", "user/wide", {**files, "adapter_model.safetensors": wide}, private=False)
-    with pytest.raises(DataError, match="does not fit the base model"):
-        load_adapter(tiny_model, "user/wide")
-
-
-def test_files_that_are_missing_or_huge(hub, files, tiny_model, tmp_path):
+def test_files_that_are_missing_or_huge(hub, files, attach, tiny_model, tmp_path):
+    with pytest.raises(HubError, match="expected at most 1048576"):
+        attach({"adapter_config.json": b" " * (2**20 + 1)})
+    assert hub.count("GET", "user/adapter/.*json") == 0
     hub.make("model", "user/empty", {"README.md": b"hello"}, private=False)
     with pytest.raises(DataError, match=r"holds no adapter_config.json"):
         load_adapter(tiny_model, "user/empty")
-    huge = {**files, "adapter_config.json": b" " * (2**20 + 1)}
-    hub.make("model", "user/huge", huge, private=False)
-    with pytest.raises(HubError, match="expected at most 1048576"):
-        load_adapter(tiny_model, "user/huge")
-    assert hub.count("GET", "user/huge/.*json") == 0
     with pytest.raises(DataError, match="expected an adapter that PEFT saved"):
         load_adapter(tiny_model, tmp_path)
     with pytest.raises(HubError, match="user/absent"):
         load_adapter(tiny_model, "user/absent")
-
-
-def test_a_name_in_a_stranger_s_words_cannot_write_to_the_terminal(hub, files, tiny_model, caplog):
-    hub.make("model", "user/loud", with_config(files, base_model_name_or_path="m\x1b[31m\r\nred"), private=False)
-    tiny_model.config.name_or_path = "maker/tiny"
-    load_adapter(tiny_model, "user/loud")
-    assert "\x1b" not in caplog.text and "\\x1b" not in caplog.text

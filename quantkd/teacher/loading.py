@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from quantkd.errors import ConfigError
 from quantkd.foreign import keep_commit
 from quantkd.hardware import default_device, parse_dtype
-from quantkd.hub.adapters import load_adapter
 from quantkd.names import load_tokenizer, naming, public_name, refuse_adapter
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
@@ -114,6 +113,8 @@ def _check_built(
 def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:
     """The model with a PEFT adapter in its layers, unmerged, so that no weight is rounded."""
     from peft import get_peft_model_state_dict
+
+    from quantkd.hub import load_adapter  # the trainer imports this module, and must not load the Hub's
 
     wrapped = load_adapter(model, adapter)
     digest = hashlib.sha256()

@@ -1,0 +1,257 @@
+"""Adapters on the Hub: pushed by the trainer and the command line, with a page that is right, and loaded back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from hub_runs import PUSHED
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoTokenizer, Trainer
+
+from quantkd import QuantizedDistillationTrainer, TransferSet
+from quantkd.errors import ConfigError, DataError, HubError
+from quantkd.hub import load_adapter, push_adapter, push_transfer_set
+
+pytest_plugins = ["hub_runs"]
+
+
+def read_page(files: dict[str, bytes]) -> tuple[dict, str]:
+    """The metadata and the text of a repository's page."""
+    _, front, text = files["README.md"].decode().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, transfer_set, caplog):
+    pushed = push_adapter(run, "student", license="apache-2.0")  # the owner is the token's
+    repository = hub.repositories["model", "user/student"]
+    assert repository.private and len(repository.commits) == 2  # the server's own, and ours
+    files = hub.files("model", "user/student")
+    assert set(files) == PUSHED
+    assert files["adapter_model.safetensors"] == (run / "student" / "adapter_model.safetensors").read_bytes()
+    with caplog.at_level("INFO", logger="quantkd.remote"):
+        ours = load_adapter(load_base(), "user/student")
+    assert f"Adapter user/student at {pushed.commit}" in caplog.text
+    assert ours.hub_revision == f"user/student at {pushed.commit}"
+    plain = PeftModel.from_pretrained(load_base(), "user/student", revision=pushed.commit).eval()
+    ids = transfer_set[0]["input_ids"].unsqueeze(0)
+    with torch.inference_mode():
+        expected = PeftModel.from_pretrained(load_base(), run / "student").eval()(input_ids=ids).logits
+        assert torch.equal(ours(input_ids=ids).logits, expected)
+        assert torch.equal(plain(input_ids=ids).logits, expected)
+        assert not torch.equal(load_base()(input_ids=ids).logits, expected)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    trainable = load_adapter(load_base(), "user/student", is_trainable=True)
+    assert any(parameter.requires_grad for parameter in trainable.parameters())
+
+
+def test_a_report_above_two_adapters_belongs_to_neither(hub, run):
+    shutil.copytree(run / "student", run / "other")
+    with pytest.raises(DataError, match="the adapters other, student; expected one"):
+        push_adapter(run, "user/student")
+    push_adapter(run / "student", "user/student")
+    assert "gap.png" not in hub.files("model", "user/student")
+    push_adapter(run / "student", "user/student", run_dir=run)
+    assert "gap.png" in hub.files("model", "user/student")
+    # A later push takes away what it does not bring, and nothing of somebody else.
+    hub.repositories["model", "user/student"].commits[-1].files["mine.txt"] = b"kept"
+    push_adapter(run / "student", "user/student")
+    assert set(hub.files("model", "user/student")) == PUSHED - {"gap.png"} | {"mine.txt"}
+
+
+def test_failures_on_the_way(hub, run):
+    hub.fail("503", "reset", "429", None, "lost", None, None, "lost", None, "reset")
+    pushed = push_adapter(run, "user/student")
+    assert set(hub.files("model", "user/student")) == PUSHED
+    assert pushed.commit == hub.repositories["model", "user/student"].commits[-1].sha
+    hub.fault = lambda number, method, path: "503"
+    with pytest.raises(HubError, match="failed 8 times in a row"):
+        push_adapter(run, "user/student", license="mit")
+
+
+def test_a_repository_that_holds_something_else_is_left_alone(hub, run, small_set):
+    files = {"README.md": b"mine", "config.json": b"{}", "data/x.bin": b"1"}
+    for kind in ("model", "dataset"):
+        hub.make(kind, "user/other", files)
+        hub.make(kind, "user/blank", {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"})
+    hub.make("dataset", "user/folder", {"data/x.parquet": b"1"})
+    held = "user/other holds config.json, data/x.bin, and no"
+    with pytest.raises(ConfigError, match=f"{held} adapter; .*Choose another name"):
+        push_adapter(run, "user/other")
+    with pytest.raises(ConfigError, match=f"{held} transfer set"):
+        push_transfer_set(small_set, "user/other")
+    with pytest.raises(ConfigError, match=r"user/folder holds data/x.parquet, and no transfer set"):
+        push_transfer_set(small_set, "user/folder")
+    assert all(len(hub.repositories[kind, "user/other"].commits) == 2 for kind in ("model", "dataset"))
+    push_adapter(run, "user/blank")
+    push_transfer_set(small_set, "user/blank")
+    assert TransferSet.open("user/blank").digest == small_set.digest
+
+
+def test_a_branch_of_its_own(hub, run):
+    push_adapter(run, "user/student", revision="v2")
+    branches = hub.repositories["model", "user/student"].branches
+    assert set(branches["v2"].files) == PUSHED | {".gitattributes"} and set(branches["main"].files) == {
+        ".gitattributes"
+    }
+
+
+def test_a_pickled_adapter_is_not_pushed(hub, run):
+    (run / "student" / "adapter_model.safetensors").rename(run / "student" / "adapter_model.bin")
+    with pytest.raises(DataError, match=r"adapter_model.bin, a pickle.*expected adapter_model.safetensors"):
+        push_adapter(run, "user/student")
+    assert hub.requests == []
+
+
+def test_the_trainer_pushes_by_name_and_into_a_private_repository(hub, build_trainer, tmp_path):
+    trainer = build_trainer(
+        tmp_path / "student", push_to_hub=True, hub_model_id="user/student", save_strategy="steps", save_steps=1
+    )
+    assert hub.repositories["model", "user/student"].private  # made when the trainer was
+    trainer.train()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dataset_name'"):
+        trainer.push_to_hub(dataset_name="gsm8k")
+    pushed = trainer.push_to_hub(license="mit")
+    repository = hub.repositories["model", "user/student"]
+    assert [commit.title for commit in repository.commits] == [
+        "initial commit", "Training in progress, step 1", "Training in progress, step 2", "End of training",
+    ]  # fmt: skip
+    assert pushed.commit == repository.commits[-1].sha
+    assert set().union(*(commit.files for commit in repository.commits)) <= {*PUSHED, ".gitattributes"}
+    assert read_page(hub.files("model", "user/student"))[0]["license"] == "mit"
+    trainer.create_model_card(license="apache-2.0")
+    assert "license: apache-2.0" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_a_failed_push_does_not_end_the_training(hub, build_trainer, tmp_path, caplog):
+    trainer = build_trainer(tmp_path / "student", push_to_hub=True, save_strategy="steps", save_steps=1)
+    hub.fault = lambda number, method, path: "503"
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "Training goes on" in caplog.text
+
+
+def test_nothing_becomes_public_by_mistake(hub, run, build_trainer, tmp_path):
+    hub.make("model", "user/open", {}, private=False)
+    with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
+        push_adapter(run, "user/open")
+    with pytest.raises(ConfigError, match="is public"):
+        build_trainer(tmp_path / "s", push_to_hub=True, hub_model_id="user/open")
+    assert len(hub.repositories["model", "user/open"].commits) == 1
+    assert not push_adapter(run, "user/open", private=False).private
+    trainer = build_trainer(tmp_path / "s", hub_model_id="user/open", hub_private_repo=False)
+    assert not trainer.push_to_hub().private
+    with pytest.raises(ConfigError, match="optimizer and random states"):
+        build_trainer(tmp_path / "s", push_to_hub=True, hub_strategy="all_checkpoints")
+
+
+def test_a_set_on_the_hub_is_named_with_its_commit(hub, build_trainer, transfer_set, tmp_path):
+    commit = push_transfer_set(transfer_set, "user/set").commit
+    trainer = build_trainer(tmp_path / "student", TransferSet.open("user/set"))
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("model", "user/student")
+    assert json.loads(files["quantkd.json"])["transfer_set"] == f"user/set at {commit}"
+    assert read_page(files)[0]["datasets"] == ["user/set"]
+
+
+def test_every_saved_folder_has_its_own_page_and_no_pickle(build_trainer, transfer_set, tmp_path, monkeypatch):
+    """People upload such folders by hand. The arguments go also where the Trainer does not call `_save`."""
+    trainer = build_trainer(tmp_path / "student", save_strategy="steps", save_steps=1, hub_token="hf_x")
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "student", tmp_path / "student" / "checkpoint-1"):
+        page = (folder / "README.md").read_text()
+        assert "More Information Needed" not in page and transfer_set.digest in page and str(tmp_path) not in page
+        assert not (folder / "training_args.bin").exists()
+    monkeypatch.setattr(QuantizedDistillationTrainer, "_save", Trainer._save)
+    trainer = build_trainer(tmp_path / "other", save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert (tmp_path / "other" / "checkpoint-2" / "adapter_model.safetensors").exists()
+    assert not list((tmp_path / "other").rglob("training_args.bin"))
+
+
+def test_training_loads_neither_the_hub_s_nor_the_report_s_modules():
+    script = (
+        "import quantkd.training.trainer, sys\n"
+        "assert not any(name.startswith(('quantkd.hub', 'quantkd.report')) for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
+def test_the_page(hub, run, transfer_set):
+    push_adapter(run / "student", "user/student", license="apache-2.0", base_model="maker/base")
+    files = hub.files("model", "user/student")
+    metadata, text = read_page(files)
+    assert set(metadata["tags"]) >= {"quantkd", "distillation", "4-bit"}
+    report = json.loads((run / "results.json").read_text())
+    expected = {report["metrics"][key]: one["value"] for key, one in report["arms"]["after"]["metrics"].items()}
+    card = ModelCard(files["README.md"].decode()).data  # as the Hub reads it
+    assert {one.metric_name: one.metric_value for one in card.eval_results} == expected and len(expected) >= 4
+    assert {one.task_type for one in card.eval_results} == {"text-generation"}
+    assert (card.license, card.base_model, card.library_name) == ("apache-2.0", "maker/base", "peft")
+    for fact in (
+        transfer_set.digest, "learning_rate", "0.01", "alpha", "gap recovered", "](gap.png)", "BitsAndBytesConfig",
+        'bnb_4bit_compute_dtype="float32"', 'PeftModel.from_pretrained(base, "user/student")', "## Limits",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "maker/base"
+
+
+def test_the_snippet_runs_and_gives_the_student_that_was_evaluated(
+    hub, run, load_base, tiny_model_path, transfer_set, monkeypatch
+):
+    push_adapter(run / "student", "user/student", base_model="maker/base")
+    (block,) = read_page(hub.files("model", "user/student"))[1].split("```python\n")[1:]
+    monkeypatch.chdir(run.parent)
+    shutil.copytree(tiny_model_path, run.parent / "maker" / "base")
+    names: dict = {}
+    exec(compile(block.split("```")[0], "card", "exec"), names)
+    ids = transfer_set[0]["input_ids"].unsqueeze(0)
+    with torch.inference_mode():
+        expected = load_adapter(load_base(), run / "student")(input_ids=ids).logits
+        assert torch.equal(names["model"](input_ids=ids).logits, expected)
+    assert names["tokenizer"].get_vocab() == AutoTokenizer.from_pretrained(tiny_model_path).get_vocab()
+    assert names["inputs"]["input_ids"].shape[1] > 10  # the chat template's marks are there
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "tags", "words"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"8-bit"}, "load_in_8bit=True,"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, {"4-bit"}, "quantization_config = ..."),
+        ({"quant_method": "torchao"}, set(), "quantization_config = ..."),
+        (None, {"4-bit"}, "was not recorded; this is quantkd's default"),
+    ],
+)
+def test_the_page_says_how_many_bits(hub, run, quantization, tags, words):
+    facts = json.loads((run / "student" / "quantkd.json").read_text())
+    (run / "student" / "quantkd.json").write_text(json.dumps({**facts, "quantization": quantization}))
+    push_adapter(run / "student", "user/student")
+    metadata, text = read_page(hub.files("model", "user/student"))
+    assert set(metadata["tags"]) & {"4-bit", "8-bit"} == tags
+    assert words in text and f"**{next(iter(tags), 'quantized')}**" in text
+    assert ("4-bit" in text) == ("4-bit" in tags)
+
+
+def test_what_is_not_known_is_said_on_the_page(hub, run, tiny_model_path, caplog):
+    (run / "results.json").unlink()
+    for name in ("quantkd.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (run / "student" / name).unlink()
+    push_adapter(run / "student", "user/student")
+    files = hub.files("model", "user/student")
+    metadata, text = read_page(files)
+    assert "gap.png" not in files and "quantkd.json" not in files
+    assert not {"license", "model-index", "base_model"} & set(metadata)
+    base = tiny_model_path.name
+    assert f"names the base model {base!r}" in caplog.text and "--base_model" in caplog.text
+    assert f'AutoTokenizer.from_pretrained("{base}")' in text and "apply_chat_template" not in text
+    assert f"name on the Hub was not given. {base} is the name of a local folder" in " ".join(text.split())
+    assert "No evaluation was pushed" in text and "Not stated" in text and "not recorded" in text
