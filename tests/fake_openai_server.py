@@ -49,7 +49,7 @@ class FakeServer:
         self.max_logprobs, self.error_body = max_logprobs, error_body
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.lock = threading.Lock()
-        self.active, self.most_active, self.delay_seconds = 0, 0, 0.0
+        self.active, self.most_active, self.delay_seconds, self.pause_seconds = 0, 0, 0.0, 0.0
         self.redirect_to: str | None = None
         self.name = "tiny"  # what the served model is called
 
@@ -92,7 +92,12 @@ class FakeServer:
                 if status == 429:
                     self.send_header("Retry-After", "0")
                 self.end_headers()
-                self.wfile.write(data)
+                for part in [data] if not owner.pause_seconds else (data[at : at + 1] for at in range(len(data))):
+                    try:
+                        self.wfile.write(part)
+                    except OSError:  # the client has left
+                        break
+                    time.sleep(owner.pause_seconds)
 
             def fail(self, fault: int | str) -> None:
                 if fault == "reset":  # SO_LINGER of 0 seconds: close with a reset instead of a farewell

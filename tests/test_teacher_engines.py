@@ -14,7 +14,7 @@ from teacher_rows import SETTINGS, assert_entries
 from quantkd import Nucleus, Sampled, TopK
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
 from quantkd.teacher import EncodedPrompt, GenerationSettings
-from quantkd.teacher.logprobs import TopLogprobs, build_row
+from quantkd.teacher.logprobs import RowBuilder, TopLogprobs
 from quantkd.teacher.server import ServerTeacher
 from quantkd.teacher.vllm import VLLMTeacher
 
@@ -34,10 +34,12 @@ def test_what_no_engine_of_log_probabilities_can_give(connect, tiny_tokenizer):
         connect("http://127.0.0.1:9", TopK(321))
 
 
-def row_of(pairs, rule, vocab_size=10):
-    spans = np.asarray([[1, 1 + len(pairs)]])
-    candidates = TopLogprobs.from_pairs(pairs)
-    return build_row(4, [0] * (1 + len(pairs)), spans, candidates, rule, vocab_size, finished=True, engine="The engine")
+def row_of(pairs, rule, vocab_size=10, targets=None, first=0):
+    length = 1 + (targets or len(pairs))
+    builder = RowBuilder("The engine", rule, vocab_size, 10)
+    return builder.build(
+        4, [first] + [0] * (length - 1), np.asarray([[1, length]]), TopLogprobs.from_pairs(pairs), finished=True
+    )
 
 
 def test_candidates_are_sorted_joined_and_cut():
@@ -54,10 +56,7 @@ def test_candidates_are_sorted_joined_and_cut():
     nucleus = row_of(pairs, Nucleus(0.45, max_k=3))
     assert nucleus.counts.tolist() == [1, 2, 1]
     assert nucleus.token_ids.tolist() == [2, 0, 1, 4]
-    padded = build_row(
-        4, [0] * 4, np.asarray([[1, 4]]), TopLogprobs.from_pairs(pairs), TopK(3), 7,
-        finished=True, engine="The engine", head_size=10,
-    )  # fmt: skip
+    padded = row_of(pairs, TopK(3), vocab_size=7)
     assert padded.counts.tolist() == [2, 3, 1] and padded.token_ids.tolist() == [2, 3, 0, 1, 5, 4]  # 7 to the tail
     assert row_of([[(1, 5e-4)]], TopK(1)).logprobs.tolist() == [0.0]  # a float16 teacher's rounding
 
@@ -78,10 +77,13 @@ def test_candidates_that_cannot_be_stored(pairs, message):
         row_of(pairs, TopK(1))
 
 
-def test_too_few_targets():
-    candidates = TopLogprobs.from_pairs([[(1, -1.0)]])
+def test_answers_that_cannot_be_stored():
     with pytest.raises(TeacherError, match="1 tokens; expected 2"):
-        build_row(0, [0] * 3, np.asarray([[1, 3]]), candidates, TopK(1), 10, finished=True, engine="The engine")
+        row_of([[(1, -1.0)]], TopK(1), targets=2)
+    with pytest.raises(TeacherError, match="token id 10, and the vocabulary ends"):
+        row_of([[(1, -1.0)]], TopK(1), first=10)
+    with pytest.raises(TeacherError, match=r"answer to prompt 4: The entries of target 0 hold a mass of 1\.8"):
+        row_of([[(1, -0.1), (2, -0.1)]], TopK(2))
 
 
 class Parameters(SimpleNamespace):

@@ -9,7 +9,7 @@ from teacher_rows import KINDS, SETTINGS, assert_entries
 from quantkd import Nucleus, TopK
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher import EncodedPrompt, GenerationSettings, TransformersTeacher
-from quantkd.teacher.server_dialects import _match
+from quantkd.teacher.server_dialects import DIALECTS, Completion
 
 pytest_plugins = ["teacher_servers"]
 
@@ -108,9 +108,16 @@ def test_tokens_inside_a_character_are_left_out_of_the_targets(serve, connect, p
 
 
 def test_a_token_whose_place_is_not_certain_is_left_out():
-    # Of 7, 3, 3, 8 the server gave candidates for 7, one of the threes, and 8.
-    assert _match([7, 3, 8], [7, 3, 3, 8]) == [(0, 0), (2, 3)]
-    assert _match([1, 2, 3], [1, 2, 3]) == [(0, 0), (1, 1), (2, 2)]
+    completion = Completion("tiny", [1], 1, SETTINGS, 0, [2])
+    for ids, tokens, places in (
+        ([7, 3, 8], [7, 3, 3, 8], [0, 3]),  # candidates for 7, one of the threes, and 8
+        ([1, 2, 3], [1, 2, 3], [0, 1, 2]),
+    ):
+        steps = [{"id": token, "top_logprobs": [{"id": token, "logprob": -0.5}]} for token in ids]
+        body = {"tokens": tokens, "completion_probabilities": steps, "stop_type": "limit"}
+        answer = DIALECTS["llama.cpp"].read(body, completion)
+        assert answer.places == places
+        assert answer.candidates.token_ids.tolist() == [tokens[place] for place in places]
 
 
 def test_rows_keep_their_order_and_run_at_once(serve, connect, prompts):

@@ -18,6 +18,14 @@ pytest_plugins = ["teacher_servers"]
 KEY = "sk-secret-0123456789"
 
 
+def put(body, token):
+    """The body with another first token, whose candidate it is, too."""
+    logprobs = body["choices"][0]["logprobs"]
+    logprobs["tokens"][0] = token
+    logprobs["top_logprobs"][0] = {token: -0.5}
+    return body
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_fault_is_tried_again(serve, connect, prompts, kind, caplog):
     caplog.set_level(logging.INFO, "quantkd")
@@ -52,6 +60,22 @@ def test_a_slow_server_times_out(serve, connect, prompts):
         teacher.answer(prompts[:1])
 
 
+def test_bodies_are_bounded_in_bytes_depth_and_time(serve, connect, prompts, monkeypatch):
+    server = serve()
+    teacher = connect(server, timeout_seconds=0.5, max_retries=0)
+    server.respond = lambda path, body: (200, "[" * 200_000)
+    with pytest.raises(TeacherError, match="nested too deeply"):
+        teacher.answer(prompts[:1])
+    server.respond = lambda path, body: (200, '{"choices": "' + "x" * 5000)
+    server.pause_seconds = 0.01  # after each byte: no single wait is long
+    with pytest.raises(TeacherError, match="timed out before the body's end"):
+        teacher.answer(prompts[:1])
+    server.pause_seconds = 0.0
+    monkeypatch.setattr("quantkd.teacher.server.MAX_BODY_BYTES", 1000)
+    with pytest.raises(TeacherError, match="more than 1000 bytes"):
+        teacher.answer(prompts[:1])
+
+
 @pytest.mark.parametrize(
     ("kind", "mangle", "message"),
     [
@@ -59,6 +83,8 @@ def test_a_slow_server_times_out(serve, connect, prompts):
         ("vllm", lambda body: {"choices": [{**body["choices"][0], "logprobs": None}]}, "no log-probabilities"),
         ("vllm", lambda body: {"error": "what"}, "another shape than expected"),
         ("vllm", lambda body: [], "another shape than expected"),
+        ("vllm", lambda body: put(body, "token_id:" + "9" * 30), "another shape than expected"),
+        ("vllm", lambda body: put(body, "token_id:5000"), "the token id 5000, and the vocabulary ends at 320"),
         ("sglang", lambda body: {"text": "hello"}, "another shape than expected"),
         ("llama.cpp", lambda body: {**body, "tokens": []}, "another shape than expected"),
     ],

@@ -1,7 +1,14 @@
 """GSM8K: its rows, the prompt that asks for the answer in a fixed last line, and the graders of an answer.
 
-The prompt follows the paper's protocol: zero or eight question-answer pairs of the training set, and a line that asks
-for the final number after `####`, which is how GSM8K itself closes its answers (Cobbe et al. 2021, arXiv:2110.14168).
+A row (this one is made up) has the form
+    question: Nadia picks 6 baskets of 15 plums and sells 70 of them. How many plums are left?
+    answer:   She picks 6 * 15 = <<6*15=90>>90 plums.
+              After selling, 90 - 70 = <<90-70=20>>20 plums are left.
+              #### 20
+The marks in `<<>>` were for a calculator, and the number after `####` is the answer (Cobbe et al. 2021,
+arXiv:2110.14168). `extract_strict` takes it as the official `extract_answer` does: openai/grade-school-math,
+grade_school_math/dataset.py. The prompt follows the paper's protocol: zero or eight question-answer pairs of the
+training set, and a line that asks for that form.
 """
 
 from __future__ import annotations

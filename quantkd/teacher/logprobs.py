@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.data.encoding import EncodedPrompt
-from quantkd.errors import ConfigError, TeacherError
+from quantkd.errors import ConfigError, TeacherError, TransferSetError
 from quantkd.models.generation import find_end_tokens
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, keep_entries, max_entries
@@ -68,31 +68,20 @@ class TopLogprobs:
         return TopLogprobs(chosen, self.token_ids[entries], self.logprobs[entries])
 
 
-def check_temperature_one(temperatures: Sequence[float], engine: str) -> tuple[float, ...]:
-    """Refuse log-normalizers of other temperatures, which take the whole vocabulary's logits."""
+def check_rule(rule: StorageRule, temperatures: Sequence[float], engine: str) -> TopK | Nucleus:
+    """Refuse a storage rule, and temperatures, that take the whole vocabulary's logits."""
+    if isinstance(rule, Sampled):
+        raise ConfigError(
+            f"{engine} gives the most probable tokens alone, and {rule} draws from the whole distribution. "
+            "Store nucleus:0.95:64 or topk:64 entries, or capture with the transformers engine."
+        )
     if {float(temperature) for temperature in temperatures} != {1.0}:
         raise ConfigError(
             f"{engine} gives log-probabilities at temperature 1.0 alone; log-normalizers for temperatures "
             f"{[float(t) for t in temperatures]} need all logits. Capture with --temperatures 1.0, or with the "
             "transformers engine."
         )
-    return (1.0,)
-
-
-def check_rule(rule: StorageRule, engine: str) -> None:
-    """Refuse a storage rule that top log-probabilities cannot satisfy."""
-    if isinstance(rule, Sampled):
-        raise ConfigError(
-            f"{engine} gives the most probable tokens alone, and {rule} draws from the whole distribution. "
-            "Store nucleus:0.95:64 or topk:64 entries, or capture with the transformers engine."
-        )
-
-
-def count_entries(rule: StorageRule, vocab_size: int) -> int:
-    """How many candidates a target must come with for the rule to choose from."""
-    if isinstance(rule, TopK) and rule.k > vocab_size:
-        raise ConfigError(f"{rule} exceeds the teacher's vocabulary of {vocab_size}; choose a smaller k.")
-    return max_entries(rule, vocab_size)
+    return rule
 
 
 def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64]]:
@@ -110,66 +99,87 @@ def seed_of(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}:tokens".encode()).digest()[:4], "little") >> 1
 
 
-def build_row(
-    index: int,
-    input_ids: Sequence[int],
-    spans: NDArray[np.int64],
-    candidates: TopLogprobs,
-    rule: StorageRule,
-    vocab_size: int,
-    *,
-    finished: bool,
-    engine: str,
-    head_size: int | None = None,
-) -> TransferRow:
-    """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one a target.
+@dataclass(frozen=True)
+class RowBuilder:
+    """Makes rows from an engine's top log-probabilities.
 
-    Shapes: input_ids (L,), spans (S, 2).
+    Args:
+        engine: its name, for errors.
+        rule: which candidates are kept.
+        vocab_size: the ids that can be a token; candidates beyond that count to the tail.
+        head_size: the width of the teacher's logits.
     """
-    targets = int((spans[:, 1] - spans[:, 0]).sum())
-    ids, logprobs = candidates.token_ids, candidates.logprobs
-    where = f"{engine} answered prompt {index} with"
-    if len(candidates.counts) != targets:
-        raise TeacherError(f"{where} log-probabilities of {len(candidates.counts)} tokens; expected {targets}.")
-    head_size = max(head_size or vocab_size, vocab_size)
-    for token in ids[(ids < 0) | (ids >= head_size)]:
-        raise TeacherError(
-            f"{where} the token id {token}, and the vocabulary ends at {head_size}. Check that the tokenizer is the "
-            "teacher's; if its logits are wider than that, name their width with vocab_size."
-        )
-    for logprob in logprobs[np.isnan(logprobs) | (logprobs > _ROUNDING)]:
-        raise TeacherError(
-            f"{where} the log-probability {logprob}; expected finite numbers of at most 0. "
-            "Check the teacher's dtype and weights."
-        )
 
-    # The sampled token comes beside the most probable ones and may be one of them.
-    owners = np.repeat(np.arange(targets, dtype=np.int64), candidates.counts)
-    _, first = np.unique(owners * head_size + ids, return_index=True)
-    owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)
-    order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
-    owners, ids, logprobs = owners[order], ids[order], logprobs[order]
-    counts = np.bincount(owners, minlength=targets)
-    width = count_entries(rule, vocab_size)
-    keep = keep_entries(logprobs, counts, rule) & (logprobs > _ZERO_PROBABILITY) & (ids < vocab_size)
-    complete = counts >= width
-    if isinstance(rule, Nucleus):
-        complete |= np.bincount(owners, weights=np.exp(logprobs), minlength=targets) >= rule.p
-    kept = np.bincount(owners[keep], minlength=targets)
-    for target in np.flatnonzero(~complete | (kept == 0)):
-        raise TeacherError(
-            f"{where} {counts[target]} log-probabilities at token {target} of the answer, where {rule} needs {width}. "
-            "Raise the engine's limit (vLLM: --max-logprobs), or choose a smaller rule."
+    engine: str
+    rule: TopK | Nucleus
+    vocab_size: int
+    head_size: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, TopK) and self.rule.k > self.vocab_size:
+            raise ConfigError(f"{self.rule} exceeds the teacher's vocabulary of {self.vocab_size}; choose a smaller k.")
+
+    @property
+    def width(self) -> int:
+        """How many candidates a target must come with for the rule to choose from."""
+        return max_entries(self.rule, self.vocab_size)
+
+    def build(
+        self, index: int, input_ids: Sequence[int], spans: NDArray[np.int64], candidates: TopLogprobs, *, finished: bool
+    ) -> TransferRow:
+        """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one per target.
+
+        Shapes: input_ids (L,), spans (S, 2).
+        """
+        targets = int((spans[:, 1] - spans[:, 0]).sum())
+        ids, logprobs = candidates.token_ids, candidates.logprobs
+        where = f"{self.engine} answered prompt {index} with"
+        if len(candidates.counts) != targets:
+            raise TeacherError(f"{where} log-probabilities of {len(candidates.counts)} tokens; expected {targets}.")
+        head_size = max(self.head_size, self.vocab_size)
+        known = (ids >= 0) & (ids < head_size)
+        for token in (*(token for token in input_ids if not 0 <= token < self.vocab_size), *ids[~known]):
+            raise TeacherError(
+                f"{where} the token id {token}, and the vocabulary ends at {head_size}. Check that the tokenizer is "
+                "the teacher's; if its logits are wider than that, name their width with vocab_size."
+            )
+        for logprob in logprobs[np.isnan(logprobs) | (logprobs > _ROUNDING)]:
+            raise TeacherError(
+                f"{where} the log-probability {logprob}; expected finite numbers of at most 0. "
+                "Check the teacher's dtype and weights."
+            )
+
+        # The sampled token comes beside the most probable ones and may be one of them.
+        owners = np.repeat(np.arange(targets, dtype=np.int64), candidates.counts)
+        _, first = np.unique(owners * head_size + ids, return_index=True)
+        owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)
+        order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
+        owners, ids, logprobs = owners[order], ids[order], logprobs[order]
+        counts = np.bincount(owners, minlength=targets)
+        keep = keep_entries(logprobs, counts, self.rule) & (logprobs > _ZERO_PROBABILITY) & (ids < self.vocab_size)
+        complete = counts >= self.width
+        if isinstance(self.rule, Nucleus):
+            complete |= np.bincount(owners, weights=np.exp(logprobs), minlength=targets) >= self.rule.p
+        kept = np.bincount(owners[keep], minlength=targets)
+        for target in np.flatnonzero(~complete | (kept == 0)):
+            raise TeacherError(
+                f"{where} {counts[target]} log-probabilities at token {target} of the answer, where {self.rule} "
+                f"needs {self.width}. Raise the engine's limit (vLLM: --max-logprobs), or choose a smaller rule."
+            )
+        row = TransferRow(
+            input_ids=np.asarray(input_ids, dtype=np.int64),
+            spans=spans,
+            counts=kept,
+            token_ids=ids[keep],
+            logprobs=logprobs[keep].astype(np.float32),
+            log_normalizers=np.zeros((targets, 1), dtype=np.float32),
+            finished=finished,
         )
-    return TransferRow(
-        input_ids=np.asarray(input_ids, dtype=np.int64),
-        spans=spans,
-        counts=kept,
-        token_ids=ids[keep],
-        logprobs=logprobs[keep].astype(np.float32),
-        log_normalizers=np.zeros((targets, 1), dtype=np.float32),
-        finished=finished,
-    )
+        try:
+            row.validate(self.vocab_size)
+        except TransferSetError as error:
+            raise TeacherError(f"{self.engine}'s answer to prompt {index}: {error}") from error
+        return row
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:

@@ -6,20 +6,16 @@ text, and a part of a character to none. So each server is asked in the way in w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher.logprobs import TopLogprobs
 from quantkd.teacher.teacher import GenerationSettings
 
 _TOKEN_ID = "token_id:"
-
-
-_LLAMA_CPP_SCORES_NOTHING = (
-    "llama.cpp's server gives no log-probabilities of given answers. Let the teacher answer (responses='generate'), or "
-    "score with the transformers or vLLM engine, or vLLM's or SGLang's server."
-)
+_NO_PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 @dataclass(frozen=True)
@@ -29,10 +25,11 @@ class Completion:
     Args:
         model: the model's name.
         prompt_ids: the prompt.
-        width: candidates a token.
+        width: candidates per token.
         settings: how to answer.
         seed: the row's own.
         ends: ids that end an answer.
+        score_from: the first token of the prompt whose candidates are wanted, too; None to answer only.
     """
 
     model: str
@@ -41,6 +38,7 @@ class Completion:
     settings: GenerationSettings
     seed: int
     ends: list[int]
+    score_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Answer:
     Args:
         token_ids: the answer, with its end token.
         places: of the tokens that came with candidates, ascending.
-        candidates: of these.
+        candidates: of these; where the prompt is scored, those of all its tokens before them.
         reason: "end" where the last token is one that ends answers, "stop" where the server stopped for a reason that
             it does not name, "length" where the limit cut.
     """
@@ -61,46 +59,29 @@ class Answer:
     reason: str
 
 
-class Dialect(Protocol):
-    """One server's way to ask and answer. Raises KeyError, TypeError, ValueError or IndexError on malformed answers."""
-
-    name: str
+class Dialect(ABC):
+    """One server's way to ask and answer."""
 
     def check(self, settings: GenerationSettings) -> None:
         """Refuse settings under which the server's log-probabilities would not be the teacher's own."""
+        return
 
+    @abstractmethod
     def ask(self, completion: Completion) -> tuple[str, dict[str, Any]]:
-        """Path and body that ask for an answer."""
+        """Path and body of the request."""
 
-    def read(self, body: Any) -> Answer:
-        """The answer in the response's body."""
-
-    def ask_score(self, completion: Completion, first: int) -> tuple[str, dict[str, Any]]:
-        """Path and body that ask for the candidates of the prompt's own tokens from `first` on, and of one more."""
-
-    def read_score(self, body: Any, completion: Completion) -> TopLogprobs:
-        """Candidates of all L + 1 places after `ask_score`, none at those before `first`."""
+    @abstractmethod
+    def read(self, body: Any, completion: Completion) -> Answer:
+        """The answer in the response's body; KeyError, TypeError, ValueError or IndexError if it is malformed."""
 
 
-class VLLM:
+class VLLM(Dialect):
     """vLLM's `/v1/completions`, and any other server that takes its `return_tokens_as_token_ids`."""
 
-    name = "vllm"
-
-    def check(self, settings: GenerationSettings) -> None:
-        """Nothing to refuse: its log-probabilities are those before temperature and filters."""
-
     def ask(self, completion: Completion) -> tuple[str, dict[str, Any]]:
-        """Every sampling setting is named, for the server fills gaps from the checkpoint's generation config."""
+        """Every sampling setting is named, because the server fills gaps from the checkpoint's generation config."""
         settings = completion.settings
-        sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
-        if settings.do_sample:
-            sampling = {
-                "temperature": settings.generation_temperature,
-                "top_p": settings.top_p,
-                "top_k": settings.top_k,
-            }
-        return "/v1/completions", {
+        body = {
             "model": completion.model,
             "prompt": completion.prompt_ids,
             "max_tokens": settings.max_new_tokens,
@@ -109,36 +90,28 @@ class VLLM:
             "seed": completion.seed,
             "ignore_eos": True,  # ends at our end tokens alone
             "stop_token_ids": completion.ends,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            **sampling,
+            "temperature": settings.generation_temperature if settings.do_sample else 0.0,
+            "top_p": settings.top_p if settings.do_sample else 1.0,
+            "top_k": settings.top_k if settings.do_sample else 0,
+            **_NO_PENALTIES,
         }
+        if completion.score_from is not None:
+            body["prompt_logprobs"] = completion.width
+        return "/v1/completions", body
 
-    def read(self, body: Any) -> Answer:
-        """Tokens and candidates are strings `token_id:N`."""
+    def read(self, body: Any, completion: Completion) -> Answer:
+        """Tokens and candidates are strings `token_id:N`; those of the prompt are plain ids."""
         choice = body["choices"][0]
         logprobs = choice["logprobs"]
         if not logprobs or not logprobs["top_logprobs"]:
             raise TeacherError("the server gives no log-probabilities")
         tokens = [self._id(token) for token in logprobs["tokens"]]
-        pairs = [
-            [(self._id(token), logprob) for token, logprob in target.items()] for target in logprobs["top_logprobs"]
-        ]
+        pairs = [[(self._id(token), value) for token, value in target.items()] for target in logprobs["top_logprobs"]]
+        if completion.score_from is not None:
+            scored = choice["prompt_logprobs"]
+            pairs = [[(int(id_), each["logprob"]) for id_, each in (target or {}).items()] for target in scored] + pairs
         reason = "length" if choice["finish_reason"] == "length" else "stop"
         return Answer(tokens, list(range(len(tokens))), TopLogprobs.from_pairs(pairs), reason)
-
-    def ask_score(self, completion: Completion, first: int) -> tuple[str, dict[str, Any]]:
-        """`prompt_logprobs` gives every token of the prompt."""
-        path, body = self.ask(_one_token(completion))
-        return path, {**body, "prompt_logprobs": completion.width}
-
-    def read_score(self, body: Any, completion: Completion) -> TopLogprobs:
-        """Candidates of the prompt are named by their ids."""
-        prompt = body["choices"][0]["prompt_logprobs"]
-        pairs = [[(int(token), entry["logprob"]) for token, entry in (target or {}).items()] for target in prompt]
-        return TopLogprobs.concatenate([TopLogprobs.from_pairs(pairs), self.read(body).candidates])
 
     @staticmethod
     def _id(token: str) -> int:
@@ -149,143 +122,97 @@ class VLLM:
         return int(token[len(_TOKEN_ID) :])
 
 
-class SGLang:
+class SGLang(Dialect):
     """SGLang's native `/generate`; its OpenAI API names tokens by their text."""
-
-    name = "sglang"
 
     def check(self, settings: GenerationSettings) -> None:
         """Its log-probabilities are those after the sampling temperature."""
         if settings.do_sample and settings.generation_temperature != 1.0:
             raise ConfigError(
                 "SGLang gives log-probabilities after the sampling temperature, found generation_temperature="
-                f"{settings.generation_temperature}. Sample at 1.0, decode greedily, or take vLLM's server."
+                f"{settings.generation_temperature}. Sample at 1.0, decode greedily, or use vLLM's server."
             )
 
     def ask(self, completion: Completion) -> tuple[str, dict[str, Any]]:
         """Token ids in, token ids out."""
-        settings = completion.settings
+        settings, first = completion.settings, completion.score_from
         sampling: dict[str, Any] = {"temperature": 0.0}
         if settings.do_sample:
-            sampling = {
-                "temperature": 1.0,
-                "top_p": settings.top_p,
-                "top_k": settings.top_k or -1,
-                "sampling_seed": completion.seed,
-            }
+            sampling = {"temperature": 1.0, "top_p": settings.top_p, "top_k": settings.top_k or -1}
+            sampling["sampling_seed"] = completion.seed
+        sampling |= {"max_new_tokens": settings.max_new_tokens, "stop_token_ids": completion.ends, **_NO_PENALTIES}
         return "/generate", {
             "input_ids": completion.prompt_ids,
-            "sampling_params": {
-                "max_new_tokens": settings.max_new_tokens,
-                "stop_token_ids": completion.ends,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                **sampling,
-            },
+            "sampling_params": sampling,
             "return_logprob": True,
             "top_logprobs_num": completion.width,
-            "logprob_start_len": -1,
+            "logprob_start_len": -1 if first is None else first - 1,  # its first candidates are the next token's
         }
 
-    def read(self, body: Any) -> Answer:
-        """Triples of log-probability, id and text."""
-        meta = body["meta_info"]
+    def read(self, body: Any, completion: Completion) -> Answer:
+        """Triples of log-probability, id and text; the prompt's tokens must be its own."""
+        meta, prompt = body["meta_info"], completion.prompt_ids
         tokens = [int(token) for _, token, *_ in meta["output_token_logprobs"]]
-        pairs = [[(int(token), logprob) for logprob, token, *_ in target] for target in meta["output_top_logprobs"]]
+        targets = meta["output_top_logprobs"]
+        if completion.score_from is not None:
+            scored = [int(token) for _, token, *_ in meta["input_token_logprobs"]]
+            before = len(prompt) - len(scored)
+            if len(meta["input_top_logprobs"]) != len(scored) or scored != prompt[before:]:
+                raise ValueError("input_token_logprobs are those of other tokens than the prompt's")
+            targets = [None] * before + meta["input_top_logprobs"] + targets
+        pairs = [[(int(token), logprob) for logprob, token, *_ in target or ()] for target in targets]
         reason = "length" if meta["finish_reason"]["type"] == "length" else "stop"
         return Answer(tokens, list(range(len(tokens))), TopLogprobs.from_pairs(pairs), reason)
 
-    def ask_score(self, completion: Completion, first: int) -> tuple[str, dict[str, Any]]:
-        """Its first candidates are those of the token after `logprob_start_len`."""
-        path, body = self.ask(_one_token(completion))
-        return path, {**body, "logprob_start_len": first - 1}
 
-    def read_score(self, body: Any, completion: Completion) -> TopLogprobs:
-        """Candidates are counted from the prompt's end, and the tokens beside them must be the prompt's own."""
-        meta = body["meta_info"]
-        tokens = [int(token) for _, token, *_ in meta["input_token_logprobs"]]
-        top = meta["input_top_logprobs"]
-        prompt = completion.prompt_ids
-        if len(top) != len(tokens) or tokens != prompt[len(prompt) - len(tokens) :]:
-            raise ValueError("input_token_logprobs are those of other tokens than the prompt's")
-        pairs = [[(int(token), logprob) for logprob, token, *_ in target or ()] for target in top]
-        before: list[list[tuple[int, float]]] = [[]] * (len(prompt) - len(tokens))
-        return TopLogprobs.concatenate([TopLogprobs.from_pairs(before + pairs), self.read(body).candidates])
-
-
-class LlamaCpp:
+class LlamaCpp(Dialect):
     """The native `/completion` of llama.cpp's server; it gives no log-probabilities of a prompt."""
-
-    name = "llama.cpp"
-
-    def check(self, settings: GenerationSettings) -> None:
-        """Nothing to refuse: without `post_sampling_probs` it takes the softmax of all logits."""
 
     def ask(self, completion: Completion) -> tuple[str, dict[str, Any]]:
         """Its own samplers in the order of transformers: temperature, top-k, top-p."""
+        if completion.score_from is not None:
+            raise ConfigError(
+                "llama.cpp's server gives no log-probabilities of given answers. Let the teacher answer "
+                "(responses='generate'), or score with another engine, or with vLLM's or SGLang's server."
+            )
         settings = completion.settings
         sampling: dict[str, Any] = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
         if settings.do_sample:
-            sampling = {
-                "temperature": settings.generation_temperature,
-                "top_k": settings.top_k,
-                "top_p": settings.top_p,
-                "samplers": ["temperature", "top_k", "top_p"],
-            }
+            sampling = {"temperature": settings.generation_temperature, "samplers": ["temperature", "top_k", "top_p"]}
+            sampling |= {"top_k": settings.top_k, "top_p": settings.top_p}
         return "/completion", {
             "prompt": completion.prompt_ids,
             "n_predict": settings.max_new_tokens,
             "n_probs": completion.width,
-            "post_sampling_probs": False,
+            "post_sampling_probs": False,  # the softmax of all logits
             "return_tokens": True,
-            "cache_prompt": False,  # a cached prefix moves the last bits
+            "cache_prompt": False,  # a cached prefix changes the last bits
             "seed": completion.seed,
             **sampling,
         }
 
-    def read(self, body: Any) -> Answer:
+    def read(self, body: Any, completion: Completion) -> Answer:
         """`tokens` holds all tokens; those that end inside a character come without candidates."""
         tokens = [int(token) for token in body["tokens"]]
         steps = body["completion_probabilities"]
         ids = [int(step["id"]) for step in steps]
-        places = _match(ids, tokens)
+        # The leftmost way to find these among all tokens gives each one's first possible place, the rightmost its last;
+        # where the two differ, the place is not certain, and the candidates are left out.
+        first, last = _places(ids, tokens), _places(ids[::-1], tokens[::-1])[::-1]
+        certain = [number for number, place in enumerate(first) if place == len(tokens) - 1 - last[number]]
         pairs = [
-            [(int(entry["id"]), float(entry["logprob"])) for entry in steps[step]["top_logprobs"]] for step, _ in places
+            [(int(each["id"]), float(each["logprob"])) for each in steps[number]["top_logprobs"]] for number in certain
         ]
         reason = {"limit": "length", "eos": "end"}.get(body["stop_type"], "stop")
-        return Answer(tokens, [place for _, place in places], TopLogprobs.from_pairs(pairs), reason)
-
-    def ask_score(self, completion: Completion, first: int) -> tuple[str, dict[str, Any]]:
-        """Refused: the server gives no log-probabilities of given answers."""
-        raise ConfigError(_LLAMA_CPP_SCORES_NOTHING)
-
-    def read_score(self, body: Any, completion: Completion) -> TopLogprobs:
-        """Refused: the server gives no log-probabilities of given answers."""
-        raise ConfigError(_LLAMA_CPP_SCORES_NOTHING)
+        return Answer(tokens, [first[number] for number in certain], TopLogprobs.from_pairs(pairs), reason)
 
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (VLLM(), SGLang(), LlamaCpp())}
+DIALECTS: dict[str, Dialect] = {"vllm": VLLM(), "sglang": SGLang(), "llama.cpp": LlamaCpp()}
 
 
-def _one_token(completion: Completion) -> Completion:
-    return replace(completion, settings=GenerationSettings(max_new_tokens=1))
-
-
-def _match(part: list[int], whole: list[int]) -> list[tuple[int, int]]:
-    """Where the items of `part` lie in `whole`, as (index, place), without those that could lie at two places.
-
-    The leftmost way to lay `part` into `whole` gives each item's first possible place, the rightmost its last one.
-    """
-    first = _leftmost(part, whole)
-    last = [len(whole) - 1 - place for place in reversed(_leftmost(part[::-1], whole[::-1]))]
-    return [(index, place) for index, place in enumerate(first) if place == last[index]]
-
-
-def _leftmost(part: list[int], whole: list[int]) -> list[int]:
-    places, start = [], 0
+def _places(part: list[int], whole: list[int]) -> list[int]:
+    """Where the items of `part` are in `whole`, in order and as far left as possible."""
+    places: list[int] = []
     for item in part:
-        places.append(whole.index(item, start))
-        start = places[-1] + 1
+        places.append(whole.index(item, places[-1] + 1 if places else 0))
     return places

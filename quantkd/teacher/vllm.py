@@ -10,16 +10,7 @@ import numpy as np
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
 from quantkd.foreign import commit_of, keep_commit
-from quantkd.teacher.logprobs import (
-    TopLogprobs,
-    build_row,
-    check_rule,
-    check_temperature_one,
-    count_entries,
-    end_tokens,
-    locate_targets,
-    seed_of,
-)
+from quantkd.teacher.logprobs import RowBuilder, TopLogprobs, check_rule, end_tokens, locate_targets, seed_of
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
@@ -68,12 +59,11 @@ class VLLMTeacher(Teacher):
         settings: GenerationSettings,
         **engine_kwargs: Any,
     ) -> None:
-        check_rule(rule, _ENGINE)
-        check_temperature_one(temperatures, _ENGINE)
+        top_rule = check_rule(rule, temperatures, _ENGINE)
         mode = engine_kwargs.setdefault("logprobs_mode", _LOGPROBS_MODE)
         if mode != _LOGPROBS_MODE:
             raise ConfigError(f"vLLM must run with logprobs_mode={_LOGPROBS_MODE!r}, found {mode!r}; leave it out.")
-        most = count_entries(rule, 2**24)  # of a vocabulary that is not known yet
+        most = RowBuilder(_ENGINE, top_rule, 2**24, 0).width  # of a vocabulary that is not known yet
         limit = engine_kwargs.setdefault("max_logprobs", max(most, 64))
         if 0 <= limit < most:
             raise ConfigError(
@@ -90,7 +80,7 @@ class VLLMTeacher(Teacher):
         self.llm: Any = LLM(model=model_name, **engine_kwargs)
         config = self.llm.model_config
         keep_commit(config.hf_config, config.revision)
-        self.head_size = int(config.get_vocab_size())
+        head_size = int(config.get_vocab_size())
         super().__init__(
             model_name,
             tokenizer,
@@ -98,12 +88,12 @@ class VLLMTeacher(Teacher):
             temperatures,
             settings,
             # Rows that pad the head beyond the tokenizer count to the tail.
-            vocab_size=min(self.head_size, count_token_ids(tokenizer)),
+            vocab_size=min(head_size, count_token_ids(tokenizer)),
             max_context=int(config.max_model_len),
             revision=commit_of(config.hf_config) or str(config.revision or ""),
             dtype=str(config.dtype).removeprefix("torch."),
         )
-        self.width = count_entries(rule, self.vocab_size)
+        self.rows = RowBuilder(_ENGINE, top_rule, self.vocab_size, head_size)
         self.ends = end_tokens(tokenizer, config.try_get_generation_config().get("eos_token_id"))
 
     def describe(self) -> dict[str, Any]:
@@ -131,7 +121,7 @@ class VLLMTeacher(Teacher):
             response = list(answer.token_ids)
             sequence = prompt.prompt_ids + response
             rows.append(
-                self._row(
+                self.rows.build(
                     prompt.index,
                     sequence,
                     np.asarray([[len(prompt.prompt_ids), len(sequence)]], dtype=np.int64),
@@ -148,14 +138,14 @@ class VLLMTeacher(Teacher):
         fill the context to its end.
         """
         located = [locate_targets(prompt) for prompt in prompts]
-        parameters = self._parameters(max_tokens=1, temperature=0.0, prompt_logprobs=self.width)
+        parameters = self._parameters(max_tokens=1, temperature=0.0, prompt_logprobs=self.rows.width)
         outputs = self._run([sequence[:-1] for sequence, _ in located], [parameters] * len(prompts))
         rows = []
         for prompt, (sequence, spans), output in zip(prompts, located, outputs, strict=True):
             before, last = _read(output.prompt_logprobs), _read(output.outputs[0].logprobs)
             places = np.concatenate([np.arange(start, stop) for start, stop in spans])
             candidates = TopLogprobs.concatenate([before, last]).select(places)
-            rows.append(self._row(prompt.index, sequence, spans, candidates, finished=sequence[-1] in self.ends))
+            rows.append(self.rows.build(prompt.index, sequence, spans, candidates, finished=sequence[-1] in self.ends))
         return rows
 
     def _parameters(self, **kwargs: Any) -> Any:
@@ -163,7 +153,7 @@ class VLLMTeacher(Teacher):
         from vllm import SamplingParams
 
         return SamplingParams(
-            logprobs=self.width,
+            logprobs=self.rows.width,
             detokenize=False,
             flat_logprobs=True,  # three lists a row instead of a dictionary a token
             ignore_eos=True,  # the ids that end an answer are those in `stop_token_ids`, for every engine alike
@@ -177,12 +167,6 @@ class VLLMTeacher(Teacher):
         if len(outputs) != len(prompts):
             raise TeacherError(f"vLLM answered {len(outputs)} of {len(prompts)} prompts; its log says why.")
         return outputs
-
-    def _row(self, index: int, sequence: list[int], spans: Any, candidates: TopLogprobs, finished: bool) -> TransferRow:
-        return build_row(
-            index, sequence, spans, candidates, self.rule, self.vocab_size,
-            finished=finished, engine=_ENGINE, head_size=self.head_size,
-        )  # fmt: skip
 
 
 def _read(logprobs: Any) -> TopLogprobs:
