@@ -6,8 +6,10 @@ but stored as AutoGPTQ (version 1) and AutoAWQ (GEMM) store it.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,7 @@ CONFIGS = {
 
 
 def require_package(name: str) -> None:
-    """Skip the test, with the reason, where the package of a student's format is not installed.
-
-    Args:
-        name: the format.
-    """
+    """Skip the test where the package of a student's format is not installed."""
     try:
         metadata.version(NEEDS.get(name, "torch"))
     except metadata.PackageNotFoundError:
@@ -49,20 +47,10 @@ def require_package(name: str) -> None:
 
 
 def load_in(name: str, path: Path) -> Any:
-    """A student of a full-precision checkpoint in float32, quantized through the library that offers the format.
-
-    Args:
-        name: nf4, fp4 or int8, which quantkd offers by name; hqq, by its own library; or torchao-int8.
-        path: the checkpoint.
-    """
+    """A student of a full-precision checkpoint in float32: in `hqq` by its own library, else through `load_student`."""
     require_package(name)
     if name == "hqq":
-        from hqq.core.quantize import BaseQuantizeConfig
-        from hqq.models.hf.base import AutoHQQHFModel
-
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        config = BaseQuantizeConfig(nbits=4, group_size=64)
-        return AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+        return copy.deepcopy(_quantize_with_hqq(path))
     if name == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
@@ -71,16 +59,21 @@ def load_in(name: str, path: Path) -> Any:
     return load_student(str(path), quantization_config=name, dtype="float32")
 
 
+@cache
+def _quantize_with_hqq(path: Path) -> Any:
+    """It takes seconds to find its scales."""
+    from hqq.core.quantize import BaseQuantizeConfig
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    return AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+
+
 def write_packed_checkpoint(method: str, source: Path, folder: Path) -> dict[str, Tensor]:
-    """A checkpoint of `source` with every decoder layer's projections packed.
+    """Write `source` with every decoder layer's projections packed, as `gptq` or `awq`.
 
-    Args:
-        method: `gptq` or `awq`.
-        source: a checkpoint folder in full precision.
-        folder: where to write.
-
-    Returns:
-        The weights that the packed layers stand for, (out, in), float64, by module name.
+    Returns the weights that the packed layers stand for by module name, (out, in), float64.
     """
     shutil.copytree(source, folder)
     tensors, truth = {}, {}
