@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -137,8 +138,9 @@ def running_hub(monkeypatch: Any, cache: Any, *, seconds: float | None = None) -
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # the instance behind `file_exists`, which PEFT calls
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    sleepless = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     for module in (_http, file_download, remote):
-        monkeypatch.setattr(module, "time", _Sleepless())
+        monkeypatch.setattr(module, "time", sleepless)
     plain = _http.default_client_factory()
 
     class Client(type(plain)):  # type: ignore[misc]
@@ -164,16 +166,6 @@ def running_hub(monkeypatch: Any, cache: Any, *, seconds: float | None = None) -
         huggingface_hub.set_client_factory(_http.default_client_factory)
         hub.server.shutdown()
         hub.server.server_close()
-
-
-class _Sleepless:
-    """The time module, without the waiting."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    def sleep(self, seconds: float) -> None:
-        return None
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -16,6 +16,7 @@ from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError, HubError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
+from quantkd.models.provenance import name_base_model
 from quantkd.names import public_name
 from quantkd.remote import find_secrets
 
@@ -158,9 +159,24 @@ def test_which_variables_hold_a_secret(monkeypatch, name, value, is_secret):
     assert (value in find_secrets()) == is_secret
 
 
-def test_public_names():
-    assert public_name("maker/model") == "maker/model"
-    assert public_name("gone") == "gone"
-    assert public_name("/srv/gone/models/llama-8b/") == "llama-8b"
-    assert public_name("../gone/models/llama-8b") == "llama-8b"
-    assert public_name("C:\\gone\\llama-8b") == "llama-8b"
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("maker/model", "maker/model"), ("maker/model@v2", "maker/model@v2"), ("qwen2.5:7b", "qwen2.5:7b"),
+        ("gone", "gone"), ("", ""), ("/srv/gone/models/llama-8b/", "llama-8b"), ("../gone/llama-8b", "llama-8b"),
+        ("~/llama-8b", "llama-8b"), ("a/b/c", "c"), ("C:\\gone\\llama-8b", "llama-8b"), ("C:/gone", "gone"),
+    ],
+)  # fmt: skip
+def test_public_names(name, public, tmp_path, monkeypatch):
+    assert public_name(name) == public
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maker" / "model").mkdir(parents=True)
+    assert public_name("maker/model") == "model" and public_name("maker/..") == tmp_path.name
+
+
+def test_a_base_model_s_folder_is_named_alone_also_where_json_escapes_its_letters(tmp_path):
+    (tmp_path / "README.md").write_text("base_model: /home/jürgen/llama-8b")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/jürgen/llama-8b"}))
+    name_base_model(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {"base_model_name_or_path": "llama-8b"}
+    assert (tmp_path / "README.md").read_text() == "base_model: llama-8b"
