@@ -14,6 +14,7 @@ from quantkd import TopK
 from quantkd.data.encoding import encode_conversation, encode_example
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
+from quantkd.teacher import TransformersTeacher
 from tests.conftest import capture_set
 
 CONVERSATION = [
@@ -193,7 +194,7 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt() -> None:
 def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
     with_template, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, template
 ) -> None:
-    monkeypatch.setattr("quantkd.teacher.transformers._MAX_LOGITS_BYTES", 4 * 320 * 2 * 3)  # pieces of three tokens
+    monkeypatch.setattr(TransformersTeacher, "max_logits_bytes", 4 * 320 * 2 * 3)  # pieces of three tokens
     tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
     short = [turn("user", "Why?"), turn("assistant", "The sea.")]
     found = capture_set(

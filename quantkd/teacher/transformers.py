@@ -29,9 +29,6 @@ from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
 
-# Scoring walks over given answers in pieces whose logits stay below this.
-_MAX_LOGITS_BYTES = 64 * 2**20
-
 
 class TransformersTeacher(Teacher):
     """A causal language model of transformers as a teacher.
@@ -43,7 +40,12 @@ class TransformersTeacher(Teacher):
         temperatures: distillation temperatures to keep log-normalizers for.
         settings: how it answers.
         adapter: what the plan says of an adapter in the model.
+
+    Attributes:
+        max_logits_bytes: given answers are scored in pieces whose logits stay below this.
     """
+
+    max_logits_bytes = 64 * 2**20
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class TransformersTeacher(Teacher):
         return {"adapter": self.adapter} if self.adapter else {}
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Generate one answer a prompt, in one batch, keeping each token's entries in the pass that generates it."""
+        """Generate one answer per prompt, in one batch, keeping the entries of each token as it is generated."""
         width = max(len(prompt.prompt_ids) for prompt in prompts)
         input_ids, mask = self._left_padded(prompts, width)
         recorder = _Recorder(self, prompts)
@@ -104,15 +106,13 @@ class TransformersTeacher(Teacher):
         completions = [prompt.completion_ids or [] for prompt in prompts]
         width, steps = max(len(prompt.prompt_ids) for prompt in prompts), max(map(len, completions))
         input_ids, mask = self._left_padded(prompts, width)
-        answers = torch.full((len(prompts), steps), self.config.pad_token_id)
-        answers_mask = torch.zeros(len(prompts), steps, dtype=torch.long)
-        for position, completion in enumerate(completions):
-            answers[position, : len(completion)] = torch.tensor(completion)
-            answers_mask[position, : len(completion)] = 1
-        input_ids = torch.cat([input_ids, answers.to(input_ids.device)], dim=1)
-        mask = torch.cat([mask, answers_mask.to(mask.device)], dim=1)
+        answers = [torch.tensor(completion) for completion in completions]
+        pad, device = self.config.pad_token_id, input_ids.device
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad).to(device)
+        kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in answers], batch_first=True).to(device)
+        input_ids, mask = torch.cat([input_ids, padded], dim=1), torch.cat([mask, kept], dim=1)
         draws = _Draws(prompts, self.rule, self.settings.seed)
-        piece = max(1, _MAX_LOGITS_BYTES // (4 * self.vocab_size * len(prompts)))
+        piece = max(1, self.max_logits_bytes // (4 * self.vocab_size * len(prompts)))
         supervised = [_supervised_steps(prompt) for prompt in prompts]
         places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
         picks: list[PickedEntries] = []
@@ -145,11 +145,9 @@ class TransformersTeacher(Teacher):
         ]
 
     def _left_padded(self, prompts: Sequence[EncodedPrompt], width: int) -> tuple[Tensor, Tensor]:
-        input_ids = torch.full((len(prompts), width), self.config.pad_token_id)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for position, prompt in enumerate(prompts):
-            input_ids[position, width - len(prompt.prompt_ids) :] = torch.tensor(prompt.prompt_ids)
-            mask[position, width - len(prompt.prompt_ids) :] = 1
+        rows = [(width - len(prompt.prompt_ids), prompt.prompt_ids) for prompt in prompts]
+        input_ids = torch.tensor([[self.config.pad_token_id] * missing + ids for missing, ids in rows])
+        mask = torch.tensor([[0] * missing + [1] * len(ids) for missing, ids in rows])
         return input_ids.to(self.model.device), mask.to(self.model.device)
 
     def _row(
