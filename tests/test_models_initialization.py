@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import ConfigError
 from quantkd.models import initialization
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, draw_rows, initialize_from_error
@@ -97,9 +97,15 @@ def test_full_rank_gives_back_the_whole_error_and_what_exceeds_it_is_zero():
 
 
 @pytest.fixture(scope="module")
-def transfer_set(tiny_model_path, tmp_path_factory):
+def set_path(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("init") / "set"
-    return capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=12)
+    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=12)
+    return path
+
+
+@pytest.fixture(scope="module")
+def transfer_set(set_path):
+    return TransferSet.open(set_path)
 
 
 def build(tiny_model_path, transfer_set, tmp_path, model=None, **options):
@@ -420,10 +426,9 @@ torch.save({name: p.detach() for name, p in model.named_parameters() if "lora_" 
 """
 
 
-def test_processes_start_from_the_same_adapters(tiny_model_path, transfer_set, tmp_path):
+def test_processes_start_from_the_same_adapters(tiny_model_path, transfer_set, set_path, tmp_path):
     (tmp_path / "process.py").write_text(PROCESS)
-    words = [tmp_path / "process.py", tiny_model_path, transfer_set.path, tmp_path]
-    processes.run(words, tmp_path / "out.txt", 2)
+    processes.run([tmp_path / "process.py", tiny_model_path, set_path, tmp_path], tmp_path / "out.txt", 2)
     model = attach_lora(load_student(str(tiny_model_path), dtype="float32"))
     initialization.initialize_from_rows(model, transfer_set, str(tiny_model_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
