@@ -120,19 +120,19 @@ def test_a_name_of_the_library_is_loaded_by_it(tmp_path: Path, monkeypatch: pyte
         load_examples("owner/name", split="test")
 
 
-def test_name_is_split_into_path_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_split_into_path_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or ROWS)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        calls.append((*args, kwargs["split"]))
+        if args[0] == "nobody/nothing":
+            raise ConnectionError("offline")
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_examples("openai/gsm8k:main", split="test", limit=1) == EXPECTED[:1]
     load_examples("squad")
-    assert calls == [(("openai/gsm8k", "main"), {"split": "test"}), (("squad", None), {"split": "train"})]
-
-
-def test_unknown_name_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert calls == [("openai/gsm8k", "main", "test"), ("squad", None, "train")]
     with pytest.raises(DataError, match=r"'nobody/nothing' is neither a file .*offline"):
         load_examples("nobody/nothing")
 
@@ -154,9 +154,6 @@ def test_unknown_name_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bad_rows(rows: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_examples(rows)
-
-
-def test_named_completion_column_must_exist() -> None:
     with pytest.raises(DataError, match=r"\['completion', 'prompt'\]; 'answer' was asked for"):
         load_examples(ROWS, completion_column="answer")
 

