@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quantkd.errors import ConfigError, QuantKDError
+from quantkd.files import write_file
 from quantkd.names import hide_home
 
 _FROM_A_FILE = "--config FILE.yaml takes options from a file, by their long names; the command line overrides it."
@@ -71,9 +72,8 @@ def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, comm
         for name, value in sorted(options.items())
         if not _SECRET.fullmatch(name) and name != "resume_from_checkpoint"
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = f"# {command} --config {path.name}\n" + yaml.safe_dump(plain, sort_keys=True, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text)
 
 
 def _dataclass_parser(kinds: Sequence[type], prog: str, examples: str) -> Any:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from quantkd.errors import MissingDependencyError
+from quantkd.files import new_folder
 
 _NAME = "SmolLM2-135M-Instruct"
 
@@ -32,14 +31,12 @@ def load_demo_model(cache_dir: str | Path | None = None) -> Path:
         file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_NAME, dir=root))
+    model.config.name_or_path = _NAME
     try:
-        model.config.name_or_path = _NAME
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if not folder.exists():
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process was faster
+            raise
     return folder

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,23 +18,26 @@ from numpy.typing import ArrayLike, NDArray
 
 from quantkd.errors import DataError
 from quantkd.transfer_set.batch import IGNORE_INDEX
-from quantkd.transfer_set.plan import MAX_VOCAB_SIZE, Plan, is_whole
+from quantkd.transfer_set.plan import Plan, is_whole
 from quantkd.transfer_set.row import MASS_SLACK, TransferRow
 from quantkd.transfer_set.rules import TopK, storage_rule_to_dict
 from quantkd.transfer_set.writer import TransferSetWriter
 
 _PADDING_LOGPROB = -1e8  # toolkits pad with -inf or -1e9
-_AXOLOTL_COLUMNS = ("input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask")
-_FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_SPECIAL_TERMS = {"sqrt": np.sqrt, "exp": np.exp}
+_COLUMNS = {
+    "axolotl": ("input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask"),
+    "distillkit": ("input_ids", "token_ids", "top_values"),
+    "distillkit_compressed": ("input_ids", "bytepacked_indices", "compressed_logprobs"),
+}
+_FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_TERMS = {"sqrt": np.sqrt, "exp": np.exp}
 
 Source: TypeAlias = "Dataset | str | Path | list[str]"
-_Read = Callable[[dict[str, Any]], tuple[TransferRow, int]]  # a row, and how many of its targets were rescaled
 
 
 def import_table(
     source: Source, path: str | Path, *, toolkit: Literal["axolotl", "distillkit"], vocab_size: int,
-    teacher_name: str, tokenizer_fingerprint: str, rows_per_shard: int = 1024,
+    teacher_name: str, tokenizer_fingerprint: str,
 ) -> str:  # fmt: skip
     """Write another toolkit's table of a teacher as a transfer set.
 
@@ -41,11 +45,11 @@ def import_table(
     `target_mask`, where position t of the last three describes the token at t. Axolotl renormalises over its top k, so
     the rows have no tail. They must have been prepared with `kd_temperature: 1.0`.
 
-    "distillkit": `input_ids`, if there `labels`, and the top k: compressed, as DistillKit's capture writes it
+    "distillkit": `input_ids`, optional `labels`, and the top k: compressed, as DistillKit's capture writes it
     (`compressed_logprobs` and `bytepacked_indices`, with `compression_config.yaml` beside the files), or plain
-    (`token_ids` and `top_values`, which are log-probabilities). Position t of the top k describes the token at t + 1.
-    Without `labels` every token but the first is a target, and so is the padding token that the capture adds.
-    Compression can leave a position with a mass above 1. It is scaled back to 1, and counted as `targets_rescaled`.
+    log-probabilities (`token_ids` and `top_values`). Position t of the top k describes the token at t + 1. Without
+    `labels` every token but the first is a target. A position whose mass compression left above 1 is scaled back to 1
+    and counted as `targets_rescaled`.
 
     Args:
         source: the table, its parquet files, or a folder: of parquet files, or one that `save_to_disk` wrote.
@@ -54,23 +58,24 @@ def import_table(
         vocab_size: width of the teacher's logits.
         teacher_name: what made the rows.
         tokenizer_fingerprint: of the teacher's tokenizer, from `quantkd.transfer_set.fingerprint.compute_fingerprint`.
-        rows_per_shard: rows in one file.
 
     Returns:
         The root digest.
 
     Raises:
-        DataError: a source that cannot be read, missing columns, lists that do not fit together, or centred logits.
+        DataError: a source that cannot be read, missing columns, or lists that do not fit together.
         TransferSetError: a row that is not valid, or another set at `path`.
 
-    Reference:
-        `integrations/kd/chat_template.py` in github.com/axolotl-ai-cloud/axolotl; `distillkit/compression` and
-        `sample_logits_vllm.py` in github.com/arcee-ai/DistillKit.
+    Reference: `integrations/kd` in github.com/axolotl-ai-cloud/axolotl; github.com/arcee-ai/DistillKit.
     """
     table = source if isinstance(source, Dataset) else _load(source)
-    if toolkit == "axolotl":
-        _require_columns(table, _AXOLOTL_COLUMNS)
-    read = _read_axolotl if toolkit == "axolotl" else _distillkit_reader(source, table)
+    is_compressed = toolkit == "distillkit" and "compressed_logprobs" in table.column_names
+    needed = _COLUMNS["distillkit_compressed" if is_compressed else toolkit]
+    missing = [name for name in needed if name not in table.column_names]
+    if missing:
+        raise DataError(f"The table lacks the columns {missing}; it has {table.column_names}. Choose another table.")
+    layout = CompressedLayout.beside(source) if is_compressed else None
+    read = _read_axolotl if toolkit == "axolotl" else partial(_read_distillkit, layout=layout)
     digest, most = hashlib.sha256(), 0
     for number, values in enumerate(table):  # once to check the table and to learn its plan, and once to write it
         try:
@@ -84,7 +89,7 @@ def import_table(
     plan = Plan(
         teacher_name=teacher_name, teacher_revision="", teacher_dtype="unknown", responses="given", generation={},
         tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size, storage=storage_rule_to_dict(TopK(most)),
-        temperatures=(1.0,), prompts_digest=digest.hexdigest(), num_prompts=len(table), rows_per_shard=rows_per_shard,
+        temperatures=(1.0,), prompts_digest=digest.hexdigest(), num_prompts=len(table), rows_per_shard=1024,
         batch_size=1,
     )  # fmt: skip
     with TransferSetWriter.open(path, plan) as writer:
@@ -95,55 +100,41 @@ def import_table(
 
 
 def _read_axolotl(row: dict[str, Any]) -> tuple[TransferRow, int]:
-    if len({len(row[name]) for name in _AXOLOTL_COLUMNS}) != 1:
-        raise ValueError(f"{_AXOLOTL_COLUMNS} must be of one length")  # arrays of length 1 would broadcast
+    if len({len(row[name]) for name in _COLUMNS["axolotl"]}) != 1:
+        raise ValueError("its columns must be of one length")  # arrays of length 1 would broadcast
     mask = np.asarray(row["target_mask"], dtype=bool)
     targets = np.flatnonzero(mask.any(-1) & (np.asarray(row["labels"]) != IGNORE_INDEX))
     logprobs = np.where(mask, np.asarray(row["target_logprobs"], dtype=np.float64), -np.inf)
     return _make_row(row["input_ids"], targets[targets >= 1], np.asarray(row["target_token_ids"]), logprobs, shift=0)
 
 
-def _distillkit_reader(source: Source, table: Dataset) -> _Read:
-    """A function that reads a row of a table of DistillKit."""
-    if {"packed_indices", "exact_values", "coeffs"} <= set(table.column_names):
-        raise DataError(
-            "The table holds DistillKit's older form, centred logits of the top k, which say nothing about the mass "
-            "outside it. Expected log-probabilities; capture again with a newer DistillKit, or with `quantkd capture`."
-        )
-    compressed = "compressed_logprobs" in table.column_names
-    names = ("bytepacked_indices", "compressed_logprobs") if compressed else ("token_ids", "top_values")
-    _require_columns(table, ("input_ids", *names))
-    layout = CompressedLayout.beside(source) if compressed else None
-
-    def read(row: dict[str, Any]) -> tuple[TransferRow, int]:
-        ids, values = row[names[0]], row[names[1]]
-        if layout is not None:
-            ids, values = layout.decode_ids(ids), layout.decode_logprobs(values)
-        values = np.asarray(values, dtype=np.float64)
-        targets = np.arange(1, min(len(row["input_ids"]), len(values) + 1))
-        if row.get("labels") is not None:
-            targets = targets[np.asarray(row["labels"])[targets] != IGNORE_INDEX]
-        return _make_row(row["input_ids"], targets, np.asarray(ids), values, shift=1, rescale=compressed)
-
-    return read
+def _read_distillkit(row: dict[str, Any], layout: CompressedLayout | None) -> tuple[TransferRow, int]:
+    if layout is None:
+        ids, values = np.asarray(row["token_ids"]), np.asarray(row["top_values"], dtype=np.float64)
+    else:
+        ids = layout.decode_ids(row["bytepacked_indices"])
+        values = layout.decode_logprobs(row["compressed_logprobs"])
+    targets = np.arange(1, min(len(row["input_ids"]), len(values) + 1))
+    if row.get("labels") is not None:
+        targets = targets[np.asarray(row["labels"])[targets] != IGNORE_INDEX]
+    return _make_row(row["input_ids"], targets, ids, values, shift=1, rescale=layout is not None)
 
 
 def _make_row(
     input_ids: list[int], targets: NDArray[np.int64], token_ids: NDArray[Any], logprobs: NDArray[np.float64],
     shift: int, rescale: bool = False,
 ) -> tuple[TransferRow, int]:  # fmt: skip
-    """A row from dense (positions, k) tables without their padding; each target is read `shift` positions before it."""
+    """A row from dense (positions, k) tables, each target `shift` positions before it, and how many were rescaled."""
     ids, values = token_ids[targets - shift], logprobs[targets - shift]  # (R, k)
     keep = values > _PADDING_LOGPROB  # false for NaN, too, which a polynomial makes of an entry of -inf
-    rescaled = 0
-    if rescale:
-        mass = np.exp(np.where(keep, values, -np.inf)).sum(-1, keepdims=True)
-        rescaled = int((mass > 1 + MASS_SLACK).sum())
-        values = values - np.log(np.maximum(mass, 1.0))
-    runs = np.split(targets, np.flatnonzero(np.diff(targets) != 1) + 1) if len(targets) else []
+    mass = np.exp(np.where(keep, values, -np.inf)).sum(-1, keepdims=True)
+    rescaled = int((mass > 1 + MASS_SLACK).sum()) if rescale else 0
+    values = values - np.log(np.maximum(mass, 1.0)) if rescale else values
+    is_target = np.zeros(len(input_ids) + 1, dtype=np.int64)
+    is_target[targets] = 1
     row = TransferRow(
         input_ids=np.asarray(input_ids, dtype=np.int64),
-        spans=np.array([[run[0], run[-1] + 1] for run in runs], dtype=np.int64).reshape(-1, 2),
+        spans=np.flatnonzero(np.diff(is_target, prepend=0)).reshape(-1, 2),  # where a run of targets starts and stops
         counts=keep.sum(-1),
         token_ids=ids[keep].astype(np.int64),
         logprobs=values[keep].astype(np.float32),
@@ -154,12 +145,11 @@ def _make_row(
 
 @dataclass(frozen=True)
 class CompressedLayout:
-    """How DistillKit lays out one position; the fields are those of its `compression_config.yaml`.
+    """How DistillKit lays out the k most probable of d tokens; the fields are those of `compression_config.yaml`.
 
-    Of the k most probable of d tokens, the ids take as few bits as d needs. The first `exact_k` log-probabilities are
-    plain floats; the others a polynomial in the rank, corrected by runs of residuals, each with a `scale_dtype`,
-    `element_bits` and `num_elements`. `delta_encoding`: each number is the difference to the one before it.
-    `normalize_t`: the rank runs from 0 to 1 instead of 0, 1, 2, ...
+    The first `exact_k` log-probabilities are floats; the others a polynomial in the rank, corrected by runs of
+    residuals. With `delta_encoding` each number is the difference to the one before it, and with `normalize_t` the rank
+    runs from 0 to 1.
     """
 
     d: int
@@ -174,38 +164,24 @@ class CompressedLayout:
     error_diffusion: bool = False  # of no use to a reader
 
     def __post_init__(self) -> None:
-        terms, bins = self.polynomial_terms or (), self.residual_bins or ()
-        residuals = sum(part["num_elements"] for part in bins)
-        floats = {self.exact_dtype, self.term_dtype, *(part["scale_dtype"] for part in bins)}
-        for valid, what in (
-            (floats <= set(_FLOAT_BYTES), f"dtypes {sorted(floats)}, expected {', '.join(_FLOAT_BYTES)}"),
-            (is_whole(self.d, 1, MAX_VOCAB_SIZE), f"d is {self.d!r}"),
-            (is_whole(self.k, 1, self.d), f"k is {self.k!r}, expected 1 to d = {self.d}"),
-            (is_whole(self.exact_k, 0, self.k), f"exact_k is {self.exact_k!r}, expected 0 to k"),
-            (all(is_whole(part["element_bits"], 1, 32) for part in bins), "element_bits outside 1 to 32"),
-            (residuals <= self.k - self.exact_k, f"{residuals} residuals, expected at most k - exact_k"),
-            (all(t in _SPECIAL_TERMS or is_whole(t, 0, 64) for t in terms), f"polynomial_terms are {terms}"),
-        ):
-            if not valid:
-                raise ValueError(what)
+        floats = {self.exact_dtype, self.term_dtype, *(part["scale_dtype"] for part in self.residual_bins or ())}
+        if not floats <= set(_FLOATS):
+            raise ValueError(f"dtypes {sorted(floats)}, expected {', '.join(_FLOATS)}")
+        residuals = sum(part["num_elements"] for part in self.residual_bins or ())
+        if not is_whole(self.k, 1, self.d) or not is_whole(self.exact_k, 0, self.k - residuals):
+            raise ValueError(f"k is {self.k!r} of d = {self.d!r}, exact_k {self.exact_k!r}, with {residuals} residuals")
 
     @classmethod
     def beside(cls, source: Source) -> CompressedLayout:
         """The layout from the file beside a table's files."""
         if isinstance(source, Dataset):
-            raise DataError(
-                "The rows are compressed, and a table in memory does not say how. Give the folder of its files, with "
-                "compression_config.yaml in it."
-            )
+            raise DataError("The rows are compressed, and a table in memory does not say how. Give its folder.")
         path = Path(source[0] if isinstance(source, list) else source)
         path = (path if path.is_dir() else path.parent) / "compression_config.yaml"
         try:
             return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{path} does not say how DistillKit compressed the table: {error}. Expected the YAML file that its "
-                "capture wrote; copy it beside the table."
-            ) from error
+        except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:
+            raise DataError(f"{path} does not say how the table was compressed: {error}. Copy DistillKit's.") from error
 
     def decode_ids(self, data: ArrayLike) -> NDArray[np.int64]:
         """(T, k) token ids from `bytepacked_indices`."""
@@ -217,15 +193,16 @@ class CompressedLayout:
         terms, bins = self.polynomial_terms or (), self.residual_bins or ()
         widths = [-(-part["element_bits"] * part["num_elements"] // 8) for part in bins]
         floats = [self.exact_dtype] * self.exact_k + [self.term_dtype] * len(terms)
-        expected = sum(_FLOAT_BYTES[dtype] for dtype in [*floats, *(part["scale_dtype"] for part in bins)])
-        table = _to_table(data, expected + sum(widths), "log-probabilities")
+        floats += [part["scale_dtype"] for part in bins]
+        expected = sum(widths) + sum(_FLOATS[dtype] for dtype in floats)
+        table = _to_table(data, expected, "log-probabilities")
         exact, table = _take_floats(table, self.exact_k, self.exact_dtype)
         coefficients, table = _take_floats(table, len(terms), self.term_dtype)
         count = self.k - self.exact_k
         rank = np.linspace(0.0, 1.0, count) if self.normalize_t else np.arange(count, dtype=np.float64)
         approximate = np.zeros((len(exact), count))
         for column, term in enumerate(terms):
-            power = _SPECIAL_TERMS[term](rank) if isinstance(term, str) else rank**term
+            power = _TERMS[term](rank) if isinstance(term, str) else rank**term
             approximate += coefficients[:, column : column + 1] * power
         start = 0
         for part, width in zip(bins, widths, strict=True):
@@ -241,7 +218,7 @@ class CompressedLayout:
 
 def _to_table(data: ArrayLike, width: int, what: str) -> NDArray[np.uint8]:
     table = np.asarray(data, dtype=np.uint8)
-    if table.ndim != 2 or table.shape[1] != width:
+    if table.shape[1:] != (width,):
         raise ValueError(f"{what} of shape {table.shape}, expected {width} bytes per position")
     return table
 
@@ -253,37 +230,23 @@ def _unpack(table: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64
 
 
 def _take_floats(table: NDArray[np.uint8], count: int, dtype: str) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """The first `count` little-endian floats of each position as float64, and the bytes after them."""
-    size = count * _FLOAT_BYTES[dtype]
-    raw = np.ascontiguousarray(table[:, :size])
+    """The first `count` floats of each position as float64, and the bytes after them."""
+    raw, rest = np.ascontiguousarray(table[:, : count * _FLOATS[dtype]]), table[:, count * _FLOATS[dtype] :]
     if dtype == "bfloat16":  # the upper half of a float32
-        values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = raw.view(f"<f{_FLOAT_BYTES[dtype]}")
-    return values.astype(np.float64).reshape(len(table), count), table[:, size:]
-
-
-def _require_columns(table: Dataset, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise DataError(f"The table lacks the columns {missing}; it has {table.column_names}. Choose another table.")
+        return (raw.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64), rest
+    return raw.view(f"<f{_FLOATS[dtype]}").astype(np.float64), rest
 
 
 def _load(source: str | Path | list[str]) -> Dataset:
     paths = [Path(path) for path in (source if isinstance(source, list) else [source])]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing or not paths:
-        raise DataError(f"There is no {', '.join(missing) or 'file given'}. Give parquet files, or a folder with them.")
-    folder = paths[0]
-    if len(paths) == 1 and folder.is_dir() and not (folder / "state.json").is_file():
+    if paths[0].is_dir() and not (paths[0] / "state.json").is_file():
         # data_10 after data_9, so that rows keep the order in which they were written.
-        paths = sorted(folder.glob("*.parquet"), key=lambda path: [*map(int, re.findall(r"\d+", path.stem))])
-        if not paths:
-            found = sorted(entry.name for entry in folder.iterdir())[:8]
-            raise DataError(f"{folder} holds {found or 'nothing'}; expected *.parquet, or what save_to_disk writes.")
+        found = sorted(paths[0].glob("*.parquet"), key=lambda path: [*map(int, re.findall(r"\d+", path.stem))])
+        if not found:
+            raise DataError(f"{paths[0]} holds no *.parquet, nor what save_to_disk writes. Name another folder.")
+        paths = found
     try:
-        return load_from_disk(str(folder)) if paths[0].is_dir() else Dataset.from_parquet([str(path) for path in paths])
+        is_saved = paths[0].is_dir()
+        return load_from_disk(str(paths[0])) if is_saved else Dataset.from_parquet([str(path) for path in paths])
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{paths[0]} cannot be read: {error}. Expected Parquet files of one schema; write them again."
-        ) from error
+        raise DataError(f"{paths[0]} cannot be read: {error}. Expected Parquet files of one schema.") from error

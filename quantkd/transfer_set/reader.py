@@ -19,7 +19,7 @@ from quantkd.transfer_set.documents import canonical_json
 from quantkd.transfer_set.info import TransferSetInfo, describe_stores
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
-from quantkd.transfer_set.source import ShardSource, find_source
+from quantkd.transfer_set.source import FolderSource, ShardSource, find_source
 from quantkd.transfer_set.store import ShardStore, Verify
 
 
@@ -47,7 +47,8 @@ class TransferSet(Dataset[dict[str, Any]]):
     def __init__(
         self, path: str | Path | ShardSource, *, verify: Verify = "auto", allow_incomplete: bool = False
     ) -> None:
-        store = ShardStore(path, verify, allow_incomplete)
+        source = FolderSource(Path(path), allow_incomplete) if isinstance(path, str | Path) else path
+        store = ShardStore(source, verify)
         self._sources: tuple[tuple[ShardStore, float | None], ...] = ((store, None),)
         self._starts = np.array([0, store.num_rows], dtype=np.int64)
         self._rows: NDArray[np.int64] | range = range(store.num_rows)
@@ -81,7 +82,8 @@ class TransferSet(Dataset[dict[str, Any]]):
             ConfigError: a revision of a folder.
             HubError: the Hub could not be reached, and the set is not in the cache.
         """
-        opened = cls(find_source(path, revision, token), verify=verify, allow_incomplete=allow_incomplete)
+        source = find_source(path, revision=revision, token=token, allow_incomplete=allow_incomplete)
+        opened = cls(source, verify=verify)
         if digest not in (None, opened.digest):
             raise TransferSetError(
                 f"The transfer set at {opened.sources[0]} has the digest {opened.digest}; expected {digest}. It is "

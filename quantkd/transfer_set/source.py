@@ -27,12 +27,14 @@ from quantkd.transfer_set.shard import shard_name
 _DOWNLOAD_MARK = Path(".cache") / "huggingface"
 
 
-def find_source(path: str | Path, revision: str | None, token: str | None) -> Path | ShardSource:
+def find_source(
+    path: str | Path, *, revision: str | None = None, token: str | None = None, allow_incomplete: bool = False
+) -> ShardSource:
     """What a caller means by the place of a set: a folder, or as text also a repository on the Hub."""
     repository, revision = split_revision(path if isinstance(path, str) else str(path.absolute()), revision)
     if repository is None:
-        return Path(path)
-    return HubSource.open(repository, revision=revision, token=token)
+        return FolderSource(Path(path), allow_incomplete)
+    return HubSource.open(repository, revision, token)
 
 
 class ShardSource(Protocol):
@@ -40,6 +42,9 @@ class ShardSource(Protocol):
 
     is_remote: bool
     """Whether shards are fetched when they are first touched; each is then hashed before a row is read."""
+
+    is_downloaded: bool
+    """Whether a download wrote the folder, whose shards are then hashed when the set is opened."""
 
     def read_index(self) -> Index:
         """The index of the finished set."""
@@ -52,27 +57,42 @@ class ShardSource(Protocol):
 
 
 class FolderSource:
-    """The files of a set in a folder.
-
-    Args:
-        path: the folder.
-        allow_incomplete: take an unfinished set for its committed shards.
-    """
+    """The files of a set in a folder; with `allow_incomplete`, an unfinished set counts for its committed shards."""
 
     is_remote = False
 
     def __init__(self, path: Path, allow_incomplete: bool = False) -> None:
         self.path = path
         self.allow_incomplete = allow_incomplete
-
-    @property
-    def is_downloaded(self) -> bool:
-        """Whether `snapshot_download(local_dir=...)` or `hf download` wrote the folder."""
-        return (self.path / _DOWNLOAD_MARK).exists()
+        self.is_downloaded = (path / _DOWNLOAD_MARK).exists()  # by snapshot_download(local_dir=...) or `hf download`
 
     def read_index(self) -> Index:
         """The index of a finished set, or one over the committed shards of an unfinished set."""
-        return _find_index(self.path, self.allow_incomplete)
+        path = self.path
+        if not path.is_dir():
+            raise TransferSetError(
+                f"There is no transfer set at {path}: it is no folder. Capture one, or mend the path."
+            )
+        if (path / INDEX_NAME).exists():
+            return read_index(path)
+        if not (path / PLAN_NAME).exists():
+            raise TransferSetError(
+                f"There is no transfer set at {path}: it has neither {INDEX_NAME} nor {PLAN_NAME}. "
+                "Capture one, or fix the path."
+            )
+        try:
+            plan = read_plan(path)
+        except TransferSetError as error:
+            raise TransferSetError(f"There is no transfer set at {path}: it has no {INDEX_NAME}. {error}") from error
+        records: list[ShardRecord] = []
+        while len(records) < plan.num_shards and (path / record_name(len(records))).exists():
+            records.append(read_record(path, len(records)))
+        if not self.allow_incomplete:
+            raise TransferSetError(
+                f"The transfer set at {path} is unfinished: it has the first {len(records)} of {plan.num_shards} "
+                "shards. Run its capture again to finish it, or open it with allow_incomplete=True to read those."
+            )
+        return replace(Index.from_records(plan, records), complete=False)
 
     def locate(self, shard: int, num_bytes: int) -> Path:
         """The shard's place in the folder; whether it is there, and how large, is checked by who opens it."""
@@ -86,13 +106,14 @@ class HubSource:
     """The files of a set in a dataset repository, at the commit that holds `index`."""
 
     is_remote = True
+    is_downloaded = False
 
     def __init__(self, files: RemoteFiles, index: Index) -> None:
         self._files = files
         self._index = index
 
     @classmethod
-    def open(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> HubSource:
+    def open(cls, repo_id: str, revision: str | None, token: str | None) -> HubSource:
         """The set at a revision, which is fixed to its commit now."""
         files = RemoteFiles(repo_id, "dataset", revision, token)
         try:
@@ -123,29 +144,3 @@ class HubSource:
 
     def __str__(self) -> str:
         return str(self._files)
-
-
-def _find_index(path: Path, allow_incomplete: bool) -> Index:
-    """The index of a finished set, or one over the committed shards of an unfinished set."""
-    if not path.is_dir():
-        raise TransferSetError(f"There is no transfer set at {path}: it is no folder. Capture one, or mend the path.")
-    if (path / INDEX_NAME).exists():
-        return read_index(path)
-    if not (path / PLAN_NAME).exists():
-        raise TransferSetError(
-            f"There is no transfer set at {path}: it has neither {INDEX_NAME} nor {PLAN_NAME}. "
-            "Capture one, or mend the path."
-        )
-    try:
-        plan = read_plan(path)
-    except TransferSetError as error:
-        raise TransferSetError(f"There is no transfer set at {path}: it has no {INDEX_NAME}. {error}") from error
-    records: list[ShardRecord] = []
-    while len(records) < plan.num_shards and (path / record_name(len(records))).exists():
-        records.append(read_record(path, len(records)))
-    if not allow_incomplete:
-        raise TransferSetError(
-            f"The transfer set at {path} is unfinished: it has the first {len(records)} of {plan.num_shards} shards. "
-            "Run its capture again to finish it, or open it with allow_incomplete=True to read those."
-        )
-    return replace(Index.from_records(plan, records), complete=False)

@@ -15,7 +15,7 @@ from quantkd.transfer_set.codec import ENTRIES, TARGETS, TOKENS, Codec
 from quantkd.transfer_set.index import record_to_bytes
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.shard import ShardMap, shard_bytes
-from quantkd.transfer_set.source import FolderSource, ShardSource
+from quantkd.transfer_set.source import ShardSource
 
 Verify = Literal["auto", "full", "off"]
 MAX_OPEN_MAPS = 256
@@ -25,38 +25,28 @@ class ShardStore:
     """The shards of one set.
 
     Args:
-        path: the set's folder, or another source of its files.
-        verify: "full" hashes every shard first; "auto" does so for downloaded sets and otherwise compares sizes and
-            tables now and checks each row when it is first read; "off" compares sizes and structure alone. The shards
-            of a remote source are opened, and hashed under any of them, when they are first touched; by "full" now.
-        allow_incomplete: accept an unfinished set and read its committed prefix.
-        hash_downloads: whether "auto" looks for downloads; `quantkd verify` hashes by itself.
+        source: of the set's files.
+        verify: "full" hashes every shard now; "auto" does so for downloaded sets, otherwise compares sizes and tables
+            now and checks each row when it is first read; "off" compares sizes and structure alone. The shards of a
+            remote source are opened and hashed when they are first touched, under "full" now.
 
     Raises:
         TransferSetError: not a set, unfinished, or damaged.
         ConfigError: an unknown `verify`.
     """
 
-    def __init__(
-        self, path: str | Path | ShardSource, verify: Verify, allow_incomplete: bool, *, hash_downloads: bool = True
-    ) -> None:
+    def __init__(self, source: ShardSource, verify: Verify) -> None:
         if verify not in ("auto", "full", "off"):
             raise ConfigError(f"verify is {verify!r}; expected 'auto', 'full' or 'off'.")
-        downloaded = False
-        self.source: ShardSource
-        if isinstance(path, str | Path):
-            folder = FolderSource(Path(path), allow_incomplete)
-            self.source, downloaded = folder, hash_downloads and folder.is_downloaded
-        else:
-            self.source = path
-        self.index = self.source.read_index()
+        self.source = source
+        self.index = source.read_index()
         self.codec = Codec(self.index.plan)
         self.row_starts = np.append(0, np.cumsum([shard.size.rows for shard in self.index.shards], dtype=np.int64))
         self._check_rows = verify != "off"
         self._maps: OrderedDict[int, ShardMap] = OrderedDict()
         self._hashed: set[int] = set()
-        full = verify == "full" or (verify == "auto" and downloaded)
-        for shard in range(0 if self.source.is_remote and not full else len(self.index.shards)):
+        full = verify == "full" or (verify == "auto" and source.is_downloaded)
+        for shard in range(0 if source.is_remote and not full else len(self.index.shards)):
             mapped = self.map(shard)
             if full:
                 self._check_digest(shard, mapped)

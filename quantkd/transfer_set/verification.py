@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantkd.errors import TransferSetError
 from quantkd.transfer_set.shard import ShardMap, shard_name
-from quantkd.transfer_set.source import find_source
+from quantkd.transfer_set.source import FolderSource, find_source
 from quantkd.transfer_set.store import ShardStore
 
 _SHARD_FILE = re.compile(r"shard-\d+\.safetensors")
@@ -27,10 +27,10 @@ class Verification:
 
 def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
     """Check everything: the index and its digest, every shard's size, header and sha256, and every row's content."""
-    source = find_source(path, None, None)
-    store = ShardStore(source, "auto", allow_incomplete, hash_downloads=False)
-    if isinstance(source, Path):
-        _refuse_strays(source, store)
+    source = find_source(path, allow_incomplete=allow_incomplete)
+    store = ShardStore(source, "off")  # what that leaves out is done below, and names the row
+    if isinstance(source, FolderSource):
+        _refuse_strays(source.path, store)
     for shard, record in enumerate(store.index.shards):
         _verify_shard(store.map(shard), record.sha256)
     return Verification(store.index.digest(), len(store.index.shards), store.num_rows, store.num_bytes)
