@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client's HTTP library, under the name that huggingface_hub gives it
 
-from quantkd.errors import HubError
+from quantkd.errors import ConfigError, HubError
 
 RepositoryType = Literal["model", "dataset"]
 Result = TypeVar("Result")
@@ -69,17 +69,27 @@ def find_secrets(token: str | None = None) -> dict[str, str]:
     return secrets
 
 
-def find_token(text: str) -> int | None:
-    """Where the text holds what has the form of an access token."""
-    found = _TOKEN.search(text)
-    return None if found is None else found.start()
-
-
 def redact(text: str, secrets: Mapping[str, str]) -> str:
     """The text with every secret replaced, for messages."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "[secret]")
     return _TOKEN.sub("[secret]", text)
+
+
+def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths: bool = True) -> None:
+    """Refuse a file that holds a secret or, with `paths`, names the home folder. The message holds neither."""
+    text = data.decode("utf-8", errors="replace")
+    found = next((what for secret, what in secrets.items() if secret in text), None)
+    if found is None and (match := _TOKEN.search(text)):
+        found = f"what looks like an access token at character {match.start()}"
+    if found is not None:
+        raise ConfigError(f"{name} holds {found}; expected no secret in what is pushed. Remove it from the file.")
+    homes = {str(Path.home()), os.path.expanduser("~")} - {"/"}
+    if paths and any(re.search(re.escape(home) + r"(?![\w.-])", text) for home in homes):
+        raise ConfigError(
+            f"{name} names your home folder; expected no local path in what is pushed. Name the model by its folder "
+            "alone or by its name on the Hub."
+        )
 
 
 @contextmanager

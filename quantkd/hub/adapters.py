@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from quantkd.errors import DataError, HubError
 from quantkd.files import write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
-from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository, check_shareable
+from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, split_revision
-from quantkd.remote import RemoteFiles, find_secrets, logger as revisions, retry
+from quantkd.remote import RemoteFiles, check_shareable, find_secrets, logger as revisions, retry
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +97,7 @@ def push_adapter(
     _check_secrets({**files, CARD_NAME: render_adapter_card(repo_id, license=license, **values).encode()}, token)
     base = values["adapter"]["base_model_name_or_path"]
     if not is_repository_name(base):
-        logger.warning(
-            "The page names the base model %r, a local folder, so its snippet does not run for others. Push again with "
-            "base_model (--base_model user/model).",
-            base,
-        )
+        logger.warning("The page names the base model %r, a local folder: name it with --base_model user/model.", base)
     repository = HubRepository(repo_id, "model", token=token, branch=revision)
 
     def push() -> PushedRepository:
@@ -146,8 +142,8 @@ def find_adapter(path: str | Path) -> Path:
 
 def _adapters_in(folder: Path) -> list[Path]:
     """The adapters directly below a folder, without checkpoints and the control of a comparison."""
-    found = sorted(each.parent for each in folder.glob(f"*/{CONFIG}"))
-    return [each for each in found if not each.name.startswith("checkpoint-") and not each.name.endswith("-control")]
+    found = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
+    return [each for each in found if not re.search("^checkpoint-|-control$", each.name)]
 
 
 def _find_report(folder: Path) -> Path | None:
@@ -200,15 +196,18 @@ def _check_secrets(files: Mapping[str, Path | bytes], token: str | None) -> None
     secrets = find_secrets(token)
     for name, content in files.items():
         if name == WEIGHTS:
-            with safe_open(content, framework="pt") as weights:
-                data = f"{weights.metadata()} {list(weights.keys())}".encode()
+            try:
+                with safe_open(content, framework="pt") as weights:
+                    data = f"{weights.metadata()} {list(weights.keys())}".encode()
+            except SafetensorError as error:
+                raise DataError(f"{content!s} is not a safetensors file: {error}. Save the adapter again.") from error
         else:
             data = content if isinstance(content, bytes) else content.read_bytes()
         check_shareable(name, data, secrets, paths=name not in _VOCABULARIES)
 
 
 def _check_files(place: str, held: list[str]) -> None:
-    """Refuse a place without an adapter's two files."""
+    """Refuse an adapter without its two files."""
     missing = [name for name in (CONFIG, WEIGHTS) if name not in held]
     if missing and _PICKLE in held:
         raise DataError(
@@ -269,13 +268,8 @@ def load_adapter(
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base
     own = _last_part(model.config.name_or_path or "")
     if named and own and named != own:
-        logger.warning(
-            "The adapter %s says that it was trained on %r; it is attached to %r. If that is another model, its "
-            "answers mean nothing.",
-            place,
-            named,
-            own,
-        )
+        told = "The adapter %s says that it was trained on %r; it is attached to %r, which may be another model."
+        logger.warning(told, place, named, own)
     config.inference_mode = not is_trainable
     try:
         weights = load_file(folder / WEIGHTS)
@@ -286,24 +280,19 @@ def load_adapter(
         result: Any = set_peft_model_state_dict(loaded, weights)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:500]
-        raise DataError(
-            f"The adapter {place} does not fit the base model {own or type(model).__name__}: {reason}. Load it on the "
-            "model that it was trained on."
-        ) from error
+        name = own or type(model).__name__
+        raise DataError(f"The adapter {place} does not fit the base model {name}: {reason}. Load another.") from error
     lacking = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or lacking:
         raise DataError(
-            f"The adapter {place} does not fit its own configuration: {len(lacking)} weights are missing and "
-            f"{len(result.unexpected_keys)} have no place, first {[*lacking, *result.unexpected_keys][0]!r}. Get it "
-            "anew, or ask its maker."
+            f"The adapter {place} does not fit its own configuration: {len(lacking)} weights are missing, "
+            f"{len(result.unexpected_keys)} unexpected, first {[*lacking, *result.unexpected_keys][0]!r}. Get it anew."
         )
     if files is not None:
         revisions.info("Adapter %s", place)
     loaded.hub_revision = place
     keep_trainable_on_cpu(loaded)
-    if not is_trainable:
-        loaded.eval()
-    attached: PeftModel = loaded
+    attached: PeftModel = loaded if is_trainable else loaded.eval()
     return attached
 
 
@@ -367,9 +356,7 @@ def _find_problem(fields: Any) -> str | None:
         return f"sets {', '.join(strange)[:200]}; expected plain LoRA, which needs none of that"
     start = fields.get("init_lora_weights")
     if not any(start is each or (isinstance(start, str) and start == each) for each in _STARTS_THAT_LEAVE_THE_BASE):
-        return (
-            f"started with {str(start)[:80]!r}, which changes the base model's weights; expected a start that does not"
-        )
+        return f"started with {str(start)[:80]!r}, which changes the base model's weights; expected another start"
     names = [fields.get("modules_to_save"), fields.get("layers_pattern")]
     if not _is_pattern(fields.get("target_modules")):
         names += [fields.get("target_modules"), fields.get("exclude_modules")]

@@ -8,20 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantkd.errors import ConfigError
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import bits_of
 from quantkd.names import is_repository_name, public_name
+from quantkd.report.page import list_notes, markdown_environment, tabulate
 from quantkd.transfer_set.info import TransferSetInfo
 
 CARD_NAME = "README.md"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _TAGS = ["quantkd", "distillation"]
-# The fields of adapter_config.json that the page shows, and the settings of bitsandbytes that its snippet repeats.
+# The fields of adapter_config.json that the page shows.
 _ADAPTER_FIELDS = ("bias", "lora_alpha", "lora_dropout", "r", "target_modules", "use_dora", "use_rslora")
-_BITSANDBYTES = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 # What a student is loaded in by default, for an adapter that does not say it.
 _NF4 = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
@@ -60,6 +59,8 @@ def render_adapter_card(
     base = str(adapter["base_model_name_or_path"] or "BASE_MODEL")
     recorded = facts.quantization
     bits = bits_of(recorded or _NF4)
+    # The settings that the snippet repeats; one of 8 bits has settings of 4 bits that mean nothing.
+    snippet = r"load_in_4bit$|bnb_4bit_\w+$" if (recorded or _NF4).get("load_in_4bit") else "load_in_8bit$"
     table, notes, measured = _describe_results(results)
     source = re.match(r"([\w.-]+/[\w.-]+) at ", facts.transfer_set or "", re.ASCII)
     metadata = ModelCardData(
@@ -91,7 +92,7 @@ def render_adapter_card(
         adapter=described,
         facts=facts,
         recorded=recorded,
-        bitsandbytes=_snippet_settings(recorded or _NF4),
+        bitsandbytes={name: value for name, value in (recorded or _NF4).items() if re.match(snippet, name)},
         settings=settings,
         table=table,
         notes=notes,
@@ -100,18 +101,10 @@ def render_adapter_card(
     )
 
 
-def _snippet_settings(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `BitsAndBytesConfig`; none for other formats."""
-    names = _BITSANDBYTES if quantization.get("load_in_4bit") else ("load_in_8bit",)
-    return {name: quantization[name] for name in names if name in quantization}
-
-
 def _describe_results(results: dict[str, Any] | None) -> tuple[list[list[str]], list[str], list[EvalResult]]:
     """Of a report the cells of its table, its notes, and the metrics of the distilled arm as the Hub reads them."""
     if results is None:
         return [], [], []
-    from quantkd.report.page import list_notes, tabulate  # its package imports scipy
-
     notes = list_notes(results)
     subject = results["arms"].get(results.get("subject") or "after")
     if subject is not None and subject["num_rows"]:
@@ -138,14 +131,7 @@ def _describe_results(results: dict[str, Any] | None) -> tuple[list[list[str]], 
 
 
 def _render(template: str, card: ModelCardData | DatasetCardData, **values: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("quantkd", "hub"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # the page is Markdown, not HTML; `cell` escapes what would break a table or add HTML
-    )
+    environment = markdown_environment("hub")
     environment.filters.update(cell=_escape_cell, code=_to_code, text=_to_text, public_name=public_name)
     return environment.get_template(f"{template}.md.j2").render(metadata=card.to_yaml(), **values)
 

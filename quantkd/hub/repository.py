@@ -1,12 +1,9 @@
-"""A repository that is pushed to: created if it is missing, listed, committed to; and what no file of it may hold."""
+"""A repository that is pushed to: created if it is missing, listed, committed to."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -14,7 +11,7 @@ from huggingface_hub.hf_api import RepoSibling
 
 from quantkd import __version__
 from quantkd.errors import ConfigError, HubError
-from quantkd.remote import RepositoryType, find_token, hub_errors, retry
+from quantkd.remote import RepositoryType, hub_errors, retry
 
 Operation = CommitOperationAdd | CommitOperationDelete
 PUSH_ATTEMPTS = 8
@@ -112,19 +109,3 @@ def create_repository(name: str, *, private: bool, token: str | None) -> str:
     repository = HubRepository(name, "model", token=token)
     retry(lambda: repository.ensure(private), PUSH_ATTEMPTS)
     return repository.repo_id
-
-
-def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths: bool = True) -> None:
-    """Refuse a file that holds a secret or, with `paths`, names the home folder. The message holds neither."""
-    text = data.decode("utf-8", errors="replace")
-    found = next((what for secret, what in secrets.items() if secret in text), None)
-    if found is None and (place := find_token(text)) is not None:
-        found = f"what looks like an access token at character {place}"
-    if found is not None:
-        raise ConfigError(f"{name} holds {found}; expected no secret in what is pushed. Remove it from the file.")
-    homes = {str(Path.home()), os.path.expanduser("~")} - {"/"}
-    if paths and any(re.search(re.escape(home) + r"(?![\w.-])", text) for home in homes):
-        raise ConfigError(
-            f"{name} names your home folder; expected no local path in what is pushed. Name the model by its folder "
-            "alone or by its name on the Hub."
-        )

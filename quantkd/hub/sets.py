@@ -20,8 +20,8 @@ from huggingface_hub.hf_api import RepoSibling
 
 from quantkd.errors import ConfigError, HubError, TransferSetError
 from quantkd.hub.cards import CARD_NAME, check_license, render_set_card
-from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository, check_shareable
-from quantkd.remote import find_secrets, retry
+from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
+from quantkd.remote import check_shareable, find_secrets, retry
 from quantkd.transfer_set.index import INDEX_NAME
 from quantkd.transfer_set.plan import MAX_SHARDS
 from quantkd.transfer_set.reader import TransferSet

@@ -42,16 +42,21 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *list_notes(results)])
 
 
-def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None) -> str:
-    """The Markdown page of a report."""
-    environment = Environment(
-        loader=PackageLoader("quantkd", "report"),
+def markdown_environment(package: str) -> Environment:
+    """The templates of a package of quantkd, as Markdown."""
+    return Environment(
+        loader=PackageLoader("quantkd", package),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # the page is Markdown, not HTML; `cell` escapes what would break a table
+        autoescape=False,  # Markdown, not HTML; the filter `cell` escapes what would break a table
     )
+
+
+def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None) -> str:
+    """The Markdown page of a report."""
+    environment = markdown_environment("report")
     environment.filters.update(
         measured=_format_measured,
         share=_format_share,
