@@ -117,7 +117,6 @@ class QuantizedDistillationTrainer(Trainer):
         self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
-        self._objective = args.objective()
         self._fused: bool | None = None if args.use_fused_loss else False  # None: still to be tried
         # Where processes share the weights, only the wrapper's forward pass has them whole: tried at the first one.
         shared = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -149,7 +148,7 @@ class QuantizedDistillationTrainer(Trainer):
         teacher = self._teacher(inputs)
         with self._run(model, inputs) as (states, outputs):
             loss, terms = compute_fused_loss(
-                *states.at_targets(inputs["labels"]), teacher, self._objective, inputs.get("weights")
+                *states.at_targets(inputs["labels"]), teacher, self.args.objective(), inputs.get("weights")
             )
         if num_items_in_batch is None:
             scale: Tensor | float = 1.0 / max(len(teacher), 1)
@@ -235,7 +234,7 @@ class QuantizedDistillationTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             teacher = self._teacher(inputs)
             with self._run(model, inputs) as (states, _):
-                rows = compute_row_metrics(states, inputs["labels"], teacher, self._objective)
+                rows = compute_row_metrics(states, inputs["labels"], teacher, self.args.objective())
                 logits = None if prediction_loss_only else states.logits()
             # By row, so that rows that fill up the last batch of the processes are not counted twice.
             self._eval_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
@@ -269,7 +268,7 @@ class QuantizedDistillationTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         _remove_arguments(folder)
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
-        objective, count = asdict(self._objective), self.accelerator.num_processes
+        objective, count = asdict(self.args.objective()), self.accelerator.num_processes
         Provenance.of_training(trained_on, objective, self.args, count, self.model).write(folder)
         name_base_model(folder)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
