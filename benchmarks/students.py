@@ -1,11 +1,11 @@
 """What each format of a student costs and keeps: memory, KL to the teacher before training, speed of training.
 
-Every format of `STUDENT_FORMATS` is loaded from the same full-precision checkpoint, measured on
-the same held-out rows of a transfer set (KL at temperature 1, nats per target token), and trained for a few steps with
-LoRA of rank 16 on all linear layers, on the same rows in each step. Memory is what the weights take, scales and
-embeddings and all, before adapters come to them. Seconds are of processor time on a CPU (set OMP_NUM_THREADS=1), else
-of the wall. A checkpoint that is quantized already (GPTQ, AWQ) is measured by naming it with `--checkpoint`. A format
-that cannot run here gives the reason instead. Beside each stands its ratio to NF4.
+The formats of `STUDENT_FORMATS`, HQQ by its own library and torchao's int8 by its config are loaded from the same
+full-precision checkpoint, measured on the same held-out rows of a transfer set (KL at temperature 1, nats per target
+token), and trained for a few steps with LoRA of rank 16 on all linear layers, on the same rows in each step. Memory is
+that of all weights with their scales, before adapters are attached. Seconds are of processor time on a CPU (set
+OMP_NUM_THREADS=1), else of the wall. A checkpoint that is quantized already (GPTQ, AWQ) is measured by naming it with
+`--checkpoint`. A format that cannot run on this machine gives the reason instead. Each has its ratio to NF4.
 
     python benchmarks/students.py --model HuggingFaceTB/SmolLM2-135M-Instruct --held_out runs/held
 
@@ -24,12 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TorchAoConfig, TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import QuantKDError
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.hardware import default_device, parse_dtype
 from quantkd.models.student import STUDENT_FORMATS, load_student
+
+FORMATS = [*STUDENT_FORMATS, "hqq", "torchao-int8"]
 
 
 class StepTimes(TrainerCallback):
@@ -105,20 +108,38 @@ def train(model: Any, rows: TransferSet, batch_size: int, steps: int) -> tuple[f
     return int(batch.lengths.sum()) / statistics.median(times.seconds[1:]), losses
 
 
+def load(name: str, format_: str | None, dtype: str) -> Any:
+    """A student in a format by name, or a checkpoint as it is stored."""
+    if format_ == "hqq":
+        from hqq.core.quantize import BaseQuantizeConfig
+        from hqq.models.hf.base import AutoHQQHFModel
+
+        compute = parse_dtype(dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=compute)
+        config = BaseQuantizeConfig(nbits=4, group_size=64)
+        return AutoHQQHFModel.quantize_model(model, config, compute_dtype=compute, device=str(default_device()))
+    config: Any = format_
+    if format_ == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    return load_student(name, quantization_config=config, dtype=dtype)
+
+
 def measure(name: str, format_: str | None, args: argparse.Namespace, rows: TransferSet) -> dict[str, Any]:
     """One format's figures, or why there are none."""
     found: dict[str, Any] = {"format": format_ or name}
     gc.collect()  # a trained model and its adapters hold each other
     try:
         started = read_clock()
-        model = load_student(name, quantization_config=format_, dtype=args.dtype, trainable=False)
+        model = load(name, format_, args.dtype)
         found["load_seconds"] = round(read_clock() - started, 1)
         found["memory_mb"] = round(count_bytes(model) / 1e6, 1)
         found["kl"] = round(evaluate_fidelity(model, rows, batch_size=4, progress=False).to_json()["kl"], 4)
         tokens, losses = train(model, rows, args.batch_size, args.steps)
         found["tokens_per_second"] = round(tokens, 1)
         found["losses"] = [round(loss, 4) for loss in losses]
-    except QuantKDError as error:
+    except (ImportError, QuantKDError) as error:
         found["refused"] = str(error)
     return found
 
@@ -129,7 +150,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="full-precision checkpoint that the transfer set comes from")
     parser.add_argument("--held_out", required=True, help="transfer set of that model's own answers")
     parser.add_argument("--rows", type=int, default=8, help="held-out rows to look at (8)")
-    parser.add_argument("--formats", nargs="*", default=list(STUDENT_FORMATS), help="which formats (all)")
+    parser.add_argument("--formats", nargs="*", default=FORMATS, help="which formats (all)")
     parser.add_argument("--checkpoint", nargs="*", default=[], help="checkpoints that are quantized already")
     parser.add_argument("--batch_size", type=int, default=4, help="rows a training step (4)")
     parser.add_argument("--steps", type=int, default=4, help="training steps (4)")

@@ -23,7 +23,7 @@ from transformers import (
 
 from quantkd import TransferSet
 from quantkd.cli.main import main
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.models.export import export_adapter, export_checkpoint, load_exported
 from quantkd.models.merging import merge_adapters
@@ -35,20 +35,15 @@ from tests.conftest import capture_set
 PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
-def held_out(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def held_out(tiny_model_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("export") / "set"
     capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=8)
     return path
 
 
 @pytest.fixture(scope="module")
-def tied_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied_path(tiny_model_path, tmp_path_factory):
     """The tiny model with its head tied to its embeddings."""
     folder = tmp_path_factory.mktemp("tied")
     config = AutoConfig.from_pretrained(tiny_model_path, tie_word_embeddings=True)
@@ -60,7 +55,7 @@ def tied_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def save_adapter(base: Path, folder: Path, dtype: str = "float32", **config: Any) -> Path:
+def save_adapter(base, folder, dtype="float32", **config):
     """A random adapter on the NF4 student, saved by PEFT."""
     torch.manual_seed(1)
     options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
@@ -73,11 +68,11 @@ def save_adapter(base: Path, folder: Path, dtype: str = "float32", **config: Any
     return folder
 
 
-def load_adapted(base: Path, adapter: Path, dtype: str = "float32") -> PeftModel:
+def load_adapted(base, adapter, dtype="float32"):
     return PeftModel.from_pretrained(load_student(str(base), dtype=dtype), adapter)
 
 
-def rows_of(model: Any, held_out: Path) -> torch.Tensor:
+def rows_of(model, held_out):
     return evaluate_fidelity(model, TransferSet.open(held_out), progress=False).rows
 
 
@@ -96,9 +91,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_merged_model_is_the_adapted_one(
-    name: str, tied: bool, tiny_model_path: Path, tied_path: Path, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_the_merged_model_is_the_adapted_one(name, tied, tiny_model_path, tied_path, tiny_tokenizer, tmp_path):
     base = tied_path if tied else tiny_model_path
     adapter = save_adapter(base, tmp_path / "adapter", **VARIANTS[name])
     model = load_adapted(base, adapter)
@@ -117,9 +110,7 @@ def test_the_merged_model_is_the_adapted_one(
     assert merged.config.tie_word_embeddings == stays_tied
 
 
-def test_the_base_of_the_merge_is_what_was_quantized(
-    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_the_base_of_the_merge_is_what_was_quantized(tiny_model_path, tiny_tokenizer, tmp_path):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter", r=2, lora_alpha=6)
     export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -135,15 +126,13 @@ def test_the_base_of_the_merge_is_what_was_quantized(
     assert torch.equal(merged["model.norm.weight"], original["model.norm.weight"])
 
 
-def test_layers_are_let_go_of_one_by_one(
-    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_let_go_of_one_by_one(tiny_model_path, tmp_path, monkeypatch):
     model = load_adapted(tiny_model_path, save_adapter(tiny_model_path, tmp_path / "adapter"))
     layers = [weakref.ref(module) for module in model.modules() if type(module).__name__ == "Linear4bit"]
     layers = [layer for layer in layers if hasattr(layer(), "quant_state")]
     alive: list[int] = []
 
-    def dequantize(module: Any) -> torch.Tensor:
+    def dequantize(module):
         alive.append(sum(layer() is not None for layer in layers))
         return dequantize_weight(module)
 
@@ -153,14 +142,9 @@ def test_layers_are_let_go_of_one_by_one(
 
 
 @pytest.mark.parametrize("config", ["fp4", "int8"])
-def test_other_formats_merge(config: str, tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    quantization = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if config == "int8"
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
-    )
+def test_other_formats_merge(config, tiny_model_path, tiny_tokenizer, tmp_path):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
-    student = load_student(str(tiny_model_path), quantization_config=quantization, dtype="float32")
+    student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
     ids = torch.arange(5, 45).view(2, 20)
     with torch.no_grad():
         model = PeftModel.from_pretrained(student, adapter).train()
@@ -171,7 +155,7 @@ def test_other_formats_merge(config: str, tiny_model_path: Path, tiny_tokenizer:
     assert difference < (0.02 if config == "int8" else 1e-4)
 
 
-def test_gpt2_is_turned_back(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_gpt2_is_turned_back(tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2
@@ -189,7 +173,7 @@ def test_gpt2_is_turned_back(tiny_tokenizer: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_rounds_once(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_bfloat16_rounds_once(tiny_model_path, tiny_tokenizer, tmp_path):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
     for dtype in ("float32", "bfloat16"):
         export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / dtype, dtype=dtype)
@@ -198,8 +182,9 @@ def test_bfloat16_rounds_once(tiny_model_path: Path, tiny_tokenizer: Any, tmp_pa
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_what_lies_in_an_exported_folder(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_what_an_exported_folder_holds(tiny_model_path, tiny_tokenizer, tmp_path, monkeypatch):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+    monkeypatch.setattr(os, "umask", None)  # of the whole process: a file that another thread makes would get it
     for name in ("optimizer.pt", "training_args.bin", "scheduler.pt"):
         (adapter / name).write_bytes(b"x")
     (adapter / "quantkd.json").write_text('{"teacher": "T"}')
@@ -213,7 +198,8 @@ def test_what_lies_in_an_exported_folder(tiny_model_path: Path, tiny_tokenizer: 
         "adapter_config.json", "adapter_model.safetensors", "README.md", "quantkd.json",
     }  # fmt: skip
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["a", "m"]  # and no temporary folder
-    assert (tmp_path / "out" / "m").stat().st_mode & 0o777 == 0o777 & ~_umask()
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out" / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
     for file in (tmp_path / "out").rglob("*.json"):
         assert str(tiny_model_path.parent) not in file.read_text(), file
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "m").chat_template == tiny_tokenizer.chat_template
@@ -222,15 +208,24 @@ def test_what_lies_in_an_exported_folder(tiny_model_path: Path, tiny_tokenizer: 
     assert facts_of_m["export"]["dequantized_from"]["bnb_4bit_quant_type"] == "nf4"
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def test_provenance_is_read_as_it_was_written(tmp_path):
+    assert Provenance.read(tmp_path) == Provenance()
+    written = Provenance("0.1", None, "d1", "T", {"alpha": 1.0}, {"seed": 0}, None, {"form": "merged"})
+    written.write(tmp_path)
+    assert Provenance.read(tmp_path) == written
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[]", "holds a list; expected an object"),
+        ('{"teacher": ["T"]}', r"teacher in .* is \['T'\]; expected a str"),
+    ):
+        (tmp_path / "quantkd.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            Provenance.read(tmp_path)
+    (tmp_path / "quantkd.json").write_text('{"teacher": "/home/ann/model", "token": "hf_secret"}')
+    assert Provenance.read(tmp_path) == Provenance(teacher="model")
 
 
-def test_a_requantized_checkpoint_is_the_merged_one_quantized(
-    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path, held_out: Path
-) -> None:
+def test_a_requantized_checkpoint_is_the_merged_one_quantized(tiny_model_path, tiny_tokenizer, tmp_path, held_out):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
     export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
     model = load_adapted(tiny_model_path, adapter)
@@ -246,9 +241,7 @@ def test_a_requantized_checkpoint_is_the_merged_one_quantized(
     assert size[0] < 0.6 * size[1]  # embeddings and head are most of so small a model
 
 
-def test_the_second_rounding_is_to_the_students_own_format(
-    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_the_second_rounding_is_to_the_students_own_format(tiny_model_path, tiny_tokenizer, tmp_path):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
     for name, config, expected in (
         ("a", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), ("fp4", False)),
@@ -262,7 +255,7 @@ def test_the_second_rounding_is_to_the_students_own_format(
         assert (found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"]) == expected
 
 
-def test_a_folder_that_is_not_new_is_refused(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_new_is_refused(tiny_model_path, tiny_tokenizer, tmp_path):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
     with pytest.raises(ConfigError, match="a folder that is not empty; an export is written to a new one"):
         export_adapter(str(adapter), tiny_tokenizer, adapter, base="b")
@@ -274,12 +267,10 @@ def test_a_folder_that_is_not_new_is_refused(tiny_model_path: Path, tiny_tokeniz
     assert (tmp_path / "empty" / "adapter_model.safetensors").is_file()
 
 
-def test_a_failed_export_leaves_nothing(
-    tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_nothing(tiny_model_path, tiny_tokenizer, tmp_path, monkeypatch):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
 
-    def fail(folder: Any) -> None:
+    def fail(folder):
         assert (Path(folder) / "model.safetensors").is_file() and not (tmp_path / "out" / "m").exists()
         raise OSError("No space left on device")
 
@@ -289,7 +280,7 @@ def test_a_failed_export_leaves_nothing(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_cannot_be_merged_is_said(tiny_model_path: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_merged_is_said(tiny_model_path, tiny_tokenizer, tmp_path):
     student = load_student(str(tiny_model_path), dtype="float32")
     with pytest.raises(ConfigError, match="lora_bias=True"):
         merge_adapters(get_peft_model(student, LoraConfig(target_modules=["lm_head"], lora_bias=True)))
@@ -311,7 +302,7 @@ def test_what_cannot_be_merged_is_said(tiny_model_path: Path, tiny_tokenizer: An
         merge_adapters(model)
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+def run(capsys, *words):
     code = 0
     try:
         main([str(word) for word in words])
@@ -322,9 +313,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_form_has_the_figures_of_the_report_to_the_digit(
-    capsys: pytest.CaptureFixture[str], tiny_model_path: Path, tmp_path: Path, held_out: Path, dtype: str
-) -> None:
+def test_every_form_has_the_figures_of_the_report_to_the_digit(capsys, tiny_model_path, tmp_path, held_out, dtype):
     """The command's scores, and those of a fresh load with nothing but transformers and PEFT."""
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter", dtype)
     run_dir = tmp_path / "run"
@@ -339,7 +328,7 @@ def test_every_form_has_the_figures_of_the_report_to_the_digit(
         assert ("the second rounding took part" in err) == (form == "requantized")
     torch_dtype = getattr(torch, dtype)
 
-    def load_plainly(form: str) -> Any:
+    def load_plainly(form):
         if form != "adapter":
             return AutoModelForCausalLM.from_pretrained(tmp_path / "out" / form)
         config = BitsAndBytesConfig(
@@ -358,9 +347,7 @@ def test_every_form_has_the_figures_of_the_report_to_the_digit(
         assert reported["arm"] == arm
 
 
-def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(
-    capsys: pytest.CaptureFixture[str], tiny_model_path: Path, tmp_path: Path, held_out: Path
-) -> None:
+def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(capsys, tiny_model_path, tmp_path, held_out):
     adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
     words = [
         "export", "--model_name_or_path", tiny_model_path, "--adapter", adapter, "--output_dir", tmp_path / "out",
