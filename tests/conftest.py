@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from quantkd import TransferSet
@@ -134,6 +136,61 @@ def tiny_model_path(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: p
     build_tiny_model(tiny_tokenizer).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+TRAINING_PROMPTS = [
+    "Two and two?",
+    "Name a colour, and then another one.",
+    "How many legs?",
+    "What is the sum of three and four, in words, please?",
+    "Why?",
+    "Tell me about the sea.",
+    "One.",
+    "Count from one to nine and back again.",
+]
+
+
+@pytest.fixture(scope="session")
+def training_set(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TransferSet:
+    """Eight answers of the tiny model, of at most ten tokens."""
+    return capture_set(tiny_model_path, TRAINING_PROMPTS, tmp_path_factory.mktemp("sets") / "set", max_new_tokens=10)
+
+
+@pytest.fixture
+def make_trainer(tiny_model_path: Path, training_set: TransferSet, tmp_path: Path) -> Any:
+    """A trainer of the tiny model in NF4 from a start of zero; options are arguments of the config or the trainer."""
+    from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
+
+    def build(model: Any = None, **options: Any) -> QuantizedDistillationTrainer:
+        settings = {
+            "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "init": "zero",
+            "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            "model_init_kwargs": {"dtype": "float32"}, "teacher_model_init_kwargs": {"dtype": "float32"},
+        }  # fmt: skip
+        fields = QuantizedDistillationConfig.__dataclass_fields__
+        settings |= {name: options.pop(name) for name in list(options) if name in fields}
+        args = QuantizedDistillationConfig(str(tmp_path / "out"), **settings)
+        return QuantizedDistillationTrainer(
+            model or str(tiny_model_path), args, **{"train_dataset": training_set, **options}
+        )
+
+    return build
+
+
+def loss_and_gradient(trainer: Any, rows: Any, *, train: bool = True) -> tuple[float, Tensor]:
+    """The loss of some rows in one batch, and the gradient of all trainable parameters."""
+    import torch
+
+    trainer.model.train(train).zero_grad()
+    loss = trainer.compute_loss(trainer.model, replace(trainer.data_collator, packing=trainer.args.packing)(rows))
+    loss.backward()
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trained if parameter.grad is not None])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """How far apart two gradients are."""
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="session")

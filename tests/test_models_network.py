@@ -44,9 +44,9 @@ def test_loss_and_gradient_equal_the_logits_path(family, transfer_set, tiny_toke
     model = build(family, len(tiny_tokenizer))
     assert why_not_fusable(model) is None
     trainer, fused, fused_gradient = loss_and_gradient(model, transfer_set, tiny_tokenizer, tmp_path, True)
-    assert trainer._fused
+    assert trainer.uses_fused_loss
     trainer, plain, plain_gradient = loss_and_gradient(model, transfer_set, tiny_tokenizer, tmp_path, False)
-    assert not trainer._fused
+    assert not trainer.uses_fused_loss
     assert fused == pytest.approx(plain, rel=1e-5)
     assert float((fused_gradient - plain_gradient).norm() / plain_gradient.norm()) < 1e-5
 
@@ -57,7 +57,7 @@ def test_what_else_a_family_does_to_its_logits_is_found(family, transfer_set, ti
         trainer, *_ = loss_and_gradient(
             build(family, len(tiny_tokenizer)), transfer_set, tiny_tokenizer, tmp_path, True
         )
-    assert not trainer._fused
+    assert not trainer.uses_fused_loss
     assert caplog.text.count("its logits are not what its head makes of the last hidden states") == 1
 
 
@@ -82,7 +82,7 @@ def assert_equal_to_logits_path(make_model, transfer_set, tokenizer, tmp_path, *
     plain, plain_loss, plain_gradient = loss_and_gradient(
         make_model(), transfer_set, tokenizer, tmp_path, False, **kwargs
     )
-    assert not plain._fused
+    assert not plain.uses_fused_loss
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert float((gradient - plain_gradient).norm() / plain_gradient.norm()) < 1e-5
     return trainer
@@ -96,7 +96,7 @@ def test_an_adapter_on_the_head_falls_back_to_logits_with_the_reason(transfer_se
 
     with caplog.at_level(logging.WARNING, logger="quantkd"):
         trainer = assert_equal_to_logits_path(adapted, transfer_set, tiny_tokenizer, tmp_path)
-    assert not trainer._fused
+    assert not trainer.uses_fused_loss
     assert caplog.text.count("its head is peft's Linear, not a plain linear layer") == 1
     # The adapter is in the logits: against the merged model, which has no adapters and a plain head.
     model, merged = adapted().eval(), adapted().merge_and_unload().eval().requires_grad_(True)
@@ -115,7 +115,7 @@ def test_a_head_that_peft_trains_whole_is_fused(tied, transfer_set, tiny_tokeniz
         return get_peft_model(build("Llama, tied" if tied else "Llama", len(tiny_tokenizer)), config)
 
     trainer = assert_equal_to_logits_path(adapted, transfer_set, tiny_tokenizer, tmp_path)
-    assert trainer._fused
+    assert trainer.uses_fused_loss
     model = adapted()
     wrapper = model.get_output_embeddings()
     with gathered_head(model) as head:
@@ -149,7 +149,7 @@ def test_a_4_bit_head_is_dequantized_for_the_fused_loss(
 
     assert type(load().get_output_embeddings()).__name__ == "Linear4bit"
     trainer = assert_equal_to_logits_path(load, transfer_set, tiny_tokenizer, tmp_path)
-    assert trainer._fused
+    assert trainer.uses_fused_loss
     with gathered_head(trainer.model) as head:
         assert head.weight.shape == (len(tiny_tokenizer), 64)
 
@@ -161,7 +161,10 @@ def test_an_8_bit_head_falls_back_with_the_reason(
         trainer = assert_equal_to_logits_path(
             lambda: load_with_quantized_head(load_in_8bit=True), transfer_set, tiny_tokenizer, tmp_path
         )
-    assert not trainer._fused and "its head is bitsandbytes's Linear8bitLt, not a plain linear layer" in caplog.text
+    assert (
+        not trainer.uses_fused_loss
+        and "its head is bitsandbytes's Linear8bitLt, not a plain linear layer" in caplog.text
+    )
 
 
 def test_the_probe_leaves_no_trace(load_with_quantized_head, tiny_tokenizer):

@@ -3,62 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.student import load_student
-from tests.conftest import build_tiny_model, capture_set
-
-PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?"]
-
-
-@pytest.fixture(scope="module")
-def transfer_set(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("live") / "set"
-    return capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=8)
+from tests.conftest import build_tiny_model, loss_and_gradient, relative
 
 
 @pytest.fixture
-def make_trainer(tiny_model_path, tmp_path):
-    def build(train_dataset, model=None, **options):
-        trainer_kwargs = {
-            key: options.pop(key) for key in ("teacher_model", "eval_dataset", "processing_class") if key in options
-        }
-        options = {
-            "per_device_train_batch_size": 3,
-            "max_steps": 1,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "model_init_kwargs": {"dtype": "float32"},
-            "teacher_model_init_kwargs": {"dtype": "float32"},
-            "init": "zero",
-            "disable_tqdm": True,
-            **options,
-        }
-        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
-        return QuantizedDistillationTrainer(
-            model or str(tiny_model_path), args, train_dataset=train_dataset, **trainer_kwargs
-        )
-
-    return build
-
-
-def rows_of(transfer_set):
-    rows = [transfer_set[i] for i in range(len(transfer_set))]
+def rows(training_set):
+    """Rows without the teacher's entries."""
+    rows = [training_set[i] for i in range(3)]
     return Dataset.from_list([{"input_ids": r["input_ids"].tolist(), "labels": r["labels"].tolist()} for r in rows])
 
 
-def loss_and_gradient(trainer, rows):
-    trainer.model.train()
-    batch = replace(trainer.data_collator, packing=trainer.args.packing)(rows)
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+@pytest.fixture
+def make_live(make_trainer, rows, tiny_model_path):
+    def build(**options):
+        return make_trainer(**{"train_dataset": rows, "teacher_model": str(tiny_model_path), **options})
+
+    return build
 
 
 def dense_loss(student, teacher, rows, alpha, temperature, divergence):
@@ -83,68 +50,49 @@ def dense_loss(student, teacher, rows, alpha, temperature, divergence):
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("divergence", "temperature"), [("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0)])
-def test_equal_to_dense_kl(
-    make_trainer, transfer_set, tiny_model, tiny_model_path, divergence, temperature, fused, packing
-):
-    rows = rows_of(transfer_set)
-    trainer = make_trainer(
-        rows, teacher_model=str(tiny_model_path), use_fused_loss=fused, packing=packing, alpha=0.7,
-        divergence=divergence, temperature=temperature,
-    )  # fmt: skip
+def test_equal_to_dense_kl(make_live, rows, tiny_model, divergence, temperature, fused, packing):
+    trainer = make_live(
+        use_fused_loss=fused, packing=packing, alpha=0.7, divergence=divergence, temperature=temperature
+    )
     live, gradient = loss_and_gradient(trainer, list(rows))
     trainer.model.zero_grad()
     expected = dense_loss(trainer.model, tiny_model, rows, 0.7, temperature, divergence)
     expected.backward()
     own = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
-    assert math.isclose(live, expected.item(), rel_tol=1e-5)
-    assert float((gradient - own).norm() / own.norm()) < 1e-5
+    assert math.isclose(live, expected.item(), rel_tol=1e-5) and relative(gradient, own) < 1e-5
     assert not any(p.requires_grad or p.grad is not None for p in trainer.live_teacher.model.parameters())
 
 
-def test_it_trains_evaluates_and_starts_from_the_quantization_error(make_trainer, transfer_set, tiny_model_path):
-    rows = rows_of(transfer_set)
-    zero = make_trainer(rows, teacher_model=str(tiny_model_path), eval_dataset=rows).evaluate()
-    trainer = make_trainer(
-        rows,
-        teacher_model=str(tiny_model_path),
-        eval_dataset=rows,
-        init="covariance",
-        max_steps=8,
-        alpha=1.0,
-        learning_rate=1e-3,
-    )
+def test_it_trains_evaluates_and_starts_from_the_quantization_error(make_live, rows, training_set):
+    zero = make_live(eval_dataset=rows).evaluate()
+    trainer = make_live(eval_dataset=rows, init="covariance", max_steps=8, alpha=1.0, learning_rate=1e-3)
     start = trainer.evaluate()
     trainer.train()
     assert trainer.evaluate()["eval_kl"] < start["eval_kl"] < zero["eval_kl"]
-    stored = make_trainer(rows, teacher_model=str(tiny_model_path), eval_dataset=transfer_set).evaluate()
+    stored = make_live(eval_dataset=training_set[:3]).evaluate()
     assert stored["eval_kl"] == pytest.approx(zero["eval_kl"], rel=1e-6)  # entries are not read
 
 
-def test_what_cannot_teach_is_refused(make_trainer, transfer_set, tiny_model_path, tiny_tokenizer, tiny_model):
-    rows = rows_of(transfer_set)
+def test_what_cannot_teach_is_refused(make_live, make_trainer, rows, tiny_model_path, tiny_tokenizer, tiny_model):
     with pytest.raises(ConfigError, match="is the 4-bit model itself"):
-        make_trainer(rows, teacher_model="adapter_disabled")
+        make_live(teacher_model="adapter_disabled")
     with pytest.raises(ConfigError, match="teacher_model is quantized"):
-        make_trainer(rows, teacher_model=load_student(str(tiny_model_path), dtype="float32"))
+        make_live(teacher_model=load_student(str(tiny_model_path), dtype="float32"))
     tiny_model.resize_token_embeddings(len(tiny_tokenizer) + 8)
     with pytest.raises(ConfigError, match=r"vocabulary has \d+ ids, the teacher_model's"):
-        make_trainer(rows, teacher_model=tiny_model)
+        make_live(teacher_model=tiny_model)
+    with pytest.raises(DataError, match=r"holds no teacher entries.*teacher_model="):
+        make_trainer(train_dataset=rows).train()
 
 
-def test_zero3_is_refused(make_trainer, transfer_set, tiny_model_path, monkeypatch):
+def test_zero3_is_refused(make_live, monkeypatch):
     monkeypatch.setattr("quantkd.teacher.live.is_zero3", lambda: True)
     with pytest.raises(ConfigError, match="cannot run beside a student under DeepSpeed ZeRO-3"):
-        make_trainer(rows_of(transfer_set), teacher_model=str(tiny_model_path))
+        make_live()
 
 
-def test_rows_without_entries_need_a_live_teacher(make_trainer, transfer_set):
-    with pytest.raises(DataError, match=r"holds no teacher entries.*teacher_model="):
-        make_trainer(rows_of(transfer_set)).train()
-
-
-def test_a_teacher_that_cannot_be_fused_gives_its_logits(make_trainer, transfer_set, tiny_tokenizer, caplog):
-    rows = rows_of(transfer_set)
-    plain = loss_and_gradient(make_trainer(rows, teacher_model=build_tiny_model(tiny_tokenizer)), list(rows))
+def test_a_teacher_that_cannot_be_fused_gives_its_logits(make_live, rows, tiny_tokenizer, caplog):
+    plain = loss_and_gradient(make_live(teacher_model=build_tiny_model(tiny_tokenizer)), list(rows))
     teacher = build_tiny_model(tiny_tokenizer)
     forward = teacher.forward
 
@@ -154,7 +102,7 @@ def test_a_teacher_that_cannot_be_fused_gives_its_logits(make_trainer, transfer_
         return output
 
     teacher.forward = shifted
-    held = loss_and_gradient(make_trainer(rows, teacher_model=teacher), list(rows))
+    held = loss_and_gradient(make_live(teacher_model=teacher), list(rows))
     assert "The teacher's logits are held" in caplog.text
     assert held[0] == pytest.approx(plain[0], rel=1e-5)
     torch.testing.assert_close(held[1], plain[1], rtol=1e-4, atol=1e-6)

@@ -7,9 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.student import load_student
-from tests.conftest import capture_set
 
 CHECKPOINTING = {
     "by default": {"gradient_checkpointing": True},
@@ -18,33 +16,19 @@ CHECKPOINTING = {
 }
 
 
-@pytest.fixture(scope="module")
-def transfer_set(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("memory") / "set"
-    prompts = ["Two and two?", "Name a colour, and then another one.", "Why?", "Tell me about the sea."]
-    return capture_set(tiny_model_path, prompts, path, max_new_tokens=10)
-
-
 @pytest.fixture
-def make_trainer(tiny_model_path, tiny_tokenizer, transfer_set, tmp_path):
-    def build(student="by name", **kwargs):
-        options = {
-            "max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-            "save_strategy": "no", "logging_steps": 1, "init": "zero", "disable_tqdm": True,
-            "model_init_kwargs": {"dtype": "float32"}, "train_sampling_strategy": "sequential", **kwargs,
-        }  # fmt: skip
-        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
+def make_student(make_trainer, tiny_model_path, training_set):
+    def build(student="by name", **options):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         torch.manual_seed(0)
-        model, peft_config = str(tiny_model_path), lora
+        model, adapters = None, {"peft_config": lora}
         if student == "adapted, quantized":
-            model, peft_config = get_peft_model(load_student(str(tiny_model_path), dtype="float32"), lora), None
+            model, adapters = get_peft_model(load_student(str(tiny_model_path), dtype="float32"), lora), {}
         elif student == "adapted":
             full = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
-            model, peft_config = get_peft_model(full, lora), None
-        return QuantizedDistillationTrainer(
-            model, args, train_dataset=transfer_set, processing_class=tiny_tokenizer, peft_config=peft_config
-        )
+            model, adapters = get_peft_model(full, lora), {}
+        settings = {"max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 0.0}
+        return make_trainer(model, **{**settings, "train_dataset": training_set[:4], **adapters, **options})
 
     return build
 
@@ -78,9 +62,9 @@ def first_step(trainer):
 
 @pytest.mark.parametrize("student", ["by name", "adapted, quantized", "adapted"])
 @pytest.mark.parametrize("how", CHECKPOINTING)
-def test_checkpointing_keeps_loss_and_gradient_and_holds_less(make_trainer, student, how):
-    loss, gradient, held = first_step(make_trainer(student))
-    checkpointed = make_trainer(student, **CHECKPOINTING[how])
+def test_checkpointing_keeps_loss_and_gradient_and_holds_less(make_student, student, how):
+    loss, gradient, held = first_step(make_student(student))
+    checkpointed = make_student(student, **CHECKPOINTING[how])
     again, gradient_again, held_again = first_step(checkpointed)
     assert again == pytest.approx(loss, rel=1e-6)
     # B starts at zero, so the first gradient of every A is zero: what must have one is B.
@@ -91,8 +75,8 @@ def test_checkpointing_keeps_loss_and_gradient_and_holds_less(make_trainer, stud
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_optimizers_of_bitsandbytes_train(make_trainer, optim):
-    trainer = make_trainer(optim=optim, learning_rate=1e-2, max_steps=20, logging_steps=1, alpha=0.9)
+def test_optimizers_of_bitsandbytes_train(make_student, optim):
+    trainer = make_student(optim=optim, learning_rate=1e-2, max_steps=20, logging_steps=1, alpha=0.9)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert "bitsandbytes" in type(trainer.optimizer.optimizer).__module__

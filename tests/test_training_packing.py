@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,77 +18,38 @@ from transformers import (
     TrainerCallback,
 )
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.errors import ConfigError, DataError
 from quantkd.foreign import attention_of
 from quantkd.models.packing import why_not_packable
 from quantkd.models.row_attention import ROW_ATTENTION, row_attention
 from quantkd.transfer_set.collator import DistillationCollator, position_ids_of
-from tests.conftest import capture_set
+from tests.conftest import loss_and_gradient, relative
 
-PROMPTS = ["Two and two?", "Name a colour, and then another one, please.", "Why?", "Tell me about the sea.", "One."]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def transfer_set(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("packing") / "set"
-    return capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=12)
-
-
-@pytest.fixture
-def make_trainer(tiny_model_path, transfer_set, tmp_path):
-    def build(model=None, trainer_kwargs=None, **options):
-        options = {
-            "per_device_train_batch_size": 5,
-            "learning_rate": 1e-2,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "model_init_kwargs": {"dtype": "float32"},
-            "init": "zero",
-            "disable_tqdm": True,
-            **options,
-        }
-        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
-        return QuantizedDistillationTrainer(
-            model or str(tiny_model_path), args, train_dataset=transfer_set, **(trainer_kwargs or {})
-        )
-
-    return build
-
-
-def loss_and_gradient(trainer, rows):
-    trainer.model.train().zero_grad()
-    batch = replace(trainer.data_collator, packing=trainer.args.packing)(rows)
-    loss = trainer.compute_loss(trainer.model, dict(batch))
-    loss.backward()
-    gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad and p.grad is not None]
-    return batch, loss.item(), torch.cat(gradients)
-
-
 @pytest.mark.parametrize("fused", [True, False])
-def test_packing_changes_nothing_but_the_layout(make_trainer, transfer_set, fused):
-    rows = transfer_set.__getitems__([0, 1, 2, 3, 4])
-    padded, expected, gradient = loss_and_gradient(make_trainer(use_fused_loss=fused), rows)
-    batch, loss, packed_gradient = loss_and_gradient(make_trainer(use_fused_loss=fused, packing=True), rows)
-    assert batch["input_ids"].shape == (1, int(rows.lengths.sum())) and "attention_mask" not in batch
-    assert padded["input_ids"].shape == (5, int(rows.lengths.max()))
-    assert math.isclose(loss, expected, rel_tol=1e-5)
-    assert float((packed_gradient - gradient).norm() / gradient.norm()) < 1e-5
+def test_packing_changes_nothing_but_the_layout(make_trainer, training_set, fused):
+    rows = training_set.__getitems__([0, 1, 2, 3, 4])
+    padded, packed = make_trainer(use_fused_loss=fused), make_trainer(use_fused_loss=fused, packing=True)
+    batches = [next(iter(trainer.get_train_dataloader())) for trainer in (padded, packed)]
+    assert batches[0]["input_ids"].shape == (8, int(training_set.lengths.max()))
+    assert batches[1]["input_ids"].shape == (1, int(training_set.lengths.sum())) and "attention_mask" not in batches[1]
+    expected, gradient = loss_and_gradient(padded, rows)
+    loss, packed_gradient = loss_and_gradient(packed, rows)
+    assert math.isclose(loss, expected, rel_tol=1e-5) and relative(packed_gradient, gradient) < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_attention_by_row_equals_one_masked_attention(make_trainer, transfer_set, checkpointing):
-    rows = transfer_set.__getitems__([0, 1, 2, 3, 4])
+def test_attention_by_row_equals_one_masked_attention(make_trainer, training_set, checkpointing):
+    rows = training_set.__getitems__([0, 1, 2, 3, 4])
     trainer = make_trainer(packing=True, gradient_checkpointing=checkpointing)
     with row_attention(trainer.model):
         assert attention_of(trainer.model.config) == ROW_ATTENTION
-        _, loss, gradient = loss_and_gradient(trainer, rows)
+        loss, gradient = loss_and_gradient(trainer, rows)
     assert attention_of(trainer.model.config) == "sdpa"
-    _, expected, masked_gradient = loss_and_gradient(trainer, rows)
-    assert math.isclose(loss, expected, rel_tol=1e-5)
-    assert float((gradient - masked_gradient).norm() / masked_gradient.norm()) < 1e-5
+    expected, masked_gradient = loss_and_gradient(trainer, rows)
+    assert math.isclose(loss, expected, rel_tol=1e-5) and relative(gradient, masked_gradient) < 1e-5
 
 
 def test_attention_by_row_ends_with_the_training(make_trainer):
@@ -103,7 +63,7 @@ def test_attention_by_row_ends_with_the_training(make_trainer):
             raise KeyboardInterrupt
 
     names = []
-    trainer = make_trainer(packing=True, max_steps=1, trainer_kwargs={"callbacks": [Seen()]})
+    trainer = make_trainer(packing=True, max_steps=1, callbacks=[Seen()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert names == [ROW_ATTENTION] and attention_of(trainer.model.config) == "sdpa"
@@ -124,11 +84,12 @@ def test_sliding_windows_and_unpacked_batches_keep_their_mask():
                 torch.testing.assert_close(model(**batch, use_cache=False).logits, logits)
 
 
-def test_a_packed_run_trains_and_evaluates_like_a_padded_one(make_trainer, transfer_set):
+def test_a_packed_run_trains_and_evaluates_like_a_padded_one(make_trainer, training_set):
     runs = []
     for packing in (False, True):
-        trainer = make_trainer(packing=packing, max_steps=3, per_device_train_batch_size=2,
-                               trainer_kwargs={"eval_dataset": transfer_set})  # fmt: skip
+        trainer = make_trainer(
+            packing=packing, max_steps=3, per_device_train_batch_size=2, eval_dataset=training_set[:5]
+        )
         trainer.train()
         logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         runs.append((logs, trainer.evaluate()))
@@ -147,10 +108,10 @@ def test_a_rows_first_token_is_never_the_target_of_the_row_before():
     assert position_ids_of(torch.tensor([1, 1, 2])).tolist() == [0, 0, 0, 1]
 
 
-def test_rows_with_and_without_entries_do_not_mix(transfer_set):
+def test_rows_with_and_without_entries_do_not_mix(training_set):
     bare = {"input_ids": [5, 6], "labels": [-100, 6]}
     with pytest.raises(DataError, match="1 of 2 rows hold no teacher entries"):
-        DistillationCollator(0)([transfer_set[0], bare])
+        DistillationCollator(0)([training_set[0], bare])
 
 
 @pytest.mark.parametrize(
@@ -180,9 +141,9 @@ def test_they_are_refused_before_the_first_step(make_trainer, tiny_tokenizer):
         BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=len(tiny_tokenizer))
     )
     with pytest.raises(ConfigError, match=r"packing=True would let rows see each other.*group_by_length"):
-        make_trainer(model=model, packing=True, trainer_kwargs={"processing_class": tiny_tokenizer})
+        make_trainer(model, packing=True, processing_class=tiny_tokenizer)
 
 
 def test_packing_needs_our_collator(make_trainer):
     with pytest.raises(ConfigError, match="packs with a DistillationCollator, found the data_collator function"):
-        make_trainer(packing=True, trainer_kwargs={"data_collator": lambda rows: rows})
+        make_trainer(packing=True, data_collator=lambda rows: rows)

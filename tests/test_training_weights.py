@@ -5,32 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
-from tests.conftest import capture_set
-
-PROMPTS = ["Two and two?", "Name a colour, and then another one.", "How many legs?", "Why?"]
-
-
-@pytest.fixture(scope="module")
-def sets(tiny_model_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets")
-    return [
-        capture_set(tiny_model_path, prompts, folder / name, max_new_tokens=8)
-        for name, prompts in (("one", PROMPTS[:2]), ("two", PROMPTS[2:]))
-    ]
+from tests.conftest import loss_and_gradient
 
 
 @pytest.fixture
-def make_trainer(tiny_model_path, tmp_path):
-    def build(rows, **kwargs):
-        args = QuantizedDistillationConfig(
-            str(tmp_path / "out"), per_device_train_batch_size=4, init="zero", report_to=[], disable_tqdm=True,
-            model_init_kwargs={"dtype": "float32"}, temperature=2.0, alpha=0.7, **kwargs,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        trainer = QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=rows)
+def sets(training_set):
+    return [training_set[:2], training_set[2:4]]
+
+
+@pytest.fixture
+def make_weighted(make_trainer):
+    def build(rows, **options):
+        trainer = make_trainer(train_dataset=rows, temperature=2.0, alpha=0.7, **options)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:  # zero at first, where A gets no gradient
@@ -54,30 +42,22 @@ def test_the_batch_holds_one_weight_a_target_only_where_a_row_has_one(sets, pack
     assert mixed.tolist() == [1.0] * targets[0] + [2.0] * targets[2]
 
 
-def loss_and_gradient(trainer, rows):
-    trainer.model.zero_grad()
-    trainer.model.eval()  # dropout off; weights count whatever the mode
-    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
-    loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-
-
 @pytest.mark.parametrize("kwargs", [{}, {"use_fused_loss": False}, {"packing": True}])
-def test_the_trainer_multiplies_loss_and_gradient_and_divides_by_the_number_of_targets(sets, make_trainer, kwargs):
+def test_the_trainer_multiplies_loss_and_gradient_and_divides_by_the_number_of_targets(sets, make_weighted, kwargs):
     joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
-    trainer = make_trainer(joined, **kwargs)
-    weighted = loss_and_gradient(trainer, joined.__getitems__([0, 1, 2, 3]))
-    parts = [loss_and_gradient(trainer, each.__getitems__([0, 1])) for each in sets]
+    trainer = make_weighted(joined, **kwargs)
+    weighted = loss_and_gradient(trainer, joined.__getitems__([0, 1, 2, 3]), train=False)
+    parts = [loss_and_gradient(trainer, each.__getitems__([0, 1]), train=False) for each in sets]
     counts = [sum(int((row["labels"] != -100).sum()) for row in each) for each in sets]
     for whole, one, two in zip(weighted, *parts, strict=True):
         expected = (0.5 * counts[0] * one + 2.0 * counts[1] * two) / sum(counts)
-        torch.testing.assert_close(whole, expected, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(torch.as_tensor(whole), torch.as_tensor(expected), rtol=2e-5, atol=1e-6)
     assert abs(float(parts[0][0] - parts[1][0])) > 1e-3  # else the weights could not be told apart
 
 
-def test_evaluation_ignores_weights(sets, make_trainer):
+def test_evaluation_ignores_weights(sets, make_weighted):
     joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
-    trainer = make_trainer(joined)
+    trainer = make_weighted(joined)
     weighted, plain = trainer.evaluate(joined), trainer.evaluate(TransferSet.concatenate(sets))
     names = [name for name in plain if not name.endswith(("runtime", "per_second"))]
     assert {name: weighted[name] for name in names} == {name: plain[name] for name in names}

@@ -106,7 +106,7 @@ def main(job: dict[str, Any]) -> None:
             "metrics": metrics,
             "world_size": args.world_size,
             "distributed_type": trainer.accelerator.distributed_type.value,
-            "fused": trainer._fused,
+            "fused": trainer.uses_fused_loss,
             "wrapper": type(model).__name__,
             "sharded_base": sum(hasattr(w, "placements") or hasattr(w, "ds_shape") for w in weights),
         }

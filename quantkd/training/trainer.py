@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,11 @@ class QuantizedDistillationTrainer(Trainer):
         self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
         self.model_accepts_loss_kwargs = True
-        self._fused: bool | None = None if args.use_fused_loss else False  # None: still to be tried
+        self.uses_fused_loss: bool | None = None if args.use_fused_loss else False  # None: still to be tried
         # Where processes share the weights, only the wrapper's forward pass has them whole: tried at the first one.
         shared = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if self._fused is None and not shared:
-            self._try_fused(model, None)
+        if self.uses_fused_loss is None and not shared:
+            self._try_fused_loss(model, None)
         self._train_terms = torch.zeros(3)  # summed ce, summed kl, optimizer steps
         self._eval_rows: list[Tensor] = []
 
@@ -167,15 +168,15 @@ class QuantizedDistillationTrainer(Trainer):
 
     def _run(self, model: nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[tuple[TargetStates, Any]]:
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if self._fused is None:
-            self._try_fused(unwrapped, model)
-        return run_model(unwrapped, inputs, fused=bool(self._fused), forward=model)
+        if self.uses_fused_loss is None:
+            self._try_fused_loss(unwrapped, model)
+        return run_model(unwrapped, inputs, fused=bool(self.uses_fused_loss), forward=model)
 
-    def _try_fused(self, unwrapped: Any, forward: Any) -> None:
+    def _try_fused_loss(self, unwrapped: Any, forward: Any) -> None:
         reason = why_not_fusable(unwrapped, forward)
         if reason is not None:
             logger.warning("The fused loss is off for this model, for %s; its logits are held instead.", reason)
-        self._fused = reason is None
+        self.uses_fused_loss = reason is None
 
     def _teacher(self, inputs: dict[str, Any]) -> TopKLogprobs | TargetStates:
         """The teacher's distributions at the N targets, stored or computed now."""
@@ -207,18 +208,14 @@ class QuantizedDistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's, packed if asked for. Evaluation is not: its metrics are sums over the rows of a batch."""
-        loader = super().get_train_dataloader()
+        trainer = self
         if self.args.packing and isinstance(self.data_collator, DistillationCollator):  # no other, by `check_collator`
-            loader.collate_fn = replace(self.data_collator, packing=True)
-        return loader
+            trainer = copy(self)  # the loader is built from a trainer's collator, and evaluation keeps this one's
+            trainer.data_collator = replace(self.data_collator, packing=True)
+        return Trainer.get_train_dataloader(trainer)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's `train`; on a CPU, packed batches attend row by row meanwhile.
-
-        Args:
-            *args: passed on.
-            **kwargs: passed on.
-        """
+        """The Trainer's `train`; on a CPU, packed batches attend row by row meanwhile."""
         with row_attention(self.model) if self.args.packing else nullcontext():
             return super().train(*args, **kwargs)
 
