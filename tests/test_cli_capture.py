@@ -113,7 +113,7 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tin
         (["--few_shot", "UNSOLVED"], "expected a prompt in text and its completion"),
         (["--few_shot", "no.jsonl"], "no.jsonl"),
         (["--plain_prompts", "--system_prompt", "Be brief."], "A plain prompt must be text, found 2 chat messages"),
-        (["--max_new_tokens", "600"], "more than the teacher's context of 512"),
+        (["--max_new_tokens", "600"], "more than the model's context of 512"),
         (["--engine", "server"], "base_url is the address of the server engine; found None with engine='server'"),
         (["--base_url", "http://127.0.0.1:1/v1"], "Give both engine='server' and base_url, or neither"),
         (["--engine_kwargs", "{}x"], "expected a JSON object"),

@@ -37,7 +37,7 @@ def test_every_fault_is_tried_again(serve, connect, prompts, kind, caplog):
     assert server.faults == []
     for row, other in zip(rows, expected, strict=True):
         assert row.token_ids.tolist() == other.token_ids.tolist()
-    for word in ("HTTP 429", "HTTP 500", "no JSON", "IncompleteRead"):
+    for word in ("HTTP 429", "HTTP 500", "not JSON", "IncompleteRead"):
         assert word in caplog.text
 
 

@@ -104,17 +104,8 @@ class PromptTable:
 
     def check_lengths(self, max_context: int | None, max_new_tokens: int) -> None:
         """Refuse prompts that leave no room for the answer, before any work is spent."""
-        lengths = self.lengths()
-        for number, (prompt, given) in zip(self.numbers, lengths.tolist(), strict=True):
-            answer = given if self.is_given else max_new_tokens
-            if not prompt:
-                raise DataError(f"Row {number} has a prompt without tokens; expected at least one. Remove the row.")
-            if max_context is not None and prompt + answer > max_context:
-                raise DataError(
-                    f"Row {number} has a prompt of {prompt} tokens; with {answer} tokens for the answer that is more "
-                    f"than the teacher's context of {max_context}. Shorten it (fewer shots), remove it, or lower "
-                    "max_new_tokens."
-                )
+        prompts, given = self.lengths().T.tolist()
+        check_context(prompts, given if self.is_given else [max_new_tokens] * len(prompts), max_context, self.numbers)
 
     def batches(self, start: int, stop: int, size: int) -> list[list[EncodedPrompt]]:
         """The rows `[start, stop)`, longest first, so that a batch pads little."""
@@ -207,6 +198,21 @@ def _encode_together(
         if any(ids and ids[-1] == tokenizer.eos_token_id for ids in encoded):
             return None  # the tokenizer closes texts with its end token; encode_prompt takes it off
     return list(encoded) if all(encoded) else None
+
+
+def check_context(
+    prompts: Sequence[int], answers: Sequence[int], max_context: int | None, numbers: Sequence[int] | None = None
+) -> None:
+    """Refuse prompts without tokens, and those that leave no room for the answer, by their lengths in tokens."""
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        row = f"Row {index if numbers is None else numbers[index]}"
+        if not prompt:
+            raise DataError(f"{row} has a prompt without tokens; expected at least one. Remove the row.")
+        if max_context is not None and prompt + answer > max_context:
+            raise DataError(
+                f"{row} has a prompt of {prompt} tokens; with {answer} tokens for the answer that is more than the "
+                f"model's context of {max_context}. Shorten it (fewer shots), remove it, or lower max_new_tokens."
+            )
 
 
 def encode_prompt(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from quantkd.data.encoding import encode_prompt
+from quantkd.data.encoding import check_context, encode_prompt
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
 from quantkd.data.prompts import Example
 from quantkd.errors import DataError
@@ -18,7 +18,7 @@ from quantkd.evaluation.generation import Generated, generate_greedy
 from quantkd.evaluation.records import RecordFile, compute_model_fingerprint, compute_prompts_digest
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
 from quantkd.hardware import process_state
-from quantkd.models.generation import check_context
+from quantkd.models.generation import context_length
 from quantkd.models.network import base_network
 
 if TYPE_CHECKING:
@@ -201,7 +201,8 @@ def _answer(
         raise DataError("There is nothing to evaluate: 0 rows were given; expected at least one.")
     # Before they are dealt: so that every process refuses the same row, by its number in the whole list.
     network = base_network(model)
-    check_context(network, [len(prompt) for prompt in prompts], limits["max_new_tokens"])
+    answers = [limits["max_new_tokens"]] * len(prompts)
+    check_context([len(prompt) for prompt in prompts], answers, context_length(network))
     is_main = not share or process_state().is_main_process
     done: dict[int, Record] = {}
     file = None

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
+from quantkd.data.encoding import check_context
 from quantkd.errors import ConfigError
-from quantkd.models.generation import build_generation_config, cache_argument, check_context, generation_mode
+from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
 from quantkd.models.network import base_network
 
 # A shorter prefix saves less than its own forward pass costs.
@@ -61,7 +62,7 @@ def generate_greedy(
             "The model has a prompt-learning adapter; evaluation supports LoRA-like ones. Merge it first."
         )
     network = base_network(model)
-    check_context(network, [len(prompt) for prompt in prompts], max_new_tokens)
+    check_context([len(prompt) for prompt in prompts], [max_new_tokens] * len(prompts), context_length(network))
     settings = build_generation_config(network, tokenizer, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     with generation_mode(network, settings):

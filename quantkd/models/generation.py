@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from quantkd.errors import ConfigError, DataError
+from quantkd.errors import ConfigError
 
 
 def find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -54,19 +54,6 @@ def context_length(model: Any) -> int | None:
     """How many tokens a model's positions reach; None if it does not say."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
-
-
-def check_context(model: Any, prompt_lengths: list[int], new_tokens: int) -> None:
-    """Refuse prompts that leave no room for the answer, before any work is spent."""
-    limit = context_length(model)
-    for index, length in enumerate(prompt_lengths):
-        if length < 1:
-            raise DataError(f"Row {index} has a prompt without tokens; expected at least one. Remove the row.")
-        if limit is not None and length + new_tokens > limit:
-            raise DataError(
-                f"Row {index} has a prompt of {length} tokens; with {new_tokens} tokens for the answer that is more "
-                f"than the model's context of {limit}. Shorten it (fewer shots), remove it, or lower max_new_tokens."
-            )
 
 
 def cache_argument(model: Any) -> str:

@@ -171,7 +171,7 @@ class UserFilter(Filter):
     function: Callable[[Example, str], bool]
 
     def describe(self) -> dict[str, Any]:
-        """What the plan says of it: its name, for what it does cannot be written down."""
+        """What the plan says of it: its name, because what it does cannot be written down."""
         return {"kind": "function", "name": _name_of(self.function)}
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:

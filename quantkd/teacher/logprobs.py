@@ -149,7 +149,7 @@ class RowBuilder:
                 "Check the teacher's dtype and weights."
             )
 
-        # The sampled token comes beside the most probable ones and may be one of them.
+        # The sampled token comes in addition to the most probable ones and may be one of them.
         owners = np.repeat(np.arange(targets, dtype=np.int64), candidates.counts)
         _, first = np.unique(owners * head_size + ids, return_index=True)
         owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)

@@ -55,7 +55,7 @@ class ServerTeacher(Teacher):
         temperatures: (1.0,); a server gives log-probabilities, and other temperatures need all logits.
         settings: how it answers.
         dialect: "vllm", "sglang" or "llama.cpp"; by what the server says about itself if None.
-        vocab_size: the width of the teacher's logits; that of the model's config beside the tokenizer if None, or
+        vocab_size: the width of the teacher's logits; that of the config stored with the tokenizer if None, or
             the tokenizer's own.
         dtype: the dtype that the server runs the model in, as a note in the set; "" if it is not known.
         concurrency: requests under way at once.
@@ -237,7 +237,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class _Client:
     """Asks a server for JSON. Safe to use from several threads.
 
-    Answers 408, 429 and 5xx, time-outs, broken connections and bodies that are no JSON are tried again, after a pause
+    Answers 408, 429 and 5xx, time-outs, broken connections and bodies that are not JSON are tried again, after a pause
     that doubles each time or that the server names in Retry-After. The key comes from the environment variable
     OPENAI_API_KEY alone; it appears in no error and no log line, even where the server echoes it.
 
@@ -282,7 +282,7 @@ class _Client:
                 if attempt >= retries:
                     raise TeacherError(
                         f"{self.where} did not answer {path} after {attempt + 1} attempts; the last fault: {fault}. "
-                        "Check that it runs and is not overloaded; a capture goes on where it stopped."
+                        "Check that it runs and is not overloaded; the same command resumes the capture."
                     ) from fault
                 pause = min(self._backoff * 2**attempt, _MAX_DELAY_SECONDS) * random.uniform(0.5, 1)
                 pause = max(pause, min(fault.retry_after, _MAX_DELAY_SECONDS))
@@ -312,7 +312,7 @@ class _Client:
                 raise TeacherError(f"{self.where} shows a certificate that is not trusted: {cause}.") from error
             raise _Again(f"{type(cause).__name__}: {cause}") from error
         except ValueError as error:
-            raise _Again(f"a body that is no JSON ({error})") from error
+            raise _Again(f"a body that is not JSON ({error})") from error
         except RecursionError as error:
             raise TeacherError(f"{self.where} answered {path} with JSON that is nested too deeply.") from error
 

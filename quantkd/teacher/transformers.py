@@ -23,7 +23,7 @@ from transformers import (
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
 from quantkd.foreign import commit_of
-from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
+from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
@@ -56,7 +56,6 @@ class TransformersTeacher(Teacher):
         settings: GenerationSettings,
         adapter: dict[str, str] | None = None,
     ) -> None:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         super().__init__(
             str(model.config.name_or_path),
             tokenizer,
@@ -65,7 +64,7 @@ class TransformersTeacher(Teacher):
             settings,
             # Rows that pad the head beyond the tokenizer are not counted.
             vocab_size=min(int(model.get_output_embeddings().weight.shape[0]), count_token_ids(tokenizer)),
-            max_context=None if limit is None else int(limit),
+            max_context=context_length(model),
             revision=commit_of(model.config),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -248,7 +247,7 @@ def _seeded(text: str) -> torch.Generator:
 
 
 def _stack(picks: list[PickedEntries]) -> PickedEntries:
-    """(steps, B, ...) on the CPU: one transfer a batch instead of one a token."""
+    """(steps, B, ...) on the CPU: one transfer per batch instead of one per token."""
     return PickedEntries(
         token_ids=torch.stack([pick.token_ids for pick in picks]).cpu(),
         logprobs=torch.stack([pick.logprobs for pick in picks]).cpu(),

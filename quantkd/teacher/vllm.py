@@ -1,4 +1,4 @@
-"""The vLLM teacher, in process: its engine answers or scores, and hands out the log-probabilities of each token."""
+"""The vLLM teacher, in process: its engine answers or scores, and gives the log-probabilities of each token."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class VLLMTeacher(Teacher):
         limit = engine_kwargs.setdefault("max_logprobs", max(most, 64))
         if 0 <= limit < most:
             raise ConfigError(
-                f"{rule} needs {most} log-probabilities a token, and max_logprobs={limit} allows fewer. "
+                f"{rule} needs {most} log-probabilities per token, and max_logprobs={limit} allows fewer. "
                 "Raise max_logprobs, or choose a smaller rule."
             )
         try:
@@ -101,7 +101,7 @@ class VLLMTeacher(Teacher):
         return {"engine": "vllm"}
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Generate one answer a prompt, keeping the entries of each token."""
+        """Generate one answer per prompt, keeping the entries of each token."""
         settings = self.settings
         sampling: dict[str, Any] = {"temperature": 0.0}
         if settings.do_sample:
@@ -149,13 +149,13 @@ class VLLMTeacher(Teacher):
         return rows
 
     def _parameters(self, **kwargs: Any) -> Any:
-        """Sampling parameters with `width` entries a token, ending at our end tokens alone."""
+        """Sampling parameters with `width` entries per token, ending at our end tokens alone."""
         from vllm import SamplingParams
 
         return SamplingParams(
             logprobs=self.rows.width,
             detokenize=False,
-            flat_logprobs=True,  # three lists a row instead of a dictionary a token
+            flat_logprobs=True,  # three lists per row instead of a dictionary per token
             ignore_eos=True,  # the ids that end an answer are those in `stop_token_ids`, for every engine alike
             stop_token_ids=self.ends,
             **kwargs,
@@ -170,7 +170,7 @@ class VLLMTeacher(Teacher):
 
 
 def _read(logprobs: Any) -> TopLogprobs:
-    """vLLM's flat lists, or its list of one dictionary a token with None where a prompt begins."""
+    """vLLM's flat lists, or its list of one dictionary per token with None where a prompt begins."""
     if hasattr(logprobs, "start_indices"):
         counts = np.asarray(logprobs.end_indices, dtype=np.int64) - np.asarray(logprobs.start_indices, dtype=np.int64)
         return TopLogprobs(
