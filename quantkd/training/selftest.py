@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,74 +52,65 @@ def run_selftest(
         for index, text in enumerate(_PROMPTS)
     ]
     rows = [_as_item(row, teacher) for row in teacher.answer(prompts)]
-    collate = DistillationCollator(pad_token_id=0)
-    batch = collate(rows)
     model.eval()
-    with torch.no_grad():
-        logits = _logits(model, batch)
-        states, targets = TargetStates(logits).at_targets(batch["labels"])
-        own = compute_row_metrics(TargetStates(logits), batch["labels"], batch["teacher"], Objective(alpha=1.0))
-        metrics = summarize_rows(own)
-        yield Check(
-            f"teacher = student has a KL below {_MAX_KL:g}",
-            abs(metrics["kl"]) < _MAX_KL,
-            f"KL {metrics['kl']:.2e}, top-1 agreement {metrics['top1_agreement']:.4f}",
-        )
-        for name, shift in (("late", 1), ("early", -1)):
-            moved, targets = TargetStates(logits.roll(shift, dims=1)).at_targets(batch["labels"])
-            kl = float(compute_position_terms(moved.logits(), targets, batch["teacher"]).kl.mean())
-            yield Check(f"a shift by one, {name}, is detected", kl > _MIN_SHIFTED_KL, f"KL {kl:.3f}")
-        target_logits = states.logits()
-        dense = TopKLogprobs.from_dense(target_logits, (1.0, 2.0))
-        student = target_logits.roll(1, dims=0)
-        ours = compute_position_terms(student, targets, dense, temperature=2.0).kl.sum()
-        log_p, log_q = (x.double().div(2).log_softmax(-1) for x in (target_logits, student))
-        exact = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        error = abs(float(ours) / float(exact) - 1)
-        yield Check("with every class stored, KL is the dense KL", error < 1e-5, f"relative error {error:.1e}")
-    yield from _gradient_checks(model, collate, rows)
+    yield from _agreement_checks(model, rows)
+    yield from _gradient_checks(model, rows)
 
 
-def _gradient_checks(model: Any, collate: DistillationCollator, rows: list[dict[str, Any]]) -> Iterator[Check]:
+@torch.no_grad()
+def _agreement_checks(model: Any, rows: list[dict[str, Any]]) -> Iterator[Check]:
+    """Whether teacher and student, the same model, agree where they should and only there."""
+    batch = DistillationCollator(pad_token_id=0)(rows)
+    logits = _logits(model, batch)
+    states, targets = TargetStates(logits).at_targets(batch["labels"])
+    own = compute_row_metrics(TargetStates(logits), batch["labels"], batch["teacher"], Objective(alpha=1.0))
+    metrics = summarize_rows(own)
+    yield Check(
+        f"teacher = student has a KL below {_MAX_KL:g}",
+        abs(metrics["kl"]) < _MAX_KL,
+        f"KL {metrics['kl']:.2e}, top-1 agreement {metrics['top1_agreement']:.4f}",
+    )
+    for name, shift in (("late", 1), ("early", -1)):
+        moved, targets = TargetStates(logits.roll(shift, dims=1)).at_targets(batch["labels"])
+        kl = float(compute_position_terms(moved.logits(), targets, batch["teacher"]).kl.mean())
+        yield Check(f"a shift by one, {name}, is detected", kl > _MIN_SHIFTED_KL, f"KL {kl:.3f}")
+    target_logits = states.logits()
+    dense = TopKLogprobs.from_dense(target_logits, (1.0, 2.0))
+    student = target_logits.roll(1, dims=0)
+    ours = compute_position_terms(student, targets, dense, temperature=2.0).kl.sum()
+    log_p, log_q = (x.double().div(2).log_softmax(-1) for x in (target_logits, student))
+    exact = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    error = abs(float(ours) / float(exact) - 1)
+    yield Check("with every class stored, KL is the dense KL", error < 1e-5, f"relative error {error:.1e}")
+
+
+def _gradient_checks(model: Any, rows: list[dict[str, Any]]) -> Iterator[Check]:
     """Whether the gradient is the same however the same rows are split and padded."""
-    total = sum(len(row["teacher"]) for row in rows)
-    with _only_vectors_trainable(model) as parameters:
-        whole = _gradient(model, parameters, [collate(rows)], total)
-        splits = {
-            "one row at a time": [collate([row]) for row in rows],
-            "unequal micro-batches": [collate(rows[:1]), collate(rows[1:])],
-            "more padding": [DistillationCollator(0, pad_to_multiple_of=64)(rows)],
-        }
-        for name, batches in splits.items():
-            error = float((_gradient(model, parameters, batches, total) - whole).norm() / whole.norm())
-            yield Check(
-                f"the gradient is the same with {name}", error < _MAX_GRADIENT_ERROR, f"relative error {error:.1e}"
-            )
+    collate = DistillationCollator(pad_token_id=0)
+    whole = _gradient(model, [collate(rows)])
+    splits = {
+        "one row at a time": [collate([row]) for row in rows],
+        "unequal micro-batches": [collate(rows[:1]), collate(rows[1:])],
+        "more padding": [DistillationCollator(0, pad_to_multiple_of=64)(rows)],
+    }
+    for name, batches in splits.items():
+        error = float((_gradient(model, batches) - whole).norm() / whole.norm())
+        yield Check(f"the gradient is the same with {name}", error < _MAX_GRADIENT_ERROR, f"relative error {error:.1e}")
 
 
-def _gradient(model: Any, parameters: list[Tensor], batches: list[dict[str, Any]], total: int) -> Tensor:
-    model.zero_grad()
+def _gradient(model: Any, batches: list[dict[str, Any]]) -> Tensor:
+    """Of norms and biases alone, which see every layer and cost no memory."""
+    parameters = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    total = sum(len(batch["teacher"]) for batch in batches)
+    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     for batch in batches:
         # Against a teacher at another temperature, so that the gradient is far from zero.
         loss = compute_distillation_loss(
             _logits(model, batch), batch["labels"], batch["teacher"], alpha=0.5, temperature=2.0, num_items=total
         )
-        loss.backward()
-    return torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
-
-
-@contextmanager
-def _only_vectors_trainable(model: Any) -> Iterator[list[Tensor]]:
-    """Gradients for norms and biases alone: they see every layer, and cost no memory."""
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim == 1)
-    try:
-        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
-    finally:
-        model.zero_grad()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        sums = [each if new is None else each + new for each, new in zip(sums, found, strict=True)]
+    return torch.cat([each.flatten() for each in sums])
 
 
 def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
