@@ -12,9 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from quantkd.errors import ConfigError
 
 
-def find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: those of the model's generation config and the tokenizer's own, ascending."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+def find_end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
+    """Ids that end an answer: the tokenizer's and the model's `own`, as its generation config names them; ascending."""
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if not ends:
         raise ConfigError(
@@ -26,7 +25,8 @@ def find_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     """Greedy search without any penalty, filter or forced token."""
-    ends = find_end_tokens(model, tokenizer)
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = find_end_tokens(tokenizer, own)
     pad = tokenizer.pad_token_id
     return GenerationConfig(
         do_sample=False,

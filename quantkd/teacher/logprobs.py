@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError, TransferSetError
-from quantkd.models.generation import find_end_tokens
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, keep_entries, max_entries
 
@@ -180,8 +177,3 @@ class RowBuilder:
         except TransferSetError as error:
             raise TeacherError(f"{self.engine}'s answer to prompt {index}: {error}") from error
         return row
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
-    """Ids that end an answer, where there is no model to ask: as `quantkd.models.generation.find_end_tokens`."""
-    return find_end_tokens(SimpleNamespace(generation_config=GenerationConfig(eos_token_id=own)), tokenizer)

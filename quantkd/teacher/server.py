@@ -22,7 +22,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError
-from quantkd.teacher.logprobs import RowBuilder, check_rule, end_tokens, locate_targets, seed_of
+from quantkd.models.generation import find_end_tokens
+from quantkd.teacher.logprobs import RowBuilder, check_rule, locate_targets, seed_of
 from quantkd.teacher.server_dialects import DIALECTS, Answer, Completion, Dialect
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
@@ -101,7 +102,7 @@ class ServerTeacher(Teacher):
         ids = min(width, count_token_ids(tokenizer))
         super().__init__(model_name, tokenizer, rule, temperatures, settings, vocab_size=ids, dtype=dtype)
         self.rows = RowBuilder(_ENGINE, top_rule, ids, width)
-        self.ends = end_tokens(tokenizer, own_ends)
+        self.ends = find_end_tokens(tokenizer, own_ends)
         self._concurrency = concurrency
         self._client = _Client(
             base_url, timeout_seconds=timeout_seconds, max_retries=max_retries, backoff_seconds=backoff_seconds

@@ -10,7 +10,8 @@ import numpy as np
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
 from quantkd.foreign import commit_of, keep_commit
-from quantkd.teacher.logprobs import RowBuilder, TopLogprobs, check_rule, end_tokens, locate_targets, seed_of
+from quantkd.models.generation import find_end_tokens
+from quantkd.teacher.logprobs import RowBuilder, TopLogprobs, check_rule, locate_targets, seed_of
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
@@ -94,7 +95,7 @@ class VLLMTeacher(Teacher):
             dtype=str(config.dtype).removeprefix("torch."),
         )
         self.rows = RowBuilder(_ENGINE, top_rule, self.vocab_size, head_size)
-        self.ends = end_tokens(tokenizer, config.try_get_generation_config().get("eos_token_id"))
+        self.ends = find_end_tokens(tokenizer, config.try_get_generation_config().get("eos_token_id"))
 
     def describe(self) -> dict[str, Any]:
         """The engine."""
