@@ -67,7 +67,7 @@ def index_values() -> Iterator[tuple[str, list[Any], Any]]:
         for number, value in enumerate(values):
             yield f"{'.'.join(path)}-{number}", list(path), value
     for name in ("rows", "tokens", "spans", "targets", "entries", "blocks", "bytes"):
-        for value in (-1, 0, 1, 2**31, 2**32 - 1, 2**32, 2**80, 1.5, "1", None, True):
+        for value in (-1, 0, 1, 4, 2**31, 2**32 - 1, 2**32, 2**80, 1.5, "1", None, True):
             yield f"shards.{name}-{value}", ["shards", 0, name], value
     for value in ("0" * 64, "../../etc/passwd", None, 7):
         yield f"shards.sha256-{value}", ["shards", 0, "sha256"], value
@@ -173,8 +173,9 @@ def reshard(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     planes = [part.view("u1").reshape(-1, 2).T if part.dtype == "<f2" else part for part in parts]
     data = tensors["stream"] or zlib.compress(b"".join(part.tobytes() for part in planes))
     size["bytes"] = len(data)
-    if (tensors["blocks"] == shard["blocks"]).all():
-        tensors["blocks"][0, 1] = len(data)
+    size["blocks"] = len(tensors["blocks"])
+    if tensors["blocks"][-1].tolist() == shard["blocks"][-1].tolist():
+        tensors["blocks"][-1, 1] = len(data)
     shapes = {"rows": tensors["rows"].shape, "blocks": tensors["blocks"].shape, "data": (len(data),)}
     header, offset = {}, 0
     for name, shape in shapes.items():
@@ -241,6 +242,7 @@ def tensor_changes() -> dict[str, Callable[[dict[str, Any]], Any]]:
         "stream-with-dictionary": stream(with_dictionary),
         "stream-gzip": stream(lambda content: b"\x1f\x8b\x08" + content),
         "bomb": bomb,
+        "blocks-empty": lambda t: t.update(blocks=np.concatenate([np.zeros((1, 2), "u4"), t["blocks"]])),
         "blocks-rows": put("blocks", (0, 0), 2),
         "blocks-rows-many": put("blocks", (0, 0), 2**32 - 1),
         "blocks-bytes": put("blocks", (0, 1), 1),

@@ -88,7 +88,7 @@ def test_distillkit(tmp_path: Path) -> None:
 def test_tables_that_cannot_be_imported(tmp_path: Path) -> None:
     rows = axolotl_rows()
     with pytest.raises(DataError, match=r"lacks the columns \['top_values'\]"):
-        distillkit(Dataset.from_list(rows).rename_column("target_token_ids", "token_ids"), tmp_path / "a", **FACTS)
+        distillkit(Dataset.from_list(rows).rename_column("target_token_ids", "token_ids"), tmp_path / "a")
     for row in rows:
         row["labels"] = [-100] * len(row["labels"])
     with pytest.raises(DataError, match="None of the 2 rows has a target"):

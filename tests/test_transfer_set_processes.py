@@ -103,8 +103,8 @@ def read_epochs(path: Path, epochs: int) -> tuple[int, int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads the memory of a process from /proc")
 def test_memory_is_flat_and_does_not_follow_the_size(tmp_path: Path) -> None:
-    write(tmp_path / "small", 400, tokens=300)
-    write(tmp_path / "large", 3200, tokens=300)
+    write(tmp_path / "small", 100, tokens=300)
+    write(tmp_path / "large", 800, tokens=300)
     before, after, size = in_child(read_epochs, tmp_path / "small", 10)()
     assert (after - before) / 10 < 2**20
     _, large, large_size = in_child(read_epochs, tmp_path / "large", 0)()

@@ -128,8 +128,11 @@ def test_other_processes_wait_for_the_plan(tmp_path: Path, monkeypatch: pytest.M
         TransferSetWriter.open(tmp_path / "other", plan, process=(1, 2))
 
 
-def test_a_set_that_is_finished_while_another_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its look for the plan and its reading, process 0 finishes and removes the plan."""
+@pytest.mark.parametrize("has_plan", [True, False])
+def test_a_set_that_is_finished_while_another_process_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_plan: bool
+) -> None:
+    """Before or between its look for the plan and its reading, process 0 finishes and removes the plan."""
     write_set(tmp_path / "done")
     with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(0, 2)):
         pass
@@ -137,7 +140,7 @@ def test_a_set_that_is_finished_while_another_process_starts(tmp_path: Path, mon
 
     def finish_meanwhile(lock: FileLock) -> bool:
         shutil.copytree(tmp_path / "done", tmp_path / "set", dirs_exist_ok=True)
-        (tmp_path / "set" / "plan.json").write_bytes(b"")
+        (tmp_path / "set" / "plan.json").write_bytes(b"") if has_plan else (tmp_path / "set" / "plan.json").unlink()
         return acquire(lock)
 
     monkeypatch.setattr(FileLock, "acquire", finish_meanwhile)
