@@ -94,14 +94,6 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, run, small_se
     assert TransferSet.open("user/blank").digest == small_set.digest
 
 
-def test_a_branch_of_its_own(hub, run):
-    push_adapter(run, "user/student", revision="v2")
-    branches = hub.repositories["model", "user/student"].branches
-    assert set(branches["v2"].files) == PUSHED | {".gitattributes"} and set(branches["main"].files) == {
-        ".gitattributes"
-    }
-
-
 def test_a_pickled_adapter_is_not_pushed(hub, run):
     (run / "student" / "adapter_model.safetensors").rename(run / "student" / "adapter_model.bin")
     with pytest.raises(DataError, match=r"adapter_model.bin, a pickle.*expected adapter_model.safetensors"):
