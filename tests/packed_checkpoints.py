@@ -46,11 +46,15 @@ def require_package(name: str) -> None:
         pytest.skip(f"{name} needs the package {NEEDS[name]}, which is not installed")
 
 
-def load_in(name: str, path: Path) -> Any:
-    """A student of a full-precision checkpoint in float32: in `hqq` by its own library, else through `load_student`."""
+def load_in(name: str, path: Path, folder: Path | None = None) -> Any:
+    """A student of a full-precision checkpoint in float32; a packed checkpoint is written to `folder` first."""
     require_package(name)
     if name == "hqq":
         return copy.deepcopy(_quantize_with_hqq(path))
+    if name in CONFIGS and folder is not None:
+        if not folder.exists():
+            write_packed_checkpoint(name, path, folder)
+        return load_student(str(folder), dtype="float32")
     if name == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig

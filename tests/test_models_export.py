@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ def load_adapted(base, adapter, dtype="float32"):
     return PeftModel.from_pretrained(load_student(str(base), dtype=dtype), adapter)
 
 
+@pytest.fixture(scope="module")
+def saved_adapter(tiny_model_path, tmp_path_factory):
+    return save_adapter(tiny_model_path, tmp_path_factory.mktemp("saved") / "adapter")
+
+
+@pytest.fixture
+def adapter(saved_adapter, tmp_path):
+    return Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def load(tiny_model_path, saved_adapter):
+    """A function that loads the adapted student anew; a merge uses it up."""
+    return lambda: load_adapted(tiny_model_path, saved_adapter)
+
+
 def rows_of(model, held_out):
     return evaluate_fidelity(model, TransferSet.open(held_out), progress=False).rows
 
@@ -126,8 +143,8 @@ def test_the_base_of_the_merge_is_what_was_quantized(tiny_model_path, tiny_token
     assert torch.equal(merged["model.norm.weight"], original["model.norm.weight"])
 
 
-def test_layers_are_let_go_of_one_by_one(tiny_model_path, tmp_path, monkeypatch):
-    model = load_adapted(tiny_model_path, save_adapter(tiny_model_path, tmp_path / "adapter"))
+def test_layers_are_let_go_of_one_by_one(monkeypatch, load):
+    model = load()
     layers = [weakref.ref(module) for module in model.modules() if type(module).__name__ == "Linear4bit"]
     layers = [layer for layer in layers if hasattr(layer(), "quant_state")]
     alive: list[int] = []
@@ -142,8 +159,7 @@ def test_layers_are_let_go_of_one_by_one(tiny_model_path, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("config", ["fp4", "int8"])
-def test_other_formats_merge(config, tiny_model_path, tiny_tokenizer, tmp_path):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+def test_other_formats_merge(config, tiny_model_path, adapter):
     student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
     ids = torch.arange(5, 45).view(2, 20)
     with torch.no_grad():
@@ -173,23 +189,21 @@ def test_gpt2_is_turned_back(tiny_tokenizer, tmp_path):
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_rounds_once(tiny_model_path, tiny_tokenizer, tmp_path):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+def test_bfloat16_rounds_once(tiny_tokenizer, tmp_path, load):
     for dtype in ("float32", "bfloat16"):
-        export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / dtype, dtype=dtype)
+        export_checkpoint(load(), tiny_tokenizer, tmp_path / dtype, dtype=dtype)
     exact, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
     assert all(torch.equal(exact[name].bfloat16(), tensor) for name, tensor in rounded.items())
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_what_an_exported_folder_holds(tiny_model_path, tiny_tokenizer, tmp_path, monkeypatch):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+def test_what_an_exported_folder_holds(tiny_model_path, tiny_tokenizer, tmp_path, monkeypatch, load, adapter):
     monkeypatch.setattr(os, "umask", None)  # of the whole process: a file that another thread makes would get it
     for name in ("optimizer.pt", "training_args.bin", "scheduler.pt"):
         (adapter / name).write_bytes(b"x")
     (adapter / "quantkd.json").write_text('{"teacher": "T"}')
     export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out" / "a", base=str(tiny_model_path))
-    model = load_adapted(tiny_model_path, adapter)
+    model = load()
     export_checkpoint(model, tiny_tokenizer, tmp_path / "out" / "m", provenance=Provenance(teacher="T"))
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     facts = {"quantkd.json", "config.json", "generation_config.json", "model.safetensors"}
@@ -225,10 +239,9 @@ def test_provenance_is_read_as_it_was_written(tmp_path):
     assert Provenance.read(tmp_path) == Provenance(teacher="model")
 
 
-def test_a_requantized_checkpoint_is_the_merged_one_quantized(tiny_model_path, tiny_tokenizer, tmp_path, held_out):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
-    export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "merged", dtype="float32")
-    model = load_adapted(tiny_model_path, adapter)
+def test_a_requantized_checkpoint_is_the_merged_one_quantized(tiny_tokenizer, tmp_path, held_out, load):
+    export_checkpoint(load(), tiny_tokenizer, tmp_path / "merged", dtype="float32")
+    model = load()
     export_checkpoint(model, tiny_tokenizer, tmp_path / "again", dtype="float32", form="requantized")
     assert not (tmp_path / "again" / "merged").exists()
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
@@ -241,8 +254,7 @@ def test_a_requantized_checkpoint_is_the_merged_one_quantized(tiny_model_path, t
     assert size[0] < 0.6 * size[1]  # embeddings and head are most of so small a model
 
 
-def test_the_second_rounding_is_to_the_students_own_format(tiny_model_path, tiny_tokenizer, tmp_path):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+def test_the_second_rounding_is_to_the_students_own_format(tiny_model_path, tiny_tokenizer, tmp_path, adapter):
     for name, config, expected in (
         ("a", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), ("fp4", False)),
         ("b", BitsAndBytesConfig(load_in_8bit=True), ("nf4", True)),
@@ -255,20 +267,18 @@ def test_the_second_rounding_is_to_the_students_own_format(tiny_model_path, tiny
         assert (found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"]) == expected
 
 
-def test_a_folder_that_is_not_new_is_refused(tiny_model_path, tiny_tokenizer, tmp_path):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+def test_a_folder_that_is_not_new_is_refused(tiny_tokenizer, tmp_path, load, adapter):
     with pytest.raises(ConfigError, match="a folder that is not empty; an export is written to a new one"):
         export_adapter(str(adapter), tiny_tokenizer, adapter, base="b")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="not a folder"):
-        export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "file")
+        export_checkpoint(load(), tiny_tokenizer, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     export_adapter(str(adapter), tiny_tokenizer, tmp_path / "empty", base="b")
     assert (tmp_path / "empty" / "adapter_model.safetensors").is_file()
 
 
-def test_a_failed_export_leaves_nothing(tiny_model_path, tiny_tokenizer, tmp_path, monkeypatch):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+def test_a_failed_export_leaves_nothing(tiny_tokenizer, tmp_path, monkeypatch, load):
 
     def fail(folder):
         assert (Path(folder) / "model.safetensors").is_file() and not (tmp_path / "out" / "m").exists()
@@ -276,11 +286,11 @@ def test_a_failed_export_leaves_nothing(tiny_model_path, tiny_tokenizer, tmp_pat
 
     monkeypatch.setattr(tiny_tokenizer, "save_pretrained", fail, raising=False)
     with pytest.raises(OSError, match="No space"):
-        export_checkpoint(load_adapted(tiny_model_path, adapter), tiny_tokenizer, tmp_path / "out" / "m")
+        export_checkpoint(load(), tiny_tokenizer, tmp_path / "out" / "m")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_cannot_be_merged_is_said(tiny_model_path, tiny_tokenizer, tmp_path):
+def test_what_cannot_be_merged_is_said(tiny_model_path, tiny_tokenizer, tmp_path, adapter):
     student = load_student(str(tiny_model_path), dtype="float32")
     with pytest.raises(ConfigError, match="lora_bias=True"):
         merge_adapters(get_peft_model(student, LoraConfig(target_modules=["lm_head"], lora_bias=True)))
@@ -290,7 +300,6 @@ def test_what_cannot_be_merged_is_said(tiny_model_path, tiny_tokenizer, tmp_path
     ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match="a merge knows LoRA"):
         merge_adapters(get_peft_model(student, ia3))
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
         export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out", base="b")
@@ -347,8 +356,7 @@ def test_every_form_has_the_figures_of_the_report_to_the_digit(capsys, tiny_mode
         assert reported["arm"] == arm
 
 
-def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(capsys, tiny_model_path, tmp_path, held_out):
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter")
+def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(capsys, tiny_model_path, tmp_path, held_out, adapter):
     words = [
         "export", "--model_name_or_path", tiny_model_path, "--adapter", adapter, "--output_dir", tmp_path / "out",
         "--form",

@@ -275,10 +275,10 @@ def logit_error(model, teacher):
 @pytest.mark.parametrize(
     ("config", "left"),
     # LLM.int8 rounds its inputs too, which no correction of weights can mend.
-    [("nf4", 0.6), ("fp4", 0.6), ("int8", 0.8), ("hqq", 0.6), ("torchao-int8", 0.6)],
+    [*((name, 0.6) for name in ("nf4", "fp4", "hqq", "torchao-int8", "gptq", "awq")), ("int8", 0.8)],
 )
-def test_every_format_comes_nearer_to_the_teacher(tiny_model, tiny_model_path, config, left):
-    student = load_in(config, tiny_model_path)
+def test_every_format_comes_nearer_to_the_teacher(tiny_model, tiny_model_path, tmp_path, config, left):
+    student = load_in(config, tiny_model_path, tmp_path / "packed")
     before = logit_error(student.eval(), tiny_model)
     model, count = start(student, tiny_model_path)
     assert count == 14
