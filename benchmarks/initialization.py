@@ -64,7 +64,7 @@ def measure(domain: str, student: Any, args: argparse.Namespace) -> Iterator[dic
         model = attach_lora(student, default_lora_config(rank))
         weights = OriginalWeights(args.model, base_network(model))
         if zero is None:
-            zero = evaluate_fidelity(model, held_out).to_json()["kl"]
+            zero = evaluate_fidelity(model, held_out).means["kl"]
             yield {"domain": domain, "start": "zero", "rank": "any", "rows": 0, "tokens": 0, "kl": zero, "seconds": 0.0}
         for start in args.starts:
             for rows in args.rows if start == "covariance" else (0,):
@@ -77,7 +77,7 @@ def measure(domain: str, student: Any, args: argparse.Namespace) -> Iterator[dic
                 yield {
                     "domain": domain, "start": start, "rank": rank, "rows": rows,
                     "tokens": 0 if mask is None else int(mask.sum()), "seconds": time.perf_counter() - began,
-                    "kl": evaluate_fidelity(model, held_out).to_json()["kl"],
+                    "kl": evaluate_fidelity(model, held_out).means["kl"],
                 }  # fmt: skip
         student = model.unload()
 

@@ -41,7 +41,6 @@ from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
 from quantkd.evaluation import bootstrap_ratio_interval
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.evaluation.stats import RowSums
 from quantkd.hardware import native_compute_dtype
 from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
@@ -122,7 +121,7 @@ def run_trial(domain: str, recipe: Recipe | None, args: argparse.Namespace) -> d
     train, held_out = load_sets(domain, args)
     student = load_student(args.model)
     if recipe is None:
-        return evaluate_fidelity(student, held_out, batch_size=16, progress=False).to_json()
+        return measure(student, held_out)
     rows = trimmed(train, recipe.storage, Path(args.cache) / f"{domain}-{recipe.storage.replace(':', '-')}")
     arguments = QuantizedDistillationConfig(
         str(Path(args.cache) / "student"), learning_rate=recipe.learning_rate, init=recipe.init, packing=True,
@@ -139,8 +138,14 @@ def run_trial(domain: str, recipe: Recipe | None, args: argparse.Namespace) -> d
     trainer = QuantizedDistillationTrainer(student, arguments, train_dataset=rows[: recipe.rows], peft_config=lora)
     trainer.train()
     seconds = time.perf_counter() - began
-    figures = evaluate_fidelity(trainer.model, held_out, batch_size=16, progress=False).to_json()
+    figures = measure(trainer.model, held_out)
     return {**figures, "seconds": seconds, "steps": trainer.state.global_step}
+
+
+def measure(model: Any, held_out: TransferSet) -> dict[str, Any]:
+    """Every figure of the fidelity, and KL and tokens of every held-out row."""
+    found = evaluate_fidelity(model, held_out, batch_size=16, progress=False)
+    return {**found.means, **{key: found.columns[key].tolist() for key in ("kl_sum", "tokens")}}
 
 
 def kept_trial(domain: str, recipe: Recipe | None, args: argparse.Namespace) -> dict[str, Any]:
@@ -156,11 +161,6 @@ def kept_trial(domain: str, recipe: Recipe | None, args: argparse.Namespace) -> 
         os.replace(path.with_suffix(".tmp"), path)
     result: dict[str, Any] = json.loads(path.read_text())
     return result
-
-
-def sums(found: dict[str, Any]) -> Any:
-    """KL and tokens of every held-out row, (R, 2)."""
-    return RowSums([row["kl_sum"] for row in found["rows"]], [row["tokens"] for row in found["rows"]]).to_arrays()
 
 
 def describe(recipe: Recipe) -> str:
@@ -192,13 +192,13 @@ def main() -> None:
         shares = {}
         for recipe in TRIALS:
             found = kept_trial(domain, recipe, args)
-            low, high = bootstrap_ratio_interval(*sums(found))
-            own, others = sums(found)[0], sums(base)[0]
-            least, most = bootstrap_ratio_interval(own, others)
+            low, high = bootstrap_ratio_interval(found["kl_sum"], found["tokens"])
+            own, others = sum(found["kl_sum"]), sum(base["kl_sum"])
+            least, most = bootstrap_ratio_interval(found["kl_sum"], base["kl_sum"])
             shares[describe(recipe)] = round(1 - found["kl"] / before["kl"], 4)
             print(
                 f"| {describe(recipe)} | {found['kl']:.4f} | [{low:.4f}, {high:.4f}] | {shares[describe(recipe)]:.1%} "
-                f"| {own.sum() / others.sum():.2f} [{least:.2f}, {most:.2f}] | {found['top1_agreement']:.3f} |",
+                f"| {own / others:.2f} [{least:.2f}, {most:.2f}] | {found['top1_agreement']:.3f} |",
                 flush=True,
             )
         best[domain] = shares

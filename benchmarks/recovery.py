@@ -54,7 +54,7 @@ from quantkd import (
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
 from quantkd.evaluation import bootstrap_ratio_interval, compute_gap_recovered
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.evaluation.stats import RowSums
+from quantkd.evaluation.stats import RowSums, bootstrap_interval
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.student import attach_lora, default_lora_config, load_student
 from quantkd.teacher import load_teacher
@@ -145,7 +145,7 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     held_out = TransferSet(set_folder(args, "held_out"))
     if name not in TRAINED:
         model = load_teacher(args.model)[0] if name == "teacher" else load_student(args.model)
-        return evaluate_fidelity(model, held_out, batch_size=16).to_json()
+        return measure(model, held_out)
     tokenizer, student = AutoTokenizer.from_pretrained(args.model), load_student(args.model)
     build = build_gkd if name == "gkd" else build_quantkd
     began = time.perf_counter()
@@ -165,7 +165,13 @@ def measure_adapter(model: Any, name: str, held_out: TransferSet, args: argparse
     folder = Path(args.cache) / "students" / f"{name}-{args.rank}-{args.rows}-{args.epochs}"
     model.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(load_student(args.model), folder)
-    return evaluate_fidelity(loaded, held_out, batch_size=16).to_json()
+    return measure(loaded, held_out)
+
+
+def measure(model: Any, held_out: TransferSet) -> dict[str, Any]:
+    """Every figure of the fidelity, and KL and tokens of every held-out row."""
+    found = evaluate_fidelity(model, held_out, batch_size=16)
+    return {**found.means, **{key: found.columns[key].tolist() for key in ("kl_sum", "tokens")}}
 
 
 def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -190,20 +196,20 @@ def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def sums(arm: dict[str, Any]) -> RowSums:
     """KL and tokens of every held-out row."""
-    return RowSums([row["kl_sum"] for row in arm["rows"]], [row["tokens"] for row in arm["rows"]])
+    return RowSums(arm["kl_sum"], arm["tokens"])
 
 
 def gap_recovered(arms: dict[str, dict[str, Any]], name: str) -> tuple[float, list[float]]:
     """The share of the teacher's gap in KL that an arm closes, with its interval."""
     share = compute_gap_recovered(sums(arms["teacher"]), sums(arms["before"]), sums(arms[name]), higher_is_better=False)
     if share.value is None or share.interval is None:
-        raise SystemExit(f"The gap is not measurable on {len(arms['before']['rows'])} rows: {share.reason}.")
+        raise SystemExit(f"The gap is not measurable on {len(arms['before']['tokens'])} rows: {share.reason}.")
     return round(share.value, 4), [round(bound, 4) for bound in share.interval]
 
 
 def ratio(arms: dict[str, dict[str, Any]], name: str, other: str) -> tuple[float, list[float]]:
     """One arm's KL as a share of another's, with the interval of a paired bootstrap over rows."""
-    own, others = (sums(arms[each]).to_arrays()[0] for each in (name, other))
+    own, others = (sums(arms[each]).to_columns()[:, 0] for each in (name, other))
     interval = bootstrap_ratio_interval(own, others)
     return round(float(own.sum() / others.sum()), 4), [round(bound, 4) for bound in interval]
 
@@ -212,7 +218,7 @@ def summarize(arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict
     """The table, and the JSON line."""
     print(f"\n{'':12}{'KL':>8}  {'95% interval':18}{'recovered':>10}{'top-1':>8}{'seconds':>9}{'steps':>7}")
     for name, arm in arms.items():
-        low, high = bootstrap_ratio_interval(*sums(arm).to_arrays())
+        low, high = bootstrap_interval(sums(arm))
         share = "" if name in ("teacher", "before") else f"{gap_recovered(arms, name)[0]:.1%}"
         seconds, steps = (f"{arm[key]:.0f}" if key in arm else "" for key in ("seconds", "steps"))
         print(

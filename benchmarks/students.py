@@ -135,7 +135,7 @@ def measure(name: str, format_: str | None, args: argparse.Namespace, rows: Tran
         model = load(name, format_, args.dtype)
         found["load_seconds"] = round(read_clock() - started, 1)
         found["memory_mb"] = round(count_bytes(model) / 1e6, 1)
-        found["kl"] = round(evaluate_fidelity(model, rows, batch_size=4, progress=False).to_json()["kl"], 4)
+        found["kl"] = round(evaluate_fidelity(model, rows, batch_size=4, progress=False).means["kl"], 4)
         tokens, losses = train(model, rows, args.batch_size, args.steps)
         found["tokens_per_second"] = round(tokens, 1)
         found["losses"] = [round(loss, 4) for loss in losses]

@@ -15,8 +15,7 @@ from peft import PeftConfig, PeftModel
 
 from quantkd.data.gsm8k import build_prompt
 from quantkd.errors import ConfigError
-from quantkd.evaluation.arms import evaluate_arm
-from quantkd.evaluation.kept import discard_stale_arm
+from quantkd.evaluation.measure import EvaluationSettings, Questions, evaluate_arm
 from quantkd.hardware import default_device, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
 from quantkd.models.provenance import Provenance
@@ -106,12 +105,11 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         )
         for name, rows in (("transfer_set", experiment.train_rows), ("held_out", experiment.held_out_rows))
     }
+    asked = experiment.test_rows
+    questions = Questions(asked, experiment.few_shot_rows, experiment.shots) if asked else None
 
     def measure(model: Any, arm: str) -> None:
         _log(f"measuring {arm}")
-        if state.is_main_process:  # answers of an adapter that was trained before
-            discard_stale_arm(run_dir / "evaluation", arm, model)
-        state.wait_for_everyone()
         evaluate_arm(
             model,
             tokenizer,
@@ -119,14 +117,15 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             arm=arm,
             model_name=experiment.model,
             held_out=sets["held_out"],
-            questions=experiment.test_rows,
-            few_shot=experiment.few_shot_rows,
-            shots=experiment.shots,
-            batch_size=experiment.eval_batch_size,
-            max_new_tokens=experiment.capture.get("generation", GenerationSettings()).max_new_tokens,
-            chat_template=experiment.chat_template,
-            force=experiment.force,
-            share=True,
+            questions=questions,
+            settings=EvaluationSettings(
+                experiment.eval_batch_size,
+                experiment.capture.get("generation", GenerationSettings()).max_new_tokens,
+                experiment.chat_template,
+                force=experiment.force,
+                replace_other=True,  # figures and answers of an adapter that was trained before
+                share=True,
+            ),
         )
         state.wait_for_everyone()
 

@@ -13,7 +13,6 @@ import time
 
 import pytest
 import safetensors
-from matplotlib.figure import Figure
 
 import quantkd.cli.main
 from quantkd.cli.main import COMMANDS, main
@@ -118,17 +117,6 @@ def test_inspect_as_json(capsys, set_path):
     assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_inspect_draws_histograms(capsys, set_path, tmp_path, monkeypatch):
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
-    assert run(capsys, "inspect", set_path, "--histogram", tmp_path / "h.png")[0] == 0
-    assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
-    for panel in figures[0].axes:
-        assert sum(bar.get_height() for bar in panel.patches) == pytest.approx(100)
-        assert panel.get_title() and panel.get_xlabel() and "%" in panel.get_ylabel()
-
-
 def test_evaluate_prints_what_it_measured(capsys, set_path, tiny_model_path, tmp_path):
     code, out, _ = run(
         capsys, "evaluate", "--arm", "before", "--model_name_or_path", tiny_model_path, "--held_out", set_path,
@@ -196,8 +184,6 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
         (["capture", "OUT", "o", "--max_tokens", "3"], 2, "mean --max_new_"),
         (["capture", "OUT", "o", "--seed", "x"], 2, "invalid int value: 'x'"),
         (["inspect", "SET", "--rows", "-1"], 2, "found '-1'; expected a whole number of at least 0"),
-        (["inspect", "SET", "--histogram", "x.jpg"], 1, "ends in .png"),
-        (["inspect", "SET", "--histogram", "no/x.png"], 1, "No such file or directory: no/x.png"),
         (["inspect", "SET", "--tokenizer", "empty"], 1, "holds no tokenizer_config.json"),
         (["train", "TRAIN", "--temperature", "4.0"], 1, "capture again with --temperatures 4.0"),
         (["capture", "TEACHER", "no.jsonl"], 1, "no.jsonl"),

@@ -54,7 +54,7 @@ def made(page_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.chdir(folder)
         for name, numbers in (("set", range(12)), ("train", range(12)), ("held", range(12, 16))):
             prompts = [f"What is {number} + 2?" for number in numbers]
-            # In bfloat16 a model as small as this has so many equal logits that an audit finds them.
+            # In bfloat16 a model as small as this has so many equal logits that `verify --teacher` finds them.
             capture_set(page_model_path, prompts, f"runs/{name}", max_new_tokens=12)
         words = ["--model_name_or_path", str(page_model_path), "--transfer_set", "runs/set", "--max_steps", "2"]
         main(["train", *words, "--output_dir", "runs/student"])

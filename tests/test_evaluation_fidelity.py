@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from quantkd import Nucleus, TopK, TransferSet
 from quantkd.cli.evaluate import main
-from quantkd.errors import ConfigError
-from quantkd.evaluation.bins import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, bin_confidence, bin_values
-from quantkd.evaluation.fidelity import Fidelity, evaluate_fidelity
+from quantkd.errors import ConfigError, DataError
+from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, Fidelity
+from quantkd.evaluation.fidelity import bin_confidence, bin_values, evaluate_fidelity
 from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions
 from quantkd.report import build_report
 from quantkd.transfer_set.topk import TopKLogprobs
@@ -73,17 +74,17 @@ def test_dense_figures_equal_float64_expressions(
     ):
         forward = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
         backward = torch.nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
-        row = {name: float(found.column(name)[place]) for name in ("dense_kl_sum", "dense_reverse_kl_sum", "ce_sum")}
+        row = {name: float(found.columns[name][place]) for name in ("dense_kl_sum", "dense_reverse_kl_sum", "ce_sum")}
         assert row["dense_kl_sum"] == pytest.approx(float(forward), rel=1e-4, abs=1e-5)
         assert row["dense_reverse_kl_sum"] == pytest.approx(float(backward), rel=1e-4, abs=1e-5)
         ce = torch.nn.functional.nll_loss(log_q, targets, reduction="sum")
         assert row["ce_sum"] == pytest.approx(float(ce), rel=1e-5)
         agree = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-        assert int(found.column("dense_agree")[place]) == agree == int(found.column("agree")[place])
-        assert int(found.column("tokens")[place]) == len(targets)
+        assert int(found.columns["dense_agree"][place]) == agree == int(found.columns["agree"][place])
+        assert int(found.columns["tokens"][place]) == len(targets)
         tokens += len(targets)
-    figures = found.to_json()
-    assert figures["perplexity"] == pytest.approx(math.exp(float(found.column("ce_sum").sum()) / tokens))
+    figures = found.means
+    assert figures["perplexity"] == pytest.approx(math.exp(float(found.columns["ce_sum"].sum()) / tokens))
     assert 0.01 < figures["kl"] <= figures["dense_kl"] + 1e-6  # merging classes into a tail loses KL, never adds
 
 
@@ -100,9 +101,9 @@ def test_sparse_figures_equal_float64_expressions(student: LlamaForCausalLM, hel
             q.append(1 - sum(q))
             forward += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
             backward += sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
-        assert float(found.column("kl_sum")[place]) == pytest.approx(forward, rel=1e-4, abs=1e-5)
-        assert float(found.column("reverse_kl_sum")[place]) == pytest.approx(backward, rel=1e-4, abs=1e-5)
-    assert not found.dense and "dense_kl" not in found.to_json()
+        assert float(found.columns["kl_sum"][place]) == pytest.approx(forward, rel=1e-4, abs=1e-5)
+        assert float(found.columns["reverse_kl_sum"][place]) == pytest.approx(backward, rel=1e-4, abs=1e-5)
+    assert "dense_kl" not in found.means and found.list_bins("dense_position") is None
 
 
 def test_bins_add_up_and_hold_what_they_say(
@@ -111,33 +112,35 @@ def test_bins_add_up_and_hold_what_they_say(
     teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
     found = evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
     for kind in ("position", "entropy", "confidence", "dense_position", "dense_entropy"):
-        torch.testing.assert_close(found.column(f"{kind}/tokens").sum(1), found.column("tokens"))
+        np.testing.assert_array_equal(found.columns[f"{kind}/tokens"].sum(1), found.columns["tokens"])
         if kind != "confidence":
             total = "dense_kl_sum" if kind.startswith("dense") else "kl_sum"
-            torch.testing.assert_close(found.column(f"{kind}/kl_sum").sum(1), found.column(total))
+            np.testing.assert_allclose(found.columns[f"{kind}/kl_sum"].sum(1), found.columns[total])
     student_rows, teacher_rows = dense_rows(student, held_out), dense_rows(teacher, held_out)
     for place, ((log_q, targets), (log_p, _)) in enumerate(zip(student_rows, teacher_rows, strict=True)):
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
         spots = np.searchsorted(POSITION_EDGES, np.arange(len(kl)), side="right") - 1
         expected = [kl[spots == one].sum() for one in range(len(POSITION_EDGES))]
-        np.testing.assert_allclose(found.column("dense_position/kl_sum")[place], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.columns["dense_position/kl_sum"][place], expected, rtol=1e-4, atol=1e-5)
         entropy = -(log_p.exp() * log_p).sum(-1).numpy()
         counts = np.histogram(entropy, [*ENTROPY_EDGES, np.inf])[0]
-        assert found.column("dense_entropy/tokens")[place].tolist() == counts.tolist()
+        assert found.columns["dense_entropy/tokens"][place].tolist() == counts.tolist()
         confidence, top = log_q.exp().max(-1)
         counts = np.histogram(-confidence, -np.linspace(1, 0, CONFIDENCE_BINS + 1))[0][::-1]  # (a, b], as in the paper
-        assert found.column("confidence/tokens")[place].tolist() == counts.tolist()
-        assert float(found.column("confidence/confidence_sum")[place].sum()) == pytest.approx(float(confidence.sum()))
-        assert int(found.column("confidence/correct")[place].sum()) == int((top == targets).sum())
-    assert found.column("position/tokens").sum(0)[2] > 0  # answers that reach the third bin
+        assert found.columns["confidence/tokens"][place].tolist() == counts.tolist()
+        assert float(found.columns["confidence/confidence_sum"][place].sum()) == pytest.approx(float(confidence.sum()))
+        assert int(found.columns["confidence/correct"][place].sum()) == int((top == targets).sum())
+    assert found.columns["position/tokens"].sum(0)[2] > 0  # answers that reach the third bin
 
 
 def test_teacher_against_itself_is_at_zero(tiny_model: LlamaForCausalLM, held_out: TransferSet) -> None:
     tiny_model.train()
-    figures = evaluate_fidelity(tiny_model, held_out, teacher=tiny_model, progress=False).to_json()
+    tiny_model.model.layers[0].eval()  # as someone who trains only a part has it
+    figures = evaluate_fidelity(tiny_model, held_out, teacher=tiny_model, progress=False).means
     assert figures["dense_kl"] == figures["dense_reverse_kl"] == 0 and figures["dense_top1_agreement"] == 1
     assert abs(figures["kl"]) < 1e-3 and figures["top1_agreement"] == 1  # the store rounds its entries
-    assert 0 <= figures["ece"] < 1 and tiny_model.training
+    assert 0 <= figures["ece"] < 1
+    assert tiny_model.training and not tiny_model.model.layers[0].mlp.training and tiny_model.lm_head.training
     assert all(parameter.requires_grad for parameter in tiny_model.parameters())
 
 
@@ -145,14 +148,18 @@ def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(
     student: LlamaForCausalLM, held_out: TransferSet, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
-    expected = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=5, progress=False).rows
+    expected = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=5, progress=False)
+
+    def check(found: Fidelity) -> None:
+        assert found.columns.keys() == expected.columns.keys()
+        for name, sums in found.columns.items():
+            np.testing.assert_allclose(sums, expected.columns[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
     monkeypatch.setattr("quantkd.loss.metrics._CHUNK_BYTES", 4 * 320 * 3)  # three positions
     monkeypatch.setattr("quantkd.loss.metrics._CPU_BLOCK_BYTES", 4 * 320 * 2)
-    chunked = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=1, progress=False).rows
-    torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
+    check(evaluate_fidelity(student, held_out, teacher=teacher, batch_size=1, progress=False))
     monkeypatch.setattr("quantkd.evaluation.fidelity.why_not_fusable", lambda model: "a test says so")
-    plain = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=2, progress=False).rows
-    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
+    check(evaluate_fidelity(student, held_out, teacher=teacher, batch_size=2, progress=False))
 
 
 def test_no_more_than_a_chunk_of_logits(student: LlamaForCausalLM, held_out: TransferSet, tiny_model_path: Path,
@@ -172,6 +179,26 @@ def test_no_more_than_a_chunk_of_logits(student: LlamaForCausalLM, held_out: Tra
     assert len(widths) > 20 and max(widths) <= 3
 
 
+def test_modes_return_after_an_error(student: LlamaForCausalLM, held_out: TransferSet, tiny_model_path: Path) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).train()
+    student.train()
+    student.model.layers[0].eval()
+    with torch.no_grad():
+        student.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(DataError, match="5 of 5 rows are not finite: the logits hold NaN"):
+        evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = student.model.layers[1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
+    handle.remove()
+    assert teacher.training and student.training and student.lm_head.training
+    assert not student.model.layers[0].training and not student.model.layers[0].mlp.training
+
+
 def test_another_vocabulary_is_refused(
     tiny_model: LlamaForCausalLM, held_out: TransferSet, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -179,15 +206,6 @@ def test_another_vocabulary_is_refused(
     other.resize_token_embeddings(330)
     with pytest.raises(ConfigError, match="vocabulary has 320 ids, the teacher's 330"):
         evaluate_fidelity(tiny_model, held_out, teacher=other, progress=False)
-
-
-def test_json_is_small_and_finite(student: LlamaForCausalLM, held_out: TransferSet) -> None:
-    figures = evaluate_fidelity(student, held_out, progress=False).to_json()
-    text = json.dumps(figures, allow_nan=False)
-    assert len(text) < 1_500 * len(held_out) + 1_000
-    assert figures["bins"]["position"]["edges"] == list(POSITION_EDGES)
-    empty = Fidelity.zeros(2, dense=True).to_json()  # rows without a target
-    assert empty["ece"] == 0 and empty["kl"] == 0 and empty["rows"][0]["tokens"] == 0
 
 
 def test_every_class_stored_is_the_dense_divergence() -> None:
@@ -217,18 +235,10 @@ def test_a_teacher_as_sure_as_one_entry() -> None:
 
 
 def test_bin_borders() -> None:
-    assert bin_values(torch.tensor([0, 7, 8, 15, 16, 511, 512, 9000]), POSITION_EDGES).tolist() == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        6,
-        7,
-        7,
-    ]
-    assert bin_values(torch.tensor([-1e-9, 0.0, 0.01, 5.0]), ENTROPY_EDGES).tolist() == [0, 0, 1, 5]
-    confidences = torch.tensor([1e-9, 0.2, 0.2 + 1e-9, 0.5, 1.0], dtype=torch.float64)
+    places = np.array([0, 7, 8, 15, 16, 511, 512, 9000])
+    assert bin_values(places, POSITION_EDGES).tolist() == [0, 0, 1, 1, 2, 6, 7, 7]
+    assert bin_values(np.array([-1e-9, 0.0, 0.01, 5.0]), ENTROPY_EDGES).tolist() == [0, 0, 1, 5]
+    confidences = np.array([1e-9, 0.2, 0.2 + 1e-9, 0.5, 1.0])
     assert bin_confidence(confidences).tolist() == [0, 2, 3, 7, 14]  # a bin has its upper end: 0.2 is 3/15
 
 
@@ -240,7 +250,7 @@ def test_top_k_of_another_rule_has_the_same_dense_figures(
     for name, rule in (("few", TopK(2)), ("many", TopK(320))):
         capture_set(tiny_model_path, PROMPTS[:2], tmp_path / name, storage=rule, max_new_tokens=6)  # fmt: skip
         held = TransferSet.open(tmp_path / name)
-        figures.append(evaluate_fidelity(student, held, teacher=teacher, progress=False).to_json())
+        figures.append(evaluate_fidelity(student, held, teacher=teacher, progress=False).means)
     few, many = figures
     assert few["dense_kl"] == pytest.approx(many["dense_kl"], rel=1e-6)
     assert few["kl"] < 0.9 * many["kl"] and many["kl"] == pytest.approx(many["dense_kl"], rel=1e-2)  # the store rounds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantkd.errors import DataError
-from quantkd.evaluation import GSM8KAccuracy, metric, wilson_interval
+from quantkd.evaluation import GSM8KAccuracy, metric
 
 PREDICTIONS = ["so\n#### 3", "it is 4.", "#### 9", "none"]
 REFERENCES = ["#### 3", "#### 4", "#### 5", "#### 6"]
@@ -20,11 +19,13 @@ REFERENCES = ["#### 3", "#### 4", "#### 5", "#### 6"]
 def test_metric() -> None:
     scores = GSM8KAccuracy().compute(predictions=PREDICTIONS, references=REFERENCES)
     assert (scores["accuracy"], scores["accuracy_strict"], scores["num_answers"]) == (0.5, 0.25, 4)
-    assert (scores["ci95_low"], scores["ci95_high"]) == wilson_interval(2, 4)
-    assert (scores["ci95_low_strict"], scores["ci95_high_strict"]) == wilson_interval(1, 4)
-    assert all(math.isfinite(value) for value in scores.values())
+    for share, suffix in ((0.5, ""), (0.25, "_strict")):  # Wilson's bounds solve (p - x)^2 = z^2 x (1 - x) / n
+        low, high = scores[f"ci95_low{suffix}"], scores[f"ci95_high{suffix}"]
+        assert 0 < low < share < high < 1
+        for bound in (low, high):
+            assert (share - bound) ** 2 == pytest.approx(1.959963985**2 * bound * (1 - bound) / 4)
     with pytest.raises(DataError, match="no predictions"):
-        GSM8KAccuracy()._compute([], [])
+        GSM8KAccuracy().compute(predictions=[], references=[])
 
 
 def test_metric_loads_from_its_file_without_network(tmp_path: Path) -> None:

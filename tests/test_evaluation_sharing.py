@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkd import TransferSet
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
-from quantkd.evaluation.arms import evaluate_arm
+from quantkd.evaluation import EvaluationSettings, Questions, evaluate_arm
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
 from tests.conftest import capture_set
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkd import TransferSet
 from quantkd.data.arithmetic import generate_problems
-from quantkd.evaluation.arms import evaluate_arm
+from quantkd.evaluation import EvaluationSettings, Questions, evaluate_arm
 from quantkd.hardware import process_state
 
 model_path, held_out, run_dir = sys.argv[1:4]
@@ -32,7 +32,8 @@ model = AutoModelForCausalLM.from_pretrained(model_path).eval()
 tokenizer = AutoTokenizer.from_pretrained(model_path)
 evaluate_arm(
     model, tokenizer, run_dir, arm="before", model_name="tiny", held_out=TransferSet.open(held_out),
-    questions=generate_problems(7, seed=0), batch_size=2, max_new_tokens=6, share=True, progress=False,
+    questions=Questions(generate_problems(7, seed=0)),
+    settings=EvaluationSettings(batch_size=2, max_new_tokens=6, share=True, progress=False),
 )
 state = process_state()
 assert state.num_processes == int(sys.argv[4]), state
@@ -58,11 +59,13 @@ def test_two_processes_give_what_one_gives(one_thread: None, tiny_model_path: Pa
     evaluate_arm(
         AutoModelForCausalLM.from_pretrained(tiny_model_path).eval(), AutoTokenizer.from_pretrained(tiny_model_path),
         tmp_path / "1", arm="before", model_name="tiny", held_out=TransferSet.open(tmp_path / "held"),
-        questions=generate_problems(7, seed=0), batch_size=2, max_new_tokens=6, progress=False,
+        questions=Questions(generate_problems(7, seed=0)),
+        settings=EvaluationSettings(batch_size=2, max_new_tokens=6, progress=False),
     )  # fmt: skip
     assert processes.run(words, tmp_path / "out.txt", 2).count("done") == 2
     arms = [json.loads((tmp_path / name / "evaluation" / "before.json").read_text()) for name in ("1", "2")]
-    assert len(arms[0]["fidelity"]["rows"]) == 7 and len(arms[0]["accuracy"]["0-shot"]) == 7
+    assert len(arms[0]["fidelity"]["rows"]["tokens"]) == 7
+    assert len(arms[0]["questions"]["0-shot"]["correct_strict"]) == 7
     assert arms[0] == arms[1]
     answers = [(tmp_path / name / "evaluation" / "before-0-shot.jsonl") for name in ("1", "2")]
     assert answers[0].read_text() == answers[1].read_text()

@@ -23,7 +23,8 @@ from lm_eval.tasks import TaskManager
 from quantkd.cli.main import main
 from quantkd.data.gsm8k import is_correct
 from quantkd.errors import ConfigError, DataError, MissingDependencyError
-from quantkd.evaluation import wilson_interval
+from quantkd.evaluation import EvaluationSettings, evaluate_arm
+from quantkd.evaluation.arms import TaskResult
 from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
 from quantkd.report import build_report
 
@@ -108,7 +109,7 @@ def run_harness(path: Path, task_dir: Path, names: list[str], **options: Any) ->
 def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model_path, task_dir, tmp_path, chat):
     tasks = HarnessTasks(["sums_one", "written", "likely"], str(task_dir), limit=4, apply_chat_template=chat)
     padding = tiny_tokenizer.padding_side
-    results = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept", batch_size=2)
+    results = dict(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept", batch_size=2))
     assert tiny_tokenizer.padding_side == padding and not tiny_model.training
     expected = run_harness(
         tiny_model_path, task_dir, list(tasks.names), limit=4, apply_chat_template=chat, fewshot_as_multiturn=chat
@@ -134,7 +135,7 @@ def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model
 
 def test_every_item_is_kept(tiny_model, tiny_tokenizer, task_dir, tmp_path):
     tasks = HarnessTasks(["written"], str(task_dir))
-    (result,) = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept").values()
+    ((_, result),) = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
     records = [json.loads(line) for line in (tmp_path / "kept" / "written.jsonl").read_text().splitlines()]
     assert [(r["id"], r["filter"]) for r in records] == [(i, f) for i in range(5) for f in ("letters", "all")]
     for record in records:
@@ -142,58 +143,61 @@ def test_every_item_is_kept(tiny_model, tiny_tokenizer, task_dir, tmp_path):
     rows = result.verdicts["lm-eval written, 0-shot, exact_match, letters"]
     for row, record in zip(rows, records[::2], strict=True):
         letter = re.search("[a-z]", record["resps"][0][0])
-        assert row["id"] == record["id"] and row["correct_flexible"] == bool(letter and letter[0] == record["target"])
+        assert row == bool(letter and letter[0] == record["target"])
     figure = result.figures["written"]["exact_match,letters"]
-    assert figure["value"] == pytest.approx(sum(row["correct_flexible"] for row in rows) / 5)
+    assert figure["value"] == pytest.approx(sum(rows) / 5)
 
 
 def test_a_group_pools_its_items(tiny_model, tiny_tokenizer, task_dir, tmp_path):
     tasks = HarnessTasks(["sums", "sums_one"], str(task_dir))
-    results = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
-    pooled = results["sums"].verdicts["lm-eval sums, 0-shot, acc"]
-    alone = [row["correct_flexible"] for row in results["sums_one"].verdicts["lm-eval sums_one, 0-shot, acc"]]
-    assert [row["id"] for row in pooled] == list(range(10))
-    assert [row["correct_flexible"] for row in pooled] == alone * 2
+    results = dict(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept"))
+    alone = results["sums_one"].verdicts["lm-eval sums_one, 0-shot, acc"]
+    assert results["sums"].verdicts["lm-eval sums, 0-shot, acc"] == [*alone, *alone] and len(alone) == 5
     assert set(results["sums"].figures) == {"sums", "sums_one", "sums_two"}
     assert results["sums"].figures["sums"]["acc,none"]["n"] == 10
     assert results["sums"].figures["sums"]["acc,none"]["value"] == pytest.approx(sum(alone) / 5)
 
 
 def test_a_finished_task_is_not_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_path, monkeypatch):
-    tasks = HarnessTasks(["sums_one"], str(task_dir), limit=3)
-    first = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
     runs: list[str] = []
     original = lm_eval.simple_evaluate
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *a, **k: (runs.append(k["tasks"][0]), original(*a, **k))[1])
-    assert evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept", batch_size=1) == first and not runs
-    again = HarnessTasks(["sums_one"], str(task_dir), limit=3, rerun=True)
-    assert evaluate_tasks(tiny_model, tiny_tokenizer, again, tmp_path / "kept") == first and runs == ["sums_one"]
 
+    def evaluate(**options: Any) -> TaskResult:
+        tasks = HarnessTasks(["sums_one"], str(task_dir), **{"limit": 3, **options})
+        settings = EvaluationSettings(progress=False)
+        return evaluate_arm(
+            tiny_model, tiny_tokenizer, tmp_path, arm="x", model_name="tiny", tasks=tasks, settings=settings
+        ).tasks["sums_one"]
+
+    first = evaluate()
+    assert evaluate() == first and runs == ["sums_one"]
+    assert evaluate(rerun=True) == first and runs == ["sums_one"] * 2
     with pytest.raises(DataError, match="limit is 3, not 4"):
-        evaluate_tasks(
-            tiny_model, tiny_tokenizer, HarnessTasks(["sums_one"], str(task_dir), limit=4), tmp_path / "kept"
-        )
+        evaluate(limit=4)
     lines = (task_dir / "docs.jsonl").read_text()
     (task_dir / "docs.jsonl").write_text(lines.replace("1 + 2", "2 + 1"))
     with pytest.raises(DataError, match="another evaluation: items is"):
-        evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
+        evaluate()
     (task_dir / "docs.jsonl").write_text(lines)
+    assert evaluate() == first and runs == ["sums_one"] * 2
+    # Its items are there, but the process ended before the figures were written.
+    (tmp_path / "evaluation" / "x.json").unlink()
+    assert evaluate() == first and runs == ["sums_one"] * 3
     tiny_model.lm_head.weight.data.mul_(0.5)
     with pytest.raises(DataError, match="another evaluation: model is"):
-        evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
-    assert runs == ["sums_one"]
+        evaluate()
+    assert evaluate(rerun=True).settings == first.settings
 
 
 def test_a_killed_task_is_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_path, monkeypatch):
-    from quantkd.evaluation import task_results
-
+    """It leaves its settings, and no items that could pass for all of them."""
     tasks = HarnessTasks(["sums_one"], str(task_dir))
-    with monkeypatch.context() as patched:
-        patched.setattr(task_results.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
-    assert (tmp_path / "kept" / "sums_one.jsonl").exists() and not (tmp_path / "kept" / "sums_one.json").exists()
-    assert evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")["sums_one"].verdicts
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(lm_eval, "simple_evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        list(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept"))
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["sums_one.jsonl.settings.json"]
+    assert dict(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept"))["sums_one"].verdicts
 
 
 @pytest.mark.parametrize(
@@ -207,13 +211,13 @@ def test_a_killed_task_is_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_pa
 )
 def test_wrong_tasks_are_refused(tiny_model, tiny_tokenizer, tmp_path, options, said):
     with pytest.raises(ConfigError, match=said):
-        evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(**options), tmp_path)
+        next(evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(**options), tmp_path))
 
 
 def test_a_missing_package_is_named(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(MissingDependencyError, match=r"pip install quantkd\[eval\]"):
-        evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(["gsm8k"]), tmp_path)
+        next(evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(["gsm8k"]), tmp_path))
 
 
 def test_the_report_shows_tasks_with_intervals_and_paired_tests(tiny_model_path, task_dir, tmp_path):
@@ -228,10 +232,12 @@ def test_the_report_shows_tasks_with_intervals_and_paired_tests(tiny_model_path,
     key = "accuracy_lm_eval_sums_one_0_shot_acc"
     assert results["metrics"][key] == "Accuracy, lm-eval sums_one, 0-shot, acc" and results["metrics"][key] in page
     assert not any(name.endswith("_strict") for name in results["metrics"])
-    right = sum(row["correct_flexible"] for row in arm["accuracy"]["lm-eval sums_one, 0-shot, acc"])
+    task = arm["tasks"]["sums_one"]
+    share = sum(task["verdicts"]["lm-eval sums_one, 0-shot, acc"]) / 5
     measured = results["arms"]["before"]["metrics"][key]
-    assert measured["value"] == arm["tasks"]["sums_one"]["acc,none"]["value"] == right / 5
-    assert measured["interval"] == pytest.approx(wilson_interval(right, 5))
+    assert measured["value"] == task["figures"]["sums_one"]["acc,none"]["value"] == share
+    for bound in measured["interval"]:  # Wilson's bounds solve (p - x)^2 = z^2 x (1 - x) / n
+        assert (share - bound) ** 2 == pytest.approx(1.959963985**2 * bound * (1 - bound) / 5)
     assert 0 <= results["arms"]["after"]["mcnemar"][key]["before"]["p_value"] <= 1
     # Two loads of one student give one answer.
     assert results["arms"]["after"]["mcnemar"][key]["before"]["only_this"] == 0

@@ -95,16 +95,20 @@ def test_every_exported_form_has_the_figures_of_the_report_in_the_harness(
             expected = {
                 key: value for key, value in theirs["results"][name].items() if "," in key and "_std" not in key
             }
-            assert {key: figure["value"] for key, figure in ours["tasks"][name].items()} == expected, arm
+            assert {key: figure["value"] for key, figure in ours["tasks"][name]["figures"][name].items()} == expected, (
+                arm
+            )
             kept = (run_dir / "evaluation" / "lm-eval" / arm / f"{name}.jsonl").read_text().splitlines()
             samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
             for line, sample in zip(kept, samples, strict=True):
                 assert json.loads(line)["resps"] == json.loads(json.dumps(sample["resps"])), arm
-        likelihoods[arm] = ours["tasks"]["likely"]["word_perplexity,none"]["value"]
+        likelihoods[arm] = ours["tasks"]["likely"]["figures"]["likely"]["word_perplexity,none"]["value"]
     assert len(set(likelihoods.values())) == 4  # each form is itself: none stands in for another
     build_report(run_dir)
     results = json.loads((run_dir / "results.json").read_text())
     for arm in arms:
-        rows = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())["tasks"]["sums_one"]["acc,none"]
+        rows = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())["tasks"]["sums_one"]["figures"][
+            "sums_one"
+        ]["acc,none"]
         reported = results["arms"][arm]["metrics"]["accuracy_lm_eval_sums_one_0_shot_acc"]
         assert reported["value"] == pytest.approx(rows["value"], abs=1e-10)

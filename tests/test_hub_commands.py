@@ -97,7 +97,7 @@ def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_
     for words in (
         ["inspect", "user/held", "--rows", "0"],
         ["verify", f"user/held@{commit}"],
-        ["audit", "user/held", "--teacher", str(tiny_model_path), "--rows", "2"],
+        ["verify", "user/held", "--teacher", str(tiny_model_path), "--rows", "2"],
         ["convert", "user/held", str(tmp_path / "compact"), "--storage", "nucleus:0.9"],
         ["train", *base, "--transfer_set", "user/held", "--eval_transfer_set", f"user/held@{commit}", "--max_steps",
          "1", "--output_dir", str(tmp_path / "student")],

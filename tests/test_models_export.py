@@ -351,8 +351,8 @@ def test_every_form_has_the_figures_of_the_report_to_the_digit(capsys, tiny_mode
 
     for form, arm in (("merged", "merged"), ("requantized", "requantized"), ("adapter", "after")):
         reported = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())
-        found = evaluate_fidelity(load_plainly(form), TransferSet.open(held_out), progress=False).to_json()
-        assert reported["fidelity"] == json.loads(json.dumps(found)), form
+        found = evaluate_fidelity(load_plainly(form), TransferSet.open(held_out), progress=False)
+        assert reported["fidelity"]["rows"] == found.to_json()["rows"], form
         assert reported["arm"] == arm
 
 

@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from quantkd.errors import DataError
-from quantkd.evaluation.stats import mcnemar_exact, wilson_interval
 from quantkd.report import build_report, format_table
-
-TOKENS = [10, 20, 30, 40]
-LEVELS = {"teacher": (0.0, 90), "before": (0.4, 50), "after": (0.1, 80)}  # KL a token, questions solved of 100
-
-
-def make_arm(name: str, level: float, solved: int) -> dict[str, Any]:
-    rows = [
-        {
-            "tokens": n,
-            "kl_sum": n * level * (1 + 0.1 * i),
-            "ce_sum": n * (0.3 + level),
-            "agree": round(n * (1 - level / 2)),
-        }
-        for i, n in enumerate(TOKENS)
-    ]
-    verdicts = [{"id": i, "correct_strict": i < solved - 5, "correct_flexible": i < solved} for i in range(100)]
-    return {
-        "arm": name,
-        "title": f"The {name} | arm",
-        "model": "tiny",
-        "memory_bytes": 4_000_000 if name == "teacher" else 1_000_000,
-        "transfer_set_digest": "abc",
-        "fidelity": {"rows": rows},
-        "accuracy": {"8-shot": verdicts, "0-shot": [{**one, "id": 99 - one["id"]} for one in verdicts]},
-    }
+from tests.report_arms import LEVELS, TOKENS, build, make_arm, make_arms, make_verdicts, spoil
 
 
 @pytest.fixture
 def arms() -> dict[str, dict[str, Any]]:
-    return {name: make_arm(name, *level) for name, level in LEVELS.items()}
-
-
-def build(run: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    (run / "evaluation").mkdir(parents=True, exist_ok=True)
-    for name, arm in arms.items():
-        (run / "evaluation" / f"{name}.json").write_text(json.dumps(arm))
-    assert build_report(run) == run / "report.md"
-    results: dict[str, Any] = json.loads((run / "results.json").read_text())
-    return results
+    return make_arms()
 
 
 def test_metrics_are_ratios_of_sums(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
@@ -69,7 +33,9 @@ def test_metrics_are_ratios_of_sums(tmp_path: Path, arms: dict[str, dict[str, An
         )
         assert metrics["accuracy_8_shot"]["value"] == solved / 100
         assert metrics["accuracy_8_shot_strict"]["value"] == (solved - 5) / 100
-        assert metrics["accuracy_0_shot"]["interval"] == pytest.approx(list(wilson_interval(solved, 100)))
+        # Wilson's bounds solve (p - bound)^2 = z^2 bound (1 - bound) / n.
+        for bound in metrics["accuracy_0_shot"]["interval"]:
+            assert (solved / 100 - bound) ** 2 == pytest.approx(1.959963985**2 * bound * (1 - bound) / 100)
         assert metrics["accuracy_0_shot"]["n"] == 100 and metrics["kl"]["n"] == 4
         assert results["arms"][name]["num_tokens"] == 100
 
@@ -83,26 +49,19 @@ def test_gap_recovered(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     assert shares["perplexity"] == pytest.approx(expected)
     low, high = results["gap_recovered_interval"]["accuracy_0_shot"]
     assert 0.5 < low < 0.75 < high < 1
-    assert results["not_measurable"] == {} and results["missing"] == []
+    assert list(results["not_measurable"]) == ["ece"] and results["missing"] == []
     assert "**75.0% [" in (tmp_path / "report.md").read_text()
 
 
 def test_paired_tests(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     results = build(tmp_path, arms)
     test = results["arms"]["after"]["mcnemar"]["accuracy_0_shot"]["before"]
-    expected = mcnemar_exact(np.arange(100) < 80, np.arange(100) < 50).p_value
-    assert (test["only_this"], test["only_other"]) == (30, 0) and test["p_value"] == pytest.approx(expected)
+    assert (test["only_this"], test["only_other"]) == (30, 0) and test["p_value"] == pytest.approx(2 / 2**30)
     assert results["arms"]["before"]["mcnemar"]["accuracy_8_shot"]["teacher"]["only_other"] == 40
 
 
-def test_questions_are_paired_by_id_not_by_place(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
-    expected = build(tmp_path / "a", arms)
-    arms["after"]["accuracy"]["0-shot"].reverse()
-    assert build(tmp_path / "b", arms) == expected
-
-
 def test_noise_is_not_measurable(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
-    arms["before"]["accuracy"]["0-shot"] = make_arm("before", 0, 88)["accuracy"]["0-shot"]
+    arms["before"]["questions"]["0-shot"] = make_verdicts(88)
     arms["before"]["fidelity"] = arms["teacher"]["fidelity"]
     results = build(tmp_path, arms)
     assert results["gap_recovered"]["accuracy_0_shot"] is None and results["gap_recovered"]["accuracy_8_shot"] == 0.75
@@ -123,19 +82,18 @@ def test_bytes_are_the_same_every_time(tmp_path: Path, arms: dict[str, dict[str,
     assert (tmp_path / "a" / "results.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("part", ["fidelity", "accuracy"])
+@pytest.mark.parametrize("part", ["fidelity", "questions"])
 def test_a_missing_part_is_said(tmp_path: Path, arms: dict[str, dict[str, Any]], part: str) -> None:
-    del arms["after"][part], arms["after"]["memory_bytes"]
+    arms["after"][part] = None if part == "fidelity" else {}
     results = build(tmp_path, arms)
     key = "kl" if part == "fidelity" else "accuracy_0_shot"
     assert results["gap_recovered"][key] is None
     assert results["not_measurable"][key] == "not evaluated for after"
     page = (tmp_path / "report.md").read_text()
     expected = "fidelity to the teacher was not" if part == "fidelity" else "accuracy, 0-shot, was not evaluated"
-    assert f"The after | arm: {expected}" in page and "the memory footprint was not measured" in page
-    assert "not evaluated" in format_table(results)
+    assert f"The after | arm: {expected}" in page and "not evaluated" in format_table(results)
     for arm in arms.values():
-        arm.pop(part, None)
+        arm[part] = arms["after"][part]
     build(tmp_path, arms)
     assert "not evaluated" in (tmp_path / "report.md").read_text()
 
@@ -154,7 +112,7 @@ def test_page_is_a_well_formed_table_and_names_the_chart(tmp_path: Path, arms: d
     assert "](gap.png)" in page and "The before \\| arm" in page
     blocks = [[line for line in block.splitlines() if line.startswith("|")] for block in page.split("\n\n")]
     widths = [{line.replace("\\|", "").count("|") for line in lines} for lines in blocks if lines]
-    assert len(widths) == 4 and all(len(width) == 1 for width in widths)
+    assert len(widths) == 6 and all(len(width) == 1 for width in widths)
     assert "\n\n\n" not in page
 
 
@@ -162,7 +120,7 @@ def test_table_keeps_the_order_of_the_report(tmp_path: Path, arms: dict[str, dic
     lines = format_table(build(tmp_path, arms)).splitlines()
     assert lines[0].index("teacher") < lines[0].index("before") < lines[0].index("after") < lines[0].index("gap")
     assert [line[:16] for line in lines[2:4]] == ["Accuracy, 0-shot", "Accuracy, 0-shot"]
-    assert "1.0 MB (25%)" in lines[10]
+    assert "1.0 MB (25%)" in next(line for line in lines if line.startswith("Memory footprint"))
 
 
 def test_chart_shows_each_arm(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
@@ -173,39 +131,100 @@ def test_chart_shows_each_arm(tmp_path: Path, arms: dict[str, dict[str, Any]]) -
     assert {(0x8C, 0x8C, 0x8C), (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2)} <= colors
 
 
-def spoil(arm: dict[str, Any], path: str, value: Any) -> None:
-    *keys, last = [int(key) if key.isdigit() else key for key in path.split("/")]
-    target: Any = arm
-    for key in keys:
-        target = target[key]
-    target[last] = value
+HUGE = int("9" * 400)
+TASK: dict[str, Any] = {"settings": {}, "figures": {}, "verdicts": {}}
+GRADERS = ("correct_flexible", "correct_strict")
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("arm", "before", "says it is the arm 'before'; expected 'after'"),
-        ("fidelity/rows", [], "fidelity: expected a list of rows"),
-        ("fidelity/rows/2/kl_sum", math.nan, "fidelity, row 2"),
-        ("fidelity/rows/1/agree", None, "fidelity, row 1"),
-        ("fidelity/rows/1/tokens", 21, "same held-out rows"),
-        ("transfer_set_digest", "xyz", "same held-out rows"),
-        ("accuracy/0-shot/3", {"id": 3}, "accuracy 0-shot, row 3"),
-        ("accuracy/0-shot/3/id", 777, "same questions"),
+        ("arm", "before", "arm: expected 'after', the file's name, found 'before'"),
+        ("title", 5, "title: expected a text, found 5"),
+        ("memory_bytes", -1, "memory_bytes: expected a number of bytes, found -1"),
+        ("memory_bytes", 1e6, "memory_bytes: expected a number of bytes"),
+        ("extra", 1, ": expected the keys arm, .*'extra'"),
+        ("fidelity/rows/kl_sum", [], r"fidelity, rows/kl_sum: expected numbers of shape \(4,\), found \[\]"),
+        ("fidelity/rows/kl_sum", None, r"rows/kl_sum: expected numbers of shape \(4,\), found None"),
+        ("fidelity/rows/tokens", None, "rows/tokens: expected numbers"),
+        ("fidelity/rows/tokens", 4, "rows/tokens: expected numbers"),
+        ("fidelity/rows/tokens", [0, 0, 0, 0], "rows/tokens: expected rows with answers"),
+        ("fidelity/rows/kl_sum/2", "1", "rows/kl_sum: expected numbers"),
+        ("fidelity/rows/kl_sum/2", HUGE, "rows/kl_sum: expected numbers"),
+        ("fidelity/rows/kl_sum/2", 1e308, r"rows/kl_sum\[2\]: expected a number from -0.03 to 1e\+12, found 1e\+308"),
+        ("fidelity/rows/kl_sum/2", -1.0, r"rows/kl_sum\[2\]: .*found -1.0"),
+        ("fidelity/rows/agree/1", 21, r"rows/agree\[1\]: expected a number from 0 to 20, found 21"),
+        ("fidelity/rows/dense_kl_sum", [1, 2, 3], r"dense_kl_sum: expected numbers of shape \(4,\)"),
+        ("fidelity/bins/position/edges", [0, 4, 16], r"bins/position/edges: expected \[0, 8, .*found \[0, 4, 16\]"),
+        ("fidelity/bins/entropy/kl_sum/3", [1.0], r"bins/entropy/kl_sum: expected numbers of shape \(4, 6\)"),
+        ("fidelity/bins/confidence/tokens/3/0", 99, "bins/confidence/tokens: expected each row's tokens"),
+        ("fidelity/bins/confidence/confidence_sum/3/0", 41, r"confidence_sum\[3, 0\]: .* from 0 to 40.04, found 41"),
+        ("fidelity/bins/confidence/correct/3/0", 41, r"correct\[3, 0\]: expected a number from 0 to 40, found 41"),
+        ("fidelity/settings", {}, "settings: expected the keys transfer_set"),
+        ("questions", [], "questions: expected an object"),
+        ("questions/0-shot/correct_flexible/3", 1, "0-shot, correct_flexible: expected a list of true and false"),
+        ("questions/0-shot/correct_strict", [True], "correct_strict: expected 100, one per question"),
+        ("tasks", {"t": {}}, "tasks/t: expected the keys settings, figures, verdicts"),
+        ("tasks", {"t": {**TASK, "figures": {"t": {"acc": {"value": "x", "stderr": 1, "n": 2}}}}},
+         "tasks/t, figures/t/acc: expected numbers"),
+        ("tasks", {"t": {**TASK, "verdicts": {"t, acc": [0, 1]}}}, "verdicts/t, acc: expected a list of true"),
     ],
-)
-def test_bad_arms(tmp_path: Path, arms: dict[str, dict[str, Any]], path: str, value: Any, message: str) -> None:
+)  # fmt: skip
+def test_bad_arms_are_refused_by_file_field_and_value(
+    tmp_path: Path, arms: dict[str, dict[str, Any]], path: str, value: Any, message: str
+) -> None:
     spoil(arms["after"], path, value)
+    with pytest.raises(DataError, match=rf"after\.json.*{message}"):
+        build(tmp_path, arms)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("fidelity/rows/tokens/1", 21, "same held-out rows"),
+        ("fidelity/settings/transfer_set", "xyz", "over 4 rows of the transfer set xyz, .* same held-out rows"),
+        ("questions/0-shot/settings/prompts", "other", "not over the same questions: prompts differ"),
+        ("questions/0-shot/settings/golds", "other", "not over the same questions: golds differ"),
+        ("questions/0-shot/settings/max_new_tokens", 8, "not over the same questions: max_new_tokens differ"),
+        ("questions/0-shot", {**make_verdicts(3), **{key: [True] for key in GRADERS}}, "their number differ"),
+    ],
+)  # fmt: skip
+def test_arms_over_other_items_are_not_compared(
+    tmp_path: Path, arms: dict[str, dict[str, Any]], path: str, value: Any, message: str
+) -> None:
+    spoil(arms["after"], path, value)
+    if path.startswith("fidelity/rows"):
+        for kind in ("position", "entropy", "confidence"):
+            spoil(arms["after"], f"fidelity/bins/{kind}/tokens/1/0", 21)
     with pytest.raises(DataError, match=message):
         build(tmp_path, arms)
 
 
-def test_missing_and_broken_files(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
-    after = arms.pop("after")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "after.json is not JSON: .*line 1 column 2"),
+        (b"[]", "expected an object, found"),
+        (b'{\n"arm": "\xff"}', "after.json, line 2 is not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"arm": NaN}', "NaN is not a JSON number"),
+        (b'{"arm": 1' + b"0" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b'{"title": "\\ud83d"}', "not JSON: .*surrogates not allowed"),
+    ],
+)
+def test_damaged_files_leave_the_report_that_is_there(
+    tmp_path: Path, arms: dict[str, dict[str, Any]], content: bytes, message: str
+) -> None:
+    build(tmp_path, arms)
+    written = {name: (tmp_path / name).read_bytes() for name in ("results.json", "report.md", "gap.png")}
+    (tmp_path / "evaluation" / "after.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        build_report(tmp_path)
+    assert written == {name: (tmp_path / name).read_bytes() for name in written}
+
+
+def test_missing_arms_and_parts(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(DataError, match=r"holds no arms; expected files such as teacher\.json"):
         build(tmp_path / "empty", {})
     with pytest.raises(DataError, match="neither fidelity nor accuracy"):
-        build(tmp_path, {**arms, "after": {**after, "fidelity": None, "accuracy": {}}})
-    (tmp_path / "evaluation" / "after.json").write_text("{")
-    with pytest.raises(DataError, match=r"after\.json is not JSON"):
-        build_report(tmp_path)
+        build(tmp_path, {"after": {**arms["after"], "fidelity": None, "questions": {}}})

@@ -1,4 +1,4 @@
-"""The histograms that `quantkd inspect` prints and draws."""
+"""The histograms that `quantkd inspect` prints."""
 
 from __future__ import annotations
 

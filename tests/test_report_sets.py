@@ -15,19 +15,14 @@ import pytest
 from PIL import Image
 from scipy.stats import binom
 
-from quantkd.errors import DataError
-from quantkd.evaluation.bootstrap import bootstrap_interval
-from quantkd.evaluation.row_statistics import RowSums
+from quantkd.evaluation.stats import RowSums, bootstrap_interval
 from quantkd.report import build_report, format_table
-from tests.test_report import LEVELS, build, make_arm, spoil
+from tests.report_arms import LEVELS, build, make_arm, make_arms, make_verdicts
 
 
 @pytest.fixture
 def arms() -> dict[str, dict[str, Any]]:
-    made = {name: make_arm(name, *level) for name, level in LEVELS.items()}
-    for arm in made.values():
-        arm["items"] = {"0-shot": {"prompts": "aa", "golds": "bb", "max_new_tokens": 256}}
-    return made
+    return make_arms()
 
 
 @pytest.mark.parametrize(
@@ -66,11 +61,8 @@ def test_the_report_says_what_an_export_cost(tmp_path: Path, arms: dict[str, dic
     arms["requantized"] = make_arm("requantized", 0.35, 60)
     results = build(tmp_path, arms)
     cost = results["arms"]["requantized"]["differences"]["after"]
-    tokens = [row["tokens"] for row in arms["after"]["fidelity"]["rows"]]
-    sums = [
-        b["kl_sum"] - a["kl_sum"]
-        for a, b in zip(arms["after"]["fidelity"]["rows"], arms["requantized"]["fidelity"]["rows"], strict=True)
-    ]
+    rows, others = (arms[name]["fidelity"]["rows"] for name in ("after", "requantized"))
+    tokens, sums = rows["tokens"], [b - a for a, b in zip(rows["kl_sum"], others["kl_sum"], strict=True)]
     assert cost["kl"]["value"] == pytest.approx(sum(sums) / sum(tokens))
     assert cost["kl"]["interval"] == pytest.approx(list(bootstrap_interval(RowSums(sums, tokens))))
     assert cost["accuracy_0_shot"]["value"] == pytest.approx(-0.2)
@@ -97,43 +89,13 @@ def test_the_control_is_tested_against_on_the_same_questions(tmp_path: Path, arm
     assert len(pairs) == len(set(pairs)) > 5  # none twice, the other way round
 
 
-@pytest.mark.parametrize("key", ["prompts", "golds", "max_new_tokens"])
-def test_other_questions_with_the_same_numbers_are_refused(
-    tmp_path: Path, arms: dict[str, dict[str, Any]], key: str
-) -> None:
-    arms["before"]["items"]["0-shot"][key] = "other"
-    with pytest.raises(DataError, match=f"0-shot accuracy of 'before' and of 'teacher' are not over the same: {key}"):
-        build(tmp_path, arms)
-    del arms["before"]["items"]  # an arm of an earlier version does not say
-    build(tmp_path, arms)
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("fidelity", [1], r"expected fidelity as an object, found \[1\]"),
-        ("accuracy", [1], r"expected accuracy as an object, found \[1\]"),
-        ("items", "x", "expected items as an object, found 'x'"),
-        ("memory_bytes", "1 GB", "expected memory_bytes as a whole number, found '1 GB'"),
-        ("fidelity/rows/0/tokens", -10, "hold 80 target tokens"),
-        ("accuracy/0-shot/3/correct_flexible", 7, "verdicts that are true or false"),
-        ("accuracy/0-shot/3/id", 0, "two rows have the same id"),
-    ],
-)
-def test_odd_files_are_refused_in_words(
-    tmp_path: Path, arms: dict[str, dict[str, Any]], path: str, value: Any, message: str
-) -> None:
-    spoil(arms["after"], path, value)
-    with pytest.raises(DataError, match=rf"after\.json.*{message}"):
-        build(tmp_path, arms)
-
-
 def test_a_row_without_an_answer_and_a_hopeless_model(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     """Of four rows one is empty, and some draws hold that row alone: they have no figure. exp(1e5) is no number."""
     for arm in arms.values():
-        arm["fidelity"]["rows"][0].update(tokens=0, kl_sum=0, ce_sum=0, agree=0)
-    expected = RowSums([row["kl_sum"] for row in arms["after"]["fidelity"]["rows"][1:]], [20, 30, 40])
-    arms["before"]["fidelity"]["rows"][1]["ce_sum"] = 1e7
+        for sums in (*arm["fidelity"]["rows"].values(), *(b[k] for b in arm["fidelity"]["bins"].values() for k in b)):
+            sums[0] = [0] * len(sums[0]) if isinstance(sums[0], list) else 0
+    expected = RowSums(arms["after"]["fidelity"]["rows"]["kl_sum"][1:], [20, 30, 40])
+    arms["before"]["fidelity"]["rows"]["ce_sum"][1] = 1e7
     results = build(tmp_path, arms)
     found = results["arms"]["after"]["metrics"]["kl"]
     low, high = bootstrap_interval(expected)
@@ -144,8 +106,7 @@ def test_a_row_without_an_answer_and_a_hopeless_model(tmp_path: Path, arms: dict
 
 def test_all_right_and_all_wrong(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     for arm in arms.values():
-        for row in arm["accuracy"]["0-shot"]:
-            row.update(correct_flexible=True, correct_strict=False)
+        arm["questions"]["0-shot"] = make_verdicts(100, 0)
     results = build(tmp_path, arms)
     metrics = results["arms"]["after"]["metrics"]
     # Wilson's bounds at the ends: n / (n + z^2), and z^2 / (n + z^2).
@@ -158,7 +119,10 @@ def test_all_right_and_all_wrong(tmp_path: Path, arms: dict[str, dict[str, Any]]
 
 def test_a_single_row_has_no_interval(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     for arm in arms.values():
-        arm["fidelity"]["rows"] = arm["fidelity"]["rows"][:1]
+        rows, bins = arm["fidelity"]["rows"], arm["fidelity"]["bins"]
+        arm["fidelity"]["rows"] = {key: sums[:1] for key, sums in rows.items()}
+        for found in bins.values():
+            found.update({key: sums[:1] for key, sums in found.items() if key != "edges"})
     results = build(tmp_path, arms)
     assert results["arms"]["after"]["metrics"]["kl"] == {"interval": None, "n": 1, "value": pytest.approx(0.1)}
     assert results["not_measurable"]["kl"] == "a single row gives no interval"
@@ -169,21 +133,15 @@ def test_a_single_row_has_no_interval(tmp_path: Path, arms: dict[str, dict[str, 
 def test_settings_that_differ_in_punctuation_alone_stay_apart(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     for arm in arms.values():
         solved = LEVELS[arm["arm"]][1]
-        for name, less in (("lm-eval a-b, acc", 0), ("lm-eval a_b, acc", 9)):
-            arm["accuracy"][name] = [{"id": i, "correct_flexible": i < solved - less} for i in range(100)]
+        verdicts = {f"lm-eval a{mark}b, acc": make_verdicts(solved - less)["correct_flexible"]
+                    for mark, less in (("-", 0), ("_", 9))}  # fmt: skip
+        arm["tasks"] = {"both": {"settings": {}, "figures": {}, "verdicts": verdicts}}
     results = build(tmp_path, arms)
     metrics = results["arms"]["before"]["metrics"]
     titles = {results["metrics"][key]: found["value"] for key, found in metrics.items()}
     assert titles["Accuracy, lm-eval a-b, acc"] == 0.5 and titles["Accuracy, lm-eval a_b, acc"] == pytest.approx(0.41)
     assert len(set(results["metric_order"])) == len(results["metric_order"])
     assert [key for key in results["metric_order"] if "strict" not in key][:2] == ["accuracy_0_shot", "accuracy_8_shot"]
-
-
-def test_results_of_an_earlier_version_make_the_same_table(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
-    results = build(tmp_path, arms)
-    table = format_table(results)
-    del results["subject"]
-    assert format_table(results) == table and "75.0%" in table
 
 
 def test_titles_of_any_text(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
@@ -200,7 +158,7 @@ def test_titles_of_any_text(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> 
 def test_a_chart_of_an_earlier_report_does_not_stay(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     build(tmp_path, arms)
     shutil.rmtree(tmp_path / "evaluation")
-    del arms["teacher"]["accuracy"]
+    arms["teacher"]["questions"] = {}
     results = build(tmp_path, {"teacher": arms["teacher"]})
     assert not (tmp_path / "gap.png").exists() and "gap.png" not in (tmp_path / "report.md").read_text()
     assert results["arms"]["teacher"]["metrics"]["kl"]["value"] == 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import evaluate_prompts
-from quantkd.evaluation.arms import check_arm_name, evaluate_arm
+from quantkd.evaluation.arms import Arm, check_arm_name
 from quantkd.evaluation.harness import HarnessTasks
+from quantkd.evaluation.measure import EvaluationSettings, Questions, evaluate_arm
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import load_adapter
 from quantkd.names import load_tokenizer
@@ -80,11 +80,11 @@ def main(argv: Sequence[str]) -> None:
     tasks = _tasks_from(args)
     if not student.model_name_or_path:
         raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
-    # What is wrong with the data is told before a model is loaded.
+    # Errors in the data are reported before a model is loaded.
     if tasks is not None:
         tasks.manager  # noqa: B018
     held_out = TransferSet.open(args.held_out) if args.held_out else None
-    examples = _load_prompts(args) if args.prompts else []
+    examples, questions = _load_prompts(args), _load_questions(args)
     model: Any
     if args.full_precision:
         model, tokenizer = load_teacher(
@@ -106,16 +106,9 @@ def main(argv: Sequence[str]) -> None:
     if args.teacher:
         is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
         teacher = model if is_teacher else _load_teacher(args.teacher, student)
-    shared = {
-        "batch_size": args.batch_size,
-        "max_new_tokens": args.max_new_tokens,
-        "chat_template": not args.plain_prompts,
-        "share": True,
-    }
-    folder = Path(args.run_dir) / "evaluation"
+    folder, is_main = Path(args.run_dir) / "evaluation", process_state().is_main_process
     if args.held_out or args.gsm8k or args.tasks:
-        source = None if args.gsm8k == "hub" else args.gsm8k
-        path = evaluate_arm(
+        arm = evaluate_arm(
             model,
             tokenizer,
             args.run_dir,
@@ -124,38 +117,56 @@ def main(argv: Sequence[str]) -> None:
             model_name=student.model_name_or_path,
             held_out=held_out,
             teacher=teacher,
-            questions=load_gsm8k(source, "test", args.limit) if args.gsm8k else (),
-            few_shot=load_gsm8k(source, "train", max(args.shots)) if args.gsm8k and max(args.shots) else (),
-            shots=args.shots,
+            questions=questions,
             tasks=tasks,
-            force=args.force,
-            **shared,
+            settings=EvaluationSettings(
+                args.batch_size, args.max_new_tokens, not args.plain_prompts, force=args.force, share=True
+            ),
         )
-        if process_state().is_main_process:
-            print(f"{path}{_describe(path) if held_out else ''}")
+        if is_main:
+            print(f"{folder / args.arm}.json{_describe(arm)}")
     if args.prompts:
         path = folder / f"{args.arm}-prompts.jsonl"
-        if args.force and process_state().is_main_process:
+        if args.force and is_main:
             path.unlink(missing_ok=True)
         process_state().wait_for_everyone()
-        records = [asdict(r) for r in evaluate_prompts(model, tokenizer, examples, records_path=path, **shared)]
-        if not process_state().is_main_process:
-            return
-        graded = [record["correct"] for record in records if record["correct"] is not None]
-        print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))
+        records = evaluate_prompts(
+            model,
+            tokenizer,
+            examples,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            chat_template=not args.plain_prompts,
+            records_path=path,
+            share=True,
+        )
+        graded = [record.correct for record in records if record.correct is not None]
+        if is_main:
+            print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))
 
 
-def _describe(path: Path) -> str:
+def _describe(arm: Arm) -> str:
     """What was measured on the held-out rows, for one line."""
-    found = json.loads(path.read_text(encoding="utf-8"))["fidelity"]
+    if arm.fidelity is None:
+        return ""
+    found = arm.fidelity.means
     return (
-        f": KL {found['kl']:.4f} nats a token, perplexity {found['perplexity']:.2f}, top-1 agreement "
-        f"{found['top1_agreement']:.1%} on {len(found['rows'])} rows"
+        f": KL {found['kl']:.4f} nats per token, perplexity {found['perplexity']:.2f}, top-1 agreement "
+        f"{found['top1_agreement']:.1%} on {len(arm.fidelity.tokens)} rows"
     )
 
 
+def _load_questions(args: EvaluationArguments) -> Questions | None:
+    if not args.gsm8k:
+        return None
+    source, most = None if args.gsm8k == "hub" else args.gsm8k, max(args.shots)
+    few_shot = load_gsm8k(source, "train", most) if most else ()
+    return Questions(load_gsm8k(source, "test", args.limit), few_shot, args.shots)
+
+
 def _load_prompts(args: EvaluationArguments) -> list[Example]:
-    assert args.prompts is not None
+    if not args.prompts:
+        return []
     return load_examples(
         args.prompts,
         prompt_column=args.prompt_column,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
-from quantkd.evaluation.arms import evaluate_arm
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.evaluation.measure import EvaluationSettings, evaluate_arm
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import fetch_adapter, load_adapter
 from quantkd.models.export import (
@@ -143,18 +142,19 @@ class _Scores:
         assert self.held_out is not None and self.student.model_name_or_path
         size = self.args.batch_size
         if self.args.run_dir is None:
-            self.kl[arm] = evaluate_fidelity(model, self.held_out, batch_size=size).to_json()["kl"]
+            self.kl[arm] = evaluate_fidelity(model, self.held_out, batch_size=size).means["kl"]
             return
-        written = evaluate_arm(
+        fidelity = evaluate_arm(
             model,
             self.tokenizer,
             self.args.run_dir,
             arm=arm,
             model_name=self.student.model_name_or_path,
             held_out=self.held_out,
-            batch_size=size,
-        )
-        self.kl[arm] = json.loads(written.read_text(encoding="utf-8"))["fidelity"]["kl"]
+            settings=EvaluationSettings(size),
+        ).fidelity
+        assert fidelity is not None
+        self.kl[arm] = fidelity.means["kl"]
 
     def show(self) -> None:
         """Print what was measured, and warn of what a second rounding costs."""

@@ -9,14 +9,12 @@ from typing import Any
 
 from quantkd.cli.format import format_histograms, format_info
 from quantkd.cli.parsing import plain_parser, whole_number
-from quantkd.errors import ConfigError
-from quantkd.report.histograms import compute_histograms, draw_histograms
+from quantkd.report.histograms import compute_histograms
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 
 _EXAMPLES = """examples:
   quantkd inspect runs/set
   quantkd inspect runs/set --rows 2 --tokens 10 --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
-  quantkd inspect runs/set --histogram runs/set.png
   quantkd inspect runs/set --json
 """
 
@@ -32,11 +30,8 @@ def main(argv: Sequence[str]) -> None:
         "--alternatives", type=whole_number(0), default=3, help="teacher's entries to show of each token (3)"
     )
     parser.add_argument("--tokenizer", help="the teacher's tokenizer, to show text; without it ids are shown")
-    parser.add_argument("--histogram", metavar="PNG", help="also draw entries and entropy per token into this file")
     parser.add_argument("--allow_incomplete", action="store_true", help="show the committed part of an unfinished set")
     args = parser.parse_args(argv)
-    if args.histogram and not args.histogram.lower().endswith(".png"):
-        raise ConfigError(f"--histogram is {args.histogram!r}; expected a file name that ends in .png.")
     transfer_set = TransferSet.open(args.path, allow_incomplete=args.allow_incomplete)
     decode = _decoder(args.tokenizer, transfer_set)
     rows = [
@@ -44,8 +39,6 @@ def main(argv: Sequence[str]) -> None:
         for index in range(min(args.rows, len(transfer_set)))
     ]
     histograms = compute_histograms(transfer_set)
-    if args.histogram:
-        draw_histograms(histograms, args.histogram)
     if args.json:
         counts = {"entries": histograms.entries.tolist(), "entropy": histograms.entropy.tolist()}
         print(json.dumps({**asdict(transfer_set.info), "histograms": counts, "sample": rows}, sort_keys=True))

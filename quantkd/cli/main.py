@@ -18,8 +18,7 @@ from quantkd.errors import QuantKDError
 COMMANDS = {
     "capture": "store a teacher's answers to prompts, with its distributions, as a transfer set",
     "inspect": "show what a transfer set holds",
-    "verify": "check every byte and row of a transfer set",
-    "audit": "compute a sample of a transfer set's rows again with its teacher",
+    "verify": "check every byte and row of a transfer set, and with --teacher what they say",
     "convert": "rewrite a transfer set smaller or trimmed, or import another toolkit's table",
     "train": "train a quantized student on a transfer set",
     "sweep": "search for the training arguments with the lowest held-out KL",
@@ -36,7 +35,7 @@ COMMANDS = {
 _GO_ON = {
     "train": "Run the same command with --resume_from_checkpoint true to go on from the last checkpoint (every "
     "--save_steps), or without it to start again.",
-    **dict.fromkeys(("inspect", "verify", "audit", "selftest"), "Nothing was changed."),
+    **dict.fromkeys(("inspect", "verify", "selftest"), "Nothing was changed."),
 }
 
 

@@ -11,9 +11,10 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "accuracy": "AnswerRecord PromptRecord evaluate_gsm8k evaluate_prompts",
-        "bootstrap": "bootstrap_ratio_interval",
         "metric": "GSM8KAccuracy",
-        "stats": "GapRecovered McNemarResult compute_gap_recovered mcnemar_exact wilson_interval",
+        "measure": "EvaluationSettings Questions evaluate_arm",
+        "stats": "GapRecovered McNemarResult bootstrap_ratio_interval compute_gap_recovered mcnemar_exact "
+        "wilson_interval",
     },
 )
 
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
         evaluate_gsm8k as evaluate_gsm8k,
         evaluate_prompts as evaluate_prompts,
     )
-    from quantkd.evaluation.bootstrap import bootstrap_ratio_interval as bootstrap_ratio_interval
+    from quantkd.evaluation.measure import (
+        EvaluationSettings as EvaluationSettings,
+        Questions as Questions,
+        evaluate_arm as evaluate_arm,
+    )
     from quantkd.evaluation.metric import GSM8KAccuracy as GSM8KAccuracy
     from quantkd.evaluation.stats import (
         GapRecovered as GapRecovered,
         McNemarResult as McNemarResult,
+        bootstrap_ratio_interval as bootstrap_ratio_interval,
         compute_gap_recovered as compute_gap_recovered,
         mcnemar_exact as mcnemar_exact,
         wilson_interval as wilson_interval,

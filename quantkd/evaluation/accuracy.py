@@ -1,28 +1,34 @@
-"""Accuracy of a model's own answers: GSM8K in the paper's protocol, and exact match on any prompts."""
+"""Accuracy of a model's own answers: GSM8K in the paper's protocol, and exact match on any prompts.
+
+Generation is greedy and batched, with the same settings for every model, and a prefix that all prompts share is
+computed once.
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from accelerate.utils import gather_object
+import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from quantkd.data.encoding import check_context, encode_prompt
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
 from quantkd.data.prompts import Example
-from quantkd.errors import DataError
-from quantkd.evaluation.generation import Generated, generate_greedy
-from quantkd.evaluation.records import RecordFile, compute_model_fingerprint, compute_prompts_digest
-from quantkd.evaluation.sharing import deal_batches, gather_rounds
-from quantkd.hardware import process_state
-from quantkd.models.generation import context_length
+from quantkd.errors import ConfigError, DataError
+from quantkd.evaluation.fingerprint import compute_model_fingerprint
+from quantkd.evaluation.records import RecordFile, compute_digest, read_fields
+from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
+from quantkd.foreign import is_plain_cache
+from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
 from quantkd.models.network import base_network
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,26 @@ class PromptRecord:
     output_tokens: int
 
 
+@dataclass(frozen=True)
+class Generated:
+    """One answer.
+
+    Args:
+        index: the place of its prompt in the list that was given.
+        text: the answer without special tokens, and without the stop text and what follows it.
+        finished: True if the model ended it (end token or stop text), False if the length limit cut it.
+        num_tokens: generated tokens, including the end token or the tokens of the stop text.
+    """
+
+    index: int
+    text: str
+    finished: bool
+    num_tokens: int
+
+
 Record = TypeVar("Record", AnswerRecord, PromptRecord)
+# A shorter prefix saves less than its own forward pass costs.
+_MIN_PREFIX_TOKENS = 16
 
 
 def evaluate_gsm8k(
@@ -92,6 +117,7 @@ def evaluate_gsm8k(
     max_new_tokens: int = 256,
     chat_template: bool = True,
     records_path: str | Path | None = None,
+    fingerprint: str | None = None,
     share: bool = False,
     progress: bool = True,
 ) -> list[AnswerRecord]:
@@ -102,11 +128,12 @@ def evaluate_gsm8k(
         tokenizer: its tokenizer.
         rows: rows with `question` and `answer`, as `load_gsm8k` gives them.
         shots: rows of the training set, shown solved before each question: none for 0-shot, eight for 8-shot.
-        batch_size: questions a batch; it changes the speed, and results by no more than floating-point rounding.
+        batch_size: questions per batch; results depend on it only by floating-point rounding.
         max_new_tokens: the length limit of an answer.
         chat_template: False prompts with plain text, for a base model.
         records_path: a JSONL file that takes every prompt, output and verdict as they come; a partial file of the same
             model and items is taken up where it ended.
+        fingerprint: the model's, if it was computed before; it says whose records the file holds.
         share: deal the questions to all processes of the launcher (`accelerate launch`, `torchrun`), each of which
             holds the whole model and must make this same call; all return all records, and the main process writes.
         progress: show a progress bar if there is a terminal.
@@ -142,11 +169,8 @@ def evaluate_gsm8k(
         )
 
     prompts = [encode_prompt(tokenizer, build_prompt(r["question"], shots), chat_template=chat_template) for r in rows]
-    limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": STOP}
-    description = f"GSM8K {len(shots)}-shot"
-    return _answer(
-        model, tokenizer, prompts, grade, AnswerRecord, golds, limits, records_path, share, progress, description
-    )
+    task = _Task(AnswerRecord, f"GSM8K {len(shots)}-shot", prompts, golds, grade, max_new_tokens, stop=STOP)
+    return _answer(model, tokenizer, task, batch_size, records_path, fingerprint, share, progress)
 
 
 def evaluate_prompts(
@@ -158,6 +182,7 @@ def evaluate_prompts(
     max_new_tokens: int = 256,
     chat_template: bool = True,
     records_path: str | Path | None = None,
+    fingerprint: str | None = None,
     share: bool = False,
     progress: bool = True,
 ) -> list[PromptRecord]:
@@ -176,77 +201,192 @@ def evaluate_prompts(
         )
 
     prompts = [encode_prompt(tokenizer, example.prompt, chat_template=chat_template) for example in examples]
-    limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": None}
-    golds = [example.completion for example in examples]
-    return _answer(
-        model, tokenizer, prompts, grade, PromptRecord, golds, limits, records_path, share, progress, "Prompts"
-    )
+    task = _Task(PromptRecord, "Prompts", prompts, [each.completion for each in examples], grade, max_new_tokens)
+    return _answer(model, tokenizer, task, batch_size, records_path, fingerprint, share, progress)
+
+
+@dataclass(frozen=True)
+class _Task(Generic[Record]):
+    """What is asked, and how an answer becomes a record."""
+
+    kind: type[Record]
+    description: str
+    prompts: Sequence[list[int]]
+    golds: Sequence[str | None]
+    grade: Callable[[Generated, str], Record]
+    max_new_tokens: int
+    stop: str | None = None
 
 
 def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    grade: Callable[[Generated, str], Record],
-    kind: type[Record],
-    golds: Sequence[str | None],
-    limits: dict[str, Any],
+    task: _Task[Record],
+    batch_size: int,
     records_path: str | Path | None,
+    fingerprint: str | None,
     share: bool,
     progress: bool,
-    description: str,
 ) -> list[Record]:
     """Answer the prompts that the records file does not hold yet, and return all records in order."""
+    prompts = task.prompts
     if not prompts:
         raise DataError("There is nothing to evaluate: 0 rows were given; expected at least one.")
-    # Before they are dealt: so that every process refuses the same row, by its number in the whole list.
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ConfigError(
+            "The model has a prompt-learning adapter; evaluation supports LoRA-like ones. Merge it first."
+        )
     network = base_network(model)
-    answers = [limits["max_new_tokens"]] * len(prompts)
-    check_context([len(prompt) for prompt in prompts], answers, context_length(network))
-    is_main = not share or process_state().is_main_process
-    done: dict[int, Record] = {}
-    file = None
-    if records_path is not None and is_main:
+    new_tokens = [task.max_new_tokens] * len(prompts)
+    check_context([len(prompt) for prompt in prompts], new_tokens, context_length(network))
+    file, done = None, {}
+    if records_path is not None:
         settings = {
-            "model": compute_model_fingerprint(model),
-            "prompts": compute_prompts_digest(prompts),
-            "golds": list(golds),
-            "max_new_tokens": limits["max_new_tokens"],
+            "model": fingerprint or compute_model_fingerprint(model),
+            "prompts": compute_digest(prompts),
+            "golds": list(task.golds),
+            "max_new_tokens": task.max_new_tokens,
         }
-        file = RecordFile(Path(records_path), settings)
-        done = {record.id: record for record in (_from_json(kind, value, file.path) for value in file.existing)}
-    if share:
-        done = {record.id: record for record in gather_object(list(done.values()))}  # the main process has read them
+        file = RecordFile(Path(records_path), settings, partial(_read_record, task.kind, len(prompts)), share=share)
+        done = {record.id: record for record in file.existing}
     left = [index for index in range(len(prompts)) if index not in done]
-    mine = deal_batches([len(prompts[index]) for index in left], limits["batch_size"], share)
-    own = sorted(left[place] for batch in mine for place in batch)  # which `generate_greedy` cuts as they were dealt
-
-    def answer() -> Iterator[list[Record]]:
-        for batch in generate_greedy(model, tokenizer, [prompts[index] for index in own], **limits):
-            numbered = [Generated(own[a.index], a.text, a.finished, a.num_tokens) for a in batch]
-            yield [grade(a, str(tokenizer.decode(prompts[a.index]))) for a in numbered]
-
-    quiet = None if progress and is_main else True  # None: shown where there is a terminal
-    with tqdm(total=len(prompts), initial=len(done), desc=description, unit="answer", disable=quiet) as bar:
-        for records in gather_rounds(answer(), -(-len(left) // limits["batch_size"]), share):
+    mine = deal_batches([len(prompts[index]) for index in left], batch_size, share)
+    batches = [[left[place] for place in batch] for batch in mine]
+    answers = (
+        [task.grade(one, str(tokenizer.decode(prompts[one.index]))) for one in batch]
+        for batch in generate_greedy(network, tokenizer, prompts, batches, task.max_new_tokens, task.stop)
+    )
+    quiet = None if progress and is_writer(share) else True  # None: shown where there is a terminal
+    with tqdm(total=len(prompts), initial=len(done), desc=task.description, unit="answer", disable=quiet) as bar:
+        for records in gather_rounds(answers, -(-len(left) // batch_size), share):
             done.update({record.id: record for record in records})
             if file is not None:
                 file.append(asdict(record) for record in records)
             bar.update(len(records))
     if file is not None:
-        file.sort(asdict(record) for record in done.values())
+        file.replace(asdict(record) for record in done.values())
     return [done[index] for index in range(len(prompts))]
 
 
-def _from_json(kind: type[Record], value: dict[str, Any], path: Path) -> Record:
-    names = {field.name for field in fields(kind)}
-    if set(value) != names:
-        raise DataError(
-            f"{path} holds a record with the keys {sorted(value)}; expected {sorted(names)}. "
-            "Remove the file to evaluate anew."
-        )
-    return kind(**value)
+def _read_record(kind: type[Record], count: int, value: dict[str, Any]) -> Record:
+    record = read_fields(kind, value)
+    if not 0 <= record.id < count:
+        raise ValueError(f"id is {record.id}, expected one of 0 to {count - 1}")
+    return record
+
+
+def generate_greedy(
+    network: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batches: Sequence[list[int]],
+    max_new_tokens: int,
+    stop: str | None = None,
+) -> Iterator[list[Generated]]:
+    """Answer prompts greedily, and hand out each batch, a list of places in `prompts`, as it is done.
+
+    The model's own generation settings (sampling, penalties, forced tokens) are set aside, so that two models are
+    compared by their distributions alone; only its end tokens are kept, together with the tokenizer's. Batches and
+    prefix sharing change results only by the rounding of floating-point sums.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    settings = build_generation_config(network, tokenizer, max_new_tokens)
+    asked = [prompts[index] for batch in batches for index in batch]
+    with generation_mode(network, settings):
+        prefix = find_shared_prefix(asked) if len(asked) > 1 else []
+        cache = _compute_prefix_cache(network, prefix)
+        for indices in batches:
+            shared = prefix if cache is not None else []
+            yield _generate_batch(network, tokenizer, settings, prompts, indices, shared, cache, stop)
 
 
 def _normalize_text(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def _generate_batch(
+    network: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+    indices: list[int],
+    prefix: list[int],
+    cache: DynamicCache | None,
+    stop: str | None,
+) -> list[Generated]:
+    """One batch: the shared prefix, padding in the middle, and each answer cut at its end."""
+    # Rows are prefix + padding + rest: the prefix must be at the same slots as in its cache, the end of every prompt
+    # at the right edge. `generate` derives positions from the mask, so padding in the middle shifts none of them.
+    rests = [list(prompts[index][len(prefix) :]) for index in indices]
+    width = max(map(len, rests))
+    pad = settings.pad_token_id
+    rows = [prefix + [pad] * (width - len(rest)) + rest for rest in rests]
+    masks = [[1] * len(prefix) + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
+    shared: dict[str, Any] = {}
+    if cache is not None:
+        shared[cache_argument(network)] = copy.deepcopy(cache)
+        shared[cache_argument(network)].batch_repeat_interleave(len(rows))
+    stopper = _StopText(tokenizer, stop, len(rows[0]), len(rows))
+    with torch.inference_mode():
+        output: Tensor = network.generate(
+            input_ids=torch.tensor(rows, device=network.device),
+            attention_mask=torch.tensor(masks, device=network.device),
+            generation_config=settings,
+            stopping_criteria=[stopper] if stop else None,
+            **shared,
+        )
+    answers = []
+    for row, index in enumerate(indices):
+        tokens = output[row, len(rows[0]) :].tolist()
+        ends = [place for place, token in enumerate(tokens) if token in settings.eos_token_id]
+        stopped = stopper.stopped_after[row]
+        count = stopped if stopped is not None else ends[0] + 1 if ends else len(tokens)
+        text = str(tokenizer.decode(tokens[:count], skip_special_tokens=True))
+        text = text.split(stop)[0] if stopped is not None and stop else text
+        answers.append(Generated(index, text, stopped is not None or bool(ends), count))
+    return answers
+
+
+class _StopText(StoppingCriteria):
+    """Ends each row of a batch where it first writes the stop text, and keeps after how many tokens that was."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | None, prompt_width: int, num_rows: int) -> None:
+        self.tokenizer, self.stop, self.prompt_width = tokenizer, stop or "", prompt_width
+        self.stopped_after: list[int | None] = [None] * num_rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        # No token is shorter than a byte, so as many tokens as the text has bytes reach back to its beginning.
+        window = max(self.prompt_width, input_ids.shape[1] - len(self.stop.encode()))
+        for row, text in enumerate(self.tokenizer.batch_decode(input_ids[:, window:], skip_special_tokens=True)):
+            if self.stopped_after[row] is None and self.stop in text:
+                self.stopped_after[row] = input_ids.shape[1] - self.prompt_width
+        return torch.tensor([after is not None for after in self.stopped_after], device=input_ids.device)
+
+
+def find_shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all prompts begin with, short enough that each prompt keeps one token of its own."""
+    ordered = sorted(map(tuple, prompts))
+    first, last = ordered[0], ordered[-1]  # what the first and the last of a sorted list share, all share
+    longest = min(map(len, prompts)) - 1
+    length = next((place for place in range(longest) if first[place] != last[place]), longest)
+    return list(first[:length]) if length >= _MIN_PREFIX_TOKENS else []
+
+
+def _compute_prefix_cache(network: Any, prefix: list[int]) -> DynamicCache | None:
+    """The key-value cache of the prefix; None without a prefix, or for a cache without one entry per token."""
+    if not prefix:
+        return None
+    cache = DynamicCache(config=network.config.get_text_config())
+    if not is_plain_cache(cache):
+        return None
+    # Logits are of no use here, and over a long prefix they are larger than the cache.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
+    with torch.inference_mode():
+        network(
+            input_ids=torch.tensor([prefix], device=network.device),
+            use_cache=True,
+            **{cache_argument(network): cache},
+            **few,
+        )
+    return cache

@@ -6,26 +6,32 @@ whole vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.fidelity_sums import Fidelity, sum_rows
-from quantkd.evaluation.sharing import deal_batches
-from quantkd.hardware import process_state
+from quantkd.evaluation.arms import BINNED, CONFIDENCE_BINS, DENSE_ROWS, EDGES, ROWS, Fidelity
+from quantkd.evaluation.sharing import deal_batches, is_writer
+from quantkd.evaluation.stats import Floats
+from quantkd.hardware import process_state, wide_dtype
 from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions, cut_positions
 from quantkd.loss.states import TargetStates
 from quantkd.models.generation import context_length
-from quantkd.models.network import run_to_targets, why_not_fusable
+from quantkd.models.network import evaluation_mode, run_to_targets, why_not_fusable
 from quantkd.models.weights import head_width
-from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
 from quantkd.transfer_set.topk import TopKLogprobs
+
+_SIGNIFICANT_DIGITS = 9
 
 
 def evaluate_fidelity(
@@ -44,7 +50,7 @@ def evaluate_fidelity(
         transfer_set: the held-out rows.
         teacher: the teacher's own model, for the same figures over the whole vocabulary as well; `model` itself if it
             is the teacher. Evaluation mode meanwhile. No more than a chunk of the logits of both exists at a time.
-        batch_size: rows a batch. Rows of like length go together; the result is in the set's order.
+        batch_size: rows per batch. Rows of similar length share a batch; the result is in the set's order.
         share: deal the rows to all processes of the launcher, each of which holds the whole model and must make this
             same call; all return all rows.
         progress: show a bar if there is a terminal.
@@ -65,33 +71,30 @@ def evaluate_fidelity(
                 f"The model's vocabulary has {widths[0]} ids, the teacher's {widths[1]}; figures over the whole "
                 "vocabulary need the same. Give the model's own teacher, or none: the transfer set's entries suffice."
             )
-    collate = DistillationCollator(pad_token_id=0)  # whatever fills the padding is masked and never a target
+    collate = DistillationCollator(pad_token_id=0)  # the padding is masked and never a target
     batches = deal_batches(transfer_set.lengths.tolist(), batch_size, share)
-    quiet = None if progress and (not share or process_state().is_main_process) else True
-    found = Fidelity.zeros(len(transfer_set), dense=teacher is not None)
-    training = [(each, each.training) for each in (model, teacher) if each is not None]
-    for each, _ in training:
-        each.eval()
-    for indices in tqdm(batches, desc="fidelity", unit="batch", disable=quiet):
-        batch = collate(transfer_set.__getitems__(indices))
-        with torch.inference_mode():
+    quiet = None if progress and is_writer(share) else True
+    found: list[tuple[list[int], dict[str, Floats]]] = []
+    with evaluation_mode(*(each for each in (model, teacher) if each is not None)), torch.inference_mode():
+        for indices in tqdm(batches, desc="fidelity", unit="batch", disable=quiet):
+            batch = collate(transfer_set.__getitems__(indices))
             states, targets = run_to_targets(model, batch, fused=fused[0])
             device, beside = states.device, None
             if teacher is not None:
                 beside = states if teacher is model else run_to_targets(teacher, batch, fused=fused[1])[0].to(device)
             positions = _measure_positions(states, targets, batch["teacher"].to(device), beside)
-            found.place(indices, sum_rows(batch["labels"].to(device), positions))
-    for each, mode in training:
-        each.train(mode)
-    if share and process_state().num_processes > 1:  # each process has filled in its own rows
-        found = Fidelity(reduce(found.rows.to(process_state().device), "sum").cpu(), found.dense)
-    broken = int((~found.rows.isfinite().all(1)).sum())
+            found.append((indices, _sum_rows(batch["labels"], positions)))
+    if share and process_state().num_processes > 1:
+        found = gather_object(found)
+    order = np.argsort(np.concatenate([indices for indices, _ in found]))
+    columns = {name: _shorten(np.concatenate([sums[name] for _, sums in found])[order]) for name in found[0][1]}
+    broken = np.any([~np.isfinite(sums).reshape(len(order), -1).all(1) for sums in columns.values()], axis=0).sum()
     if broken:
         raise DataError(
             f"The figures of {broken} of {len(transfer_set)} rows are not finite: the logits hold NaN or infinity. "
             "Load the model in bfloat16 or float32, or look for the step at which its training diverged."
         )
-    return found
+    return Fidelity(columns, {"transfer_set": transfer_set.digest})
 
 
 def _measure_positions(
@@ -119,3 +122,50 @@ def _measure_positions(
         for name, values in chunk.items():
             parts.setdefault(name, []).append(values)
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floats]:
+    """Figures at target positions, summed per row, and per row and bin.
+
+    Shapes: labels (B, T), positions (N,), returns (B,) and (B, bins).
+    """
+    stacked = torch.stack([values.to(wide_dtype(values.device)) for values in positions.values()])
+    values = dict(zip(positions, stacked.cpu().double().numpy(), strict=True))  # one wait for the device
+    is_target = (labels[:, 1:] != IGNORE_INDEX).numpy()
+    rows = is_target.nonzero()[0]
+    values["tokens"] = np.ones(len(rows))
+    places = (is_target.cumsum(1) - 1)[is_target]  # among the row's targets, from 0
+    has_dense = "dense_kl" in values
+    sums: dict[str, Floats] = {}
+    for key in (*ROWS, *(DENSE_ROWS if has_dense else ())):
+        sums[key] = np.bincount(rows, values[key.removesuffix("_sum")], len(labels)).astype(np.float64)
+    for kind, keys in BINNED.items():
+        prefix = "dense_" if kind.startswith("dense_") else ""
+        if prefix and not has_dense:
+            continue
+        if kind == "confidence":
+            bins = bin_confidence(values["confidence"])
+        else:
+            bins = bin_values(values[kind] if kind.endswith("entropy") else places, EDGES[kind])
+        width = len(EDGES[kind])
+        for key in keys:
+            summed = values[key if key == "tokens" else prefix + key.removesuffix("_sum")]
+            flat = np.bincount(rows * width + bins, summed, len(labels) * width)
+            sums[f"{kind}/{key}"] = flat.reshape(-1, width).astype(np.float64)
+    return sums
+
+
+def _shorten(sums: Floats) -> Floats:
+    """Sums in as many digits as float32 terms have, which takes a third of the file."""
+    return np.array([float(f"{value:.{_SIGNIFICANT_DIGITS}g}") for value in sums.ravel()]).reshape(sums.shape)
+
+
+def bin_values(values: NDArray[Any], edges: tuple[float, ...]) -> NDArray[np.int64]:
+    """(N,) values -> (N,) bins: the last edge that is not above the value; below the first edge, bin 0."""
+    return np.asarray(np.digitize(values, edges[1:]), dtype=np.int64)
+
+
+def bin_confidence(confidence: Floats) -> NDArray[np.int64]:
+    """(N,) probabilities -> (N,) bins of equal width, each with its upper end."""
+    inner = np.arange(1, CONFIDENCE_BINS) / CONFIDENCE_BINS
+    return np.asarray(np.digitize(confidence, inner, right=True), dtype=np.int64)

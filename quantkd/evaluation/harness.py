@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,25 +19,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from quantkd.errors import ConfigError, DataError, MissingDependencyError
-from quantkd.evaluation.kept import compute_arm_fingerprint
-from quantkd.evaluation.task_results import (
-    TaskResult,
-    describe_items,
-    number_items,
-    read_figures,
-    read_kept,
-    read_verdicts,
-    to_line,
-    write_result,
-)
+from quantkd.errors import ConfigError, MissingDependencyError
+from quantkd.evaluation.arms import TaskResult
+from quantkd.evaluation.fingerprint import compute_model_fingerprint
+from quantkd.evaluation.records import RecordFile
+from quantkd.evaluation.sharing import is_writer
+from quantkd.foreign import spread_harness
 from quantkd.hardware import has_accelerator, process_state
+from quantkd.models.network import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,31 +72,37 @@ def evaluate_tasks(
     tasks: HarnessTasks,
     folder: str | Path,
     *,
+    finished: Mapping[str, TaskResult] = MappingProxyType({}),
+    fingerprint: str | None = None,
     batch_size: int = 8,
     share: bool = False,
-) -> dict[str, TaskResult]:
-    """Run tasks of lm-evaluation-harness on a model."""
+) -> Iterator[tuple[str, TaskResult]]:
+    """Run tasks of lm-evaluation-harness on a model; each is handed out as it is done.
+
+    Those that are `finished` with the same settings are not run again. Each item is written to `<folder>/<task>.jsonl`.
+    Of the processes that share the items, the main one gets the results of tasks that are run.
+    """
+    fingerprint = fingerprint or compute_model_fingerprint(model)
     manager = tasks.manager
-    fingerprint = compute_arm_fingerprint(model)
-    results = {}
     for name in tasks.names:
-        path = Path(folder) / (re.sub(r"[^\w.-]+", "_", name) + ".json")
+        path = Path(folder) / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
         with _quiet():
-            settings = _describe(manager.load([name])["tasks"], name, tasks, fingerprint)
-            result = None if tasks.rerun else _read_once(path, settings, share)
-            if result is None:
-                found = _run(model, tokenizer, manager, name, tasks, batch_size, share)
-                if found is None:
-                    continue  # another process holds the result
-                result = TaskResult(found.figures, found.verdicts, describe_items(settings))
-                write_result(path, settings, result, found.records)
-        if not share or process_state().is_main_process:
-            results[name] = result
-    return results
+            settings = _describe(manager.load([name])["tasks"], name, tasks)
+            if tasks.rerun and is_writer(share):
+                path.unlink(missing_ok=True)
+            file = RecordFile(path, {**settings, "model": fingerprint}, share=share)
+            if not tasks.rerun and name in finished and finished[name].settings == settings:
+                yield name, finished[name]
+                continue
+            found = _run(model, tokenizer, name, tasks, batch_size, share)
+        if found is not None:  # otherwise another process has the result
+            items = _number_items(found["samples"])
+            file.replace(items)
+            yield name, _read_result(found, name, tasks, settings, items)
 
 
-def _describe(leaves: Mapping[str, Any], name: str, tasks: HarnessTasks, fingerprint: str) -> dict[str, Any]:
-    """What decides the result of one name, as JSON."""
+def _describe(leaves: Mapping[str, Any], name: str, tasks: HarnessTasks) -> dict[str, Any]:
+    """What decides the result of one name besides the model, as JSON."""
     return {
         "task": name,
         "versions": {leaf: str(task.VERSION) for leaf, task in leaves.items()},
@@ -106,7 +110,6 @@ def _describe(leaves: Mapping[str, Any], name: str, tasks: HarnessTasks, fingerp
         "num_fewshot": tasks.num_fewshot,
         "limit": tasks.limit,
         "apply_chat_template": tasks.apply_chat_template,
-        "model": fingerprint,
         "lm_eval": version("lm_eval"),
     }
 
@@ -142,80 +145,120 @@ def _load_manager(tasks: HarnessTasks) -> Any:
     return manager
 
 
-class _Run(NamedTuple):
-    figures: dict[str, dict[str, dict[str, Any]]]
-    verdicts: dict[str, list[dict[str, Any]]]
-    records: list[dict[str, Any]]
-
-
 def _run(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    manager: Any,
-    name: str,
-    tasks: HarnessTasks,
-    batch_size: int,
-    share: bool,
-) -> _Run | None:
-    """One name, measured; None in other processes than the main one."""
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, tasks: HarnessTasks, batch_size: int, share: bool
+) -> dict[str, Any] | None:
+    """What the harness gives for one name; None in other processes than the main one."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    state = process_state()
-    if share and state.num_processes > 1:
-        # A loaded model's processes are left to the caller; these are what HFLM sets when it loads one itself.
-        harnessed.accelerator = Accelerator(cpu=not has_accelerator())
-        harnessed._rank, harnessed._world_size = state.process_index, state.num_processes
-    training = model.training
-    try:
-        found = simple_evaluate(
+    with evaluation_mode(model):
+        harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        if share and process_state().num_processes > 1:
+            spread_harness(harnessed, Accelerator(cpu=not has_accelerator()))
+        found: dict[str, Any] | None = simple_evaluate(
             harnessed,
             tasks=[name],
             num_fewshot=tasks.num_fewshot,
             limit=tasks.limit,
             apply_chat_template=tasks.apply_chat_template,
             fewshot_as_multiturn=tasks.apply_chat_template,
-            task_manager=manager,
+            task_manager=tasks.manager,
             log_samples=True,
         )
-    finally:
-        model.train(training)
-    if found is None:
-        return None
-    records = number_items(found["samples"])
-    figures = {task: read_figures(found, task) for task in found["results"]}
+    return found
+
+
+def _read_result(
+    found: Mapping[str, Any], name: str, tasks: HarnessTasks, settings: Mapping[str, Any], items: list[dict[str, Any]]
+) -> TaskResult:
+    figures = {task: _read_figures(found, task) for task in found["results"]}
     shots = sorted({int(found["n-shot"][task]) for task in found["samples"]})
     title = f"lm-eval {name}, {'/'.join(map(str, shots))}-shot" + ", chat" * tasks.apply_chat_template
-    verdicts = read_verdicts(records, title, figures.get(name) if len(found["samples"]) == 1 else None)
-    return _Run(figures, verdicts, records)
+    verdicts = _read_verdicts(items, title, figures.get(name) if len(found["samples"]) == 1 else None)
+    return TaskResult(settings, figures, verdicts)
 
 
 def _digest_items(leaves: Mapping[str, Any], limit: int | None) -> str:
     """A digest of the tasks' settings and items, so that another version of a local file is another evaluation."""
     digest = hashlib.sha256()
     for name, task in leaves.items():
-        digest.update(to_line({name: task.dump_config()}).encode())
+        digest.update(_to_line({name: task.dump_config()}).encode())
         for item in islice(task.eval_docs, limit):
-            digest.update(to_line(item).encode())
+            digest.update(_to_line(item).encode())
     return digest.hexdigest()[:16]
 
 
-def _read_once(path: Path, settings: Mapping[str, Any], share: bool) -> TaskResult | None:
-    """What the main process reads, in all processes, so that all run a task or none does."""
-    if not share or process_state().num_processes == 1:
-        return read_kept(path, settings)
-    answer: list[Any] = [None, None]
-    if process_state().is_main_process:
-        try:
-            answer[0] = read_kept(path, settings)
-        except DataError as error:
-            answer[1] = str(error)
-    result: TaskResult | None
-    result, refusal = broadcast_object_list(answer)
-    if refusal is not None:
-        raise DataError(refusal)
-    return result
+def _number_items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The harness' samples as records, one an item and filter."""
+    records, start = [], 0
+    for task, logged in samples.items():
+        ordered = sorted(logged, key=lambda sample: sample["doc_id"])  # stable, so filters keep their order
+        places = {doc: start + place for place, doc in enumerate(dict.fromkeys(s["doc_id"] for s in ordered))}
+        for sample in ordered:
+            kept = {key: sample[key] for key in ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps")}
+            metrics = {metric: _plain(sample[metric]) for metric in sample["metrics"]}
+            record = {"id": places[sample["doc_id"]], "task": task, "filter": sample["filter"], "metrics": metrics}
+            records.append({**record, **kept})
+        start += len(places)
+    return records
+
+
+def _read_figures(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
+    """The metrics of one task or group, as `TaskResult.figures` holds them."""
+    values = found["results"][task]
+    count = found["n-samples"].get(task, {}).get("effective", values.get("sample_len"))
+    figures = {}
+    for key, value in values.items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        items = (values.get("sample_count") or {}).get(key, count)  # of a group, whose tasks need not all have it
+        error = _finite(values.get(f"{metric}_stderr,{filter_name}"))
+        figures[key] = {"value": _finite(value), "stderr": error, "n": items}
+    return figures
+
+
+def _read_verdicts(
+    records: Sequence[Mapping[str, Any]], title: str, figures: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, list[bool]]:
+    """The items of every metric that is 0 or 1 on each of them."""
+    values: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+    for record in records:
+        for metric, value in record["metrics"].items():
+            values.setdefault((metric, record["filter"]), []).append((record["id"], value))
+    num_items = len({record["id"] for record in records})
+    verdicts = {}
+    for (metric, filter_name), items in values.items():
+        if len(items) != num_items or not all(_is_verdict(value) for _, value in items):
+            continue
+        if figures is not None:
+            reported = figures.get(f"{metric},{filter_name}", {}).get("value")
+            mean = sum(float(value) for _, value in items) / len(items)
+            if reported is None or not math.isclose(reported, mean, abs_tol=1e-9):
+                continue
+        setting = f"{title}, {metric}" + (f", {filter_name}" if filter_name != "none" else "")
+        verdicts[setting] = [bool(value) for _, value in sorted(items)]
+    return verdicts
+
+
+def _is_verdict(value: Any) -> bool:
+    return isinstance(value, Real) and float(value) in (0.0, 1.0)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+
+
+def _to_line(value: Any) -> str:
+    """JSON on one line, the same in every process."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return re.sub(r" at 0x[0-9a-f]+", "", text)  # a function's place in memory
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's, which JSON and `Real` know."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
 @contextmanager

@@ -1,28 +1,22 @@
-"""Records of an evaluation: one JSON object a line, written as answers come in, and taken up again after a stop."""
+"""Records of an evaluation: one JSON object per line, written as answers come in, and taken up again after a stop."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from quantkd.errors import DataError
-from quantkd.models.cpu_repacking import unpack_kept
-from quantkd.models.network import base_network
+from quantkd.evaluation.sharing import ask_main, is_writer
+from quantkd.files import write_file
 
-_SAMPLES_PER_WEIGHT = 64
-# What a config holds that no forward pass depends on, or that the weights and `compute_arm_fingerprint` say.
-_IDLE_CONFIG = {"architectures", "dtype", "quantization_config", "transformers_version", "use_cache", "pad_token_id"}
+Record = TypeVar("Record")
 
 
 class RecordFile:
-    """A JSONL file of records with the key `id`, and a small file beside it that says what they are answers to.
+    """A JSONL file of records with the key `id`, and a file beside it that says what they are answers to.
 
     The settings in `<name>.settings.json` name the model and the items. Records are taken up only under the same
     settings: an old file must not pass for the answers of a newly trained model.
@@ -30,108 +24,128 @@ class RecordFile:
     Args:
         path: the JSONL file; its folder is made.
         settings: JSON values that together decide the answers.
+        read: makes a record of a line's value, or refuses it with a ValueError; None does not take records up.
+        share: all processes of the launcher make this call; the main one reads and writes.
 
     Raises:
         DataError: the file holds records of other settings, records without settings, or a damaged line that is not
             the last one.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        read: Callable[[dict[str, Any]], Any] | None = None,
+        *,
+        share: bool = False,
+    ) -> None:
         self.path = path
-        self.existing: list[dict[str, Any]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        settings_path = path.with_name(path.name + ".settings.json")
-        if path.exists():
-            _check_settings(path, settings_path, settings)
-            self.existing = _read_records(path)
-            self._write(self.existing)  # without a last line that was cut off
-        temporary = settings_path.with_name(settings_path.name + ".tmp")
-        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, settings_path)  # records without settings would be lost
+        self._is_writer = is_writer(share)
+        self.existing: list[Any] = ask_main(share, lambda: self._take_up(settings, read))
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records at the end, so that they survive the end of this process."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(_to_line(record) for record in records)
+        if self._is_writer:
+            with self.path.open("ab") as file:
+                file.writelines(_to_line(record) for record in records)
 
-    def sort(self, records: Iterable[dict[str, Any]]) -> None:
+    def replace(self, records: Iterable[dict[str, Any]]) -> None:
         """Replace the file by all records in the order of their ids: the same bytes whatever the batches were."""
-        self._write(sorted(records, key=lambda record: record["id"]))
+        if self._is_writer:
+            lines = [_to_line(record) for record in sorted(records, key=lambda record: record["id"])]
+            write_file(self.path, b"".join(lines))
 
-    def _write(self, records: Iterable[dict[str, Any]]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_to_line(record) for record in records)
-        os.replace(temporary, self.path)
-
-
-def compute_prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
-    """A digest of tokenised prompts, in order."""
-    return hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()
-
-
-def compute_model_fingerprint(model: Any) -> str:
-    """A digest of what decides a model's answers: samples of every weight, its config, and its adapters' state.
-
-    Training moves all weights of an adapter, so a few samples of each tell two trainings apart, and the 16 GB of a
-    model need not be hashed. An adapter's scaling is no weight, nor are the positions' frequencies of a model.
-    """
-    unpack_kept(model)  # the same model before its first answer and after it
-    digest = hashlib.sha256(_describe_config(model).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            flat = parameter.detach().reshape(-1)
-            samples = flat[:: max(1, flat.numel() // _SAMPLES_PER_WEIGHT)].cpu().contiguous()
-            digest.update(samples.view(torch.uint8).numpy().tobytes())
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            digest.update(f"{name} {module.disable_adapters} {module.active_adapters}".encode())
-            scaling = getattr(module, "scaling", {})
-            digest.update(f"{sorted((each, scaling.get(each)) for each in module.active_adapters)}".encode())
-    return digest.hexdigest()[:16]
+    def _take_up(self, settings: Mapping[str, Any], read: Callable[[dict[str, Any]], Any] | None) -> list[Any]:
+        settings_path = self.path.with_name(self.path.name + ".settings.json")
+        found: list[Any] = []
+        if self.path.exists():
+            _check_settings(self.path, settings_path, settings)
+            content = self.path.read_bytes() if read else b""
+            whole = content[: content.rfind(b"\n") + 1]  # the process may have ended while it wrote the last line
+            found = _read_lines(self.path, whole, read) if read else []
+            if whole != content:
+                write_file(self.path, whole)
+        write_file(settings_path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        return found
 
 
-def _describe_config(model: Any) -> str:
-    config: Any = getattr(base_network(model), "config", None)
-    facts = config.to_dict() if hasattr(config, "to_dict") else {}
-    facts = {key: value for key, value in facts.items() if key not in _IDLE_CONFIG and not key.startswith("_")}
-    return json.dumps(facts, sort_keys=True, default=str)
+def compute_digest(values: Sequence[Any]) -> str:
+    """A digest of JSON values, such as prompts, in order."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _check_settings(path: Path, settings_path: Path, settings: dict[str, Any]) -> None:
-    if not settings_path.exists():
-        raise DataError(f"{path} holds records, and {settings_path.name} beside it is missing, so what they answer is "
-                        "unknown. Remove the file, or give another one.")  # fmt: skip
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; an error names the file and the line."""
+    content = path.read_bytes()
     try:
-        found = json.loads(settings_path.read_text(encoding="utf-8"))
+        return _parse(content)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line} is not UTF-8. Evaluate again to write it anew.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. Evaluate again to write it anew.") from error
+
+
+def read_fields(kind: type[Record], value: dict[str, Any]) -> Record:
+    """A flat dataclass from a JSON object; a ValueError refuses other keys, and values of another type."""
+    hints = get_type_hints(kind)
+    if value.keys() != hints.keys():
+        raise ValueError(f"found the keys {sorted(value)}, expected {sorted(hints)}")
+    for name, hint in hints.items():
+        if type(value[name]) not in (get_args(hint) or (hint,)):
+            raise ValueError(f"{name} is {value[name]!r:.80}, expected {getattr(hint, '__name__', hint)}")
+    return kind(**value)
+
+
+def _check_settings(path: Path, settings_path: Path, settings: Mapping[str, Any]) -> None:
+    if not settings_path.exists():
+        raise DataError(f"{path} holds records, and {settings_path.name} beside it is missing, so it is unknown what "
+                        "they answer. Remove the file, or choose another one.")  # fmt: skip
+    try:
+        found = _parse(settings_path.read_bytes())
         if not isinstance(found, dict):
-            raise ValueError(f"expected an object, found {type(found).__name__}")
-    except ValueError as error:  # of which JSON's and Unicode's errors are kinds
-        raise DataError(f"{settings_path} is damaged: {error}. So what {path.name} answers is unknown. Remove both "
-                        "(`quantkd evaluate --force` does) to evaluate anew.") from error  # fmt: skip
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise DataError(f"{settings_path} is damaged: {error}. So it is unknown what {path.name} answers. Remove both "
+                        "(`quantkd evaluate --force` does) to evaluate again.") from error  # fmt: skip
     differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if differing:
-        pairs = ", ".join(f"{key} is {found.get(key)!r}, not {settings.get(key)!r}" for key in differing)
+        pairs = ", ".join(f"{key} is {found.get(key)!r:.200}, not {settings.get(key)!r:.200}" for key in differing)
         raise DataError(f"{path} holds records of another evaluation: {pairs}. Remove the file "
-                        "(`quantkd evaluate --force` does), or give another one.")  # fmt: skip
+                        "(`quantkd evaluate --force` does), or choose another arm.")  # fmt: skip
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file whose last line may be cut off."""
-    records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
+def _read_lines(path: Path, content: bytes, read: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    records: dict[Any, Record] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line) if line else None
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline after it: the process ended while it wrote this line
-                break
-            raise DataError(f"{path}, line {number} is damaged: {error}. Remove the file to evaluate anew.") from error
-        if record is not None:
-            records.append(record)
-    return records
+            value = _parse(line)
+            if not isinstance(value, dict) or type(value.get("id")) is not int:
+                raise ValueError("expected an object with a whole number as its id")
+            if value["id"] in records:
+                raise ValueError(f"a line before has the id {value['id']} too")
+            records[value["id"]] = read(value)
+        except ValueError as error:  # of which JSON's and Unicode's errors are kinds
+            raise DataError(f"{path}, line {number} is damaged: {error}. Remove the file to evaluate again.") from error
+    return list(records.values())
 
 
-def _to_line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+def _parse(content: bytes) -> Any:
+    """JSON that can be written again: without NaN, infinity, lone surrogates, and nesting beyond the stack."""
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        value = json.loads(content.decode(), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if b"\\ud" in content.lower():
+        _to_line(value)
+    return value
+
+
+def _to_line(value: Any) -> bytes:
+    """One line of JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"

@@ -1,57 +1,129 @@
-"""Intervals, a paired test, and the share of the teacher's gap that came back; docs/statistics.md explains each."""
+"""Intervals, paired tests and the gap recovered, from sums over rows; docs/statistics.md explains each.
+
+Every figure follows from sums over rows, so that it can be formed again for any draw of rows.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.stats import binomtest, norm
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest, bootstrap, norm
 
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.bootstrap import (
-    BootstrapSettings,
-    Interval,
-    check_confidence,
-    compute_percentiles,
-    resample,
-)
-from quantkd.evaluation.row_statistics import RowStatistic, compute_value, divide
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+Transform = Literal["identity", "exp"]
+
+_MAX_EXPONENT = 700.0  # exp of more is not a float64
+_BATCH = 256  # resamples at a time: (this, rows) indices are in memory
+
+
+class RowStatistic(Protocol):
+    """A figure that follows from sums over rows."""
+
+    def to_columns(self) -> Floats:
+        """(N, C) what is summed over rows, checked."""
+
+    def compute(self, sums: Floats) -> Floats:
+        """(..., C) sums over rows -> (...) the figure."""
 
 
 @dataclass(frozen=True)
-class McNemarResult:
-    """The paired comparison of two models on the same questions.
+class RowSums:
+    """A ratio of sums over rows, such as nats over tokens, or correct answers over questions.
 
     Args:
-        only_a: questions that only the first model solved.
-        only_b: questions that only the second solved.
-        p_value: two-sided; how likely so uneven a split would be if both were equally good.
+        numerators: (N,) one sum per row.
+        denominators: (N,) what it is divided by; None counts each row once.
+        transform: "exp" for perplexity, which is exp of a mean.
     """
 
-    only_a: int
-    only_b: int
-    p_value: float
+    numerators: ArrayLike
+    denominators: ArrayLike | None = None
+    transform: Transform = "identity"
+
+    def to_columns(self) -> Floats:
+        """(N, 2): numerators and denominators.
+
+        Raises:
+            DataError: arrays of different shapes, no rows, values that are not finite, or no denominator above 0.
+        """
+        numerators = np.asarray(self.numerators, dtype=np.float64)
+        given = self.denominators
+        denominators = np.ones_like(numerators) if given is None else np.asarray(given, dtype=np.float64)
+        if numerators.ndim != 1 or numerators.shape != denominators.shape or not numerators.size:
+            raise DataError(
+                f"Found numerators of shape {numerators.shape} and denominators of shape {denominators.shape}; "
+                "expected both of one shape (N,), N at least 1."
+            )
+        if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
+            raise DataError("Found a row sum that is not finite. Look for NaN in the evaluation that produced it.")
+        if denominators.min() < 0 or not denominators.sum():
+            raise DataError("Found a negative denominator, or none above 0; expected counts such as tokens per row.")
+        return np.stack([numerators, denominators], axis=1)
+
+    def compute(self, sums: Floats) -> Floats:
+        """(..., 2) -> (...): their ratio, transformed."""
+        ratio = _divide(sums[..., 0], sums[..., 1])
+        return np.exp(np.minimum(ratio, _MAX_EXPONENT)) if self.transform == "exp" else ratio
 
 
 @dataclass(frozen=True)
-class GapRecovered:
-    """The share of the distance from "before" to the teacher that "after" has covered: 0 none, 1 all of it.
+class CalibrationSums:
+    """The expected calibration error: how far a model's confidence in its top token is from how often it is right.
+
+    `sum over bins of |confidence - correct| / tokens`, each summed over the tokens of the bin.
 
     Args:
-        value: the share; None where the data cannot tell it.
-        reason: why there is no value; None where there is one.
-        interval: its bootstrap interval; None without a value, or where the resamples leave it unbounded.
+        confidences: (N, M) a row's top-1 probabilities, summed in each of M bins of confidence.
+        correct: (N, M) how often the top token was the target.
+        tokens: (N, M) the row's tokens in each bin.
+
+    Reference:
+        Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv:1706.04599), equation 3.
+
+    Example:
+        >>> one_row = CalibrationSums(confidences=[[0.4, 1.8]], correct=[[0, 2]], tokens=[[1, 2]])
+        >>> round(compute_value(one_row), 6)  # (|0.4 - 0| + |1.8 - 2|) / 3
+        0.2
     """
 
-    value: float | None
-    reason: str | None = None
-    interval: Interval | None = None
+    confidences: ArrayLike
+    correct: ArrayLike
+    tokens: ArrayLike
+
+    def to_columns(self) -> Floats:
+        """(N, 3 M): confidences, correct, tokens."""
+        parts = [np.asarray(part, dtype=np.float64) for part in (self.confidences, self.correct, self.tokens)]
+        if parts[0].ndim != 2 or len({part.shape for part in parts}) != 1 or not parts[0].size:
+            raise DataError(
+                f"Found confidences, correct and tokens of shapes {[part.shape for part in parts]}; "
+                "expected all of one shape (N, M)."
+            )
+        if not all(np.isfinite(part).all() for part in parts) or not parts[2].sum() > 0:
+            raise DataError("Found a calibration sum that is not finite, or no tokens. Evaluate this arm again.")
+        return np.concatenate(parts, axis=1)
+
+    def compute(self, sums: Floats) -> Floats:
+        """(..., 3 M) -> (...): the error, in [0, 1]."""
+        confidences, correct, tokens = np.split(sums, 3, axis=-1)
+        return _divide(np.abs(confidences - correct).sum(-1), tokens.sum(-1))
+
+
+def compute_value(statistic: RowStatistic) -> float:
+    """The figure over all rows."""
+    return float(statistic.compute(statistic.to_columns().sum(0)))
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion; unlike the textbook one it holds for few trials and near 0 and 1.
+    """Wilson's score interval of a proportion, which also holds for few trials and near 0 and 1.
 
     Args:
         correct: successes.
@@ -73,17 +145,32 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
         >>> print(f"{low:.3f} to {high:.3f}")
         0.309 to 0.498
     """
-    check_confidence(confidence)
+    _check_share("confidence", confidence)
     if n < 1 or not 0 <= correct <= n:
         raise DataError(f"Found {correct} correct of {n}; expected at least 1 trial, and 0 to {n} correct.")
     interval = binomtest(int(correct), int(n)).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemarResult:
-    """McNemar's exact test: of the questions that one model alone solved, is the split more uneven than a coin's?
+@dataclass(frozen=True)
+class McNemarResult:
+    """The paired comparison of two models on the same questions.
 
-    Questions that both or neither solved say nothing about it, and drop out.
+    Args:
+        only_a: questions that only the first model solved.
+        only_b: questions that only the second solved.
+        p_value: two-sided; the probability of a split at least this uneven if both were equally good.
+    """
+
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemarResult:
+    """McNemar's exact test: is the split of the questions that only one model solved more uneven than chance?
+
+    Questions that both or neither solved carry no information about the difference and are left out.
 
     Args:
         a_correct: (N,) bool, the first model's verdicts.
@@ -113,28 +200,28 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemarResult:
 def compute_questions_needed(
     only_a: int, only_b: int, n: int, *, level: float = 0.05, power: float = 0.8
 ) -> int | None:
-    """How many questions McNemar's test would need to see a difference as large as the observed one.
+    """How many questions McNemar's test would need to detect a difference as large as the observed one.
 
-    Of a share `d = (only_a + only_b) / n` of the questions one model alone is right, and their accuracies differ by
-    `e = (only_a - only_b) / n`. Were these the true rates, `((z_a * sqrt(d) + z_b * sqrt(d - e^2)) / e)^2` questions
-    give p < `level` with probability `power`, with the normal quantiles z_a at 1 - level / 2 and z_b at `power`.
+    On a share `d = (only_a + only_b) / n` of the questions only one model is right, and their accuracies differ by
+    `e = (only_a - only_b) / n`. If these were the true rates, `((z_a * sqrt(d) + z_b * sqrt(d - e^2)) / e)^2` questions
+    would give p < `level` with probability `power`, with the normal quantiles z_a at 1 - level / 2 and z_b at `power`.
 
     Args:
         only_a: questions that only the first model solved.
         only_b: questions that only the second solved.
-        n: all questions, those included that both or neither solved.
+        n: all questions, including those that both or neither solved.
         level: of the two-sided test.
-        power: how often the difference shall be seen.
+        power: the probability of detecting the difference.
 
     Returns:
         The number, rounded up; None where both solved equally many, which no number of questions tells apart.
 
     Raises:
-        DataError: counts that cannot be.
+        DataError: counts that are negative or add up to more than n.
         ConfigError: a level or power outside (0, 1).
 
     Reference:
-        Connor 1987, Biometrics 43:207. It is the test without continuity correction; the exact one takes up to a tenth
+        Connor 1987, Biometrics 43:207, for the test without continuity correction; the exact one needs up to a tenth
         more.
 
     Example:
@@ -142,15 +229,127 @@ def compute_questions_needed(
         155
     """
     if min(only_a, only_b) < 0 or only_a + only_b > n or n < 1:
-        raise DataError(f"Found {only_a} and {only_b} questions that one model alone solved, of {n}; expected counts.")
-    if not (0 < level < 1 and 0 < power < 1):
-        raise ConfigError(f"Found level={level} and power={power}; expected both between 0 and 1.")
+        raise DataError(f"Found {only_a} and {only_b} questions that only one model solved, of {n}; expected counts.")
+    _check_share("level", level)
+    _check_share("power", power)
     if only_a == only_b:
         return None
     discordant, difference = (only_a + only_b) / n, (only_a - only_b) / n
     z_level, z_power = float(norm.ppf(1 - level / 2)), float(norm.ppf(power))
     spread = z_level * math.sqrt(discordant) + z_power * math.sqrt(max(0.0, discordant - difference**2))
     return math.ceil((spread / difference) ** 2)
+
+
+def bootstrap_interval(
+    statistic: RowStatistic, *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
+) -> Interval:
+    """Percentile bootstrap interval of a figure, over whole rows.
+
+    Rows are drawn, not tokens: the tokens of one answer depend on each other, and an interval over tokens would be far
+    too narrow.
+
+    Args:
+        statistic: the figure, as sums over N rows.
+        confidence: the coverage, in (0, 1).
+        seed: of the draws; the same seed draws the same rows.
+        resamples: how many draws.
+
+    Returns:
+        The bounds, in the figure's unit.
+
+    Raises:
+        DataError: fewer than 2 rows, or rows that the statistic refuses.
+        ConfigError: a confidence outside (0, 1), or no resamples.
+
+    Reference:
+        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+    """
+    return _middle(_resample([statistic], lambda figures: figures[0], confidence, seed, resamples), confidence)
+
+
+def bootstrap_ratio_interval(
+    numerators: ArrayLike,
+    denominators: ArrayLike | None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Interval:
+    """`bootstrap_interval` of `sum(numerators) / sum(denominators)`.
+
+    Args:
+        numerators: (N,) one sum per row.
+        denominators: (N,) what it is divided by; None counts each row once.
+        confidence: the coverage, in (0, 1).
+        seed: of the draws.
+        resamples: how many draws.
+    """
+    statistic = RowSums(numerators, denominators)
+    return bootstrap_interval(statistic, confidence=confidence, seed=seed, resamples=resamples)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One model's figure minus another's on the same rows.
+
+    Args:
+        value: in the figure's unit.
+        interval: its paired bootstrap interval; None for a single row.
+    """
+
+    value: float
+    interval: Interval | None
+
+
+def compute_difference(
+    a: RowStatistic, b: RowStatistic, *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
+) -> Difference:
+    """`a - b` with its paired bootstrap interval: each draw takes the same rows of both models.
+
+    What makes a row hard for both cancels, so the interval is narrower than those of the two figures suggest.
+
+    Args:
+        a: the first model's figure.
+        b: the second model's, over the same rows in the same order.
+        confidence: the coverage, in (0, 1).
+        seed: of the draws.
+        resamples: how many draws.
+
+    Returns:
+        The difference and its interval.
+
+    Raises:
+        DataError: models with different numbers of rows.
+        ConfigError: a confidence outside (0, 1), or no resamples.
+
+    Reference:
+        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13.
+
+    Example:
+        >>> result = compute_difference(RowSums([3, 5, 9, 3]), RowSums([2, 4, 8, 2]))  # each row is 1 more
+        >>> result.value, result.interval
+        (1.0, (1.0, 1.0))
+    """
+    value = compute_value(a) - compute_value(b)
+    if len(a.to_columns()) < 2 and len(b.to_columns()) < 2:
+        return Difference(value, None)
+    draws = _resample([a, b], lambda figures: figures[0] - figures[1], confidence, seed, resamples)
+    return Difference(value, _middle(draws, confidence))
+
+
+@dataclass(frozen=True)
+class GapRecovered:
+    """The share of the distance from "before" to the teacher that "after" has covered: 0 none, 1 all of it.
+
+    Args:
+        value: the share; None where the data cannot tell it.
+        reason: why there is no value; None where there is one.
+        interval: its bootstrap interval; None without a value, or where the resamples leave it unbounded.
+    """
+
+    value: float | None
+    reason: str | None = None
+    interval: Interval | None = None
 
 
 def compute_gap_recovered(
@@ -169,20 +368,21 @@ def compute_gap_recovered(
     If teacher and before cannot be told apart, the ratio divides noise by noise, and no value is given.
 
     Args:
-        teacher: the teacher's row sums.
-        before: those of the quantized model before distillation.
-        after: those after it; all three on the same rows in the same order.
+        teacher: the teacher's figure.
+        before: that of the quantized model before distillation.
+        after: that of the distilled one; all three over the same rows in the same order.
         higher_is_better: True for accuracy and agreement, False for KL and perplexity.
-        binary: rows are verdicts, 0 or 1: McNemar's exact test judges the gap, too; a bootstrap of few is too sure.
+        binary: rows are verdicts, 0 or 1: McNemar's exact test judges the gap too, because the bootstrap interval of
+            few verdicts is too narrow.
         confidence: the coverage of the intervals, and 1 - the level of the test.
         seed: of the paired bootstrap.
-        resamples: how many it draws.
+        resamples: how many draws.
 
     Returns:
         The share with its interval, or the reason why there is none.
 
     Raises:
-        DataError: arms of different length, or rows that a statistic refuses.
+        DataError: models with different numbers of rows, or rows that a statistic refuses.
         ConfigError: a confidence outside (0, 1), or no resamples.
 
     Example:
@@ -190,34 +390,93 @@ def compute_gap_recovered(
         >>> compute_gap_recovered(teacher, before, after, higher_is_better=False).value
         0.75
     """
-    settings = BootstrapSettings(confidence, seed, resamples)
     arms = (teacher, before, after)
     columns = [arm.to_columns() for arm in arms]
-    sizes = [len(one) for one in columns]
-    if len(set(sizes)) != 1:
-        raise DataError(f"Teacher, before and after have {sizes} rows; expected the same rows for all three.")
+    num_rows = _count_rows(columns)
     teacher_value, before_value, after_value = (compute_value(arm) for arm in arms)
     gap = teacher_value - before_value
     if gap == 0:
         return GapRecovered(None, "teacher and before score the same")
-    if sizes[0] < 2:
+    if num_rows < 2:
         return GapRecovered(None, "a single row gives no interval")
     noise = f"the teacher's gap of {gap:+.4g} is inside noise"
     if binary:
         test = mcnemar_exact(columns[0][:, 0] > 0.5, columns[1][:, 0] > 0.5)
         if test.p_value >= 1 - confidence:
-            needed = compute_questions_needed(test.only_a, test.only_b, sizes[0], level=1 - confidence)
-            found = f"exact McNemar p = {test.p_value:.2g}, n = {sizes[0]}"
-            return GapRecovered(None, f"{noise} ({found}; to see it takes about {needed:,} questions)")
-    teachers, befores, afters = resample(arms, settings)
-    gaps = teachers - befores
-    low, high = compute_percentiles(gaps, confidence)
+            needed = compute_questions_needed(test.only_a, test.only_b, num_rows, level=1 - confidence)
+            found = f"exact McNemar p = {test.p_value:.2g}, n = {num_rows}"
+            return GapRecovered(None, f"{noise} ({found}; about {needed:,} questions would show it)")
+    gaps = _resample(arms, lambda figures: figures[0] - figures[1], confidence, seed, resamples)
+    low, high = _middle(gaps, confidence)
     if low <= 0 <= high:
         return GapRecovered(None, f"{noise} ({confidence:.0%} interval {low:+.4g} to {high:+.4g})")
     if (gap > 0) != higher_is_better:
         return GapRecovered(
             None, f"the teacher scores worse than before (gap {gap:+.4g}), so there is nothing to recover"
         )
-    shares = divide(afters - befores, gaps)  # of one draw, so numerator and denominator stay paired
-    interval = compute_percentiles(shares, confidence)
+    shares = _resample(  # the same draws, so numerator and denominator stay paired
+        arms, lambda figures: _divide(figures[2] - figures[1], figures[0] - figures[1]), confidence, seed, resamples
+    )
+    interval = _middle(shares, confidence)
     return GapRecovered((after_value - before_value) / gap, None, interval if np.isfinite(interval).all() else None)
+
+
+def _resample(
+    statistics: Sequence[RowStatistic],
+    combine: Callable[[list[Floats]], Floats],
+    confidence: float,
+    seed: int,
+    resamples: int,
+) -> Floats:
+    """(resamples,) what `combine` makes of the figures over rows drawn with replacement, the same rows for all."""
+    _check_share("confidence", confidence)
+    if resamples < 1:
+        raise ConfigError(f"Found resamples={resamples}; expected at least 1, and about 2000 for a 95% interval.")
+    columns = [statistic.to_columns() for statistic in statistics]
+    num_rows = _count_rows(columns)
+    if num_rows < 2:
+        raise DataError("A bootstrap over 1 row has nothing to draw from. Evaluate at least 2 rows.")
+    stacked, ends = np.concatenate(columns, axis=1), np.cumsum([one.shape[1] for one in columns])
+
+    def figure(rows: NDArray[np.int64], axis: int = -1) -> Floats:
+        # How often each row was drawn: the sums over all draws are one product.
+        places = rows.reshape(-1, num_rows) + num_rows * np.arange(rows.size // num_rows)[:, None]
+        counts = np.bincount(places.ravel(), minlength=rows.size).reshape(-1, num_rows)
+        parts = np.split(counts.astype(np.float64) @ stacked, ends[:-1], axis=1)
+        return combine([one.compute(part) for one, part in zip(statistics, parts, strict=True)]).reshape(
+            rows.shape[:-1]
+        )
+
+    # Only its draws are used: where one has no figure, scipy warns and gives no interval.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drawn = bootstrap(
+            (np.arange(num_rows),), figure, n_resamples=resamples, batch=_BATCH, vectorized=True,
+            method="percentile", random_state=np.random.default_rng(seed),
+        ).bootstrap_distribution  # fmt: skip
+    return np.asarray(drawn, dtype=np.float64)
+
+
+def _middle(draws: Floats, confidence: float) -> Interval:
+    """The interval that holds the middle part of (R,) resampled values; NaN is left out."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws[~np.isnan(draws)], [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _count_rows(columns: Sequence[Floats]) -> int:
+    sizes = [len(one) for one in columns]
+    if len(set(sizes)) != 1:
+        raise DataError(f"The models have {sizes} rows; expected the same rows for all of them.")
+    return sizes[0]
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ConfigError(f"Found {name}={value}; expected a share between 0 and 1.")
+
+
+def _divide(numerator: Floats, denominator: Floats) -> Floats:
+    """A quotient that is infinite or NaN where a draw has no gap, or only rows without tokens."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.divide(numerator, denominator), dtype=np.float64)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError
+from quantkd.models.network import evaluation_mode
 
 
 def find_end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
@@ -40,14 +41,13 @@ def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_
 @contextmanager
 def generation_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, and `config` in place of the model's own, which `generate` would fill gaps from."""
-    training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(training)
+    own = model.generation_config
+    with evaluation_mode(model):
+        model.generation_config = config
+        try:
+            yield
+        finally:
+            model.generation_config = own
 
 
 def context_length(model: Any) -> int | None:

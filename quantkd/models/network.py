@@ -192,6 +192,19 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode; at the end, and after an error, each layer is in its own mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def base_network(model: Any) -> Any:
     """The model of transformers below PEFT's, or the model itself if nothing is around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

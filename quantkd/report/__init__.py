@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantkd.report.arms import load_arms
+from quantkd.files import write_file
 from quantkd.report.page import format_table, render_page
-from quantkd.report.results import compute_results
+from quantkd.report.results import compute_results, load_arms
 
 __all__ = ["build_report", "compute_results", "format_table", "load_arms"]
 
@@ -32,16 +32,14 @@ def build_report(run_dir: str | Path) -> Path:
     Raises:
         DataError: no arms, a malformed one, or arms evaluated on different items.
     """
-    from quantkd.report.breakdown_figure import draw_breakdown  # matplotlib takes a second to import
-    from quantkd.report.figure import draw_figure
+    from quantkd.report.figures import draw_bars, draw_breakdown  # matplotlib takes a second to import
 
     run_dir = Path(run_dir)
     results = compute_results(load_arms(run_dir / "evaluation"))
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    (run_dir / "results.json").write_text(text + "\n", encoding="utf-8")
-    charted = draw_figure(results, run_dir / _FIGURE_NAME)
+    write_file(run_dir / "results.json", text + "\n")
+    charted = draw_bars(results, run_dir / _FIGURE_NAME)
     drawn = draw_breakdown(results, run_dir / _BREAKDOWN_NAME)
     page = run_dir / "report.md"
-    text = render_page(results, _FIGURE_NAME if charted else None, _BREAKDOWN_NAME if drawn else None)
-    page.write_text(text, encoding="utf-8")
+    write_file(page, render_page(results, _FIGURE_NAME if charted else None, _BREAKDOWN_NAME if drawn else None))
     return page

@@ -1,15 +1,19 @@
-"""The words of a report: the Markdown page, and the plain-text table for a terminal."""
+"""The text of a report: the Markdown page, and the plain table for a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quantkd.report.breakdown import tabulate_breakdown
-from quantkd.report.results import order_results
+from quantkd.report.results import name_breakdown, order_results
 
 _PERCENT = ("accuracy_", "top1_agreement", "dense_top1_agreement")
+_TITLES = {
+    "position": ("KL by position in the answer", "Token"),
+    "entropy": ("KL by the teacher's entropy", "Entropy (nats)"),
+}
 
 
 def tabulate(results: dict[str, Any]) -> list[list[str]]:
@@ -26,7 +30,7 @@ def tabulate(results: dict[str, Any]) -> list[list[str]]:
 
 
 def list_notes(results: dict[str, Any]) -> list[str]:
-    """What must be said below the table: what brackets are, what could not be measured and why, what is missing."""
+    """Notes below the table: what brackets are, what could not be measured and why, what is missing."""
     results = order_results(results)
     confidence = f"Brackets: {results['confidence']:.0%} intervals."
     reasons = [f"{results['metrics'][key]}: not measurable: {why}." for key, why in results["not_measurable"].items()]
@@ -75,6 +79,40 @@ def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name
         differences=_tabulate_differences(ordered),
         tests=_list_tests(ordered),
     )
+
+
+def tabulate_breakdown(results: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
+    """KL by one kind of bin, arm beside arm: over the whole vocabulary if every arm has that, else over the entries."""
+    arms = {name: arm for name, arm in results["arms"].items() if name != "teacher"}
+    dense = all(name_breakdown(f"dense_{kind}") in arm for arm in arms.values())
+    key = name_breakdown(f"dense_{kind}" if dense else kind)
+    arms = {name: arm[key] for name, arm in arms.items() if key in arm}
+    if not arms:
+        return None
+    first = next(iter(arms.values()))
+    title, label = _TITLES[kind]
+    return {
+        "title": title + (", whole vocabulary" if dense else ""),
+        "label": label,
+        "arms": list(arms),
+        "bins": [
+            {
+                "name": _name_bin(found, whole=kind == "position"),
+                "tokens": found["tokens"],
+                "arms": {name: bins[place] for name, bins in arms.items()},
+            }
+            for place, found in enumerate(first)
+            if found["tokens"]
+        ],
+    }
+
+
+def _name_bin(found: Mapping[str, Any], *, whole: bool) -> str:
+    """A bin as a range, such as "9 to 16" of tokens counted from 1, or "0.1 to 0.3" of nats."""
+    start, stop = found["from"], found["to"]
+    if whole:
+        return f"{int(start) + 1} and on" if stop is None else f"{int(start) + 1} to {int(stop)}"
+    return f"{start:g} and above" if stop is None else f"{start:g} to {stop:g}"
 
 
 def _tabulate_differences(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -140,8 +178,6 @@ def _format_share(share: dict[str, Any], short: bool = False) -> str:
 
 
 def _format_memory(arm: dict[str, Any], teacher: dict[str, Any] | None) -> str:
-    if arm["memory_bytes"] is None:
-        return "not measured"
     text = f"{arm['memory_bytes'] / 1e6:,.1f} MB"
     if teacher is None or not teacher["memory_bytes"]:
         return text

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
-from quantkd.evaluation.bootstrap import BootstrapSettings, bootstrap_interval, compute_difference
-from quantkd.evaluation.row_statistics import RowStatistic, compute_value
+import numpy as np
+
+from quantkd.errors import DataError
+from quantkd.evaluation.arms import Arm
 from quantkd.evaluation.stats import (
+    Floats,
+    RowStatistic,
+    RowSums,
+    bootstrap_interval,
+    compute_difference,
     compute_gap_recovered,
     compute_questions_needed,
+    compute_value,
     mcnemar_exact,
     wilson_interval,
 )
-from quantkd.report.arms import Arm
-from quantkd.report.breakdown import describe_bins
-from quantkd.report.metrics import Metric, get_statistic, list_metrics
 
 CONFIDENCE = 0.95
-_SETTINGS = BootstrapSettings(CONFIDENCE, seed=0, resamples=2000)
+_BOOTSTRAP: dict[str, int] = {"seed": 0, "resamples": 2000}
 # More digits would differ between processors by the order of their sums.
 _SIGNIFICANT_DIGITS = 10
+_FIRST = ("teacher", "before", "after")  # in the report; others follow by name
 # Which arms each is compared with; "control" trained without the teacher. Any other one, such as an exported form, is
 # compared with "after" as well: what the change of form cost.
 _COMPARED_WITH: dict[str, tuple[str, ...]] = {
@@ -29,6 +39,117 @@ _COMPARED_WITH: dict[str, tuple[str, ...]] = {
     "after": ("before", "control", "teacher"),
 }
 _OTHERS = ("before", "control", "teacher", "after")
+BREAKDOWNS = ("position", "entropy", "dense_position", "dense_entropy")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the report.
+
+    Args:
+        key: its name in results.json, such as "accuracy_0_shot".
+        title: its name on the page.
+        higher_is_better: False for KL and perplexity.
+        setting: the accuracy setting it belongs to, such as "0-shot"; None for fidelity.
+        grader: which of the setting's verdicts, as `Accuracy.statistics` names them.
+    """
+
+    key: str
+    title: str
+    higher_is_better: bool
+    setting: str | None = None
+    grader: str = ""
+
+    def find(self, arm: Arm) -> RowStatistic | None:
+        """One arm's figure; None if it was not evaluated."""
+        if self.setting is None:
+            return arm.fidelity.statistics.get(self.key) if arm.fidelity else None
+        accuracy = arm.accuracy.get(self.setting)
+        return None if accuracy is None else accuracy.statistics.get(self.grader)
+
+
+_FIDELITY = (
+    Metric("kl", "KL to the teacher (nats/token)", False),
+    Metric("top1_agreement", "Top-1 agreement with the teacher", True),
+    Metric("ce", "Cross-entropy (nats/token)", False),
+    Metric("perplexity", "Perplexity", False),
+    Metric("reverse_kl", "Reverse KL (nats/token)", False),
+    Metric("ece", "Calibration error (ECE)", False),
+    Metric("dense_kl", "KL, whole vocabulary (nats/token)", False),
+    Metric("dense_reverse_kl", "Reverse KL, whole vocabulary (nats/token)", False),
+    Metric("dense_top1_agreement", "Top-1 agreement, teacher beside the model", True),
+)
+
+
+def load_arms(folder: Path) -> list[Arm]:
+    """Read all arms of a run, and check that they were evaluated on the same items."""
+    if not folder.is_dir():
+        raise DataError(
+            f"There is no folder {folder}; expected what `quantkd evaluate --run_dir {folder.parent}` writes. "
+            "Evaluate first, or correct the path."
+        )
+    # Records of answers are in the same folder.
+    paths = {path.stem: path for path in sorted(folder.glob("*.json")) if not path.name.endswith(".settings.json")}
+    if not paths:
+        raise DataError(
+            f"{folder} holds no arms; expected files such as teacher.json, before.json and after.json. Write them with "
+            f"`quantkd evaluate --arm NAME --run_dir {folder.parent}`."
+        )
+    order = [*(name for name in _FIRST if name in paths), *(name for name in paths if name not in _FIRST)]
+    arms = [Arm.read(paths[name]) for name in order]
+    for arm in arms:
+        if arm.fidelity is None and not arm.accuracy:
+            raise DataError(f"{paths[arm.name]} holds neither fidelity nor accuracy; expected at least one. Evaluate "
+                            "this arm again.")  # fmt: skip
+    _check_same_items(arms)
+    return arms
+
+
+def _check_same_items(arms: list[Arm]) -> None:
+    """A difference between arms means something only on the same items."""
+    measured = [(arm.name, arm.fidelity) for arm in arms if arm.fidelity is not None]
+    for name, fidelity in measured[1:]:
+        first_name, first = measured[0]
+        if fidelity.transfer_set != first.transfer_set or not np.array_equal(fidelity.tokens, first.tokens):
+            raise DataError(
+                f"Fidelity of {name!r} is over {len(fidelity.tokens)} rows of the transfer set "
+                f"{fidelity.transfer_set}, that of {first_name!r} over {len(first.tokens)} rows of "
+                f"{first.transfer_set}. Evaluate both on the same held-out rows."
+            )
+    for setting in sorted({setting for arm in arms for setting in arm.accuracy}):
+        answered = [(arm.name, arm.accuracy[setting]) for arm in arms if setting in arm.accuracy]
+        for name, accuracy in answered[1:]:
+            first_name, first_accuracy = answered[0]
+            own, others = accuracy.settings, first_accuracy.settings
+            differing = sorted(key for key in {*own, *others} if own.get(key) != others.get(key))
+            if differing or accuracy.count != first_accuracy.count:
+                raise DataError(
+                    f"{setting} accuracy of {name!r} and of {first_name!r} are not over the same questions: "
+                    f"{', '.join(differing) or 'their number'} differ. Evaluate both on the same questions with the "
+                    "same prompts."
+                )
+
+
+def list_metrics(arms: list[Arm]) -> list[Metric]:
+    """The metrics that an arm of the comparison was evaluated in; KL, agreement and cross-entropy always."""
+    settings = {(setting, grader) for arm in arms for setting, one in arm.accuracy.items() for grader in one.statistics}
+    accuracy: dict[str, Metric] = {}
+    for setting, grader in sorted(settings, key=_order_setting):
+        plain = "accuracy_" + re.sub(r"\W+", "_", setting)
+        # Settings may differ in their punctuation alone.
+        names = (f"{plain}_{place}" if place > 1 else plain for place in count(1))
+        name = next(name for name in names if name + grader not in accuracy)
+        title = f"Accuracy, {setting}" + ", strict" * (grader == "_strict")
+        accuracy[name + grader] = Metric(name + grader, title, True, setting, grader)
+    found = {name for arm in arms if arm.fidelity for name in arm.fidelity.statistics}
+    always = ("kl", "top1_agreement", "ce", "perplexity")
+    return [*accuracy.values(), *(metric for metric in _FIDELITY if metric.key in (*always, *found))]
+
+
+def _order_setting(named: tuple[str, str]) -> tuple[bool, int, str, str]:
+    """Our own settings by their shots, then those of tasks by name."""
+    shots = re.match(r"\d+", named[0])
+    return shots is None, int(shots[0]) if shots else 0, *named
 
 
 def compute_results(arms: list[Arm]) -> dict[str, Any]:
@@ -44,8 +165,8 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
         {
             "format_version": 1,
             "confidence": CONFIDENCE,
-            "bootstrap": {"seed": _SETTINGS.seed, "resamples": _SETTINGS.resamples},
-            "transfer_set_digest": next((arm.transfer_set_digest for arm in arms if arm.fidelity), None),
+            "bootstrap": _BOOTSTRAP,
+            "transfer_set_digest": next((arm.fidelity.transfer_set for arm in arms if arm.fidelity), None),
             "arm_order": [arm.name for arm in arms],
             "metric_order": [metric.key for metric in metrics],
             "metrics": {metric.key: metric.title for metric in metrics},
@@ -67,7 +188,6 @@ def order_results(results: dict[str, Any]) -> dict[str, Any]:
     """Results read back from JSON, whose keys are sorted, with arms and metrics in the order of the report again."""
     keys, gaps = results["metric_order"], ("metrics", "gap_recovered", "gap_recovered_interval", "not_measurable")
     return {
-        "subject": "after",  # which every report of an earlier version has, and does not say
         **results,
         **{gap: {key: results[gap][key] for key in keys if key in results[gap]} for gap in gaps},
         "arms": {name: results["arms"][name] for name in results["arm_order"]},
@@ -80,8 +200,8 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
         "title": arm.title,
         "model": arm.model,
         "memory_bytes": arm.memory_bytes,
-        "num_rows": len(arm.fidelity["tokens"]) if arm.fidelity else 0,
-        "num_tokens": int(sum(arm.fidelity["tokens"])) if arm.fidelity else 0,
+        "num_rows": len(arm.fidelity.tokens) if arm.fidelity else 0,
+        "num_tokens": int(arm.fidelity.tokens.sum()) if arm.fidelity else 0,
         "metrics": {},
         "differences": {},
         "mcnemar": {},
@@ -89,7 +209,7 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
     }
     others = [arms[name] for name in _COMPARED_WITH.get(arm.name, _OTHERS) if name in arms]
     for metric in metrics:
-        statistic = get_statistic(arm, metric)
+        statistic = metric.find(arm)
         if statistic is not None:
             description["metrics"][metric.key] = _measure(metric, statistic)
         if metric.setting is not None:
@@ -98,12 +218,28 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
         if arm.name not in ("teacher", "before"):
             description["gap_recovered"][metric.key] = _compute_share(arm, arms, metric)
     description["differences"] = {other.name: _compute_differences(arm, other, metrics) for other in others}
-    for kind in ("position", "entropy", "dense_position", "dense_entropy"):
-        if kind in arm.bins:
-            prefix = "dense_" if kind.startswith("dense_") else ""
-            key = f"{prefix}kl_by_{kind.removeprefix('dense_')}"
-            description[key] = describe_bins(arm.bins[kind], _SETTINGS)
+    for kind in BREAKDOWNS:
+        bins = arm.fidelity.list_bins(kind) if arm.fidelity else None
+        if bins is not None:
+            description[name_breakdown(kind)] = [_describe_bin(*each) for each in bins]
     return description
+
+
+def name_breakdown(kind: str) -> str:
+    """The key of a breakdown in results.json, such as "dense_kl_by_position"."""
+    return f"dense_kl_by_{kind.removeprefix('dense_')}" if kind.startswith("dense_") else f"kl_by_{kind}"
+
+
+def _describe_bin(start: float, stop: float | None, kl: Floats, tokens: Floats) -> dict[str, Any]:
+    """KL per token in one bin."""
+    held = tokens > 0  # or a draw could hold no token of this bin at all
+    value: float | None = None
+    interval: list[float] | None = None
+    if held.any():
+        statistic = RowSums(kl[held], tokens[held])
+        value = compute_value(statistic)
+        interval = list(bootstrap_interval(statistic, confidence=CONFIDENCE, **_BOOTSTRAP)) if held.sum() > 1 else None
+    return {"from": start, "to": stop, "tokens": int(tokens.sum()), "value": value, "interval": interval}
 
 
 def _measure(metric: Metric, statistic: RowStatistic) -> dict[str, Any]:
@@ -112,7 +248,7 @@ def _measure(metric: Metric, statistic: RowStatistic) -> dict[str, Any]:
     if metric.setting is not None:
         interval = wilson_interval(int(columns[:, 0].sum()), len(columns), CONFIDENCE)
     elif len(columns) > 1:
-        interval = bootstrap_interval(statistic, _SETTINGS)
+        interval = bootstrap_interval(statistic, confidence=CONFIDENCE, **_BOOTSTRAP)
     return {"value": compute_value(statistic), "interval": interval and list(interval), "n": len(columns)}
 
 
@@ -120,15 +256,15 @@ def _compute_differences(arm: Arm, other: Arm, metrics: list[Metric]) -> dict[st
     """This arm's figures less the other's, where both have them."""
     differences = {}
     for metric in metrics:
-        own, others = get_statistic(arm, metric), get_statistic(other, metric)
+        own, others = metric.find(arm), metric.find(other)
         if own is not None and others is not None:
-            found = compute_difference(own, others, _SETTINGS)
+            found = compute_difference(own, others, confidence=CONFIDENCE, **_BOOTSTRAP)
             differences[metric.key] = {"value": found.value, "interval": found.interval and list(found.interval)}
     return differences
 
 
 def _compare(arm: Arm, other: Arm, metric: Metric) -> dict[str, Any] | None:
-    own, others = get_statistic(arm, metric), get_statistic(other, metric)
+    own, others = metric.find(arm), metric.find(other)
     if own is None or others is None:
         return None
     verdicts = [statistic.to_columns()[:, 0] > 0.5 for statistic in (own, others)]
@@ -145,7 +281,7 @@ def _compare(arm: Arm, other: Arm, metric: Metric) -> dict[str, Any] | None:
 def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, Any]:
     """The gap that one arm recovered in one metric, and why there is none."""
     involved = {"teacher": arms.get("teacher"), "before": arms.get("before"), arm.name: arm}
-    found = [None if one is None else get_statistic(one, metric) for one in involved.values()]
+    found = [None if one is None else metric.find(one) for one in involved.values()]
     lacking = [name for name, statistic in zip(involved, found, strict=True) if statistic is None]
     teacher, before, after = found
     if teacher is None or before is None or after is None:
@@ -157,8 +293,7 @@ def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, 
         higher_is_better=metric.higher_is_better,
         binary=metric.setting is not None,
         confidence=CONFIDENCE,
-        seed=_SETTINGS.seed,
-        resamples=_SETTINGS.resamples,
+        **_BOOTSTRAP,
     )
     return {"value": share.value, "interval": share.interval and list(share.interval), "reason": share.reason}
 
@@ -173,8 +308,6 @@ def _list_missing(arms: list[Arm], metrics: list[Metric]) -> list[str]:
                     if setting not in arm.accuracy]  # fmt: skip
         if arm.fidelity is None:
             missing.append(f"{arm.title}: fidelity to the teacher was not evaluated.")
-        if arm.memory_bytes is None:
-            missing.append(f"{arm.title}: the memory footprint was not measured.")
     return absent + missing
 
 

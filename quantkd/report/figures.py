@@ -1,4 +1,4 @@
-"""The bar chart of a report: accuracy in each setting, and KL to the teacher, with 95% intervals."""
+"""The charts of a report: accuracy and KL per arm as bars, and KL by position and by the teacher's entropy as lines."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from quantkd.report.page import tabulate_breakdown
 from quantkd.report.results import order_results
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; the hatches do so in a black-and-white print.
-COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the hatches serve in a black-and-white print.
+_COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_MARKERS = "osD^vPX*"
 _HATCHES = ("", "///", "", "...", "xxx", "\\\\\\", "+++", "ooo")
 _OWN_COLORS = {"teacher": 0, "before": 1, "after": 2, "control": 3}
+_LABELS = {"Token": "Token of the answer, counted from 1", "Entropy (nats)": "Entropy of the teacher (nats)"}
 _INK = "#222222"
 _WIDEST = 14.0  # inches
 _WIDE_BARS = 10  # so many bars of accuracy have room for a decimal each
 
 
-def draw_figure(results: dict[str, Any], path: Path) -> bool:
+def draw_bars(results: dict[str, Any], path: Path) -> bool:
     """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
     results = order_results(results)
     arms = results["arms"]
@@ -41,10 +44,28 @@ def draw_figure(results: dict[str, Any], path: Path) -> bool:
     if with_kl:
         _draw_kl(panels[-1], results, with_kl)
     shown = arms if settings else with_kl
-    add_legend(figure, [Patch(edgecolor="white", **_style(arms, name)) for name in shown],
+    _add_legend(figure, [Patch(edgecolor="white", **_style(arms, name)) for name in shown],
                [arms[name]["title"] for name in shown])  # fmt: skip
     sources = ["Wilson's for accuracy"] * bool(settings) + ["bootstrap over rows for KL"] * bool(with_kl)
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals ({', '.join(sources)})", fontsize=8, color=_INK)
+    figure.savefig(path, metadata={"Software": None})
+    return True
+
+
+def draw_breakdown(results: dict[str, Any], path: Path) -> bool:
+    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
+    results = order_results(results)
+    tables = [table for kind in ("position", "entropy") if (table := tabulate_breakdown(results, kind))]
+    if not tables:
+        path.unlink(missing_ok=True)
+        return False
+    figure = Figure(figsize=(10.0, 3.9), dpi=200)
+    figure.set_layout_engine("constrained", wspace=0.05)
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for panel, table in zip(panels, tables, strict=True):
+        _draw_lines(panel, results["arms"], table)
+    _add_legend(figure, panels[0].containers, [results["arms"][name]["title"] for name in tables[0]["arms"]])
+    figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals (bootstrap over rows)", fontsize=8)
     figure.savefig(path, metadata={"Software": None})
     return True
 
@@ -61,14 +82,14 @@ def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) ->
         _draw_bars(panel, lefts, measured, 0.92 * width, _style(arms, name), scale=100, form=form)
     counts = {arm["metrics"][key]["n"] for arm in arms.values() for key in settings if key in arm["metrics"]}
     names = [fill(results["metrics"][key].removeprefix("Accuracy, "), 22) for key in settings]
-    panel.set_xticks(range(len(settings)), [plain_text(name) for name in names], fontsize=9 if len(names) < 5 else 7)
+    panel.set_xticks(range(len(settings)), [_plain_text(name) for name in names], fontsize=9 if len(names) < 5 else 7)
     panel.set_xlim(-0.55, len(settings) - 0.45)
     panel.set_ylabel("Accuracy (%)")
     panel.set_title(f"Accuracy ({', '.join(map(str, sorted(counts)))} questions)", fontsize=10)
     # Room for the numbers above the intervals, yet no tick above 100%.
     panel.set_ylim(0, max(5.0, 1.08 * panel.dataLim.ymax))
     panel.set_yticks([tick for tick in panel.get_yticks() if 0 <= tick <= min(100, panel.get_ylim()[1])])
-    clean_axes(panel)
+    _clean_axes(panel)
 
 
 def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
@@ -86,7 +107,7 @@ def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
     num_rows = max(arms[name]["metrics"]["kl"]["n"] for name in names)
     panel.set_title(f"KL to the teacher ({num_rows} held-out row{'s' * (num_rows > 1)})", fontsize=10)
     panel.set_ylim(0, max(1e-6, 1.08 * panel.dataLim.ymax))
-    clean_axes(panel)
+    _clean_axes(panel)
 
 
 def _draw_bars(
@@ -121,32 +142,60 @@ def _draw_bars(
         )
 
 
+def _draw_lines(panel: Axes, arms: dict[str, Any], table: dict[str, Any]) -> None:
+    shift = 0.24 / max(1, len(table["arms"]) - 1)
+    for place, name in enumerate(table["arms"]):
+        style = _pick_styles(arms)[name]
+        found = [one["arms"][name] for one in table["bins"]]
+        lefts = [spot + shift * place - 0.12 for spot in range(len(found))]
+        values = [one["value"] for one in found]
+        bounds = [one["interval"] or (one["value"], one["value"]) for one in found]
+        errors = [
+            [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)],
+            [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)],
+        ]
+        panel.errorbar(
+            lefts, values, yerr=errors, color=_COLORS[style], marker=_MARKERS[style],
+            markersize=4.5, linewidth=1.2, elinewidth=0.9, capsize=2, clip_on=False, zorder=3,
+        )  # fmt: skip
+    # "to" for a range would not fit below an axis.
+    names = [
+        one["name"].replace(" to ", "-").replace(" and on", "+").replace(" and above", "+") for one in table["bins"]
+    ]
+    panel.set_xticks(range(len(names)), names, fontsize=8)
+    panel.set_xlabel(_LABELS[table["label"]])
+    panel.set_ylabel("KL (nats per token)")
+    panel.set_title(table["title"], fontsize=10)
+    panel.set_ylim(0, None)
+    _clean_axes(panel)
+
+
 def _style(arms: dict[str, Any], name: str) -> dict[str, Any]:
-    place = pick_styles(arms)[name]
-    return {"facecolor": COLORS[place], "hatch": _HATCHES[place]}
+    place = _pick_styles(arms)[name]
+    return {"facecolor": _COLORS[place], "hatch": _HATCHES[place]}
 
 
-def pick_styles(arms: Iterable[str]) -> dict[str, int]:
-    """A place in `COLORS` for each arm; the usual arms have theirs in every report."""
+def _pick_styles(arms: Iterable[str]) -> dict[str, int]:
+    """A place in `_COLORS` for each arm; the usual arms have theirs in every report."""
     others = [name for name in arms if name not in _OWN_COLORS]
-    return _OWN_COLORS | {name: place % len(COLORS) for place, name in enumerate(others, start=len(_OWN_COLORS))}
+    return _OWN_COLORS | {name: place % len(_COLORS) for place, name in enumerate(others, start=len(_OWN_COLORS))}
 
 
-def add_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
+def _add_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
     """A legend above the panels, in as many columns as there is room for."""
-    labels = [plain_text(title if len(title) <= 60 else title[:57] + "...") for title in titles]
+    labels = [_plain_text(title if len(title) <= 60 else title[:57] + "...") for title in titles]
     widest = 0.07 * max(map(len, labels)) + 0.65  # inches, at this size of the letters
     side_by_side = sum(0.07 * len(label) + 0.65 for label in labels) < figure.get_figwidth()
     columns = len(labels) if side_by_side else max(1, int(figure.get_figwidth() / widest))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
-def plain_text(text: str) -> str:
+def _plain_text(text: str) -> str:
     """Text that matplotlib neither reads as mathematics nor hides, as it does with labels that begin with `_`."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def clean_axes(panel: Axes) -> None:
+def _clean_axes(panel: Axes) -> None:
     """Take away the lines that say nothing, and add light ones to read values by."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(axis="x", length=0)

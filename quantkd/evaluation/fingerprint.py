@@ -1,0 +1,62 @@
+"""A digest of a model, which says whether figures that are there are of the very same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkd.models.cpu_repacking import stored_weight
+from quantkd.models.network import base_network
+
+_SAMPLES_PER_WEIGHT = 64
+# What a config holds that no forward pass depends on.
+_IDLE_CONFIG = ("architectures", "transformers_version", "use_cache", "pad_token_id")
+
+
+def compute_model_fingerprint(model: Any) -> str:
+    """A digest of what decides a model's figures: its weights, config, quantization, dtype and adapters' state.
+
+    Whatever is or was trained is hashed whole. Of the weights below, which can take 16 GB, a few samples each suffice.
+    """
+    digest = hashlib.sha256(_describe_config(model).encode())
+    adapters = [
+        module
+        for module in model.modules()
+        if hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
+    ]
+    trained = {id(each) for module in adapters for each in _own_parameters(module)}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            values = stored_weight(module) if name == "weight" else parameter.detach()
+            digest.update(f"{prefix}.{name} {tuple(values.shape)} {values.dtype}".encode())
+            if values.device.type != "meta" and values.numel():
+                whole = parameter.requires_grad or id(parameter) in trained
+                digest.update(_to_bytes(values, None if whole else _SAMPLES_PER_WEIGHT))
+    for module in adapters:
+        scaling = getattr(module, "scaling", {})
+        active = sorted((each, scaling.get(each)) for each in module.active_adapters)
+        digest.update(f"{module.disable_adapters} {active}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _own_parameters(module: Any) -> list[Tensor]:
+    """What PEFT added to a layer; loaded for inference, it does not require a gradient."""
+    parts = [getattr(module, name, None) for name in module.adapter_layer_names]
+    inner = [each for part in parts if isinstance(part, torch.nn.Module) for each in part.parameters()]
+    return [*inner, *(part for part in parts if isinstance(part, torch.nn.Parameter))]
+
+
+def _to_bytes(values: Tensor, num_samples: int | None) -> bytes:
+    flat = values.reshape(-1)
+    step = 1 if num_samples is None else max(1, flat.numel() // num_samples)
+    return flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _describe_config(model: Any) -> str:
+    facts = base_network(model).config.to_dict()
+    facts = {key: value for key, value in facts.items() if key not in _IDLE_CONFIG and not key.startswith("_")}
+    return json.dumps(facts, sort_keys=True, default=str)

@@ -1,0 +1,88 @@
+"""Arm files with made-up figures, for the tests of the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from quantkd.evaluation.arms import BINNED, EDGES, Fidelity
+from quantkd.report import build_report
+
+TOKENS = [10, 20, 30, 40]
+LEVELS = {"teacher": (0.0, 90), "before": (0.4, 50), "after": (0.1, 80)}  # KL per token, questions solved of 100
+
+
+def make_fidelity(
+    tokens: ArrayLike, kl: ArrayLike, ce: ArrayLike, agree: ArrayLike, dense: bool = False, **bins: ArrayLike
+) -> dict[str, Any]:
+    """Sums per row; of bins that are not given, such as `position_kl_sum`, the first holds everything."""
+    rows = {"tokens": tokens, "kl_sum": kl, "reverse_kl_sum": 1.5 * np.asarray(kl), "ce_sum": ce, "agree": agree}
+    if dense:
+        rows |= {"dense_kl_sum": 1.1 * np.asarray(kl), "dense_reverse_kl_sum": 1.7 * np.asarray(kl)}
+        rows["dense_agree"] = tokens
+    columns = {key: np.asarray(values, dtype=np.float64) for key, values in rows.items()}
+    for kind, keys in BINNED.items():
+        plain = kind.removeprefix("dense_")
+        if kind != plain and not dense:
+            continue
+        for key in keys:
+            sums = np.zeros((len(columns["tokens"]), len(EDGES[kind])))
+            given = bins.get(f"{plain}_{key}")
+            if given is None:
+                sums[:, 0] = columns["kl_sum" if key == "kl_sum" else "tokens"]
+            else:
+                sums[:, : np.shape(given)[1]] = given
+            columns[f"{kind}/{key}"] = sums * (1.1 if kind != plain and key == "kl_sum" else 1)
+    return Fidelity(columns, {"transfer_set": "abc"}).to_json()
+
+
+def make_verdicts(solved: int, strict: int | None = None) -> dict[str, Any]:
+    """The first of 100 questions are solved."""
+    flexible = [place < solved for place in range(100)]
+    strictly = [place < (solved if strict is None else strict) for place in range(100)]
+    settings = {"prompts": "aa", "golds": "bb", "max_new_tokens": 256}
+    return {"settings": settings, "correct_flexible": flexible, "correct_strict": strictly}
+
+
+def make_arm(name: str, level: float, solved: int) -> dict[str, Any]:
+    """The JSON of an arm; KL grows with the row's number."""
+    tokens = np.array(TOKENS)
+    kl = tokens * level * (1 + 0.1 * np.arange(4))
+    return {
+        "arm": name,
+        "title": f"The {name} | arm",
+        "model": "tiny",
+        "fingerprint": name,
+        "memory_bytes": 4_000_000 if name == "teacher" else 1_000_000,
+        "fidelity": make_fidelity(tokens, kl, tokens * (0.3 + level), np.round(tokens * (1 - level / 2))),
+        "questions": {setting: make_verdicts(solved, solved - 5) for setting in ("8-shot", "0-shot")},
+        "tasks": {},
+    }
+
+
+def make_arms() -> dict[str, dict[str, Any]]:
+    """The teacher, the student before and the student after."""
+    return {name: make_arm(name, *level) for name, level in LEVELS.items()}
+
+
+def build(run: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write the arms, build the report, and read its results."""
+    (run / "evaluation").mkdir(parents=True, exist_ok=True)
+    for name, arm in arms.items():
+        (run / "evaluation" / f"{name}.json").write_text(json.dumps(arm))
+    assert build_report(run) == run / "report.md"
+    results: dict[str, Any] = json.loads((run / "results.json").read_text())
+    return results
+
+
+def spoil(arm: dict[str, Any], path: str, value: Any) -> None:
+    """Set one value inside an arm, such as that of "fidelity/rows/kl_sum/2"."""
+    *keys, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+    target: Any = arm
+    for key in keys:
+        target = target[key]
+    target[last] = value

@@ -1,0 +1,133 @@
+"""`verify --teacher` sees what no format check can: distributions and answers that the teacher would not have given."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from quantkd import Nucleus, Sampled, TopK
+from quantkd.cli.main import main
+from quantkd.teacher import GenerationSettings
+from quantkd.teacher.transformers import TransformersTeacher
+from tests.conftest import build_tiny_model, capture_set
+
+PROMPTS = [f"What is {a} + {b}?" for a in range(4) for b in range(4)]
+POISONED = 5
+
+
+class Poisoner(TransformersTeacher):
+    """Tells the truth but for one row."""
+
+    def __init__(self, model, tokenizer, poison, rule=None):
+        super().__init__(model, tokenizer, rule or Nucleus(0.95, 64), (1.0,), GenerationSettings(max_new_tokens=12))
+        self.poison = poison
+
+    def answer(self, prompts):
+        rows = super().answer(prompts)
+        return [
+            self.poison(row) if prompt.index == POISONED else row for prompt, row in zip(prompts, rows, strict=True)
+        ]
+
+
+def other_token(row):
+    """One target's most probable token is made out to be another one."""
+    ids = row.token_ids.copy()
+    start = int(row.counts[:4].sum())
+    used = set(ids[start : start + int(row.counts[4])].tolist())
+    ids[start] = next(token for token in range(20, 60) if token not in used)
+    return replace(row, token_ids=ids)
+
+
+def flatter(row):
+    return replace(row, logprobs=(row.logprobs - np.float32(0.5)).astype(np.float32))
+
+
+def other_answer(row):
+    ids = row.input_ids.copy()
+    ids[int(row.spans[0, 0]) :] = 30
+    return replace(row, input_ids=ids)
+
+
+def write(model, tokenizer, path, poison):
+    teacher = Poisoner(model, tokenizer, poison)
+    return capture_set(teacher, PROMPTS, path, batch_size=4, tokenizer=tokenizer)
+
+
+def tied(row):
+    """The answer's last token comes second by an eighth of a nat, as far as two logits in bfloat16 lie apart."""
+    ids, logprobs = row.token_ids.copy(), row.logprobs.copy()
+    start = int(row.counts[:-1].sum())
+    ids[start : start + 2] = ids[start : start + 2][::-1]
+    logprobs[start : start + 2] = np.float32(-1.2), np.float32(-1.325)
+    logprobs[start + 2 :] -= np.float32(2)
+    return replace(row, token_ids=ids, logprobs=logprobs)
+
+
+def check(capsys, folder, teacher, *words):
+    """What the command prints, the exit code, and what is wrong."""
+    code = 0
+    try:
+        main(["verify", str(folder), "--teacher", str(teacher), "--dtype", "float32", *words])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return printed.out, code, printed.err.splitlines()[-1] if code else ""
+
+
+@pytest.fixture
+def honest(tiny_model, tiny_tokenizer, tmp_path):
+    write(tiny_model, tiny_tokenizer, tmp_path / "honest", lambda row: row)
+    return tmp_path / "honest"
+
+
+def test_an_honest_set_passes_in_any_batch(capsys, tiny_model_path, honest):
+    out, code, _ = check(capsys, honest, tiny_model_path, "--rows", "99", "--batch_size", "3")
+    assert code == 0 and "rows        16 of 16, drawn with seed 0" in out
+    assert "top token   the same at 100.0%" in out and "greedy      100.0%" in out
+    assert "passed: no row differs by more than 0.01 nats per token" in out
+    assert float(re.search(r"on average, ([^ ]+) in the worst row", out)[1]) < 1e-4
+    out, _, _ = check(capsys, honest, tiny_model_path, "--rows", "5", "--seed", "3")
+    assert "rows        5 of 16, drawn with seed 3" in out
+
+
+def test_answers_that_rounding_decided_count_as_greedy(capsys, tiny_model, tiny_model_path, tiny_tokenizer, tmp_path):
+    poisoned = write(tiny_model, tiny_tokenizer, tmp_path / "s", tied)
+    assert (poisoned[POISONED]["input_ids"][-1] != poisoned[POISONED]["teacher"].top_ids[-1]).item()
+    assert "greedy      100.0%" in check(capsys, tmp_path / "s", tiny_model_path, "--rows", "99")[0]
+
+
+@pytest.mark.parametrize("poison", [other_token, flatter, other_answer])
+def test_a_poisoned_row_is_named(capsys, tiny_model, tiny_model_path, tiny_tokenizer, tmp_path, poison):
+    write(tiny_model, tiny_tokenizer, tmp_path / "s", poison)
+    main(["verify", str(tmp_path / "s")])  # its form is perfect
+    _, code, error = check(capsys, tmp_path / "s", tiny_model_path, "--rows", "16")
+    assert code == 1 and f"FAILED: 1 rows differ by more than 0.01 nats per token, the first is row {POISONED}" in error
+
+
+def test_another_teacher_is_seen(capsys, tiny_tokenizer, honest, tmp_path):
+    build_tiny_model(tiny_tokenizer, seed=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    out, code, error = check(capsys, honest, tmp_path / "other", "--rows", "4")
+    assert code == 1 and "FAILED: 4 rows differ" in error and "passed" not in out
+
+
+def test_a_teacher_that_is_not_finite_does_not_pass(capsys, tiny_model, tiny_tokenizer, honest, tmp_path):
+    with torch.no_grad():
+        tiny_model.lm_head.weight.fill_(float("nan"))
+    tiny_model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer.save_pretrained(tmp_path / "broken")
+    _, code, error = check(capsys, honest, tmp_path / "broken", "--rows", "2")
+    assert code == 1 and "2 of 2 rows are not finite" in error
+
+
+def test_sampled_entries_cannot_be_computed_again(capsys, tiny_model_path, tmp_path):
+    for name, options in (("s", {"storage": Sampled(8)}), ("w", {"storage": TopK(5), "do_sample": True})):
+        capture_set(tiny_model_path, PROMPTS[:2], tmp_path / name, max_new_tokens=4, **options)
+    _, code, error = check(capsys, tmp_path / "s", tiny_model_path)
+    assert code == 1 and "random draws that a second computation does not repeat" in error
+    out, code, _ = check(capsys, tmp_path / "w", tiny_model_path)
+    assert code == 0 and "greedy" not in out  # sampled answers need not be
