@@ -126,8 +126,9 @@ def test_joined_sets(path: Path, tmp_path: Path) -> None:
     assert batch.weights is not None and batch.weights.tolist() == [2.0, 1.0, 0.5]
     assert weighted[0]["weight"] == 2.0
     assert weighted.digest != TransferSet.concatenate([first, second, second]).digest
-    half = RowBatch.concatenate([first.__getitems__([0]), weighted.__getitems__([0])])
-    assert half.weights is not None and half.weights.tolist() == [1.0, 2.0]
+    half = TransferSet.concatenate([TransferSet.concatenate([first, second]), weighted])
+    mixed = half.__getitems__([0, 28])
+    assert mixed.weights is not None and mixed.weights.tolist() == [1.0, 2.0]
 
 
 def test_sets_that_cannot_be_joined(path: Path, tmp_path: Path) -> None:

@@ -46,9 +46,13 @@ class RowBatch:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[TransferRow], temperatures: tuple[float, ...], vocab_size: int, weight: float | None
+        cls,
+        rows: Sequence[TransferRow],
+        temperatures: tuple[float, ...],
+        vocab_size: int,
+        weights: Sequence[float | None],
     ) -> RowBatch:
-        """Rows as tensors."""
+        """Rows as tensors; rows without a weight count as 1 among others that have one."""
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
         targets = _join([row.targets + start for row, start in zip(rows, starts, strict=True)], np.int64)
@@ -72,27 +76,7 @@ class RowBatch:
                 vocab_size=vocab_size,
             ),
             finished=torch.tensor([row.finished for row in rows], dtype=torch.bool),
-            weights=None if weight is None else torch.full((len(rows),), weight),
-        )
-
-    @classmethod
-    def concatenate(cls, parts: list[RowBatch]) -> RowBatch:
-        """Several batches end to end; they must share temperatures and vocabulary size."""
-        if len(parts) == 1:
-            return parts[0]
-        shifts = torch.tensor([0] + [part.input_ids.numel() for part in parts[:-1]]).cumsum(0)
-        weights = None
-        if any(part.weights is not None for part in parts):
-            weights = torch.cat([torch.ones(len(p)) if p.weights is None else p.weights for p in parts])
-        return cls(
-            lengths=torch.cat([part.lengths for part in parts]),
-            input_ids=torch.cat([part.input_ids for part in parts]),
-            labels=torch.cat([part.labels for part in parts]),
-            targets=torch.cat([part.targets + shift for part, shift in zip(parts, shifts, strict=True)]),
-            target_counts=torch.cat([part.target_counts for part in parts]),
-            teacher=TopKLogprobs.concatenate([part.teacher for part in parts]),
-            finished=torch.cat([part.finished for part in parts]),
-            weights=weights,
+            weights=torch.tensor([1.0 if w is None else w for w in weights]) if any(weights) else None,
         )
 
 

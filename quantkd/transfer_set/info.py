@@ -19,31 +19,12 @@ _TOTALS = ("tokens", "targets", "entries")
 class TransferSetInfo:
     """Facts about a set, a view of it, or several joined.
 
-    The first fields come from the plan; for joined sets from the first one, with names listed by ", ". Counts are of
-    the rows at hand. `num_bytes` is what the files of the underlying sets take on disk, all included.
-
-    Args:
-        teacher_name: the teacher's name or path.
-        teacher_revision: its commit, or "".
-        teacher_dtype: such as "bfloat16".
-        tokenizer_fingerprint: sha256 in hexadecimal.
-        vocab_size: V.
-        storage: the storage rule as JSON.
-        temperatures: those with a stored log-normalizer.
-        generation: generation settings.
-        responses: "generate" or "given".
-        num_rows: rows at hand.
-        num_prompts: prompts in the plan.
-        num_tokens: tokens of the rows.
-        num_response_tokens: target positions of the rows.
-        num_entries: stored entries of the rows.
-        num_bytes: bytes on disk.
-        bytes_per_response_token: `num_bytes` of the whole sets over their target positions; nan without any.
-        mean_entries: entries per target position; nan without any.
-        counters: what the captures counted, summed.
-        engine: what ran the teacher: "transformers", "vllm" or "server".
-        digest: names the set, or the view.
-        complete: whether every shard of the plan is there.
+    The fields up to `responses` come from the plan, of joined sets from the first one's; the names of all their
+    teachers and engines are listed by ", ". `num_prompts` counts the plan's prompts; `num_rows`, `num_tokens`,
+    `num_response_tokens` and `num_entries` the rows at hand. `num_bytes` is what the files of the underlying sets take
+    on disk, all included, and `bytes_per_response_token` that over all their response tokens. `mean_entries` is per
+    response token at hand. Both are nan where there is none. `counters` sums what the captures counted, `digest` names
+    the set or view, and `complete` says whether every shard of the plan is there.
     """
 
     teacher_name: str
@@ -101,7 +82,6 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | Non
         bytes_per_response_token=num_bytes / all_targets if all_targets else float("nan"),
         mean_entries=entries / targets if targets else float("nan"),
         counters=dict(counters),
-        # Only the engines that came later are written down.
         engine=", ".join(dict.fromkeys(str(store.index.plan.extra.get("engine", "transformers")) for store in stores)),
         digest=digest,
         complete=all(store.index.complete for store in stores),

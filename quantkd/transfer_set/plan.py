@@ -25,23 +25,10 @@ _LIMITS = {"vocab_size": MAX_VOCAB_SIZE, "num_prompts": 2**40, "rows_per_shard":
 class Plan:
     """Everything that decides a transfer set's bytes, fixed before the first token. Same plan, same bytes.
 
-    Shard i holds the prompts `[i * rows_per_shard, (i + 1) * rows_per_shard)`.
-
-    Args:
-        teacher_name: the teacher's name or path.
-        teacher_revision: its commit, or "" if it has none.
-        teacher_dtype: such as "bfloat16".
-        tokenizer_fingerprint: sha256 in hexadecimal.
-        vocab_size: V, the width of the teacher's logits.
-        storage: a storage rule as `quantkd.transfer_set.rules.storage_rule_to_dict` writes it.
-        temperatures: distillation temperatures with a stored log-normalizer, ascending.
-        responses: "generate" if the teacher wrote them, "given" if they came with the prompts.
-        generation: generation settings, any JSON.
-        prompts_digest: sha256 of the prompts in hexadecimal.
-        num_prompts: how many prompts there are.
-        rows_per_shard: prompts per shard.
-        batch_size: prompts per teacher batch; part of the plan because it can change low bits of the logits.
-        extra: any further JSON.
+    Shard i holds the prompts `[i * rows_per_shard, (i + 1) * rows_per_shard)`. `teacher_revision` is "" if there is
+    none. `storage` is a rule as `storage_rule_to_dict` writes it; `temperatures` ascend; `responses` is "generate" if
+    the teacher wrote them, "given" if they came with the prompts; `batch_size` is part of the plan because it can change
+    low bits of the logits; `generation` and `extra` are any JSON.
 
     Raises:
         TransferSetError: a field of the wrong type or outside its range.
@@ -133,12 +120,11 @@ def parse_storage(value: Any) -> StorageRule:
     """A storage rule from its JSON, with every field checked."""
     try:
         rule = storage_rule_from_dict(value)
-        numbers = [number for key, number in value.items() if key != "kind"]
-        valid = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n <= 2**24 for n in numbers)
-        whole = all(is_whole(value[key], 1, 2**24) for key in ("k", "n", "max_k") if key in value)
     except (ConfigError, TypeError, AttributeError) as error:
         raise TransferSetError(f"The storage rule is {quote(value)}: {quote(error)} Get the set anew.") from error
-    _require(valid and whole, "storage", value, "positive whole numbers up to 2**24 for k, n and max_k")
+    for name, number in value.items():
+        good = name == "kind" or is_whole(number, 1, 2**24) or (name == "p" and isinstance(number, float))
+        _require(good, "storage", value, "positive whole numbers up to 2**24 for k, n and max_k")
     return rule
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -151,10 +150,7 @@ class TransferSet(Dataset[dict[str, Any]]):
     @overload
     def __getitem__(self, index: slice) -> TransferSet: ...
     def __getitem__(self, index: int | slice) -> dict[str, Any] | TransferSet:
-        """One row, or a view of a slice.
-
-        Shapes: returns (TopKLogprobs over the targets).
-        """
+        """One row as a dict of tensors and its `TopKLogprobs`, or a view of a slice."""
         if isinstance(index, slice):
             return self._view(self._rows[index])
         batch = self.__getitems__([index])
@@ -170,22 +166,12 @@ class TransferSet(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> RowBatch:
         """Several rows at once, decoded together; DataLoader calls this and hands the result to its `collate_fn`."""
-        rows = self._resolve(indices)
-        sources = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
-        cuts = [0, *(i for i in range(1, len(rows)) if sources[i] != sources[i - 1]), len(rows)]
-        if len(rows) == 0:
-            sources = [0]
-        return RowBatch.concatenate([self._fetch(sources[a], rows[a:b]) for a, b in pairwise(cuts)])
+        weights = [self._sources[source][1] for source, _ in self._locate(indices)]
+        codec = self._sources[0][0].codec
+        return RowBatch.from_rows(self.rows(indices), codec.temperatures, codec.vocab_size, weights)
 
     def row(self, index: int) -> TransferRow:
-        """One row as numpy arrays, such as `TransferSetWriter.commit` takes; see `rows`.
-
-        Args:
-            index: its place; negative from the end.
-
-        Returns:
-            The row.
-        """
+        """One row as numpy arrays; see `rows`."""
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int]) -> list[TransferRow]:
@@ -201,12 +187,7 @@ class TransferSet(Dataset[dict[str, Any]]):
             IndexError: no such row.
             TransferSetError: a row is damaged.
         """
-        located = self._resolve(indices)
-        sources = np.searchsorted(self._starts, located, side="right") - 1
-        return [
-            self._sources[source][0].fetch([int(row - self._starts[source])])[0]
-            for source, row in zip(sources.tolist(), located, strict=True)
-        ]
+        return [self._sources[source][0].fetch(row) for source, row in self._locate(indices)]
 
     def select(self, indices: Sequence[int] | NDArray[Any]) -> TransferSet:
         """A view of some rows, in the order asked for.
@@ -306,12 +287,11 @@ class TransferSet(Dataset[dict[str, Any]]):
                 raise IndexError(f"Row {index} was asked for; the transfer set has {length} rows.")
         return [int(self._rows[index]) for index in indices]
 
+    def _locate(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Of each row the number of its source, and its place there."""
+        rows = np.asarray(self._resolve(indices), dtype=np.int64)
+        sources = np.searchsorted(self._starts, rows, side="right") - 1
+        return list(zip(sources.tolist(), (rows - self._starts[sources]).tolist(), strict=True))
+
     def _view(self, rows: NDArray[np.int64] | range | list[int]) -> TransferSet:
         return self._over(self._sources, np.array(rows, dtype=np.int64) if isinstance(rows, list) else rows)
-
-    def _fetch(self, source: int, rows: list[int]) -> RowBatch:
-        """Some rows of one of the joined sets, as tensors."""
-        store, weight = self._sources[source]
-        start = int(self._starts[source])
-        fetched = store.fetch([row - start for row in rows])
-        return RowBatch.from_rows(fetched, store.codec.temperatures, store.codec.vocab_size, weight)

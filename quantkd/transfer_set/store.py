@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,13 +73,10 @@ class ShardStore:
         parts = [self.map(shard).table[:, [TOKENS, TARGETS, ENTRIES]] for shard in range(len(self.index.shards))]
         return np.concatenate([np.zeros((0, 3), dtype=np.int64), *parts])
 
-    def fetch(self, rows: Sequence[int]) -> list[TransferRow]:
-        """The given rows, in the order asked for."""
-        shards = (np.searchsorted(self.row_starts, np.asarray(rows, dtype=np.int64), side="right") - 1).tolist()
-        return [
-            self.map(shard).read_row(row - int(self.row_starts[shard]), check=self._check_rows)
-            for shard, row in zip(shards, rows, strict=True)
-        ]
+    def fetch(self, row: int) -> TransferRow:
+        """A row by its number in the set."""
+        shard = int(np.searchsorted(self.row_starts, row, side="right")) - 1
+        return self.map(shard).read_row(row - int(self.row_starts[shard]), check=self._check_rows)
 
     def map(self, shard: int) -> ShardMap:
         """The shard, mapped and with its header and tables checked."""
