@@ -27,7 +27,7 @@ class Plan:
 
     Shard i holds the prompts `[i * rows_per_shard, (i + 1) * rows_per_shard)`. `teacher_revision` is "" if there is
     none. `storage` is a rule as `storage_rule_to_dict` writes it; `temperatures` ascend; `responses` is "generate" if
-    the teacher wrote them, "given" if they came with the prompts; `batch_size` is part of the plan because it can change
+    the teacher wrote them, "given" if they came with the prompts; `batch_size` belongs to the plan, for it can change
     low bits of the logits; `generation` and `extra` are any JSON.
 
     Raises:
