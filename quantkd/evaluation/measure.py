@@ -20,7 +20,7 @@ from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
 from quantkd.evaluation.records import compute_digest
 from quantkd.evaluation.sharing import ask_main, is_writer
 from quantkd.models.network import base_network
-from quantkd.models.student import bits_of, format_of
+from quantkd.models.student import bits_of, format_of, is_quantized
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
@@ -222,5 +222,7 @@ def _take_up(new: Arm, folder: Path, settings: EvaluationSettings) -> Arm:
 def _name_format(model: Any) -> str:
     """What the model's weights are in, such as "4-bit"; the name of a format whose bits are not known."""
     config = getattr(base_network(model).config, "quantization_config", None)
+    if config is None and is_quantized(model):
+        return "quantized"  # by its format's own library, which leaves no config
     bits = bits_of(config) if config else 8 * model.dtype.itemsize
     return f"{bits}-bit" if bits else format_of(config)

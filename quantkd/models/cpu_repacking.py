@@ -86,10 +86,3 @@ def stored_weight(layer: Any) -> Tensor:
     kept = getattr(layer, _KEPT, None)
     weight: Tensor = layer.weight.detach() if kept is None else kept[0]
     return weight
-
-
-def unpack_kept(model: nn.Module) -> None:
-    """Put every layer's own weight back where it was kept, bit for bit."""
-    for layer in model.modules():
-        if getattr(layer, _KEPT, None) is not None:
-            restore_weight(layer)
