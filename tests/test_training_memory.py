@@ -76,8 +76,8 @@ def test_checkpointing_keeps_loss_and_gradient_and_holds_less(make_student, stud
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_optimizers_of_bitsandbytes_train(make_student, optim):
-    trainer = make_student(optim=optim, learning_rate=1e-2, max_steps=20, logging_steps=1, alpha=0.9)
+    trainer = make_student(optim=optim, learning_rate=3e-2, max_steps=8, logging_steps=1, alpha=0.9)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert "bitsandbytes" in type(trainer.optimizer.optimizer).__module__
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
