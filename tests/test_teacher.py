@@ -96,15 +96,9 @@ def test_the_end_token_is_a_target_and_cut_answers_are_counted(tiny_model, tiny_
 
 def test_generation_stops_at_the_end_token(tiny_model, tiny_tokenizer, set_of):
     """A head that is biased to end: the end token closes each row, and nothing after it is recorded."""
-    weight = tiny_model.get_output_embeddings().weight
     with torch.no_grad():
-        saved = weight.clone()
-        weight[tiny_tokenizer.eos_token_id] *= 60
-    try:
-        transfer_set = set_of(max_new_tokens=40, prompts=PROMPTS * 4)
-    finally:
-        with torch.no_grad():
-            weight.copy_(saved)
+        tiny_model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id] *= 60
+    transfer_set = set_of(max_new_tokens=40, prompts=PROMPTS * 4)
     lengths = {int((row["labels"] != -100).sum()) for row in transfer_set if row["finished"]}
     assert lengths and max(lengths) < 40
     for row in transfer_set:
@@ -225,32 +219,20 @@ def test_the_checkpoints_own_generation_settings_change_nothing(tiny_model, tiny
     tiny_model.generation_config.repetition_penalty = 5.0
     tiny_model.generation_config.do_sample = True
     tiny_model.generation_config.temperature = 3.0
-    try:
-        again = set_of("again")
-        assert tiny_model.generation_config.repetition_penalty == 5.0  # and the model gets its own back
-    finally:
-        tiny_model.generation_config.repetition_penalty = 1.0
-        tiny_model.generation_config.do_sample = False
-        tiny_model.generation_config.temperature = 1.0
-    assert plain.digest == again.digest
+    assert set_of("again").digest == plain.digest
+    assert tiny_model.generation_config.repetition_penalty == 5.0  # the model gets its own back
 
 
-def test_a_complete_set_is_opened_and_said_to_be_complete(set_of, caplog):
+def test_a_complete_set_is_opened_and_another_plan_is_refused(set_of, caplog):
     first = set_of()
     with caplog.at_level(logging.WARNING, logger="quantkd"):
         second = set_of()
     assert first.digest == second.digest and "complete already" in caplog.text
-
-
-def test_another_plan_in_the_same_folder_is_refused(set_of):
-    set_of()
     with pytest.raises(TransferSetError, match="another"):
         set_of(max_new_tokens=5)
 
 
 def test_a_killed_capture_goes_on_to_the_same_bytes(set_of, monkeypatch):
-    from quantkd.teacher.transformers import TransformersTeacher
-
     whole = set_of("whole", prompts=PROMPTS * 2, rows_per_shard=2)
     answer, calls = TransformersTeacher.answer, []
 
@@ -269,27 +251,17 @@ def test_a_killed_capture_goes_on_to_the_same_bytes(set_of, monkeypatch):
 
 
 def test_a_teacher_that_emits_nan_is_named_with_prompt_and_position(tiny_model, set_of):
-    weight = tiny_model.get_output_embeddings().weight
-    saved = weight.detach().clone()
     with torch.no_grad():
-        weight[3] = float("nan")
-    try:
-        with pytest.raises(TeacherError, match=r"prompt \d+ are not finite at response position 0.*--dtype"):
-            set_of()
-    finally:
-        with torch.no_grad():
-            weight.copy_(saved)
+        tiny_model.get_output_embeddings().weight[3] = float("nan")
+    with pytest.raises(TeacherError, match=r"prompt \d+ are not finite at response position 0.*--dtype"):
+        set_of()
 
 
-def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tokenizer, set_of, tiny_model):
-    template, tiny_tokenizer.chat_template = tiny_tokenizer.chat_template, None
-    try:
-        with pytest.raises(DataError, match=r"no chat template.*plain_prompts"):
-            set_of("refused")
-        transfer_set = set_of("plain", chat_template=False)
-    finally:
-        tiny_tokenizer.chat_template = template
-    row = transfer_set[0]
+def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tokenizer, set_of, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
+    with pytest.raises(DataError, match=r"no chat template.*plain_prompts"):
+        set_of("refused")
+    row = set_of("plain", chat_template=False)[0]
     assert tiny_tokenizer.decode(row["input_ids"][row["labels"] == -100], skip_special_tokens=True) == PROMPTS[0]
 
 

@@ -214,6 +214,23 @@ def test_a_dry_run_writes_nothing(tiny_tokenizer, tmp_path):
 # -- teachers --------------------------------------------------------------------------------------------------------
 
 
+def test_a_teacher_of_ones_own_says_what_capture_asks(tiny_tokenizer, tmp_path):
+    class Unfinished(Teacher):
+        def answer(self, prompts):
+            return []
+
+    with pytest.raises(TypeError, match=r"describe.*score"):
+        Unfinished("own", tiny_tokenizer, TopK(1), (1.0,), GenerationSettings(), vocab_size=320)
+    for said, asked in (
+        ("built with storage", {"storage": TopK(3)}),
+        ("built with temperatures", {"temperatures": (1.0, 2.0)}),
+        ("built with the generation settings", {"max_new_tokens": 5}),
+        ("given by name; found a Teacher", {"dtype": "float32"}),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run(FakeTeacher(tiny_tokenizer), tmp_path / "s", **asked)
+
+
 def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from quantkd import TopK
-from quantkd.teacher.teacher import EncodedPrompt, GenerationSettings
+from quantkd.teacher import EncodedPrompt, GenerationSettings
 
 pytestmark = pytest.mark.vllm
 
