@@ -17,6 +17,7 @@ from test_hub_strangers import PICKLE, TRAPS
 from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.errors import ConfigError
+from quantkd.evaluation.arms import Arm
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 
 pytest_plugins = ["hub_runs"]
@@ -59,7 +60,7 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
         text = said("evaluate", *base, "--adapter", name, "--held_out", "user/held", "--arm", "x", "--run_dir", place)
         assert f"Transfer set user/held at {held}, digest {transfer_set.digest}" in text
         assert (f"Adapter user/student at {commit}" in text) == (commit is not None)
-        kl[name] = json.loads((place / "evaluation" / "x.json").read_text())["fidelity"]["kl"]
+        kl[name] = Arm.read(place / "evaluation" / "x.json").fidelity.means["kl"]
     assert len(set(kl.values())) == 1 and kl[folder] > 0
 
     text = said("view", *base, "--adapter", f"user/student@{trapped}", "--held_out", "user/held", "--output",

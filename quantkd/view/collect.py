@@ -18,7 +18,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.loss.metrics import compare_with_entries, compute_predictions, cut_positions
 from quantkd.loss.states import TargetStates
-from quantkd.models.network import base_network, run_to_targets, why_not_fusable
+from quantkd.models.network import base_network, evaluation_mode, run_to_targets, why_not_fusable
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import IGNORE_INDEX
@@ -179,12 +179,9 @@ def _read_contexts(
 def _evaluating(model: PeftModel) -> Iterator[None]:
     """Evaluation mode; afterwards each layer's mode returns, and `requires_grad`, which PEFT's switch changes."""
     trained = [parameter.requires_grad for parameter in model.parameters()]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()  # in full, as `quantkd evaluate` has it, so that both print the same figures
-        yield
+        with evaluation_mode(model):  # as `quantkd evaluate`, so that both print the same figures
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
             parameter.requires_grad_(requires_grad)
