@@ -108,13 +108,18 @@ def transfer_set(set_path):
     return TransferSet.open(set_path)
 
 
-def build(tiny_model_path, transfer_set, tmp_path, model=None, **options):
-    options = {"model_init_kwargs": {"dtype": "float32"}, "save_strategy": "no", "disable_tqdm": True, **options}
-    kwargs = {name: options.pop(name) for name in ("peft_config", "processing_class") if name in options}
-    args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
-    return QuantizedDistillationTrainer(
-        model or str(tiny_model_path), args, train_dataset=transfer_set, eval_dataset=transfer_set, **kwargs
-    )
+@pytest.fixture
+def build(tiny_model_path, transfer_set, tmp_path):
+    """A function that makes a trainer of the tiny model."""
+
+    def make(model=None, **options):
+        options = {"model_init_kwargs": {"dtype": "float32"}, "save_strategy": "no", "disable_tqdm": True, **options}
+        kwargs = {name: options.pop(name) for name in ("peft_config", "processing_class") if name in options}
+        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
+        data = {"train_dataset": transfer_set, "eval_dataset": transfer_set}
+        return QuantizedDistillationTrainer(model or str(tiny_model_path), args, **data, **kwargs)
+
+    return make
 
 
 def adapters(model):
@@ -130,22 +135,23 @@ def products(model):
     }
 
 
-def test_covariance_is_nearer_to_the_teacher_than_loftq_and_zero(tiny_model_path, transfer_set, tmp_path):
-    zero, loftq, covariance = (
-        build(tiny_model_path, transfer_set, tmp_path, init=init).evaluate()["eval_kl"]
-        for init in ("zero", "loftq", "covariance")
-    )
+def originals(path, model):
+    return OriginalWeights(str(path), model.get_base_model())
+
+
+def test_covariance_is_nearer_to_the_teacher_than_loftq_and_zero(build):
+    zero, loftq, covariance = (build(init=init).evaluate()["eval_kl"] for init in ("zero", "loftq", "covariance"))
     assert covariance < loftq < zero and covariance < 0.5 * zero
 
 
-def test_it_is_the_same_every_time_and_draws_nothing_from_the_generators(tiny_model_path, transfer_set, tmp_path):
-    first = adapters(build(tiny_model_path, transfer_set, tmp_path).model)
+def test_it_is_the_same_every_time_and_draws_nothing_from_the_generators(tiny_model_path, build):
+    first = adapters(build().model)
     torch.manual_seed(7)
-    second = adapters(build(tiny_model_path, transfer_set, tmp_path).model)
+    second = adapters(build().model)
     assert all(torch.equal(value, second[name]) and value.any() for name, value in first.items())
     model = attach_lora(load_student(str(tiny_model_path), dtype="float32")).train()
     state = torch.get_rng_state()
-    initialize_from_error(model, OriginalWeights(str(tiny_model_path), model.get_base_model()), torch.ones(1, 3).long())
+    initialize_from_error(model, originals(tiny_model_path, model), torch.ones(1, 3).long())
     assert torch.equal(state, torch.get_rng_state()) and model.training
 
 
@@ -165,7 +171,7 @@ def adapted(tiny_model):
 def test_each_layer_is_corrected_for_the_inputs_that_the_corrected_layers_before_it_give(tiny_model, tiny_model_path):
     """Layer by layer against a reference that runs the model anew for each layer, up to that layer's inputs."""
     model = adapted(tiny_model)
-    weights = OriginalWeights(str(tiny_model_path), model.get_base_model())
+    weights = originals(tiny_model_path, model)
     ids = torch.arange(60).view(4, 15)
     assert initialize_from_error(model, weights, ids, progress=False) == 14
     found = {name: product.detach() for name, product in products(model).items()}
@@ -188,7 +194,7 @@ def test_each_layer_is_corrected_for_the_inputs_that_the_corrected_layers_before
 
 def test_rows_of_padding_do_not_count(tiny_model, tiny_model_path, transfer_set):
     model = adapted(tiny_model)
-    weights = OriginalWeights(str(tiny_model_path), model.get_base_model())
+    weights = originals(tiny_model_path, model)
     ids, mask = draw_rows(transfer_set, 4, 0)
     initialize_from_error(model, weights, ids, mask)
     plain = products(model)
@@ -210,11 +216,9 @@ def test_rows_are_drawn_until_the_padded_batch_is_full():
     assert draw_rows([dataset[3]] * 5, 5, seed=0)[0].numel() <= 16384
 
 
-def test_what_is_saved_is_a_plain_adapter_and_a_resumed_run_keeps_it(
-    tiny_model_path, transfer_set, tmp_path, monkeypatch
-):
+def test_what_is_saved_is_a_plain_adapter_and_a_resumed_run_keeps_it(tiny_model_path, tmp_path, monkeypatch, build):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "seed": 3}
-    trainer = build(tiny_model_path, transfer_set, tmp_path, **options)
+    trainer = build(**options)
     trainer.train()
     trained = adapters(trainer.model)
     checkpoint = tmp_path / "out" / "checkpoint-1"
@@ -228,43 +232,41 @@ def test_what_is_saved_is_a_plain_adapter_and_a_resumed_run_keeps_it(
 
     monkeypatch.setattr("quantkd.training.preparation.initialize_from_rows", refuse)
     options |= {"resume_from_checkpoint": str(checkpoint)}
-    resumed = build(tiny_model_path, transfer_set, tmp_path, **options)
+    resumed = build(**options)
     resumed.train(resume_from_checkpoint=str(checkpoint))  # one step of one: nothing is left to train
     for name, value in adapters(resumed.model).items():
         torch.testing.assert_close(value, trained[name], msg=name)
 
 
-def test_a_start_that_peft_s_config_asks_for_is_left_alone(tiny_model_path, transfer_set, tmp_path):
+def test_a_start_that_peft_s_config_asks_for_is_left_alone(build):
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
-    model = build(tiny_model_path, transfer_set, tmp_path, peft_config=config).model
+    model = build(peft_config=config).model
     assert all(not value.any() for name, value in adapters(model).items() if "lora_B" in name)
 
 
-def test_what_cannot_be_done_starts_from_zero_and_says_so(
-    tiny_model_path, tiny_tokenizer, transfer_set, tmp_path, caplog
-):
+def test_what_cannot_be_done_starts_from_zero_and_says_so(tiny_model_path, tiny_tokenizer, tmp_path, caplog, build):
     student = load_student(str(tiny_model_path), dtype="float32")
     student.config.name_or_path = str(tmp_path)
-    trainer = build(tiny_model_path, transfer_set, tmp_path, student, processing_class=tiny_tokenizer)
+    trainer = build(student, processing_class=tiny_tokenizer)
     assert "start from zero" in caplog.text and "no safetensors weights" in caplog.text
     assert all(not value.any() for name, value in adapters(trainer.model).items() if "lora_B" in name)
     with pytest.raises(ConfigError, match="init is 'best'; expected one of covariance, loftq, zero"):
         QuantizedDistillationConfig(str(tmp_path), init="best")
 
 
-def test_the_original_weights_may_lie_elsewhere(tiny_model_path, tiny_tokenizer, transfer_set, tmp_path):
+def test_the_original_weights_may_lie_elsewhere(tiny_model_path, tiny_tokenizer, tmp_path, build):
     student = load_student(str(tiny_model_path), dtype="float32")
     student.config.name_or_path = str(tmp_path)
     options = {"init_from": str(tiny_model_path), "processing_class": tiny_tokenizer}
-    found = adapters(build(tiny_model_path, transfer_set, tmp_path, student, **options).model)
-    expected = adapters(build(tiny_model_path, transfer_set, tmp_path).model)
+    found = adapters(build(student, **options).model)
+    expected = adapters(build().model)
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def start(model, path, ids=IDS, rank=32):
     """The model with adapters of a high rank, set; how many were."""
     model = attach_lora(model, LoraConfig(r=rank, target_modules="all-linear"))
-    return model, initialize_from_error(model, OriginalWeights(str(path), model.get_base_model()), ids, progress=False)
+    return model, initialize_from_error(model, originals(path, model), ids, progress=False)
 
 
 def logit_error(model, teacher):
@@ -294,13 +296,10 @@ def test_gpt2_s_weights_lie_the_other_way_round(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     student = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     model = attach_lora(student, LoraConfig(r=64, target_modules="all-linear", fan_in_fan_out=False))
-    assert initialize_from_error(model, OriginalWeights(str(tmp_path), model.get_base_model()), IDS) == 8
-    for name, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A") and "default" in layer.lora_A:
-            product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
-            original = teacher.get_submodule(name).weight.T
-            error = original - dequantize_weight(layer)
-            assert (error - product).norm() < 0.1 * error.norm(), name
+    assert initialize_from_error(model, originals(tmp_path, model), IDS) == 8
+    for name, product in products(model).items():
+        error = teacher.get_submodule(name).weight.T - dequantize_weight(model.get_base_model().get_submodule(name))
+        assert (error - product).norm() < 0.1 * error.norm(), name
 
 
 class Experts(nn.Module):
@@ -319,10 +318,9 @@ def test_an_expert_without_tokens_is_corrected_without_inputs(tiny_model, tmp_pa
     tiny_model.save_pretrained(tmp_path)
     model, count = start(rounded(tiny_model), tmp_path, rank=64)
     assert count == 15
-    idle = model.get_base_model().model.layers[1].mlp.experts[1]
-    product = idle.lora_B["default"].weight @ idle.lora_A["default"].weight * idle.scaling["default"]
-    original = OriginalWeights(str(tmp_path), model.get_base_model()).read("model.layers.1.mlp.experts.1")
-    torch.testing.assert_close(idle.get_base_layer().weight + product, original, atol=1e-4, rtol=1e-4)
+    name = "model.layers.1.mlp.experts.1"
+    corrected = model.get_base_model().get_submodule(name).get_base_layer().weight + products(model)[name]
+    torch.testing.assert_close(corrected, originals(tmp_path, model).read(name), atol=1e-4, rtol=1e-4)
 
 
 def test_a_tied_head_and_modules_saved_whole_stay_as_they_are(tiny_model, tmp_path):
@@ -333,7 +331,7 @@ def test_a_tied_head_and_modules_saved_whole_stay_as_they_are(tiny_model, tmp_pa
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = attach_lora(student, config)
     head = model.get_output_embeddings().weight.clone()
-    assert initialize_from_error(model, OriginalWeights(str(tmp_path), model.get_base_model()), IDS) == 4
+    assert initialize_from_error(model, originals(tmp_path, model), IDS) == 4
     assert torch.equal(model.get_output_embeddings().weight, head)
 
 
@@ -364,7 +362,7 @@ def test_an_exact_layer_keeps_a_start_that_can_be_trained(tiny_model, tiny_model
     model = attach_lora(tiny_model, LoraConfig(r=80, target_modules=["q_proj", "k_proj"]))
     model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight.data.mul_(1.01)
     own = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
-    assert initialize_from_error(model, OriginalWeights(str(tiny_model_path), model.get_base_model()), IDS) == 4
+    assert initialize_from_error(model, originals(tiny_model_path, model), IDS) == 4
     for name, parameter in model.named_parameters():
         if "lora_A" in name and "layers.0.self_attn.q_proj" in name:
             assert torch.equal(parameter[64:], own[name][64:]) and not torch.equal(parameter[:64], own[name][:64])
@@ -376,11 +374,11 @@ def test_an_exact_layer_keeps_a_start_that_can_be_trained(tiny_model, tiny_model
 
 def test_dora_is_left_at_its_own_start(tiny_model, tiny_model_path, caplog):
     model = attach_lora(rounded(tiny_model), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
-    assert initialize_from_error(model, OriginalWeights(str(tiny_model_path), model.get_base_model()), IDS) == 0
+    assert initialize_from_error(model, originals(tiny_model_path, model), IDS) == 0
     assert "not a plain LoRA" in caplog.text
 
 
-def test_one_layer_is_held_at_a_time(tiny_model, tiny_model_path, monkeypatch):
+def test_one_layer_is_held_at_a_time(tiny_model_path, monkeypatch):
     """What is alive at each correction: one original weight, and at most `_MAX_INPUTS` inputs of one layer."""
     alive, most = weakref.WeakSet(), []
     read, compute = OriginalWeights.read, initialization.compute_correction
