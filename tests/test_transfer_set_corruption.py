@@ -77,7 +77,7 @@ def test_swapped_missing_and_foreign_shards(copy: Path, tmp_path: Path) -> None:
         verify(copy)
     second.write_bytes(kept)
     (copy / "shard-00002.safetensors").write_bytes(kept)
-    with pytest.raises(TransferSetError, match=r"shard-00002.safetensors is no shard of the index"):
+    with pytest.raises(TransferSetError, match=r"shard-00002.safetensors is not a shard of the index"):
         verify(copy)
 
 

@@ -199,7 +199,7 @@ def test_how_much_is_verified(path: Path, verify: str) -> None:
 def test_wrong_arguments_and_missing_sets(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected 'auto', 'full' or 'off'"):
         TransferSet(path, verify="never")  # type: ignore[arg-type]
-    with pytest.raises(TransferSetError, match="is no folder"):
+    with pytest.raises(TransferSetError, match="is not a folder"):
         TransferSet(tmp_path / "nowhere")
     digest = TransferSet.open(path).digest
     assert TransferSet.open(path, digest=digest).digest == digest

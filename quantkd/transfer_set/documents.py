@@ -34,17 +34,17 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
     except RecursionError as error:
-        raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set anew.") from error
+        raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set again.") from error
     except ValueError as error:
-        raise TransferSetError(f"{name} is not JSON: {quote(error)}. It is damaged; get the set anew.") from error
+        raise TransferSetError(f"{name} is not JSON: {quote(error)}. It is damaged; get the set again.") from error
     if not isinstance(value, dict):
-        raise TransferSetError(f"{name} holds a JSON {type(value).__name__}; expected an object. Get the set anew.")
+        raise TransferSetError(f"{name} holds a JSON {type(value).__name__}; expected an object. Get the set again.")
     _check_content(value, name)
     canonical = canonical_json(value)
     if canonical != data:
         at = next((i for i, (a, b) in enumerate(zip(canonical, data, strict=False)) if a != b), len(canonical))
         raise TransferSetError(
-            f"{name} is not in canonical form at byte {at}. It was edited, or its line ends converted; get it anew."
+            f"{name} is not in canonical form at byte {at}. It was edited, or its line ends converted; get it again."
         )
     return value
 
@@ -62,7 +62,7 @@ def require_fields(value: Any, name: str, fields: Iterable[str]) -> dict[str, An
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise TransferSetError(
             f"{name} has {quote(found)}; expected the fields {sorted(expected)}. "
-            "The set is damaged, or a newer quantkd wrote it: upgrade quantkd, or get the set anew."
+            "The set is damaged, or a newer quantkd wrote it: upgrade quantkd, or get the set again."
         )
     return value
 
@@ -82,7 +82,7 @@ def _check_content(value: Any, name: str) -> None:
         if not parts:
             return
         level = parts
-    raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set anew.")
+    raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set again.")
 
 
 def _refuse_constant(constant: str) -> NoReturn:

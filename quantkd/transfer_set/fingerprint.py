@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Where each part's digest lies in the 64 hexadecimal digits, so that a mismatch can say which part differs.
+# Where each part's digest is in the 64 hexadecimal digits, so that a mismatch can say which part differs.
 _PARTS = {"vocabulary": slice(0, 24), "special tokens": slice(24, 40), "chat template": slice(40, 64)}
 
 

@@ -57,7 +57,7 @@ class ShardRecord:
         size = ShardSize(**{key: fields[key] for key in _SIZES})
         whole = all(is_whole(fields[key], 0, MAX_SHARD_ITEMS) for key in _SIZES)
         if not whole or not size.is_possible() or not is_sha256(fields["sha256"]):
-            raise TransferSetError(f"{name} holds sizes or a digest that cannot be: {quote(fields)}. Get the set anew.")
+            raise TransferSetError(f"{name} holds impossible sizes or digests: {quote(fields)}. Get the set again.")
         return cls(size, fields["sha256"])
 
 
@@ -111,20 +111,20 @@ def parse_index(data: bytes) -> Index:
     if not isinstance(shards, list) or len(shards) != plan.num_shards:
         raise TransferSetError(
             f"{INDEX_NAME} lists {len(shards) if isinstance(shards, list) else quote(shards)} shards; "
-            f"its plan has {plan.num_shards}. Get the set anew."
+            f"its plan has {plan.num_shards}. Get the set again."
         )
     records = tuple(ShardRecord.from_json(shard, f"Shard {i} of {INDEX_NAME}") for i, shard in enumerate(shards))
     for shard, record in enumerate(records):
         start, stop = plan.prompt_range(shard)
         if record.size.rows > stop - start:
             raise TransferSetError(
-                f"Shard {shard} of {INDEX_NAME} has {record.size.rows} rows for {stop - start} prompts. Get it anew."
+                f"Shard {shard} of {INDEX_NAME} has {record.size.rows} rows for {stop - start} prompts. Get it again."
             )
     index = Index(plan, records, check_counters(value["counters"]))
     if index.digest() != value["digest"]:
         raise TransferSetError(
             f"{INDEX_NAME} has the digest {index.digest()} but states {quote(value['digest'])}. "
-            "The index was changed or damaged; get the set anew."
+            "The index was changed or damaged; get the set again."
         )
     return index
 

@@ -121,7 +121,7 @@ def parse_storage(value: Any) -> StorageRule:
     try:
         rule = storage_rule_from_dict(value)
     except (ConfigError, TypeError, AttributeError) as error:
-        raise TransferSetError(f"The storage rule is {quote(value)}: {quote(error)} Get the set anew.") from error
+        raise TransferSetError(f"The storage rule is {quote(value)}: {quote(error)} Get the set again.") from error
     for name, number in value.items():
         good = name == "kind" or is_whole(number, 1, 2**24) or (name == "p" and isinstance(number, float))
         _require(good, "storage", value, "positive whole numbers up to 2**24 for k, n and max_k")

@@ -269,7 +269,7 @@ class TransferSet(Dataset[dict[str, Any]]):
 
     @property
     def sources(self) -> tuple[ShardSource, ...]:
-        """Where the set lies, or each of joined sets; as text a folder, or a repository on the Hub and its commit."""
+        """Where the set is, or each of joined sets; as text a folder, or a repository on the Hub and its commit."""
         return tuple(store.source for store, _ in self._sources)
 
     @property

@@ -73,7 +73,7 @@ class ShardMap:
             if found != expected:
                 raise TransferSetError(
                     f"{path} has {found} bytes; the index promises {expected}. "
-                    f"{'It was cut off' if found < expected else 'Something was added'}: get the shard anew."
+                    f"{'It was cut off' if found < expected else 'Something was added'}: get the shard again."
                 )
             self._data = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
         except OSError as error:  # pragma: no cover - happens in a child: test_transfer_set_hostile maps 13 GiB there
@@ -83,7 +83,7 @@ class ShardMap:
         start = self._data[: len(header)]
         if start != header:
             at = next(i for i, (a, b) in enumerate(zip(start, header, strict=True)) if a != b)
-            raise TransferSetError(f"{path} differs from the header that its index asks for at byte {at}. Get it anew.")
+            raise TransferSetError(f"{path} differs from the header of its index at byte {at}. Get it again.")
         rows = np.frombuffer(self._data, "<u4", 4 * size.rows, len(header)).reshape(-1, 4)
         blocks = np.frombuffer(self._data, "<u4", 2 * size.blocks, len(header) + rows.nbytes).reshape(-1, 2)
         self.table: NDArray[np.int64] = rows.astype(np.int64)
@@ -104,7 +104,7 @@ class ShardMap:
             if total != getattr(size, name):
                 raise TransferSetError(
                     f"The tables of {self.path} sum to {total} {name}; the index says {getattr(size, name)}. "
-                    "Get the shard anew."
+                    "Get the shard again."
                 )
         lengths, targets = table[:, TOKENS], table[:, TARGETS]
         bad = (lengths < 1) | (lengths > MAX_ROW_TOKENS) | (table[:, ENTRIES] > MAX_ROW_ENTRIES)
@@ -112,13 +112,13 @@ class ShardMap:
         if bad.any():
             row = int(bad.argmax())
             raise TransferSetError(
-                f"Row {row} of {self.path} cannot have the sizes {table[row].tolist()}. Get it anew."
+                f"Row {row} of {self.path} cannot have the sizes {table[row].tolist()}. Get it again."
             )
         totals = np.append(np.zeros((1, 4), np.int64), np.cumsum(table, axis=0), axis=0)[self._row_edges]
         self._content_bytes = self._codec.block_bytes(blocks[:, 0], np.diff(totals, axis=0))
         if len(blocks) and (blocks[:, 0].min() < 1 or self._content_bytes.max() > MAX_BLOCK_BYTES):
             raise TransferSetError(
-                f"A block of {self.path} holds no row, or more than {MAX_BLOCK_BYTES} bytes. Get the shard anew."
+                f"A block of {self.path} holds no row, or more than {MAX_BLOCK_BYTES} bytes. Get the shard again."
             )
 
     def read_row(self, row: int, *, check: bool = True) -> TransferRow:
@@ -133,7 +133,7 @@ class ShardMap:
         except TransferSetError as error:
             raise TransferSetError(
                 f"Rows {first} to {stop - 1} of {self.path}, in its bytes {begin} to {end - 1}, are damaged: {error}. "
-                "Get the shard anew."
+                "Get the shard again."
             ) from error
         check = check and not self._checked[row]
         try:

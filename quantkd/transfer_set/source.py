@@ -53,7 +53,7 @@ class ShardSource(Protocol):
         """A plain file that holds the shard, fetched if need be."""
 
     def __str__(self) -> str:
-        """Where the set lies, as it is printed: a folder, or a repository and its commit."""
+        """Where the set is, as it is printed: a folder, or a repository and its commit."""
 
 
 class FolderSource:
@@ -71,7 +71,7 @@ class FolderSource:
         path = self.path
         if not path.is_dir():
             raise TransferSetError(
-                f"There is no transfer set at {path}: it is no folder. Capture one, or mend the path."
+                f"There is no transfer set at {path}: it is not a folder. Capture one, or fix the path."
             )
         if (path / INDEX_NAME).exists():
             return read_index(path)

@@ -104,6 +104,6 @@ class ShardStore:
         if digest != expected:
             raise TransferSetError(
                 f"{mapped.path} has the sha256 {digest}; the index says {expected}. `quantkd verify` names the row. "
-                "Get the shard anew."
+                "Get the shard again."
             )
         self._hashed.add(shard)

@@ -40,7 +40,7 @@ def _refuse_strays(folder: Path, store: ShardStore) -> None:
     expected = {shard_name(shard) for shard in range(store.index.plan.num_shards)}
     for entry in sorted(os.listdir(folder)):
         if _SHARD_FILE.fullmatch(entry) and entry not in expected:
-            raise TransferSetError(f"{folder / entry} is no shard of the index. Remove it, or get the set anew.")
+            raise TransferSetError(f"{folder / entry} is not a shard of the index. Remove it, or get the set again.")
 
 
 def _verify_shard(mapped: ShardMap, expected: str) -> None:
@@ -51,5 +51,5 @@ def _verify_shard(mapped: ShardMap, expected: str) -> None:
     if digest != expected:
         raise TransferSetError(
             f"{mapped.path} has the sha256 {digest}; the index says {expected}. Its rows can be read, so it is another "
-            "shard, or was changed on purpose. Get the shard anew."
+            "shard, or was changed on purpose. Get the shard again."
         )

@@ -244,6 +244,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TransferSetError(
-            f"Could not write the transfer set at {path}: {error}. Committed shards are kept: mend the cause, such "
+            f"Could not write the transfer set at {path}: {error}. Committed shards are kept: fix the cause, such "
             "as a full disk, then run the same command again to resume."
         ) from error
