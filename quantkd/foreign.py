@@ -79,9 +79,8 @@ def remove_quantization(model: Any) -> None:
     """Let transformers save a model whose layers were all dequantized as an ordinary one."""
     if quantizer := getattr(model, "hf_quantizer", None):
         _find("transformers.quantizers.HfQuantizer", "remove_quantization_config", "a merge", quantizer)(model)
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if getattr(model, flag, False):
-            setattr(model, flag, False)
+    for flag in {"is_loaded_in_4bit", "is_loaded_in_8bit"} & vars(model).keys():
+        setattr(model, flag, False)
     if hasattr(model, "hf_device_map"):  # a model on the CPU would be taken for an offloaded one
         del model.hf_device_map
 
@@ -122,10 +121,7 @@ def map_checkpoint(keys: Sequence[str], model: Any) -> tuple[dict[str, str], set
 
 def is_plain_cache(cache: Any) -> bool:
     """Whether a cache can be repeated for several prompts; False, so that none is, where transformers does not say."""
-    try:
-        plain = _find("transformers.cache_utils", "DynamicLayer", "a shared prefix")
-    except MissingDependencyError:
-        return False
+    plain = getattr(import_module("transformers.cache_utils"), "DynamicLayer", None)
     return hasattr(cache, "batch_repeat_interleave") and all(type(layer) is plain for layer in cache.layers)
 
 
