@@ -219,6 +219,8 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none():
     assert states.head.weight.grad is None and states.values.grad is not None
     states.head.weight.requires_grad_()
     assert count() == 3 * product
+    states.values.requires_grad_(False)
+    assert count() == 2 * product
     with torch.no_grad():
         assert not compute_fused_loss(states, labels, entries, MIXED)[0].requires_grad
         assert count() == product

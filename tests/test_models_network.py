@@ -1,4 +1,4 @@
-"""The fused loss in the trainer: equal to the logits path on every family, or refused in words."""
+"""The fused loss in the trainer: equal to the path over logits on every family, or off with the reason."""
 
 from __future__ import annotations
 
@@ -10,53 +10,52 @@ from families import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.network import gathered_head, hidden_states_as_logits, why_not_fusable
-from tests.conftest import capture_set
+from tests.conftest import loss_and_gradient, relative
 
 # What the others do to their logits is not known here; the probe finds it, and their logits are held.
 NOT_FUSED = {"RecurrentGemma"}
 
 
-@pytest.fixture(scope="module")
-def transfer_set(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("head") / "set"
-    prompts = ["One and one?", "A longer question, which has more words?", "Why?"]
-    return capture_set(tiny_model_path, prompts, path, max_new_tokens=8)
+@pytest.fixture
+def run(make_trainer, training_set, tiny_tokenizer):
+    """The trainer of a model, its loss of three rows, and the gradient."""
+
+    def go(model, fused=True):
+        trainer = make_trainer(
+            model, use_fused_loss=fused, temperature=2.0, alpha=0.6, processing_class=tiny_tokenizer,
+            train_dataset=training_set[:3],
+        )  # fmt: skip
+        return trainer, *loss_and_gradient(trainer, training_set.__getitems__(range(3)), train=False)
+
+    return go
 
 
-def loss_and_gradient(model, transfer_set, tokenizer, tmp_path, fused, **kwargs):
-    args = QuantizedDistillationConfig(
-        str(tmp_path), use_fused_loss=fused, temperature=2.0, alpha=0.6, save_strategy="no", **kwargs
-    )
-    trainer = QuantizedDistillationTrainer(model, args, train_dataset=transfer_set, processing_class=tokenizer)
-    batch = trainer.data_collator(transfer_set.__getitems__(range(len(transfer_set))))
-    trainer.model.eval()
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, dict(batch))
-    loss.backward()
-    grads = [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad and p.grad is not None]
-    return trainer, float(loss), torch.cat(grads)
+@pytest.fixture
+def assert_equal_to_logits_path(run):
+    """Loss and gradient with `use_fused_loss` on and off, each on a model of its own; whether it was fused."""
+
+    def check(make_model):
+        trainer, loss, gradient = run(make_model())
+        plain, plain_loss, plain_gradient = run(make_model(), fused=False)
+        assert not plain.uses_fused_loss
+        assert loss == pytest.approx(plain_loss, rel=1e-5) and relative(gradient, plain_gradient) < 1e-5
+        return trainer
+
+    return check
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NOT_FUSED))
-def test_loss_and_gradient_equal_the_logits_path(family, transfer_set, tiny_tokenizer, tmp_path):
+def test_loss_and_gradient_equal_the_logits_path(family, assert_equal_to_logits_path, tiny_tokenizer):
     model = build(family, len(tiny_tokenizer))
     assert why_not_fusable(model) is None
-    trainer, fused, fused_gradient = loss_and_gradient(model, transfer_set, tiny_tokenizer, tmp_path, True)
-    assert trainer.uses_fused_loss
-    trainer, plain, plain_gradient = loss_and_gradient(model, transfer_set, tiny_tokenizer, tmp_path, False)
-    assert not trainer.uses_fused_loss
-    assert fused == pytest.approx(plain, rel=1e-5)
-    assert float((fused_gradient - plain_gradient).norm() / plain_gradient.norm()) < 1e-5
+    assert assert_equal_to_logits_path(lambda: model).uses_fused_loss
 
 
 @pytest.mark.parametrize("family", sorted(NOT_FUSED))
-def test_what_else_a_family_does_to_its_logits_is_found(family, transfer_set, tiny_tokenizer, tmp_path, caplog):
+def test_what_else_a_family_does_to_its_logits_is_found(family, run, tiny_tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="quantkd"):
-        trainer, *_ = loss_and_gradient(
-            build(family, len(tiny_tokenizer)), transfer_set, tiny_tokenizer, tmp_path, True
-        )
+        trainer, *_ = run(build(family, len(tiny_tokenizer)))
     assert not trainer.uses_fused_loss
     assert caplog.text.count("its logits are not what its head makes of the last hidden states") == 1
 
@@ -76,45 +75,35 @@ def test_the_model_is_left_as_it_was(family, tiny_tokenizer):
     torch.testing.assert_close(model(input_ids=tokens).logits, before)
 
 
-def assert_equal_to_logits_path(make_model, transfer_set, tokenizer, tmp_path, **kwargs):
-    """Loss and gradient with `use_fused_loss` on and off, each on a model of its own; the trainer that had it on."""
-    trainer, loss, gradient = loss_and_gradient(make_model(), transfer_set, tokenizer, tmp_path, True, **kwargs)
-    plain, plain_loss, plain_gradient = loss_and_gradient(
-        make_model(), transfer_set, tokenizer, tmp_path, False, **kwargs
-    )
-    assert not plain.uses_fused_loss
-    assert loss == pytest.approx(plain_loss, rel=1e-5)
-    assert float((gradient - plain_gradient).norm() / plain_gradient.norm()) < 1e-5
-    return trainer
-
-
-def test_an_adapter_on_the_head_falls_back_to_logits_with_the_reason(transfer_set, tiny_tokenizer, tmp_path, caplog):
+def test_an_adapter_on_the_head_falls_back_to_logits_with_the_reason(
+    assert_equal_to_logits_path, run, tiny_tokenizer, caplog
+):
     def adapted():
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
         return get_peft_model(build("Llama", len(tiny_tokenizer)), config)
 
     with caplog.at_level(logging.WARNING, logger="quantkd"):
-        trainer = assert_equal_to_logits_path(adapted, transfer_set, tiny_tokenizer, tmp_path)
+        trainer = assert_equal_to_logits_path(adapted)
     assert not trainer.uses_fused_loss
     assert caplog.text.count("its head is peft's Linear, not a plain linear layer") == 1
     # The adapter is in the logits: against the merged model, which has no adapters and a plain head.
     model, merged = adapted().eval(), adapted().merge_and_unload().eval().requires_grad_(True)
     tokens = torch.arange(6).unsqueeze(0)
     torch.testing.assert_close(model(tokens).logits, merged(tokens).logits, atol=1e-3, rtol=1e-3)
-    trainer, loss, _ = loss_and_gradient(adapted(), transfer_set, tiny_tokenizer, tmp_path, True)
-    _, merged_loss, _ = loss_and_gradient(merged, transfer_set, tiny_tokenizer, tmp_path, True)
+    trainer, loss, _ = run(adapted())
+    _, merged_loss, _ = run(merged)
     assert loss == pytest.approx(merged_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_peft_trains_whole_is_fused(tied, transfer_set, tiny_tokenizer, tmp_path):
+def test_a_head_that_peft_trains_whole_is_fused(tied, assert_equal_to_logits_path, tiny_tokenizer):
     def adapted():
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
         return get_peft_model(build("Llama, tied" if tied else "Llama", len(tiny_tokenizer)), config)
 
-    trainer = assert_equal_to_logits_path(adapted, transfer_set, tiny_tokenizer, tmp_path)
+    trainer = assert_equal_to_logits_path(adapted)
     assert trainer.uses_fused_loss
     model = adapted()
     wrapper = model.get_output_embeddings()
@@ -139,7 +128,7 @@ def load_with_quantized_head(tiny_model_path):
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
 def test_a_4_bit_head_is_dequantized_for_the_fused_loss(
-    double, storage, load_with_quantized_head, transfer_set, tiny_tokenizer, tmp_path
+    double, storage, load_with_quantized_head, assert_equal_to_logits_path, tiny_tokenizer
 ):
     def load():
         return load_with_quantized_head(
@@ -148,19 +137,15 @@ def test_a_4_bit_head_is_dequantized_for_the_fused_loss(
         )  # fmt: skip
 
     assert type(load().get_output_embeddings()).__name__ == "Linear4bit"
-    trainer = assert_equal_to_logits_path(load, transfer_set, tiny_tokenizer, tmp_path)
+    trainer = assert_equal_to_logits_path(load)
     assert trainer.uses_fused_loss
     with gathered_head(trainer.model) as head:
         assert head.weight.shape == (len(tiny_tokenizer), 64)
 
 
-def test_an_8_bit_head_falls_back_with_the_reason(
-    load_with_quantized_head, transfer_set, tiny_tokenizer, tmp_path, caplog
-):
+def test_an_8_bit_head_falls_back_with_the_reason(load_with_quantized_head, assert_equal_to_logits_path, caplog):
     with caplog.at_level(logging.WARNING, logger="quantkd"):
-        trainer = assert_equal_to_logits_path(
-            lambda: load_with_quantized_head(load_in_8bit=True), transfer_set, tiny_tokenizer, tmp_path
-        )
+        trainer = assert_equal_to_logits_path(lambda: load_with_quantized_head(load_in_8bit=True))
     assert (
         not trainer.uses_fused_loss
         and "its head is bitsandbytes's Linear8bitLt, not a plain linear layer" in caplog.text
@@ -193,17 +178,13 @@ def test_dropout_does_not_mislead_the_probe(tiny_tokenizer):
     assert why_not_fusable(model) is None
 
 
-def test_the_router_loss_of_a_mixture_of_experts_is_left_out(transfer_set, tiny_tokenizer, tmp_path):
+def test_the_router_loss_of_a_mixture_of_experts_is_left_out(run, tiny_tokenizer):
     def model(coefficient):
         made = build("Mixtral", len(tiny_tokenizer))
         made.config.output_router_logits, made.router_aux_loss_coef = coefficient > 0, coefficient
         return made
 
-    losses = [
-        loss_and_gradient(model(coefficient), transfer_set, tiny_tokenizer, tmp_path, fused)[1]
-        for coefficient in (0.0, 10.0)
-        for fused in (True, False)
-    ]
+    losses = [run(model(coefficient), fused)[1] for coefficient in (0.0, 10.0) for fused in (True, False)]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
 

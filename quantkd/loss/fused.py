@@ -175,7 +175,7 @@ class _TeacherSides:
     def blocks(self, chunk: slice, logits: Tensor) -> Iterator[tuple[slice, _Entries | Tensor]]:
         """The positions of each block of a chunk, and its entries or logits (n, V)."""
         size = len(logits)  # on a GPU the chunk is one block
-        if logits.device.type == "cpu":
+        if logits.device.type == "cpu":  # pragma: no branch  # the tests run without a GPU
             size = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
         dense = None if self.states is None else self.states.logits(chunk).to(self.dtype)
         for block in _cut(chunk.start, chunk.stop, size):

@@ -102,7 +102,7 @@ def compare_with_logits(logits: Tensor, predictions: Predictions, teacher_logits
     Shapes: logits (N, V), teacher_logits (N, V).
     """
     rows = len(logits)
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu":  # pragma: no branch  # the tests run without a GPU
         rows = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
     kl, reverse_kl, entropy = (torch.empty_like(predictions.ce) for _ in range(3))
     top_ids = torch.empty_like(predictions.top_ids)
