@@ -135,9 +135,9 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
     assert find_checkpoint(str(tmp_path / "checkpoint-2"), "elsewhere") == str(tmp_path / "checkpoint-2")
     assert find_checkpoint(None, tmp_path) is None and find_checkpoint("false", tmp_path) is None
     for asked, where, said in (
-        ("true", tmp_path / "checkpoint-2", "holds no checkpoint to go on from"),
-        ("true", tmp_path / "nowhere", "holds no checkpoint to go on from"),
-        (str(tmp_path / "checkpoint-12"), tmp_path, "which is no whole checkpoint"),
+        ("true", tmp_path / "checkpoint-2", "holds no checkpoint to resume from"),
+        ("true", tmp_path / "nowhere", "holds no checkpoint to resume from"),
+        (str(tmp_path / "checkpoint-12"), tmp_path, "which is not a complete checkpoint"),
     ):
         with pytest.raises(ConfigError, match=said):
             find_checkpoint(asked, where)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from quantkd.loss.states import Head, TargetStates
 from quantkd.models.weights import is_sharded, whole_parameters
 
-# What families do to the logits after the head: the attribute, where it lies, and the value that makes it do nothing.
+# What families do to the logits after the head: the attribute, and the value with which it does nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
 
@@ -80,7 +80,7 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
     places = [(config, "final_logit_softcapping"), (config, "logits_scaling"), (network, "logit_scale")]
     saved = [(place, name, value) for place, name in places if _is_plain(value := getattr(place, name, None))]
     own_forward = head.__dict__.get("forward")  # accelerate's hooks put one there
-    # FSDP2 hangs its hooks on what a layer returns, and warns of a view, which the model's slice of its states is.
+    # FSDP2 puts hooks on what a layer returns, and warns of a view, which the model's slice of its states is.
     is_fsdp = isinstance(head, FSDPModule) or isinstance(model, FSDPModule)
 
     def pass_through(hidden: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class _PassThrough(torch.autograd.Function):
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without its traces: each layer's own mode returns, and nothing is drawn from the generators.
+    """Evaluation mode inside; afterwards each layer's own mode returns, and the random state is what it was.
 
     4-bit layers go in training mode meanwhile, for on some CPUs bitsandbytes repacks their weights in the other.
     """

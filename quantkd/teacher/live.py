@@ -14,7 +14,7 @@ from quantkd.hardware import default_device, parse_dtype
 from quantkd.loss.states import TargetStates
 from quantkd.models.network import run_to_targets, why_not_fusable
 from quantkd.models.student import is_quantized
-from quantkd.models.weights import count_rows
+from quantkd.models.weights import head_width
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ class LiveTeacher:
         if isinstance(model, str) and model == "adapter_disabled":
             raise ConfigError(
                 "teacher_model='adapter_disabled' would make the student without its adapters the teacher. With a "
-                "quantized student that is the 4-bit model itself, whose errors shall be mended, not the 16-bit one. "
+                "quantized student that is the 4-bit model itself, whose errors should be corrected. "
                 "Give the name of the full-precision model, or train on a transfer set."
             )
         if is_zero3():
             raise ConfigError(
                 "teacher_model cannot run beside a student under DeepSpeed ZeRO-3, which would partition the teacher "
-                "too. Train on a transfer set, or under DDP, FSDP2 or ZeRO-2."
+                "as well. Train on a transfer set, or under DDP, FSDP2 or ZeRO-2."
             )
         if isinstance(model, str):
             kwargs = {"device_map": {"": default_device()}, "trust_remote_code": False, **model_init_kwargs}
@@ -52,12 +52,12 @@ class LiveTeacher:
                 "The teacher_model is quantized, so its errors would be taught. Load it in 16 or 32 bits, or train on "
                 "a transfer set that the full-precision model wrote."
             )
-        width, own = (count_rows(each.get_output_embeddings().weight) for each in (student, model))
+        width, own = (head_width(each) for each in (student, model))
         if width != own:
             raise ConfigError(
-                f"The student's vocabulary has {width} ids, the teacher_model's {own}. "
-                "Distil into a student of the same vocabulary, or capture a transfer set: it leaves a head's padding "
-                "out, and so fits every student of the tokenizer."
+                f"The student's vocabulary has {width} ids, the teacher_model's {own}. Use a student of the same "
+                "vocabulary, or capture a transfer set: without the padding of a head it fits every student of the "
+                "tokenizer."
             )
         self.model = model.eval().requires_grad_(False)
         reason = why_not_fusable(model)

@@ -1,4 +1,4 @@
-"""Where a training goes on: the checkpoint that is named, or the last whole one of a run."""
+"""The checkpoint that training resumes from: the one that is named, or the last complete one of a run."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str |
         if _is_whole(Path(asked)):
             return asked
         raise ConfigError(
-            f"resume_from_checkpoint is {asked}, which is no whole checkpoint; expected true, or a folder such as "
-            f"{folder / 'checkpoint-500'}."
+            f"resume_from_checkpoint is {asked}, which is not a complete checkpoint; expected true, or a folder such "
+            f"as {folder / 'checkpoint-500'}."
         )
     entries = folder.iterdir() if folder.is_dir() else ()
     found = {int(name[1]): entry for entry in entries if (name := _CHECKPOINT.fullmatch(entry.name)) is not None}
     whole = [step for step, entry in found.items() if _is_whole(entry)]
     if not whole:
         raise ConfigError(
-            f"{folder} holds no checkpoint to go on from; one is written every save_steps steps. Leave "
+            f"{folder} holds no checkpoint to resume from; one is written every save_steps steps. Leave "
             "resume_from_checkpoint out to start anew."
         )
     return str(found[max(whole)])
