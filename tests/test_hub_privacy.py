@@ -175,8 +175,8 @@ def test_public_names(name, public, tmp_path, monkeypatch):
 
 
 def test_a_base_model_s_folder_is_named_alone_also_where_json_escapes_its_letters(tmp_path):
-    (tmp_path / "README.md").write_text("base_model: /home/jürgen/llama-8b")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/jürgen/llama-8b"}))
+    (tmp_path / "README.md").write_text("base_model: /data/jürgen/llama-8b")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/data/jürgen/llama-8b"}))
     name_base_model(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == {"base_model_name_or_path": "llama-8b"}
     assert (tmp_path / "README.md").read_text() == "base_model: llama-8b"

@@ -235,7 +235,7 @@ def test_provenance_is_read_as_it_was_written(tmp_path):
         (tmp_path / "quantkd.json").write_text(text)
         with pytest.raises(DataError, match=message):
             Provenance.read(tmp_path)
-    (tmp_path / "quantkd.json").write_text('{"teacher": "/home/ann/model", "token": "hf_secret"}')
+    (tmp_path / "quantkd.json").write_text('{"teacher": "/data/ann/model", "token": "hf_secret"}')
     assert Provenance.read(tmp_path) == Provenance(teacher="model")
 
 
