@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,24 +50,14 @@ class RowSums:
     transform: Transform = "identity"
 
     def to_columns(self) -> Floats:
-        """(N, 2): numerators and denominators.
-
-        Raises:
-            DataError: arrays of different shapes, no rows, values that are not finite, or no denominator above 0.
-        """
+        """(N, 2): numerators and denominators."""
         numerators = np.asarray(self.numerators, dtype=np.float64)
         given = self.denominators
         denominators = np.ones_like(numerators) if given is None else np.asarray(given, dtype=np.float64)
-        if numerators.ndim != 1 or numerators.shape != denominators.shape or not numerators.size:
-            raise DataError(
-                f"Found numerators of shape {numerators.shape} and denominators of shape {denominators.shape}; "
-                "expected both of one shape (N,), N at least 1."
-            )
-        if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
-            raise DataError("Found a row sum that is not finite. Look for NaN in the evaluation that produced it.")
+        columns = _stack("numerators and denominators", [numerators, denominators], 1)
         if denominators.min() < 0 or not denominators.sum():
             raise DataError("Found a negative denominator, or none above 0; expected counts such as tokens per row.")
-        return np.stack([numerators, denominators], axis=1)
+        return columns
 
     def compute(self, sums: Floats) -> Floats:
         """(..., 2) -> (...): their ratio, transformed."""
@@ -79,20 +69,8 @@ class RowSums:
 class CalibrationSums:
     """The expected calibration error: how far a model's confidence in its top token is from how often it is right.
 
-    `sum over bins of |confidence - correct| / tokens`, each summed over the tokens of the bin.
-
-    Args:
-        confidences: (N, M) a row's top-1 probabilities, summed in each of M bins of confidence.
-        correct: (N, M) how often the top token was the target.
-        tokens: (N, M) the row's tokens in each bin.
-
-    Reference:
-        Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv:1706.04599), equation 3.
-
-    Example:
-        >>> one_row = CalibrationSums(confidences=[[0.4, 1.8]], correct=[[0, 2]], tokens=[[1, 2]])
-        >>> round(compute_value(one_row), 6)  # (|0.4 - 0| + |1.8 - 2|) / 3
-        0.2
+    `sum over bins of |confidence - correct| / tokens`, each summed over the tokens of the bin: Guo et al. 2017
+    (arXiv:1706.04599), equation 3. Each argument is (N, M): a row's sums in M bins of confidence.
     """
 
     confidences: ArrayLike
@@ -102,14 +80,10 @@ class CalibrationSums:
     def to_columns(self) -> Floats:
         """(N, 3 M): confidences, correct, tokens."""
         parts = [np.asarray(part, dtype=np.float64) for part in (self.confidences, self.correct, self.tokens)]
-        if parts[0].ndim != 2 or len({part.shape for part in parts}) != 1 or not parts[0].size:
-            raise DataError(
-                f"Found confidences, correct and tokens of shapes {[part.shape for part in parts]}; "
-                "expected all of one shape (N, M)."
-            )
-        if not all(np.isfinite(part).all() for part in parts) or not parts[2].sum() > 0:
-            raise DataError("Found a calibration sum that is not finite, or no tokens. Evaluate this arm again.")
-        return np.concatenate(parts, axis=1)
+        columns = _stack("confidences, correct and tokens", parts, 2)
+        if not parts[2].sum() > 0:
+            raise DataError("Found no tokens to calibrate on. Evaluate rows with answers.")
+        return columns
 
     def compute(self, sums: Floats) -> Floats:
         """(..., 3 M) -> (...): the error, in [0, 1]."""
@@ -246,23 +220,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of a figure, over whole rows.
 
     Rows are drawn, not tokens: the tokens of one answer depend on each other, and an interval over tokens would be far
-    too narrow.
-
-    Args:
-        statistic: the figure, as sums over N rows.
-        confidence: the coverage, in (0, 1).
-        seed: of the draws; the same seed draws the same rows.
-        resamples: how many draws.
-
-    Returns:
-        The bounds, in the figure's unit.
-
-    Raises:
-        DataError: fewer than 2 rows, or rows that the statistic refuses.
-        ConfigError: a confidence outside (0, 1), or no resamples.
-
-    Reference:
-        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+    too narrow (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13).
     """
     return _middle(_resample([statistic], lambda figures: figures[0], confidence, seed, resamples), confidence)
 
@@ -275,27 +233,13 @@ def bootstrap_ratio_interval(
     seed: int = 0,
     resamples: int = 2000,
 ) -> Interval:
-    """`bootstrap_interval` of `sum(numerators) / sum(denominators)`.
-
-    Args:
-        numerators: (N,) one sum per row.
-        denominators: (N,) what it is divided by; None counts each row once.
-        confidence: the coverage, in (0, 1).
-        seed: of the draws.
-        resamples: how many draws.
-    """
+    """`bootstrap_interval` of `sum(numerators) / sum(denominators)`; None counts each row once. Shapes: (N,)."""
     statistic = RowSums(numerators, denominators)
     return bootstrap_interval(statistic, confidence=confidence, seed=seed, resamples=resamples)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One model's figure minus another's on the same rows.
-
-    Args:
-        value: in the figure's unit.
-        interval: its paired bootstrap interval; None for a single row.
-    """
+class Difference(NamedTuple):
+    """One model's figure minus another's, with its paired bootstrap interval; None for a single row."""
 
     value: float
     interval: Interval | None
@@ -307,28 +251,6 @@ def compute_difference(
     """`a - b` with its paired bootstrap interval: each draw takes the same rows of both models.
 
     What makes a row hard for both cancels, so the interval is narrower than those of the two figures suggest.
-
-    Args:
-        a: the first model's figure.
-        b: the second model's, over the same rows in the same order.
-        confidence: the coverage, in (0, 1).
-        seed: of the draws.
-        resamples: how many draws.
-
-    Returns:
-        The difference and its interval.
-
-    Raises:
-        DataError: models with different numbers of rows.
-        ConfigError: a confidence outside (0, 1), or no resamples.
-
-    Reference:
-        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13.
-
-    Example:
-        >>> result = compute_difference(RowSums([3, 5, 9, 3]), RowSums([2, 4, 8, 2]))  # each row is 1 more
-        >>> result.value, result.interval
-        (1.0, (1.0, 1.0))
     """
     value = compute_value(a) - compute_value(b)
     if len(a.to_columns()) < 2 and len(b.to_columns()) < 2:
@@ -455,6 +377,18 @@ def _resample(
             method="percentile", random_state=np.random.default_rng(seed),
         ).bootstrap_distribution  # fmt: skip
     return np.asarray(drawn, dtype=np.float64)
+
+
+def _stack(names: str, parts: Sequence[Floats], ndim: int) -> Floats:
+    """(N, C) from finite arrays of one shape, (N,) or (N, M)."""
+    if parts[0].ndim != ndim or len({part.shape for part in parts}) != 1 or not parts[0].size:
+        raise DataError(
+            f"Found {names} of shapes {[part.shape for part in parts]}; expected all of one shape "
+            f"{('(N,)', '(N, M)')[ndim - 1]}, N at least 1."
+        )
+    if not all(np.isfinite(part).all() for part in parts):
+        raise DataError("Found a row sum that is not finite. Look for NaN in the evaluation that produced it.")
+    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
 def _middle(draws: Floats, confidence: float) -> Interval:
