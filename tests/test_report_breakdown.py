@@ -125,7 +125,7 @@ def test_sparse_bins_are_shown_where_an_arm_has_no_others(tmp_path: Path, arms: 
     for arm in arms.values():
         arm["fidelity"] = None
     results = build(tmp_path, arms)
-    assert "Where the KL is" not in (tmp_path / "report.md").read_text() and not (tmp_path / "kl_bins.png").exists()
+    assert "## KL by position" not in (tmp_path / "report.md").read_text() and not (tmp_path / "kl_bins.png").exists()
     assert "ece" not in results["metric_order"]
 
 

@@ -1,7 +1,7 @@
 """Any task of lm-evaluation-harness on a loaded model, through its own API; the verdict on each item is kept.
 
-The harness builds the prompts, runs the model and scores. Here its figures are put beside the verdicts that a paired
-test needs, and kept, so that a finished task is not run again.
+The harness builds the prompts, runs the model and scores. Its figures are kept with the verdicts that a paired test
+needs, so that a finished task is not run again.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class HarnessTasks:
 
     Args:
         names: tasks, groups or tags that the harness knows, or YAML files of tasks.
-        include_path: a folder with task files of one's own.
-        num_fewshot: solved examples before each item; each task's own number if None. The harness leaves a task at 0
-            that says 0 itself.
-        limit: at most this many items a task, from the front; all if None.
+        include_path: a folder with your own task files.
+        num_fewshot: solved examples before each item; each task's own number if None. The harness keeps the
+            0 of a task that sets it.
+        limit: at most this many items per task, the first ones; all if None.
         apply_chat_template: put each prompt into the chat template, the examples as earlier turns.
-        rerun: run also what was finished before.
+        rerun: run finished tasks again.
     """
 
     names: Sequence[str]
@@ -63,7 +63,33 @@ class HarnessTasks:
     @cached_property
     def manager(self) -> Any:
         """The harness' own list of tasks, read once; every name is looked up, so asking for it is a check."""
-        return _load_manager(self)
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Tasks of lm-evaluation-harness need the package lm-eval: {error}. `pip install quantkd[eval]`."
+            ) from error
+        if not self.names or not all(self.names):
+            raise ConfigError(f"Expected names of tasks such as gsm8k or arc_easy, found {list(self.names)}.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"The limit of items per task is {self.limit}; expected at least 1.")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ConfigError(f"There is no folder {self.include_path}; expected one that holds task files (*.yaml).")
+        with _quiet():
+            if self.include_path is not None:
+                # The harness' own 15,000 files take ten seconds to list. A group may need them, a task does not.
+                manager = TaskManager(include_path=self.include_path, include_defaults=False)
+                if all(name in manager.all_subtasks for name in self.names):
+                    return manager
+            manager = TaskManager(include_path=self.include_path)
+        for name in self.names:
+            if name not in manager.all_tasks and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+                close = difflib.get_close_matches(name, manager.all_tasks)
+                raise ConfigError(
+                    f"lm-eval knows no task {name!r}{f'; near it are {close}' if close else ''}. `lm-eval ls tasks` "
+                    "lists all, and include_path takes a folder with your own."
+                )
+        return manager
 
 
 def evaluate_tasks(
@@ -82,19 +108,18 @@ def evaluate_tasks(
     Those that are `finished` with the same settings are not run again. Each item is written to `<folder>/<task>.jsonl`.
     Of the processes that share the items, the main one gets the results of tasks that are run.
     """
-    fingerprint = fingerprint or compute_model_fingerprint(model)
-    manager = tasks.manager
+    fingerprint, manager = fingerprint or compute_model_fingerprint(model), tasks.manager
     for name in tasks.names:
         path = Path(folder) / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
         with _quiet():
             settings = _describe(manager.load([name])["tasks"], name, tasks)
-            if tasks.rerun and is_writer(share):
-                path.unlink(missing_ok=True)
-            file = RecordFile(path, {**settings, "model": fingerprint}, share=share)
-            if not tasks.rerun and name in finished and finished[name].settings == settings:
-                yield name, finished[name]
-                continue
-            found = _run(model, tokenizer, name, tasks, batch_size, share)
+        if tasks.rerun and is_writer(share):
+            path.unlink(missing_ok=True)
+        file = RecordFile(path, {**settings, "model": fingerprint}, share=share)
+        if not tasks.rerun and name in finished and finished[name].settings == settings:
+            yield name, finished[name]
+            continue
+        found = _run(model, tokenizer, name, tasks, batch_size, share)
         if found is not None:  # otherwise another process has the result
             items = _number_items(found["samples"])
             file.replace(items)
@@ -114,37 +139,6 @@ def _describe(leaves: Mapping[str, Any], name: str, tasks: HarnessTasks) -> dict
     }
 
 
-def _load_manager(tasks: HarnessTasks) -> Any:
-    """The harness' list of tasks, with every name looked up."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Tasks of lm-evaluation-harness need the package lm-eval: {error}. `pip install quantkd[eval]`."
-        ) from error
-    if not tasks.names or not all(tasks.names):
-        raise ConfigError(f"Expected names of tasks such as gsm8k or arc_easy, found {list(tasks.names)}.")
-    if tasks.limit is not None and tasks.limit < 1:
-        raise ConfigError(f"The limit of items a task is {tasks.limit}; expected at least 1.")
-    if tasks.include_path is not None and not Path(tasks.include_path).is_dir():
-        raise ConfigError(f"There is no folder {tasks.include_path}; expected one that holds task files (*.yaml).")
-    with _quiet():
-        if tasks.include_path is not None:
-            # The harness' own fifteen thousand files take ten seconds to list. A group may need them, a task does not.
-            manager = TaskManager(include_path=tasks.include_path, include_defaults=False)
-            if all(name in manager.all_subtasks for name in tasks.names):
-                return manager
-        manager = TaskManager(include_path=tasks.include_path)
-    for name in tasks.names:
-        if name not in manager.all_tasks and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
-            close = difflib.get_close_matches(name, manager.all_tasks)
-            raise ConfigError(
-                f"lm-eval knows no task {name!r}{f'; near it are {close}' if close else ''}. `lm-eval ls tasks` lists "
-                "all, and include_path takes a folder with your own."
-            )
-    return manager
-
-
 def _run(
     model: Any, tokenizer: PreTrainedTokenizerBase, name: str, tasks: HarnessTasks, batch_size: int, share: bool
 ) -> dict[str, Any] | None:
@@ -152,7 +146,7 @@ def _run(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with evaluation_mode(model):
+    with evaluation_mode(model), _quiet():
         harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         if share and process_state().num_processes > 1:
             spread_harness(harnessed, Accelerator(cpu=not has_accelerator()))
@@ -263,7 +257,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness' remarks on defaults, of which there are several a task."""
+    """Without the harness' remarks on defaults, several per task."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
