@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkd.errors import ConfigError
 from quantkd.foreign import is_zero3
 from quantkd.hardware import default_device, parse_dtype
-from quantkd.loss.states import TargetStates
-from quantkd.models.network import run_to_targets, why_not_fusable
+from quantkd.models.network import why_not_fusable
 from quantkd.models.student import is_quantized
 from quantkd.models.weights import head_width
 
@@ -20,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class LiveTeacher:
-    """The teacher's distributions over the whole vocabulary, computed for each batch.
+    """A teacher whose distributions over the whole vocabulary are computed for each batch.
 
     Args:
         model: a Hub name or checkpoint folder, loaded in bfloat16 where the hardware has it, else float32; or a model.
@@ -63,10 +61,4 @@ class LiveTeacher:
         reason = why_not_fusable(model)
         if reason is not None:
             logger.warning("The teacher's logits are held, for %s.", reason)
-        self._fused = reason is None
-
-    @torch.no_grad()
-    def compute_states(self, batch: dict[str, Any]) -> TargetStates:
-        """The teacher's states at the N targets of a batch, on the batch's device."""
-        states, _ = run_to_targets(self.model, batch, fused=self._fused)
-        return states.to(batch["labels"].device)
+        self.fused = reason is None  # what `run_to_targets` takes

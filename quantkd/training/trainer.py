@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
-from quantkd.models.network import run_model, why_not_fusable
+from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
 from quantkd.names import load_tokenizer
@@ -146,8 +147,7 @@ class QuantizedDistillationTrainer(Trainer):
         Returns:
             The scalar loss in nats, or `(loss, outputs)`.
         """
-        teacher = self._teacher(inputs)
-        with self._run(model, inputs) as (states, outputs):
+        with self._run(model, inputs) as (states, teacher, outputs):
             loss, terms = compute_fused_loss(
                 *states.at_targets(inputs["labels"]), teacher, self.args.objective(), inputs.get("weights")
             )
@@ -166,29 +166,34 @@ class QuantizedDistillationTrainer(Trainer):
             self._train_terms[2] += float(self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
 
-    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[tuple[TargetStates, Any]]:
+    @contextmanager
+    def _run(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> Iterator[tuple[TargetStates, TopKLogprobs | TargetStates, Any]]:
+        """The student's states at all positions, the teacher's distributions at the N targets, and all outputs."""
+        device = inputs["labels"].device
+        if self.live_teacher is not None:
+            with torch.no_grad():
+                computed, _ = run_to_targets(self.live_teacher.model, inputs, fused=self.live_teacher.fused)
+            teacher: TopKLogprobs | TargetStates = computed.to(device)
+        elif "teacher" in inputs:
+            teacher = inputs["teacher"].to(device)
+        else:
+            raise DataError(
+                "The batch holds no teacher entries. Train on a TransferSet, or on rows with a `teacher` each, or pass "
+                "teacher_model= to run the teacher beside the student."
+            )
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if self.uses_fused_loss is None:
             self._try_fused_loss(unwrapped, model)
-        return run_model(unwrapped, inputs, fused=bool(self.uses_fused_loss), forward=model)
+        with run_model(unwrapped, inputs, fused=bool(self.uses_fused_loss), forward=model) as (states, outputs):
+            yield states, teacher, outputs
 
     def _try_fused_loss(self, unwrapped: Any, forward: Any) -> None:
         reason = why_not_fusable(unwrapped, forward)
         if reason is not None:
             logger.warning("The fused loss is off for this model, for %s; its logits are held instead.", reason)
         self.uses_fused_loss = reason is None
-
-    def _teacher(self, inputs: dict[str, Any]) -> TopKLogprobs | TargetStates:
-        """The teacher's distributions at the N targets, stored or computed now."""
-        if self.live_teacher is not None:
-            return self.live_teacher.compute_states(inputs)
-        if "teacher" not in inputs:
-            raise DataError(
-                "The batch holds no teacher entries. Train on a TransferSet, or on rows with a `teacher` each, or pass "
-                "teacher_model= to run the teacher beside the student."
-            )
-        stored: TopKLogprobs = inputs["teacher"].to(inputs["labels"].device)
-        return stored
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `ce` and `kl`, averaged over the steps since the last log, to the Trainer's `loss`."""
@@ -229,8 +234,7 @@ class QuantizedDistillationTrainer(Trainer):
         """One evaluation batch: its loss, logits and labels; sums per row are kept for the metrics of the epoch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            teacher = self._teacher(inputs)
-            with self._run(model, inputs) as (states, _):
+            with self._run(model, inputs) as (states, teacher, _):
                 rows = compute_row_metrics(states, inputs["labels"], teacher, self.args.objective())
                 logits = None if prediction_loss_only else states.logits()
             # By row, so that rows that fill up the last batch of the processes are not counted twice.
