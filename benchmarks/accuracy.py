@@ -48,8 +48,9 @@ from quantkd import (
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.encoding import encode_completion, encode_prompt
 from quantkd.data.gsm8k import build_prompt
-from quantkd.evaluation import compute_gap_recovered, evaluate_gsm8k, mcnemar_exact, wilson_interval
-from quantkd.evaluation.stats import RowSums
+from quantkd.evaluation.accuracy import evaluate_gsm8k
+from quantkd.evaluation.arms import EvaluationSettings
+from quantkd.evaluation.stats import RowSums, compute_gap_recovered, mcnemar_exact, wilson_interval
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.student import default_lora_config, load_student
 from quantkd.teacher import load_teacher
@@ -141,10 +142,9 @@ def train(teacher: Path, problems: Problems, folder: Path, args: argparse.Namesp
 
 def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argparse.Namespace) -> list[bool]:
     """Which test problems a model solves; every answer is kept."""
-    records = evaluate_gsm8k(
-        model, tokenizer, problems, batch_size=args.eval_batch_size, max_new_tokens=MAX_NEW_TOKENS,
-        chat_template=CHAT_TEMPLATE, records_path=Path(args.cache) / "records" / f"{arm}.jsonl",
-    )  # fmt: skip
+    settings = EvaluationSettings(args.eval_batch_size, MAX_NEW_TOKENS, CHAT_TEMPLATE)
+    path = Path(args.cache) / "records" / f"{arm}.jsonl"
+    records = evaluate_gsm8k(model, tokenizer, problems, settings=settings, records_path=path)
     verdicts = [record.correct_strict for record in records]
     low, high = wilson_interval(sum(verdicts), len(verdicts))
     print(f"{arm:24} {sum(verdicts) / len(verdicts):6.1%} of {len(verdicts)} [{low:.1%}, {high:.1%}]", flush=True)

@@ -39,8 +39,8 @@ from quantkd import (
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
-from quantkd.evaluation import bootstrap_ratio_interval
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.evaluation.stats import RowSums, bootstrap_interval
 from quantkd.hardware import native_compute_dtype
 from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
@@ -192,9 +192,9 @@ def main() -> None:
         shares = {}
         for recipe in TRIALS:
             found = kept_trial(domain, recipe, args)
-            low, high = bootstrap_ratio_interval(found["kl_sum"], found["tokens"])
+            low, high = bootstrap_interval(RowSums(found["kl_sum"], found["tokens"]))
             own, others = sum(found["kl_sum"]), sum(base["kl_sum"])
-            least, most = bootstrap_ratio_interval(found["kl_sum"], base["kl_sum"])
+            least, most = bootstrap_interval(RowSums(found["kl_sum"], base["kl_sum"]))
             shares[describe(recipe)] = round(1 - found["kl"] / before["kl"], 4)
             print(
                 f"| {describe(recipe)} | {found['kl']:.4f} | [{low:.4f}, {high:.4f}] | {shares[describe(recipe)]:.1%} "

@@ -52,9 +52,8 @@ from quantkd import (
     capture,
 )
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
-from quantkd.evaluation import bootstrap_ratio_interval, compute_gap_recovered
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.evaluation.stats import RowSums, bootstrap_interval
+from quantkd.evaluation.stats import RowSums, bootstrap_interval, compute_gap_recovered
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.student import attach_lora, default_lora_config, load_student
 from quantkd.teacher import load_teacher
@@ -210,7 +209,7 @@ def gap_recovered(arms: dict[str, dict[str, Any]], name: str) -> tuple[float, li
 def ratio(arms: dict[str, dict[str, Any]], name: str, other: str) -> tuple[float, list[float]]:
     """One arm's KL as a share of another's, with the interval of a paired bootstrap over rows."""
     own, others = (sums(arms[each]).to_columns()[:, 0] for each in (name, other))
-    interval = bootstrap_ratio_interval(own, others)
+    interval = bootstrap_interval(RowSums(own, others))
     return round(float(own.sum() / others.sum()), 4), [round(bound, 4) for bound in interval]
 
 

@@ -15,7 +15,9 @@ from peft import PeftConfig, PeftModel
 
 from quantkd.data.gsm8k import build_prompt
 from quantkd.errors import ConfigError
-from quantkd.evaluation.measure import EvaluationSettings, Questions, evaluate_arm
+from quantkd.evaluation.accuracy import Questions
+from quantkd.evaluation.arms import EvaluationSettings
+from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import default_device, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
 from quantkd.models.provenance import Provenance

@@ -24,6 +24,7 @@ from quantkd.evaluation.accuracy import (
     find_shared_prefix,
     generate_greedy,
 )
+from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.models.network import base_network
 
@@ -40,7 +41,9 @@ def one_thread() -> None:
 
 
 def evaluate(model: Any, tokenizer: Any, rows: list[dict[str, str]] = ROWS, **options: Any) -> list[AnswerRecord]:
-    return evaluate_gsm8k(model, tokenizer, rows, **{"max_new_tokens": 8, "progress": False, **options})
+    given = {key: options.pop(key) for key in ("shots", "records_path") if key in options}
+    settings = EvaluationSettings(**{"max_new_tokens": 8, "progress": False, **options})
+    return evaluate_gsm8k(model, tokenizer, rows, settings=settings, **given)
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
@@ -190,7 +193,7 @@ def test_bad_rows(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
 
 
 def test_other_prompts(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 8, "progress": False}
+    options: dict[str, Any] = {"settings": EvaluationSettings(max_new_tokens=8, progress=False)}
     output = evaluate_prompts(tiny_model, tiny_tokenizer, [Example("Say it")], **options)[0].output
     examples = [Example("Say it", f"  {output.upper()}\n"), Example("Say it", output + "!"), Example("Say it")]
     path = tmp_path / "records.jsonl"

@@ -19,10 +19,11 @@ from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError, DataError, TransferSetError
-from quantkd.evaluation import EvaluationSettings, Questions, evaluate_arm, measure
-from quantkd.evaluation.arms import Arm, check_arm_name
+from quantkd.evaluation.accuracy import Questions
+from quantkd.evaluation.arms import Arm, EvaluationSettings, check_arm_name
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
+from quantkd.evaluation.measure import evaluate_arm
 from quantkd.models.student import load_student
 from quantkd.report import build_report
 from tests.conftest import build_tiny_model, capture_set
@@ -65,7 +66,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(rows))
         return evaluate_fidelity(model, rows, **options)
 
-    monkeypatch.setattr(measure, "evaluate_fidelity", count)
+    monkeypatch.setattr("quantkd.evaluation.fidelity.evaluate_fidelity", count)
     return counts
 
 
@@ -112,7 +113,7 @@ def test_a_stop_among_the_answers_keeps_the_fidelity(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measure, "evaluate_gsm8k", stop)
+        patch.setattr("quantkd.evaluation.accuracy.evaluate_gsm8k", stop)
         evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out, questions=QUESTIONS)
     evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out, questions=QUESTIONS)
     assert measured == [3]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from quantkd.errors import DataError
-from quantkd.evaluation import GSM8KAccuracy, metric
+from quantkd.evaluation import metric
+from quantkd.evaluation.metric import GSM8KAccuracy
 
 PREDICTIONS = ["so\n#### 3", "it is 4.", "#### 9", "none"]
 REFERENCES = ["#### 3", "#### 4", "#### 5", "#### 6"]

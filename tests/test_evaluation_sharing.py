@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkd import TransferSet
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
-from quantkd.evaluation import EvaluationSettings, Questions, evaluate_arm
+from quantkd.evaluation.accuracy import Questions
+from quantkd.evaluation.arms import EvaluationSettings
+from quantkd.evaluation.measure import evaluate_arm
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
 from tests.conftest import capture_set
 
@@ -24,7 +26,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkd import TransferSet
 from quantkd.data.arithmetic import generate_problems
-from quantkd.evaluation import EvaluationSettings, Questions, evaluate_arm
+from quantkd.evaluation.accuracy import Questions
+from quantkd.evaluation.arms import EvaluationSettings
+from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
 
 model_path, held_out, run_dir = sys.argv[1:4]

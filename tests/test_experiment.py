@@ -19,7 +19,6 @@ from quantkd.cli import demo
 from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
-from quantkd.evaluation import measure
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.experiment import Experiment, run_experiment
 from quantkd.models.student import default_quantization_config
@@ -70,7 +69,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert count_models() == others + 1
         return evaluate_fidelity(model, rows, **options)
 
-    monkeypatch.setattr(measure, "evaluate_fidelity", count)
+    monkeypatch.setattr("quantkd.evaluation.fidelity.evaluate_fidelity", count)
     return counts
 
 

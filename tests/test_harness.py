@@ -23,9 +23,9 @@ from lm_eval.tasks import TaskManager
 from quantkd.cli.main import main
 from quantkd.data.gsm8k import is_correct
 from quantkd.errors import ConfigError, DataError, MissingDependencyError
-from quantkd.evaluation import EvaluationSettings, evaluate_arm
-from quantkd.evaluation.arms import TaskResult
-from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
+from quantkd.evaluation.arms import EvaluationSettings, TaskResult
+from quantkd.evaluation.harness import HarnessTasks
+from quantkd.evaluation.measure import evaluate_arm
 from quantkd.report import build_report
 
 CHOICE = """task: sums_{name}
@@ -90,6 +90,14 @@ def task_dir(tmp_path: Path) -> Path:
     return folder
 
 
+def measure(
+    model: Any, tokenizer: Any, run_dir: Path, tasks: HarnessTasks, batch_size: int = 8
+) -> dict[str, TaskResult]:
+    """What our command keeps in the arm's file."""
+    settings = EvaluationSettings(batch_size, progress=False)
+    return evaluate_arm(model, tokenizer, run_dir, arm="x", model_name="tiny", tasks=tasks, settings=settings).tasks
+
+
 def run_harness(path: Path, task_dir: Path, names: list[str], **options: Any) -> dict[str, Any]:
     """What the harness gives when it loads the model by itself, as its own command line does."""
     found = lm_eval.simple_evaluate(
@@ -109,7 +117,7 @@ def run_harness(path: Path, task_dir: Path, names: list[str], **options: Any) ->
 def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model_path, task_dir, tmp_path, chat):
     tasks = HarnessTasks(["sums_one", "written", "likely"], str(task_dir), limit=4, apply_chat_template=chat)
     padding = tiny_tokenizer.padding_side
-    results = dict(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept", batch_size=2))
+    results = measure(tiny_model, tiny_tokenizer, tmp_path, tasks, batch_size=2)
     assert tiny_tokenizer.padding_side == padding and not tiny_model.training
     expected = run_harness(
         tiny_model_path, task_dir, list(tasks.names), limit=4, apply_chat_template=chat, fewshot_as_multiturn=chat
@@ -135,8 +143,11 @@ def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model
 
 def test_every_item_is_kept(tiny_model, tiny_tokenizer, task_dir, tmp_path):
     tasks = HarnessTasks(["written"], str(task_dir))
-    ((_, result),) = evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept")
-    records = [json.loads(line) for line in (tmp_path / "kept" / "written.jsonl").read_text().splitlines()]
+    result = measure(tiny_model, tiny_tokenizer, tmp_path, tasks)["written"]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "evaluation" / "lm-eval" / "x" / "written.jsonl").read_text().splitlines()
+    ]
     assert [(r["id"], r["filter"]) for r in records] == [(i, f) for i in range(5) for f in ("letters", "all")]
     for record in records:
         assert record["doc"]["question"] == record["arguments"][0][0] and record["resps"] and record["filtered_resps"]
@@ -150,7 +161,7 @@ def test_every_item_is_kept(tiny_model, tiny_tokenizer, task_dir, tmp_path):
 
 def test_a_group_pools_its_items(tiny_model, tiny_tokenizer, task_dir, tmp_path):
     tasks = HarnessTasks(["sums", "sums_one"], str(task_dir))
-    results = dict(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept"))
+    results = measure(tiny_model, tiny_tokenizer, tmp_path, tasks)
     alone = results["sums_one"].verdicts["lm-eval sums_one, 0-shot, acc"]
     assert results["sums"].verdicts["lm-eval sums, 0-shot, acc"] == [*alone, *alone] and len(alone) == 5
     assert set(results["sums"].figures) == {"sums", "sums_one", "sums_two"}
@@ -165,10 +176,7 @@ def test_a_finished_task_is_not_run_again(tiny_model, tiny_tokenizer, task_dir, 
 
     def evaluate(**options: Any) -> TaskResult:
         tasks = HarnessTasks(["sums_one"], str(task_dir), **{"limit": 3, **options})
-        settings = EvaluationSettings(progress=False)
-        return evaluate_arm(
-            tiny_model, tiny_tokenizer, tmp_path, arm="x", model_name="tiny", tasks=tasks, settings=settings
-        ).tasks["sums_one"]
+        return measure(tiny_model, tiny_tokenizer, tmp_path, tasks)["sums_one"]
 
     first = evaluate()
     assert evaluate() == first and runs == ["sums_one"]
@@ -195,9 +203,11 @@ def test_a_killed_task_is_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_pa
     tasks = HarnessTasks(["sums_one"], str(task_dir))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(lm_eval, "simple_evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        list(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept"))
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["sums_one.jsonl.settings.json"]
-    assert dict(evaluate_tasks(tiny_model, tiny_tokenizer, tasks, tmp_path / "kept"))["sums_one"].verdicts
+        measure(tiny_model, tiny_tokenizer, tmp_path, tasks)
+    assert [path.name for path in (tmp_path / "evaluation" / "lm-eval" / "x").iterdir()] == [
+        "sums_one.jsonl.settings.json"
+    ]
+    assert measure(tiny_model, tiny_tokenizer, tmp_path, tasks)["sums_one"].verdicts
 
 
 @pytest.mark.parametrize(
@@ -209,15 +219,15 @@ def test_a_killed_task_is_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_pa
         ({"names": ["gsm8k"], "include_path": "nowhere"}, "There is no folder nowhere"),
     ],
 )
-def test_wrong_tasks_are_refused(tiny_model, tiny_tokenizer, tmp_path, options, said):
+def test_wrong_tasks_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
-        next(evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(**options), tmp_path))
+        HarnessTasks(**options).manager  # noqa: B018
 
 
-def test_a_missing_package_is_named(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(MissingDependencyError, match=r"pip install quantkd\[eval\]"):
-        next(evaluate_tasks(tiny_model, tiny_tokenizer, HarnessTasks(["gsm8k"]), tmp_path))
+        HarnessTasks(["gsm8k"]).manager  # noqa: B018
 
 
 def test_the_report_shows_tasks_with_intervals_and_paired_tests(tiny_model_path, task_dir, tmp_path):

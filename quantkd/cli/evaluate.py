@@ -12,10 +12,10 @@ from quantkd.cli.parsing import parse_options
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import ConfigError
-from quantkd.evaluation.accuracy import evaluate_prompts
-from quantkd.evaluation.arms import Arm, check_arm_name
+from quantkd.evaluation.accuracy import Questions, evaluate_prompts
+from quantkd.evaluation.arms import Arm, EvaluationSettings, check_arm_name
 from quantkd.evaluation.harness import HarnessTasks
-from quantkd.evaluation.measure import EvaluationSettings, Questions, evaluate_arm
+from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import load_adapter
 from quantkd.names import load_tokenizer
@@ -106,6 +106,9 @@ def main(argv: Sequence[str]) -> None:
     if args.teacher:
         is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
         teacher = model if is_teacher else _load_teacher(args.teacher, student)
+    settings = EvaluationSettings(
+        args.batch_size, args.max_new_tokens, not args.plain_prompts, force=args.force, share=True
+    )
     folder, is_main = Path(args.run_dir) / "evaluation", process_state().is_main_process
     if args.held_out or args.gsm8k or args.tasks:
         arm = evaluate_arm(
@@ -119,9 +122,7 @@ def main(argv: Sequence[str]) -> None:
             teacher=teacher,
             questions=questions,
             tasks=tasks,
-            settings=EvaluationSettings(
-                args.batch_size, args.max_new_tokens, not args.plain_prompts, force=args.force, share=True
-            ),
+            settings=settings,
         )
         if is_main:
             print(f"{folder / args.arm}.json{_describe(arm)}")
@@ -130,16 +131,7 @@ def main(argv: Sequence[str]) -> None:
         if args.force and is_main:
             path.unlink(missing_ok=True)
         process_state().wait_for_everyone()
-        records = evaluate_prompts(
-            model,
-            tokenizer,
-            examples,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            chat_template=not args.plain_prompts,
-            records_path=path,
-            share=True,
-        )
+        records = evaluate_prompts(model, tokenizer, examples, settings=settings, records_path=path)
         graded = [record.correct for record in records if record.correct is not None]
         if is_main:
             print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.cli.parsing import parse_options
 from quantkd.errors import ConfigError
+from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.evaluation.measure import EvaluationSettings, evaluate_arm
+from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import fetch_adapter, load_adapter
 from quantkd.models.export import (

@@ -1,15 +1,11 @@
-"""Accuracy of a model's own answers: GSM8K in the paper's protocol, and exact match on any prompts.
-
-Generation is greedy and batched, with the same settings for every model, and a prefix that all prompts share is
-computed once.
-"""
+"""Accuracy of a model's own greedy answers: GSM8K in the paper's protocol, and exact match on any prompts."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,6 +19,7 @@ from quantkd.data.encoding import check_context, encode_prompt
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
 from quantkd.data.prompts import Example
 from quantkd.errors import ConfigError, DataError
+from quantkd.evaluation.arms import Accuracy, Arm, EvaluationSettings
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.records import RecordFile, compute_digest, read_fields
 from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
@@ -33,21 +30,7 @@ from quantkd.models.network import base_network
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One GSM8K question, what the model wrote, and both verdicts.
-
-    Args:
-        id: the row's place in the list that was evaluated.
-        question: the question alone.
-        prompt: the whole prompt as the model saw it, special tokens included.
-        output: the model's answer.
-        gold: the right number.
-        prediction_strict: the number after `####`, None without one.
-        prediction_flexible: the last number of the output, None without one.
-        correct_strict: whether the strict prediction is right.
-        correct_flexible: whether the flexible prediction is right.
-        finished: False if the length limit cut the answer.
-        output_tokens: the length of the answer.
-    """
+    """One GSM8K question, what the model wrote, and both verdicts; `finished` is False if the length limit cut it."""
 
     id: int
     question: str
@@ -64,17 +47,7 @@ class AnswerRecord:
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt of any data set, and what the model wrote.
-
-    Args:
-        id: the example's place in the list that was evaluated.
-        prompt: the whole prompt as the model saw it, special tokens included.
-        output: the model's answer.
-        completion: the data set's own answer, None where it has none.
-        correct: whether output and completion are the same text, case and white space aside; None without completion.
-        finished: False if the length limit cut the answer.
-        output_tokens: the length of the answer.
-    """
+    """One prompt of any data, and what the model wrote; `correct` by exact match, case and white space aside."""
 
     id: int
     prompt: str
@@ -87,14 +60,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer.
-
-    Args:
-        index: the place of its prompt in the list that was given.
-        text: the answer without special tokens, and without the stop text and what follows it.
-        finished: True if the model ended it (end token or stop text), False if the length limit cut it.
-        num_tokens: generated tokens, including the end token or the tokens of the stop text.
-    """
+    """The answer to the prompt at `index`, without special tokens and stop text; `num_tokens` counts those, too."""
 
     index: int
     text: str
@@ -107,19 +73,63 @@ Record = TypeVar("Record", AnswerRecord, PromptRecord)
 _MIN_PREFIX_TOKENS = 16
 
 
+@dataclass(frozen=True)
+class Questions:
+    """GSM8K questions for `evaluate_arm`.
+
+    Args:
+        rows: what to answer, as `load_gsm8k` gives them.
+        few_shot: training rows that the shots are taken from, at least `max(shots)`.
+        shots: numbers of shots to answer with, such as (0, 8).
+
+    Raises:
+        ConfigError: too few `few_shot` rows.
+    """
+
+    rows: Sequence[Mapping[str, str]]
+    few_shot: Sequence[Mapping[str, str]] = ()
+    shots: Sequence[int] = (0,)
+
+    def __post_init__(self) -> None:
+        if max(self.shots, default=0) > len(self.few_shot):
+            raise ConfigError(f"{max(self.shots)} shots need as many training rows, found {len(self.few_shot)}.")
+
+    def measure(
+        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
+    ) -> Iterator[Arm]:
+        """Yield the arm after each number of shots; answers that are in its records are not asked for again."""
+        for count in self.shots:
+            records = evaluate_gsm8k(
+                model,
+                tokenizer,
+                self.rows,
+                shots=self.few_shot[:count],
+                settings=settings,
+                records_path=folder / f"{arm.name}-{count}-shot.jsonl",
+                fingerprint=arm.fingerprint,
+            )
+            verdicts = {
+                "correct_flexible": [record.correct_flexible for record in records],
+                "correct_strict": [record.correct_strict for record in records],
+            }
+            asked = {
+                "prompts": compute_digest([record.prompt for record in records]),
+                "golds": compute_digest([record.gold for record in records]),
+                "max_new_tokens": settings.max_new_tokens,
+            }
+            arm = replace(arm, questions={**arm.questions, f"{count}-shot": Accuracy(verdicts, asked)})
+            yield arm
+
+
 def evaluate_gsm8k(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, str]],
     *,
     shots: Sequence[Mapping[str, str]] = (),
-    batch_size: int = 8,
-    max_new_tokens: int = 256,
-    chat_template: bool = True,
+    settings: EvaluationSettings | None = None,
     records_path: str | Path | None = None,
     fingerprint: str | None = None,
-    share: bool = False,
-    progress: bool = True,
 ) -> list[AnswerRecord]:
     """Let a model answer GSM8K questions greedily, and grade each answer in both ways.
 
@@ -128,15 +138,10 @@ def evaluate_gsm8k(
         tokenizer: its tokenizer.
         rows: rows with `question` and `answer`, as `load_gsm8k` gives them.
         shots: rows of the training set, shown solved before each question: none for 0-shot, eight for 8-shot.
-        batch_size: questions per batch; results depend on it only by floating-point rounding.
-        max_new_tokens: the length limit of an answer.
-        chat_template: False prompts with plain text, for a base model.
+        settings: batch size, length limit, chat template, and whether processes share the questions.
         records_path: a JSONL file that takes every prompt, output and verdict as they come; a partial file of the same
             model and items is taken up where it ended.
         fingerprint: the model's, if it was computed before; it says whose records the file holds.
-        share: deal the questions to all processes of the launcher (`accelerate launch`, `torchrun`), each of which
-            holds the whole model and must make this same call; all return all records, and the main process writes.
-        progress: show a progress bar if there is a terminal.
 
     Returns:
         One record a row, in the order of `rows`.
@@ -155,22 +160,13 @@ def evaluate_gsm8k(
     def grade(answer: Generated, prompt: str) -> AnswerRecord:
         strict, flexible, gold = extract_strict(answer.text), extract_flexible(answer.text), golds[answer.index]
         return AnswerRecord(
-            id=answer.index,
-            question=rows[answer.index]["question"],
-            prompt=prompt,
-            output=answer.text,
-            gold=gold,
-            prediction_strict=strict,
-            prediction_flexible=flexible,
-            correct_strict=strict == gold,
-            correct_flexible=flexible == gold,
-            finished=answer.finished,
-            output_tokens=answer.num_tokens,
-        )
+            answer.index, rows[answer.index]["question"], prompt, answer.text, gold, strict, flexible, strict == gold,
+            flexible == gold, answer.finished, answer.num_tokens,
+        )  # fmt: skip
 
-    prompts = [encode_prompt(tokenizer, build_prompt(r["question"], shots), chat_template=chat_template) for r in rows]
-    task = _Task(AnswerRecord, f"GSM8K {len(shots)}-shot", prompts, golds, grade, max_new_tokens, stop=STOP)
-    return _answer(model, tokenizer, task, batch_size, records_path, fingerprint, share, progress)
+    asked = [build_prompt(row["question"], shots) for row in rows]
+    task = _Task(AnswerRecord, f"GSM8K {len(shots)}-shot", asked, golds, grade, STOP)
+    return _answer(model, tokenizer, task, settings or EvaluationSettings(), records_path, fingerprint)
 
 
 def evaluate_prompts(
@@ -178,31 +174,19 @@ def evaluate_prompts(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
-    batch_size: int = 8,
-    max_new_tokens: int = 256,
-    chat_template: bool = True,
+    settings: EvaluationSettings | None = None,
     records_path: str | Path | None = None,
-    fingerprint: str | None = None,
-    share: bool = False,
-    progress: bool = True,
 ) -> list[PromptRecord]:
     """Let a model answer any prompts greedily; where a completion is given, compare by exact match."""
 
     def grade(answer: Generated, prompt: str) -> PromptRecord:
         completion = examples[answer.index].completion
-        return PromptRecord(
-            id=answer.index,
-            prompt=prompt,
-            output=answer.text,
-            completion=completion,
-            correct=None if completion is None else _normalize_text(answer.text) == _normalize_text(completion),
-            finished=answer.finished,
-            output_tokens=answer.num_tokens,
-        )
+        correct = None if completion is None else _normalize_text(answer.text) == _normalize_text(completion)
+        return PromptRecord(answer.index, prompt, answer.text, completion, correct, answer.finished, answer.num_tokens)
 
-    prompts = [encode_prompt(tokenizer, example.prompt, chat_template=chat_template) for example in examples]
-    task = _Task(PromptRecord, "Prompts", prompts, [each.completion for each in examples], grade, max_new_tokens)
-    return _answer(model, tokenizer, task, batch_size, records_path, fingerprint, share, progress)
+    golds = [example.completion for example in examples]
+    task = _Task(PromptRecord, "Prompts", [example.prompt for example in examples], golds, grade)
+    return _answer(model, tokenizer, task, settings or EvaluationSettings(), records_path, None)
 
 
 @dataclass(frozen=True)
@@ -211,10 +195,9 @@ class _Task(Generic[Record]):
 
     kind: type[Record]
     description: str
-    prompts: Sequence[list[int]]
+    asked: Sequence[Any]
     golds: Sequence[str | None]
     grade: Callable[[Generated, str], Record]
-    max_new_tokens: int
     stop: str | None = None
 
 
@@ -222,43 +205,40 @@ def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: _Task[Record],
-    batch_size: int,
+    settings: EvaluationSettings,
     records_path: str | Path | None,
     fingerprint: str | None,
-    share: bool,
-    progress: bool,
 ) -> list[Record]:
     """Answer the prompts that the records file does not hold yet, and return all records in order."""
-    prompts = task.prompts
-    if not prompts:
+    if not task.asked:
         raise DataError("There is nothing to evaluate: 0 rows were given; expected at least one.")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ConfigError(
             "The model has a prompt-learning adapter; evaluation supports LoRA-like ones. Merge it first."
         )
-    network = base_network(model)
-    new_tokens = [task.max_new_tokens] * len(prompts)
-    check_context([len(prompt) for prompt in prompts], new_tokens, context_length(network))
+    prompts = [encode_prompt(tokenizer, one, chat_template=settings.chat_template) for one in task.asked]
+    network, limit, share = base_network(model), settings.max_new_tokens, settings.share
+    check_context([len(prompt) for prompt in prompts], [limit] * len(prompts), context_length(network))
     file, done = None, {}
     if records_path is not None:
-        settings = {
+        facts = {
             "model": fingerprint or compute_model_fingerprint(model),
             "prompts": compute_digest(prompts),
             "golds": list(task.golds),
-            "max_new_tokens": task.max_new_tokens,
+            "max_new_tokens": limit,
         }
-        file = RecordFile(Path(records_path), settings, partial(_read_record, task.kind, len(prompts)), share=share)
+        file = RecordFile(Path(records_path), facts, partial(_read_record, task.kind, len(prompts)), share=share)
         done = {record.id: record for record in file.existing}
     left = [index for index in range(len(prompts)) if index not in done]
-    mine = deal_batches([len(prompts[index]) for index in left], batch_size, share)
+    mine = deal_batches([len(prompts[index]) for index in left], settings.batch_size, share)
     batches = [[left[place] for place in batch] for batch in mine]
     answers = (
         [task.grade(one, str(tokenizer.decode(prompts[one.index]))) for one in batch]
-        for batch in generate_greedy(network, tokenizer, prompts, batches, task.max_new_tokens, task.stop)
+        for batch in generate_greedy(network, tokenizer, prompts, batches, limit, task.stop)
     )
-    quiet = None if progress and is_writer(share) else True  # None: shown where there is a terminal
+    quiet = None if settings.progress and is_writer(share) else True  # None: shown where there is a terminal
     with tqdm(total=len(prompts), initial=len(done), desc=task.description, unit="answer", disable=quiet) as bar:
-        for records in gather_rounds(answers, -(-len(left) // batch_size), share):
+        for records in gather_rounds(answers, -(-len(left) // settings.batch_size), share):
             done.update({record.id: record for record in records})
             if file is not None:
                 file.append(asdict(record) for record in records)
@@ -286,8 +266,7 @@ def generate_greedy(
     """Answer prompts greedily, and hand out each batch, a list of places in `prompts`, as it is done.
 
     The model's own generation settings (sampling, penalties, forced tokens) are set aside, so that two models are
-    compared by their distributions alone; only its end tokens are kept, together with the tokenizer's. Batches and
-    prefix sharing change results only by the rounding of floating-point sums.
+    compared by their distributions alone; only its end tokens are kept, together with the tokenizer's.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")

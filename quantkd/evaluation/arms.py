@@ -1,7 +1,6 @@
 """The arm file: everything that was measured of one model, as `evaluation/<arm>.json` holds it.
 
-An `Arm` is what writes the file and what reads it. Reading checks every field, and an error names the file, the field
-and the value, so whoever gets an `Arm` can use it as it is.
+`Arm` writes and reads it. Reading checks every field; an error names the file, the field and the value.
 """
 
 from __future__ import annotations
@@ -39,10 +38,50 @@ EDGES: dict[str, tuple[float, ...]] = {
 }
 BINNED = {kind: ("tokens", "kl_sum") for kind in EDGES} | {"confidence": ("tokens", "confidence_sum", "correct")}
 _COUNTS = ("tokens", "agree", "dense_agree", "correct")  # of tokens, so never more than a row's
+_SHARES = (*_COUNTS, "confidence_sum")  # at most 1 for each token
 _LARGEST = 1e12  # no sum of nats or tokens of a row comes near it
 _ROUNDING = 1e-3  # nats per token by which the KL over stored entries may fall below 0
-
 _LONGEST_NAME = 100
+
+# The file: an object of these keys or, with `str`, of any; a list of one kind; and `Any`, which is not read.
+_ANY = {str: Any}
+_GSM8K = {"settings": _ANY, "correct_flexible": [bool], "correct_strict": [bool]}
+_FIGURE = {"value": float, "stderr": float, "n": float}
+_TASK = {"settings": _ANY, "figures": {str: {str: _FIGURE}}, "verdicts": {str: [bool]}}
+_TEXTS = ("arm", "title", "model", "fingerprint")
+_ARM = {key: str for key in _TEXTS} | {
+    "memory_bytes": int, "fidelity": Any, "questions": {str: _GSM8K}, "tasks": {str: _TASK},
+}  # fmt: skip
+
+
+def list_sums(dense: bool) -> dict[str, tuple[str, ...]]:
+    """The sums of a `Fidelity`, first its tokens: per row under "", and per row and bin under each kind of bin."""
+    rows = {"": (*ROWS, *DENSE_ROWS) if dense else ROWS}
+    return rows | {kind: keys for kind, keys in BINNED.items() if dense or not kind.startswith("dense_")}
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is measured.
+
+    Args:
+        batch_size: rows or questions per batch; results depend on it only by floating-point rounding.
+        max_new_tokens: length limit of an answer.
+        chat_template: False prompts with plain text, for a base model.
+        force: measure again what was measured of this very model, and drop the records that are there.
+        replace_other: drop what was measured of another model; otherwise its records are refused.
+        share: deal rows and questions to all processes of the launcher (`accelerate launch`, `torchrun`), each of
+            which holds the whole model and must make this same call; the main process writes.
+        progress: show bars if there is a terminal.
+    """
+
+    batch_size: int = 8
+    max_new_tokens: int = 256
+    chat_template: bool = True
+    force: bool = False
+    replace_other: bool = False
+    share: bool = False
+    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,37 +144,35 @@ class Fidelity:
         for name, sums in self.columns.items():
             kind, _, key = name.rpartition("/")
             values = (sums.astype(np.int64) if key in _COUNTS else sums).tolist()
-            if kind:
-                bins.setdefault(kind, {"edges": list(EDGES[kind])})[key] = values
-            else:
-                rows[key] = values
+            (bins.setdefault(kind, {"edges": list(EDGES[kind])}) if kind else rows)[key] = values
         return {"settings": dict(self.settings), "means": self.means, "rows": rows, "bins": bins}
 
     @classmethod
-    def from_json(cls, data: Any, where: str) -> Fidelity:
-        """Read it back; `where` is the file, for the message of an error."""
-        found = _read_object(data, where, ("settings", "means", "rows", "bins"))
-        rows = _read_object(found["rows"], f"{where}, rows", ROWS, optional=DENSE_ROWS)
-        tokens = _read_numbers(rows["tokens"], f"{where}, rows/tokens", (np.size(rows["tokens"]),), 0, _LARGEST)
-        if not tokens.sum() > 0:
-            raise _refuse(f"{where}, rows/tokens", "no target token", "rows with answers")
-        columns = {"tokens": tokens} | {
-            key: _read_sums(rows[key], f"{where}, rows/{key}", tokens) for key in rows if key != "tokens"
-        }
-        kinds = [kind for kind in BINNED if DENSE_ROWS[0] in rows or not kind.startswith("dense_")]
-        bins = _read_object(found["bins"], f"{where}, bins", kinds)
-        for kind in kinds:
-            place, edges, keys = f"{where}, bins/{kind}", EDGES[kind], BINNED[kind]
-            binned = _read_object(bins[kind], place, ("edges", *keys))
-            if binned["edges"] != list(edges):
-                raise _refuse(f"{place}/edges", binned["edges"], f"{list(edges)}")
-            shape = (len(tokens), len(edges))
-            counts = _read_numbers(binned["tokens"], f"{place}/tokens", shape, 0, _LARGEST)
-            if (counts.sum(1) != tokens).any():
-                raise _refuse(f"{place}/tokens", "sums that differ from rows/tokens", "each row's tokens in its bins")
-            columns |= {f"{kind}/{key}": _read_sums(binned[key], f"{place}/{key}", counts) for key in keys[1:]}
-            columns[f"{kind}/tokens"] = counts
-        return cls(columns, _read_object(found["settings"], f"{where}, settings", ("transfer_set",), None))
+    def from_json(cls, data: Any, place: str) -> Fidelity:
+        """Read it back; `place` is where it is, for the message of an error."""
+        found = _check(data, place, {"settings": _ANY, "means": _ANY, "rows": _ANY, "bins": _ANY})
+        if not isinstance(found["settings"].get("transfer_set"), str):
+            raise _refuse(f"{place}/settings", found["settings"], "the digest of a transfer_set")
+        sums = list_sums(dense=DENSE_ROWS[0] in found["rows"])
+        _check(found["bins"], f"{place}/bins", dict.fromkeys([kind for kind in sums if kind], Any))
+        columns: dict[str, Floats] = {}
+        for kind, keys in sums.items():
+            part, where = (found["bins"][kind], f"{place}/bins/{kind}") if kind else (found["rows"], f"{place}/rows")
+            _check(part, where, dict.fromkeys((*keys, "edges") if kind else keys, Any))
+            if kind and part["edges"] != list(EDGES[kind]):
+                raise _refuse(f"{where}/edges", part["edges"], f"{list(EDGES[kind])}")
+            shape = (len(columns["tokens"]), len(EDGES[kind])) if kind else (np.size(part["tokens"]),)
+            tokens = _read_numbers(part["tokens"], f"{where}/tokens", np.zeros(shape), np.full(shape, _LARGEST))
+            if not tokens.sum() > 0:
+                raise _refuse(f"{where}/tokens", "no target token", "rows with answers")
+            if kind and (tokens.sum(1) != columns["tokens"]).any():
+                raise _refuse(f"{where}/tokens", "sums that differ from rows/tokens", "each row's tokens in its bins")
+            for key in keys:
+                bounds = -_ROUNDING * np.maximum(tokens, 1), np.full(shape, _LARGEST)  # nats
+                if key in _SHARES:
+                    bounds = np.zeros(shape), tokens if key in _COUNTS else tokens * (1 + _ROUNDING)
+                columns[f"{kind}/{key}".lstrip("/")] = _read_numbers(part[key], f"{where}/{key}", *bounds)
+        return cls(columns, found["settings"])
 
 
 @dataclass(frozen=True)
@@ -162,15 +199,6 @@ class Accuracy:
         names = {"correct": "", "correct_flexible": "", "correct_strict": "_strict"}
         return {names[grader]: RowSums(np.asarray(found)) for grader, found in self.verdicts.items()}
 
-    @classmethod
-    def from_json(cls, data: Any, where: str) -> Accuracy:
-        """Read GSM8K's verdicts back."""
-        found = _read_object(data, where, ("settings", "correct_flexible", "correct_strict"))
-        settings = _read_object(found["settings"], f"{where}, settings", (), None)
-        flexible = _read_verdicts(found["correct_flexible"], f"{where}, correct_flexible")
-        strict = _read_verdicts(found["correct_strict"], f"{where}, correct_strict", len(flexible))
-        return cls({"correct_flexible": flexible, "correct_strict": strict}, settings)
-
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -187,21 +215,6 @@ class TaskResult:
     settings: Mapping[str, Any]
     figures: Mapping[str, Mapping[str, Mapping[str, float | None]]]
     verdicts: Mapping[str, Sequence[bool]]
-
-    @classmethod
-    def from_json(cls, data: Any, where: str) -> TaskResult:
-        """Read it back."""
-        found = _read_object(data, where, ("settings", "figures", "verdicts"))
-        for task, metrics in _read_object(found["figures"], f"{where}, figures", (), None).items():
-            for metric, figure in _read_object(metrics, f"{where}, figures/{task}", (), None).items():
-                place = f"{where}, figures/{task}/{metric}"
-                values = _read_object(figure, place, ("value", "stderr", "n")).values()
-                given = [0, *(value for value in values if value is not None)]
-                _read_numbers(given, place, (len(given),), -_LARGEST, _LARGEST)
-        for title, verdicts in _read_object(found["verdicts"], f"{where}, verdicts", (), None).items():
-            _read_verdicts(verdicts, f"{where}, verdicts/{title}")
-        _read_object(found["settings"], f"{where}, settings", (), None)
-        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -262,28 +275,22 @@ class Arm:
         Raises:
             DataError: a file that is not an arm's; the message names the field and its value.
         """
-        where = str(path)
-        texts = ("arm", "title", "model", "fingerprint")
-        found = _read_object(read_json(path), where, (*texts, "memory_bytes", "fidelity", "questions", "tasks"))
-        for key in texts:
-            if not isinstance(found[key], str) or not found[key]:
-                raise _refuse(f"{where}, {key}", found[key], "a text")
+        found = _check(read_json(path), f"{path}, ", _ARM)
         if found["arm"] != path.stem:
-            raise _refuse(f"{where}, arm", found["arm"], f"{path.stem!r}, the file's name")
-        memory = found["memory_bytes"]
-        if type(memory) is not int or not 0 <= memory < 2**53:
-            raise _refuse(f"{where}, memory_bytes", memory, "a number of bytes")
-        fidelity = found["fidelity"] and Fidelity.from_json(found["fidelity"], f"{where}, fidelity")
-        tasks = {
-            name: TaskResult.from_json(one, f"{where}, tasks/{name}")
-            for name, one in _read_object(found["tasks"], f"{where}, tasks", (), None).items()
-        }
-        questions = {
-            setting: Accuracy.from_json(one, f"{where}, questions/{setting}")
-            for setting, one in _read_object(found["questions"], f"{where}, questions", (), None).items()
-        }
+            raise _refuse(f"{path}, arm", found["arm"], f"{path.stem!r}, the file's name")
+        fidelity = None
+        if found["fidelity"] is not None:
+            fidelity = Fidelity.from_json(found["fidelity"], f"{path}, fidelity")
+        questions = {}
+        for setting, one in found["questions"].items():
+            if len(one["correct_flexible"]) != len(one["correct_strict"]):
+                counts = f"{len(one['correct_flexible'])} and {len(one['correct_strict'])} verdicts"
+                raise _refuse(f"{path}, questions/{setting}", counts, "two for each question")
+            questions[setting] = Accuracy({key: one[key] for key in one if key != "settings"}, one["settings"])
+        tasks = {name: TaskResult(**one) for name, one in found["tasks"].items()}
         title = " ".join(found["title"].split())
-        return cls(path.stem, title, found["model"], found["fingerprint"], memory, fidelity or None, questions, tasks)
+        facts = (found["model"], found["fingerprint"], found["memory_bytes"])
+        return cls(path.stem, title, *facts, fidelity, questions, tasks)
 
 
 def check_arm_name(name: str) -> None:
@@ -308,47 +315,42 @@ def discard_arm(folder: Path, name: str) -> None:
 
 
 def _refuse(place: str, found: Any, expected: str) -> DataError:
-    return DataError(f"{place}: expected {expected}, found {found!r:.120}. Evaluate this arm again.")
+    return DataError(f"{place.removesuffix(', ')}: expected {expected}, found {found!r:.120}. Evaluate this arm again.")
 
 
-def _read_object(data: Any, place: str, keys: Sequence[str], optional: Sequence[str] | None = ()) -> dict[str, Any]:
-    """An object with these keys; `optional` names more that it may have, None takes any."""
-    if not isinstance(data, dict):
-        raise _refuse(place, data, "an object")
-    if not set(keys) <= set(data) or (optional is not None and not set(data) <= {*keys, *optional}):
-        raise _refuse(place, sorted(data), f"the keys {', '.join(keys)}")
+def _check(data: Any, place: str, kind: Any) -> Any:
+    """Refuse what is not of this kind; `_ARM` shows how kinds are written."""
+    if isinstance(kind, dict):
+        if not isinstance(data, dict):
+            raise _refuse(place, data, "an object")
+        if str not in kind and data.keys() != kind.keys():
+            raise _refuse(place, sorted(data), f"the keys {', '.join(kind)}")
+        for key, value in data.items():
+            _check(
+                value, f"{place}{key}" if place.endswith(" ") else f"{place}/{key}", kind[str if str in kind else key]
+            )
+    elif kind == [bool] and not (isinstance(data, list) and data and all(isinstance(one, bool) for one in data)):
+        raise _refuse(place, data, "a list of true and false")
+    elif kind is str and not (isinstance(data, str) and data):
+        raise _refuse(place, data, "a text")
+    elif kind is int and not (type(data) is int and 0 <= data < 2**53):
+        raise _refuse(place, data, "a number of bytes")
+    elif kind is float and data is not None:
+        _read_numbers(data, place, np.array(-_LARGEST), np.array(_LARGEST))
     return data
 
 
-def _read_numbers(data: Any, place: str, shape: tuple[int, ...], low: Any, high: Any) -> Floats:
-    """Nested lists of this shape, each number from `low` to `high`."""
+def _read_numbers(data: Any, place: str, low: Floats, high: Floats) -> Floats:
+    """Nested lists of the shape of the bounds, each number from `low` to `high`."""
     try:
         values = np.array(data)
     except ValueError:  # lists of different lengths
         values = np.array(None)
     # Of other kinds are texts, null, and whole numbers of more than 64 bits.
-    if values.dtype.kind not in "iuf" or values.shape != shape or not values.size:
-        raise _refuse(place, data, f"numbers of shape {shape}")
-    wrong = ~((values >= low) & (values <= high))
-    if wrong.any():
-        index = tuple(np.argwhere(wrong)[0].tolist())
-        bounds = [float(np.broadcast_to(bound, shape)[index]) for bound in (low, high)]
-        raise _refuse(f"{place}{list(index)}", values[index].item(), f"a number from {bounds[0]:g} to {bounds[1]:g}")
+    if values.dtype.kind not in "iuf" or values.shape != low.shape or not values.size:
+        raise _refuse(place, data, f"numbers of shape {low.shape}")
+    wrong = np.argwhere(~((values >= low) & (values <= high)))
+    if len(wrong):
+        at = tuple(wrong[0].tolist())
+        raise _refuse(f"{place}{list(at)}", values[at].item(), f"a number from {low[at]:g} to {high[at]:g}")
     return values.astype(np.float64)
-
-
-def _read_sums(data: Any, place: str, tokens: Floats) -> Floats:
-    """Sums over tokens: counts and probabilities of at most 1 each, nats of at least 0, but for rounding."""
-    if place.endswith(("agree", "correct")):
-        return _read_numbers(data, place, tokens.shape, 0, tokens)
-    if place.endswith("confidence_sum"):
-        return _read_numbers(data, place, tokens.shape, 0, tokens * (1 + _ROUNDING))
-    return _read_numbers(data, place, tokens.shape, -_ROUNDING * np.maximum(tokens, 1), _LARGEST)
-
-
-def _read_verdicts(data: Any, place: str, count: int | None = None) -> list[bool]:
-    if not isinstance(data, list) or not data or not all(isinstance(one, bool) for one in data):
-        raise _refuse(place, data, "a list of true and false")
-    if count not in (None, len(data)):
-        raise _refuse(place, f"{len(data)} verdicts", f"{count}, one per question")
-    return data

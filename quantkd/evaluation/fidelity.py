@@ -6,7 +6,10 @@ whole vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from quantkd import __version__
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.arms import BINNED, CONFIDENCE_BINS, DENSE_ROWS, EDGES, ROWS, Fidelity
+from quantkd.evaluation.arms import CONFIDENCE_BINS, EDGES, Arm, EvaluationSettings, Fidelity, list_sums
+from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.sharing import deal_batches, is_writer
 from quantkd.evaluation.stats import Floats
 from quantkd.hardware import process_state, wide_dtype
@@ -32,6 +37,35 @@ from quantkd.transfer_set.compatibility import check_student
 from quantkd.transfer_set.topk import TopKLogprobs
 
 _SIGNIFICANT_DIGITS = 9
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows to be measured on, beside the teacher's own model where it is at hand."""
+
+    rows: TransferSet
+    teacher: Any = None
+
+    def measure(
+        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
+    ) -> Iterator[Arm]:
+        """Yield the arm with its fidelity, which is kept if it was measured in the same way."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = arm.fingerprint if self.teacher is model else compute_model_fingerprint(self.teacher)
+        facts = {
+            "transfer_set": self.rows.digest,
+            "batch_size": settings.batch_size,
+            "teacher": teacher,
+            "quantkd_version": __version__,
+        }
+        if arm.fidelity is None or arm.fidelity.settings != facts:
+            found = evaluate_fidelity(
+                model, self.rows, teacher=self.teacher, batch_size=settings.batch_size, share=settings.share,
+                progress=settings.progress,
+            )  # fmt: skip
+            arm = replace(arm, fidelity=replace(found, settings=facts))
+        yield arm
 
 
 def evaluate_fidelity(
@@ -51,8 +85,7 @@ def evaluate_fidelity(
         teacher: the teacher's own model, for the same figures over the whole vocabulary as well; `model` itself if it
             is the teacher. Evaluation mode meanwhile. No more than a chunk of the logits of both exists at a time.
         batch_size: rows per batch. Rows of similar length share a batch; the result is in the set's order.
-        share: deal the rows to all processes of the launcher, each of which holds the whole model and must make this
-            same call; all return all rows.
+        share: deal the rows to all processes of the launcher, as in `EvaluationSettings`; all return all rows.
         progress: show a bar if there is a terminal.
 
     Returns:
@@ -135,23 +168,20 @@ def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floa
     rows = is_target.nonzero()[0]
     values["tokens"] = np.ones(len(rows))
     places = (is_target.cumsum(1) - 1)[is_target]  # among the row's targets, from 0
-    has_dense = "dense_kl" in values
     sums: dict[str, Floats] = {}
-    for key in (*ROWS, *(DENSE_ROWS if has_dense else ())):
-        sums[key] = np.bincount(rows, values[key.removesuffix("_sum")], len(labels)).astype(np.float64)
-    for kind, keys in BINNED.items():
-        prefix = "dense_" if kind.startswith("dense_") else ""
-        if prefix and not has_dense:
-            continue
+    for kind, keys in list_sums(dense="dense_kl" in values).items():
         if kind == "confidence":
             bins = bin_confidence(values["confidence"])
-        else:
+        elif kind:
             bins = bin_values(values[kind] if kind.endswith("entropy") else places, EDGES[kind])
-        width = len(EDGES[kind])
+        else:
+            bins = np.zeros(len(rows), dtype=np.int64)
+        shape = (len(labels), len(EDGES[kind])) if kind else (len(labels),)
+        prefix = "dense_" if kind.startswith("dense_") else ""
         for key in keys:
             summed = values[key if key == "tokens" else prefix + key.removesuffix("_sum")]
-            flat = np.bincount(rows * width + bins, summed, len(labels) * width)
-            sums[f"{kind}/{key}"] = flat.reshape(-1, width).astype(np.float64)
+            flat = np.bincount(rows * math.prod(shape[1:]) + bins, summed, math.prod(shape))
+            sums[f"{kind}/{key}".lstrip("/")] = flat.reshape(shape).astype(np.float64)
     return sums
 
 

@@ -22,7 +22,9 @@ def compute_model_fingerprint(model: Any) -> str:
 
     Whatever is or was trained is hashed whole. Of the weights below, which can take 16 GB, a few samples each suffice.
     """
-    digest = hashlib.sha256(_describe_config(model).encode())
+    facts = base_network(model).config.to_dict()
+    facts = {key: value for key, value in facts.items() if key not in _IDLE_CONFIG and not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     adapters = [
         module
         for module in model.modules()
@@ -35,7 +37,8 @@ def compute_model_fingerprint(model: Any) -> str:
             digest.update(f"{prefix}.{name} {tuple(values.shape)} {values.dtype}".encode())
             if values.device.type != "meta" and values.numel():
                 whole = parameter.requires_grad or id(parameter) in trained
-                digest.update(_to_bytes(values, None if whole else _SAMPLES_PER_WEIGHT))
+                step = 1 if whole else max(1, values.numel() // _SAMPLES_PER_WEIGHT)
+                digest.update(values.reshape(-1)[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for module in adapters:
         scaling = getattr(module, "scaling", {})
         active = sorted((each, scaling.get(each)) for each in module.active_adapters)
@@ -48,15 +51,3 @@ def _own_parameters(module: Any) -> list[Tensor]:
     parts = [getattr(module, name, None) for name in module.adapter_layer_names]
     inner = [each for part in parts if isinstance(part, torch.nn.Module) for each in part.parameters()]
     return [*inner, *(part for part in parts if isinstance(part, torch.nn.Parameter))]
-
-
-def _to_bytes(values: Tensor, num_samples: int | None) -> bytes:
-    flat = values.reshape(-1)
-    step = 1 if num_samples is None else max(1, flat.numel() // num_samples)
-    return flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _describe_config(model: Any) -> str:
-    facts = base_network(model).config.to_dict()
-    facts = {key: value for key, value in facts.items() if key not in _IDLE_CONFIG and not key.startswith("_")}
-    return json.dumps(facts, sort_keys=True, default=str)

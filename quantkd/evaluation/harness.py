@@ -1,8 +1,4 @@
-"""Any task of lm-evaluation-harness on a loaded model, through its own API; the verdict on each item is kept.
-
-The harness builds the prompts, runs the model and scores. Its figures are kept with the verdicts that a paired test
-needs, so that a finished task is not run again.
-"""
+"""Any task of lm-evaluation-harness on a loaded model, through its own API; the verdict on each item is kept."""
 
 from __future__ import annotations
 
@@ -15,28 +11,23 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 
 from quantkd.errors import ConfigError, MissingDependencyError
-from quantkd.evaluation.arms import TaskResult
-from quantkd.evaluation.fingerprint import compute_model_fingerprint
+from quantkd.evaluation.arms import Arm, EvaluationSettings, TaskResult
 from quantkd.evaluation.records import RecordFile
 from quantkd.evaluation.sharing import is_writer
 from quantkd.foreign import spread_harness
 from quantkd.hardware import has_accelerator, process_state
 from quantkd.models.network import evaluation_mode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class HarnessTasks:
 
     @cached_property
     def manager(self) -> Any:
-        """The harness' own list of tasks, read once; every name is looked up, so asking for it is a check."""
+        """The harness' list of tasks, read once; every name is looked up, so asking for it is a check."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -91,64 +82,60 @@ class HarnessTasks:
                 )
         return manager
 
+    def measure(
+        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
+    ) -> Iterator[Arm]:
+        """Yield the arm after each task; one that is finished with the same settings is not run again.
 
-def evaluate_tasks(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: HarnessTasks,
-    folder: str | Path,
-    *,
-    finished: Mapping[str, TaskResult] = MappingProxyType({}),
-    fingerprint: str | None = None,
-    batch_size: int = 8,
-    share: bool = False,
-) -> Iterator[tuple[str, TaskResult]]:
-    """Run tasks of lm-evaluation-harness on a model; each is handed out as it is done.
+        Each item is written to `lm-eval/<arm>/<task>.jsonl`. Of the processes that share the items, the main one gets
+        the results.
+        """
+        for name in self.names:
+            path = folder / "lm-eval" / arm.name / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
+            facts = self._describe(name)
+            if self.rerun and is_writer(settings.share):
+                path.unlink(missing_ok=True)
+            file = RecordFile(path, {**facts, "model": arm.fingerprint}, share=settings.share)
+            if not self.rerun and name in arm.tasks and arm.tasks[name].settings == facts:
+                yield arm
+                continue
+            found = _run(model, tokenizer, name, self, settings)
+            if found is not None:  # otherwise another process has the result
+                items = _number_items(found["samples"])
+                file.replace(items)
+                arm = replace(arm, tasks={**arm.tasks, name: _read_result(found, name, self, facts, items)})
+                yield arm
 
-    Those that are `finished` with the same settings are not run again. Each item is written to `<folder>/<task>.jsonl`.
-    Of the processes that share the items, the main one gets the results of tasks that are run.
-    """
-    fingerprint, manager = fingerprint or compute_model_fingerprint(model), tasks.manager
-    for name in tasks.names:
-        path = Path(folder) / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
+    def _describe(self, name: str) -> dict[str, Any]:
+        """What decides the result of one name besides the model, as JSON."""
         with _quiet():
-            settings = _describe(manager.load([name])["tasks"], name, tasks)
-        if tasks.rerun and is_writer(share):
-            path.unlink(missing_ok=True)
-        file = RecordFile(path, {**settings, "model": fingerprint}, share=share)
-        if not tasks.rerun and name in finished and finished[name].settings == settings:
-            yield name, finished[name]
-            continue
-        found = _run(model, tokenizer, name, tasks, batch_size, share)
-        if found is not None:  # otherwise another process has the result
-            items = _number_items(found["samples"])
-            file.replace(items)
-            yield name, _read_result(found, name, tasks, settings, items)
-
-
-def _describe(leaves: Mapping[str, Any], name: str, tasks: HarnessTasks) -> dict[str, Any]:
-    """What decides the result of one name besides the model, as JSON."""
-    return {
-        "task": name,
-        "versions": {leaf: str(task.VERSION) for leaf, task in leaves.items()},
-        "items": _digest_items(leaves, tasks.limit),
-        "num_fewshot": tasks.num_fewshot,
-        "limit": tasks.limit,
-        "apply_chat_template": tasks.apply_chat_template,
-        "lm_eval": version("lm_eval"),
-    }
+            leaves = self.manager.load([name])["tasks"]
+        digest = hashlib.sha256()  # another version of a local file is another evaluation
+        for leaf, task in leaves.items():
+            for value in ({leaf: task.dump_config()}, *islice(task.eval_docs, self.limit)):
+                line = json.dumps(value, ensure_ascii=False, default=str)
+                digest.update(re.sub(r" at 0x[0-9a-f]+", "", line).encode())  # a function's place in memory
+        return {
+            "task": name,
+            "versions": {leaf: str(task.VERSION) for leaf, task in leaves.items()},
+            "items": digest.hexdigest()[:16],
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "apply_chat_template": self.apply_chat_template,
+            "lm_eval": version("lm_eval"),
+        }
 
 
 def _run(
-    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, tasks: HarnessTasks, batch_size: int, share: bool
+    model: Any, tokenizer: Any, name: str, tasks: HarnessTasks, settings: EvaluationSettings
 ) -> dict[str, Any] | None:
     """What the harness gives for one name; None in other processes than the main one."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with evaluation_mode(model), _quiet():
-        harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        if share and process_state().num_processes > 1:
+        harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
+        if settings.share and process_state().num_processes > 1:
             spread_harness(harnessed, Accelerator(cpu=not has_accelerator()))
         found: dict[str, Any] | None = simple_evaluate(
             harnessed,
@@ -171,16 +158,6 @@ def _read_result(
     title = f"lm-eval {name}, {'/'.join(map(str, shots))}-shot" + ", chat" * tasks.apply_chat_template
     verdicts = _read_verdicts(items, title, figures.get(name) if len(found["samples"]) == 1 else None)
     return TaskResult(settings, figures, verdicts)
-
-
-def _digest_items(leaves: Mapping[str, Any], limit: int | None) -> str:
-    """A digest of the tasks' settings and items, so that another version of a local file is another evaluation."""
-    digest = hashlib.sha256()
-    for name, task in leaves.items():
-        digest.update(_to_line({name: task.dump_config()}).encode())
-        for item in islice(task.eval_docs, limit):
-            digest.update(_to_line(item).encode())
-    return digest.hexdigest()[:16]
 
 
 def _number_items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -242,12 +219,6 @@ def _is_verdict(value: Any) -> bool:
 
 def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
-
-
-def _to_line(value: Any) -> str:
-    """JSON on one line, the same in every process."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return re.sub(r" at 0x[0-9a-f]+", "", text)  # a function's place in memory
 
 
 def _plain(value: Any) -> Any:

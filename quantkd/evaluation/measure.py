@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from quantkd import __version__
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.accuracy import evaluate_gsm8k
-from quantkd.evaluation.arms import Accuracy, Arm, check_arm_name, discard_arm
-from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.evaluation.accuracy import Questions
+from quantkd.evaluation.arms import Arm, EvaluationSettings, check_arm_name, discard_arm
+from quantkd.evaluation.fidelity import HeldOut
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
-from quantkd.evaluation.harness import HarnessTasks, evaluate_tasks
-from quantkd.evaluation.records import compute_digest
+from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.sharing import ask_main, is_writer
-from quantkd.models.network import base_network
-from quantkd.models.student import bits_of, format_of, is_quantized
+from quantkd.models.student import name_format
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
@@ -37,50 +34,13 @@ _TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Questions:
-    """GSM8K questions for `evaluate_arm`.
+class Part(Protocol):
+    """One kind of figure: held-out rows, questions, or tasks of lm-evaluation-harness."""
 
-    Args:
-        rows: what to answer, as `load_gsm8k` gives them.
-        few_shot: training rows that the shots are taken from, at least `max(shots)`.
-        shots: numbers of shots to answer with, such as (0, 8).
-
-    Raises:
-        ConfigError: too few `few_shot` rows.
-    """
-
-    rows: Sequence[Mapping[str, str]]
-    few_shot: Sequence[Mapping[str, str]] = ()
-    shots: Sequence[int] = (0,)
-
-    def __post_init__(self) -> None:
-        if max(self.shots, default=0) > len(self.few_shot):
-            raise ConfigError(f"{max(self.shots)} shots need as many training rows, found {len(self.few_shot)}.")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How `evaluate_arm` measures.
-
-    Args:
-        batch_size: rows or questions per batch.
-        max_new_tokens: length limit of an answer.
-        chat_template: False prompts with plain text, for a base model.
-        force: measure again what was measured of this very model, and drop the records that are there.
-        replace_other: drop what was measured of another model; otherwise its records are refused.
-        share: deal rows and questions to all processes of the launcher, each of which must make this same call; the
-            main process writes.
-        progress: show bars.
-    """
-
-    batch_size: int = 8
-    max_new_tokens: int = 256
-    chat_template: bool = True
-    force: bool = False
-    replace_other: bool = False
-    share: bool = False
-    progress: bool = True
+    def measure(
+        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
+    ) -> Iterator[Arm]:
+        """Yield the arm after each figure; what it holds of the same data and settings is not measured again."""
 
 
 def evaluate_arm(
@@ -124,82 +84,24 @@ def evaluate_arm(
         DataError: `held_out` is empty, or records of another evaluation are there.
     """
     settings = settings or EvaluationSettings()
-    if held_out is None and questions is None and tasks is None:
+    rows = None if held_out is None else HeldOut(held_out, teacher)
+    parts: list[Part] = [part for part in (rows, questions, tasks) if part is not None]
+    if not parts:
         raise ConfigError("There is nothing to measure: give held_out rows, questions, tasks, or several of them.")
     check_arm_name(arm)
     if held_out is not None:
         what = f"The held-out set of teacher {held_out.info.teacher_name}"
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
-    folder, share = Path(run_dir) / "evaluation", settings.share
-    fingerprint = compute_model_fingerprint(model)
-    new = Arm(
-        arm,
-        title or _TITLES.get(arm, arm).format(format=_name_format(model)),
-        public_name(model_name),
-        fingerprint,
-        int(model.get_memory_footprint()),
-    )
-    result = ask_main(share, lambda: _take_up(new, folder, settings))
-
-    def write() -> None:  # after each part, so that a stop in the next one does not cost it
-        if is_writer(share):
-            result.write(folder)
-
-    shared: dict[str, Any] = {"batch_size": settings.batch_size, "share": share}
-    if held_out is not None:
-        facts = {
-            "transfer_set": held_out.digest,
-            "batch_size": settings.batch_size,
-            "teacher": None
-            if teacher is None
-            else fingerprint
-            if teacher is model
-            else compute_model_fingerprint(teacher),
-            "quantkd_version": __version__,
-        }
-        if result.fidelity is None or result.fidelity.settings != facts:
-            found = evaluate_fidelity(model, held_out, teacher=teacher, progress=settings.progress, **shared)
-            result = replace(result, fidelity=replace(found, settings=facts))
-        write()
-    questions = questions or Questions((), shots=())
-    for count in questions.shots:
-        records = evaluate_gsm8k(
-            model,
-            tokenizer,
-            questions.rows,
-            shots=questions.few_shot[:count],
-            max_new_tokens=settings.max_new_tokens,
-            chat_template=settings.chat_template,
-            records_path=folder / f"{arm}-{count}-shot.jsonl",
-            fingerprint=fingerprint,
-            progress=settings.progress,
-            **shared,
-        )
-        verdicts = {
-            "correct_flexible": [record.correct_flexible for record in records],
-            "correct_strict": [record.correct_strict for record in records],
-        }
-        asked = {
-            "prompts": compute_digest([record.prompt for record in records]),
-            "golds": compute_digest([record.gold for record in records]),
-            "max_new_tokens": settings.max_new_tokens,
-        }
-        result = replace(result, questions={**result.questions, f"{count}-shot": Accuracy(verdicts, asked)})
-        write()
-    if tasks is not None:
-        done = evaluate_tasks(
-            model,
-            tokenizer,
-            tasks,
-            folder / "lm-eval" / arm,
-            finished=result.tasks,
-            fingerprint=fingerprint,
-            batch_size=settings.batch_size,
-            share=share,
-        )
-        for name, one in done:
-            result = replace(result, tasks={**result.tasks, name: one})
-            write()
+    folder = Path(run_dir) / "evaluation"
+    fingerprint, memory_bytes = compute_model_fingerprint(model), int(model.get_memory_footprint())
+    title = title or _TITLES.get(arm, arm).format(format=name_format(model))
+    new = Arm(arm, title, public_name(model_name), fingerprint, memory_bytes)
+    result = ask_main(settings.share, lambda: _take_up(new, folder, settings))
+    for part in parts:
+        for measured in part.measure(model, tokenizer, result, folder, settings):
+            result = measured
+            if is_writer(settings.share):  # after each figure, so that a stop in the next one does not cost it
+                result.write(folder)
     return result
 
 
@@ -217,12 +119,3 @@ def _take_up(new: Arm, folder: Path, settings: EvaluationSettings) -> Arm:
     if settings.force or settings.replace_other:
         discard_arm(folder, new.name)
     return new
-
-
-def _name_format(model: Any) -> str:
-    """What the model's weights are in, such as "4-bit"; the name of a format whose bits are not known."""
-    config = getattr(base_network(model).config, "quantization_config", None)
-    if config is None and is_quantized(model):
-        return "quantized"  # by its format's own library, which leaves no config
-    bits = bits_of(config) if config else 8 * model.dtype.itemsize
-    return f"{bits}-bit" if bits else format_of(config)

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, bootstrap, norm
 
-from quantkd.errors import ConfigError, DataError
+from quantkd.errors import DataError
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
-Transform = Literal["identity", "exp"]
 
+CONFIDENCE = 0.95  # the coverage of every interval, and 1 - the level of every test
+SEED, RESAMPLES = 0, 2000
+_POWER = 0.8
 _MAX_EXPONENT = 700.0  # exp of more is not a float64
 _BATCH = 256  # resamples at a time: (this, rows) indices are in memory
 
@@ -47,7 +49,7 @@ class RowSums:
 
     numerators: ArrayLike
     denominators: ArrayLike | None = None
-    transform: Transform = "identity"
+    transform: Literal["identity", "exp"] = "identity"
 
     def to_columns(self) -> Floats:
         """(N, 2): numerators and denominators."""
@@ -67,10 +69,9 @@ class RowSums:
 
 @dataclass(frozen=True)
 class CalibrationSums:
-    """The expected calibration error: how far a model's confidence in its top token is from how often it is right.
+    """The expected calibration error, `sum over bins of |confidence - correct| / tokens` (Guo et al. 2017, equation 3).
 
-    `sum over bins of |confidence - correct| / tokens`, each summed over the tokens of the bin: Guo et al. 2017
-    (arXiv:1706.04599), equation 3. Each argument is (N, M): a row's sums in M bins of confidence.
+    Each argument is (N, M): a row's sums in M bins of confidence.
     """
 
     confidences: ArrayLike
@@ -96,20 +97,18 @@ def compute_value(statistic: RowStatistic) -> float:
     return float(statistic.compute(statistic.to_columns().sum(0)))
 
 
-def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion, which also holds for few trials and near 0 and 1.
+def wilson_interval(correct: int, n: int) -> Interval:
+    """Wilson's 95% score interval of a proportion, which also holds for few trials and near 0 and 1.
 
     Args:
         correct: successes.
         n: trials, at least 1.
-        confidence: the coverage, in (0, 1).
 
     Returns:
         The bounds, within [0, 1].
 
     Raises:
         DataError: n below 1, or correct outside 0..n.
-        ConfigError: a confidence outside (0, 1).
 
     Reference:
         Wilson 1927, Journal of the American Statistical Association 22:209.
@@ -119,22 +118,15 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
         >>> print(f"{low:.3f} to {high:.3f}")
         0.309 to 0.498
     """
-    _check_share("confidence", confidence)
     if n < 1 or not 0 <= correct <= n:
         raise DataError(f"Found {correct} correct of {n}; expected at least 1 trial, and 0 to {n} correct.")
-    interval = binomtest(int(correct), int(n)).proportion_ci(confidence_level=confidence, method="wilson")
+    interval = binomtest(int(correct), int(n)).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
 class McNemarResult:
-    """The paired comparison of two models on the same questions.
-
-    Args:
-        only_a: questions that only the first model solved.
-        only_b: questions that only the second solved.
-        p_value: two-sided; the probability of a split at least this uneven if both were equally good.
-    """
+    """How many questions only one of two models solved, and the two-sided p-value of so uneven a split."""
 
     only_a: int
     only_b: int
@@ -151,7 +143,8 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemarResult:
         b_correct: (N,) bool, the second model's on the same questions in the same order.
 
     Returns:
-        The two counts and the two-sided binomial p-value; 1.0 where no question separates the models.
+        The counts `only_a` and `only_b` and the two-sided binomial `p_value`; 1.0 where no question separates the
+        models.
 
     Raises:
         DataError: shapes that differ, or no questions.
@@ -171,28 +164,20 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemarResult:
     return McNemarResult(only_a, only_b, p_value)
 
 
-def compute_questions_needed(
-    only_a: int, only_b: int, n: int, *, level: float = 0.05, power: float = 0.8
-) -> int | None:
+def compute_questions_needed(only_a: int, only_b: int, n: int) -> int | None:
     """How many questions McNemar's test would need to detect a difference as large as the observed one.
 
     On a share `d = (only_a + only_b) / n` of the questions only one model is right, and their accuracies differ by
-    `e = (only_a - only_b) / n`. If these were the true rates, `((z_a * sqrt(d) + z_b * sqrt(d - e^2)) / e)^2` questions
-    would give p < `level` with probability `power`, with the normal quantiles z_a at 1 - level / 2 and z_b at `power`.
+    `e = (only_a - only_b) / n`. If these were the true rates, `((1.96 * sqrt(d) + 0.84 * sqrt(d - e^2)) / e)^2`
+    questions would give p < 0.05 four times in five.
 
     Args:
         only_a: questions that only the first model solved.
         only_b: questions that only the second solved.
         n: all questions, including those that both or neither solved.
-        level: of the two-sided test.
-        power: the probability of detecting the difference.
 
     Returns:
         The number, rounded up; None where both solved equally many, which no number of questions tells apart.
-
-    Raises:
-        DataError: counts that are negative or add up to more than n.
-        ConfigError: a level or power outside (0, 1).
 
     Reference:
         Connor 1987, Biometrics 43:207, for the test without continuity correction; the exact one needs up to a tenth
@@ -202,40 +187,21 @@ def compute_questions_needed(
         >>> compute_questions_needed(15, 5, 100)
         155
     """
-    if min(only_a, only_b) < 0 or only_a + only_b > n or n < 1:
-        raise DataError(f"Found {only_a} and {only_b} questions that only one model solved, of {n}; expected counts.")
-    _check_share("level", level)
-    _check_share("power", power)
     if only_a == only_b:
         return None
     discordant, difference = (only_a + only_b) / n, (only_a - only_b) / n
-    z_level, z_power = float(norm.ppf(1 - level / 2)), float(norm.ppf(power))
+    z_level, z_power = float(norm.ppf((1 + CONFIDENCE) / 2)), float(norm.ppf(_POWER))
     spread = z_level * math.sqrt(discordant) + z_power * math.sqrt(max(0.0, discordant - difference**2))
     return math.ceil((spread / difference) ** 2)
 
 
-def bootstrap_interval(
-    statistic: RowStatistic, *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
-) -> Interval:
-    """Percentile bootstrap interval of a figure, over whole rows.
+def bootstrap_interval(statistic: RowStatistic) -> Interval:
+    """The 95% percentile bootstrap interval of a figure, over whole rows.
 
     Rows are drawn, not tokens: the tokens of one answer depend on each other, and an interval over tokens would be far
     too narrow (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13).
     """
-    return _middle(_resample([statistic], lambda figures: figures[0], confidence, seed, resamples), confidence)
-
-
-def bootstrap_ratio_interval(
-    numerators: ArrayLike,
-    denominators: ArrayLike | None,
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = 2000,
-) -> Interval:
-    """`bootstrap_interval` of `sum(numerators) / sum(denominators)`; None counts each row once. Shapes: (N,)."""
-    statistic = RowSums(numerators, denominators)
-    return bootstrap_interval(statistic, confidence=confidence, seed=seed, resamples=resamples)
+    return _middle(_resample([statistic], lambda figures: figures[0]))
 
 
 class Difference(NamedTuple):
@@ -245,9 +211,7 @@ class Difference(NamedTuple):
     interval: Interval | None
 
 
-def compute_difference(
-    a: RowStatistic, b: RowStatistic, *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
-) -> Difference:
+def compute_difference(a: RowStatistic, b: RowStatistic) -> Difference:
     """`a - b` with its paired bootstrap interval: each draw takes the same rows of both models.
 
     What makes a row hard for both cancels, so the interval is narrower than those of the two figures suggest.
@@ -255,19 +219,12 @@ def compute_difference(
     value = compute_value(a) - compute_value(b)
     if len(a.to_columns()) < 2 and len(b.to_columns()) < 2:
         return Difference(value, None)
-    draws = _resample([a, b], lambda figures: figures[0] - figures[1], confidence, seed, resamples)
-    return Difference(value, _middle(draws, confidence))
+    return Difference(value, _middle(_resample([a, b], lambda figures: figures[0] - figures[1])))
 
 
 @dataclass(frozen=True)
 class GapRecovered:
-    """The share of the distance from "before" to the teacher that "after" has covered: 0 none, 1 all of it.
-
-    Args:
-        value: the share; None where the data cannot tell it.
-        reason: why there is no value; None where there is one.
-        interval: its bootstrap interval; None without a value, or where the resamples leave it unbounded.
-    """
+    """A share of the gap with its interval, or the reason why the data cannot tell it."""
 
     value: float | None
     reason: str | None = None
@@ -275,15 +232,7 @@ class GapRecovered:
 
 
 def compute_gap_recovered(
-    teacher: RowStatistic,
-    before: RowStatistic,
-    after: RowStatistic,
-    *,
-    higher_is_better: bool,
-    binary: bool = False,
-    confidence: float = 0.95,
-    seed: int = 0,
-    resamples: int = 2000,
+    teacher: RowStatistic, before: RowStatistic, after: RowStatistic, *, higher_is_better: bool, binary: bool = False
 ) -> GapRecovered:
     """`(after - before) / (teacher - before)` of one metric over the same rows, where the data can tell it.
 
@@ -296,16 +245,13 @@ def compute_gap_recovered(
         higher_is_better: True for accuracy and agreement, False for KL and perplexity.
         binary: rows are verdicts, 0 or 1: McNemar's exact test judges the gap too, because the bootstrap interval of
             few verdicts is too narrow.
-        confidence: the coverage of the intervals, and 1 - the level of the test.
-        seed: of the paired bootstrap.
-        resamples: how many draws.
 
     Returns:
-        The share with its interval, or the reason why there is none.
+        The share (0: none of the gap, 1: all of it) with its interval, which is None where the draws leave it
+        unbounded; or the reason why there is none.
 
     Raises:
         DataError: models with different numbers of rows, or rows that a statistic refuses.
-        ConfigError: a confidence outside (0, 1), or no resamples.
 
     Example:
         >>> teacher, before, after = RowSums([0, 0, 0, 0]), RowSums([3, 2, 4, 3]), RowSums([1, 0.5, 1, 0.5])
@@ -324,36 +270,24 @@ def compute_gap_recovered(
     noise = f"the teacher's gap of {gap:+.4g} is inside noise"
     if binary:
         test = mcnemar_exact(columns[0][:, 0] > 0.5, columns[1][:, 0] > 0.5)
-        if test.p_value >= 1 - confidence:
-            needed = compute_questions_needed(test.only_a, test.only_b, num_rows, level=1 - confidence)
+        if test.p_value >= 1 - CONFIDENCE:
+            needed = compute_questions_needed(test.only_a, test.only_b, num_rows)
             found = f"exact McNemar p = {test.p_value:.2g}, n = {num_rows}"
             return GapRecovered(None, f"{noise} ({found}; about {needed:,} questions would show it)")
-    gaps = _resample(arms, lambda figures: figures[0] - figures[1], confidence, seed, resamples)
-    low, high = _middle(gaps, confidence)
+    low, high = _middle(_resample(arms, lambda figures: figures[0] - figures[1]))
     if low <= 0 <= high:
-        return GapRecovered(None, f"{noise} ({confidence:.0%} interval {low:+.4g} to {high:+.4g})")
+        return GapRecovered(None, f"{noise} ({CONFIDENCE:.0%} interval {low:+.4g} to {high:+.4g})")
     if (gap > 0) != higher_is_better:
-        return GapRecovered(
-            None, f"the teacher scores worse than before (gap {gap:+.4g}), so there is nothing to recover"
-        )
-    shares = _resample(  # the same draws, so numerator and denominator stay paired
-        arms, lambda figures: _divide(figures[2] - figures[1], figures[0] - figures[1]), confidence, seed, resamples
-    )
-    interval = _middle(shares, confidence)
+        reason = f"the teacher scores worse than before (gap {gap:+.4g}), so there is nothing to recover"
+        return GapRecovered(None, reason)
+    # The same draws, so numerator and denominator stay paired.
+    shares = _resample(arms, lambda figures: _divide(figures[2] - figures[1], figures[0] - figures[1]))
+    interval = _middle(shares)
     return GapRecovered((after_value - before_value) / gap, None, interval if np.isfinite(interval).all() else None)
 
 
-def _resample(
-    statistics: Sequence[RowStatistic],
-    combine: Callable[[list[Floats]], Floats],
-    confidence: float,
-    seed: int,
-    resamples: int,
-) -> Floats:
-    """(resamples,) what `combine` makes of the figures over rows drawn with replacement, the same rows for all."""
-    _check_share("confidence", confidence)
-    if resamples < 1:
-        raise ConfigError(f"Found resamples={resamples}; expected at least 1, and about 2000 for a 95% interval.")
+def _resample(statistics: Sequence[RowStatistic], combine: Callable[[list[Floats]], Floats]) -> Floats:
+    """(RESAMPLES,) what `combine` makes of the figures over rows drawn with replacement, the same rows for all."""
     columns = [statistic.to_columns() for statistic in statistics]
     num_rows = _count_rows(columns)
     if num_rows < 2:
@@ -373,8 +307,8 @@ def _resample(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         drawn = bootstrap(
-            (np.arange(num_rows),), figure, n_resamples=resamples, batch=_BATCH, vectorized=True,
-            method="percentile", random_state=np.random.default_rng(seed),
+            (np.arange(num_rows),), figure, n_resamples=RESAMPLES, batch=_BATCH, vectorized=True,
+            method="percentile", random_state=np.random.default_rng(SEED),
         ).bootstrap_distribution  # fmt: skip
     return np.asarray(drawn, dtype=np.float64)
 
@@ -391,9 +325,9 @@ def _stack(names: str, parts: Sequence[Floats], ndim: int) -> Floats:
     return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
-def _middle(draws: Floats, confidence: float) -> Interval:
+def _middle(draws: Floats) -> Interval:
     """The interval that holds the middle part of (R,) resampled values; NaN is left out."""
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws[~np.isnan(draws)], [tail, 1 - tail])
     return float(low), float(high)
 
@@ -403,11 +337,6 @@ def _count_rows(columns: Sequence[Floats]) -> int:
     if len(set(sizes)) != 1:
         raise DataError(f"The models have {sizes} rows; expected the same rows for all of them.")
     return sizes[0]
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ConfigError(f"Found {name}={value}; expected a share between 0 and 1.")
 
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:

@@ -105,6 +105,15 @@ def is_quantized(model: Any) -> bool:
     return bool(getattr(network, "is_quantized", False)) or any(map(is_quantized_layer, network.modules()))
 
 
+def name_format(model: Any) -> str:
+    """What a loaded model's weights are in, such as "4-bit"; the name of a format whose bits are not known."""
+    config = getattr(base_network(model).config, "quantization_config", None)
+    if config is None and is_quantized(model):
+        return "quantized"  # by its format's own library, which leaves no config
+    bits = bits_of(config) if config else 8 * model.dtype.itemsize
+    return f"{bits}-bit" if bits else format_of(config)
+
+
 def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str, Any] | None:
     """The quantization that a checkpoint is stored in already, from its config alone."""
     if "gguf_file" in model_init_kwargs:

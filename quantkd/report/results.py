@@ -13,6 +13,9 @@ import numpy as np
 from quantkd.errors import DataError
 from quantkd.evaluation.arms import Arm
 from quantkd.evaluation.stats import (
+    CONFIDENCE,
+    RESAMPLES,
+    SEED,
     Floats,
     RowStatistic,
     RowSums,
@@ -25,8 +28,6 @@ from quantkd.evaluation.stats import (
     wilson_interval,
 )
 
-CONFIDENCE = 0.95
-_BOOTSTRAP: dict[str, int] = {"seed": 0, "resamples": 2000}
 # More digits would differ between processors by the order of their sums.
 _SIGNIFICANT_DIGITS = 10
 _FIRST = ("teacher", "before", "after")  # in the report; others follow by name
@@ -165,7 +166,7 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
         {
             "format_version": 1,
             "confidence": CONFIDENCE,
-            "bootstrap": _BOOTSTRAP,
+            "bootstrap": {"seed": SEED, "resamples": RESAMPLES},
             "transfer_set_digest": next((arm.fidelity.transfer_set for arm in arms if arm.fidelity), None),
             "arm_order": [arm.name for arm in arms],
             "metric_order": [metric.key for metric in metrics],
@@ -238,7 +239,7 @@ def _describe_bin(start: float, stop: float | None, kl: Floats, tokens: Floats) 
     if held.any():
         statistic = RowSums(kl[held], tokens[held])
         value = compute_value(statistic)
-        interval = list(bootstrap_interval(statistic, confidence=CONFIDENCE, **_BOOTSTRAP)) if held.sum() > 1 else None
+        interval = list(bootstrap_interval(statistic)) if held.sum() > 1 else None
     return {"from": start, "to": stop, "tokens": int(tokens.sum()), "value": value, "interval": interval}
 
 
@@ -246,9 +247,9 @@ def _measure(metric: Metric, statistic: RowStatistic) -> dict[str, Any]:
     columns = statistic.to_columns()
     interval: tuple[float, float] | None = None
     if metric.setting is not None:
-        interval = wilson_interval(int(columns[:, 0].sum()), len(columns), CONFIDENCE)
+        interval = wilson_interval(int(columns[:, 0].sum()), len(columns))
     elif len(columns) > 1:
-        interval = bootstrap_interval(statistic, confidence=CONFIDENCE, **_BOOTSTRAP)
+        interval = bootstrap_interval(statistic)
     return {"value": compute_value(statistic), "interval": interval and list(interval), "n": len(columns)}
 
 
@@ -258,7 +259,7 @@ def _compute_differences(arm: Arm, other: Arm, metrics: list[Metric]) -> dict[st
     for metric in metrics:
         own, others = metric.find(arm), metric.find(other)
         if own is not None and others is not None:
-            found = compute_difference(own, others, confidence=CONFIDENCE, **_BOOTSTRAP)
+            found = compute_difference(own, others)
             differences[metric.key] = {"value": found.value, "interval": found.interval and list(found.interval)}
     return differences
 
@@ -269,7 +270,7 @@ def _compare(arm: Arm, other: Arm, metric: Metric) -> dict[str, Any] | None:
         return None
     verdicts = [statistic.to_columns()[:, 0] > 0.5 for statistic in (own, others)]
     result = mcnemar_exact(*verdicts)
-    needed = compute_questions_needed(result.only_a, result.only_b, len(verdicts[0]), level=1 - CONFIDENCE)
+    needed = compute_questions_needed(result.only_a, result.only_b, len(verdicts[0]))
     return {
         "only_this": result.only_a,
         "only_other": result.only_b,
@@ -287,13 +288,7 @@ def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, 
     if teacher is None or before is None or after is None:
         return {"value": None, "interval": None, "reason": f"not evaluated for {', '.join(lacking)}"}
     share = compute_gap_recovered(
-        teacher,
-        before,
-        after,
-        higher_is_better=metric.higher_is_better,
-        binary=metric.setting is not None,
-        confidence=CONFIDENCE,
-        **_BOOTSTRAP,
+        teacher, before, after, higher_is_better=metric.higher_is_better, binary=metric.setting is not None
     )
     return {"value": share.value, "interval": share.interval and list(share.interval), "reason": share.reason}
 
