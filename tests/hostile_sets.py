@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -14,6 +13,9 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
+
+from quantkd.transfer_set.codec import ShardSize
+from quantkd.transfer_set.shard import serialize_shard
 
 SHARD = "shard-00000.safetensors"
 
@@ -108,24 +110,18 @@ def raw_indexes() -> dict[str, bytes]:
 
 
 def strange_files() -> dict[str, Callable[[Path], Any]]:
-    def link(folder: Path, name: str, to: str) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(to)
-
     def replace(folder: Path, name: str, make: Callable[[Path], Any]) -> None:
         (folder / name).unlink()
         make(folder / name)
+
+    def link(folder: Path, name: str, to: str) -> None:
+        replace(folder, name, lambda path: path.symlink_to(to))
 
     def sparse(folder: Path) -> None:
         index = json.loads((folder / "index.json").read_bytes())
         index["shards"][0] |= {"entries": 2**32 - 1}
         (folder / "index.json").write_bytes(seal(index))
         os.truncate(folder / SHARD, 13 * 2**30)
-
-    def moved(folder: Path) -> None:
-        shutil.move(folder / SHARD, folder / "kept")
-        link_to = folder / SHARD
-        link_to.symlink_to(folder / "kept")
 
     return {
         "index-link": lambda f: link(f, "index.json", "/etc/passwd"),
@@ -134,7 +130,7 @@ def strange_files() -> dict[str, Callable[[Path], Any]]:
         "index-folder": lambda f: replace(f, "index.json", os.mkdir),
         "index-null": lambda f: link(f, "index.json", "/dev/zero"),
         "shard-link": lambda f: link(f, SHARD, "/etc/passwd"),
-        "shard-link-inside": moved,
+        "shard-link-inside": lambda f: (f / SHARD).rename(f / "kept") and (f / SHARD).symlink_to(f / "kept"),
         "shard-proc": lambda f: link(f, SHARD, "/proc/self/environ"),
         "shard-zero": lambda f: link(f, SHARD, "/dev/zero"),
         "shard-fifo": lambda f: replace(f, SHARD, os.mkfifo),
@@ -172,26 +168,15 @@ def reshard(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     parts = [tensors[name] for name in arrays]
     planes = [part.view("u1").reshape(-1, 2).T if part.dtype == "<f2" else part for part in parts]
     data = tensors["stream"] or zlib.compress(b"".join(part.tobytes() for part in planes))
-    size["bytes"] = len(data)
-    size["blocks"] = len(tensors["blocks"])
     if tensors["blocks"][-1].tolist() == shard["blocks"][-1].tolist():
         tensors["blocks"][-1, 1] = len(data)
-    shapes = {"rows": tensors["rows"].shape, "blocks": tensors["blocks"].shape, "data": (len(data),)}
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        stop = offset + int(np.prod(shape)) * (1 if name == "data" else 4)
-        header[name] = {
-            "dtype": "U8" if name == "data" else "U32",
-            "shape": list(shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file = len(text).to_bytes(8, "little") + text + tensors["rows"].tobytes() + tensors["blocks"].tobytes() + data
+    size |= dict(
+        zip(("tokens", "spans", "targets", "entries"), tensors["rows"].sum(0, dtype=np.int64).tolist(), strict=True)
+    )
+    size |= {"bytes": len(data), "blocks": len(tensors["blocks"])}
+    sizes = ShardSize(**{name: size[name] for name in ShardSize.__dataclass_fields__})
+    file = serialize_shard(sizes, {**tensors, "data": np.frombuffer(data, "u1")})
     (folder / SHARD).write_bytes(file)
-    for column, name in enumerate(("tokens", "spans", "targets", "entries")):
-        size[name] = int(tensors["rows"][:, column].sum(dtype=np.int64))
     size["sha256"] = hashlib.sha256(file).hexdigest()
     (folder / "index.json").write_bytes(seal(index))
 
@@ -267,13 +252,12 @@ def hostile_sets(original: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
         return Path(shutil.copytree(original, scratch))
 
     for name, path, value in index_values():
-        index = json.loads((fresh() / "index.json").read_bytes())
-        before = copy.deepcopy(index)
-        inner = index
+        before = (fresh() / "index.json").read_bytes()
+        index = inner = json.loads(before)
         for key in path[:-1]:
             inner = inner[key]
         inner[path[-1]] = value
-        if index != before or isinstance(value, bool | float):
+        if seal(index) != before:
             (scratch / "index.json").write_bytes(seal(index))
             yield name, scratch
     for name, data in raw_indexes().items():

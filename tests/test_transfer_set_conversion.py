@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transfer_sets import make_plan, make_row, write_set
+from transfer_sets import make_plan, make_row, write_rows, write_set
 
 from quantkd.errors import ConfigError
-from quantkd.transfer_set import TransferSet, convert, estimate_bytes, verify
+from quantkd.transfer_set import TransferRow, TransferSet, convert, estimate_bytes, verify
 from quantkd.transfer_set.conversion import expect_entries, trim
-from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, max_entries, narrow
+from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, max_entries, narrow, storage_rule_to_dict
+
+ANSWERS = Path(__file__).parent / "golden" / "answers"  # SmolLM2-135M's to 8 questions of GSM8K, nucleus 0.95
 
 
 def test_convert_to_fewer_entries(tmp_path: Path) -> None:
@@ -82,14 +85,25 @@ def test_trim_keeps_the_fewest_entries_that_hold_the_mass() -> None:
             start, at = start + count, at + kept
 
 
-@pytest.mark.parametrize("vocab_size", [200, 1000, 70_000])
-def test_the_estimate_is_close(tmp_path: Path, vocab_size: int) -> None:
-    plan = make_plan(num_prompts=30, rows_per_shard=8, vocab_size=vocab_size)
-    write_set(tmp_path / "set", plan)
+@pytest.mark.parametrize("rule", [TopK(1), TopK(20), Nucleus(0.8), Nucleus(0.95)])
+@pytest.mark.parametrize("vocab_size", [49_152, 128_256])  # ids in 16 bits, and in 32
+def test_the_estimate_is_within_a_tenth_on_answers_of_a_real_model(
+    tmp_path: Path, vocab_size: int, rule: StorageRule
+) -> None:
+    answers = TransferSet(ANSWERS)
+    plan = replace(answers.plan, vocab_size=vocab_size, storage=storage_rule_to_dict(rule), rows_per_shard=5)
+    spread = vocab_size / answers.plan.vocab_size
+
+    def spread_out(number: int) -> TransferRow:
+        row = trim(answers.row(number), rule)
+        ids = {name: (getattr(row, name) * spread).astype(int) for name in ("input_ids", "token_ids")}
+        return replace(row, **ids)
+
+    write_rows(tmp_path / "set", plan, spread_out)
     info = TransferSet(tmp_path / "set").info
     prompt_tokens = info.num_tokens - info.num_response_tokens
     estimate = estimate_bytes(plan, prompt_tokens, info.num_response_tokens, info.mean_entries)
-    assert abs(estimate / info.num_bytes - 1) < 0.2
+    assert abs(estimate / info.num_bytes - 1) < 0.1
     assert estimate_bytes(plan, prompt_tokens, info.num_response_tokens) > 0
 
 

@@ -59,7 +59,7 @@ def kill_and_resume(folder: Path, seconds: float, reference: str) -> bool:
     return killed
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments(tmp_path: Path, reference: str, kills: int) -> None:
     rng = random.Random(kills)
     landed = 0

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from transfer_sets import make_plan, make_row, storage_order
+from transfer_sets import make_plan, storage_order, write_rows
 
 from quantkd.errors import TransferSetError
-from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter, row as row_module, verify
+from quantkd.transfer_set import Plan, TransferRow, TransferSet, row as row_module, verify
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
-from quantkd.transfer_set.plan import check_counters
 
 
 def change(**fields: Any) -> TransferRow:
@@ -95,13 +94,6 @@ def test_what_a_plan_refuses_and_says() -> None:
     ):
         with pytest.raises(TransferSetError, match=message):
             make_plan(**fields)
-    with pytest.raises(TransferSetError, match="the fields"):
-        Plan.from_json({**plan.to_json(), "new": 1})
-    with pytest.raises(TransferSetError, match="the fields"):
-        Plan.from_json("plan")
-    with pytest.raises(TransferSetError, match="a list"):
-        Plan.from_json({**plan.to_json(), "temperatures": 1.0})
-    assert check_counters({"a": 1}) == {"a": 1}
 
 
 def test_documents_are_canonical() -> None:
@@ -116,7 +108,7 @@ ROW = st.tuples(st.integers(1, 12), st.integers(0, 11), st.integers(0, 2**20), s
 
 
 @pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_no_false_alarm_on_valid_sets(examples: int) -> None:
+def test_valid_rows_come_back_within_the_stated_bounds(examples: int) -> None:
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
@@ -134,17 +126,16 @@ def test_no_false_alarm_on_valid_sets(examples: int) -> None:
         made = [None if row is None else _row(plan, *row) for row in rows]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "set"
-            with TransferSetWriter.open(path, plan) as writer:
-                for task in writer.claim():
-                    writer.commit(task, [row for row in made[task.start : task.stop] if row is not None])
-                digest = writer.finalize()
+            digest = write_rows(path, plan, made.__getitem__)
             assert verify(path).digest == digest
             found = TransferSet(path).rows(range(len(TransferSet(path))))
         for wanted, got in zip([row for row in made if row is not None], found, strict=True):
-            np.testing.assert_array_equal(got.input_ids, wanted.input_ids)
-            np.testing.assert_array_equal(got.spans, wanted.spans)
-            np.testing.assert_array_equal(got.token_ids, wanted.token_ids[storage_order(wanted)])
-            assert got.finished == wanted.finished
+            for name in ("input_ids", "spans", "counts", "finished"):
+                np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
+            order = storage_order(wanted)
+            np.testing.assert_array_equal(got.token_ids, wanted.token_ids[order])
+            # To the nearest, or where that would lift the mass above 1, down.
+            np.testing.assert_allclose(got.logprobs, wanted.logprobs[order], rtol=2**-10, atol=2**-24)
 
     run()
 
@@ -174,9 +165,3 @@ def _row(plan: Plan, length: int, start: int, seed: int, two_spans: bool, dense:
         log_normalizers=np.stack(normalizers, -1).astype(np.float32),
         finished=bool(seed % 2),
     )
-
-
-def test_make_row_is_valid() -> None:
-    plan = make_plan()
-    for prompt in range(20):
-        make_row(plan, prompt).validate(plan.vocab_size, plan.temperatures, 16)

@@ -6,12 +6,13 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantkd.files import DISK, FileSystem
+from quantkd.files import FileSystem
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.writer import TransferSetWriter
@@ -75,14 +76,35 @@ def storage_order(row: TransferRow) -> Any:
     return np.array(order, dtype=np.int64)
 
 
-def write_set(path: Path, plan: Plan | None = None, filesystem: FileSystem = DISK, **row: Any) -> str:
-    """A finished set at `path`; returns its root digest."""
-    plan = plan or make_plan()
-    with TransferSetWriter.open(path, plan, filesystem=filesystem) as writer:
+def write_rows(path: Path, plan: Plan, make: Callable[[int], TransferRow | None], **options: Any) -> str:
+    """A finished set of the row of each prompt, if it has one, by `TransferSetWriter.open`; its root digest."""
+    with TransferSetWriter.open(path, plan, **options) as writer:
         for task in writer.claim():
-            rows = [make_row(plan, prompt, **row) for prompt in range(task.start, task.stop)]
+            rows = [row for prompt in range(task.start, task.stop) if (row := make(prompt)) is not None]
             writer.commit(task, rows, {"responses_cut": sum(not row.finished for row in rows)})
         return writer.finalize()
+
+
+def write_set(path: Path, plan: Plan | None = None, **row: Any) -> str:
+    """A finished set of made-up rows."""
+    plan = plan or make_plan()
+    return write_rows(path, plan, lambda prompt: make_row(plan, prompt, **row))
+
+
+def capture_slowly(
+    path: Path, log: Path, seconds: float = 0.0, process: tuple[int, int] = (0, 1), disk: FileSystem | None = None
+) -> str:
+    """A small fake teacher's capture, without waiting for a real disk; each shard that is begun is logged."""
+    plan = make_plan(num_prompts=16, vocab_size=50)
+
+    def make(prompt: int) -> TransferRow:
+        if prompt % plan.rows_per_shard == 0:
+            with log.open("a") as file:
+                file.write(f"{prompt // plan.rows_per_shard}\n")
+        time.sleep(seconds)
+        return make_row(plan, prompt)
+
+    return write_rows(path, plan, make, process=process, filesystem=disk or FaultyDisk())
 
 
 class FaultyDisk(FileSystem):
@@ -135,20 +157,3 @@ class DyingDisk(FaultyDisk):
             self.left -= 1
             if self.left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-
-
-def capture_slowly(
-    path: Path, log: Path, seconds_per_row: float = 0.0, *, process: tuple[int, int] = (0, 1), disk: Any = None
-) -> str:
-    """A small fake teacher's capture; every claimed shard leaves a line in `log`."""
-    plan = make_plan(num_prompts=16, vocab_size=50)
-    with TransferSetWriter.open(path, plan, process=process, filesystem=disk or FaultyDisk()) as writer:
-        for task in writer.claim():
-            with log.open("a") as file:
-                file.write(f"{task.index}\n")
-            rows = []
-            for prompt in range(task.start, task.stop):
-                time.sleep(seconds_per_row)
-                rows.append(make_row(plan, prompt))
-            writer.commit(task, rows, {"responses_cut": sum(not row.finished for row in rows)})
-        return writer.finalize()

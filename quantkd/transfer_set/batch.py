@@ -19,27 +19,16 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class RowBatch:
-    """B rows of T tokens and R target positions in all, end to end and without padding.
+    """B rows of T tokens and R target positions in all, end to end and without padding."""
 
-    Args:
-        lengths: (B,) int64, tokens per row.
-        input_ids: (T,) int64.
-        labels: (T,) int64, unshifted, -100 outside the targets.
-        targets: (R,) int64, each target's index into `input_ids`, ascending.
-        target_counts: (B,) int64, targets per row.
-        teacher: the distributions at the R targets, in that order.
-        finished: (B,) bool, false where the length limit cut the response.
-        weights: (B,) float32, each row's weight from `concatenate`, or None if no set was weighted.
-    """
-
-    lengths: Tensor
-    input_ids: Tensor
-    labels: Tensor
-    targets: Tensor
-    target_counts: Tensor
-    teacher: TopKLogprobs
-    finished: Tensor
-    weights: Tensor | None = None
+    lengths: Tensor  # (B,) int64, tokens per row
+    input_ids: Tensor  # (T,) int64
+    labels: Tensor  # (T,) int64, unshifted, -100 outside the targets
+    targets: Tensor  # (R,) int64, each target's index into `input_ids`, ascending
+    target_counts: Tensor  # (B,) int64, targets per row
+    teacher: TopKLogprobs  # of the R targets, in that order
+    finished: Tensor  # (B,) bool, false where the length limit cut the response
+    weights: Tensor | None = None  # (B,) float32, from `concatenate`; None if no set was weighted
 
     def __len__(self) -> int:
         return self.lengths.numel()

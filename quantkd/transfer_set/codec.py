@@ -1,9 +1,4 @@
-"""Rows to the compressed blocks of a shard and back; docs/transfer-set-format.md defines every byte.
-
-A block holds the arrays of a few neighbouring rows, column by column, as plain CSR: ids in 16 or 32 bits,
-log-probabilities in float16, all through zlib. benchmarks/storage.py measures what that costs in bytes and in degrees
-of the LoRA gradient.
-"""
+"""Rows to the compressed blocks of a shard and back; docs/transfer-set-format.md defines every byte."""
 
 from __future__ import annotations
 
@@ -84,11 +79,9 @@ class Codec:
         return sum(dtype.itemsize * items for dtype, items in self._columns(rows, table))
 
     def encode(self, rows: Sequence[TransferRow]) -> tuple[ShardSize, dict[str, NDArray[Any]]]:
-        """The tensors of a shard that holds `rows`, which must be valid.
-
-        Each target's entries are stored with the most probable one first and the others by ascending id.
-        """
-        table = np.array([_count(row) for row in rows], dtype=np.int64).reshape(-1, 4)
+        """The size and the tensors of a shard that holds `rows`, which must be valid."""
+        parts = [(row.input_ids, row.spans, row.counts, row.token_ids) for row in rows]
+        table = np.array([list(map(len, part)) for part in parts], dtype=np.int64).reshape(-1, 4)
         blocks, packed, start = [], [], 0
         while start < len(rows):
             stop = start + 1
@@ -101,10 +94,8 @@ class Codec:
             packed.append(self._compress(rows[start:stop]))
             blocks.append([stop - start, len(packed[-1])])
             start = stop
-        sums = table.sum(0).tolist()
-        size = ShardSize(
-            len(rows), sums[TOKENS], sums[SPANS], sums[TARGETS], sums[ENTRIES], len(blocks), sum(map(len, packed))
-        )
+        tokens, spans, targets, entries = table.sum(0).tolist()
+        size = ShardSize(len(rows), tokens, spans, targets, entries, len(blocks), sum(map(len, packed)))
         return size, {
             "rows": table.astype("<u4"),
             "blocks": np.array(blocks, dtype="<u4").reshape(-1, 2),
@@ -207,10 +198,6 @@ def encode_normalizers(
     too_low = stored < least
     stored[too_low] = np.nextafter(stored[too_low], _HALF.type(np.inf))
     return stored
-
-
-def _count(row: TransferRow) -> list[int]:
-    return [len(row.input_ids), len(row.spans), len(row.counts), len(row.token_ids)]
 
 
 def _storage_order(logprobs: NDArray[Any], token_ids: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.int64]:

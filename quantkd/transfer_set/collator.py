@@ -30,19 +30,9 @@ def position_ids_of(lengths: Tensor) -> Tensor:
 class DistillationCollator:
     """Rows to one batch: padded on the right to the longest, or packed end to end.
 
-    Args:
-        pad_token_id: what `input_ids` are padded with; `labels` get -100 and `attention_mask` 0.
-        pad_to_multiple_of: round the padded length up to a multiple of this.
-        packing: lay the rows end to end in one sequence of T tokens instead, told apart by `position_ids`.
-
-    Returns (from a call):
-        `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and `position_ids`
-        (1, T); and `teacher`, one `TopKLogprobs` over the targets of all rows in order, if the rows hold one. Entries
-        are never padded. If some row has a `weight` other than None, also `weights` (N,) float32, one a target: its
-        row's, and 1 where the row has none.
-
-    Raises (from a call):
-        DataError: some rows hold the teacher's entries and some do not.
+    A call returns `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and
+    `position_ids` (1, T); `teacher`, one `TopKLogprobs` over the targets of all rows in order, if the rows hold one;
+    and `weights` (N,) float32, per target its row's or 1, if some row has a `weight` other than None.
     """
 
     pad_token_id: int

@@ -192,10 +192,8 @@ class CompressedLayout:
         """(T, k) log-probabilities from `compressed_logprobs`."""
         terms, bins = self.polynomial_terms or (), self.residual_bins or ()
         widths = [-(-part["element_bits"] * part["num_elements"] // 8) for part in bins]
-        floats = [self.exact_dtype] * self.exact_k + [self.term_dtype] * len(terms)
-        floats += [part["scale_dtype"] for part in bins]
-        expected = sum(widths) + sum(_FLOATS[dtype] for dtype in floats)
-        table = _to_table(data, expected, "log-probabilities")
+        floats = [self.exact_dtype] * self.exact_k + [self.term_dtype] * len(terms) + [p["scale_dtype"] for p in bins]
+        table = _to_table(data, sum(widths) + sum(_FLOATS[dtype] for dtype in floats), "log-probabilities")
         exact, table = _take_floats(table, self.exact_k, self.exact_dtype)
         coefficients, table = _take_floats(table, len(terms), self.term_dtype)
         count = self.k - self.exact_k

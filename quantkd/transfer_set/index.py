@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, check_counters, is_s
 INDEX_NAME = "index.json"
 PLAN_NAME = "plan.json"
 FORMAT_NAME = "quantkd transfer set"
-_SIZES = tuple(ShardSize.__dataclass_fields__)
+_MARK = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
 
 
 def record_name(index: int) -> str:
@@ -34,13 +34,7 @@ def record_name(index: int) -> str:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a committed shard.
-
-    Args:
-        size: its rows, their sums, and its blocks.
-        sha256: of the file, in hexadecimal.
-        counters: what its capture counted; kept in the record and summed in the index.
-    """
+    """What is known of a committed shard: its size, its file's sha256, and what its capture counted."""
 
     size: ShardSize
     sha256: str
@@ -53,12 +47,12 @@ class ShardRecord:
     @classmethod
     def from_json(cls, value: Any, name: str) -> ShardRecord:
         """The inverse of `to_json`, with every number checked."""
-        fields = require_fields(value, name, (*_SIZES, "sha256"))
-        size = ShardSize(**{key: fields[key] for key in _SIZES})
-        whole = all(is_whole(fields[key], 0, MAX_SHARD_ITEMS) for key in _SIZES)
-        if not whole or not size.is_possible() or not is_sha256(fields["sha256"]):
-            raise TransferSetError(f"{name} holds impossible sizes or digests: {quote(fields)}. Get the set again.")
-        return cls(size, fields["sha256"])
+        sizes = dict(require_fields(value, name, (*ShardSize.__dataclass_fields__, "sha256")))
+        sha256 = sizes.pop("sha256")
+        whole = all(is_whole(number, 0, MAX_SHARD_ITEMS) for number in sizes.values())
+        if not whole or not ShardSize(**sizes).is_possible() or not is_sha256(sha256):
+            raise TransferSetError(f"{name} holds impossible sizes or digests: {quote(value)}. Get the set again.")
+        return cls(ShardSize(**sizes), sha256)
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,8 @@ class Index:
         return cls(plan, tuple(records), dict(total), complete=len(records) == plan.num_shards)
 
     def _content(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
-            "plan": self.plan.to_json(),
-            "shards": [record.to_json() for record in self.shards],
-            "counters": self.counters,
-        }
+        shards = [record.to_json() for record in self.shards]
+        return {**_MARK, "plan": self.plan.to_json(), "shards": shards, "counters": self.counters}
 
     def digest(self) -> str:
         """The root digest: sha256 of the canonical JSON of everything else in the index, in hexadecimal."""
@@ -98,14 +87,13 @@ class Index:
 
 def read_index(folder: Path) -> Index:
     """The index of a finished set."""
-    return parse_index(read_regular(folder / INDEX_NAME, MAX_DOCUMENT_BYTES, error=TransferSetError))
+    return parse_index(_read(folder, INDEX_NAME))
 
 
 def parse_index(data: bytes) -> Index:
     """The index that the content of an index.json describes."""
     value = parse_canonical_json(data, INDEX_NAME)
-    _check_format(value, INDEX_NAME)
-    require_fields(value, INDEX_NAME, ("format", "version", "plan", "shards", "counters", "digest"))
+    _check_fields(value, INDEX_NAME, "plan", "shards", "counters", "digest")
     plan = Plan.from_json(value["plan"])
     shards = value["shards"]
     if not isinstance(shards, list) or len(shards) != plan.num_shards:
@@ -131,16 +119,13 @@ def parse_index(data: bytes) -> Index:
 
 def plan_to_bytes(plan: Plan) -> bytes:
     """The content of plan.json."""
-    return canonical_json({"format": FORMAT_NAME, "version": FORMAT_VERSION, "plan": plan.to_json()})
+    return canonical_json({**_MARK, "plan": plan.to_json()})
 
 
 def read_plan(folder: Path) -> Plan:
     """The plan of an unfinished set."""
-    value = parse_canonical_json(
-        read_regular(folder / PLAN_NAME, MAX_DOCUMENT_BYTES, error=TransferSetError), PLAN_NAME
-    )
-    _check_format(value, PLAN_NAME)
-    require_fields(value, PLAN_NAME, ("format", "version", "plan"))
+    value = parse_canonical_json(_read(folder, PLAN_NAME), PLAN_NAME)
+    _check_fields(value, PLAN_NAME, "plan")
     return Plan.from_json(value["plan"])
 
 
@@ -152,16 +137,19 @@ def record_to_bytes(record: ShardRecord) -> bytes:
 def read_record(folder: Path, index: int) -> ShardRecord:
     """The record of shard `index` of an unfinished set."""
     name = record_name(index)
-    value = parse_canonical_json(read_regular(folder / name, MAX_DOCUMENT_BYTES, error=TransferSetError), name)
-    fields = require_fields(value, name, ("shard", "counters"))
-    record = ShardRecord.from_json(fields["shard"], name)
-    return ShardRecord(record.size, record.sha256, check_counters(fields["counters"]))
+    fields = require_fields(parse_canonical_json(_read(folder, name), name), name, ("shard", "counters"))
+    return replace(ShardRecord.from_json(fields["shard"], name), counters=check_counters(fields["counters"]))
 
 
-def _check_format(value: dict[str, Any], name: str) -> None:
+def _read(folder: Path, name: str) -> bytes:
+    return read_regular(folder / name, MAX_DOCUMENT_BYTES, error=TransferSetError)
+
+
+def _check_fields(value: dict[str, Any], name: str, *fields: str) -> None:
     if value.get("format") != FORMAT_NAME or value.get("version") != FORMAT_VERSION:
         raise TransferSetError(
             f"{name} is of format {quote(value.get('format'))}, version {quote(value.get('version'))}; this quantkd "
             f"reads {FORMAT_NAME!r}, version {FORMAT_VERSION}. Upgrade quantkd, or convert the set with the one that "
             "wrote it."
         )
+    require_fields(value, name, (*_MARK, *fields))

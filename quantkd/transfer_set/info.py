@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantkd.transfer_set.store import ShardStore
 
-_TOTALS = ("tokens", "targets", "entries")
+_TOTALS = ("rows", "tokens", "targets", "entries")
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,14 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | Non
     """The facts about some rows of one or several sets."""
     plan = stores[0].index.plan
     shards = [shard.size for store in stores for shard in store.index.shards]
-    if table is None:
-        tokens, targets, entries = (sum(getattr(size, name) for size in shards) for name in _TOTALS)
-    else:
-        tokens, targets, entries = (int(total) for total in table.sum(axis=0))
+    rows, tokens, targets, entries = (sum(getattr(size, name) for size in shards) for name in _TOTALS)
+    all_targets = targets
+    if table is not None:
+        rows, (tokens, targets, entries) = len(table), table.sum(axis=0).tolist()
     counters: Counter[str] = Counter()
     for store in stores:
         counters.update(store.index.counters)
     num_bytes = sum(store.num_bytes for store in stores)
-    all_targets = sum(size.targets for size in shards)
     return TransferSetInfo(
         teacher_name=", ".join(dict.fromkeys(store.index.plan.teacher_name for store in stores)),
         teacher_revision=plan.teacher_revision,
@@ -73,7 +72,7 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | Non
         temperatures=plan.temperatures,
         generation=plan.generation,
         responses=plan.responses,
-        num_rows=sum(size.rows for size in shards) if table is None else len(table),
+        num_rows=rows,
         num_prompts=sum(store.index.plan.num_prompts for store in stores),
         num_tokens=tokens,
         num_response_tokens=targets,

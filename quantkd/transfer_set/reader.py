@@ -258,23 +258,19 @@ class TransferSet(Dataset[dict[str, Any]]):
     @cached_property
     def info(self) -> TransferSetInfo:
         """What the set is and what it costs."""
-        table = None if self._is_whole else self._table
+        table = self._table if self.whole_store is None else None
         return describe_stores([store for store, _ in self._sources], table, self.digest)
 
     @property
     def whole_store(self) -> ShardStore | None:
         """The store of one whole set; None for a view and for joined sets."""
-        is_set = len(self._sources) == 1 and self._sources[0][1] is None and self._is_whole
-        return self._sources[0][0] if is_set else None
+        is_whole = isinstance(self._rows, range) and self._rows == range(self._starts[-1])  # joined sets hold arrays
+        return self._sources[0][0] if is_whole else None
 
     @property
     def sources(self) -> tuple[ShardSource, ...]:
         """Where the set is, or each of joined sets; as text a folder, or a repository on the Hub and its commit."""
         return tuple(store.source for store, _ in self._sources)
-
-    @property
-    def _is_whole(self) -> bool:
-        return isinstance(self._rows, range) and self._rows == range(self._starts[-1])
 
     @property
     def _table(self) -> NDArray[np.int64]:

@@ -22,24 +22,15 @@ class TransferRow:
 
     Target j, counted over all spans in order, is a position t of `input_ids`; its `counts[j]` entries are the
     teacher's distribution of `input_ids[t]`, read from the logits at t - 1.
-
-    Args:
-        input_ids: (L,) integers, the whole sequence.
-        spans: (S, 2) integers, ascending and disjoint `[start, stop)`, `start >= 1`; usually `[[prompt_length, L]]`.
-        counts: (R,) integers of at least 1, entries per target.
-        token_ids: (E,) integers, vocabulary ids, unique within a target.
-        logprobs: (E,) float32, natural log of the teacher's probabilities at temperature 1.
-        log_normalizers: (R, number of temperatures) float32; the column of temperature 1 is 0.
-        finished: False if the length limit cut the response.
     """
 
-    input_ids: NDArray[Any]
-    spans: NDArray[Any]
-    counts: NDArray[Any]
-    token_ids: NDArray[Any]
-    logprobs: NDArray[Any]
-    log_normalizers: NDArray[Any]
-    finished: bool = True
+    input_ids: NDArray[Any]  # (L,) integers, the whole sequence
+    spans: NDArray[Any]  # (S, 2) ascending and disjoint `[start, stop)`, `start >= 1`; usually `[[prompt_length, L]]`
+    counts: NDArray[Any]  # (R,) integers of at least 1, entries per target
+    token_ids: NDArray[Any]  # (E,) integers, vocabulary ids, unique within a target
+    logprobs: NDArray[Any]  # (E,) float32, natural log of the teacher's probabilities at temperature 1
+    log_normalizers: NDArray[Any]  # (R, number of temperatures) float32; the column of temperature 1 is 0
+    finished: bool = True  # False if the length limit cut the response
 
     @property
     def targets(self) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkd.errors import ConfigError
-from quantkd.transfer_set.topk import TopKLogprobs
+from quantkd.transfer_set.topk import TopKLogprobs, offsets_of
 
 
 @dataclass(frozen=True)
@@ -170,33 +170,13 @@ def check_temperatures(rule: StorageRule, temperatures: Sequence[float]) -> tupl
 
 @dataclass(frozen=True)
 class PickedEntries:
-    """Candidates of equal width at every position, on the logits' device, before they are cut to a ragged value.
+    """Candidates of equal width at every position, on the logits' device, before they are cut to a ragged value."""
 
-    Args:
-        token_ids: (N, W) int64 ids, most probable first.
-        logprobs: (N, W) float32, nats at temperature 1.
-        keep: (N, W) bool, which candidates the rule keeps; at least the first.
-        log_normalizers: (N, len(temperatures)) float32.
-        is_finite: (N,) bool, whether the logits had a finite normalizer at all; entries of others mean nothing.
-    """
-
-    token_ids: Tensor
-    logprobs: Tensor
-    keep: Tensor
-    log_normalizers: Tensor
-    is_finite: Tensor
-
-    def ragged(self, temperatures: Sequence[float], vocab_size: int) -> TopKLogprobs:
-        """The kept candidates as one ragged value."""
-        counts = self.keep.sum(-1)
-        return TopKLogprobs(
-            offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-            token_ids=self.token_ids[self.keep],
-            logprobs=self.logprobs[self.keep],
-            log_normalizers=self.log_normalizers,
-            temperatures=tuple(temperatures),
-            vocab_size=vocab_size,
-        )
+    token_ids: Tensor  # (N, W) int64, most probable first
+    logprobs: Tensor  # (N, W) float32, nats at temperature 1
+    keep: Tensor  # (N, W) bool, which candidates the rule keeps; at least the first
+    log_normalizers: Tensor  # (N, len(temperatures)) float32
+    is_finite: Tensor  # (N,) bool, whether the logits had a finite normalizer at all; entries of others mean nothing
 
 
 def pick_entries(
@@ -240,7 +220,15 @@ def select_entries(
 
     Shapes: logits (N, V), uniforms (N, n).
     """
-    return pick_entries(logits, rule, temperatures, uniforms).ragged(temperatures, logits.shape[-1])
+    picked = pick_entries(logits, rule, temperatures, uniforms)
+    return TopKLogprobs(
+        offsets=offsets_of(picked.keep.sum(-1)),
+        token_ids=picked.token_ids[picked.keep],
+        logprobs=picked.logprobs[picked.keep],
+        log_normalizers=picked.log_normalizers,
+        temperatures=tuple(temperatures),
+        vocab_size=logits.shape[-1],
+    )
 
 
 def _draw(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,16 +51,7 @@ def serialize_shard(size: ShardSize, tensors: dict[str, NDArray[Any]]) -> bytes:
 
 
 class ShardMap:
-    """A shard, mapped into memory. Header, size and tables are checked here, and each row when it is first read.
-
-    Args:
-        path: the file.
-        codec: how its set is encoded.
-        size: what the index says of it.
-
-    Raises:
-        TransferSetError: the file is not exactly what the index promises.
-    """
+    """A shard, mapped into memory. Header, size and tables are checked here, and each row when it is first read."""
 
     def __init__(self, path: Path, codec: Codec, size: ShardSize) -> None:
         self.path = path
@@ -91,7 +82,7 @@ class ShardMap:
         self._start = len(header) + rows.nbytes + blocks.nbytes
         self._check_tables(size, blocks.astype(np.int64))
         self._checked = np.zeros(size.rows, dtype=bool)  # rows whose content was found good
-        self._open: tuple[int, bytes] = (-1, b"")  # the block that was read last
+        self.close_block()
 
     def _check_tables(self, size: ShardSize, blocks: NDArray[np.int64]) -> None:
         """Check both tables against the index, and find where each block begins in the rows and in the data."""
@@ -120,6 +111,10 @@ class ShardMap:
             raise TransferSetError(
                 f"A block of {self.path} holds no row, or more than {MAX_BLOCK_BYTES} bytes. Get the shard again."
             )
+
+    def close_block(self) -> None:
+        """Forget the block that was read last."""
+        self._open: tuple[int, bytes] = (-1, b"")
 
     def read_row(self, row: int, *, check: bool = True) -> TransferRow:
         """A row; with `check`, its values are checked when it is read for the first time."""

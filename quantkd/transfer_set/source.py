@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 from quantkd.errors import HubError, TransferSetError
 from quantkd.files import read_regular
@@ -34,26 +34,7 @@ def find_source(
     repository, revision = split_revision(path if isinstance(path, str) else str(path.absolute()), revision)
     if repository is None:
         return FolderSource(Path(path), allow_incomplete)
-    return HubSource.open(repository, revision, token)
-
-
-class ShardSource(Protocol):
-    """What a `ShardStore` asks for its files. A source travels to other processes with the store."""
-
-    is_remote: bool
-    """Whether shards are fetched when they are first touched; each is then hashed before a row is read."""
-
-    is_downloaded: bool
-    """Whether a download wrote the folder, whose shards are then hashed when the set is opened."""
-
-    def read_index(self) -> Index:
-        """The index of the finished set."""
-
-    def locate(self, shard: int, num_bytes: int) -> Path:
-        """A plain file that holds the shard, fetched if need be."""
-
-    def __str__(self) -> str:
-        """Where the set is, as it is printed: a folder, or a repository and its commit."""
+    return HubSource(repository, revision, token)
 
 
 class FolderSource:
@@ -103,36 +84,29 @@ class FolderSource:
 
 
 class HubSource:
-    """The files of a set in a dataset repository, at the commit that holds `index`."""
+    """The files of a set in a dataset repository, at one commit."""
 
-    is_remote = True
+    is_remote = True  # each shard is fetched and hashed when it is first touched
     is_downloaded = False
 
-    def __init__(self, files: RemoteFiles, index: Index) -> None:
-        self._files = files
-        self._index = index
+    def __init__(self, repo_id: str, revision: str | None, token: str | None) -> None:
+        self._files = RemoteFiles(repo_id, "dataset", revision, token)
 
-    @classmethod
-    def open(cls, repo_id: str, revision: str | None, token: str | None) -> HubSource:
-        """The set at a revision, which is fixed to its commit now."""
-        files = RemoteFiles(repo_id, "dataset", revision, token)
+    def read_index(self) -> Index:
+        """The index at the revision, which is fixed to its commit."""
         try:
-            path = files.fetch(INDEX_NAME, max_bytes=MAX_DOCUMENT_BYTES)
+            path = self._files.fetch(INDEX_NAME, max_bytes=MAX_DOCUMENT_BYTES)
         except HubError as error:
-            raise type(error)(f"There is no folder {repo_id!r} here. On the Hub: {error}") from error
+            raise type(error)(f"There is no folder {self._files.repo_id!r} here. On the Hub: {error}") from error
         if path is None:
             raise TransferSetError(
-                f"The transfer set {files} is incomplete: it has no {INDEX_NAME}, which is uploaded last. Ask for an "
-                "earlier revision, or wait for the upload to end."
+                f"The transfer set {self._files} is incomplete: it has no {INDEX_NAME}, which is uploaded last. Ask "
+                "for an earlier revision, or wait for the upload to end."
             )
         # Resolved, for the cache links to its blobs.
         index = parse_index(read_regular(path.resolve(), MAX_DOCUMENT_BYTES, error=TransferSetError))
-        revisions.info("Transfer set %s, digest %s", files, index.digest())
-        return cls(files, index)
-
-    def read_index(self) -> Index:
-        """The index that was read when the source was opened."""
-        return self._index
+        revisions.info("Transfer set %s, digest %s", self._files, index.digest())
+        return index
 
     def locate(self, shard: int, num_bytes: int) -> Path:
         """The shard's file in the Hub's cache, fetched if it is not there."""
@@ -144,3 +118,6 @@ class HubSource:
 
     def __str__(self) -> str:
         return str(self._files)
+
+
+ShardSource: TypeAlias = FolderSource | HubSource

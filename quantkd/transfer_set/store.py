@@ -21,18 +21,7 @@ MAX_OPEN_MAPS = 256
 
 
 class ShardStore:
-    """The shards of one set.
-
-    Args:
-        source: of the set's files.
-        verify: "full" hashes every shard now; "auto" does so for downloaded sets, otherwise compares sizes and tables
-            now and checks each row when it is first read; "off" compares sizes and structure alone. The shards of a
-            remote source are opened and hashed when they are first touched, under "full" now.
-
-    Raises:
-        TransferSetError: not a set, unfinished, or damaged.
-        ConfigError: an unknown `verify`.
-    """
+    """The shards of one set. `verify` is that of `TransferSet`; a remote source's are hashed when first touched."""
 
     def __init__(self, source: ShardSource, verify: Verify) -> None:
         if verify not in ("auto", "full", "off"):
@@ -48,7 +37,7 @@ class ShardStore:
         for shard in range(0 if source.is_remote and not full else len(self.index.shards)):
             mapped = self.map(shard)
             if full:
-                self._check_digest(shard, mapped)
+                self.check_digest(shard, mapped)
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps do not travel to another process; it opens its own.
@@ -80,11 +69,14 @@ class ShardStore:
 
     def map(self, shard: int) -> ShardMap:
         """The shard, mapped and with its header and tables checked."""
+        last = next(reversed(self._maps), shard)
+        if last != shard:
+            self._maps[last].close_block()  # one block is open in a set, not one in each of its shards
         mapped = self._maps.get(shard)
         if mapped is None:
             mapped = ShardMap(self.locate(shard), self.codec, self.index.shards[shard].size)
             if self.source.is_remote:
-                self._check_digest(shard, mapped)
+                self.check_digest(shard, mapped)
             self._maps[shard] = mapped
             if len(self._maps) > MAX_OPEN_MAPS:
                 self._maps.popitem(last=False)
@@ -96,14 +88,11 @@ class ShardStore:
         """The file of a shard, fetched if need be and not yet checked."""
         return self.source.locate(shard, shard_bytes(self.index.shards[shard].size))
 
-    def _check_digest(self, shard: int, mapped: ShardMap) -> None:
+    def check_digest(self, shard: int, mapped: ShardMap) -> None:
         """Compare a shard's sha256 with its record, once."""
-        if shard in self._hashed:
-            return
-        digest, expected = mapped.sha256(), self.index.shards[shard].sha256
-        if digest != expected:
+        if shard not in self._hashed and (found := mapped.sha256()) != (record := self.index.shards[shard]).sha256:
             raise TransferSetError(
-                f"{mapped.path} has the sha256 {digest}; the index says {expected}. `quantkd verify` names the row. "
-                "Get the shard again."
+                f"{mapped.path} has the sha256 {found}; the index says {record.sha256}. Its rows are damaged, and "
+                "`quantkd verify` names the first, or it is another shard. Get it again."
             )
         self._hashed.add(shard)

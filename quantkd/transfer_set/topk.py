@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,14 +81,12 @@ class TopKLogprobs:
                 f"Expected one set of temperatures and one vocabulary size, found {sorted(kinds)}. "
                 "Capture all parts with the same teacher and temperatures."
             )
-        counts = torch.cat([part.counts for part in parts])
-        return cls(
-            offsets=_offsets_from_counts(counts),
+        return replace(
+            parts[0],
+            offsets=offsets_of(torch.cat([part.counts for part in parts])),
             token_ids=torch.cat([part.token_ids for part in parts]),
             logprobs=torch.cat([part.logprobs for part in parts]),
             log_normalizers=torch.cat([part.log_normalizers for part in parts]),
-            temperatures=parts[0].temperatures,
-            vocab_size=parts[0].vocab_size,
         )
 
     def __len__(self) -> int:
@@ -114,16 +112,15 @@ class TopKLogprobs:
         if index.dtype == torch.bool:
             index = index.nonzero().squeeze(1)
         counts = self.counts[index]
-        offsets = _offsets_from_counts(counts)
+        offsets = offsets_of(counts)
         shift = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)
         entries = torch.arange(shift.numel(), device=shift.device) + shift
-        return TopKLogprobs(
+        return replace(
+            self,
             offsets=offsets,
             token_ids=self.token_ids[entries],
             logprobs=self.logprobs[entries],
             log_normalizers=self.log_normalizers[index],
-            temperatures=self.temperatures,
-            vocab_size=self.vocab_size,
         )
 
     def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
@@ -169,15 +166,15 @@ class TopKLogprobs:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TopKLogprobs:
-        return TopKLogprobs(
+        return replace(
+            self,
             offsets=function(self.offsets),
             token_ids=function(self.token_ids),
             logprobs=function(self.logprobs),
             log_normalizers=function(self.log_normalizers),
-            temperatures=self.temperatures,
-            vocab_size=self.vocab_size,
         )
 
 
-def _offsets_from_counts(counts: Tensor) -> Tensor:
+def offsets_of(counts: Tensor) -> Tensor:
+    """(N + 1,) int64 offsets of ragged values of (N,) counts."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkd.errors import TransferSetError
-from quantkd.transfer_set.shard import ShardMap, shard_name
+from quantkd.transfer_set.shard import shard_name
 from quantkd.transfer_set.source import FolderSource, find_source
 from quantkd.transfer_set.store import ShardStore
 
@@ -30,26 +30,15 @@ def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
     source = find_source(path, allow_incomplete=allow_incomplete)
     store = ShardStore(source, "off")  # what that leaves out is done below, and names the row
     if isinstance(source, FolderSource):
-        _refuse_strays(source.path, store)
-    for shard, record in enumerate(store.index.shards):
-        _verify_shard(store.map(shard), record.sha256)
+        expected = {shard_name(shard) for shard in range(store.index.plan.num_shards)}
+        for entry in sorted(os.listdir(source.path)):
+            if _SHARD_FILE.fullmatch(entry) and entry not in expected:
+                raise TransferSetError(
+                    f"{source.path / entry} is not a shard of the index. Remove it, or get the set again."
+                )
+    for shard in range(len(store.index.shards)):
+        mapped = store.map(shard)
+        for row in range(len(mapped.table)):
+            mapped.read_row(row)  # first, for it names damage by its row
+        store.check_digest(shard, mapped)
     return Verification(store.index.digest(), len(store.index.shards), store.num_rows, store.num_bytes)
-
-
-def _refuse_strays(folder: Path, store: ShardStore) -> None:
-    expected = {shard_name(shard) for shard in range(store.index.plan.num_shards)}
-    for entry in sorted(os.listdir(folder)):
-        if _SHARD_FILE.fullmatch(entry) and entry not in expected:
-            raise TransferSetError(f"{folder / entry} is not a shard of the index. Remove it, or get the set again.")
-
-
-def _verify_shard(mapped: ShardMap, expected: str) -> None:
-    """Read every row, which names damage by its row, and then refuse a shard whose sha256 is wrong."""
-    for row in range(len(mapped.table)):
-        mapped.read_row(row)
-    digest = mapped.sha256()
-    if digest != expected:
-        raise TransferSetError(
-            f"{mapped.path} has the sha256 {digest}; the index says {expected}. Its rows can be read, so it is another "
-            "shard, or was changed on purpose. Get the shard again."
-        )

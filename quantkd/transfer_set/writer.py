@@ -1,10 +1,4 @@
-"""Writing a transfer set so that no crash, full disk or second writer can spoil it.
-
-The plan fixes which prompts belong to which shard before the first token, and shard i belongs to process i mod n. A
-shard is committed in this order: temporary file, fsync, rename, fsync of the folder, and the same for its record, which
-is what marks it as committed. When every record is there, process 0 writes index.json the same way; from then on the
-set is complete and is not written again. A pass that ended early is resumed by any number of processes.
-"""
+"""Writing a transfer set so that no crash, full disk or second writer can spoil it."""
 
 from __future__ import annotations
 
@@ -54,6 +48,9 @@ class ShardTask:
 
 class TransferSetWriter:
     """Writes one transfer set, alone or as one of several processes. Use `open`, and close it or use `with`.
+
+    Shard i belongs to process i mod n. It is committed by its record, which is written after it. When every record is
+    there, process 0 writes the index, and the set is complete. Any number of processes resume a pass that ended early.
 
     Example:
         with TransferSetWriter.open("runs/gsm8k", plan) as writer:
