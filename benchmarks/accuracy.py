@@ -46,7 +46,7 @@ from quantkd import (
     capture,
 )
 from quantkd.data.arithmetic import generate_problems
-from quantkd.data.encoding import encode_completion, encode_prompt
+from quantkd.data.encoding import encode_completion, encode_prompts
 from quantkd.data.gsm8k import build_prompt
 from quantkd.evaluation.accuracy import evaluate_gsm8k
 from quantkd.evaluation.arms import EvaluationSettings
@@ -78,7 +78,7 @@ def fine_tune(problems: Problems, args: argparse.Namespace) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = []
     for problem in problems:
-        prompt = encode_prompt(tokenizer, build_prompt(problem["question"]), chat_template=CHAT_TEMPLATE)
+        (prompt,) = encode_prompts(tokenizer, [build_prompt(problem["question"])], chat_template=CHAT_TEMPLATE)
         answer = encode_completion(tokenizer, problem["answer"])
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     checkpoints = str(folder) + "-checkpoints"

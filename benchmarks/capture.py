@@ -40,7 +40,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd import GenerationSettings, RunSettings, capture
 from quantkd.data.arithmetic import generate_problems
-from quantkd.data.encoding import encode_prompt
+from quantkd.data.encoding import encode_prompts
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.models.generation import build_generation_config, generation_mode
 from quantkd.teacher import load_teacher
@@ -63,7 +63,7 @@ class Bench:
         rows = load_gsm8k(args.gsm8k, "train", args.prompts) if args.gsm8k else generate_problems(args.prompts, seed=0)
         # The order in which capture takes them: batches pad alike for every contender.
         self.prompts = sorted(
-            (row["question"] for row in rows), key=lambda prompt: -len(encode_prompt(self.tokenizer, prompt))
+            (row["question"] for row in rows), key=lambda prompt: -len(encode_prompts(self.tokenizer, [prompt])[0])
         )
 
     def generate(self, prompts: list[str], **kwargs: Any) -> list[int]:
@@ -72,9 +72,7 @@ class Bench:
         config = copy.deepcopy(self.config)
         config.update(**kwargs)
         for start in range(0, len(prompts), self.args.batch_size):
-            inputs = self._pad(
-                [encode_prompt(self.tokenizer, p) for p in prompts[start : start + self.args.batch_size]]
-            )
+            inputs = self._pad(encode_prompts(self.tokenizer, prompts[start : start + self.args.batch_size]))
             with generation_mode(self.model, config), torch.inference_mode():
                 output = self.model.generate(**inputs, generation_config=config)
             tokens = output if isinstance(output, torch.Tensor) else output.sequences

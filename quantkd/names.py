@@ -108,6 +108,11 @@ def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
         ) from error
 
 
+def plain_name(model: Any) -> Any:
+    """A path as text; a name, and a model that is loaded, as it is."""
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
+
+
 def load_tokenizer(model: Any, **model_init_kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that is stored with a model, which is given by name or loaded."""
     from transformers import AutoTokenizer

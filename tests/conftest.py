@@ -108,7 +108,7 @@ def capture_set(model: Any, prompts: Any, folder: str | Path, **options: Any) ->
     for kind, fields in ((GenerationSettings, generation), (RunSettings, run)):
         fields |= {name: options.pop(name) for name in list(options) if name in kind.__dataclass_fields__}
     return capture(
-        str(model) if isinstance(model, Path) else model,
+        model,
         prompts,
         folder,
         generation=GenerationSettings(**generation) if generation else None,

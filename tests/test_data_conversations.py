@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantkd import TopK
-from quantkd.data.encoding import encode_conversation, encode_example
+from quantkd.data.encoding import EncodedPrompt, encode_conversation, encode_examples
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
 from quantkd.teacher import TransformersTeacher
@@ -51,6 +51,10 @@ def with_template(tiny_tokenizer):
     return build
 
 
+def encode(tokenizer: Any, example: Example, **kwargs: Any) -> EncodedPrompt:
+    return encode_examples([example], tokenizer, **kwargs).row(0)
+
+
 def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
@@ -87,10 +91,12 @@ def test_generation_blocks_decide_what_is_supervised(with_template) -> None:
 
 
 def test_one_turn_is_prompt_and_completion(tiny_tokenizer) -> None:
-    one = [turn("user", "How many apples?"), turn("assistant", "She has 7.")]
-    prompt, rest, spans = encode_example(tiny_tokenizer, Example(one), given=True)
-    assert (prompt, rest) == encode_example(tiny_tokenizer, Example("How many apples?", "She has 7."), given=True)[:2]
-    assert spans == ((len(prompt), len(prompt) + len(rest)),)
+    one = encode(
+        tiny_tokenizer, Example([turn("user", "How many apples?"), turn("assistant", "She has 7.")]), given=True
+    )
+    pair = encode(tiny_tokenizer, Example("How many apples?", "She has 7."), given=True)
+    assert (one.prompt_ids, one.completion_ids) == (pair.prompt_ids, pair.completion_ids)
+    assert one.spans == ((len(one.prompt_ids), len(one.prompt_ids) + len(one.completion_ids)),) and pair.spans is None
 
 
 def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_template) -> None:
@@ -105,53 +111,47 @@ def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_temp
     assert tokenizer.decode(ids[start:stop]) == thinking[2]["content"] + "<|im_end|>"
 
 
-def test_a_generation_prompt_that_the_conversation_lacks_is_refused(with_template, tiny_tokenizer) -> None:
-    tokenizer = with_template(
-        tiny_tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
-    )
-    with pytest.raises(DataError, match="assistant turn 1 differently"):
-        encode_conversation(tokenizer, CONVERSATION)
+SILENT = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 
 
-def test_what_is_no_conversation_is_refused(with_template, tiny_tokenizer) -> None:
-    with pytest.raises(DataError, match="no chat template, and a conversation"):
-        encode_conversation(with_template(None), CONVERSATION)
-    with pytest.raises(DataError, match="ends with 'user'; expected an assistant turn"):
-        encode_conversation(tiny_tokenizer, CONVERSATION[:-1])
-    with pytest.raises(DataError, match="ends with 'nothing'"):
-        encode_conversation(tiny_tokenizer, [])
-    with pytest.raises(DataError, match="mark no token of the conversation"):
-        encode_conversation(with_template(MARKED.replace("== 'assistant'", "== 'model'")), CONVERSATION)
-    with pytest.raises(DataError, match=r"refuses messages of the roles system, user, assistant.*no system here"):
-        refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-        encode_conversation(with_template(refusing), CONVERSATION)
-    with pytest.raises(DataError, match=r"first token belongs to an assistant turn"):
-        bare = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-        encode_conversation(with_template(bare), [turn("assistant", "Hello")])
-    with pytest.raises(DataError, match="adds nothing for assistant turn 1"):
-        silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-        encode_conversation(with_template(silent), CONVERSATION)
+@pytest.mark.parametrize(
+    ("template", "example", "message"),
+    [
+        (None, Example(CONVERSATION), r"Row 0: The tokenizer of .* has no chat template"),
+        (None, Example("One?", "1"), r"Row 0: The tokenizer of .* has no chat template"),
+        (MARKED, Example(CONVERSATION[:-1]), "Row 0 has no completion"),
+        (MARKED.replace("== 'assistant'", "== 'model'"), Example(CONVERSATION), "mark no token of the conversation"),
+        (
+            FORGETFUL.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), Example(CONVERSATION),
+            "assistant turn 1 differently",
+        ),
+        (NO_SYSTEM, Example(CONVERSATION), r"Row 0: .*refuses messages of the roles system, user, .*: no system here"),
+        (NO_SYSTEM, Example(CONVERSATION[:2], "7"), r"Row 0: .*refuses messages of the roles system, user: no system"),
+        (SILENT, Example(CONVERSATION), "adds nothing for assistant turn 1"),
+        (
+            "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", Example([turn("assistant", "Hello")]),
+            "first token belongs to an assistant turn",
+        ),
+    ],
+)  # fmt: skip
+def test_given_answers_that_cannot_be_taken_are_refused_by_row(with_template, template, example, message) -> None:
+    with pytest.raises(DataError, match=message):
+        encode(with_template(template), example, given=True)
 
 
-def test_examples_that_do_not_fit_the_responses_are_refused_by_row(with_template, tiny_tokenizer) -> None:
-    with pytest.raises(DataError, match=r"Row 3 ends in an assistant turn.*responses='given'"):
-        encode_example(tiny_tokenizer, Example(CONVERSATION), given=False, where="Row 3")
-    with pytest.raises(DataError, match="Row 3 has no completion"):
-        encode_example(tiny_tokenizer, Example(CONVERSATION[:-1]), given=True, where="Row 3")
-    with pytest.raises(DataError, match="Row 3 is a conversation, and plain prompts"):
-        encode_example(tiny_tokenizer, Example(CONVERSATION), given=True, chat_template=False, where="Row 3")
-    refusing = with_template("{{ raise_exception('never') }}")
-    with pytest.raises(DataError, match=r"Row 3: The chat template refuses messages of the roles user: never"):
-        encode_example(refusing, Example("Hello"), given=False, where="Row 3")
-    with pytest.raises(DataError, match=r"Row 3: The tokenizer of .* has no chat template"):
-        encode_example(with_template(None), Example(CONVERSATION), given=True, where="Row 3")
+def test_examples_that_do_not_fit_the_responses_are_refused_by_row(tiny_tokenizer) -> None:
+    with pytest.raises(DataError, match=r"Row 1 ends in an assistant turn.*responses='given'"):
+        encode_examples([Example("Hello"), Example(CONVERSATION)], tiny_tokenizer, given=False)
+    with pytest.raises(DataError, match="Row 0 is a conversation, and plain prompts"):
+        encode(tiny_tokenizer, Example(CONVERSATION), given=True, chat_template=False)
 
 
 def test_the_last_user_turn_is_answered(tiny_tokenizer) -> None:
-    prompt, rest, spans = encode_example(tiny_tokenizer, Example(CONVERSATION[:-1]), given=False)
-    assert rest is spans is None
+    made = encode(tiny_tokenizer, Example(CONVERSATION[:-1]), given=False)
+    assert made.completion_ids is made.spans is None
     ids, turns = by_hand(tiny_tokenizer)
-    assert prompt == ids[: turns[-1][0]]
+    assert made.prompt_ids == ids[: turns[-1][0]]
 
 
 def test_columns_of_conversations(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt() -> None:
     assert with_context([plain, own]) == [plain, own]
     (whole,) = with_context([Example(CONVERSATION[1:])], system_prompt="Think.")
     assert whole.messages == [system, *CONVERSATION[1:]]
-    with pytest.raises(DataError, match="Row 0 is a whole conversation, and 2 few-shot"):
+    with pytest.raises(DataError, match=r"Row 0 is a whole conversation.* of 2 few-shot"):
         with_context([Example(CONVERSATION)], few_shot=shots)
     with pytest.raises(DataError, match=r"Few-shot example 1 is .*expected a prompt in text and its completion"):
         with_context([plain], few_shot=[shots[0], plain.__class__("no answer")])

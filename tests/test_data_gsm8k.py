@@ -15,15 +15,11 @@ from quantkd.errors import ConfigError, DataError
 ROW = {"question": "How many?", "answer": "It is 2*3=<<2*3=6>>6.\nThen 6+1,000=<<6+1000=1006>>1,006\n#### 1,006"}
 
 
-def test_prompt_without_shots() -> None:
-    assert gsm8k.build_prompt("Why?") == f"{gsm8k.INSTRUCTION}\n\nQuestion: Why?\nAnswer:"
-    assert "#### <number>" in gsm8k.INSTRUCTION and "last line" in gsm8k.INSTRUCTION
-
-
 def test_prompt_shows_shots_in_order_and_without_calculator_marks() -> None:
+    assert gsm8k.build_prompt("Why?") == f"{gsm8k.INSTRUCTION}\n\nQuestion: Why?\nAnswer:"
     prompt = gsm8k.build_prompt("Why?", [ROW, {"question": "Other?", "answer": "#### 2"}])
-    assert prompt.endswith(
-        "\n\nQuestion: How many?\nAnswer: It is 2*3=6.\nThen 6+1,000=1,006\n#### 1,006"
+    assert prompt == (
+        f"{gsm8k.INSTRUCTION}\n\nQuestion: How many?\nAnswer: It is 2*3=6.\nThen 6+1,000=1,006\n#### 1,006"
         "\n\nQuestion: Other?\nAnswer: #### 2\n\nQuestion: Why?\nAnswer:"
     )
 
@@ -81,28 +77,16 @@ def test_strict_agrees_with_the_official_pattern_on_generated_answers() -> None:
         assert gsm8k.extract_strict(row["answer"]) == match.group(1).replace(",", "")
 
 
-def test_load_from_a_folder_and_a_file(tmp_path: Path) -> None:
+def test_rows_from_a_folder_a_file_and_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "test.jsonl"
-    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n")
-    assert gsm8k.load_gsm8k(tmp_path, "test") == gsm8k.load_gsm8k(path, "test") == [ROW, ROW]
-    assert gsm8k.load_gsm8k(str(tmp_path), "test", limit=1) == [ROW]
-    with pytest.raises(DataError, match=r"expected train\.jsonl"):
-        gsm8k.load_gsm8k(tmp_path, "train")
-
-
-def test_load_refuses_answers_without_a_number(tmp_path: Path) -> None:
-    (tmp_path / "test.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({"question": "?", "answer": "six"}) + "\n")
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps({"question": "?", "answer": "six"}) + "\n")
+    assert gsm8k.load_gsm8k(tmp_path, "test", limit=1) == gsm8k.load_gsm8k(path, "test", limit=1) == [ROW]
     with pytest.raises(DataError, match="row 1 has the answer 'six'"):
-        gsm8k.load_gsm8k(tmp_path, "test")
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "?"}) + "\n")
+        gsm8k.load_gsm8k(str(tmp_path), "test")
+    path.write_text(json.dumps({"question": "?"}) + "\n")
     with pytest.raises(DataError, match="'answer' was asked for"):
         gsm8k.load_gsm8k(tmp_path, "test")
-
-
-def test_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     seen: list[object] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: seen.append((a, k)) or [ROW])
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: seen.append((a, k)) or [ROW])
     assert gsm8k.load_gsm8k(None, "train") == [ROW]
     assert seen == [(("openai/gsm8k", "main"), {"split": "train"})]

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quantkd.data.encoding import encode_completion, encode_prompt
+from quantkd.data.encoding import encode_completion, encode_prompts
 from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import DataError
 
@@ -36,28 +36,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write(folder: Path, suffix: str) -> Path:
     path = folder / f"train{suffix}"
-    if suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
-    elif suffix == ".json":
-        path.write_text(json.dumps(ROWS))
-    elif suffix == ".csv":
-        path.write_text('prompt,completion\none,1\n"two",2\n')
-    else:
+    if suffix == ".parquet":
         datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        lines = "\n".join(json.dumps(row) for row in ROWS) + "\n\n"
+        path.write_text({".jsonl": lines, ".json": json.dumps(ROWS)}.get(suffix, 'prompt,completion\none,1\n"two",2\n'))
     return path
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("rows.jsonl", '{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n'),
-        ("rows.json", '[{"prompt": "a"}, {"prompt": "b"}]'),
-        ("rows.csv", "prompt,other\r\na,1\r\nb,2\r\n"),
-    ],
-)
-def test_files_as_windows_writes_them(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [example.prompt for example in load_examples(tmp_path / name)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
@@ -65,6 +49,9 @@ def test_files_and_folders(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path, suffix)
     assert load_examples(path) == load_examples(str(path)) == load_examples(tmp_path) == EXPECTED
     assert load_examples(path, limit=1) == EXPECTED[:1]
+    if suffix != ".parquet":  # as Windows writes it
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+        assert load_examples(path) == EXPECTED
 
 
 def test_values_in_memory() -> None:
@@ -78,14 +65,6 @@ def test_values_in_memory() -> None:
     ]
     conversational = [{"prompt": messages, "completion": [{"role": "assistant", "content": "hello"}]}]
     assert load_examples(conversational) == [Example(messages, "hello")]
-
-
-def test_limit_reads_no_further(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "one"}\nnot json\n')
-    assert load_examples(path, limit=1) == [Example("one")]
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        load_examples(path)
 
 
 def test_sources_that_can_be_read_once() -> None:
@@ -144,8 +123,8 @@ def test_a_name_is_split_into_path_and_configuration(monkeypatch: pytest.MonkeyP
         ([{"question": "one"}], r"has the columns \['question'\]; 'prompt' was asked for"),
         ([{"prompt": 7}], "the prompt is 7; expected text"),
         ([{"prompt": None}], "the prompt is None"),
-        (["one", "  "], "row 1: the prompt is empty"),
-        ([[]], "expected text or a non-empty list"),
+        (["one", "  "], "row 1: the prompt is '  '; expected text that is not empty"),
+        ([[]], r"the prompt is \[\]"),
         ([[{"role": "user"}]], "expected text under 'role' and 'content'"),
         ([{"prompt": "one", "completion": 4}], "the completion is a int"),
         ([3], "is a int; expected text"),
@@ -165,6 +144,7 @@ def test_bad_rows(rows: list[Any], message: str) -> None:
         ("rows.txt", "one", r"ends in '\.txt'"),
         ("rows.json", '{"prompt": "one"}', "holds a JSON dict"),
         ("rows.json", "[", "cannot be parsed"),
+        ("rows.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
         ("rows.parquet", "PAR1", "is not a Parquet file"),
         ("rows.jsonl", "", "holds no rows"),
     ],
@@ -174,6 +154,8 @@ def test_bad_files(tmp_path: Path, name: str, content: str | None, message: str)
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_examples(tmp_path / name)
+    if "line 2" in message:
+        assert load_examples(tmp_path / name, limit=1) == [Example("one")]  # it reads no further
 
 
 def test_folder_without_the_split_names_its_files(tmp_path: Path) -> None:
@@ -186,25 +168,26 @@ def test_folder_without_the_split_names_its_files(tmp_path: Path) -> None:
         load_examples(tmp_path, limit=0)
 
 
-def test_chat_prompt_uses_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_prompts_use_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TEMPLATE
-    assert encode_prompt(tokenizer, "one two") == [3, 5, 6, 4]
-    assert encode_prompt(tokenizer, [{"role": "assistant", "content": "one"}]) == [4, 5, 4]
+    turns = [{"role": "assistant", "content": "one"}]
+    assert encode_prompts(tokenizer, ["one two", turns]) == [[3, 5, 6, 4], [4, 5, 4]]
+    assert encode_prompts(tokenizer, []) == []
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"Row 0: .* no chat template.*chat_template=False"):
+        encode_prompts(tokenizer, ["one"])
+    with pytest.raises(DataError, match="Row 1: a plain prompt must be text, found 1 chat messages"):
+        encode_prompts(tokenizer, ["one", turns], chat_template=False)
 
 
-def test_chat_prompt_without_a_template_names_the_plain_option(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"no chat template.*chat_template=False"):
-        encode_prompt(tokenizer, "one")
-    with pytest.raises(DataError, match="must be text, found 1 chat messages"):
-        encode_prompt(tokenizer, [{"role": "user", "content": "one"}], chat_template=False)
-
-
-def test_plain_prompt_never_ends_in_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert encode_prompt(tokenizer, "one two", chat_template=False) == [1, 5, 6]
+def test_plain_prompts_never_end_in_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode_prompts(tokenizer, ["one two"], chat_template=False) == [[1, 5, 6]]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="$A </s>", special_tokens=[("</s>", 2)]
     )
-    assert encode_prompt(tokenizer, "one two", chat_template=False) == [1, 5, 6]
+    assert encode_prompts(tokenizer, ["one two", "two one"], chat_template=False) == [[5, 6], [6, 5]]
+    with pytest.raises(DataError, match="Row 1: the prompt '' gives no tokens"):
+        encode_prompts(tokenizer, ["one", ""], chat_template=False)
 
 
 def test_completion_is_the_text_alone_and_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from quantkd.data.arithmetic import generate_problems
-from quantkd.data.encoding import encode_prompt
+from quantkd.data.encoding import encode_prompts
 from quantkd.data.gsm8k import build_prompt, extract_strict
 from quantkd.data.prompts import Example
 from quantkd.errors import ConfigError, DataError
@@ -204,10 +204,8 @@ def test_other_prompts(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokeni
 
 @pytest.fixture
 def prompts(tiny_tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    return [
-        encode_prompt(tiny_tokenizer, "What all begin with. " + row["question"][: 5 + 9 * i])
-        for i, row in enumerate(ROWS)
-    ]
+    texts = ["What all begin with. " + row["question"][: 5 + 9 * i] for i, row in enumerate(ROWS)]
+    return encode_prompts(tiny_tokenizer, texts)
 
 
 def answer(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkd import Nucleus, Sampled, TopK, TransferSet
-from quantkd.data.encoding import encode_prompt
+from quantkd import Nucleus, RunSettings, Sampled, TopK, TransferSet, capture
+from quantkd.data.encoding import encode_prompts
 from quantkd.errors import DataError, TeacherError, TransferSetError
 from quantkd.teacher import EncodedPrompt, GenerationSettings, load_teacher
 from quantkd.teacher.transformers import TransformersTeacher
@@ -153,7 +153,7 @@ def test_answering_and_scoring_give_the_same_entries_in_float32(tiny_model_path,
     path = tiny_model_path if name == "tiny" else request.getfixturevalue("smol_path")
     model, tokenizer = load_teacher(str(path), dtype="float32")
     teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens=40))
-    prompts = [EncodedPrompt(index, encode_prompt(tokenizer, text)) for index, text in enumerate(PROMPTS)]
+    prompts = [EncodedPrompt(index, ids) for index, ids in enumerate(encode_prompts(tokenizer, PROMPTS))]
     answers = teacher.answer(prompts)
     given = [
         replace(prompt, completion_ids=row.input_ids[row.spans[0, 0] :].tolist())
@@ -266,7 +266,8 @@ def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tok
 
 
 def test_no_local_path_is_written(tiny_model_path, tmp_path):
-    capture_set(tiny_model_path, PROMPTS, tmp_path / "set", max_new_tokens=4)
+    generation, run = GenerationSettings(max_new_tokens=4), RunSettings(progress=False)
+    capture(tiny_model_path, PROMPTS, tmp_path / "set", generation=generation, run=run)  # a path is taken as its text
     assert TransferSet.open(tmp_path / "set").info.teacher_name == tiny_model_path.name
     for file in (tmp_path / "set").rglob("*"):
         if file.is_file():

@@ -116,14 +116,7 @@ _RESULT = re.compile(r"\[(\$?)(\w+) = ([^\]]*)\]")
 def generate_problems(
     n: int, seed: int, *, exclude: Iterable[Mapping[str, str]] = (), max_steps: int = 3
 ) -> list[dict[str, str]]:
-    """Word problems of one to three steps with whole answers, their solutions written out.
-
-    Example:
-        >>> train = generate_problems(100, seed=0)
-        >>> test = generate_problems(20, seed=1, exclude=train)
-        >>> {row["question"] for row in train} & {row["question"] for row in test}
-        set()
-    """
+    """Word problems of one to three steps with whole answers, their solutions written out; none of `exclude`."""
     if n < 1:
         raise DataError(f"{n} problems were asked for; expected at least 1.")
     if max_steps not in (1, 2, 3):
@@ -139,10 +132,7 @@ def generate_problems(
         if question in seen:
             fruitless += 1
             if fruitless == _MAX_FRUITLESS_DRAWS:
-                raise DataError(
-                    f"Only {len(rows)} new problems were found of {n} that were asked for ({len(seen) - len(rows)} are "
-                    "excluded). Ask for fewer, or exclude fewer."
-                )
+                raise DataError(f"Only {len(rows)} new problems were found of {n} that were asked for. Ask for fewer.")
             continue
         fruitless = 0
         seen.add(question)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -32,39 +31,22 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One row to be made.
+    """One row to be made."""
 
-    Args:
-        index: the row's place in the plan; with the seed it decides all random draws of the row.
-        prompt_ids: token ids up to where the answer begins.
-        completion_ids: a given answer; None where the teacher answers.
-        spans: of a given answer of several turns, the `[start, stop)` of each supervised part, counted from the start
-            of the prompt; None supervises all of `completion_ids`.
-    """
-
-    index: int
+    index: int  # its place in the plan; with the seed it decides all random draws of the row
     prompt_ids: list[int]
-    completion_ids: list[int] | None = None
+    completion_ids: list[int] | None = None  # a given answer; None where the teacher answers
+    # Of an answer of several turns, each supervised part, counted from the start of the prompt; None for all of it.
     spans: Spans | None = None
 
 
 class PromptTable:
-    """All prompts of a capture as token ids in flat arrays: 4 bytes per token, however many prompts there are.
-
-    Args:
-        num_samples: how many rows each prompt becomes.
-
-    Attributes:
-        examples: where each prompt comes from.
-        numbers: the place of each prompt in the data.
-        is_given: whether the answers are given.
-        num_duplicates: prompts that were left out because they came before.
-    """
+    """All prompts of a capture as token ids in flat arrays: 4 bytes per token, however many prompts there are."""
 
     def __init__(self, num_samples: int = 1) -> None:
         self.num_samples, self.is_given, self.num_duplicates = num_samples, False, 0
         self.examples: list[Example] = []
-        self.numbers: list[int] = []
+        self.numbers: list[int] = []  # the place of each in the data
         self._tokens = array.array("i")
         self._ends = array.array("q")  # of the prompt, then of the completion
         self._spans: dict[int, Spans] = {}
@@ -149,118 +131,84 @@ def encode_examples(
     """Token ids of all prompts, and of their answers where these are given."""
     table = PromptTable(num_samples)
     seen: set[bytes] = set()
-    for number, row in enumerate(_encode(examples, tokenizer, given, chat_template)):
-        if drop_duplicates:
-            key = hashlib.sha256(repr(row).encode()).digest()
-            if key in seen:
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        if given:
+            rows = [_encode_given(tokenizer, each, chat_template, start + place) for place, each in enumerate(chunk)]
+        else:
+            prompts = encode_prompts(
+                tokenizer, [each.prompt for each in chunk], chat_template=chat_template, first=start
+            )
+            rows = [(prompt, None, None) for prompt in prompts]
+        for number, row in enumerate(rows, start=start):
+            turns = examples[number].prompt
+            if not given and isinstance(turns, list) and turns[-1]["role"] == "assistant":
+                raise DataError(
+                    f"Row {number} ends in an assistant turn, and the teacher is to answer; expected a user turn at "
+                    "the end. Remove the last turn, or keep the answers with responses='given'."
+                )
+            key = hashlib.sha256(repr(row).encode()).digest() if drop_duplicates else b""
+            if drop_duplicates and key in seen:
                 table.num_duplicates += 1
                 continue
             seen.add(key)
-        table.append(number, examples[number], row)
+            table.append(number, examples[number], row)
     return table
-
-
-def _encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, given: bool, chat_template: bool
-) -> Iterator[EncodedRow]:
-    """`encode_example` of each, in one call per chunk where only prompts are wanted."""
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
-        together = None if given else _encode_together(chunk, tokenizer, chat_template)
-        if together is not None:
-            yield from ((prompt_ids, None, None) for prompt_ids in together)
-            continue
-        for number, example in enumerate(chunk, start=start):
-            yield encode_example(tokenizer, example, given=given, chat_template=chat_template, where=f"Row {number}")
-
-
-def _encode_together(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, chat_template: bool
-) -> list[list[int]] | None:
-    """The prompts' token ids from one call; None where one of them needs a closer look, or a message about it."""
-    import jinja2
-
-    prompts: list[Any] = [example.prompt for example in examples]
-    if chat_template:
-        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        if not tokenizer.chat_template or any(turns[-1]["role"] == "assistant" for turns in conversations):
-            return None
-        try:
-            encoded: Any = tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except jinja2.TemplateError:
-            return None  # which of them it was is found one by one
-    else:
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            return None
-        encoded = tokenizer(prompts)["input_ids"]
-        if any(ids and ids[-1] == tokenizer.eos_token_id for ids in encoded):
-            return None  # the tokenizer closes texts with its end token; encode_prompt takes it off
-    return list(encoded) if all(encoded) else None
 
 
 def check_context(
     prompts: Sequence[int], answers: Sequence[int], max_context: int | None, numbers: Sequence[int] | None = None
 ) -> None:
-    """Refuse prompts without tokens, and those that leave no room for the answer, by their lengths in tokens."""
+    """Refuse prompts that leave no room for the answer, by their lengths in tokens."""
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        row = f"Row {index if numbers is None else numbers[index]}"
-        if not prompt:
-            raise DataError(f"{row} has a prompt without tokens; expected at least one. Remove the row.")
         if max_context is not None and prompt + answer > max_context:
             raise DataError(
-                f"{row} has a prompt of {prompt} tokens; with {answer} tokens for the answer that is more than the "
-                f"model's context of {max_context}. Shorten it (fewer shots), remove it, or lower max_new_tokens."
+                f"Row {index if numbers is None else numbers[index]} has a prompt of {prompt} tokens; with {answer} "
+                f"tokens for the answer that is more than the model's context of {max_context}. Shorten it (fewer "
+                "shots), remove it, or lower max_new_tokens."
             )
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], *, chat_template: bool = True
-) -> list[int]:
-    """Token ids of a prompt, up to the point where the answer begins."""
-    if chat_template:
-        if not tokenizer.chat_template:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[Message]],
+    *,
+    chat_template: bool = True,
+    first: int = 0,
+) -> list[list[int]]:
+    """Token ids of prompts, up to where the answers begin, from one call; errors count the rows from `first`."""
+    texts: list[str] = []
+    for number, prompt in enumerate(prompts, start=first):
+        if chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            with _naming(number):
+                texts.append(_render_chat(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+        elif isinstance(prompt, str):
+            texts.append(prompt)
+        else:
             raise DataError(
-                f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, and a chat prompt was asked for. "
-                "Use an instruct model's tokenizer, or plain prompts: chat_template=False (--plain_prompts)."
+                f"Row {number}: a plain prompt must be text, found {len(prompt)} chat messages. "
+                "Use chat_template=True, or give the prompts as text."
             )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        encoded = render_chat(tokenizer, messages, add_generation_prompt=True)
-    elif not isinstance(prompt, str):
-        raise DataError(
-            f"A plain prompt must be text, found {len(prompt)} chat messages. "
-            "Use chat_template=True, or give the prompts as text."
-        )
-    else:
-        encoded = tokenizer(prompt)["input_ids"]
-        # Some tokenizers close every text with their end token; after it a model answers nothing.
-        if encoded and encoded[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
-            encoded = encoded[:-1]
-    if not encoded:
-        raise DataError(f"The prompt {prompt!r} gives no tokens; expected at least one. Remove it from the data.")
-    return [int(token) for token in encoded]
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> Any:
-    """Token ids of messages in the tokenizer's chat template."""
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(list(messages), **{"tokenize": True, "return_dict": False, **kwargs})
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"The chat template refuses messages of the roles {roles}: {error}. Mend them.") from error
+    encoded = tokenizer(texts, add_special_tokens=not chat_template)["input_ids"] if texts else []
+    for place, text in enumerate(texts):
+        # Some tokenizers close every plain text with their end token; after it a model answers nothing.
+        closed = encoded[place][-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token))
+        if closed and not chat_template:
+            encoded[place].pop()
+        if not encoded[place]:
+            raise DataError(f"Row {first + place}: the prompt {text!r:.80} gives no tokens. Remove it from the data.")
+    return list(encoded)
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of an answer: the text tokenised alone, then the end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token; expected one to close answers "
-            "with. Set tokenizer.eos_token."
+            f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token to close answers with. "
+            "Set tokenizer.eos_token."
         )
-    return [*(int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def encode_conversation(
@@ -273,19 +221,7 @@ def encode_conversation(
     beginning of the whole conversation; where a template changes earlier turns as later ones come, for example by
     removing their reasoning, the conversation is refused.
     """
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, and a conversation was given. "
-            "Use an instruct model's tokenizer, or give prompts and completions as text."
-        )
-    if not messages or messages[-1]["role"] != "assistant":
-        last = messages[-1]["role"] if messages else "nothing"
-        raise DataError(
-            f"The conversation ends with {last!r}; expected an assistant turn, which is the given answer. "
-            "Remove the turns after the last assistant turn."
-        )
-    template = tokenizer.get_chat_template()
-    if _GENERATION_BLOCK.search(template):
+    if _GENERATION_BLOCK.search(tokenizer.chat_template or ""):
         input_ids, spans = _by_generation_blocks(tokenizer, messages)
     else:
         input_ids, spans = _by_prefixes(tokenizer, messages)
@@ -297,97 +233,89 @@ def encode_conversation(
     return input_ids[: spans[-1][1]], spans
 
 
-def encode_example(
-    tokenizer: PreTrainedTokenizerBase,
-    example: Example,
-    *,
-    given: bool,
-    chat_template: bool = True,
-    where: str = "The example",
-) -> tuple[list[int], list[int] | None, tuple[tuple[int, int], ...] | None]:
-    """Token ids of one row of a capture."""
-    if not given:
-        if isinstance(example.prompt, list) and example.prompt[-1]["role"] == "assistant":
+def _encode_given(tokenizer: PreTrainedTokenizerBase, example: Example, chat_template: bool, number: int) -> EncodedRow:
+    """A prompt and its given answer, or a conversation, every assistant turn of which is one."""
+    if example.messages is None:
+        if not example.completion:
             raise DataError(
-                f"{where} ends in an assistant turn, and the teacher is to answer; expected a user turn at the end. "
-                "Remove the last turn, or keep the answers with responses='given'."
+                f"Row {number} has no completion, and responses='given' was asked for. Name the column with "
+                "completion_column, or let the teacher answer with responses='generate'."
             )
-        with _naming(where):
-            return encode_prompt(tokenizer, example.prompt, chat_template=chat_template), None, None
-    if example.messages is not None:
-        if not chat_template:
-            raise DataError(f"{where} is a conversation, and plain prompts were asked for. Use the chat template.")
-        with _naming(where):
-            input_ids, spans = encode_conversation(tokenizer, example.messages)
-        return input_ids[: spans[0][0]], input_ids[spans[0][0] :], tuple(spans)
-    if not example.completion:
-        raise DataError(
-            f"{where} has no completion, and responses='given' was asked for. Name the column with "
-            "completion_column, or let the teacher answer with responses='generate'."
-        )
-    with _naming(where):
-        prompt = encode_prompt(tokenizer, example.prompt, chat_template=chat_template)
+        (prompt,) = encode_prompts(tokenizer, [example.prompt], chat_template=chat_template, first=number)
         return prompt, encode_completion(tokenizer, example.completion), None
+    if not chat_template:
+        raise DataError(f"Row {number} is a conversation, and plain prompts were asked for. Use the chat template.")
+    with _naming(number):
+        input_ids, spans = encode_conversation(tokenizer, example.messages)
+    return input_ids[: spans[0][0]], input_ids[spans[0][0] :], tuple(spans)
+
+
+def _render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> Any:
+    """Messages in the tokenizer's chat template, as token ids unless `kwargs` say otherwise."""
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, and a chat prompt was asked for. "
+            "Use an instruct model's tokenizer, or plain prompts: chat_template=False (--plain_prompts)."
+        )
+    try:
+        return tokenizer.apply_chat_template(list(messages), **{"tokenize": True, "return_dict": False, **kwargs})
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"The chat template refuses messages of the roles {roles}: {error}. Mend them.") from error
 
 
 @contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Put the row's name before what is wrong with it."""
+def _naming(number: int) -> Iterator[None]:
+    """Put the row's number before what is wrong with it."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"Row {number}: {error}") from error
 
 
 def _by_generation_blocks(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """What the template itself marks."""
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"The tokenizer of {tokenizer.name_or_path!r} keeps no character offsets, which its chat template's "
-            "generation blocks need. Load the fast tokenizer: AutoTokenizer.from_pretrained(..., use_fast=True)."
-        )
-    encoded = render_chat(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
-    edges = [0, *(int(flag) for flag in encoded["assistant_masks"]), 0]
-    starts = [place for place, (before, after) in enumerate(itertools.pairwise(edges)) if before < after]
-    stops = [place for place, (before, after) in enumerate(itertools.pairwise(edges)) if before > after]
+    encoded = _render_chat(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
+    steps = np.diff([0, *encoded["assistant_masks"], 0])
+    starts, stops = np.flatnonzero(steps > 0).tolist(), np.flatnonzero(steps < 0).tolist()
     if not starts:
         raise DataError(
-            "The chat template's generation blocks mark no token of the conversation; expected at least one assistant "
-            "turn. Mend the template's {% generation %} blocks."
+            "The chat template's {% generation %} blocks mark no token of the conversation; expected at least one "
+            "assistant turn. Mend the template."
         )
-    return [int(token) for token in encoded["input_ids"]], list(zip(starts, stops, strict=True))
+    return list(encoded["input_ids"]), list(zip(starts, stops, strict=True))
 
 
 def _by_prefixes(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """What the template adds to each prompt that the model would have seen."""
-    whole: list[int] = render_chat(tokenizer, messages)
+    whole: list[int] = _render_chat(tokenizer, messages)
     spans: list[tuple[int, int]] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt: list[int] = render_chat(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
-        answered: list[int] = render_chat(tokenizer, messages[: turn + 1])
+        prompt: list[int] = _render_chat(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
+        answered: list[int] = _render_chat(tokenizer, messages[: turn + 1])
         for part in (prompt, answered):
             if whole[: len(part)] != part:
-                place = next(
-                    (i for i, pair in enumerate(zip(whole, part, strict=False)) if pair[0] != pair[1]), "its end"
-                )
+                place = next((i for i, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), "its end")
                 raise DataError(
                     f"The chat template renders the conversation up to its assistant turn {len(spans) + 1} differently "
-                    f"once all turns are there (from token {place} on), so what the turn was made from cannot be kept "
-                    "in one row. Use a chat template with {% generation %} blocks, or give each assistant turn as a "
-                    "row of its own: the turns before it as prompt, and the turn as completion."
+                    f"once all turns are there (from token {place} on). Use a chat template with {{% generation %}} "
+                    "blocks, or give each assistant turn as a row of its own: the turns before it as prompt, and the "
+                    "turn as completion."
                 )
         start, stop = len(prompt), len(answered)
-        ends = [place for place in range(start, stop) if whole[place] == tokenizer.eos_token_id]
-        if not start < stop:
+        if start == stop:
             raise DataError(
                 f"The chat template adds nothing for assistant turn {len(spans) + 1}; expected its text. Remove the "
                 "conversation, or use another template."
             )
+        ends = [place for place in range(start, stop) if whole[place] == tokenizer.eos_token_id]
         spans.append((start, ends[-1] + 1 if ends else stop))
     return whole, spans

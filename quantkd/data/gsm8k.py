@@ -6,9 +6,7 @@ A row (this one is made up) has the form
               After selling, 90 - 70 = <<90-70=20>>20 plums are left.
               #### 20
 The marks in `<<>>` were for a calculator, and the number after `####` is the answer (Cobbe et al. 2021,
-arXiv:2110.14168). `extract_strict` takes it as the official `extract_answer` does: openai/grade-school-math,
-grade_school_math/dataset.py. The prompt follows the paper's protocol: zero or eight question-answer pairs of the
-training set, and a line that asks for that form.
+arXiv:2110.14168).
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ INSTRUCTION = (
     "in the form `#### <number>`, with nothing after it."
 )
 
-STOP = "\nQuestion:"
-"""What a model writes when it has answered and invents the next question; generation ends there."""
+STOP = "\nQuestion:"  # what a model writes when it has answered and invents the next question
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 # What lm-evaluation-harness takes for a number, so that a figure here is one that can be set beside published ones:
@@ -52,21 +49,7 @@ def load_gsm8k(path: str | Path | None, split: str, limit: int | None = None) ->
 
 
 def build_prompt(question: str, shots: Sequence[Mapping[str, str]] = ()) -> str:
-    """The text that is shown to a model: the instruction, the solved examples, and the question, as one message.
-
-    What all questions share comes first, so that its key-value cache can be reused.
-
-    Example:
-        >>> print(build_prompt("What is 2 + 3?", [{"question": "What is 1 + 1?", "answer": "1+1=<<1+1=2>>2\\n#### 2"}]))
-        Solve the problem step by step. Write the final answer alone on the last line, in the form `#### <number>`, with nothing after it.
-        <BLANKLINE>
-        Question: What is 1 + 1?
-        Answer: 1+1=2
-        #### 2
-        <BLANKLINE>
-        Question: What is 2 + 3?
-        Answer:
-    """  # noqa: E501  (the doctest shows the prompt as it is)
+    """The instruction, the solved examples and the question as one message; what all share comes first."""
     solved = [f"Question: {shot['question']}\nAnswer: {remove_calculator_marks(shot['answer'])}" for shot in shots]
     return "\n\n".join([INSTRUCTION, *solved, f"Question: {question}\nAnswer:"])
 
@@ -79,40 +62,25 @@ def remove_calculator_marks(answer: str) -> str:
 def extract_strict(text: str) -> str | None:
     """The number after the first `#### ` that a number follows, as the official grader takes it.
 
-    Reference:
-        `extract_answer` in openai/grade-school-math, and the `strict-match` filter of lm-evaluation-harness' gsm8k
-        task: one space after `####`, no dollar sign.
-
-    Example:
-        >>> extract_strict("She has 9 * 2 = $18.\\n#### 18"), extract_strict("The answer is 18.")
-        ('18', None)
+    Reference: `extract_answer` in openai/grade-school-math, and the `strict-match` filter of lm-evaluation-harness'
+    gsm8k task: one space after `####`, no dollar sign.
     """
     match = _STRICT.search(text)
     return normalize_number(match.group(1)) if match else None
 
 
 def extract_flexible(text: str) -> str | None:
-    """The last number in the text, wherever it stands.
+    """The last number in the text.
 
-    Reference:
-        The `flexible-extract` filter of lm-evaluation-harness' gsm8k task, faults included: the last run of digits,
-        dots, commas and dollar signs counts, so an ellipsis at the end hides the number before it.
-
-    Example:
-        >>> extract_flexible("So she earns $1,250 in total."), extract_flexible("No idea.")
-        ('1250', None)
+    Reference: the `flexible-extract` filter of lm-evaluation-harness' gsm8k task, faults included: the last run of
+    digits, dots, commas and dollar signs counts, so an ellipsis at the end hides the number before it.
     """
     matches = _FLEXIBLE.findall(text)
     return normalize_number(matches[-1]) if matches else None
 
 
 def normalize_number(text: str) -> str | None:
-    """The spelling that is compared: without commas, dollar signs and one dot at the end.
-
-    Example:
-        >>> [normalize_number(text) for text in ("$1,250", "18.", "-0.50", "18.00", ".")]
-        ['1250', '18', '-0.50', '18.00', None]
-    """
+    """The spelling that is compared: without commas, dollar signs and one dot at the end."""
     return text.replace(",", "").replace("$", "").removesuffix(".") or None
 
 

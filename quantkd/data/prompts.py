@@ -22,12 +22,9 @@ _DEFAULT_COMPLETION = "completion"
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt, and the answer that the data set gives for it, if it gives one.
+    """A prompt in text or chat messages, and the data set's own answer, if there is one.
 
-    Args:
-        prompt: plain text, or chat messages such as `[{"role": "user", "content": "Hello"}]`; messages that end in an
-            assistant turn are a whole conversation, whose answers are its assistant turns.
-        completion: the data set's own answer, None where there is none.
+    Messages that end in an assistant turn are a whole conversation, whose answers are its assistant turns.
     """
 
     prompt: str | list[Message]
@@ -49,25 +46,14 @@ def load_examples(
     split: str = "train",
     limit: int | None = None,
 ) -> list[Example]:
-    """Read prompts, and completions where there are any, from wherever they lie.
-
-    Example:
-        >>> load_examples(["What is 2 + 3?"])
-        [Example(prompt='What is 2 + 3?', completion=None)]
-        >>> load_examples([{"question": "2 + 3?", "answer": "5"}], prompt_column="question", completion_column="answer")
-        [Example(prompt='2 + 3?', completion='5')]
-    """
+    """Read prompts, and completions where there are any, from a file, a folder, the Hub or memory."""
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; expected at least 1, or None for all rows.")
     name = str(source) if isinstance(source, (str, Path)) else f"The given {type(source).__name__}"
-    rows = itertools.islice(_iterate_rows(source, split), limit)
-    examples = [
-        _to_example(row, f"{name}, row {index}", prompt_column, completion_column) for index, row in enumerate(rows)
-    ]
+    rows = enumerate(itertools.islice(_iterate_rows(source, split), limit))
+    examples = [_to_example(row, f"{name}, row {index}", prompt_column, completion_column) for index, row in rows]
     if not examples:
-        raise DataError(
-            f"{name} holds no rows; expected at least one prompt. Check the source and the split {split!r}."
-        )
+        raise DataError(f"{name} holds no rows; expected at least one. Check the source and the split {split!r}.")
     return examples
 
 
@@ -89,13 +75,7 @@ def check_references(examples: Sequence[Example], checks: Sequence[Callable[[str
 def with_context(
     examples: Sequence[Example], *, system_prompt: str | None = None, few_shot: Sequence[Example] = ()
 ) -> list[Example]:
-    """The examples with a system prompt and solved examples before them, as turns of the same chat.
-
-    Example:
-        >>> (example,) = with_context([Example("2 + 3?")], system_prompt="Be brief.", few_shot=[Example("1 + 1?", "2")])
-        >>> [message["role"] for message in example.prompt]
-        ['system', 'user', 'assistant', 'user']
-    """
+    """The examples with a system prompt and solved examples before them, as turns of the same chat."""
     turns: list[Message] = []
     for index, shot in enumerate(few_shot):
         if not isinstance(shot.prompt, str) or not shot.completion:
@@ -108,8 +88,8 @@ def with_context(
     for index, example in enumerate(examples):
         if turns and example.messages is not None:
             raise DataError(
-                f"Row {index} is a whole conversation, and {len(few_shot)} few-shot examples were to stand before it; "
-                "their answers would be taken for its own. Leave few_shot out, or give prompts and completions."
+                f"Row {index} is a whole conversation, whose answers cannot be told from those of {len(few_shot)} "
+                "few-shot examples before it. Leave few_shot out, or give prompts and completions."
             )
         prompt = example.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -120,45 +100,36 @@ def with_context(
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
     """One row of any kind as an `Example`, or an error that says where it stands."""
-    prompt: Any
-    completion: Any
+    prompt: Any = row
+    completion: Any = None
     if isinstance(row, Example):
         prompt, completion = row.prompt, row.completion
-    elif isinstance(row, (str, list)):
-        prompt, completion = row, None
     elif isinstance(row, Mapping):
         if prompt_column == _DEFAULT_PROMPT and prompt_column not in row and _CONVERSATION in row:
             prompt_column = _CONVERSATION
-        required = [prompt_column] + [completion_column] * (completion_column != _DEFAULT_COMPLETION)
-        for column in required:
-            if column not in row:
+        for column in (prompt_column, completion_column):
+            if column not in row and column != _DEFAULT_COMPLETION:
                 raise DataError(
                     f"{where} has the columns {sorted(map(str, row))}; {column!r} was asked for. "
                     "Name the right one with prompt_column or completion_column."
                 )
         prompt, completion = row[prompt_column], row.get(completion_column)
-    else:
+    elif not isinstance(row, (str, list)):
         raise DataError(f"{where} is a {type(row).__name__}; expected text, a list of messages, or a dict of columns.")
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], Mapping):
         completion = completion[0].get("content")
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"{where}: the completion is a {type(completion).__name__}; expected text or one message.")
-    return Example(_check_prompt(prompt, where), completion)
-
-
-def _check_prompt(prompt: Any, where: str) -> str | list[Message]:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise DataError(f"{where}: the prompt is empty. Remove the row, or fill it.")
-        return prompt
+    if isinstance(prompt, str) and prompt.strip():
+        return Example(prompt, completion)
     if not isinstance(prompt, list) or not prompt:
-        raise DataError(f"{where}: the prompt is {prompt!r:.80}; expected text or a non-empty list of messages.")
+        raise DataError(f"{where}: the prompt is {prompt!r:.80}; expected text that is not empty, or messages.")
     for message in prompt:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{where}: found the message {message!r:.80}; expected text under 'role' and 'content'.")
         if message.get("tool_calls"):
             raise DataError(f"{where}: a message calls tools, which are not rendered. Remove the row, or the calls.")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    return Example([{"role": message["role"], "content": message["content"]} for message in prompt], completion)
 
 
 def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[Any]:
@@ -176,9 +147,7 @@ def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[An
         return _read_file(path)
     if isinstance(source, Mapping):
         if split not in source:
-            raise DataError(
-                f"The data set has the splits {sorted(source)}; {split!r} was asked for. Name one of those."
-            )
+            raise DataError(f"The data set has the splits {sorted(source)}; {split!r} was asked for.")
         return iter(source[split])
     return iter(source)
 
@@ -188,10 +157,7 @@ def _find_split(folder: Path, split: str) -> Path:
         if (folder / f"{split}{suffix}").is_file():
             return folder / f"{split}{suffix}"
     found = sorted(entry.name for entry in folder.iterdir())
-    raise DataError(
-        f"{folder} holds {found or 'nothing'}; expected {split}.jsonl (or .json, .parquet, .csv). "
-        "Name another split or another folder."
-    )
+    raise DataError(f"{folder} holds {found or 'nothing'}; expected {split}.jsonl (or .json, .parquet, .csv).")
 
 
 def _read_file(path: Path) -> Iterator[Any]:
@@ -203,7 +169,7 @@ def _read_file(path: Path) -> Iterator[Any]:
         try:
             yield from pyarrow.parquet.read_table(path).to_pylist()
         except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{path} is not a Parquet file that can be read: {error}. Write it again.") from error
+            raise DataError(f"{path} is not a Parquet file that can be read: {error}.") from error
         return
     if path.suffix not in _FILE_SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(_FILE_SUFFIXES)}. Convert it.")
@@ -219,16 +185,12 @@ def _read_file(path: Path) -> Iterator[Any]:
             else:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield _parse_line(line, f"{path}, line {number}")
+                        try:
+                            yield json.loads(line)
+                        except json.JSONDecodeError as error:
+                            raise DataError(f"{path}, line {number} is not JSON: {error}.") from error
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise DataError(f"{path} cannot be parsed: {error}. Expected UTF-8 text in {path.suffix} format.") from error
-
-
-def _parse_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}. Expected one JSON object a line; mend or remove it.") from error
 
 
 def _load_from_hub(name: str, split: str) -> Iterator[Any]:

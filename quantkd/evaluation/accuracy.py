@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
-from quantkd.data.encoding import check_context, encode_prompt
+from quantkd.data.encoding import check_context, encode_prompts
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
 from quantkd.data.prompts import Example
 from quantkd.errors import ConfigError, DataError
@@ -216,7 +216,7 @@ def _answer(
         raise ConfigError(
             "The model has a prompt-learning adapter; evaluation supports LoRA-like ones. Merge it first."
         )
-    prompts = [encode_prompt(tokenizer, one, chat_template=settings.chat_template) for one in task.asked]
+    prompts = encode_prompts(tokenizer, task.asked, chat_template=settings.chat_template)
     network, limit, share = base_network(model), settings.max_new_tokens, settings.share
     check_context([len(prompt) for prompt in prompts], [limit] * len(prompts), context_length(network))
     file, done = None, {}

@@ -22,17 +22,15 @@ Run = Callable[[Sequence[EncodedPrompt]], list[TransferRow]]
 
 def find_batch_size(folder: Path, score: Callable[[int], object]) -> int:
     """The batch size of the plan on disk, or the largest that `score` has memory for; the same in every process."""
-    state, found = process_state(), [0]
-    if state.is_main_process:
+    found = [0]
+    if process_state().is_main_process:
         if (folder / INDEX_NAME).exists():
             found = [read_index(folder).plan.batch_size]
         elif (folder / PLAN_NAME).exists():
             found = [read_plan(folder).batch_size]
         else:
             found = [_probe(score)]
-    if state.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0]
+    return int(broadcast_object_list(found)[0])
 
 
 def _probe(score: Callable[[int], object]) -> int:
@@ -66,44 +64,30 @@ def retry_out_of_memory(run: Run, batch_invariant: bool) -> Run:
     """
 
     def run_batch(batch: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        try:
-            return _checked(run, batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Outside the handler, whose traceback holds the tensors of the failed pass.
-        release_memory()
         half = len(batch) // 2
-        if batch_invariant and half:
-            logger.warning("Memory ran out in a batch of %d prompts; it is halved, with the same bytes.", len(batch))
-            return [*run_batch(batch[:half]), *run_batch(batch[half:])]
-        try:
-            return _checked(run, batch)  # memory may only have been fragmented
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            first = f"{batch[0].index}, of {len(batch[0].prompt_ids)} tokens"
-            if not half:
-                raise TeacherError(
-                    f"Memory ran out for prompt {first}, alone: {reason}. Shorten it or max_new_tokens, or load the "
-                    "teacher in 16 bit; then run the command again."
-                ) from error
-            raise TeacherError(
-                f"Memory ran out twice in a batch of {len(batch)} prompts, first {first}: {reason}. Half the batch "
-                "could give other last bits of the logits and so another set, so it is not halved here. Free memory "
-                "and run the same command again to go on with the committed shards, or start a new folder with "
-                f"--batch_size {half}."
-            ) from error
+        for is_last in (False, True):  # memory may only have been fragmented
+            try:
+                return run(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if is_last:
+                    advice, reason = "Shorten it or max_new_tokens, or load the teacher in 16 bit", str(error)[:200]
+                    if half:
+                        advice = "Half the batch could give other last bits, so it is not halved here: free memory and "
+                        advice += f"run the same command again, or start a new folder with --batch_size {half}"
+                    raise TeacherError(
+                        f"Memory ran out twice in a batch of {len(batch)} prompts, first prompt {batch[0].index} of "
+                        f"{len(batch[0].prompt_ids)} tokens ({reason}). {advice}."
+                    ) from error
+            # Outside the handler, whose traceback holds the tensors of the failed pass.
+            release_memory()
+            if batch_invariant and half:
+                break
+        logger.warning("Memory ran out in a batch of %d prompts; it is halved, with the same bytes.", len(batch))
+        return [*run_batch(batch[:half]), *run_batch(batch[half:])]
 
     return run_batch
-
-
-def _checked(run: Run, batch: Sequence[EncodedPrompt]) -> list[TransferRow]:
-    rows = run(batch)
-    if len(rows) != len(batch):
-        raise TeacherError(f"The teacher gave {len(rows)} rows for a batch of {len(batch)}; expected one each.")
-    return rows
 
 
 def is_out_of_memory(error: BaseException) -> bool:

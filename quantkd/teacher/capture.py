@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from quantkd.data.prompts import Example, check_references, load_examples
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.hardware import process_state
 from quantkd.teacher.batches import find_batch_size, retry_out_of_memory
-from quantkd.teacher.filters import Filter, as_filters, build_sieve
+from quantkd.teacher.filters import Filter, as_filters, sift
 from quantkd.teacher.loading import build_teacher
 from quantkd.teacher.plan import CaptureEstimate, describe_teacher
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def capture(
-    model: str | PreTrainedModel | Teacher,
+    model: str | os.PathLike[str] | PreTrainedModel | Teacher,
     prompts: str | Path | Iterable[Any],
     output_dir: str | Path,
     *,
@@ -93,7 +94,7 @@ def capture(
         if responses == "given":
             raise ConfigError(
                 "correct_only compares the teacher's own answers with the data set's, and responses='given' takes the "
-                "data set's unchanged. Leave it out, or filter by a function of your own: filters=[function]."
+                "data set's unchanged. Leave one of them out."
             )
         check_references(examples, [each.check_reference for each in comparing])
 
@@ -105,7 +106,6 @@ def capture(
             "num_samples at 1, or let the teacher answer with responses='generate'."
         )
     answer = retry_out_of_memory(teacher.answer if responses == "generate" else teacher.score, teacher.batch_invariant)
-    sift = build_sieve(chosen, teacher.tokenizer)
     table = encode_examples(
         examples,
         teacher.tokenizer,
@@ -116,12 +116,11 @@ def capture(
     )
     table.check_lengths(teacher.max_context, settings.max_new_tokens)
 
-    def score_longest(count: int) -> None:
-        teacher.score(table.longest(count, settings.max_new_tokens))
-
     batch_size = run.batch_size
     if run.auto_find_batch_size:
-        batch_size = teacher.preferred_batch_size or find_batch_size(folder, score_longest)
+        batch_size = teacher.preferred_batch_size or find_batch_size(
+            folder, lambda count: teacher.score(table.longest(count, settings.max_new_tokens))
+        )
     rows_per_shard = run.rows_per_shard
     if rows_per_shard is None:
         # A small set is still cut into 16 shards, so that as many processes can share the work.
@@ -153,8 +152,8 @@ def capture(
                 tokens += sum(len(row.counts) for row in made)
                 bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
                 bar.update(len(made))
-            prompt_numbers = [index // settings.num_samples for index in sorted(rows)]
-            kept, counters = sift([rows[index] for index in sorted(rows)], prompt_numbers, table.examples)
+            sources = [table.examples[index // settings.num_samples] for index in sorted(rows)]
+            kept, counters = sift(chosen, teacher.tokenizer, [rows[index] for index in sorted(rows)], sources)
             if task.index == 0 and table.num_duplicates:
                 counters["filtered_duplicate_prompts"] = table.num_duplicates
             writer.commit(task, kept, {**counters, "responses_cut": sum(not row.finished for row in kept)})

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,9 +18,6 @@ from quantkd.transfer_set import TransferRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Verifier = Callable[[str, str], bool]
-"""From the answer's text and the reference answer to whether it is right."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,16 @@ class Answered:
 
 
 class Filter(ABC):
-    """Keeps or rejects a row; must depend on nothing but the row, its example and earlier samples of its prompt.
+    """Keeps or rejects a row; must depend on nothing but the row, its example and earlier samples of its prompt."""
 
-    Attributes:
-        needs_reference: whether each example must have a completion, which the teacher does not see.
-        across_rows: whether prompts that came before are left out when the plan is made.
-    """
+    needs_reference: ClassVar[bool] = False  # each example must have a completion, which the teacher does not see
+    across_rows: ClassVar[bool] = False  # prompts that came before are left out when the plan is made
 
-    needs_reference: ClassVar[bool] = False
-    across_rows: ClassVar[bool] = False
+    kind: ClassVar[str]
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What the plan says of it."""
+        return {"kind": self.kind, **vars(self)}
 
     @abstractmethod
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
@@ -65,9 +60,7 @@ class Filter(ABC):
 class FinishedOnly(Filter):
     """Leaves out answers that the length limit cut; counted as `filtered_unfinished`."""
 
-    def describe(self) -> dict[str, Any]:
-        """What the plan says of it."""
-        return {"kind": "finished_only"}
+    kind = "finished_only"
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
         """See `Filter`."""
@@ -76,16 +69,9 @@ class FinishedOnly(Filter):
 
 @dataclass(frozen=True)
 class ResponseLength(Filter):
-    """Leaves out answers of too few or too many tokens; counted as `filtered_short` and `filtered_long`.
+    """Leaves out answers of too few or too many tokens, end token included, as `filtered_short` and `filtered_long`."""
 
-    Args:
-        minimum: fewest tokens of an answer, its end token included.
-        maximum: most tokens; None for any number.
-
-    Raises:
-        ConfigError: bounds that no answer meets.
-    """
-
+    kind = "response_length"
     minimum: int = 1
     maximum: int | None = None
 
@@ -95,10 +81,6 @@ class ResponseLength(Filter):
                 f"Answers of {self.minimum} to {self.maximum} tokens were asked for; expected "
                 "1 <= min_response_tokens <= max_response_tokens."
             )
-
-    def describe(self) -> dict[str, Any]:
-        """What the plan says of it."""
-        return {"kind": "response_length", "minimum": self.minimum, "maximum": self.maximum}
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
         """See `Filter`."""
@@ -116,11 +98,8 @@ class DropDuplicates(Filter):
     The samples of a prompt are in one shard, so both are the same whichever process computes it.
     """
 
-    across_rows: ClassVar[bool] = True
-
-    def describe(self) -> dict[str, Any]:
-        """What the plan says of it."""
-        return {"kind": "drop_duplicates"}
+    kind = "drop_duplicates"
+    across_rows = True
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
         """See `Filter`."""
@@ -132,24 +111,22 @@ class DropDuplicates(Filter):
 class CorrectOnly(Filter):
     """Leaves out answers that a verifier finds wrong; counted as `filtered_incorrect`.
 
-    The reference is the example's own completion, which the teacher does not see.
-
-    Args:
-        verifier: takes the answer's text and the reference; GSM8K's grader, the number after `####`, if None.
+    The verifier takes the answer's text and the example's own completion; GSM8K's grader if None.
     """
 
-    needs_reference: ClassVar[bool] = True
-    verifier: Verifier | None = None
+    kind = "correct_only"
+    needs_reference = True
+    verifier: Callable[[str, str], bool] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What the plan says of it."""
-        return {"kind": "correct_only", "verifier": "gsm8k" if self.verifier is None else _name_of(self.verifier)}
+        """See `Filter`."""
+        return {"kind": self.kind, "verifier": "gsm8k" if self.verifier is None else _name_of(self.verifier)}
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
         """See `Filter`."""
         reference = answered.example.completion or ""
-        right = self.verifier(answered.text, reference) if self.verifier else _grade(answered.text, reference)
-        return None if right else "incorrect"
+        verifier = self.verifier or partial(is_correct, mode="strict")
+        return None if verifier(answered.text, reference) else "incorrect"
 
     def check_reference(self, reference: str) -> None:
         """See `Filter`; GSM8K's grader needs a number after `####`."""
@@ -162,17 +139,14 @@ class CorrectOnly(Filter):
 
 @dataclass(frozen=True)
 class UserFilter(Filter):
-    """Leaves out what a function of the user's returns False for; counted as `filtered_<its name>`.
+    """Leaves out where a function of the example and the answer's text is False; counted as `filtered_<its name>`."""
 
-    Args:
-        function: takes the example and the answer's text. It must give the same verdict in every process.
-    """
-
+    kind = "function"
     function: Callable[[Example, str], bool]
 
     def describe(self) -> dict[str, Any]:
-        """What the plan says of it: its name, because what it does cannot be written down."""
-        return {"kind": "function", "name": _name_of(self.function)}
+        """See `Filter`."""
+        return {"kind": self.kind, "name": _name_of(self.function)}
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
         """See `Filter`."""
@@ -181,48 +155,39 @@ class UserFilter(Filter):
 
 def as_filters(filters: Sequence[Filter | Callable[[Example, str], bool]]) -> list[Filter]:
     """Filters, with plain functions taken for the user's own."""
-    made: list[Filter] = []
     for each in filters:
-        if isinstance(each, Filter):
-            made.append(each)
-        elif callable(each):
-            made.append(UserFilter(each))
-        else:
+        if not callable(each) and not isinstance(each, Filter):
             raise ConfigError(
                 f"filters holds {each!r:.80}; expected a filter of quantkd.teacher.filters, or a function of an "
                 "example and the answer's text."
             )
-    return made
+    return [each if isinstance(each, Filter) else UserFilter(each) for each in filters]
 
 
-Sieve = Callable[[Sequence[TransferRow], Sequence[int], Sequence[Example]], tuple[list[TransferRow], Counter[str]]]
+def sift(
+    filters: Sequence[Filter],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TransferRow],
+    examples: Sequence[Example],
+) -> tuple[list[TransferRow], Counter[str]]:
+    """The rows that pass every filter, and how many did not, by the first reason that each met.
 
-
-def build_sieve(filters: Sequence[Filter], tokenizer: PreTrainedTokenizerBase) -> Sieve:
-    """A function of a shard's rows, the number of each row's prompt, and all examples.
-
-    It returns the rows that pass every filter, and how many did not, by the first reason that each met.
+    Samples of one prompt come one after another, each with the same `Example` object.
     """
-
-    def sift(
-        rows: Sequence[TransferRow], prompts: Sequence[int], examples: Sequence[Example]
-    ) -> tuple[list[TransferRow], Counter[str]]:
-        kept: dict[int, list[TransferRow]] = {}
-        counts: Counter[str] = Counter()
-        for row, prompt in zip(rows, prompts, strict=True):
-            answered, earlier = Answered(examples[prompt], row, tokenizer), kept.setdefault(prompt, [])
-            reason = next((found for each in filters if (found := each.reject(answered, earlier)) is not None), None)
-            if reason is None:
-                earlier.append(row)
-            else:
-                counts[f"filtered_{reason}"] += 1
-        return [row for group in kept.values() for row in group], counts
-
-    return sift
-
-
-def _grade(text: str, reference: str) -> bool:
-    return is_correct(text, reference, "strict")
+    kept: list[TransferRow] = []
+    earlier: list[TransferRow] = []  # of the same prompt
+    counts: Counter[str] = Counter()
+    for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        if place and example is not examples[place - 1]:
+            earlier = []
+        answered = Answered(example, row, tokenizer)
+        reason = next((found for each in filters if (found := each.reject(answered, earlier)) is not None), None)
+        if reason is None:
+            earlier.append(row)
+            kept.append(row)
+        else:
+            counts[f"filtered_{reason}"] += 1
+    return kept, counts
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from quantkd.errors import ConfigError
 from quantkd.foreign import keep_commit
 from quantkd.hardware import default_device, parse_dtype
-from quantkd.names import load_tokenizer, naming, public_name, refuse_adapter
+from quantkd.names import load_tokenizer, naming, plain_name, public_name, refuse_adapter
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set.rules import DEFAULT_STORAGE, Sampled, StorageRule
@@ -34,7 +35,7 @@ def load_teacher(
 
 
 def build_teacher(
-    model: str | PreTrainedModel | Teacher,
+    model: str | os.PathLike[str] | PreTrainedModel | Teacher,
     tokenizer: PreTrainedTokenizerBase | None,
     storage: StorageRule | None,
     temperatures: Sequence[float] | None,
@@ -42,9 +43,19 @@ def build_teacher(
     run: RunSettings,
 ) -> Teacher:
     """A teacher on any engine, from its name or a loaded model; one that is built already is checked."""
+    model = plain_name(model)
     if isinstance(model, Teacher):
         _refuse_loading(run, "a Teacher")
-        _check_built(model, storage, temperatures, generation)
+        for name, asked, found in (
+            ("storage", storage, model.rule),
+            ("temperatures", None if temperatures is None else tuple(map(float, temperatures)), model.temperatures),
+            ("the generation settings", generation, model.settings),
+        ):
+            if asked is not None and asked != found:
+                raise ConfigError(
+                    f"The teacher was built with {name} {found}, and the call asks for {asked}. Leave that out of the "
+                    "call, or build the teacher with it."
+                )
         return model
     if not isinstance(model, str):
         _refuse_loading(replace(run, teacher_adapter=None), f"a loaded {type(model).__name__}")
@@ -88,26 +99,6 @@ def _refuse_loading(run: RunSettings, found: str) -> None:
             "engine, base_url, engine_kwargs, dtype, revision, attn_implementation, trust_remote_code and "
             f"teacher_adapter apply to a teacher given by name; found {found}. Leave them out, or pass the name."
         )
-
-
-def _check_built(
-    teacher: Teacher,
-    storage: StorageRule | None,
-    temperatures: Sequence[float] | None,
-    generation: GenerationSettings | None,
-) -> None:
-    """What the call names in addition to a teacher that is built already must be the same."""
-    wanted = [
-        ("storage", storage, teacher.rule),
-        ("temperatures", None if temperatures is None else tuple(map(float, temperatures)), teacher.temperatures),
-        ("the generation settings", generation, teacher.settings),
-    ]
-    for name, asked, found in wanted:
-        if asked is not None and asked != found:
-            raise ConfigError(
-                f"The teacher was built with {name} {found}, and the call asks for {asked}. Leave that out of the "
-                "call, or build the teacher with it."
-            )
 
 
 def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:

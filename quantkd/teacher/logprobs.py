@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +21,11 @@ _ROUNDING = 1e-3  # nats above 0 that a float16 teacher reaches
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """What an engine said about R targets: ragged candidates in any order, doubles allowed.
+    """What an engine said about R targets: ragged candidates in any order, doubles allowed."""
 
-    Args:
-        counts: (R,) int64, candidates of each target.
-        token_ids: (E,) int64 vocabulary ids.
-        logprobs: (E,) float64, nats at temperature 1.
-    """
-
-    counts: NDArray[np.int64]
-    token_ids: NDArray[np.int64]
-    logprobs: NDArray[np.float64]
+    counts: NDArray[np.int64]  # (R,)
+    token_ids: NDArray[np.int64]  # (E,)
+    logprobs: NDArray[np.float64]  # (E,) nats at temperature 1
 
     @classmethod
     def from_pairs(cls, targets: Sequence[Sequence[tuple[int, float]]]) -> TopLogprobs:
@@ -42,20 +36,13 @@ class TopLogprobs:
             logprobs=np.asarray([logprob for target in targets for _, logprob in target], dtype=np.float64),
         )
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[TopLogprobs]) -> TopLogprobs:
-        """Join several values end to end."""
-        return cls(
-            counts=np.concatenate([part.counts for part in parts]),
-            token_ids=np.concatenate([part.token_ids for part in parts]),
-            logprobs=np.concatenate([part.logprobs for part in parts]),
-        )
+    def append(self, other: TopLogprobs) -> TopLogprobs:
+        """These targets, then those of `other`."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return TopLogprobs(*(np.concatenate(pair) for pair in pairs))
 
     def select(self, targets: NDArray[np.int64]) -> TopLogprobs:
-        """The targets named by their places, in that order; those beyond the end come without candidates.
-
-        Shapes: targets (M,).
-        """
+        """The targets (M,) named by their places, in that order; those beyond the end come without candidates."""
         counts = np.append(self.counts, 0)
         starts = np.cumsum(counts) - counts
         targets = np.minimum(targets, len(self.counts))
@@ -70,13 +57,12 @@ def check_rule(rule: StorageRule, temperatures: Sequence[float], engine: str) ->
     if isinstance(rule, Sampled):
         raise ConfigError(
             f"{engine} gives the most probable tokens alone, and {rule} draws from the whole distribution. "
-            "Store nucleus:0.95:64 or topk:64 entries, or capture with the transformers engine."
+            "Store nucleus or topk entries, or capture with the transformers engine."
         )
     if {float(temperature) for temperature in temperatures} != {1.0}:
         raise ConfigError(
-            f"{engine} gives log-probabilities at temperature 1.0 alone; log-normalizers for temperatures "
-            f"{[float(t) for t in temperatures]} need all logits. Capture with --temperatures 1.0, or with the "
-            "transformers engine."
+            f"{engine} gives log-probabilities at temperature 1.0 alone; temperatures "
+            f"{[float(t) for t in temperatures]} need all logits: --temperatures 1.0, or the transformers engine."
         )
     return rule
 
@@ -98,19 +84,12 @@ def seed_of(seed: int, index: int) -> int:
 
 @dataclass(frozen=True)
 class RowBuilder:
-    """Makes rows from an engine's top log-probabilities.
+    """Makes rows from an engine's top log-probabilities."""
 
-    Args:
-        engine: its name, for errors.
-        rule: which candidates are kept.
-        vocab_size: the ids that can be a token; candidates beyond that count to the tail.
-        head_size: the width of the teacher's logits.
-    """
-
-    engine: str
+    engine: str  # its name, for errors
     rule: TopK | Nucleus
-    vocab_size: int
-    head_size: int
+    vocab_size: int  # the ids that can be a token; candidates beyond that count to the tail
+    head_size: int  # the width of the teacher's logits
 
     def __post_init__(self) -> None:
         if isinstance(self.rule, TopK) and self.rule.k > self.vocab_size:
@@ -124,10 +103,7 @@ class RowBuilder:
     def build(
         self, index: int, input_ids: Sequence[int], spans: NDArray[np.int64], candidates: TopLogprobs, *, finished: bool
     ) -> TransferRow:
-        """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one per target.
-
-        Shapes: input_ids (L,), spans (S, 2).
-        """
+        """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one per target."""
         targets = int((spans[:, 1] - spans[:, 0]).sum())
         ids, logprobs = candidates.token_ids, candidates.logprobs
         where = f"{self.engine} answered prompt {index} with"

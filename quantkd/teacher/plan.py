@@ -47,24 +47,13 @@ def describe_teacher(
 
 @dataclass(frozen=True)
 class CaptureEstimate:
-    """What a capture will do and cost, known before anything is written.
-
-    Args:
-        plan: the plan.
-        folder: where the set will be.
-        prompt_tokens: tokens of all prompts.
-        response_tokens: tokens of all answers; at most, where `is_exact` is False.
-        is_exact: whether the answers are given.
-
-    Raises:
-        ConfigError: the set cannot fit on its disk even if every answer were one token long.
-    """
+    """What a capture will do and cost, known before anything is written."""
 
     plan: Plan
     folder: Path
     prompt_tokens: int
-    response_tokens: int
-    is_exact: bool
+    response_tokens: int  # at most, unless `is_exact`
+    is_exact: bool  # the answers are given
 
     def __post_init__(self) -> None:
         responses = self.response_tokens if self.is_exact else self.plan.num_prompts

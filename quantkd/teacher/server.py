@@ -104,17 +104,14 @@ class ServerTeacher(Teacher):
         self.rows = RowBuilder(_ENGINE, top_rule, ids, width)
         self.ends = find_end_tokens(tokenizer, own_ends)
         self._concurrency = concurrency
-        self._client = _Client(
-            base_url, timeout_seconds=timeout_seconds, max_retries=max_retries, backoff_seconds=backoff_seconds
-        )
+        self._client = _Client(base_url, timeout_seconds, max_retries, backoff_seconds)
         card = self._find_model()
         context = card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx_train")
         self.max_context = context if isinstance(context, int) and context > 0 else None
         self._dialect: Dialect = DIALECTS[dialect or _OWNERS.get(str(card.get("owned_by")), "vllm")]
         self._dialect.check(settings)
         # One token, before any work is spent: does it give ids, and as many log-probabilities as the rule needs?
-        probe = EncodedPrompt(0, tokenizer.encode("1 2 3"))
-        self._answer(probe, GenerationSettings(max_new_tokens=1))
+        self._answer(EncodedPrompt(0, tokenizer.encode("1 2 3")), GenerationSettings(max_new_tokens=1))
 
     def describe(self) -> dict[str, Any]:
         """The engine."""
@@ -160,17 +157,14 @@ class ServerTeacher(Teacher):
         if not tokens or reason == "stop":
             raise TeacherError(
                 f"{self._client.where} ended the answer to prompt {prompt.index} without one of the end tokens "
-                f"{self.ends}, so its distribution at the end is not known. Start the server without stop strings, "
-                "and with the checkpoint's own end tokens."
+                f"{self.ends}. Start the server without stop strings, and with the checkpoint's own end tokens."
             )
         places = np.asarray([place for place in answer.places if place < len(tokens)], dtype=np.int64)
         if not len(places):
             raise TeacherError(f"{self._client.where} gave no log-probabilities for prompt {prompt.index}.")
         if len(places) < len(tokens):
-            logger.warning(
-                "%s gave no log-probabilities for %d of %d tokens of the answer to prompt %d; these are left out of "
-                "the targets.", self._client.where, len(tokens) - len(places), len(tokens), prompt.index,
-            )  # fmt: skip
+            message = "No log-probabilities for %d of %d tokens of the answer to prompt %d, left out of the targets."
+            logger.warning(message, len(tokens) - len(places), len(tokens), prompt.index)
         breaks, places = np.flatnonzero(np.diff(places) != 1), places + len(prompt.prompt_ids)
         starts, stops = places[np.append(0, breaks + 1)], places[np.append(breaks, len(places) - 1)] + 1
         candidates = answer.candidates.select(np.arange(len(places)))
@@ -216,10 +210,8 @@ def _read_config(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | list[in
     try:
         config = AutoConfig.from_pretrained(tokenizer.name_or_path).get_text_config()
     except (OSError, ValueError):  # a tokenizer alone; the server has the model
-        logger.warning(
-            "There is no config of the teacher with its tokenizer; taking its size, %d, as the width of the "
-            "logits. If they are padded beyond that, name their width with vocab_size.", len(tokenizer),
-        )  # fmt: skip
+        message = "The tokenizer has no model's config beside it; taking its size, %d, as the width of the logits. "
+        logger.warning(message + "If they are padded beyond that, name their width with vocab_size.", len(tokenizer))
         return len(tokenizer), None
     try:
         generation = GenerationConfig.from_pretrained(tokenizer.name_or_path)
@@ -241,30 +233,14 @@ class _Client:
     Answers 408, 429 and 5xx, time-outs, broken connections and bodies that are not JSON are tried again, after a pause
     that doubles each time or that the server names in Retry-After. The key comes from the environment variable
     OPENAI_API_KEY alone; it appears in no error and no log line, even where the server echoes it.
-
-    Args:
-        base_url: such as "http://127.0.0.1:8000/v1"; the part "/v1" may be missing.
-        timeout_seconds: how long one answer may take.
-        max_retries: how often a request is tried again.
-        backoff_seconds: the first pause.
-
-    Raises:
-        ConfigError: an address that is not http or https, or that carries a name or a password.
     """
 
-    def __init__(
-        self, base_url: str, *, timeout_seconds: float = 600, max_retries: int = 8, backoff_seconds: float = 0.5
-    ) -> None:
+    def __init__(self, base_url: str, timeout_seconds: float, max_retries: int, backoff_seconds: float) -> None:
         parts = urlsplit(base_url)
         if parts.username is not None or parts.password is not None:
             raise ConfigError(f"base_url must not carry a name or a password; put the key into {_API_KEY}.")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ConfigError(f"base_url is an address such as http://127.0.0.1:8000/v1, found {base_url!r}.")
-        if timeout_seconds <= 0 or max_retries < 0 or backoff_seconds < 0:
-            raise ConfigError(
-                "A server needs timeout_seconds > 0, max_retries >= 0 and backoff_seconds >= 0, found "
-                f"{timeout_seconds}, {max_retries} and {backoff_seconds}."
-            )
         self.where = f"The server at {parts.netloc}"
         self._root = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         self._timeout, self._retries, self._backoff = timeout_seconds, max_retries, backoff_seconds

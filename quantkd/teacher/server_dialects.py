@@ -1,7 +1,5 @@
-"""How vLLM's, SGLang's and llama.cpp's servers are asked for token ids with log-probabilities, and what they answer.
-
-The OpenAI API itself names tokens by their text, which cannot be mapped to ids safely: two ids may decode to the same
-text, and a part of a character to none. So each server is asked in the way in which it gives ids.
+"""How vLLM's, SGLang's and llama.cpp's servers are asked for token ids with log-probabilities, each in its own way: the
+OpenAI API names tokens by their text, which two ids may share and a part of a character has not.
 """
 
 from __future__ import annotations
@@ -20,43 +18,25 @@ _NO_PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server is asked for.
-
-    Args:
-        model: the model's name.
-        prompt_ids: the prompt.
-        width: candidates per token.
-        settings: how to answer.
-        seed: the row's own.
-        ends: ids that end an answer.
-        score_from: the first token of the prompt whose candidates are wanted, too; None to answer only.
-    """
+    """What a server is asked for."""
 
     model: str
     prompt_ids: list[int]
-    width: int
+    width: int  # candidates per token
     settings: GenerationSettings
-    seed: int
-    ends: list[int]
-    score_from: int | None = None
+    seed: int  # the row's own
+    ends: list[int]  # ids that end an answer
+    score_from: int | None = None  # the first token of the prompt whose candidates are wanted, too
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered.
+    """What a server answered."""
 
-    Args:
-        token_ids: the answer, with its end token.
-        places: of the tokens that came with candidates, ascending.
-        candidates: of these; where the prompt is scored, those of all its tokens before them.
-        reason: "end" where the last token is one that ends answers, "stop" where the server stopped for a reason that
-            it does not name, "length" where the limit cut.
-    """
-
-    token_ids: list[int]
-    places: list[int]
-    candidates: TopLogprobs
-    reason: str
+    token_ids: list[int]  # with the end token
+    places: list[int]  # of the tokens that came with candidates, ascending
+    candidates: TopLogprobs  # of these; where the prompt is scored, those of all its tokens before them
+    reason: str  # "end" at an end token, "length" where the limit cut, "stop" for what the server does not name
 
 
 class Dialect(ABC):
@@ -116,9 +96,7 @@ class VLLM(Dialect):
     @staticmethod
     def _id(token: str) -> int:
         if not token.startswith(_TOKEN_ID):
-            raise TeacherError(
-                f"the server names tokens by their text ({token!r}), which cannot be mapped to ids safely"
-            )
+            raise TeacherError(f"it names tokens by their text ({token!r}), which cannot be mapped to ids safely")
         return int(token[len(_TOKEN_ID) :])
 
 

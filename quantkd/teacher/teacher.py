@@ -145,26 +145,11 @@ class RunSettings:
 class Teacher(ABC):
     """Answers batches of prompts, or scores given answers, and keeps the entries of every target token.
 
-    A teacher of your own calls this constructor and implements `answer` and `score`.
-
-    Args:
-        name: the model's name or path.
-        tokenizer: its tokenizer.
-        rule: which entries are kept.
-        temperatures: the distillation temperatures with a log-normalizer.
-        settings: how it answers.
-        vocab_size: V, one more than the greatest id that can be a token; the padding of a head is not counted.
-        max_context: tokens of prompt and answer together; None if it is not known.
-        revision: the model's commit, or "" if it has none.
-        dtype: such as "bfloat16".
-
-    Attributes:
-        batch_invariant: whether a row has the same bits in any batch, so that a batch may be halved.
-        preferred_batch_size: for an engine that forms its own batches, the prompts that keep it busy.
+    A teacher of your own calls this constructor and implements the three methods.
     """
 
-    batch_invariant: bool = False
-    preferred_batch_size: int | None = None
+    batch_invariant: bool = False  # whether a row has the same bits in any batch, so that a batch may be halved
+    preferred_batch_size: int | None = None  # of an engine that forms its own batches: the prompts that keep it busy
 
     def __init__(
         self,
@@ -174,8 +159,8 @@ class Teacher(ABC):
         temperatures: Sequence[float],
         settings: GenerationSettings,
         *,
-        vocab_size: int,
-        max_context: int | None = None,
+        vocab_size: int,  # one more than the greatest id that can be a token, without the padding of a head
+        max_context: int | None = None,  # tokens of prompt and answer together, if that is known
         revision: str = "",
         dtype: str = "",
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -31,21 +32,9 @@ from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick
 
 
 class TransformersTeacher(Teacher):
-    """A causal language model of transformers as a teacher.
+    """A causal language model of transformers as a teacher, in the dtype that it is loaded in."""
 
-    Args:
-        model: the model, in the dtype that its distribution is taken in.
-        tokenizer: its tokenizer.
-        rule: which entries to keep.
-        temperatures: distillation temperatures to keep log-normalizers for.
-        settings: how it answers.
-        adapter: what the plan says of an adapter in the model.
-
-    Attributes:
-        max_logits_bytes: given answers are scored in pieces whose logits stay below this.
-    """
-
-    max_logits_bytes = 64 * 2**20
+    max_logits_bytes = 64 * 2**20  # given answers are scored in pieces whose logits stay below this
 
     def __init__(
         self,
@@ -97,11 +86,7 @@ class TransformersTeacher(Teacher):
         return rows
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Keep the entries at every supervised token of given answers, teacher-forced, in one batch.
-
-        The answers pass through the key-value cache in short pieces, so that the logits of a whole answer are never
-        held at once.
-        """
+        """The entries of given answers, teacher-forced in one batch, in pieces that keep few logits in memory."""
         completions = [prompt.completion_ids or [] for prompt in prompts]
         width, steps = max(len(prompt.prompt_ids) for prompt in prompts), max(map(len, completions))
         input_ids, mask = self._left_padded(prompts, width)
@@ -249,9 +234,5 @@ def _seeded(text: str) -> torch.Generator:
 def _stack(picks: list[PickedEntries]) -> PickedEntries:
     """(steps, B, ...) on the CPU: one transfer per batch instead of one per token."""
     return PickedEntries(
-        token_ids=torch.stack([pick.token_ids for pick in picks]).cpu(),
-        logprobs=torch.stack([pick.logprobs for pick in picks]).cpu(),
-        keep=torch.stack([pick.keep for pick in picks]).cpu(),
-        log_normalizers=torch.stack([pick.log_normalizers for pick in picks]).cpu(),
-        is_finite=torch.stack([pick.is_finite for pick in picks]).cpu(),
+        **{each.name: torch.stack([getattr(pick, each.name) for pick in picks]).cpu() for each in fields(PickedEntries)}
     )

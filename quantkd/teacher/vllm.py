@@ -106,11 +106,8 @@ class VLLMTeacher(Teacher):
         settings = self.settings
         sampling: dict[str, Any] = {"temperature": 0.0}
         if settings.do_sample:
-            sampling = {
-                "temperature": settings.generation_temperature,
-                "top_p": settings.top_p,
-                "top_k": settings.top_k,
-            }
+            sampling = {"temperature": settings.generation_temperature, "top_p": settings.top_p}
+            sampling["top_k"] = settings.top_k
         parameters = [
             self._parameters(max_tokens=settings.max_new_tokens, seed=seed_of(settings.seed, prompt.index), **sampling)
             for prompt in prompts
@@ -121,15 +118,9 @@ class VLLMTeacher(Teacher):
             answer = output.outputs[0]
             response = list(answer.token_ids)
             sequence = prompt.prompt_ids + response
-            rows.append(
-                self.rows.build(
-                    prompt.index,
-                    sequence,
-                    np.asarray([[len(prompt.prompt_ids), len(sequence)]], dtype=np.int64),
-                    _read(answer.logprobs),
-                    finished=bool(response) and response[-1] in self.ends,
-                )
-            )
+            spans = np.asarray([[len(prompt.prompt_ids), len(sequence)]], dtype=np.int64)
+            finished = bool(response) and response[-1] in self.ends
+            rows.append(self.rows.build(prompt.index, sequence, spans, _read(answer.logprobs), finished=finished))
         return rows
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
@@ -145,7 +136,7 @@ class VLLMTeacher(Teacher):
         for prompt, (sequence, spans), output in zip(prompts, located, outputs, strict=True):
             before, last = _read(output.prompt_logprobs), _read(output.outputs[0].logprobs)
             places = np.concatenate([np.arange(start, stop) for start, stop in spans])
-            candidates = TopLogprobs.concatenate([before, last]).select(places)
+            candidates = before.append(last).select(places)
             rows.append(self.rows.build(prompt.index, sequence, spans, candidates, finished=sequence[-1] in self.ends))
         return rows
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quantkd.data.encoding import EncodedPrompt, encode_prompt
+from quantkd.data.encoding import EncodedPrompt, encode_prompts
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.reference import Objective, compute_distillation_loss, compute_position_terms
 from quantkd.loss.states import TargetStates
@@ -47,11 +47,9 @@ def run_selftest(
     """Distil a model into itself and check what must then be true."""
     rule = TopK(min(50, model.get_output_embeddings().weight.shape[0]))
     teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens))
-    prompts = [
-        EncodedPrompt(index, encode_prompt(tokenizer, text, chat_template=chat_template))
-        for index, text in enumerate(_PROMPTS)
-    ]
-    rows = [_as_item(row, teacher) for row in teacher.answer(prompts)]
+    prompts = encode_prompts(tokenizer, _PROMPTS, chat_template=chat_template)
+    answers = teacher.answer([EncodedPrompt(index, ids) for index, ids in enumerate(prompts)])
+    rows = [_as_item(row, teacher) for row in answers]
     model.eval()
     yield from _agreement_checks(model, rows)
     yield from _gradient_checks(model, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -26,7 +27,7 @@ from quantkd.loss.states import TargetStates
 from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
-from quantkd.names import load_tokenizer
+from quantkd.names import load_tokenizer, plain_name
 from quantkd.teacher.live import LiveTeacher
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.training.curves import TrainingCurves
@@ -73,27 +74,28 @@ class QuantizedDistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
         args: QuantizedDistillationConfig | None = None,
         train_dataset: Any | None = None,
         eval_dataset: Any | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any | None = None,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | os.PathLike[str] | PreTrainedModel | None = None,
         data_collator: Any | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         args = args or QuantizedDistillationConfig("quantkd_output")
         take_one_gpu(args)
+        student, teacher = plain_name(model), plain_name(teacher_model)
         processing_class = processing_class or load_tokenizer(
-            model, **parse_options("model_init_kwargs", args.model_init_kwargs)
+            student, **parse_options("model_init_kwargs", args.model_init_kwargs)
         )
         self.transfer_sets = find_transfer_sets(train_dataset, eval_dataset)
         for transfer_set in self.transfer_sets:
             check_transfer_set(transfer_set, processing_class, args.temperature, args.divergence)
         model = prepare_student(
-            model,
+            student,
             args,
             self.transfer_sets,
             train_dataset=train_dataset,
@@ -101,9 +103,9 @@ class QuantizedDistillationTrainer(Trainer):
             quantization_config=quantization_config,
         )
         self.live_teacher: LiveTeacher | None = None
-        if teacher_model is not None:
+        if teacher is not None:
             options = parse_options("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
-            self.live_teacher = LiveTeacher(teacher_model, model, **options)
+            self.live_teacher = LiveTeacher(teacher, model, **options)
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class)
         check_collator(data_collator, args)
         super().__init__(
