@@ -217,9 +217,8 @@ def encode_conversation(
     """Token ids of a conversation, and the `[start, stop)` of each assistant turn, its end token included.
 
     A chat template with `{% generation %}` blocks marks the turns itself. With any other, a turn is what the template
-    adds to the prompt that the model would have seen there. That holds only if each such prompt is, token by token, the
-    beginning of the whole conversation; where a template changes earlier turns as later ones come, for example by
-    removing their reasoning, the conversation is refused.
+    adds to the prompt that the model would have seen there. Where a template changes earlier turns as later ones come,
+    for example by removing their reasoning, the conversation is refused.
     """
     if _GENERATION_BLOCK.search(tokenizer.chat_template or ""):
         input_ids, spans = _by_generation_blocks(tokenizer, messages)

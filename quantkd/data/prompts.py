@@ -137,7 +137,13 @@ def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[An
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         if path.is_dir():
-            path = _find_split(path, split)
+            files = [path / f"{split}{suffix}" for suffix in _FILE_SUFFIXES]
+            found = sorted(entry.name for entry in path.iterdir())
+            path = next((file for file in files if file.is_file()), path)
+            if path not in files:
+                raise DataError(
+                    f"{path} holds {found or 'nothing'}; expected {split}.jsonl (or .json, .parquet, .csv)."
+                )
         elif path.suffix not in _FILE_SUFFIXES and not path.exists():
             if isinstance(source, Path) or source.startswith(("/", ".", "~")):
                 raise DataError(f"There is no {path}. Give a file ({', '.join(_FILE_SUFFIXES)}) or a folder of splits.")
@@ -150,14 +156,6 @@ def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[An
             raise DataError(f"The data set has the splits {sorted(source)}; {split!r} was asked for.")
         return iter(source[split])
     return iter(source)
-
-
-def _find_split(folder: Path, split: str) -> Path:
-    for suffix in _FILE_SUFFIXES:
-        if (folder / f"{split}{suffix}").is_file():
-            return folder / f"{split}{suffix}"
-    found = sorted(entry.name for entry in folder.iterdir())
-    raise DataError(f"{folder} holds {found or 'nothing'}; expected {split}.jsonl (or .json, .parquet, .csv).")
 
 
 def _read_file(path: Path) -> Iterator[Any]:

@@ -5,5 +5,4 @@ from quantkd.teacher.loading import load_teacher
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
 
-# Not `capture`: the name belongs to the module; the function is `quantkd.capture`.
 __all__ = ["EncodedPrompt", "GenerationSettings", "RunSettings", "Teacher", "TransformersTeacher", "load_teacher"]

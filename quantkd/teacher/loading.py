@@ -24,11 +24,10 @@ def load_teacher(
     name_or_path: str, *, dtype: str | None = None, **model_init_kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer in 16 bit, or in float32 where bfloat16 is not native."""
-    with naming(name_or_path):
-        refuse_adapter(name_or_path, **model_init_kwargs)
-    tokenizer = load_tokenizer(name_or_path, **model_init_kwargs)
     kwargs = {"dtype": parse_dtype(dtype), "device_map": {"": default_device()}, "trust_remote_code": False}
     with naming(name_or_path):
+        refuse_adapter(name_or_path, **model_init_kwargs)
+        tokenizer = load_tokenizer(name_or_path, **model_init_kwargs)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **model_init_kwargs})
     keep_commit(model.config, model_init_kwargs.get("revision"))
     return model, tokenizer

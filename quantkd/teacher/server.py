@@ -197,12 +197,7 @@ class ServerTeacher(Teacher):
         self, function: Callable[[EncodedPrompt], TransferRow], prompts: Sequence[EncodedPrompt]
     ) -> list[TransferRow]:
         with ThreadPoolExecutor(min(self._concurrency, max(len(prompts), 1)), "server-teacher") as pool:
-            futures = [pool.submit(function, prompt) for prompt in prompts]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # one failed: do not start those that wait
-                raise
+            return list(pool.map(function, prompts))  # where one fails, those that wait are not started
 
 
 def _read_config(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | list[int] | None]:
