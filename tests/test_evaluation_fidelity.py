@@ -16,7 +16,7 @@ from quantkd import Nucleus, TopK, TransferSet
 from quantkd.cli.evaluate import main
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, Fidelity
-from quantkd.evaluation.fidelity import bin_confidence, bin_values, evaluate_fidelity
+from quantkd.evaluation.fidelity import evaluate_fidelity, find_bins
 from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions
 from quantkd.report import build_report
 from quantkd.transfer_set.topk import TopKLogprobs
@@ -236,10 +236,10 @@ def test_a_teacher_as_sure_as_one_entry() -> None:
 
 def test_bin_borders() -> None:
     places = np.array([0, 7, 8, 15, 16, 511, 512, 9000])
-    assert bin_values(places, POSITION_EDGES).tolist() == [0, 0, 1, 1, 2, 6, 7, 7]
-    assert bin_values(np.array([-1e-9, 0.0, 0.01, 5.0]), ENTROPY_EDGES).tolist() == [0, 0, 1, 5]
+    assert find_bins("position", places).tolist() == [0, 0, 1, 1, 2, 6, 7, 7]
+    assert find_bins("entropy", np.array([-1e-9, 0.0, 0.01, 5.0])).tolist() == [0, 0, 1, 5]
     confidences = np.array([1e-9, 0.2, 0.2 + 1e-9, 0.5, 1.0])
-    assert bin_confidence(confidences).tolist() == [0, 2, 3, 7, 14]  # a bin has its upper end: 0.2 is 3/15
+    assert find_bins("confidence", confidences).tolist() == [0, 2, 3, 7, 14]  # a bin has its upper end: 0.2 is 3/15
 
 
 def test_top_k_of_another_rule_has_the_same_dense_figures(

@@ -6,7 +6,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +20,7 @@ from quantkd.data.prompts import Example
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import Accuracy, Arm, EvaluationSettings
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
-from quantkd.evaluation.records import RecordFile, compute_digest, read_fields
+from quantkd.evaluation.records import RecordFile, compute_digest
 from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
 from quantkd.foreign import is_plain_cache
 from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
@@ -181,7 +180,7 @@ def evaluate_prompts(
 
     def grade(answer: Generated, prompt: str) -> PromptRecord:
         completion = examples[answer.index].completion
-        correct = None if completion is None else _normalize_text(answer.text) == _normalize_text(completion)
+        correct = None if completion is None else answer.text.casefold().split() == completion.casefold().split()
         return PromptRecord(answer.index, prompt, answer.text, completion, correct, answer.finished, answer.num_tokens)
 
     golds = [example.completion for example in examples]
@@ -227,7 +226,7 @@ def _answer(
             "golds": list(task.golds),
             "max_new_tokens": limit,
         }
-        file = RecordFile(Path(records_path), facts, partial(_read_record, task.kind, len(prompts)), share=share)
+        file = RecordFile(Path(records_path), facts, task.kind, len(prompts), share=share)
         done = {record.id: record for record in file.existing}
     left = [index for index in range(len(prompts)) if index not in done]
     mine = deal_batches([len(prompts[index]) for index in left], settings.batch_size, share)
@@ -246,13 +245,6 @@ def _answer(
     if file is not None:
         file.replace(asdict(record) for record in done.values())
     return [done[index] for index in range(len(prompts))]
-
-
-def _read_record(kind: type[Record], count: int, value: dict[str, Any]) -> Record:
-    record = read_fields(kind, value)
-    if not 0 <= record.id < count:
-        raise ValueError(f"id is {record.id}, expected one of 0 to {count - 1}")
-    return record
 
 
 def generate_greedy(
@@ -278,10 +270,6 @@ def generate_greedy(
         for indices in batches:
             shared = prefix if cache is not None else []
             yield _generate_batch(network, tokenizer, settings, prompts, indices, shared, cache, stop)
-
-
-def _normalize_text(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _generate_batch(
@@ -362,10 +350,6 @@ def _compute_prefix_cache(network: Any, prefix: list[int]) -> DynamicCache | Non
     # Logits are of no use here, and over a long prefix they are larger than the cache.
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
     with torch.inference_mode():
-        network(
-            input_ids=torch.tensor([prefix], device=network.device),
-            use_cache=True,
-            **{cache_argument(network): cache},
-            **few,
-        )
+        ids = torch.tensor([prefix], device=network.device)
+        network(input_ids=ids, use_cache=True, **{cache_argument(network): cache}, **few)
     return cache

@@ -177,12 +177,9 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The verdicts on one list of questions.
+    """The verdicts on one list of questions: (N,) by grader, such as GSM8K's "correct_flexible" and "correct_strict".
 
-    Args:
-        verdicts: (N,) one list by grader, in the order of the questions: GSM8K's "correct_flexible" and
-            "correct_strict", or "correct" of a task of lm-evaluation-harness.
-        settings: what was asked, and how; arms are compared where these are the same.
+    Arms are compared where the settings, which say what was asked and how, are the same.
     """
 
     verdicts: Mapping[str, Sequence[bool]]
@@ -202,14 +199,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One name given to lm-evaluation-harness, measured.
+    """One name given to lm-evaluation-harness, measured; it is run again if the settings differ.
 
-    Args:
-        settings: what decides the result besides the model; a finished task is run again if they differ.
-        figures: for the task, or for each of a group's and for the group itself, the harness' metrics by its own key,
-            such as "acc,none": `value`, `stderr` (None where it gives none) and `n`, the number of items.
-        verdicts: for each metric that is 0 or 1 on every item, under a title such as "lm-eval arc_easy, 0-shot, acc",
-            whether each item is correct. A group's items are pooled.
+    `figures` holds, for the task or each of a group's, the harness' metrics by its own key, such as "acc,none". Each
+    metric that is 0 or 1 on every item has `verdicts` under a title such as "lm-eval arc_easy, 0-shot, acc".
     """
 
     settings: Mapping[str, Any]
@@ -219,18 +212,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Arm:
-    """One model of a comparison, and everything that was measured of it.
-
-    Args:
-        name: the file's name, such as "before".
-        title: what the report calls it.
-        model: the model's name.
-        fingerprint: a digest of the model; figures are kept only for the very same one.
-        memory_bytes: its memory footprint.
-        fidelity: how near it is to its teacher; None if that was not evaluated.
-        questions: for each setting, such as "0-shot", the verdicts on GSM8K's questions.
-        tasks: what lm-evaluation-harness gave, by the name that was asked for.
-    """
+    """One model of a comparison, and everything that was measured of it; `fingerprint` is a digest of the model."""
 
     name: str
     title: str

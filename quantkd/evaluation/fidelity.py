@@ -167,15 +167,11 @@ def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floa
     is_target = (labels[:, 1:] != IGNORE_INDEX).numpy()
     rows = is_target.nonzero()[0]
     values["tokens"] = np.ones(len(rows))
-    places = (is_target.cumsum(1) - 1)[is_target]  # among the row's targets, from 0
+    values["place"] = (is_target.cumsum(1) - 1)[is_target]  # among the row's targets, from 0
     sums: dict[str, Floats] = {}
     for kind, keys in list_sums(dense="dense_kl" in values).items():
-        if kind == "confidence":
-            bins = bin_confidence(values["confidence"])
-        elif kind:
-            bins = bin_values(values[kind] if kind.endswith("entropy") else places, EDGES[kind])
-        else:
-            bins = np.zeros(len(rows), dtype=np.int64)
+        of = "place" if kind.endswith("position") else kind
+        bins = find_bins(kind, values[of]) if kind else np.zeros(len(rows), dtype=np.int64)
         shape = (len(labels), len(EDGES[kind])) if kind else (len(labels),)
         prefix = "dense_" if kind.startswith("dense_") else ""
         for key in keys:
@@ -190,12 +186,8 @@ def _shorten(sums: Floats) -> Floats:
     return np.array([float(f"{value:.{_SIGNIFICANT_DIGITS}g}") for value in sums.ravel()]).reshape(sums.shape)
 
 
-def bin_values(values: NDArray[Any], edges: tuple[float, ...]) -> NDArray[np.int64]:
-    """(N,) values -> (N,) bins: the last edge that is not above the value; below the first edge, bin 0."""
-    return np.asarray(np.digitize(values, edges[1:]), dtype=np.int64)
-
-
-def bin_confidence(confidence: Floats) -> NDArray[np.int64]:
-    """(N,) probabilities -> (N,) bins of equal width, each with its upper end."""
-    inner = np.arange(1, CONFIDENCE_BINS) / CONFIDENCE_BINS
-    return np.asarray(np.digitize(confidence, inner, right=True), dtype=np.int64)
+def find_bins(kind: str, values: NDArray[Any]) -> NDArray[np.int64]:
+    """(N,) values -> (N,) bins: each holds its lower edge, those of confidence their upper one; below all, bin 0."""
+    if kind == "confidence":
+        return np.asarray(np.digitize(values, np.arange(1, CONFIDENCE_BINS) / CONFIDENCE_BINS, right=True))
+    return np.asarray(np.digitize(values, EDGES[kind][1:]))

@@ -103,7 +103,11 @@ class HarnessTasks:
             if found is not None:  # otherwise another process has the result
                 items = _number_items(found["samples"])
                 file.replace(items)
-                arm = replace(arm, tasks={**arm.tasks, name: _read_result(found, name, self, facts, items)})
+                figures = {task: _read_figures(found, task) for task in found["results"]}
+                shots = sorted({int(found["n-shot"][task]) for task in found["samples"]})
+                title = f"lm-eval {name}, {'/'.join(map(str, shots))}-shot" + ", chat" * self.apply_chat_template
+                verdicts = _read_verdicts(items, title, figures.get(name) if len(found["samples"]) == 1 else None)
+                arm = replace(arm, tasks={**arm.tasks, name: TaskResult(facts, figures, verdicts)})
                 yield arm
 
     def _describe(self, name: str) -> dict[str, Any]:
@@ -150,16 +154,6 @@ def _run(
     return found
 
 
-def _read_result(
-    found: Mapping[str, Any], name: str, tasks: HarnessTasks, settings: Mapping[str, Any], items: list[dict[str, Any]]
-) -> TaskResult:
-    figures = {task: _read_figures(found, task) for task in found["results"]}
-    shots = sorted({int(found["n-shot"][task]) for task in found["samples"]})
-    title = f"lm-eval {name}, {'/'.join(map(str, shots))}-shot" + ", chat" * tasks.apply_chat_template
-    verdicts = _read_verdicts(items, title, figures.get(name) if len(found["samples"]) == 1 else None)
-    return TaskResult(settings, figures, verdicts)
-
-
 def _number_items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The harness' samples as records, one an item and filter."""
     records, start = [], 0
@@ -201,7 +195,7 @@ def _read_verdicts(
     num_items = len({record["id"] for record in records})
     verdicts = {}
     for (metric, filter_name), items in values.items():
-        if len(items) != num_items or not all(_is_verdict(value) for _, value in items):
+        if len(items) != num_items or not all(isinstance(value, Real) and value in (0, 1) for _, value in items):
             continue
         if figures is not None:
             reported = figures.get(f"{metric},{filter_name}", {}).get("value")
@@ -211,10 +205,6 @@ def _read_verdicts(
         setting = f"{title}, {metric}" + (f", {filter_name}" if filter_name != "none" else "")
         verdicts[setting] = [bool(value) for _, value in sorted(items)]
     return verdicts
-
-
-def _is_verdict(value: Any) -> bool:
-    return isinstance(value, Real) and float(value) in (0.0, 1.0)
 
 
 def _finite(value: Any) -> float | None:

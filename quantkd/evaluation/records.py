@@ -4,45 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from quantkd.errors import DataError
 from quantkd.evaluation.sharing import ask_main, is_writer
 from quantkd.files import write_file
 
-Record = TypeVar("Record")
-
 
 class RecordFile:
-    """A JSONL file of records with the key `id`, and a file beside it that says what they are answers to.
+    """A JSONL file of records with the key `id`, and `<name>.settings.json` beside it, which names model and items.
 
-    The settings in `<name>.settings.json` name the model and the items. Records are taken up only under the same
-    settings: an old file must not pass for the answers of a newly trained model.
-
-    Args:
-        path: the JSONL file; its folder is made.
-        settings: JSON values that together decide the answers.
-        read: makes a record of a line's value, or refuses it with a ValueError; None does not take records up.
-        share: all processes of the launcher make this call; the main one reads and writes.
-
-    Raises:
-        DataError: the file holds records of other settings, records without settings, or a damaged line that is not
-            the last one.
+    Records are taken up only under the same settings: an old file must not pass for the answers of a newly trained
+    model. Each is a flat dataclass of this kind, with an id below `count`; without a kind none are taken up.
     """
 
     def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        read: Callable[[dict[str, Any]], Any] | None = None,
-        *,
-        share: bool = False,
+        self, path: Path, settings: Mapping[str, Any], kind: type[Any] | None = None, count: int = 0, *, share: bool
     ) -> None:
         self.path = path
         self._is_writer = is_writer(share)
-        self.existing: list[Any] = ask_main(share, lambda: self._take_up(settings, read))
+        self.existing: list[Any] = ask_main(share, lambda: self._take_up(settings, kind, count))
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records at the end, so that they survive the end of this process."""
@@ -56,14 +39,14 @@ class RecordFile:
             lines = [_to_line(record) for record in sorted(records, key=lambda record: record["id"])]
             write_file(self.path, b"".join(lines))
 
-    def _take_up(self, settings: Mapping[str, Any], read: Callable[[dict[str, Any]], Any] | None) -> list[Any]:
+    def _take_up(self, settings: Mapping[str, Any], kind: type[Any] | None, count: int) -> list[Any]:
         settings_path = self.path.with_name(self.path.name + ".settings.json")
         found: list[Any] = []
         if self.path.exists():
             _check_settings(self.path, settings_path, settings)
-            content = self.path.read_bytes() if read else b""
+            content = self.path.read_bytes() if kind else b""
             whole = content[: content.rfind(b"\n") + 1]  # the process may have ended while it wrote the last line
-            found = _read_lines(self.path, whole, read) if read else []
+            found = _read_lines(self.path, whole, kind, count) if kind else []
             if whole != content:
                 write_file(self.path, whole)
         write_file(settings_path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -87,45 +70,39 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}. Evaluate again to write it anew.") from error
 
 
-def read_fields(kind: type[Record], value: dict[str, Any]) -> Record:
-    """A flat dataclass from a JSON object; a ValueError refuses other keys, and values of another type."""
-    hints = get_type_hints(kind)
-    if value.keys() != hints.keys():
-        raise ValueError(f"found the keys {sorted(value)}, expected {sorted(hints)}")
-    for name, hint in hints.items():
-        if type(value[name]) not in (get_args(hint) or (hint,)):
-            raise ValueError(f"{name} is {value[name]!r:.80}, expected {getattr(hint, '__name__', hint)}")
-    return kind(**value)
-
-
 def _check_settings(path: Path, settings_path: Path, settings: Mapping[str, Any]) -> None:
     if not settings_path.exists():
-        raise DataError(f"{path} holds records, and {settings_path.name} beside it is missing, so it is unknown what "
-                        "they answer. Remove the file, or choose another one.")  # fmt: skip
+        raise DataError(
+            f"{path} holds records of unknown settings: {settings_path.name} beside it is missing. Remove it."
+        )
     try:
         found = _parse(settings_path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError("expected an object")
     except ValueError as error:
-        raise DataError(f"{settings_path} is damaged: {error}. So it is unknown what {path.name} answers. Remove both "
-                        "(`quantkd evaluate --force` does) to evaluate again.") from error  # fmt: skip
+        raise DataError(f"{settings_path} is damaged: {error}. Evaluate again with --force.") from error
     differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if differing:
         pairs = ", ".join(f"{key} is {found.get(key)!r:.200}, not {settings.get(key)!r:.200}" for key in differing)
-        raise DataError(f"{path} holds records of another evaluation: {pairs}. Remove the file "
-                        "(`quantkd evaluate --force` does), or choose another arm.")  # fmt: skip
+        raise DataError(
+            f"{path} holds records of another evaluation: {pairs}. Evaluate with --force, or choose another arm."
+        )
 
 
-def _read_lines(path: Path, content: bytes, read: Callable[[dict[str, Any]], Record]) -> list[Record]:
-    records: dict[Any, Record] = {}
+def _read_lines(path: Path, content: bytes, kind: type[Any], count: int) -> list[Any]:
+    records: dict[int, Any] = {}
+    hints = get_type_hints(kind)
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             value = _parse(line)
-            if not isinstance(value, dict) or type(value.get("id")) is not int:
-                raise ValueError("expected an object with a whole number as its id")
-            if value["id"] in records:
-                raise ValueError(f"a line before has the id {value['id']} too")
-            records[value["id"]] = read(value)
+            if not isinstance(value, dict) or value.keys() != hints.keys():
+                raise ValueError(f"expected an object with the keys {', '.join(hints)}")
+            for name, hint in hints.items():
+                if type(value[name]) not in (get_args(hint) or (hint,)):
+                    raise ValueError(f"{name} is {value[name]!r:.80}, expected {getattr(hint, '__name__', hint)}")
+            if value["id"] in records or not 0 <= value["id"] < count:
+                raise ValueError(f"id is {value['id']}, expected each of 0 to {count - 1} at most once")
+            records[value["id"]] = kind(**value)
         except ValueError as error:  # of which JSON's and Unicode's errors are kinds
             raise DataError(f"{path}, line {number} is damaged: {error}. Remove the file to evaluate again.") from error
     return list(records.values())

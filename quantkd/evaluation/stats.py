@@ -124,8 +124,7 @@ def wilson_interval(correct: int, n: int) -> Interval:
     return float(interval.low), float(interval.high)
 
 
-@dataclass(frozen=True)
-class McNemarResult:
+class McNemarResult(NamedTuple):
     """How many questions only one of two models solved, and the two-sided p-value of so uneven a split."""
 
     only_a: int
@@ -222,8 +221,7 @@ def compute_difference(a: RowStatistic, b: RowStatistic) -> Difference:
     return Difference(value, _middle(_resample([a, b], lambda figures: figures[0] - figures[1])))
 
 
-@dataclass(frozen=True)
-class GapRecovered:
+class GapRecovered(NamedTuple):
     """A share of the gap with its interval, or the reason why the data cannot tell it."""
 
     value: float | None

@@ -11,14 +11,9 @@ from quantkd.report.results import compute_results, load_arms
 
 __all__ = ["build_report", "compute_results", "format_table", "load_arms"]
 
-_FIGURE_NAME = "gap.png"
-_BREAKDOWN_NAME = "kl_bins.png"
-
 
 def build_report(run_dir: str | Path) -> Path:
-    """Compare the arms of a run and write `results.json`, `report.md` and `gap.png` beside them.
-
-    Where the arms hold sums by position and by the teacher's entropy, `kl_bins.png` shows them.
+    """Compare the arms of a run and write `results.json`, `report.md`, `gap.png` and `kl_bins.png` beside them.
 
     The same arms give the same bytes, so a report can be checked by building it again.
 
@@ -38,8 +33,7 @@ def build_report(run_dir: str | Path) -> Path:
     results = compute_results(load_arms(run_dir / "evaluation"))
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     write_file(run_dir / "results.json", text + "\n")
-    charted = draw_bars(results, run_dir / _FIGURE_NAME)
-    drawn = draw_breakdown(results, run_dir / _BREAKDOWN_NAME)
-    page = run_dir / "report.md"
-    write_file(page, render_page(results, _FIGURE_NAME if charted else None, _BREAKDOWN_NAME if drawn else None))
-    return page
+    charts = [("gap.png", draw_bars), ("kl_bins.png", draw_breakdown)]
+    drawn = [name if draw(results, run_dir / name) else None for name, draw in charts]
+    write_file(run_dir / "report.md", render_page(results, *drawn))
+    return run_dir / "report.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
@@ -12,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from quantkd.report.page import tabulate_breakdown
-from quantkd.report.results import order_results
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the hatches serve in a black-and-white print.
 _COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -27,7 +27,6 @@ _WIDE_BARS = 10  # so many bars of accuracy have room for a decimal each
 
 def draw_bars(results: dict[str, Any], path: Path) -> bool:
     """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
-    results = order_results(results)
     arms = results["arms"]
     settings = [key for key in results["metrics"] if key.startswith("accuracy_") and not key.endswith("_strict")]
     with_kl = [name for name, arm in arms.items() if "kl" in arm["metrics"] and name != "teacher"]
@@ -36,16 +35,14 @@ def draw_bars(results: dict[str, Any], path: Path) -> bool:
     if not widths:
         path.unlink(missing_ok=True)
         return False
-    figure = Figure(figsize=(min(_WIDEST, max(5.6, 1.0 * len(widths) + 1.15 * sum(widths))), 3.9), dpi=200)
-    figure.set_layout_engine("constrained", wspace=0.05)
-    panels = figure.subplots(1, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
+    figure, panels = _make_panels(min(_WIDEST, max(5.6, 1.0 * len(widths) + 1.15 * sum(widths))), widths)
     if settings:
         _draw_accuracy(panels[0], results, settings)
     if with_kl:
         _draw_kl(panels[-1], results, with_kl)
     shown = arms if settings else with_kl
-    _add_legend(figure, [Patch(edgecolor="white", **_style(arms, name)) for name in shown],
-               [arms[name]["title"] for name in shown])  # fmt: skip
+    handles = [Patch(edgecolor="white", **_style(arms, name)) for name in shown]
+    _add_legend(figure, handles, [arms[name]["title"] for name in shown])
     sources = ["Wilson's for accuracy"] * bool(settings) + ["bootstrap over rows for KL"] * bool(with_kl)
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals ({', '.join(sources)})", fontsize=8, color=_INK)
     figure.savefig(path, metadata={"Software": None})
@@ -54,20 +51,23 @@ def draw_bars(results: dict[str, Any], path: Path) -> bool:
 
 def draw_breakdown(results: dict[str, Any], path: Path) -> bool:
     """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
-    results = order_results(results)
     tables = [table for kind in ("position", "entropy") if (table := tabulate_breakdown(results, kind))]
     if not tables:
         path.unlink(missing_ok=True)
         return False
-    figure = Figure(figsize=(10.0, 3.9), dpi=200)
-    figure.set_layout_engine("constrained", wspace=0.05)
-    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    figure, panels = _make_panels(10.0, [1] * len(tables))
     for panel, table in zip(panels, tables, strict=True):
         _draw_lines(panel, results["arms"], table)
     _add_legend(figure, panels[0].containers, [results["arms"][name]["title"] for name in tables[0]["arms"]])
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals (bootstrap over rows)", fontsize=8)
     figure.savefig(path, metadata={"Software": None})
     return True
+
+
+def _make_panels(width: float, ratios: list[float]) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, 3.9), dpi=200)
+    figure.set_layout_engine("constrained", wspace=0.05)
+    return figure, figure.subplots(1, len(ratios), squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
 
 
 def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) -> None:
@@ -84,12 +84,10 @@ def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) ->
     names = [fill(results["metrics"][key].removeprefix("Accuracy, "), 22) for key in settings]
     panel.set_xticks(range(len(settings)), [_plain_text(name) for name in names], fontsize=9 if len(names) < 5 else 7)
     panel.set_xlim(-0.55, len(settings) - 0.45)
-    panel.set_ylabel("Accuracy (%)")
-    panel.set_title(f"Accuracy ({', '.join(map(str, sorted(counts)))} questions)", fontsize=10)
+    _label_axes(panel, "Accuracy (%)", f"Accuracy ({', '.join(map(str, sorted(counts)))} questions)")
     # Room for the numbers above the intervals, yet no tick above 100%.
     panel.set_ylim(0, max(5.0, 1.08 * panel.dataLim.ymax))
     panel.set_yticks([tick for tick in panel.get_yticks() if 0 <= tick <= min(100, panel.get_ylim()[1])])
-    _clean_axes(panel)
 
 
 def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
@@ -103,42 +101,28 @@ def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
         labels.append("" if share is None else f"{round(100 * share)}% of the\ngap recovered")
     panel.set_xticks(range(len(names)), labels, fontsize=8)
     panel.set_xlim(-0.6, len(names) - 0.4)
-    panel.set_ylabel("KL (nats per token)")
     num_rows = max(arms[name]["metrics"]["kl"]["n"] for name in names)
-    panel.set_title(f"KL to the teacher ({num_rows} held-out row{'s' * (num_rows > 1)})", fontsize=10)
+    _label_axes(panel, "KL (nats per token)", f"KL to the teacher ({num_rows} held-out row{'s' * (num_rows > 1)})")
     panel.set_ylim(0, max(1e-6, 1.08 * panel.dataLim.ymax))
-    _clean_axes(panel)
 
 
 def _draw_bars(
-    panel: Axes,
-    places: list[float],
-    measured: list[dict[str, Any]],
-    width: float,
-    style: dict[str, Any],
-    *,
-    scale: float,
-    form: str,
-) -> None:
-    values = [scale * one["value"] for one in measured]
-    tops = [scale * one["interval"][1] if one["interval"] else scale * one["value"] for one in measured]
-    bottoms = [scale * one["interval"][0] if one["interval"] else scale * one["value"] for one in measured]
-    errors = [
-        [max(0.0, value - bottom) for value, bottom in zip(values, bottoms, strict=True)],
-        [max(0.0, top - value) for value, top in zip(values, tops, strict=True)],
-    ]
+    panel: Axes, places: list[float], measured: list[dict[str, Any]], width: float, style: dict[str, Any], *,
+    scale: float, form: str,
+) -> None:  # fmt: skip
+    values, errors = _scale_intervals(measured, scale)
     # The hatch takes the edge's colour: white, so that it does not hide the interval; the outline is drawn over it.
     panel.bar(places, values, width, edgecolor="white", linewidth=0, **style)
     panel.bar(
         places, values, width, yerr=errors, facecolor="none", edgecolor=_INK, linewidth=0.7,
         error_kw={"elinewidth": 1.1, "capsize": 2.5, "ecolor": _INK},
     )  # fmt: skip
-    for place, value, top in zip(places, values, tops, strict=True):
+    for place, value, above in zip(places, values, errors[1], strict=True):
         if value == 0:  # a bar without height still says whose it is
             panel.plot([place - width / 2, place + width / 2], [0, 0], color=style["facecolor"], linewidth=3,
                        solid_capstyle="butt", clip_on=False, zorder=3)  # fmt: skip
         panel.annotate(
-            form.format(value), (place, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
+            form.format(value), (place, value + above), (0, 3), textcoords="offset points", ha="center", fontsize=8
         )
 
 
@@ -146,28 +130,26 @@ def _draw_lines(panel: Axes, arms: dict[str, Any], table: dict[str, Any]) -> Non
     shift = 0.24 / max(1, len(table["arms"]) - 1)
     for place, name in enumerate(table["arms"]):
         style = _pick_styles(arms)[name]
-        found = [one["arms"][name] for one in table["bins"]]
-        lefts = [spot + shift * place - 0.12 for spot in range(len(found))]
-        values = [one["value"] for one in found]
-        bounds = [one["interval"] or (one["value"], one["value"]) for one in found]
-        errors = [
-            [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)],
-            [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)],
-        ]
+        values, errors = _scale_intervals([one["arms"][name] for one in table["bins"]])
+        lefts = [spot + shift * place - 0.12 for spot in range(len(values))]
         panel.errorbar(
             lefts, values, yerr=errors, color=_COLORS[style], marker=_MARKERS[style],
             markersize=4.5, linewidth=1.2, elinewidth=0.9, capsize=2, clip_on=False, zorder=3,
         )  # fmt: skip
     # "to" for a range would not fit below an axis.
-    names = [
-        one["name"].replace(" to ", "-").replace(" and on", "+").replace(" and above", "+") for one in table["bins"]
-    ]
+    names = [re.sub(" and (on|above)", "+", one["name"].replace(" to ", "-")) for one in table["bins"]]
     panel.set_xticks(range(len(names)), names, fontsize=8)
     panel.set_xlabel(_LABELS[table["label"]])
-    panel.set_ylabel("KL (nats per token)")
-    panel.set_title(table["title"], fontsize=10)
+    _label_axes(panel, "KL (nats per token)", table["title"])
     panel.set_ylim(0, None)
-    _clean_axes(panel)
+
+
+def _scale_intervals(measured: list[dict[str, Any]], scale: float = 1) -> tuple[list[float], list[list[float]]]:
+    """Values, and how far their intervals reach below and above them."""
+    values = [scale * one["value"] for one in measured]
+    bounds = [[scale * bound for bound in one["interval"] or (one["value"],) * 2] for one in measured]
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
+    return values, [below, [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]]
 
 
 def _style(arms: dict[str, Any], name: str) -> dict[str, Any]:
@@ -195,8 +177,10 @@ def _plain_text(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def _clean_axes(panel: Axes) -> None:
-    """Take away the lines that say nothing, and add light ones to read values by."""
+def _label_axes(panel: Axes, label: str, title: str) -> None:
+    """Titles, no lines that say nothing, and light ones to read values by."""
+    panel.set_ylabel(label)
+    panel.set_title(title, fontsize=10)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(axis="x", length=0)
     panel.yaxis.grid(True, color="#DDDDDD", linewidth=0.6)

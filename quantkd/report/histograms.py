@@ -15,13 +15,10 @@ _NATS_PER_BIN = 0.25
 
 @dataclass(frozen=True)
 class Histograms:
-    """Counts of target positions.
+    """Counts of target positions: by their number of entries, and by the teacher's entropy.
 
-    Args:
-        entries: `entries[n]` targets hold n entries.
-        entropy: `entropy[b]` targets have an entropy in `[entropy_edges[b], entropy_edges[b + 1])`. It is taken over
-            the entries and the tail as one class, so it is a lower bound of the teacher's own.
-        entropy_edges: edges of the bins in nats, the last one open.
+    `entropy[b]` targets are in `[entropy_edges[b], entropy_edges[b + 1])` nats, the last edge open. The tail counts as
+    one class, so it is a lower bound of the teacher's own entropy.
     """
 
     entries: NDArray[np.int64]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -23,7 +24,7 @@ def tabulate(results: dict[str, Any]) -> list[list[str]]:
     shares = arms[results["subject"]]["gap_recovered"] if results["subject"] else {}
     rows = [["", *(arm["title"] for arm in arms.values()), "gap recovered" if shares else ""]]
     for key, title in results["metrics"].items():
-        cells = [_format_measured(key, arm["metrics"].get(key)) for arm in arms.values()]
+        cells = [_format_figure(key, arm["metrics"].get(key)) for arm in arms.values()]
         rows.append([title, *cells, _format_share(shares[key], short=True) if shares else ""])
     rows.append(["Memory footprint", *(_format_memory(arm, arms.get("teacher")) for arm in arms.values()), ""])
     return rows
@@ -62,22 +63,20 @@ def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name
     """The Markdown page of a report."""
     environment = markdown_environment("report")
     environment.filters.update(
-        measured=_format_measured,
+        measured=_format_figure,
         share=_format_share,
         memory=_format_memory,
         p_value=_format_p_value,
         cell=_escape_cell,
-        difference=_format_difference,
-        needed=_format_needed,
+        difference=partial(_format_figure, sign="+"),
     )
-    ordered = order_results(results)
     return environment.get_template("report.md.j2").render(
-        ordered,
+        results,
         figure_name=figure_name,
         breakdown_name=breakdown_name,
-        breakdowns=[table for key in ("position", "entropy") if (table := tabulate_breakdown(ordered, key))],
-        differences=_tabulate_differences(ordered),
-        tests=_list_tests(ordered),
+        breakdowns=[table for key in ("position", "entropy") if (table := tabulate_breakdown(results, key))],
+        differences=_tabulate_differences(results),
+        tests=_list_tests(results),
     )
 
 
@@ -117,22 +116,16 @@ def _name_bin(found: Mapping[str, Any], *, whole: bool) -> str:
 
 def _tabulate_differences(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The subject less each other arm, and each further arm less "after": what an export cost."""
-    arms, subject = results["arms"], results["subject"]
-    shown = subject or ("before" if "before" in arms else None)
+    arms, after = results["arms"], results["arms"].get("after")
+    shown = arms.get(results["subject"] or "before")
     sections = []
-    if shown and arms[shown]["differences"]:
-        columns = [
-            {"title": f"less {arms[other]['title']}", "found": found}
-            for other, found in arms[shown]["differences"].items()
-        ]
-        sections.append({"caption": f'"{arms[shown]["title"]}" less another arm:', "columns": columns})
-    further = [arm for arm in arms.values() if "after" in arm["differences"]]
+    if shown and shown["differences"]:
+        columns = [(f"less {arms[other]['title']}", found) for other, found in shown["differences"].items()]
+        sections.append({"caption": f'"{shown["title"]}" less another arm:', "columns": columns})
+    further = [(arm["title"], arm["differences"]["after"]) for arm in arms.values() if "after" in arm["differences"]]
     if further:
-        columns = [{"title": arm["title"], "found": arm["differences"]["after"]} for arm in further]
-        caption = (
-            f'Another arm less "{arms["after"]["title"]}"; of an exported form, this is what the change of form cost:'
-        )
-        sections.append({"caption": caption, "columns": columns})
+        what = "of an exported form, this is what the change of form cost"
+        sections.append({"caption": f'Another arm less "{after["title"]}"; {what}:', "columns": further})
     return sections
 
 
@@ -147,27 +140,12 @@ def _list_tests(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _format_measured(key: str, measured: dict[str, Any] | None) -> str:
-    if measured is None:
+def _format_figure(key: str, found: dict[str, Any] | None, sign: str = "") -> str:
+    if found is None:
         return "not evaluated"
-    percent = key.startswith(_PERCENT)
-    value, *bounds = (
-        f"{100 * number:.1f}" if percent else f"{number:.4f}"
-        for number in (measured["value"], *(measured["interval"] or ()))
-    )
-    return value + "%" * percent + (f" [{', '.join(bounds)}]" if bounds else "")
-
-
-def _format_difference(key: str, difference: dict[str, Any] | None) -> str:
-    if difference is None:
-        return "not evaluated"
-    scale, form = (100, "+.1f") if key.startswith(_PERCENT) else (1, "+.4f")
-    value, *bounds = (f"{scale * number:{form}}" for number in (difference["value"], *(difference["interval"] or ())))
-    return value + (" points" if scale == 100 else "") + (f" [{', '.join(bounds)}]" if bounds else "")
-
-
-def _format_needed(needed: int | None) -> str:
-    return "no difference" if needed is None else f"{needed:,}"
+    scale, digits, unit = (100, 1, " points" if sign else "%") if key.startswith(_PERCENT) else (1, 4, "")
+    value, *bounds = (f"{scale * number:{sign}.{digits}f}" for number in (found["value"], *(found["interval"] or ())))
+    return value + unit + (f" [{', '.join(bounds)}]" if bounds else "")
 
 
 def _format_share(share: dict[str, Any], short: bool = False) -> str:

@@ -17,6 +17,7 @@ from quantkd.evaluation.stats import (
     RESAMPLES,
     SEED,
     Floats,
+    GapRecovered,
     RowStatistic,
     RowSums,
     bootstrap_interval,
@@ -45,15 +46,7 @@ BREAKDOWNS = ("position", "entropy", "dense_position", "dense_entropy")
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of the report.
-
-    Args:
-        key: its name in results.json, such as "accuracy_0_shot".
-        title: its name on the page.
-        higher_is_better: False for KL and perplexity.
-        setting: the accuracy setting it belongs to, such as "0-shot"; None for fidelity.
-        grader: which of the setting's verdicts, as `Accuracy.statistics` names them.
-    """
+    """One line of the report: of fidelity, or of one `grader` of an accuracy `setting` such as "0-shot"."""
 
     key: str
     title: str
@@ -86,22 +79,20 @@ def load_arms(folder: Path) -> list[Arm]:
     """Read all arms of a run, and check that they were evaluated on the same items."""
     if not folder.is_dir():
         raise DataError(
-            f"There is no folder {folder}; expected what `quantkd evaluate --run_dir {folder.parent}` writes. "
-            "Evaluate first, or correct the path."
+            f"There is no folder {folder}; expected what `quantkd evaluate --run_dir {folder.parent}` writes."
         )
     # Records of answers are in the same folder.
     paths = {path.stem: path for path in sorted(folder.glob("*.json")) if not path.name.endswith(".settings.json")}
     if not paths:
         raise DataError(
-            f"{folder} holds no arms; expected files such as teacher.json, before.json and after.json. Write them with "
-            f"`quantkd evaluate --arm NAME --run_dir {folder.parent}`."
+            f"{folder} holds no arms; expected files such as teacher.json and before.json, which "
+            f"`quantkd evaluate --arm NAME --run_dir {folder.parent}` writes."
         )
     order = [*(name for name in _FIRST if name in paths), *(name for name in paths if name not in _FIRST)]
     arms = [Arm.read(paths[name]) for name in order]
     for arm in arms:
         if arm.fidelity is None and not arm.accuracy:
-            raise DataError(f"{paths[arm.name]} holds neither fidelity nor accuracy; expected at least one. Evaluate "
-                            "this arm again.")  # fmt: skip
+            raise DataError(f"{paths[arm.name]} holds neither fidelity nor accuracy. Evaluate this arm again.")
     _check_same_items(arms)
     return arms
 
@@ -109,25 +100,25 @@ def load_arms(folder: Path) -> list[Arm]:
 def _check_same_items(arms: list[Arm]) -> None:
     """A difference between arms means something only on the same items."""
     measured = [(arm.name, arm.fidelity) for arm in arms if arm.fidelity is not None]
-    for name, fidelity in measured[1:]:
+    for name, own in measured[1:]:
         first_name, first = measured[0]
-        if fidelity.transfer_set != first.transfer_set or not np.array_equal(fidelity.tokens, first.tokens):
+        if own.transfer_set != first.transfer_set or not np.array_equal(own.tokens, first.tokens):
             raise DataError(
-                f"Fidelity of {name!r} is over {len(fidelity.tokens)} rows of the transfer set "
-                f"{fidelity.transfer_set}, that of {first_name!r} over {len(first.tokens)} rows of "
-                f"{first.transfer_set}. Evaluate both on the same held-out rows."
+                f"Fidelity of {name!r} is over {len(own.tokens)} rows of the transfer set {own.transfer_set}, that of "
+                f"{first_name!r} over {len(first.tokens)} rows of {first.transfer_set}. Evaluate both on the same "
+                "held-out rows."
             )
-    for setting in sorted({setting for arm in arms for setting in arm.accuracy}):
-        answered = [(arm.name, arm.accuracy[setting]) for arm in arms if setting in arm.accuracy]
-        for name, accuracy in answered[1:]:
-            first_name, first_accuracy = answered[0]
-            own, others = accuracy.settings, first_accuracy.settings
-            differing = sorted(key for key in {*own, *others} if own.get(key) != others.get(key))
-            if differing or accuracy.count != first_accuracy.count:
+    answered: dict[str, Arm] = {}  # the first arm of each setting
+    for arm in arms:
+        for setting, accuracy in arm.accuracy.items():
+            first_arm = answered.setdefault(setting, arm)
+            others = first_arm.accuracy[setting]
+            keys = sorted({*accuracy.settings, *others.settings})
+            differing = [key for key in keys if accuracy.settings.get(key) != others.settings.get(key)]
+            if differing or accuracy.count != others.count:
                 raise DataError(
-                    f"{setting} accuracy of {name!r} and of {first_name!r} are not over the same questions: "
-                    f"{', '.join(differing) or 'their number'} differ. Evaluate both on the same questions with the "
-                    "same prompts."
+                    f"{setting} accuracy of {arm.name!r} and of {first_arm.name!r} are not over the same questions: "
+                    f"{', '.join(differing) or 'their number'} differ. Evaluate both on the same ones."
                 )
 
 
@@ -197,28 +188,29 @@ def order_results(results: dict[str, Any]) -> dict[str, Any]:
 
 def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict[str, Any]:
     """One arm as JSON: its figures with intervals, None where it was not evaluated."""
+    others = [arms[name] for name in _COMPARED_WITH.get(arm.name, _OTHERS) if name in arms]
     description: dict[str, Any] = {
         "title": arm.title,
         "model": arm.model,
         "memory_bytes": arm.memory_bytes,
         "num_rows": len(arm.fidelity.tokens) if arm.fidelity else 0,
         "num_tokens": int(arm.fidelity.tokens.sum()) if arm.fidelity else 0,
-        "metrics": {},
-        "differences": {},
-        "mcnemar": {},
+        "metrics": {metric.key: _measure(metric, found) for metric in metrics if (found := metric.find(arm))},
+        "differences": {other.name: {} for other in others},
+        "mcnemar": {metric.key: {} for metric in metrics if metric.setting is not None},
         "gap_recovered": {},
     }
-    others = [arms[name] for name in _COMPARED_WITH.get(arm.name, _OTHERS) if name in arms]
     for metric in metrics:
-        statistic = metric.find(arm)
-        if statistic is not None:
-            description["metrics"][metric.key] = _measure(metric, statistic)
-        if metric.setting is not None:
-            tests = {other.name: _compare(arm, other, metric) for other in others}
-            description["mcnemar"][metric.key] = {other: test for other, test in tests.items() if test is not None}
+        own = metric.find(arm)
+        for other in others:
+            theirs = metric.find(other)
+            if own is None or theirs is None:
+                continue
+            description["differences"][other.name][metric.key] = compute_difference(own, theirs)._asdict()
+            if metric.setting is not None:
+                description["mcnemar"][metric.key][other.name] = _compare(own, theirs)
         if arm.name not in ("teacher", "before"):
             description["gap_recovered"][metric.key] = _compute_share(arm, arms, metric)
-    description["differences"] = {other.name: _compute_differences(arm, other, metrics) for other in others}
     for kind in BREAKDOWNS:
         bins = arm.fidelity.list_bins(kind) if arm.fidelity else None
         if bins is not None:
@@ -234,63 +226,40 @@ def name_breakdown(kind: str) -> str:
 def _describe_bin(start: float, stop: float | None, kl: Floats, tokens: Floats) -> dict[str, Any]:
     """KL per token in one bin."""
     held = tokens > 0  # or a draw could hold no token of this bin at all
-    value: float | None = None
-    interval: list[float] | None = None
-    if held.any():
-        statistic = RowSums(kl[held], tokens[held])
-        value = compute_value(statistic)
-        interval = list(bootstrap_interval(statistic)) if held.sum() > 1 else None
+    statistic = RowSums(kl[held], tokens[held])
+    value = compute_value(statistic) if held.any() else None
+    interval = bootstrap_interval(statistic) if held.sum() > 1 else None
     return {"from": start, "to": stop, "tokens": int(tokens.sum()), "value": value, "interval": interval}
 
 
 def _measure(metric: Metric, statistic: RowStatistic) -> dict[str, Any]:
     columns = statistic.to_columns()
-    interval: tuple[float, float] | None = None
+    interval = None
     if metric.setting is not None:
         interval = wilson_interval(int(columns[:, 0].sum()), len(columns))
     elif len(columns) > 1:
         interval = bootstrap_interval(statistic)
-    return {"value": compute_value(statistic), "interval": interval and list(interval), "n": len(columns)}
+    return {"value": compute_value(statistic), "interval": interval, "n": len(columns)}
 
 
-def _compute_differences(arm: Arm, other: Arm, metrics: list[Metric]) -> dict[str, Any]:
-    """This arm's figures less the other's, where both have them."""
-    differences = {}
-    for metric in metrics:
-        own, others = metric.find(arm), metric.find(other)
-        if own is not None and others is not None:
-            found = compute_difference(own, others)
-            differences[metric.key] = {"value": found.value, "interval": found.interval and list(found.interval)}
-    return differences
-
-
-def _compare(arm: Arm, other: Arm, metric: Metric) -> dict[str, Any] | None:
-    own, others = metric.find(arm), metric.find(other)
-    if own is None or others is None:
-        return None
+def _compare(own: RowStatistic, others: RowStatistic) -> dict[str, Any]:
+    """McNemar's test of two arms' verdicts."""
     verdicts = [statistic.to_columns()[:, 0] > 0.5 for statistic in (own, others)]
-    result = mcnemar_exact(*verdicts)
-    needed = compute_questions_needed(result.only_a, result.only_b, len(verdicts[0]))
-    return {
-        "only_this": result.only_a,
-        "only_other": result.only_b,
-        "p_value": result.p_value,
-        "questions_needed": needed,
-    }
+    only_this, only_other, p_value = mcnemar_exact(*verdicts)
+    needed = compute_questions_needed(only_this, only_other, len(verdicts[0]))
+    return {"only_this": only_this, "only_other": only_other, "p_value": p_value, "questions_needed": needed}
 
 
 def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, Any]:
     """The gap that one arm recovered in one metric, and why there is none."""
-    involved = {"teacher": arms.get("teacher"), "before": arms.get("before"), arm.name: arm}
-    found = [None if one is None else metric.find(one) for one in involved.values()]
-    lacking = [name for name, statistic in zip(involved, found, strict=True) if statistic is None]
-    teacher, before, after = found
+    found = {name: metric.find(arms[name]) if name in arms else None for name in ("teacher", "before", arm.name)}
+    teacher, before, after = found.values()
     if teacher is None or before is None or after is None:
-        return {"value": None, "interval": None, "reason": f"not evaluated for {', '.join(lacking)}"}
-    share = compute_gap_recovered(
+        lacking = [name for name, statistic in found.items() if statistic is None]
+        return GapRecovered(None, f"not evaluated for {', '.join(lacking)}")._asdict()
+    return compute_gap_recovered(
         teacher, before, after, higher_is_better=metric.higher_is_better, binary=metric.setting is not None
-    )
-    return {"value": share.value, "interval": share.interval and list(share.interval), "reason": share.reason}
+    )._asdict()
 
 
 def _list_missing(arms: list[Arm], metrics: list[Metric]) -> list[str]:
