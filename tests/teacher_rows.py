@@ -13,6 +13,25 @@ SETTINGS, RULE = GenerationSettings(max_new_tokens=10), TopK(5)
 KINDS = ["vllm", "sglang", "llama.cpp"]
 
 
+def dense_of_item(model, row) -> torch.Tensor:
+    """(R, V) float64 at the targets of a stored row, from one unpadded pass: no batch, no cache, no padding."""
+    with torch.inference_mode():
+        logits = model(input_ids=row["input_ids"].unsqueeze(0)).logits[0].double()
+    return logits[(row["labels"] != -100).nonzero().squeeze(1) - 1].log_softmax(-1)
+
+
+def assert_stored(stored: torch.Tensor, exact: torch.Tensor) -> None:
+    """`stored` is `exact` (log-probabilities) but for what float16 rounds.
+
+    docs/transfer-set-format.md: by at most 2**-11 of the value, and by twice that where it is rounded down. 2e-5 in a
+    probability is left for float32 sums taken in another order.
+    """
+    exact, stored = exact.double(), stored.double()
+    error = (stored.exp() - exact.exp()).abs()
+    bound = exact.exp() * (exact.abs() + 2**-14) / 1024 + 2e-5
+    assert bool((error <= bound).all()), (error - bound).max()
+
+
 def dense_logprobs(model, row) -> torch.Tensor:
     """(R, V) float64 at the targets, from one unpadded pass."""
     with torch.inference_mode():

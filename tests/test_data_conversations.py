@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from teacher_rows import assert_stored, dense_of_item
 
 from quantkd import TopK
 from quantkd.data.encoding import EncodedPrompt, encode_conversation, encode_examples
@@ -207,17 +208,10 @@ def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
     targets = [place for start, stop in spans for place in range(start, stop)]
     assert (row["labels"] != -100).nonzero().squeeze(1).tolist() == targets
     for row in found:
-        with torch.inference_mode():
-            logits = tiny_model(input_ids=row["input_ids"].unsqueeze(0)).logits[0].double()
-        places = (row["labels"] != -100).nonzero().squeeze(1)
-        exact = logits[places - 1].log_softmax(-1)
-        teacher = row["teacher"]
-        assert len(teacher) == len(places)
-        stored_ids = teacher.token_ids.view(-1, 5)
-        assert stored_ids.sort(-1).values.tolist() == exact.topk(5).indices.sort(-1).values.tolist()
-        torch.testing.assert_close(
-            teacher.logprobs.view(-1, 5).double().exp(), exact.exp().gather(1, stored_ids), atol=4e-3, rtol=0
-        )
+        exact, teacher = dense_of_item(tiny_model, row), row["teacher"]
+        ids = teacher.token_ids.view(-1, 5)
+        assert ids.sort(-1).values.tolist() == exact.topk(5).indices.sort(-1).values.tolist()
+        assert_stored(teacher.logprobs.view(-1, 5), exact.gather(1, ids))
         normalizers = (exact / 2).logsumexp(-1)
         torch.testing.assert_close(teacher.log_normalizers[:, 1].double(), normalizers, atol=2e-3, rtol=0)
 

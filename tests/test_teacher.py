@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from teacher_rows import assert_stored, dense_of_item
 
 from quantkd import Nucleus, RunSettings, Sampled, TopK, TransferSet, capture
 from quantkd.data.encoding import encode_prompts
@@ -30,26 +31,6 @@ def set_of(tiny_model, tiny_tokenizer, tmp_path):
     return build
 
 
-def dense_logprobs(model, row) -> torch.Tensor:
-    """(R, V) float64 from one unpadded pass: no batch, no cache, no padding."""
-    with torch.inference_mode():
-        logits = model(input_ids=row["input_ids"].unsqueeze(0)).logits[0].double()
-    targets = (row["labels"] != -100).nonzero().squeeze(1)
-    return logits[targets - 1].log_softmax(-1)
-
-
-def assert_stored(stored: torch.Tensor, exact: torch.Tensor) -> None:
-    """`stored` is `exact` (log-probabilities of one target) but for what float16 rounds.
-
-    docs/transfer-set-format.md: by at most 2**-11 of the value, and by twice that where it is rounded down. 2e-5 in a
-    probability is left for float32 sums taken in another order.
-    """
-    exact, stored = exact.double(), stored.double()
-    error = (stored.exp() - exact.exp()).abs()
-    bound = exact.exp() * (exact.abs() + 2**-14) / 1024 + 2e-5
-    assert bool((error <= bound).all()), (error - bound).max()
-
-
 @pytest.mark.parametrize("storage", [TopK(5), Nucleus(0.7, max_k=40)])
 @pytest.mark.parametrize(
     "sampling", [{}, {"do_sample": True, "generation_temperature": 1.5, "top_p": 0.9, "top_k": 50}]
@@ -58,7 +39,7 @@ def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storag
     transfer_set = set_of(storage=storage, temperatures=(1.0, 2.0, 4.0), **sampling)
     assert len(transfer_set) == 3
     for row in transfer_set:
-        dense, teacher = dense_logprobs(tiny_model, row), row["teacher"]
+        dense, teacher = dense_of_item(tiny_model, row), row["teacher"]
         assert len(teacher) == len(dense) >= 1
         for place in range(len(teacher)):
             ids = teacher.token_ids[teacher.offsets[place] : teacher.offsets[place + 1]]
@@ -81,29 +62,20 @@ def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storag
             assert bool((found <= torch.maximum(expected, scaled.log()) + step).all())
 
 
-def test_the_end_token_is_a_target_and_cut_answers_are_counted(tiny_model, tiny_tokenizer, set_of):
-    transfer_set = set_of(max_new_tokens=6)
-    ends = {tiny_tokenizer.eos_token_id}
-    cut = 0
-    for row in transfer_set:
-        response = row["input_ids"][row["labels"] != -100]
-        assert bool(row["finished"]) == (int(response[-1]) in ends)
-        assert not any(int(token) in ends for token in response[:-1])
-        assert len(response) == 6 or row["finished"]
-        cut += not row["finished"]
-    assert transfer_set.info.counters["responses_cut"] == cut
-
-
-def test_generation_stops_at_the_end_token(tiny_model, tiny_tokenizer, set_of):
-    """A head that is biased to end: the end token closes each row, and nothing after it is recorded."""
+@pytest.mark.parametrize(("bias", "limit"), [(1, 6), (60, 40)])
+def test_the_end_token_closes_an_answer_and_cut_answers_are_counted(tiny_model, tiny_tokenizer, set_of, bias, limit):
+    end = tiny_tokenizer.eos_token_id
     with torch.no_grad():
-        tiny_model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id] *= 60
-    transfer_set = set_of(max_new_tokens=40, prompts=PROMPTS * 4)
-    lengths = {int((row["labels"] != -100).sum()) for row in transfer_set if row["finished"]}
-    assert lengths and max(lengths) < 40
+        tiny_model.get_output_embeddings().weight[end] *= bias
+    transfer_set = set_of(max_new_tokens=limit, prompts=PROMPTS * 4)
+    finished = []
     for row in transfer_set:
-        if row["finished"]:
-            assert int(row["input_ids"][-1]) == tiny_tokenizer.eos_token_id == int(row["labels"][-1])
+        response = row["input_ids"][row["labels"] != -100].tolist()
+        assert end not in response[:-1] and int(row["labels"][-1]) == response[-1]
+        assert bool(row["finished"]) == (response[-1] == end) and (len(response) == limit or row["finished"])
+        finished.append(bool(row["finished"]))
+    assert transfer_set.info.counters["responses_cut"] == finished.count(False)
+    assert any(finished) == (bias > 1)
 
 
 def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, set_of, monkeypatch):
@@ -117,7 +89,7 @@ def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, 
         response = row["input_ids"][row["labels"] != -100]
         assert tiny_tokenizer.decode(response[:-1]) == given["completion"]
         assert int(response[-1]) == tiny_tokenizer.eos_token_id and row["finished"]
-        dense = dense_logprobs(tiny_model, row)
+        dense = dense_of_item(tiny_model, row)
         teacher = row["teacher"]
         torch.testing.assert_close(teacher.top_ids, dense.argmax(-1))
         kept = teacher.logprobs.view(-1, 7).sort(descending=True).values  # stored: the first, then by id
@@ -172,29 +144,18 @@ def test_sampled_answers_do_not_depend_on_the_batch(set_of):
     assert tokens[0] == tokens[1] != tokens[2]
 
 
-def test_sampled_entries_are_shares_of_the_draws(set_of):
-    transfer_set = set_of(storage=Sampled(20))
-    assert transfer_set.info.temperatures == (1.0,)
-    for row in transfer_set:
-        teacher = row["teacher"]
-        for place in range(len(teacher)):
-            stored = teacher.logprobs[teacher.offsets[place] : teacher.offsets[place + 1]]
-            draws = (stored.exp() * 20).round()  # the store's rounding is far below half a draw
-            assert int(draws.sum()) == 20 and int(draws.min()) >= 1
-            assert_stored(stored, (draws / 20).log())
-
-
-def test_sampled_entries_of_given_answers(set_of):
-    rows = [
-        {"prompt": "One and one?", "completion": "two"},
-        {"prompt": "And now?", "completion": "its answer"},
-    ]
-    options = {"prompts": rows, "responses": "given", "storage": Sampled(20)}
+@pytest.mark.parametrize("responses", ["generate", "given"])
+def test_sampled_entries_are_shares_of_the_draws_in_any_batch(set_of, responses):
+    rows = [{"prompt": "One and one?", "completion": "two"}, {"prompt": "And now?", "completion": "its answer"}]
+    options = {"prompts": rows, "responses": responses, "storage": Sampled(20)}
     together, alone = set_of("together", **options), set_of("alone", batch_size=1, **options)
+    assert together.info.temperatures == (1.0,)
     for row, other in zip(together, alone, strict=True):
         teacher = row["teacher"]
         assert teacher.token_ids.tolist() == other["teacher"].token_ids.tolist()
-        draws = (teacher.logprobs.exp() * 20).round()
+        draws = (teacher.logprobs.exp() * 20).round()  # the store's rounding is far below half a draw
+        assert int(draws.min()) >= 1
+        assert_stored(teacher.logprobs, (draws / 20).log())
         mass = torch.zeros(len(teacher)).index_add_(0, teacher.positions, draws)
         assert mass.tolist() == [20] * len(teacher)
 
