@@ -20,7 +20,7 @@ from typing import Literal
 
 from trl import TrlParser, get_quantization_config
 
-from quantkd import QuantizedDistillationConfig
+from quantkd import GenerationSettings, QuantizedDistillationConfig, RunSettings
 from quantkd.cli.arguments import StudentArguments, peft_config_from
 from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import load_gsm8k
@@ -91,7 +91,8 @@ def main() -> None:
     # The preset decides the defaults of all other flags, so it is read first.
     arguments = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
     preset = TrlParser([ExperimentArguments]).parse_args_and_config(arguments, return_remaining_strings=True)[0]
-    parser.set_defaults(output_dir=f"runs/gsm8k-{preset.preset}", save_strategy="no", **PRESETS[preset.preset])
+    defaults = {"output_dir": f"runs/gsm8k-{preset.preset}", "save_strategy": "no", **PRESETS[preset.preset]}
+    parser.set_defaults_with_config(**defaults)
     data, student, config = parser.parse_args_and_config()
     run_dir = Path(config.output_dir)
     config.output_dir = str(run_dir / "student")  # the adapter, and all that is pushed
@@ -113,11 +114,9 @@ def main() -> None:
             test_rows=tests[: data.test_rows],
             few_shot_rows=questions[: max(data.shots)],
             shots=data.shots,
-            capture={
-                "storage": parse_storage_rule(data.storage),
-                "max_new_tokens": data.max_new_tokens,
-                "batch_size": data.batch_size,
-            },
+            storage=parse_storage_rule(data.storage),
+            generation=GenerationSettings(data.max_new_tokens),
+            run=RunSettings(batch_size=data.batch_size),
             dtype=student.dtype,
             quantization_config=get_quantization_config(student),
             peft_config=peft_config_from(student),

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
-
-def lazy(package: str, exports: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package whose names, by module, are imported when first used."""
-    modules = {name: f"{package}.{module}" for module, names in exports.items() for name in names.split()}
-
-    def load(name: str) -> Any:
-        if name not in modules:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(modules[name]), name)
-
-    return load, lambda: sorted(modules), sorted(modules)
-
+from quantkd.names import __version__ as __version__, lazy
 
 # `import quantkd` and `quantkd --help` stay fast: they load no torch.
 __getattr__, __dir__, __all__ = lazy(

@@ -23,11 +23,12 @@ from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_expo
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import load_student
 from quantkd.report import build_report
-from quantkd.teacher import GenerationSettings, load_teacher
+from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
 from quantkd.teacher.capture import capture
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.trainer import QuantizedDistillationTrainer
+from quantkd.transfer_set.rules import StorageRule
 
 logger = logging.getLogger(__name__)
 
@@ -40,53 +41,33 @@ def _prompt_of_question(row: Row) -> Any:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment is run on.
+    """What an experiment is run on; everything is written below `run_dir`."""
 
-    Args:
-        model: Hub name or checkpoint folder; in full precision the teacher, quantized the student.
-        run_dir: the folder that everything is written to.
-        train_rows: their prompts make the transfer set that is learned from, with the teacher's own answers.
-        held_out_rows: their prompts make the transfer set that fidelity is measured on.
-        test_rows: questions for the accuracy, in GSM8K's format (`question`, and an `answer` that ends in `#### n`);
-            none to leave it out.
-        few_shot_rows: what the shots are taken from, in the same format; disjoint from the test rows.
-        shots: numbers of shots to test with.
-        make_prompt: the prompt of a training or held-out row; that of a GSM8K question by default.
-        capture: further arguments of `quantkd.capture`, such as `storage` and `generation`.
-        dtype: of the teacher, and the compute dtype of the student; chosen by the hardware if None.
-        quantization_config: of the student; NF4 if None.
-        peft_config: of the student; rank 16 on all linear layers if None.
-        chat_template: False prompts with plain text, for a base model.
-        model_init_kwargs: further arguments of `from_pretrained`, for both.
-        eval_batch_size: rows or questions per batch while measuring.
-        control: also train and measure a student by cross-entropy alone: the same rows, start and steps, without the
-            teacher's distributions. The difference is what the distributions are worth.
-        exports: also write and measure the student in these forms, "merged" and "requantized", below `run_dir`.
-        force: measure again what was measured of the same model on the same data.
-    """
-
-    model: str
+    model: str  # in full precision the teacher, quantized the student
     run_dir: Path
-    train_rows: Sequence[Row]
-    held_out_rows: Sequence[Row]
-    test_rows: Sequence[Row] = ()
-    few_shot_rows: Sequence[Row] = ()
+    train_rows: Sequence[Row]  # the teacher answers their prompts, and the student learns from that
+    held_out_rows: Sequence[Row]  # for the fidelity
+    test_rows: Sequence[Row] = ()  # for the accuracy, in GSM8K's format
+    few_shot_rows: Sequence[Row] = ()  # in the same format, disjoint from the test rows
     shots: Sequence[int] = (0,)
-    make_prompt: Callable[[Row], Any] = _prompt_of_question
-    capture: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str | None = None
+    make_prompt: Callable[[Row], Any] = _prompt_of_question  # of a training or held-out row
+    storage: StorageRule | None = None
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    dtype: str | None = None  # of the teacher, and the student's compute dtype
     quantization_config: Any | None = None
     peft_config: PeftConfig | None = None
     chat_template: bool = True
-    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of both
     eval_batch_size: int = 8
+    # Train and measure a student by cross-entropy alone too, on the same rows from the same start: the difference is
+    # what the teacher's distributions are worth.
     control: bool = False
-    exports: Sequence[str] = ()
-    force: bool = False
+    exports: Sequence[str] = ()  # forms of `CHECKPOINT_FORMS`, to be written and measured too
+    force: bool = False  # measure again what was measured of the same model on the same data
 
     def __post_init__(self) -> None:
-        unknown = [form for form in self.exports if form not in CHECKPOINT_FORMS]
-        if unknown:
+        if unknown := [form for form in self.exports if form not in CHECKPOINT_FORMS]:
             raise ConfigError(f"exports are of {', '.join(CHECKPOINT_FORMS)}; found {unknown}.")
 
 
@@ -102,13 +83,14 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             [experiment.make_prompt(row) for row in rows],
             run_dir / name,
             tokenizer=tokenizer,
+            storage=experiment.storage,
             chat_template=experiment.chat_template,
-            **experiment.capture,
+            generation=experiment.generation,
+            run=experiment.run,
         )
         for name, rows in (("transfer_set", experiment.train_rows), ("held_out", experiment.held_out_rows))
     }
-    asked = experiment.test_rows
-    questions = Questions(asked, experiment.few_shot_rows, experiment.shots) if asked else None
+    questions = Questions(experiment.test_rows, experiment.few_shot_rows, experiment.shots)
 
     def measure(model: Any, arm: str) -> None:
         _log(f"measuring {arm}")
@@ -119,10 +101,10 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             arm=arm,
             model_name=experiment.model,
             held_out=sets["held_out"],
-            questions=questions,
+            questions=questions if questions.rows else None,
             settings=EvaluationSettings(
                 experiment.eval_batch_size,
-                experiment.capture.get("generation", GenerationSettings()).max_new_tokens,
+                experiment.generation.max_new_tokens,
                 experiment.chat_template,
                 force=experiment.force,
                 replace_other=True,  # figures and answers of an adapter that was trained before
@@ -166,15 +148,19 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         folder = run_dir / form
         gc.collect()
         if state.is_main_process:
-            _export(experiment, form, str(args.output_dir), folder, tokenizer)
+            _log(f"exporting {form}")
+            if Provenance.read(folder).export is not None:  # that of an earlier run of the same experiment
+                shutil.rmtree(folder)
+            student, facts = _load_trained(experiment, str(args.output_dir)), Provenance.read(str(args.output_dir))
+            export_checkpoint(student, tokenizer, folder, form=form, provenance=facts)
+            del student
         state.wait_for_everyone()
         gc.collect()
         measure(load_exported(folder), form)
-    report = run_dir / "report.md"
     if state.is_main_process:
-        report = build_report(run_dir)
+        build_report(run_dir)
     state.wait_for_everyone()
-    return report
+    return run_dir / "report.md"
 
 
 def _load_student(experiment: Experiment, **kwargs: Any) -> Any:
@@ -189,16 +175,6 @@ def _load_student(experiment: Experiment, **kwargs: Any) -> Any:
 def _load_trained(experiment: Experiment, adapter: str) -> Any:
     """The student as users load it; during training its head and norms are in float32."""
     return PeftModel.from_pretrained(_load_student(experiment, device_map={"": default_device()}), adapter)
-
-
-def _export(experiment: Experiment, form: str, adapter: str, folder: Path, tokenizer: Any) -> None:
-    """Write one form, replacing that of an earlier run of the same experiment."""
-    _log(f"exporting {form}")
-    if Provenance.read(folder).export is not None:
-        shutil.rmtree(folder)
-    export_checkpoint(
-        _load_trained(experiment, adapter), tokenizer, folder, form=form, provenance=Provenance.read(adapter)
-    )
 
 
 def _log(step: str) -> None:

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 def has_accelerator() -> bool:
     """Whether torch sees a GPU or another accelerator."""
-    return (
-        torch.cuda.is_available()
-        or torch.backends.mps.is_available()
-        or (hasattr(torch, "accelerator") and torch.accelerator.is_available())
-    )
+    return torch.accelerator.is_available()
 
 
 def process_state() -> PartialState:
@@ -62,11 +58,6 @@ def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = No
 
 
 def _cpu_has_bfloat16() -> bool:
-    if hasattr(torch.cpu, "get_capabilities"):
-        return any("bf16" in name and bool(found) for name, found in torch.cpu.get_capabilities().items())
-    # torch before 2.11 has no public function for it
-    return any(
-        bool(ask())
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        if (ask := getattr(torch.cpu, name, None)) is not None
-    )
+    """Whether the CPU does; False before torch 2.11, which cannot say."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any("bf16" in name and bool(found) for name, found in capabilities.items())

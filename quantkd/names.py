@@ -1,10 +1,11 @@
-"""A model's name: a folder here or a repository on the Hub, and what of it others may see."""
+"""Names: what a package exports, and a model's, a folder here or a repository on the Hub, as others may see it."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,23 @@ from quantkd.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__version__ = "0.1.0"
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # "model", "user/model", and either with a revision (@) or a server's tag (:).
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?([@:][\w.-]+)?", re.ASCII)
+
+
+def lazy(package: str, exports: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package whose names, by module, are imported when first used."""
+    modules = {name: f"{package}.{module}" for module, names in exports.items() for name in names.split()}
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(modules[name]), name)
+
+    return load, lambda: sorted(modules), sorted(modules)
 
 
 def public_name(name_or_path: str | os.PathLike[str]) -> str:

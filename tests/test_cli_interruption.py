@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import processes
 import pytest
 
 from quantkd import TransferSet
@@ -37,14 +39,14 @@ def folder(tmp_path, monkeypatch):
 
 
 @contextmanager
-def stopped_when(is_time, number):
-    """Send this process a signal as soon as something is on the disk."""
+def stopped_when(is_time):
+    """Send this process Ctrl-C as soon as something is on the disk."""
     over = threading.Event()
 
     def watch():
         while not over.wait(0.002):
             if is_time():
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGINT)
                 return
 
     watcher = threading.Thread(target=watch)
@@ -56,22 +58,27 @@ def stopped_when(is_time, number):
         watcher.join()
 
 
-def interrupted(capsys, words, is_time, number):
+def interrupted(capsys, words, is_time):
     """The last line on standard error of a command that a signal stopped."""
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop, stopped_when(is_time, number):
+    with pytest.raises(SystemExit) as stop, stopped_when(is_time):
         main([str(word) for word in words])
     err = capsys.readouterr().err
     assert stop.value.code == 130 and "Traceback" not in err
-    assert signal.getsignal(signal.SIGTERM) == before
     return err[err.rindex("quantkd ") :].rstrip()  # a bar may stand before it
 
 
-def test_capture_goes_on_to_the_same_bytes(capsys, folder, tiny_model_path):
-    words = ["capture", "--model", tiny_model_path, "--prompts", "p.jsonl", "--max_new_tokens", "24", "--dtype",
-             "float32", "--rows_per_shard", "4", "--output_dir"]  # fmt: skip
-    said = interrupted(capsys, [*words, "s"], Path("s/shard-00001.safetensors").exists, signal.SIGINT)
-    assert said == "quantkd capture: interrupted. Run the same command again to go on."
+def test_capture_goes_on_to_the_same_bytes(folder, tiny_model_path):
+    """SIGTERM, which a scheduler sends, ends the program as Ctrl-C does."""
+    words = ["capture", "--model", tiny_model_path, "--prompts", folder / "p.jsonl", "--max_new_tokens", "24",
+             "--dtype", "float32", "--rows_per_shard", "4", "--output_dir"]  # fmt: skip
+    (process,) = processes.start(["-m", "quantkd", *words, folder / "s"], folder / "output")
+    while not Path("s/shard-00001.safetensors").exists():
+        assert process.is_alive(), Path("output").read_text()
+        time.sleep(0.002)
+    process.terminate()
+    process.join(60)
+    last = Path("output").read_text().splitlines()[-1]
+    assert process.exitcode == 130 and last == "quantkd capture: interrupted. Run the same command again to go on."
     assert not Path("s/index.json").exists()
     main([str(word) for word in [*words, "s"]])
     main([str(word) for word in [*words, "whole"]])
@@ -84,7 +91,7 @@ def test_train_goes_on_to_the_same_weights(capsys, folder, tiny_model_path):
              "--report_to", "none", "--per_device_train_batch_size", "2", "--num_train_epochs", "2",
              "--save_steps", "4", "--output_dir"]  # fmt: skip
     is_time = Path("o/checkpoint-8/trainer_state.json").exists
-    said = interrupted(capsys, [*words, "o"], is_time, signal.SIGTERM)
+    said = interrupted(capsys, [*words, "o"], is_time)
     assert said.startswith("quantkd train: interrupted. Run the same command with --resume_from_checkpoint true")
     assert not Path("o/adapter_model.safetensors").exists()
     main([str(word) for word in [*words, "o", "--resume_from_checkpoint", "true"]])
@@ -103,7 +110,7 @@ def test_evaluate_goes_on_to_the_same_answers(capsys, folder, tiny_model_path):
     def is_time():
         return records.exists() and len(records.read_text().splitlines()) >= 3
 
-    said = interrupted(capsys, [*words, "r"], is_time, signal.SIGINT)
+    said = interrupted(capsys, [*words, "r"], is_time)
     assert said == "quantkd evaluate: interrupted. Run the same command again to go on."
     kept = records.read_text().splitlines()
     assert 3 <= len(kept) < len(PROMPTS)
@@ -130,10 +137,9 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-99.txt").write_text("no folder")
-    for asked in ("true", "True", True):
-        assert find_checkpoint(asked, tmp_path) == str(tmp_path / "checkpoint-10")
-    assert find_checkpoint(str(tmp_path / "checkpoint-2"), "elsewhere") == str(tmp_path / "checkpoint-2")
-    assert find_checkpoint(None, tmp_path) is None and find_checkpoint("false", tmp_path) is None
+    last, named = str(tmp_path / "checkpoint-10"), str(tmp_path / "checkpoint-2")
+    assert [find_checkpoint(asked, tmp_path) for asked in ("true", "True", True)] == [last] * 3
+    assert [find_checkpoint(asked, tmp_path) for asked in (named, None, "false")] == [named, None, None]
     for asked, where, said in (
         ("true", tmp_path / "checkpoint-2", "holds no checkpoint to resume from"),
         ("true", tmp_path / "nowhere", "holds no checkpoint to resume from"),

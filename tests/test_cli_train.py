@@ -70,4 +70,4 @@ def test_bars_are_quiet_where_there_is_no_terminal(tiny_model_path, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "it/s]" not in result.stderr and "%|" not in result.stderr and "\r" not in result.stderr
-    assert result.stderr.splitlines()[-6:][0] == "plan"
+    assert "plan" in result.stderr.splitlines()

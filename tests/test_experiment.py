@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from quantkd import GenerationSettings, QuantizedDistillationConfig, TransferSet
+from quantkd import GenerationSettings, Nucleus, QuantizedDistillationConfig, RunSettings, TransferSet
 from quantkd.cli import demo
 from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
@@ -22,6 +24,7 @@ from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.experiment import Experiment, run_experiment
 from quantkd.models.student import default_quantization_config
+from tests.conftest import REPOSITORY
 
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
 
@@ -30,7 +33,7 @@ def run(model: Path, folder: Path, *, max_steps: int = 3, **options: Any) -> Pat
     rows = generate_problems(8, 0)
     experiment = Experiment(
         model=str(model), run_dir=folder, train_rows=rows[:5], held_out_rows=rows[5:],
-        capture={"generation": GenerationSettings(8)}, dtype="float32", **options,
+        generation=GenerationSettings(8), dtype="float32", **options,
     )  # fmt: skip
     args = QuantizedDistillationConfig(
         str(folder / "student"), max_steps=max_steps, per_device_train_batch_size=2, learning_rate=1e-3,
@@ -163,7 +166,7 @@ def test_the_demo_runs_what_it_was_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def run_short(experiment: Experiment, args: Any) -> Path:
-        short = replace(experiment, capture={"generation": GenerationSettings(8)})
+        short = replace(experiment, generation=GenerationSettings(8), run=RunSettings())
         return run_experiment(short, replace(args, disable_tqdm=True))
 
     monkeypatch.setattr(demo, "load_demo_model", lambda: tiny_model_path)
@@ -181,19 +184,35 @@ def test_the_demo_runs_what_it_was_asked_for(
     assert [len(TransferSet(tmp_path / name)) for name in ("transfer_set", "held_out")] == [6, 3]
 
 
-@pytest.mark.parametrize("seed", [0, 5])
-def test_no_problem_of_the_demo_is_in_two_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int) -> None:
+def stop_at_the_experiment(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
+    """The experiments that would be run; the first one stops."""
     asked: list[Experiment] = []
 
     def stop(experiment: Experiment, args: Any) -> Path:
-        assert args.seed == seed
         asked.append(experiment)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "load_demo_model", lambda: tmp_path)
     monkeypatch.setattr(demo, "run_experiment", stop)
+    monkeypatch.setattr("quantkd.experiment.run_experiment", stop)
+    return asked
+
+
+@pytest.mark.parametrize("seed", ["0", "5"])
+def test_no_problem_of_the_demo_is_in_two_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: str) -> None:
+    asked = stop_at_the_experiment(monkeypatch)
+    monkeypatch.setattr(demo, "load_demo_model", lambda: tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        demo.main(["--output_dir", str(tmp_path), "--seed", str(seed), "--train_rows", "400", "--test_rows", "300"])
+        demo.main(["--output_dir", str(tmp_path), "--seed", seed, "--train_rows", "400", "--test_rows", "300"])
     sets = [asked[0].train_rows, asked[0].held_out_rows, asked[0].test_rows]
     assert [len(rows) for rows in sets] == [400, 32, 300]
     assert len({row["question"] for rows in sets for row in rows}) == 732
+
+
+def test_the_example_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, gsm8k_dir: Path) -> None:
+    asked = stop_at_the_experiment(monkeypatch)
+    words = ["gsm8k.py", "--preset", "paper", "--dataset_path", str(gsm8k_dir), "--batch_size", "3"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(KeyboardInterrupt):
+        runpy.run_path(str(REPOSITORY / "examples" / "gsm8k.py"), run_name="__main__")
+    assert (asked[0].model, asked[0].generation.max_new_tokens) == ("meta-llama/Llama-3.1-8B-Instruct", 512)
+    assert asked[0].run.batch_size == 3 and asked[0].storage == Nucleus(0.95, 64)

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from quantkd.cli.parsing import option
 from quantkd.errors import ConfigError
 from quantkd.hardware import parse_dtype
 from quantkd.models.student import STUDENT_FORMATS, load_student, stored_quantization
-from quantkd.names import naming
+from quantkd.names import load_tokenizer, naming
+
+_DTYPES = ["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass
 class StudentArguments(ModelConfig):
     """TRL's ModelConfig; by default NF4 with double quantization and LoRA on all linear layers."""
 
-    dtype: str | None = field(
-        default="auto",
-        metadata={
-            "help": "Compute dtype of the 4-bit layers; auto is bfloat16 if the hardware supports it, else float32.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+    model_name_or_path: str = option("The teacher's own checkpoint: a Hub name or a folder.")
+    dtype: str | None = option(
+        "Compute dtype; auto is bfloat16 where it is native, else float32.", "auto", choices=_DTYPES
     )
-    use_peft: bool = field(default=True, metadata={"help": "Attach LoRA adapters."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
+    use_peft: bool = option("Attach LoRA adapters.", True)
+    lora_dropout: float = option("LoRA dropout.", 0.0)
+    lora_target_modules: list[str] | None = option("LoRA target modules.", ["all-linear"])
+    student_format: str | None = option(
+        "By default that of the checkpoint if it is quantized, else nf4.", None, choices=list(STUDENT_FORMATS)
     )
-    student_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "The student's format; by default that of the checkpoint if it is quantized, else nf4.",
-            "choices": list(STUDENT_FORMATS),
-        },
-    )
-    load_in_4bit: bool = field(default=True, metadata={"help": "Load the student in 4 bit (bitsandbytes)."})
-    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantize the quantization constants too."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+    load_in_4bit: bool = option("Load the student in 4 bit (bitsandbytes).", True)
+    use_bnb_nested_quant: bool = option("Quantize the quantization constants too.", True)
+    trust_remote_code: bool = option("Run code from the model's repository.", False)
 
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.student_format not in (None, "int8"):
@@ -58,30 +52,24 @@ class StudentArguments(ModelConfig):
 
 def load_student_from(args: StudentArguments) -> PreTrainedModel:
     """The quantized student that the arguments describe, without adapters."""
-    if not args.model_name_or_path:
-        raise ConfigError("Which model? Give --model_name_or_path, the teacher's own checkpoint.")
-    dtype = parse_dtype(args.dtype)
+    name, dtype = args.model_name_or_path, parse_dtype(args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     kwargs: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
-    with naming(args.model_name_or_path):
-        return load_student(
-            args.model_name_or_path,
-            quantization_config=_quantization_from(args, args.model_name_or_path),
-            dtype=dtype,
-            **kwargs,
-        )
-
-
-def _quantization_from(args: StudentArguments, name: str) -> Any:
-    """A config, or None for a checkpoint that is loaded as it is stored."""
-    if args.student_format is None and not args.load_in_8bit:
-        if stored_quantization(name, revision=args.model_revision) is not None:
-            return None
-        if not args.load_in_4bit:
+    with naming(name):
+        chosen = args.student_format is not None or args.load_in_8bit
+        stored = None if chosen else stored_quantization(name, revision=args.model_revision)
+        if not (chosen or stored or args.load_in_4bit):
             raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
-    return get_quantization_config(args)
+        config = get_quantization_config(args) if stored is None else None
+        return load_student(name, quantization_config=config, dtype=dtype, **kwargs)
+
+
+def load_tokenizer_from(args: StudentArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint that the arguments name."""
+    where = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    return load_tokenizer(args.model_name_or_path, **where)
 
 
 def peft_config_from(args: StudentArguments) -> LoraConfig:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from quantkd.cli.format import format_bytes, format_info
-from quantkd.cli.parsing import parse_options
-from quantkd.data.prompts import Example, load_examples, with_context
+from quantkd.cli.format import format_bytes, format_info, format_lines
+from quantkd.cli.parsing import option, parse_options
+from quantkd.data.prompts import load_examples, with_context
 from quantkd.errors import ConfigError
 from quantkd.hardware import process_state
 from quantkd.teacher.capture import capture
@@ -35,51 +35,26 @@ _EXAMPLES = """examples:
 class CaptureArguments:
     """The data, and what is kept of it; `GenerationSettings` and `RunSettings` hold the other options."""
 
-    model: str = field(metadata={"help": "The teacher: a Hub name or a checkpoint folder."})
-    prompts: str = field(
-        metadata={"help": "A .jsonl, .json, .parquet or .csv file, a folder of splits, or a Hub name."}
-    )
-    output_dir: str = field(metadata={"help": "Folder of the transfer set."})
-    storage: str | None = field(
-        default=None,
-        metadata={
-            "help": "Which entries to keep: topk:K, nucleus:P, nucleus:P:MAX_K or sampled:N. Default: nucleus:0.95:64."
-        },
-    )
-    temperatures: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Distillation temperatures to keep log-normalizers for. Default: 1.0 2.0; 1.0 with other engines."
-        },
-    )
-    responses: Literal["generate", "given"] = field(
-        default="generate", metadata={"help": "Let the teacher answer, or take the data set's own answers."}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt: text or messages."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of the given answer."})
-    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub data set."})
-    limit: int | None = field(default=None, metadata={"help": "At most this many prompts, from the front."})
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "Put before every prompt whose messages bring none."}
-    )
-    few_shot: str | None = field(
-        default=None,
-        metadata={"help": "Solved examples, in a file with the same columns, put before every prompt as turns."},
-    )
-    plain_prompts: bool = field(default=False, metadata={"help": "Use no chat template, as for a base model."})
-    finished_only: bool = field(default=False, metadata={"help": "Leave out answers that the length limit cut."})
-    correct_only: bool = field(
-        default=False, metadata={"help": "Leave out answers whose number after #### is not the reference's."}
-    )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Column of the reference answer for --correct_only. Default: completion."}
-    )
-    min_response_tokens: int | None = field(default=None, metadata={"help": "Leave out shorter answers."})
-    max_response_tokens: int | None = field(default=None, metadata={"help": "Leave out longer answers."})
-    drop_duplicates: bool = field(
-        default=False, metadata={"help": "Leave out prompts that came before, and equal answers to one prompt."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop, with nothing written."})
+    model: str = option("The teacher: a Hub name or a checkpoint folder.")
+    prompts: str = option("A .jsonl, .json, .parquet or .csv file, a folder of splits, or a Hub name.")
+    output_dir: str = option("Folder of the transfer set.")
+    storage: str | None = option("topk:K, nucleus:P, nucleus:P:MAX_K or sampled:N. Default: nucleus:0.95:64.", None)
+    temperatures: list[float] | None = option("Those to distill at. Default: 1.0 2.0; 1.0 with other engines.", None)
+    responses: Literal["generate", "given"] = option("The teacher's answers, or the data set's own.", "generate")
+    prompt_column: str = option("Column of the prompt: text or messages.", "prompt")
+    completion_column: str = option("Column of the given answer.", "completion")
+    split: str = option("Split of a folder or a Hub data set.", "train")
+    limit: int | None = option("At most this many prompts, from the front.", None)
+    system_prompt: str | None = option("Put before every prompt whose messages bring none.", None)
+    few_shot: str | None = option("File of solved examples, put before every prompt as turns.", None)
+    plain_prompts: bool = option("Use no chat template, as for a base model.", False)
+    finished_only: bool = option("Leave out answers that the length limit cut.", False)
+    correct_only: bool = option("Leave out answers whose number after #### is not the reference's.", False)
+    answer_column: str | None = option("Column of the reference answer for --correct_only. Default: completion.", None)
+    min_response_tokens: int = option("Leave out shorter answers.", 1)
+    max_response_tokens: int | None = option("Leave out longer answers.", None)
+    drop_duplicates: bool = option("Leave out prompts that came before, and equal answers to one prompt.", False)
+    dry_run: bool = option("Print the plan and stop, with nothing written.", False)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -96,8 +71,10 @@ def main(argv: Sequence[str]) -> None:
         if args.dry_run:
             raise SystemExit(0)
 
-    examples = _load(args, args.prompts, args.limit)
-    shots = _load(args, args.few_shot) if args.few_shot else []
+    columns = {"prompt_column": args.prompt_column, "split": args.split}
+    columns["completion_column"] = args.answer_column or args.completion_column
+    examples = load_examples(args.prompts, limit=args.limit, **columns)
+    shots = load_examples(args.few_shot, **columns) if args.few_shot else []
     transfer_set = capture(
         args.model,
         with_context(examples, system_prompt=args.system_prompt, few_shot=shots),
@@ -126,20 +103,10 @@ def format_estimate(estimate: CaptureEstimate) -> str:
         "tokens": f"{estimate.prompt_tokens} in prompts, {most}{estimate.response_tokens} in responses",
         "size": f"{most}{format_bytes(estimate.num_bytes)}, {format_bytes(estimate.free_bytes)} free",
     }
-    text = "\n".join(["plan", *(f"  {name:<13} {value}" for name, value in lines.items())])
+    text = f"plan\n{format_lines(lines)}"
     if estimate.num_bytes > estimate.free_bytes:
         text += "\n  The disk may fill up. A capture that stops so is resumed by the same command once there is room."
     return text
-
-
-def _load(args: CaptureArguments, source: str, limit: int | None = None) -> list[Example]:
-    return load_examples(
-        source,
-        prompt_column=args.prompt_column,
-        completion_column=args.answer_column or args.completion_column,
-        split=args.split,
-        limit=limit,
-    )
 
 
 def _filters(args: CaptureArguments) -> list[Filter]:
@@ -152,9 +119,8 @@ def _filters(args: CaptureArguments) -> list[Filter]:
     filters: list[Filter] = []
     if args.finished_only:
         filters.append(FinishedOnly())
-    if args.min_response_tokens is not None or args.max_response_tokens is not None:
-        least = 1 if args.min_response_tokens is None else args.min_response_tokens
-        filters.append(ResponseLength(least, args.max_response_tokens))
+    if args.min_response_tokens != 1 or args.max_response_tokens is not None:
+        filters.append(ResponseLength(args.min_response_tokens, args.max_response_tokens))
     if args.correct_only:
         filters.append(CorrectOnly())
     if args.drop_duplicates:

@@ -23,9 +23,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("source", help="folder of the transfer set; with --from a Parquet file, or a folder of them")
     parser.add_argument("destination", help="folder of the new one")
     parser.add_argument("--storage", help="rule to trim the entries to, such as nucleus:0.9")
-    parser.add_argument(
-        "--from", dest="toolkit", choices=["axolotl", "distillkit"], help="import that toolkit's table of the teacher"
-    )
+    toolkits = ["axolotl", "distillkit"]
+    parser.add_argument("--from", dest="toolkit", choices=toolkits, help="import that toolkit's table of the teacher")
     parser.add_argument("--model", help="with --from: the teacher that made the table; only its tokenizer is loaded")
     parser.add_argument("--revision", help="with --from: branch, tag or commit of the teacher")
     args = parser.parse_args(argv)

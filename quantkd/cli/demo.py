@@ -10,6 +10,7 @@ from quantkd.cli.parsing import plain_parser
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.demo_model import load_demo_model
 from quantkd.experiment import Experiment, run_experiment
+from quantkd.models.export import CHECKPOINT_FORMS
 from quantkd.models.student import STUDENT_FORMATS, default_lora_config
 from quantkd.report import format_table
 from quantkd.teacher import GenerationSettings, RunSettings
@@ -30,25 +31,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure fidelity on (32)")
     parser.add_argument("--test_rows", type=int, default=32, help="problems to solve before and after training (32)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
-    parser.add_argument(
-        "--student_format", default="nf4", choices=STUDENT_FORMATS, help="quantization format of the student (nf4)"
-    )
+    parser.add_argument("--student_format", default="nf4", choices=STUDENT_FORMATS, help="student's format (nf4)")
     parser.add_argument("--rank", type=int, default=64, help="LoRA rank (64)")
-    parser.add_argument(
-        "--control",
-        nargs="?",
-        const="ce",
-        default="ce",
-        choices=["ce", "none"],
-        help="also train a student with cross-entropy only, for comparison (ce)",
-    )
-    parser.add_argument(
-        "--exports",
-        nargs="+",
-        default=[],
-        choices=["merged", "requantized"],
-        help="also export the student in these forms and measure them",
-    )
+    control = "also train a student with cross-entropy only, for comparison (ce)"
+    parser.add_argument("--control", default="ce", choices=["ce", "none"], help=control)
+    exports = "also export the student in these forms and measure them"
+    parser.add_argument("--exports", nargs="+", default=[], choices=CHECKPOINT_FORMS, help=exports)
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
     parser.add_argument("--seed", type=int, default=0, help="seed of problems and training (0)")
     args = parser.parse_args(argv)
@@ -63,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
             train_rows=train,
             held_out_rows=held_out,
             test_rows=test,
-            capture={"generation": GenerationSettings(128), "run": RunSettings(batch_size=16)},
+            generation=GenerationSettings(128),
+            run=RunSettings(batch_size=16),
             quantization_config=args.student_format,
             peft_config=default_lora_config(args.rank),
             eval_batch_size=16,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
-from quantkd.cli.format import format_histograms, format_info
+import numpy as np
+
+from quantkd.cli.format import format_info
 from quantkd.cli.parsing import plain_parser, whole_number
-from quantkd.report.histograms import compute_histograms
+from quantkd.report.histograms import Histograms, compute_histograms
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 
 _EXAMPLES = """examples:
@@ -26,9 +29,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--rows", type=whole_number(0), default=3, help="rows to show (3)")
     parser.add_argument("--tokens", type=whole_number(0), default=12, help="response tokens to show of each (12)")
-    parser.add_argument(
-        "--alternatives", type=whole_number(0), default=3, help="teacher's entries to show of each token (3)"
-    )
+    parser.add_argument("--alternatives", type=whole_number(0), default=3, help="entries to show of each token (3)")
     parser.add_argument("--tokenizer", help="the teacher's tokenizer, to show text; without it ids are shown")
     parser.add_argument("--allow_incomplete", action="store_true", help="show the committed part of an unfinished set")
     args = parser.parse_args(argv)
@@ -43,8 +44,8 @@ def main(argv: Sequence[str]) -> None:
         counts = {"entries": histograms.entries.tolist(), "entropy": histograms.entropy.tolist()}
         print(json.dumps({**asdict(transfer_set.info), "histograms": counts, "sample": rows}, sort_keys=True))
         return
-    print(format_info(transfer_set.info))
-    print(f"\n{format_histograms(histograms)}")
+    print(f"{format_info(transfer_set.info)}\n")
+    _print_histograms(histograms)
     if args.tokenizer is None and rows:
         print("\nTokens are shown as ids; name the teacher's tokenizer with --tokenizer to see text.")
     for number, row in enumerate(rows):
@@ -55,22 +56,40 @@ def main(argv: Sequence[str]) -> None:
             print(f"  {_quote(token['token'], 24):<20} {others}  tail {token['tail']:.3f}")
 
 
+def _print_histograms(histograms: Histograms) -> None:
+    """Entries and entropy per response token as bars."""
+    entries, quarters = histograms.entries, histograms.entropy  # of a nat
+    entropy = np.add.reduceat(quarters, np.arange(0, len(quarters), 4))
+    pairs = [pair for pair in pairwise([1, 2, 3, 5, 9, 17, 33, len(entries)]) if pair[0] < pair[1]]
+    kinds = {
+        "entries per token": {
+            f"{low}" if high == low + 1 else f"{low}-{high - 1}": entries[low:high].sum() for low, high in pairs
+        },
+        "the teacher's entropy, the tail counted as one token": {
+            f"{low}-{low + 1} nats": count for low, count in enumerate(entropy) if count
+        },
+    }
+    for title, counts in kinds.items():
+        print(f"  {title}")
+        for name, count in counts.items():
+            share = count / max(sum(counts.values()), 1)
+            print(f"    {name:<10} {share:6.1%}  {'#' * round(40 * share)}")
+
+
 def _describe(row: dict[str, Any], decode: Any, tokens: int, alternatives: int) -> dict[str, Any]:
     """Prompt, response, and the entries of the first tokens, most probable first."""
     is_target = row["labels"] != IGNORE_INDEX
     response, teacher = row["input_ids"][is_target].tolist(), row["teacher"]
     logprobs, tail = teacher.at_temperature(1.0)
     shown = []
-    for place in range(min(tokens, len(response))):
+    for place, token in enumerate(response[:tokens]):
         entries = slice(int(teacher.offsets[place]), int(teacher.offsets[place + 1]))
-        pairs = sorted(
-            zip(teacher.token_ids[entries].tolist(), logprobs[entries].exp().tolist(), strict=True),
-            key=lambda pair: -pair[1],
-        )
+        pairs = zip(teacher.token_ids[entries].tolist(), logprobs[entries].exp().tolist(), strict=True)
+        likely = sorted(pairs, key=lambda pair: -pair[1])[:alternatives]
         shown.append(
             {
-                "token": decode([response[place]]),
-                "entries": [{"token": decode([i]), "id": i, "probability": p} for i, p in pairs[:alternatives]],
+                "token": decode([token]),
+                "entries": [{"token": decode([i]), "id": i, "probability": p} for i, p in likely],
                 "tail": float(tail[place]),
             }
         )

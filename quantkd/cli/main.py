@@ -7,13 +7,12 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 from quantkd.errors import QuantKDError
+from quantkd.names import __version__
 
 COMMANDS = {
     "capture": "store a teacher's answers to prompts, with its distributions, as a transfer set",
@@ -30,6 +29,13 @@ COMMANDS = {
     "selftest": "check loss, alignment and gradients on your own model",
     "demo": "capture, train, evaluate and report with a small real model",
 }
+_USAGE = f"""usage: quantkd [--traceback] COMMAND [OPTIONS]
+
+Distill a language model into a 4-bit copy of itself.
+
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+
+quantkd COMMAND --help shows a command's options and examples. --traceback shows where an error arose."""
 
 # What to do after Ctrl-C.
 _GO_ON = {
@@ -40,33 +46,39 @@ _GO_ON = {
 
 
 def run() -> None:
-    """The program: `main` in a process of its own, which draws progress bars on a terminal only."""
+    """The program: `main` in a process of its own, whose bars, messages and signals are set for a terminal."""
     if not sys.stderr.isatty():  # tqdm and huggingface_hub read these when they are imported; what the user set stays
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("quantkd.experiment", "quantkd.remote"):  # the steps, and what is read from the Hub with its commit
+        logging.getLogger(name).addHandler(logging.StreamHandler())
+        logging.getLogger(name).setLevel(logging.INFO)
+    # Two messages that a user cannot act on: an optional, faster kernel, and PEFT's use of an old name of transformers.
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    kernels.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    signal.signal(signal.SIGTERM, _interrupt)
     main()
 
 
+def _interrupt(*_: object) -> NoReturn:
+    """Treat SIGTERM, which schedulers and containers send, like Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand."""
+    """Run a subcommand. What it raises that a user can act on becomes one line and an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments[:1]
-    arguments = arguments[show_traceback:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        raise SystemExit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        from quantkd import __version__
-
-        print(f"quantkd {__version__}")
-        raise SystemExit(0)
-    command = arguments[0]
+    command, *words = arguments[show_traceback:] or [""]
+    if command in ("", "-h", "--help", "--version"):
+        print(f"quantkd {__version__}" if command == "--version" else _USAGE)
+        raise SystemExit(0 if command else 2)
     if command not in COMMANDS:
         print(f"quantkd: there is no command {command!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     try:
-        with _stopped_by_sigterm(), _without_noise(), _progress_on_stderr():
-            importlib.import_module(f"quantkd.cli.{command}").main(arguments[1:])
+        importlib.import_module(f"quantkd.cli.{command}").main(words)
     except Exception as error:
         if show_traceback or not _is_expected(error):
             raise
@@ -74,63 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         start = "\n" if sys.stderr.isatty() else ""  # below a bar
-        print(
-            f"{start}quantkd {command}: interrupted. {_GO_ON.get(command, 'Run the same command again to go on.')}",
-            file=sys.stderr,
-        )
+        go_on = _GO_ON.get(command, "Run the same command again to go on.")
+        print(f"{start}quantkd {command}: interrupted. {go_on}", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Treat SIGTERM, which schedulers and containers send, like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    """Hide two messages of other libraries that a user cannot act on."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-
-    def is_shown(record: logging.LogRecord) -> bool:
-        return "gemm_4bit_forward" not in record.getMessage()  # an optional, faster kernel
-
-    logger.addFilter(is_shown)
-    try:
-        with warnings.catch_warnings():
-            # PEFT uses the old name of an attribute of transformers.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            yield
-    finally:
-        logger.removeFilter(is_shown)
-
-
-@contextmanager
-def _progress_on_stderr() -> Iterator[None]:
-    """Show the steps of an experiment, and what is read from the Hub with its commit."""
-    handler = logging.StreamHandler()
-    loggers = [logging.getLogger(name) for name in ("quantkd.experiment", "quantkd.remote")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(level)
 
 
 def _is_expected(error: Exception) -> bool:
@@ -153,19 +111,3 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}. Give an existing path that can be read or written."
     return f"{text.rstrip('.')}. (`quantkd --traceback COMMAND ...` shows where.)"
-
-
-def _usage() -> str:
-    """What `quantkd --help` prints."""
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: quantkd [--traceback] COMMAND [OPTIONS]",
-            "",
-            "Distill a language model into a 4-bit copy of itself.",
-            "",
-            *lines,
-            "",
-            "quantkd COMMAND --help shows a command's options and examples. --traceback shows where an error arose.",
-        ]
-    )

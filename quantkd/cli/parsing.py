@@ -6,6 +6,7 @@ import json
 import re
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -44,6 +45,12 @@ def whole_number(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """A field of a dataclass for `parse_options`; without a default the option must be given."""
+    kind: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**kind, metadata={"help": help, **metadata})
+
+
 def parse_options(kinds: Sequence[type], argv: Sequence[str], *, prog: str, examples: str) -> tuple[Any, ...]:
     """Options as dataclasses, from the command line and the YAML file that `--config` names."""
     parser, words = _dataclass_parser(kinds, prog, examples), _with_config(argv, prog)
@@ -62,18 +69,13 @@ def parse_options(kinds: Sequence[type], argv: Sequence[str], *, prog: str, exam
     return tuple(options)
 
 
-def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, command: str) -> None:
+def save_options(kinds: Sequence[type], argv: Sequence[str], path: Path, *, prog: str) -> None:
     """Write every option of a run, given or not, as a YAML file that `--config` takes; secrets are left out."""
     import yaml
 
-    options = vars(_dataclass_parser(kinds, command, "").parse_args(_with_config(argv, command)))
-    plain = {
-        name: _plain(value.value if isinstance(value, Enum) else value)
-        for name, value in sorted(options.items())
-        if not _SECRET.fullmatch(name) and name != "resume_from_checkpoint"
-    }
-    text = f"# {command} --config {path.name}\n" + yaml.safe_dump(plain, sort_keys=True, allow_unicode=True)
-    write_file(path, text)
+    options = vars(_dataclass_parser(kinds, prog, "").parse_args(_with_config(argv, prog)))
+    del options["resume_from_checkpoint"]
+    write_file(path, f"# {prog} --config {path.name}\n" + yaml.safe_dump(_plain(options), allow_unicode=True))
 
 
 def _dataclass_parser(kinds: Sequence[type], prog: str, examples: str) -> Any:
@@ -101,16 +103,11 @@ def _read_config(name: str) -> list[str]:
     import yaml
 
     try:
-        options = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The options in {name} cannot be read: {error}. Give a YAML file.") from error
+        options = yaml.safe_load(Path(name).read_bytes())
     except yaml.YAMLError as error:
-        # Not the line itself, which may hold a token.
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"{name} is not YAML: {problem or type(error).__name__}{place}. Expected `option: value` on each line."
-        ) from None
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}" if mark else "it"  # not the line itself, which may hold a token
+        raise ConfigError(f"{name} is not YAML: see {place}. Expected `option: value` on each line.") from None
     if not isinstance(options, dict):
         raise ConfigError(f"{name} holds a {type(options).__name__}; expected `option: value` on each line.")
     words: list[str] = []
@@ -128,6 +125,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items() if not _SECRET.fullmatch(str(key))}
     if isinstance(value, list):
         return [_plain(each) for each in value]
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return json.dumps(_plain(json.loads(value)))

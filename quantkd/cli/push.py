@@ -27,13 +27,8 @@ def main(argv: Sequence[str]) -> None:
     parser = plain_parser("quantkd push", _EXAMPLES)
     parser.add_argument("path", help="folder of an adapter, of a run with one adapter, or of a transfer set")
     parser.add_argument("repo_id", help="repository on the Hub, user/name; made if it is not there")
-    visibility = parser.add_mutually_exclusive_group()
-    visibility.add_argument(
-        "--private", dest="private", action="store_true", default=True, help="readable by its owner alone (default)"
-    )
-    visibility.add_argument(
-        "--public", dest="private", action="store_false", help="readable by all; needed for a repository that is public"
-    )
+    public = "readable by all, not by its owner alone; needed for a repository that is public"
+    parser.add_argument("--public", dest="private", action="store_false", help=public)
     parser.add_argument("--license", help="short name of the Hub's list, such as apache-2.0; never guessed")
     parser.add_argument("--base_model", help="adapter: the base model's name on the Hub, if it was trained on a folder")
     parser.add_argument("--run_dir", help="adapter: folder of the run whose results.json and chart go on the page")
@@ -46,27 +41,24 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(
             f"{folder} is a transfer set; --base_model and --run_dir describe an adapter. Leave them out."
         )
-    options = {"private": args.private, "license": args.license, "revision": args.revision}
+    private, options = args.private, {"license": args.license, "revision": args.revision}
+    described = {"base_model": args.base_model, "run_dir": args.run_dir}
     if is_set:
         from quantkd.hub.sets import list_set_files, push_transfer_set
 
         transfer_set = TransferSet(folder)
-        if args.dry_run:
-            _print_files(list_set_files(transfer_set), args.repo_id, private=args.private)
-        else:
-            print(push_transfer_set(transfer_set, args.repo_id, **options))
-        return
-    from quantkd.hub.adapters import list_adapter_files, push_adapter
-
-    described = {"base_model": args.base_model, "run_dir": args.run_dir}
-    if args.dry_run:
-        _print_files(list_adapter_files(folder, **described), args.repo_id, private=args.private)
+        if not args.dry_run:
+            print(push_transfer_set(transfer_set, args.repo_id, private=private, **options))
+            return
+        files = list_set_files(transfer_set)
     else:
-        print(push_adapter(folder, args.repo_id, **options, **described))
+        from quantkd.hub.adapters import list_adapter_files, push_adapter
 
-
-def _print_files(files: list[tuple[str, int]], repo_id: str, *, private: bool) -> None:
+        if not args.dry_run:
+            print(push_adapter(folder, args.repo_id, private=private, **options, **described))
+            return
+        files = list_adapter_files(folder, **described)
     for name, size in files:
         print(f"{format_bytes(size):>12}  {name}")
     total = format_bytes(sum(size for _, size in files))
-    print(f"{len(files)} files, {total}, would go to {repo_id} ({'private' if private else 'public'}).")
+    print(f"{len(files)} files, {total}, would go to {args.repo_id} ({'private' if private else 'public'}).")

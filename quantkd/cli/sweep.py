@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
-from quantkd.cli.parsing import parse_options
+from quantkd.cli.parsing import option, parse_options
 from quantkd.cli.train import DataArguments, open_rows
 from quantkd.errors import ConfigError
 from quantkd.training.config import QuantizedDistillationConfig
@@ -20,8 +20,8 @@ The same command again goes on after a stop; a greater --n_trials adds trials.""
 
 @dataclass
 class SweepArguments:
-    space: list[str] = field(metadata={"help": "What to search: NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C."})
-    n_trials: int = field(default=20, metadata={"help": "Trials in all, those before a stop included."})
+    space: list[str] = option("What to search: NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C.")
+    n_trials: int = option("Trials in all, those before a stop included.", 20)
 
 
 def main(argv: Sequence[str]) -> None:

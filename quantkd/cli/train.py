@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
-from quantkd.cli.parsing import parse_options, save_options
+from quantkd.cli.parsing import option, parse_options, save_options
 from quantkd.errors import ConfigError
 from quantkd.foreign import installed_trackers
 from quantkd.training.checkpoints import find_checkpoint
@@ -29,18 +29,11 @@ _EXAMPLES = """examples:
 class DataArguments:
     """What to learn from."""
 
-    transfer_set: str = field(metadata={"help": "Folder of the transfer set to learn from."})
-    eval_transfer_set: str | None = field(default=None, metadata={"help": "Folder of held-out rows."})
-    eval_fraction: float | None = field(
-        default=None, metadata={"help": "Or: hold out this fraction of the rows of --transfer_set."}
-    )
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "ce: train a student for comparison instead, on the same rows from the same start with "
-            "cross-entropy only, into OUTPUT_DIR-control.",
-            "choices": ["ce"],
-        },
+    transfer_set: str = option("Folder of the transfer set to learn from.")
+    eval_transfer_set: str | None = option("Folder of held-out rows.", None)
+    eval_fraction: float | None = option("Or: hold out this fraction of the rows of --transfer_set.", None)
+    control: str | None = option(
+        "Train a student with cross-entropy only, for comparison, into OUTPUT_DIR-control.", None, choices=["ce"]
     )
 
 
@@ -48,15 +41,11 @@ def main(argv: Sequence[str]) -> None:
     """Parse, train, save."""
     kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
     data, student, config = parse_options(kinds, argv, prog="quantkd train", examples=_EXAMPLES)
-    _check_amounts(config)
-    if config.eval_strategy != "no" and not (data.eval_transfer_set or data.eval_fraction):
-        raise ConfigError(
-            f"eval_strategy is {config.eval_strategy.value}, and there are no held-out rows to evaluate on. Give "
-            "--eval_transfer_set or --eval_fraction, or leave eval_strategy out."
-        )
-    _check_trackers(config)
+    _check(config)
+    if data.control and config.push_to_hub:
+        raise ConfigError("A control is for comparison, not to be published. Leave push_to_hub off.")
     if data.control:
-        _make_control(config)
+        config.alpha, config.output_dir = 0.0, f"{config.output_dir}-control"
     config.resume_from_checkpoint = find_checkpoint(config.resume_from_checkpoint, str(config.output_dir))
     rows, held_out = open_rows(data, config)
     trainer = QuantizedDistillationTrainer(
@@ -67,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         peft_config=peft_config_from(student),
     )
     if trainer.is_world_process_zero():
-        save_options(kinds, argv, Path(config.output_dir) / "config.yaml", command="quantkd train")
+        save_options(kinds, argv, Path(config.output_dir) / "config.yaml", prog="quantkd train")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
@@ -88,28 +77,8 @@ def open_rows(data: DataArguments, config: QuantizedDistillationConfig) -> tuple
     return rows, TransferSet.open(data.eval_transfer_set) if data.eval_transfer_set else None
 
 
-def _make_control(config: QuantizedDistillationConfig) -> None:
-    """Turn the arguments into those of the same training without the teacher's distributions."""
-    if config.push_to_hub:
-        raise ConfigError("A control is for comparison, not to be published. Leave push_to_hub off.")
-    config.alpha = 0.0
-    config.output_dir = f"{config.output_dir}-control"
-
-
-def _check_trackers(config: QuantizedDistillationConfig) -> None:
-    """Refuse a tracker that is not installed, before the model is loaded."""
-    installed = installed_trackers()
-    # transformers does not look for Flyte, which its jobs bring along.
-    missing = [name for name in config.report_to or () if name not in (*installed, "flyte")]
-    if missing:
-        raise ConfigError(
-            f"--report_to names {', '.join(missing)}; installed here: {', '.join(installed) or 'none'}. Install the "
-            "tracker's package, or leave --report_to out: training.png in the output folder has the curves."
-        )
-
-
-def _check_amounts(config: QuantizedDistillationConfig) -> None:
-    """Refuse zeros that the Trainer would divide by, or silently take for "no training"."""
+def _check(config: QuantizedDistillationConfig) -> None:
+    """Refuse what the Trainer would trip over once the model is loaded, or silently take for "no training"."""
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected at least 1.")
@@ -117,4 +86,12 @@ def _check_amounts(config: QuantizedDistillationConfig) -> None:
         raise ConfigError(
             f"Nothing would be trained: num_train_epochs is {config.num_train_epochs}, max_steps {config.max_steps}. "
             "Set one of them above 0."
+        )
+    installed = installed_trackers()
+    # transformers does not look for Flyte, which its jobs bring along.
+    missing = [name for name in config.report_to or () if name not in (*installed, "flyte")]
+    if missing:
+        raise ConfigError(
+            f"--report_to names {', '.join(missing)}; installed here: {', '.join(installed) or 'none'}. Install the "
+            "tracker's package, or leave --report_to out: training.png in the output folder has the curves."
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 from quantkd.cli.format import format_bytes
 from quantkd.cli.parsing import plain_parser, whole_number
@@ -35,9 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--revision", help="its branch, tag or commit; the one that the set names if it names one")
     parser.add_argument("--rows", type=whole_number(1), default=32, help="how many rows to compute again (32)")
     parser.add_argument("--seed", type=int, default=0, help="which rows (0)")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.01, help="the mean KL above which a row is wrong, nats per token (0.01)"
-    )
+    parser.add_argument("--tolerance", type=float, default=0.01, help="nats per token that a row may differ by (0.01)")
     parser.add_argument("--dtype", help="the teacher's dtype; the one that the set names if not given")
     parser.add_argument("--batch_size", type=whole_number(1), default=4, help="rows per batch (4)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code from the teacher's repository")
@@ -58,6 +55,8 @@ def _compute_again(transfer_set: TransferSet, args: Namespace) -> None:
     import numpy as np
 
     from quantkd.evaluation.fidelity import evaluate_fidelity
+    from quantkd.teacher import load_teacher
+    from quantkd.transfer_set.fingerprint import check_fingerprint
 
     info = transfer_set.info
     if info.storage["kind"] == "sampled":
@@ -65,19 +64,25 @@ def _compute_again(transfer_set: TransferSet, args: Namespace) -> None:
             "The set stores sampled entries, random draws that a second computation does not repeat; expected nucleus "
             "or topk entries. Capture the sample again and compare digests."
         )
-    model = _load_teacher(transfer_set, args)
+    revision = args.revision or info.teacher_revision
+    named = {"revision": revision} if revision else {}
+    named["trust_remote_code"] = args.trust_remote_code
+    model, tokenizer = load_teacher(args.teacher, dtype=args.dtype or info.teacher_dtype, **named)
+    check_fingerprint(info.tokenizer_fingerprint, tokenizer, what=f"The transfer set at {args.path}")
     rows = np.sort(np.random.default_rng(args.seed).permutation(len(transfer_set))[: args.rows])
     sample = transfer_set.select(rows.tolist())
     sums = evaluate_fidelity(model, sample, batch_size=args.batch_size).columns
-    kl, worst = sums["kl_sum"] / sums["tokens"], int((sums["kl_sum"] / sums["tokens"]).argmax())
+    kl = sums["kl_sum"] / sums["tokens"]
     print(f"rows        {len(rows)} of {len(transfer_set)}, drawn with seed {args.seed}")
+    worst = kl.argmax()
     print(f"KL          {kl.mean():.2g} nats per token on average, {kl[worst]:.2g} in the worst row, {rows[worst]}")
     print(f"top token   the same at {sums['agree'].sum() / sums['tokens'].sum():.1%} of the positions")
-    greedy = _greedy_share(sample)
-    if greedy is not None:
+    greedy = 1.0
+    if info.responses == "generate" and not info.generation.get("do_sample"):
+        greedy = _greedy_share(sample)
         print(f"greedy      {greedy:.1%} of the answers' tokens are the most probable ones")
     wrong = rows[~(kl <= args.tolerance)]
-    if not len(wrong) and (greedy is None or greedy >= _LEAST_GREEDY):
+    if not len(wrong) and greedy >= _LEAST_GREEDY:
         print(f"passed: no row differs by more than {args.tolerance} nats per token")
         return
     print(
@@ -89,25 +94,8 @@ def _compute_again(transfer_set: TransferSet, args: Namespace) -> None:
     raise SystemExit(1)
 
 
-def _load_teacher(transfer_set: TransferSet, args: Namespace) -> Any:
-    from quantkd.teacher import load_teacher
-    from quantkd.transfer_set.fingerprint import check_fingerprint
-
-    info, revision = transfer_set.info, args.revision or transfer_set.info.teacher_revision
-    model, tokenizer = load_teacher(
-        args.teacher,
-        dtype=args.dtype or info.teacher_dtype,
-        trust_remote_code=args.trust_remote_code,
-        **({"revision": revision} if revision else {}),
-    )
-    check_fingerprint(info.tokenizer_fingerprint, tokenizer, what=f"The transfer set at {args.path}")
-    return model
-
-
-def _greedy_share(sample: TransferSet) -> float | None:
-    """The share of response tokens that are the stored most probable one, or tie with it; None if not generated so."""
-    if sample.info.responses != "generate" or sample.info.generation.get("do_sample"):
-        return None
+def _greedy_share(sample: TransferSet) -> float:
+    """The share of response tokens that are the stored most probable one, or tie with it."""
     greedy, tokens = 0, 0
     for row in sample:
         answer, teacher = row["input_ids"][row["labels"] != IGNORE_INDEX], row["teacher"]

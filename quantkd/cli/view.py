@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from quantkd.cli.arguments import StudentArguments, load_student_from
+from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
 from quantkd.cli.format import format_bytes
-from quantkd.cli.parsing import parse_options
+from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError
 from quantkd.hub.adapters import load_adapter
-from quantkd.names import load_tokenizer, public_name
+from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
@@ -27,14 +27,12 @@ _EXAMPLES = """examples:
 class ViewArguments:
     """Rows, adapter and output of the page."""
 
-    held_out: str = field(metadata={"help": "Transfer set of held-out rows to show."})
-    adapter: str = field(
-        metadata={"help": "Trained adapter, a folder or user/name on the Hub; off is before, on is after."}
-    )
-    output: str = field(metadata={"help": "The HTML file to write."})
-    rows: int = field(default=50, metadata={"help": "Number of rows, from the front of the set."})
-    alternatives: int = field(default=8, metadata={"help": "Number of the teacher's top tokens to show."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
+    held_out: str = option("Transfer set of held-out rows to show.")
+    adapter: str = option("Trained adapter, a folder or user/name on the Hub; off is before, on is after.")
+    output: str = option("The HTML file to write.")
+    rows: int = option("Number of rows, from the front of the set.", 50)
+    alternatives: int = option("Number of the teacher's top tokens to show.", 8)
+    batch_size: int = option("Rows per batch.", 8)
 
     def __post_init__(self) -> None:
         for name in ("rows", "alternatives", "batch_size"):
@@ -47,20 +45,11 @@ class ViewArguments:
 def main(argv: Sequence[str]) -> None:
     """Parse, run the student twice, write the page."""
     args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
-    if not student.model_name_or_path:
-        raise ConfigError("--model_name_or_path is missing; expected the teacher's own checkpoint.")
     held_out = TransferSet.open(args.held_out)
-    model = load_student_from(student)
-    tokenizer = load_tokenizer(
-        student.model_name_or_path,
-        revision=student.model_revision,
-        trust_remote_code=student.trust_remote_code,
-    )
-    adapted = load_adapter(model, args.adapter)
     divergence = collect_divergence(
-        adapted,
+        load_adapter(load_student_from(student), args.adapter),
         held_out,
-        tokenizer,
+        load_tokenizer_from(student),
         rows=args.rows,
         alternatives=args.alternatives,
         batch_size=args.batch_size,

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from quantkd import __version__
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import CONFIDENCE_BINS, EDGES, Arm, EvaluationSettings, Fidelity, list_sums
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
@@ -31,6 +30,7 @@ from quantkd.loss.states import TargetStates
 from quantkd.models.generation import context_length
 from quantkd.models.network import evaluation_mode, run_to_targets, why_not_fusable
 from quantkd.models.weights import head_width
+from quantkd.names import __version__
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student

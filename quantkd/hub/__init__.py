@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantkd import lazy
+from quantkd.names import lazy
 
 # A push of a transfer set needs neither PEFT nor transformers.
 __getattr__, __dir__, __all__ = lazy(

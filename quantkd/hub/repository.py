@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoSibling
 
-from quantkd import __version__
 from quantkd.errors import ConfigError, HubError
+from quantkd.names import __version__
 from quantkd.remote import RepositoryType, hub_errors, retry
 
 Operation = CommitOperationAdd | CommitOperationDelete

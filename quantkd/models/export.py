@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd import __version__
 from quantkd.errors import ConfigError
 from quantkd.files import new_folder
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
@@ -23,7 +22,7 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.merging import merge_adapters
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.student import default_quantization_config, describe_quantization
-from quantkd.names import find_file, naming
+from quantkd.names import __version__, find_file, naming
 
 CHECKPOINT_FORMS = ("merged", "requantized")
 FORMS = (*CHECKPOINT_FORMS, "adapter")

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from quantkd import __version__
 from quantkd.errors import DataError
 from quantkd.files import write_file
 from quantkd.models.student import describe_quantization
-from quantkd.names import find_file, public_name
+from quantkd.names import __version__, find_file, public_name
 from quantkd.transfer_set import TransferSet
 
 PROVENANCE_NAME = "quantkd.json"
