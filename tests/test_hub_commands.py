@@ -42,7 +42,10 @@ def told(text: str, pattern: str) -> str:
     return found[1]
 
 
-def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path, transfer_set, tmp_path, capsys):
+def test_every_command_that_takes_an_adapter(
+    hub, run, trapped, tiny_model_path, transfer_set, tmp_path, capsys, caplog
+):
+    caplog.set_level("INFO", "quantkd.remote")
     base = ["--model_name_or_path", str(tiny_model_path), "--dtype", "float32"]
     held = hub.repositories["dataset", "user/held"].commits[-1].sha
     folder = str(run / "student")
@@ -50,9 +53,9 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
                  or "adapter_config.json" in commit.files)  # fmt: skip
 
     def said(*words) -> str:
+        caplog.clear()
         main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return captured.out + captured.err
+        return capsys.readouterr().out + caplog.text
 
     kl = {}
     for name, commit in ((folder, None), ("user/student", trapped), (f"user/student@{first}", first)):
@@ -92,7 +95,8 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
     assert not [path for path in asked if path.endswith((".bin", ".pt", ".py")) or "evil" in path]
 
 
-def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_set, tmp_path, capsys):
+def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_set, tmp_path, caplog):
+    caplog.set_level("INFO", "quantkd.remote")
     commit = hub.repositories["dataset", "user/held"].commits[-1].sha
     base = ["--model_name_or_path", str(tiny_model_path), "--dtype", "float32", "--report_to", "none"]
     for words in (
@@ -103,8 +107,9 @@ def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_
         ["train", *base, "--transfer_set", "user/held", "--eval_transfer_set", f"user/held@{commit}", "--max_steps",
          "1", "--output_dir", str(tmp_path / "student")],
     ):  # fmt: skip
+        caplog.clear()
         main(words)
-        assert f"Transfer set user/held at {commit}, digest {transfer_set.digest}" in capsys.readouterr().err, words
+        assert f"Transfer set user/held at {commit}, digest {transfer_set.digest}" in caplog.text, words
     facts = json.loads((tmp_path / "student" / "quantkd.json").read_text())
     assert facts["transfer_set"] == f"user/held at {commit}"
 
