@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ PREDICTIONS = ["so\n#### 3", "it is 4.", "#### 9", "none"]
 REFERENCES = ["#### 3", "#### 4", "#### 5", "#### 6"]
 
 
-def test_metric() -> None:
+def test_metric():
     scores = GSM8KAccuracy().compute(predictions=PREDICTIONS, references=REFERENCES)
     assert (scores["accuracy"], scores["accuracy_strict"], scores["num_answers"]) == (0.5, 0.25, 4)
     for share, suffix in ((0.5, ""), (0.25, "_strict")):  # Wilson's bounds solve (p - x)^2 = z^2 x (1 - x) / n
@@ -29,7 +28,7 @@ def test_metric() -> None:
         GSM8KAccuracy().compute(predictions=[], references=[])
 
 
-def test_metric_loads_from_its_file_without_network(tmp_path: Path) -> None:
+def test_metric_loads_from_its_file_without_network(tmp_path):
     code = (
         "import socket, sys\n"
         "def refuse(*args): raise AssertionError('network')\n"

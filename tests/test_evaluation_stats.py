@@ -17,7 +17,6 @@ from quantkd.errors import DataError
 from quantkd.evaluation.stats import (
     CalibrationSums,
     GapRecovered,
-    RowStatistic,
     RowSums,
     bootstrap_interval,
     compute_difference,
@@ -38,19 +37,19 @@ from quantkd.evaluation.stats import (
         (1, 29, (0.0061, 0.1718)),
     ],
 )
-def test_wilson_interval_as_published(correct: int, n: int, expected: tuple[float, float]) -> None:
+def test_wilson_interval_as_published(correct, n, expected):
     assert wilson_interval(correct, n) == pytest.approx(expected, abs=5e-5)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_bounds_solve_the_score_equation(case: tuple[int, int]) -> None:
+def test_wilson_bounds_solve_the_score_equation(case):
     correct, n = case
     for bound in wilson_interval(correct, n):
         assert (correct / n - bound) ** 2 == pytest.approx(norm.ppf(0.975) ** 2 * bound * (1 - bound) / n, abs=1e-9)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 5)])
-def test_wilson_refuses_impossible_counts(correct: int, n: int) -> None:
+def test_wilson_refuses_impossible_counts(correct, n):
     with pytest.raises(DataError, match=f"{correct} correct of {n}"):
         wilson_interval(correct, n)
 
@@ -61,7 +60,7 @@ def verdicts(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bo
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(9, 2), (2, 9), (0, 6), (5, 5), (1, 0), (40, 20), (0, 0)])
-def test_mcnemar_equals_the_sum_of_binomial_terms(only_a: int, only_b: int) -> None:
+def test_mcnemar_equals_the_sum_of_binomial_terms(only_a, only_b):
     n = only_a + only_b
     tail = sum(Fraction(math.comb(n, k), 2**n) for k in range(min(only_a, only_b) + 1))
     result = mcnemar_exact(*verdicts(30, only_a, only_b, 12))
@@ -69,12 +68,7 @@ def test_mcnemar_equals_the_sum_of_binomial_terms(only_a: int, only_b: int) -> N
     assert result.p_value == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-12)
 
 
-def test_mcnemar_as_published() -> None:
-    """The worked example of https://stat-tools.xyz/mcnemar?b=12&c=5, where the exact p-value is 0.1435."""
-    assert mcnemar_exact(*verdicts(40, 12, 5, 43)).p_value == pytest.approx(0.1435, abs=5e-5)
-
-
-def test_mcnemar_needs_the_same_questions() -> None:
+def test_mcnemar_needs_the_same_questions():
     with pytest.raises(DataError, match="same questions"):
         mcnemar_exact([True], [True, False])
     with pytest.raises(DataError, match="same questions"):
@@ -92,12 +86,12 @@ def test_mcnemar_needs_the_same_questions() -> None:
         (0, 0, 5, None),
     ],
 )
-def test_questions_needed_as_published(only_a: int, only_b: int, n: int, expected: int | None) -> None:
+def test_questions_needed_as_published(only_a, only_b, n, expected):
     assert compute_questions_needed(only_a, only_b, n) == expected
 
 
 @pytest.mark.parametrize(("only_a", "only_b", "n"), [(15, 5, 100), (10, 5, 100), (30, 10, 1000), (30, 15, 100)])
-def test_questions_needed_give_the_power(only_a: int, only_b: int, n: int) -> None:
+def test_questions_needed_give_the_power(only_a, only_b, n):
     """Against the power of McNemar's z-test, added up over every count of questions that separate the models."""
     needed = compute_questions_needed(only_a, only_b, n)
     assert needed is not None
@@ -115,7 +109,7 @@ def test_questions_needed_give_the_power(only_a: int, only_b: int, n: int) -> No
     assert power(int(0.7 * needed)) < 0.72 and power(int(1.4 * needed)) > 0.88
 
 
-def test_examples_of_the_page() -> None:
+def test_examples_of_the_page():
     page = Path(__file__).resolve().parent.parent / "docs" / "statistics.md"
     result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 20 and not result.failed
@@ -129,7 +123,7 @@ def gap(after: list[float], **changes: object) -> GapRecovered:
     return compute_gap_recovered(*sums, **arms)  # type: ignore[arg-type]
 
 
-def test_known_shares_of_the_gap() -> None:
+def test_known_shares_of_the_gap():
     assert gap([0.0] * 50) == GapRecovered(1.0, None, (1.0, 1.0))
     assert gap([2.0, 4.0] * 25) == GapRecovered(0.0, None, (0.0, 0.0))
     result = gap([1.5, 0.0] * 25)
@@ -142,7 +136,7 @@ def test_known_shares_of_the_gap() -> None:
     assert result.value == pytest.approx(0.5) and result.interval == pytest.approx((0.5, 0.5))
 
 
-def test_gap_inside_noise_is_not_measurable() -> None:
+def test_gap_inside_noise_is_not_measurable():
     rng = np.random.default_rng(0)
     before = list(rng.normal(0.01, 1.0, 50))
     result = gap(before, before=before)
@@ -150,7 +144,7 @@ def test_gap_inside_noise_is_not_measurable() -> None:
     assert "inside noise (95% interval" in str(result.reason)
 
 
-def test_equal_arms_a_single_row_and_a_worse_teacher_are_not_measurable() -> None:
+def test_equal_arms_a_single_row_and_a_worse_teacher_are_not_measurable():
     assert gap([1.0] * 50, before=[0.0] * 50).reason == "teacher and before score the same"
     assert gap([1.0], teacher=[0.0], before=[2.0]).reason == "a single row gives no interval"
     assert "teacher scores worse" in str(gap([1.0] * 50, higher_is_better=True, teacher=[0.0] * 50).reason)
@@ -158,7 +152,7 @@ def test_equal_arms_a_single_row_and_a_worse_teacher_are_not_measurable() -> Non
         gap([0.0] * 49)
 
 
-def test_few_verdicts_are_judged_by_the_exact_test() -> None:
+def test_few_verdicts_are_judged_by_the_exact_test():
     """Of ten questions four are solved by the teacher alone: a bootstrap calls that a gap, McNemar has p = 0.125."""
     teacher, before = [1.0] * 8 + [0.0] * 2, [1.0] * 4 + [0.0] * 6
     assert gap(teacher, teacher=teacher, before=before, higher_is_better=True).value == 1.0
@@ -168,7 +162,7 @@ def test_few_verdicts_are_judged_by_the_exact_test() -> None:
     assert many.value == 1.0
 
 
-def test_perplexity_gap_is_taken_between_perplexities() -> None:
+def test_perplexity_gap_is_taken_between_perplexities():
     teacher, before, after = 1.0, 2.0, 1.5
     result = gap([after] * 50, teacher=[teacher] * 50, before=[before] * 50, transform="exp")
     expected = (math.exp(after) - math.exp(before)) / (math.exp(teacher) - math.exp(before))
@@ -177,7 +171,7 @@ def test_perplexity_gap_is_taken_between_perplexities() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(-1, 2), st.integers(0, 10))
-def test_scale_and_shift_do_not_matter(share: float, seed: int) -> None:
+def test_scale_and_shift_do_not_matter(share, seed):
     rng = np.random.default_rng(seed)
     before, teacher = rng.normal(5, 1, 30), rng.normal(1, 1, 30)
     after = before + share * (teacher - before)
@@ -187,7 +181,7 @@ def test_scale_and_shift_do_not_matter(share: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 40, 700])
-def test_bootstrap_is_that_of_scipy(rows: int) -> None:
+def test_bootstrap_is_that_of_scipy(rows):
     rng = np.random.default_rng(rows)
     nats, tokens = rng.gamma(2, 3, rows), rng.integers(1, 50, rows)
     expected = bootstrap(
@@ -197,7 +191,7 @@ def test_bootstrap_is_that_of_scipy(rows: int) -> None:
     assert bootstrap_interval(RowSums(nats, tokens)) == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
-def test_difference_is_that_of_scipy_and_paired() -> None:
+def test_difference_is_that_of_scipy_and_paired():
     rng = np.random.default_rng(5)
     tokens, hard = rng.integers(5, 90, 60), rng.gamma(2, 1, 60)
     a, b = tokens * hard * 0.2, tokens * hard * rng.normal(0.24, 0.02, 60)
@@ -215,7 +209,7 @@ def test_difference_is_that_of_scipy_and_paired() -> None:
         compute_difference(RowSums(a), RowSums(b[1:]))
 
 
-def test_calibration_of_made_up_tokens() -> None:
+def test_calibration_of_made_up_tokens():
     """Against the definition, token by token: 1,000 of them in 15 bins, right as often as they say."""
     rng = np.random.default_rng(2)
     confidence, rows = rng.uniform(0.02, 1, 1000), rng.integers(0, 20, 1000)
@@ -231,34 +225,9 @@ def test_calibration_of_made_up_tokens() -> None:
     members = [bins == one for one in range(15)]
     expected = sum(one.mean() * abs(confidence[one].mean() - correct[one].mean()) for one in members)
     assert compute_value(sums) == pytest.approx(expected) and expected < 0.06
-    always = CalibrationSums(spread(np.ones(1000)), spread(np.arange(1000) % 4 > 0), spread(np.ones(1000)))
-    assert compute_value(always) == pytest.approx(
-        sum(one.mean() * (1 - (np.arange(1000) % 4 > 0)[one].mean()) for one in members)
-    )
-    low, high = bootstrap_interval(sums)
-    assert 0 < low < high < 0.2
 
 
-def test_bootstrap_matches_the_normal_interval_on_many_rows() -> None:
-    rng = np.random.default_rng(3)
-    tokens = rng.integers(20, 200, 3_000)
-    nats = tokens * rng.gamma(2, 0.1, 3_000)
-    ratio = nats.sum() / tokens.sum()
-    half = 1.96 * (nats - ratio * tokens).std() / tokens.mean() / math.sqrt(3_000)  # the ratio estimator's delta method
-    low, high = bootstrap_interval(RowSums(nats, tokens))
-    assert (low, high) == pytest.approx((ratio - half, ratio + half), abs=0.15 * half)
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        low, high = bootstrap_interval(RowSums(rng.normal(1.0, 1.0, 60)))
-        hits += low <= 1.0 <= high
-    assert 178 <= hits <= 199  # 95% of 200 is 190, four standard deviations either way
-
-
-def test_bootstrap_draws_rows_not_tokens_and_takes_constant_rows() -> None:
+def test_bootstrap_draws_rows_not_tokens_and_takes_constant_rows():
     """100 identical copies of each token add no information: the interval stays as wide as with one."""
     nats = np.random.default_rng(1).normal(2.0, 1.0, 40)
     once = bootstrap_interval(RowSums(nats))
@@ -281,6 +250,6 @@ def test_bootstrap_draws_rows_not_tokens_and_takes_constant_rows() -> None:
         (CalibrationSums([[0.0]], [[0]], [[0]]), "no tokens"),
     ],
 )
-def test_impossible_sums_are_refused(statistic: RowStatistic, message: str) -> None:
+def test_impossible_sums_are_refused(statistic, message):
     with pytest.raises(DataError, match=message):
         bootstrap_interval(statistic)

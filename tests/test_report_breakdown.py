@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def arms() -> dict[str, dict[str, Any]]:
     return {name: make_arm(name) for name in KL}
 
 
-def test_divergences_and_calibration(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
+def test_divergences_and_calibration(tmp_path, arms):
     results = build(tmp_path, arms)
     for name, arm in arms.items():
         metrics, bins = results["arms"][name]["metrics"], arm["fidelity"]["bins"]["confidence"]
@@ -61,7 +60,7 @@ def test_divergences_and_calibration(tmp_path: Path, arms: dict[str, dict[str, A
     )
 
 
-def test_calibration_interval_is_a_bootstrap_over_rows(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
+def test_calibration_interval_is_a_bootstrap_over_rows(tmp_path, arms):
     """Against scipy's own paired bootstrap, the bins handed over one by one."""
     bins = arms["before"]["fidelity"]["bins"]["confidence"]
     columns = [np.array(bins[key])[:, b] for key in ("confidence_sum", "correct", "tokens") for b in (0, 1)]
@@ -78,7 +77,7 @@ def test_calibration_interval_is_a_bootstrap_over_rows(tmp_path: Path, arms: dic
     assert found == pytest.approx([expected.low, expected.high], rel=1e-9)
 
 
-def test_differences_are_paired(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
+def test_differences_are_paired(tmp_path, arms):
     results = build(tmp_path, arms)
     after = results["arms"]["after"]
     assert list(after["differences"]) == ["before", "control", "teacher"]
@@ -95,7 +94,7 @@ def test_differences_are_paired(tmp_path: Path, arms: dict[str, dict[str, Any]])
     assert "less the control" in (tmp_path / "report.md").read_text()
 
 
-def test_kl_by_bin(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
+def test_kl_by_bin(tmp_path, arms):
     results = build(tmp_path, arms)
     for name, arm in arms.items():
         for kind in ("position", "entropy"):
@@ -117,7 +116,7 @@ def test_kl_by_bin(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
     assert "](kl_bins.png)" in page and (tmp_path / "kl_bins.png").stat().st_size > 10_000
 
 
-def test_sparse_bins_are_shown_where_an_arm_has_no_others(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
+def test_sparse_bins_are_shown_where_an_arm_has_no_others(tmp_path, arms):
     arms["control"] = make_arm("control", dense=False)
     build(tmp_path, arms)
     page = (tmp_path / "report.md").read_text()
@@ -129,7 +128,7 @@ def test_sparse_bins_are_shown_where_an_arm_has_no_others(tmp_path: Path, arms: 
     assert "ece" not in results["metric_order"]
 
 
-def test_questions_needed(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
+def test_questions_needed(tmp_path, arms):
     """6 of 100 questions are the teacher's alone: (1.95996 sqrt(.06) + .84162 sqrt(.06 - .0036))^2 / .0036 = 128.4."""
     results = build(tmp_path, arms)
     assert results["questions_needed"]["accuracy_0_shot"] == 129
@@ -142,7 +141,7 @@ def test_questions_needed(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> No
     assert "about 155 questions would show it" in results["not_measurable"]["accuracy_0_shot"]
 
 
-def test_page_stays_well_formed(tmp_path: Path, arms: dict[str, dict[str, Any]]) -> None:
+def test_page_stays_well_formed(tmp_path, arms):
     build(tmp_path, arms)
     page = (tmp_path / "report.md").read_text()
     blocks = [[line for line in block.splitlines() if line.startswith("|")] for block in page.split("\n\n")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from transfer_sets import make_plan, write_set
@@ -13,7 +11,7 @@ from quantkd.transfer_set import TransferSet
 
 
 @pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0,)])
-def test_histograms(tmp_path: Path, temperatures: tuple[float, ...]) -> None:
+def test_histograms(tmp_path, temperatures):
     write_set(tmp_path / "set", make_plan(num_prompts=12, temperatures=temperatures))
     transfer_set = TransferSet(tmp_path / "set")
     found = compute_histograms(transfer_set)
