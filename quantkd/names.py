@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # "model", "user/model", and either with a revision (@) or a server's tag (:).
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?([@:][\w.-]+)?", re.ASCII)
+_PATH_STARTS = ("/", "~", "./", "../")
 
 
 def lazy(package: str, exports: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -39,7 +40,7 @@ def public_name(name_or_path: str | os.PathLike[str]) -> str:
     name = os.fspath(name_or_path)
     if name and Path(name).is_dir():
         return Path(name).resolve().name
-    is_path = name.startswith(("/", "~", "./", "../")) or not _NAME.fullmatch(name)
+    is_path = name.startswith(_PATH_STARTS) or not _NAME.fullmatch(name)
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
 
@@ -54,15 +55,12 @@ def is_repository_name(name: str) -> bool:
 
 
 def split_revision(place: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """The repository that `user/name` or `user/name@revision` means, and its revision; None for a path.
-
-    A folder of that name comes first.
-    """
+    """The repository and revision that `user/name` or `user/name@revision` means; None for a path or a folder here."""
     name, mark, behind = place.partition("@")
     if Path(place).exists() or not is_repository_name(name) or (mark and not behind):
         if revision is not None:
             raise ConfigError(
-                f"revision is {revision!r}, and {place} is a folder; only a repository on the Hub has revisions."
+                f"revision is {revision!r}; only a repository on the Hub has one, and {place} is a folder."
             )
         return None, None
     if mark and revision not in (None, behind):
@@ -70,15 +68,10 @@ def split_revision(place: str, revision: str | None = None) -> tuple[str | None,
     return name, behind or revision
 
 
-def require_folder(name_or_path: str, file: str) -> None:
-    """Refuse a path without a folder, and a folder without `file`; a name on the Hub passes."""
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        if not (path / file).is_file():
-            raise ConfigError(
-                f"{name_or_path} holds no {file}; expected a folder that `save_pretrained` wrote, or a name on the Hub."
-            )
-    elif name_or_path.startswith(("/", "./", "../", "~")) or not name_or_path:
+def require_folder(name_or_path: str) -> None:
+    """Refuse a path where nothing is; a name that may be on the Hub passes."""
+    is_path = not name_or_path or name_or_path.startswith(_PATH_STARTS)
+    if is_path and not Path(name_or_path).expanduser().exists():
         raise ConfigError(f"There is no folder {name_or_path!r}. Give a folder that exists, or a name on the Hub.")
 
 
@@ -99,27 +92,28 @@ def find_file(name_or_path: str, file: str, **download_kwargs: Any) -> Path | No
 def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
     """Refuse an adapter where a model is expected: transformers would load the base model that its author names."""
     where = {key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs}
-    if (
-        find_file(name_or_path, "adapter_config.json", **where) is not None
-        and find_file(name_or_path, "config.json", **where) is None
-    ):
+    files = (find_file(name_or_path, file, **where) for file in ("adapter_config.json", "config.json"))
+    if next(files) is not None and next(files) is None:
         raise ConfigError(
-            f"{name_or_path} holds an adapter and no model; expected the model that it belongs to. Name that here, and "
-            "the adapter as --adapter, or with `quantkd.hub.load_adapter(model, ...)`."
+            f"{name_or_path} holds an adapter and no model; expected its base model. Name that here, and the adapter "
+            "as --adapter, or with `quantkd.hub.load_adapter(model, ...)`."
         )
 
 
 @contextmanager
 def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
     """Turn what transformers and PEFT say of a model that they cannot find into one line that names it."""
-    require_folder(name_or_path, file)
+    require_folder(name_or_path)
+    if (path := Path(name_or_path).expanduser()).exists() and not (path / file).is_file():
+        raise ConfigError(
+            f"{name_or_path} holds no {file}; expected what `save_pretrained` wrote, or a name on the Hub."
+        )
     try:
         yield
     except OSError as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
             f"{name_or_path!r} could not be loaded, neither as a folder here nor from the Hub. Check the name, the "
-            f"revision and the network. ({reason})"
+            f"revision and the network. ({' '.join(str(error).split())})"
         ) from error
 
 
@@ -134,12 +128,9 @@ def load_tokenizer(model: Any, **model_init_kwargs: Any) -> PreTrainedTokenizerB
 
     name = model if isinstance(model, str) else model.config.name_or_path
     if not name:
-        raise ConfigError(
-            "The loaded model does not say where its tokenizer is. Pass that too: `tokenizer`, or `processing_class` "
-            "of the trainer."
-        )
-    kwargs = {key: model_init_kwargs[key] for key in ("revision", "token") if key in model_init_kwargs}
-    remote = bool(model_init_kwargs.get("trust_remote_code", False))
+        raise ConfigError("The loaded model names no tokenizer. Pass `tokenizer`, or the trainer's `processing_class`.")
+    used = ("revision", "token", "trust_remote_code")
     with naming(name, "tokenizer_config.json"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=remote, **kwargs)
+        kwargs = {key: model_init_kwargs[key] for key in used if key in model_init_kwargs}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **kwargs)
     return tokenizer

@@ -7,19 +7,21 @@ import logging
 import os
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from huggingface_hub import DryRunFileInfo, file_exists, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    FileMetadataError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
+from huggingface_hub import (
+    DryRunFileInfo,
+    errors,
+    file_exists,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client's HTTP library, under the name that huggingface_hub gives it
 
@@ -35,12 +37,9 @@ _SECRET_VARIABLE = re.compile(
     r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|_PAT$",
     re.IGNORECASE,
 )
-_MIN_SECRET_CHARACTERS = 8
 _LONGEST_WORD = 15  # such as "unauthenticated"; a longer value of letters alone is taken for a secret
 # A later request may succeed; 412: somebody else has committed since.
 _TRANSIENT = (408, 409, 412, 425, 429)
-_FIRST_WAIT_SECONDS = 1.0
-_LONGEST_WAIT_SECONDS = 60.0
 _READ_ATTEMPTS = 5
 
 
@@ -48,25 +47,16 @@ class TransientHubError(HubError):
     """A failure that may not come again: too many requests, a server's fault, a broken connection."""
 
 
-class OfflineHubError(HubError):
-    """HF_HUB_OFFLINE is set, so no request was made."""
-
-
 def find_secrets(token: str | None = None) -> dict[str, str]:
     """The secrets that this process knows, each with a description of it."""
     secrets = {}
     for name, value in os.environ.items():
         # A switch, a number or a path is not a secret.
-        is_word = value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
-        is_secret = len(value) >= _MIN_SECRET_CHARACTERS and not is_word
-        if is_secret and _SECRET_VARIABLE.search(name) and not value.startswith(("/", "~", ".")):
+        is_word = len(value) < 8 or value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
+        if _SECRET_VARIABLE.search(name) and not is_word and not value.startswith(("/", "~", ".")):
             secrets[value] = f"the value of {name}"
-    stored = get_token()
-    if stored:
-        secrets[stored] = "the Hub's token"
-    if token:
-        secrets[token] = "the token that was passed"
-    return secrets
+    tokens = ((get_token(), "the Hub's token"), (token, "the token that was passed"))
+    return secrets | {secret: what for secret, what in tokens if secret}
 
 
 def redact(text: str, secrets: Mapping[str, str]) -> str:
@@ -86,10 +76,7 @@ def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths
         raise ConfigError(f"{name} holds {found}; expected no secret in what is pushed. Remove it from the file.")
     homes = {str(Path.home()), os.path.expanduser("~")} - {"/"}
     if paths and any(re.search(re.escape(home) + r"(?![\w.-])", text) for home in homes):
-        raise ConfigError(
-            f"{name} names your home folder; expected no local path in what is pushed. Name the model by its folder "
-            "alone or by its name on the Hub."
-        )
+        raise ConfigError(f"{name} names your home folder; expected no local path in what is pushed. Remove it there.")
 
 
 @contextmanager
@@ -98,77 +85,54 @@ def hub_errors(what: str, token: str | None = None) -> Iterator[None]:
     try:
         yield
     except (
-        ConnectionError, TimeoutError, FileMetadataError, HFValidationError, LocalEntryNotFoundError, RuntimeError,
-        httpx.HTTPError, json.JSONDecodeError,
+        ConnectionError, TimeoutError, RuntimeError, httpx.HTTPError, json.JSONDecodeError,
+        errors.FileMetadataError, errors.HFValidationError, errors.LocalEntryNotFoundError,
     ) as error:  # fmt: skip
         if isinstance(error, HubError):
             raise
-        links = _chain(error)
         # `create_commit` wraps the failure of an upload in RuntimeError; any other is not about the network.
         if isinstance(error, RuntimeError) and not isinstance(error.__cause__, (OSError, httpx.HTTPError)):
             raise
-        kind, advice = _judge(links)
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__) is not None:
+            chain.append(cause)
+        # Without a status the connection failed, which the client also reports as LocalEntryNotFoundError.
+        status = next((link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)), 500)
+        is_final = any(isinstance(link, (errors.FileMetadataError, ValueError)) for link in chain)
+        kind, advice = HubError, "Check the name, the revision and the token's permissions (`hf auth whoami`)."
+        if any(isinstance(link, errors.OfflineModeIsEnabled) for link in chain):
+            advice = "Unset HF_HUB_OFFLINE to use the network."
+        elif status in _TRANSIENT or (status >= 500 and not is_final):
+            kind, advice = TransientHubError, "Check the network, or try again in a while."
         secrets = find_secrets(token)
         reason = " ".join(redact(str(error) or type(error).__name__, secrets).split())
         message = f"Could not {what}: {reason.rstrip('.')}. {advice}"
-        # --traceback shows the chain, which may quote a secret.
-        is_clean = all(redact(str(link), secrets) == str(link) for link in _chain(error, with_context=True))
-        raise kind(message) from (error if is_clean else None)
+        shown = "".join(traceback.format_exception(error))  # what --traceback shows of it may quote a secret
+        raise kind(message) from (error if redact(shown, secrets) == shown else None)
 
 
 def retry(call: Callable[[], Result], attempts: int) -> Result:
     """What `call` returns, called again after failures that may not come again, with longer and longer waits."""
-    for failures in range(1, attempts):
+    failures = 0
+    while True:
         try:
             return call()
-        except TransientHubError:
-            time.sleep(min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS))
-    try:
-        return call()
-    except TransientHubError as error:
-        tried = f" It failed {attempts} times in a row; the same call goes on where it stopped." if attempts > 1 else ""
-        raise TransientHubError(f"{error}{tried}") from error
-
-
-def _judge(links: list[BaseException]) -> tuple[type[HubError], str]:
-    """The kind of a failure, and what to do about it."""
-    if any(isinstance(link, OfflineModeIsEnabled) for link in links):
-        return OfflineHubError, "Unset HF_HUB_OFFLINE to use the network."
-    status = next((link.response.status_code for link in links if isinstance(link, HfHubHTTPError)), None)
-    if status is None:  # the connection failed, which the client also reports as LocalEntryNotFoundError
-        passes = not any(isinstance(link, (FileMetadataError, ValueError)) for link in links)
-    else:
-        passes = status in _TRANSIENT or status >= 500
-    if passes:
-        return TransientHubError, "Check the network, or try again in a while."
-    return HubError, "Check the name, the revision and the token's permissions (`hf auth whoami`)."
-
-
-def _chain(error: BaseException, *, with_context: bool = False) -> list[BaseException]:
-    """The error and its causes; the context is an earlier error that was handled, and says nothing of this one."""
-    links: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in links:
-        links.append(link)
-        link = link.__cause__ or (link.__context__ if with_context else None)
-    return links
+        except TransientHubError as error:
+            failures += 1
+            if failures >= attempts:
+                if attempts == 1:
+                    raise
+                tried = f"It failed {failures} times in a row; the same call goes on where it stopped."
+                raise TransientHubError(f"{error} {tried}") from error
+        time.sleep(min(2.0 ** (failures - 1), 60.0))
 
 
 class RemoteFiles:
-    """The files of a repository at one commit. It travels to other processes, without its token.
-
-    Args:
-        repo_id: `user/name`.
-        repo_type: "model" or "dataset".
-        revision: a branch, tag or commit; "main" if None. The first file that is fetched fixes it to a commit.
-        token: for a private repository.
-    """
+    """The files of a repository at one commit, which the first fetch fixes. It travels without its token."""
 
     def __init__(self, repo_id: str, repo_type: RepositoryType, revision: str | None, token: str | None) -> None:
-        self.repo_id = repo_id
+        self.repo_id, self.revision, self._token = repo_id, revision or "main", token
         self.repo_type: RepositoryType = repo_type
-        self.revision = revision or "main"
-        self._token = token
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_token": None}
@@ -176,18 +140,19 @@ class RemoteFiles:
     def __str__(self) -> str:
         return f"{self.repo_id} at {self.revision}"
 
-    def fetch(self, name: str, *, max_bytes: int, exact: bool = False) -> Path | None:
+    def fetch(self, name: str, max_bytes: int) -> Path | None:
         """A file in the Hub's cache, fetched if need be; None if the revision does not hold it."""
         cached = self._find_cached(name)
-        if cached is None or not _COMMIT.fullmatch(self.revision):
+        is_fixed = _COMMIT.fullmatch(self.revision) is not None
+        if cached is None or not (is_fixed or is_offline_mode()):
             try:
-                if not retry(lambda: self._download(name, max_bytes, exact), 1 if cached else _READ_ATTEMPTS):
+                if not retry(lambda: self._download(name, max_bytes), 1 if cached else _READ_ATTEMPTS):
                     return None
-            except (OfflineHubError, TransientHubError) as error:
-                if cached is None:
-                    raise
-                if isinstance(error, TransientHubError):
-                    logger.warning("%s Taking %s of %s from the cache.", error, name, self)
+            except HubError as error:
+                if cached is None or not isinstance(error, TransientHubError):
+                    here = "" if is_fixed else f"There is no folder {self.repo_id!r} here. On the Hub: "
+                    raise type(error)(f"{here}{error}") from error
+                logger.warning("%s Taking %s of %s from the cache.", error, name, self)
             cached = self._find_cached(name)
         if cached is None:  # removed since, by another process
             raise HubError(f"{name} of {self} is not in the Hub's cache any more. Try again.")
@@ -196,13 +161,8 @@ class RemoteFiles:
 
     def holds(self, name: str) -> bool:
         """Whether the revision holds a file, which is not fetched."""
-        try:
-            with hub_errors(f"look for {name} in {self}", self._token):
-                return file_exists(
-                    self.repo_id, name, revision=self.revision, repo_type=self.repo_type, token=self._token
-                )
-        except HubError:
-            return False
+        with hub_errors(f"look for {name} in {self}", self._token):
+            return file_exists(self.repo_id, name, revision=self.revision, repo_type=self.repo_type, token=self._token)
 
     def _find_cached(self, name: str) -> DryRunFileInfo | None:
         try:
@@ -214,21 +174,21 @@ class RemoteFiles:
                 local_files_only=True,
                 dry_run=True,
             )
-        except (LocalEntryNotFoundError, HFValidationError):
+        except (errors.LocalEntryNotFoundError, errors.HFValidationError):
             return None
 
-    def _download(self, name: str, max_bytes: int, exact: bool) -> bool:
+    def _download(self, name: str, max_bytes: int) -> bool:
         """Fetch a file into the cache, unless it is too large; returns whether the revision holds it."""
         with hub_errors(f"fetch {name} of {self}", self._token):
             url = hf_hub_url(self.repo_id, name, revision=self.revision, repo_type=self.repo_type)
             try:
                 size = get_hf_file_metadata(url, token=self._token).size
-            except RemoteEntryNotFoundError:
+            except errors.RemoteEntryNotFoundError:
                 return False
-            if size is not None and (size > max_bytes or (exact and size != max_bytes)):
+            if size is not None and size > max_bytes:
                 raise HubError(
-                    f"{name} of {self} has {size} bytes; expected {'' if exact else 'at most '}{max_bytes}. It was "
-                    "not fetched: ask for another revision."
+                    f"{name} of {self} has {size} bytes; expected at most {max_bytes}. It was not fetched: ask for "
+                    "another revision."
                 )
             hf_hub_download(self.repo_id, name, revision=self.revision, repo_type=self.repo_type, token=self._token)
             return True

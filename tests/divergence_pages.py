@@ -26,7 +26,7 @@ def make_row(
 ) -> RowDivergence:
     """A row of these tokens; `kl` is its mean before, and a tenth of it after."""
     count, width = len(ids), alternatives + 1
-    tokens = np.array([rng.permutation(size)[:width] for _ in ids], dtype=np.int64).reshape(count, width)
+    tokens = np.array([rng.choice(size, width, replace=False) for _ in ids], dtype=np.int64).reshape(count, width)
     for place, token in enumerate(ids):  # the last one is the token of the text, unless it is there already
         if token not in tokens[place]:
             tokens[place, -1] = token

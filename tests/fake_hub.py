@@ -120,7 +120,7 @@ def running_hub(monkeypatch: Any, cache: Any, *, seconds: float | None = None) -
     """The Hub, and the client, which read its environment long ago, turned to it; it does not sleep between tries."""
     import huggingface_hub
     from huggingface_hub import constants, file_download, hf_api
-    from huggingface_hub.utils import _http
+    from huggingface_hub.utils import _http, httpx
 
     from quantkd import remote
 
@@ -141,24 +141,14 @@ def running_hub(monkeypatch: Any, cache: Any, *, seconds: float | None = None) -
     sleepless = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     for module in (_http, file_download, remote):
         monkeypatch.setattr(module, "time", sleepless)
-    plain = _http.default_client_factory()
 
-    class Client(type(plain)):  # type: ignore[misc]
-        """The client's own, with a time limit, and an end to everything once it is killed."""
+    def die(request: Any) -> None:
+        if hub.killed:
+            raise Killed
 
-        def send(self, request: Any, **kwargs: Any) -> Any:
-            if hub.killed:
-                raise Killed
-            try:
-                return super().send(request, **kwargs)
-            finally:
-                if hub.killed:
-                    raise Killed
-
-    plain.close()
-    hooks = {"request": [_http.hf_request_event_hook]}
+    hooks: Any = {"request": [_http.hf_request_event_hook, die]}
     huggingface_hub.set_client_factory(
-        lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=seconds, trust_env=False)
+        lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds, trust_env=False)
     )
     try:
         yield hub
@@ -258,11 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "preupload":
             return 200, {"files": [upload_mode(commit, file["path"]) for file in json.loads(body)["files"]]}, {}
         if action == "batch":
-            return (
-                200,
-                {"transfer": "basic", "objects": [self._offer(each) for each in json.loads(body)["objects"]]},
-                {},
-            )
+            objects = [self._offer(each) for each in json.loads(body)["objects"]]
+            return 200, {"transfer": "basic", "objects": objects}, {}
         if action == "commit":
             return self._commit(repository, revision, f"{'datasets/' if kind == 'dataset' else ''}{name}", body)
         files = [describe_file(file, data) for file, data in commit.files.items()]

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from fake_hub import TOKEN, running_hub
 from test_report import LEVELS, build, make_arm
 from transfer_sets import write_set
@@ -19,6 +20,12 @@ PUSHED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "gap.png", "quantkd.json",
     "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
+
+
+def read_page(files: dict[str, bytes]) -> tuple[dict, str]:
+    """The metadata and the text of a repository's page."""
+    _, front, text = files["README.md"].decode().split("---\n", 2)
+    return yaml.safe_load(front), text
 
 
 @pytest.fixture

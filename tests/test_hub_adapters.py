@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-import yaml
-from hub_runs import PUSHED
+from hub_runs import PUSHED, read_page
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoTokenizer, Trainer
@@ -20,12 +19,6 @@ from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 
 pytest_plugins = ["hub_runs"]
-
-
-def read_page(files: dict[str, bytes]) -> tuple[dict, str]:
-    """The metadata and the text of a repository's page."""
-    _, front, text = files["README.md"].decode().split("---\n", 2)
-    return yaml.safe_load(front), text
 
 
 def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, transfer_set, caplog):

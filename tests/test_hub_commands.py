@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 from fake_hub import TOKEN
 from hub_runs import PUSHED
-from test_hub_strangers import PICKLE, TRAPS
+from test_hub_strangers import TRAPS
 
 from quantkd import TransferSet
 from quantkd.cli.main import main
-from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import Arm
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 
@@ -117,27 +115,35 @@ def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("user/pickled", "adapter_model.bin, a pickle"),
         ("user/none", "There is no folder 'user/none' here. On the Hub: "),
         ("user/student@v9", "Could not fetch adapter_config.json of user/student at v9"),
         ("./nowhere", "There is no folder './nowhere'"),
     ],
 )
 def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, tmp_path, capsys, name, said):
-    hub.make("model", "user/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": PICKLE})
     words = ["evaluate", "--model_name_or_path", str(tiny_model_path), "--adapter", name, "--held_out", "user/held",
              "--arm", "x", "--run_dir", str(tmp_path)]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main(words)
     error = capsys.readouterr().err
     assert stop.value.code == 1 and said in error and "Traceback" not in error
-    assert hub.count("GET", r"\.bin$") == 0
 
 
-def test_a_process_without_a_network(hub, run, transfer_set, tiny_model_path, load_base, tmp_path):
-    """As a user has it, nothing patched: what was fetched once is enough."""
+def test_processes_of_their_own(hub, run, transfer_set, tiny_model_path, load_base, tmp_path):
+    """As a user has it, nothing patched: a push, and a load without a network of what was fetched before."""
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+
+    def call(offline, *words):
+        environment = {**os.environ, **settings, "HF_HUB_OFFLINE": offline, "NO_PROXY": "*"}
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr, done.stderr
+        return done.stdout
+
+    said = call("0", "-m", "quantkd", "push", transfer_set.sources[0], "user/held")
+    held = hub.repositories["dataset", "user/held"].commits[-1].sha
     adapter = push_adapter(run / "student", "user/student").commit
-    held = push_transfer_set(transfer_set, "user/held").commit
+    assert held in said
     list(TransferSet.open("user/held"))
     load_adapter(load_base(), "user/student")
     hub.requests.clear()
@@ -147,21 +153,8 @@ def test_a_process_without_a_network(hub, run, transfer_set, tiny_model_path, lo
         "model = load_adapter(sys.argv[1], 'user/student', dtype='float32')\n"
         "print(rows.sources[0], rows.digest, model.hub_revision)"
     )
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", script, str(tiny_model_path)]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"user/held at {held} {transfer_set.digest} user/student at {adapter}\n"
-    assert TOKEN not in done.stdout + done.stderr and hub.requests == []
-
-
-def test_a_folder_of_that_name_comes_first(hub, trapped, run, load_base, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(run / "student", tmp_path / "user" / "student")
-    assert load_adapter(load_base(), "user/student").hub_revision == "user/student"
-    assert hub.requests == []
-    with pytest.raises(ConfigError, match="user/student is a folder; only a repository on the Hub has revisions"):
-        load_adapter(load_base(), "user/student", revision="v1")
+    said = call("1", "-c", script, tiny_model_path)
+    assert said == f"user/held at {held} {transfer_set.digest} user/student at {adapter}\n" and hub.requests == []
 
 
 def test_push(hub, run, small_set, tmp_path, capsys, monkeypatch):
@@ -191,15 +184,3 @@ def test_push(hub, run, small_set, tmp_path, capsys, monkeypatch):
             main(["push", *words])
         assert "no token to push to" in (said := capsys.readouterr().err) and "`hf auth login`, or set HF_TOKEN" in said
     assert hub.requests == []
-
-
-def test_push_in_a_process_of_its_own(hub, small_set, tmp_path):
-    """With the environment that a user sets, and nothing patched."""
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    environment = {**os.environ, **settings, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
-    command = [sys.executable, "-m", "quantkd", "push", str(tmp_path / "small"), "user/set"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert hub.repositories["dataset", "user/set"].commits[-1].sha in done.stdout
-    assert TOKEN not in done.stdout + done.stderr
-    assert TransferSet.open("user/set").digest == small_set.digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 from collections import Counter
@@ -87,17 +88,12 @@ def schedule(seed: int):
     """Faults for one sequence: each request may meet one, until a budget is spent."""
     rng = np.random.default_rng([seed, 7])
     left, rate = int(rng.integers(1, 14)), rng.uniform(0.05, 0.5)
-    holds = seed % 6 == 0
+    faults = itertools.chain(
+        ["hold"] if seed % 6 == 0 else [], (FAULTS[rng.integers(len(FAULTS))] for _ in range(left))
+    )
 
     def fault(number: int, method: str, path: str) -> str | None:
-        nonlocal left, holds
-        if left == 0 or rng.random() > rate:
-            return None
-        left -= 1
-        if holds:
-            holds = False
-            return "hold"
-        return FAULTS[rng.integers(len(FAULTS))]
+        return next(faults, None) if rng.random() <= rate else None
 
     return fault
 
@@ -106,24 +102,19 @@ def _push(opened: TransferSet) -> None:
     push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
 
 
-def push_in_process(hub: FakeHub, opened: TransferSet) -> int | None:
-    """A push in a process of its own, which the Hub may end by SIGKILL; returns its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,))
-    with hub.lock:  # no request is looked at before the Hub knows whom to kill
-        process.start()
-        hub.pid = process.pid
-    process.join(60)
-    hub.pid = None
-    return process.exitcode
-
-
 def push_in_processes(hub: FakeHub, opened: TransferSet) -> int:
-    """As `push_until_done`, each start a process of its own; returns how many were killed."""
-    codes = [-9]
-    while codes[-1] != 0:
+    """As `push_until_done`, each start in a process that the Hub may end by SIGKILL; returns how many were killed."""
+    codes: list[int | None] = []
+    while codes[-1:] != [0]:
         assert len(codes) < 60, "the push does not converge"
-        codes.append(push_in_process(hub, opened))
-    return codes.count(-9) - 1
+        process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,))
+        with hub.lock:  # no request is looked at before the Hub knows whom to kill
+            process.start()
+            hub.pid = process.pid
+        process.join(60)
+        hub.pid = None
+        codes.append(process.exitcode)
+    return codes.count(-9)
 
 
 def push_until_done(hub: FakeHub, opened: TransferSet) -> int:
@@ -182,25 +173,6 @@ def test_a_resumed_push_sends_no_shard_twice(fresh, sets):
     assert sorted(sent.values())[-6:] == [0, 1, 1, 1, 1, 1]  # each of five shards once
     fresh.mend()
     assert TransferSet.open(NAME).digest == sets["larger"].digest
-
-
-@pytest.mark.parametrize("nth", [1, 2, 3])
-@pytest.mark.parametrize("when", ["kill", "kill after"])
-def test_a_process_that_is_really_killed_at_a_commit(fresh, sets, read, nth, when):
-    push_transfer_set(sets["old"], NAME)
-    commits = 0
-
-    def fault(number: int, method: str, path: str) -> str | None:
-        nonlocal commits
-        commits += "/commit/" in path
-        return when if commits == nth and "/commit/" in path else None
-
-    fresh.fault = fault
-    assert push_in_process(fresh, sets["smaller"]) == -9
-    fresh.mend()
-    assert set(read(fresh.repositories["dataset", NAME])) <= {"old", "incomplete", "smaller"}
-    push_until_done(fresh, sets["smaller"])
-    assert read(fresh.repositories["dataset", NAME])[-1] == "smaller"
 
 
 def test_somebody_else_commits_in_between(fresh, sets, read):

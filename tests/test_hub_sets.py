@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from fake_hub import TOKEN, FakeHub
 from hostile_sets import seal
+from hub_runs import read_page
 from huggingface_hub import constants, get_session
 from transfer_sets import make_plan, write_set
 
@@ -118,7 +118,7 @@ def test_a_folder_wins_over_the_hub_and_has_no_revision(hub: FakeHub, small_set,
     monkeypatch.chdir(tmp_path)
     assert_equal(TransferSet.open("user/set", digest=small_set.digest), small_set)
     assert hub.requests == []
-    with pytest.raises(ConfigError, match="only a repository on the Hub has revisions"):
+    with pytest.raises(ConfigError, match="only a repository on the Hub has one"):
         TransferSet.open("user/set", revision="main")
     with pytest.raises(TransferSetError, match="expected 00"):
         TransferSet.open("user/set", digest="0" * 64)
@@ -129,9 +129,9 @@ def test_nothing_becomes_public_by_mistake(hub: FakeHub, small_set):
     with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
         push_transfer_set(small_set, "user/open")
     assert len(hub.repositories["dataset", "user/open"].commits) == 1
-    assert not push_transfer_set(small_set, "user/open", private=False).private
-    assert not push_transfer_set(small_set, "user/new", private=False).private
-    assert not hub.repositories["dataset", "user/new"].private
+    for name in ("user/open", "user/new"):
+        assert not push_transfer_set(small_set, name, private=False).private
+        assert not hub.repositories["dataset", name].private
     push_transfer_set(small_set, "user/closed")
     assert push_transfer_set(small_set, "user/closed", private=False).private  # stays as it is
 
@@ -147,8 +147,7 @@ def test_the_page(hub: FakeHub, small_set):
     push_transfer_set(small_set, "user/set", license="mit")  # the page alone
     assert len(repository.commits) == commits + 1
     assert repository.commits[-1].files["index.json"] == repository.commits[-2].files["index.json"]
-    _, front, text = hub.files("dataset", "user/set")["README.md"].decode().split("---\n", 2)
-    metadata = yaml.safe_load(front)
+    metadata, text = read_page(hub.files("dataset", "user/set"))
     assert metadata["license"] == "mit" and {"quantkd", "distillation"} <= set(metadata["tags"])
     size = f"{small_set.info.num_bytes:,} bytes"
     for fact in (small_set.digest, "contains its training text", "tiny-teacher", "nucleus", "0" * 64, size):
@@ -196,7 +195,7 @@ def test_what_is_too_large_is_not_fetched(hub: FakeHub, small_set):
     with pytest.raises(HubError, match="expected at most 2097152"):
         TransferSet.open("user/index")
     hub.make("dataset", "user/shard", {**files_of(small_set), "shard-00001.safetensors": bytes(10**6)}, private=False)
-    with pytest.raises(HubError, match=r"has 1000000 bytes; expected 1\d\d\d"):
+    with pytest.raises(HubError, match=r"has 1000000 bytes; expected at most 1\d\d\d\."):
         TransferSet.open("user/shard")[5]
     assert hub.count("GET", "user/index/.*index.json|shard-00001") == 0
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import math
 import re
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 
 from quantkd.errors import ConfigError
 from quantkd.view import render_page, write_page
-from quantkd.view.divergence import KL_EDGES, count_classes, escape_script_json
+from quantkd.view.divergence import KL_EDGES, count_classes
 from tests.divergence_pages import HOSTILE, Reader, make_divergence, make_page_divergence, make_row
 
 
@@ -52,15 +50,6 @@ def test_hostile_tokens_and_names_stay_text() -> None:
     assert set(HOSTILE) <= set(strings) and hostile.data["rows"][0]["contexts"] == [[0, HOSTILE[0]]]
     raw = hostile.texts["script"][0]
     assert raw.isascii() and not set("<>&") & set(raw)
-
-
-def test_json_in_a_script_element_comes_back() -> None:
-    for value in (*HOSTILE, {"<": ["&", ">"]}, 1.5, None, "\U0001f389"):
-        text = escape_script_json(value)
-        assert json.loads(text) == value and text.isascii() and not set("<>&") & set(text)
-        assert json.loads(Reader(f"<script>{text}</script>").texts["script"][0]) == value
-    with pytest.raises(ValueError, match="JSON"):
-        escape_script_json(math.nan)
 
 
 def test_fifty_rows_of_two_hundred_tokens_stay_below_five_megabytes(tmp_path: Path) -> None:

@@ -11,13 +11,11 @@ from quantkd.cli.format import format_bytes
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError
 from quantkd.hub.adapters import load_adapter
-from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
 _EXAMPLES = """examples:
   quantkd view --held_out runs/held --model_name_or_path MODEL --adapter runs/student --output page.html
-  quantkd view --held_out runs/held --model_name_or_path MODEL --adapter runs/student --output page.html --rows 10
   quantkd view --held_out runs/held --model_name_or_path MODEL --adapter me/my-adapter --output page.html \\
       --alternatives 4 --batch_size 2
 """
@@ -53,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
         rows=args.rows,
         alternatives=args.alternatives,
         batch_size=args.batch_size,
-        student_name=public_name(student.model_name_or_path),
-        adapter_name=public_name(args.adapter),
+        student_name=student.model_name_or_path,
+        adapter_name=args.adapter,
     )
     path = write_page(divergence, Path(args.output))
     before, after = divergence.mean_kl

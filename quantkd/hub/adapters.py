@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from quantkd.errors import DataError, HubError
-from quantkd.files import write_file
+from quantkd.errors import DataError
+from quantkd.files import read_regular, write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
-from quantkd.models.provenance import PROVENANCE_NAME, Provenance
+from quantkd.models.provenance import PROVENANCE_NAME, Provenance, read_object
 from quantkd.models.student import load_student
-from quantkd.names import is_repository_name, public_name, split_revision
+from quantkd.names import is_repository_name, public_name, require_folder, split_revision
 from quantkd.remote import RemoteFiles, check_shareable, find_secrets, logger as revisions, retry
 
 logger = logging.getLogger(__name__)
@@ -71,26 +71,10 @@ def push_adapter(
 ) -> PushedRepository:
     """Upload an adapter as a model repository, in one commit.
 
-    Args:
-        path: the adapter's folder, or that of a run that holds just one adapter.
-        repo_id: `user/name`, or `name` for one of the token's owner; created if it is missing.
-        private: False makes a new repository public, and is needed to push to one that is.
-        license: of the adapter, as the Hub names it, such as "apache-2.0"; the card says that none was stated if None.
-        base_model: the base model's name on the Hub, where the adapter was trained on a folder.
-        run_dir: whose `results.json` and `gap.png` go on the card; looked for in the folder and the one above if None.
-        token: with write permission; else that of `hf auth login` or HF_TOKEN.
-        revision: the branch; "main" if None.
-        commit_message: the commit's title.
-        attempts: how many failures in a row that may not come again end the push.
-
-    Returns:
-        The repository and its commit.
-
-    Raises:
-        DataError: no adapter there, several, or one that is a pickle.
-        ConfigError: a public repository without `private=False`, one that holds something else, or a file that holds a
-            secret.
-        HubError: the Hub could not be reached, or refused.
+    `path` may be a run's folder with just one adapter. `repo_id` without an owner is one of the token's.
+    `private=False` makes a new repository public, and is needed to push to one that is. `base_model` is for an adapter
+    that was trained on a local folder. `run_dir` holds the report for the page: by default the adapter's folder or the
+    one above. `attempts` failures in a row that may not come again end the push.
     """
     check_license(license)
     files, values = _gather(find_adapter(path), base_model, run_dir)
@@ -157,7 +141,7 @@ def _gather(
     folder: Path, base_model: str | None, run_dir: str | Path | None
 ) -> tuple[dict[str, Path | bytes], dict[str, Any]]:
     """The files of a push without the page, and the values that the page is rendered from."""
-    _check_files(str(folder), [name for name in (CONFIG, WEIGHTS, _PICKLE) if (folder / name).is_file()])
+    _check_files(str(folder), lambda name: (folder / name).is_file())
     values = _describe(folder, base_model)
     if not values["adapter"]["base_model_name_or_path"]:
         raise DataError(f"{folder / CONFIG} names no base model; pass base_model (--base_model).")
@@ -166,14 +150,14 @@ def _gather(
         files[PROVENANCE_NAME] = values["facts"].to_json().encode()
     files |= {name: folder / name for name in (*_VOCABULARIES, _CHAT_TEMPLATE) if (folder / name).is_file()}
     if (folder / _TOKENIZER_CONFIG).is_file():
-        config = _read_json(folder / _TOKENIZER_CONFIG)
+        config = read_object(folder / _TOKENIZER_CONFIG)
         paths = {key: config[key] for key in ("name_or_path", "tokenizer_file", "vocab_file") if config.get(key)}
         files[_TOKENIZER_CONFIG] = _to_json({**config, **{key: public_name(str(path)) for key, path in paths.items()}})
     report = _find_report(folder) if run_dir is None else Path(run_dir)
     if report is not None:
         if not (report / "results.json").is_file():
             raise DataError(f"{report} holds no results.json; build it with `quantkd report {report}`.")
-        values["results"] = _read_json(report / "results.json")
+        values["results"] = read_object(report / "results.json")
         if (report / _CHART).is_file():
             files[_CHART], values["chart"] = report / _CHART, True
     return files, values
@@ -181,9 +165,9 @@ def _gather(
 
 def _describe(folder: Path, base_model: str | None) -> dict[str, Any]:
     """What the page of an adapter says without a report: its configuration and provenance, without local paths."""
-    adapter = _read_json(folder / CONFIG)
+    adapter = read_object(folder / CONFIG)
     adapter["base_model_name_or_path"] = public_name(base_model or str(adapter.get("base_model_name_or_path") or ""))
-    tokenizer = _read_json(folder / _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
+    tokenizer = read_object(folder / _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     has_template = bool(tokenizer.get("chat_template")) or (folder / _CHAT_TEMPLATE).is_file()
     return {
         "adapter": adapter, "facts": Provenance.read(folder), "results": None, "chart": False,
@@ -206,26 +190,16 @@ def _check_secrets(files: Mapping[str, Path | bytes], token: str | None) -> None
         check_shareable(name, data, secrets, paths=name not in _VOCABULARIES)
 
 
-def _check_files(place: str, held: list[str]) -> None:
+def _check_files(place: str, holds: Callable[[str], bool]) -> None:
     """Refuse an adapter without its two files."""
-    missing = [name for name in (CONFIG, WEIGHTS) if name not in held]
-    if missing and _PICKLE in held:
+    missing = [name for name in (CONFIG, WEIGHTS) if not holds(name)]
+    if WEIGHTS in missing and holds(_PICKLE):
         raise DataError(
             f"{place} holds {_PICKLE}, a pickle, which can run any code when it is opened; expected {WEIGHTS}. Ask its "
-            "maker to save it with `save_pretrained`, which writes safetensors."
+            "maker to save it as safetensors."
         )
     if missing:
         raise DataError(f"{place} holds no {missing[0]}; expected an adapter that PEFT saved. Check the name.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}. Save the adapter, or build the report, anew.") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}; expected an object. Write it anew.")
-    return value
 
 
 def _to_json(value: Mapping[str, Any]) -> bytes:
@@ -244,26 +218,10 @@ def load_adapter(
     """Attach a LoRA adapter from the Hub or a folder to a base model that the caller chose.
 
     The base model that the adapter names is compared and never loaded. Only safetensors are read. The commit is logged,
-    and is `hub_revision` of the model.
-
-    Args:
-        base: a loaded model; or its name or folder, loaded in NF4 without remote code.
-        adapter: a folder; or `user/name` or `user/name@revision` on the Hub, if there is no such folder here.
-        revision: of the repository: a branch, tag or commit. It is fixed to its commit now.
-        token: for a private repository.
-        is_trainable: keep the adapter trainable.
-        **model_kwargs: for a base given by name, what `load_student` takes.
-
-    Returns:
-        The model with the adapter.
-
-    Raises:
-        DataError: no adapter there, a pickle, a configuration that asks for more than plain LoRA, or one that does not
-            fit the base model.
-        ConfigError: a revision of a folder.
-        HubError: the Hub could not be reached, and the adapter is not in the cache.
+    and is `hub_revision` of the model. A `base` given by name is loaded by `load_student`, which takes `model_kwargs`,
+    without remote code.
     """
-    place, folder, files = _find(str(adapter), revision, token)
+    place, folder, _ = _find(str(adapter), revision, token)
     config, named = _read_config(folder / CONFIG, place)
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base
     own = _last_part(model.config.name_or_path or "")
@@ -288,21 +246,18 @@ def load_adapter(
             f"The adapter {place} does not fit its own configuration: {len(lacking)} weights are missing, "
             f"{len(result.unexpected_keys)} unexpected, first {[*lacking, *result.unexpected_keys][0]!r}. Get it anew."
         )
-    if files is not None:
-        revisions.info("Adapter %s", place)
     loaded.hub_revision = place
     keep_trainable_on_cpu(loaded)
     attached: PeftModel = loaded if is_trainable else loaded.eval()
     return attached
 
 
-def fetch_adapter(adapter: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
-    """A folder with an adapter's files and descriptions: the one named, or the Hub's cache. Logs the commit."""
-    place, folder, files = _find(str(adapter), revision, token)
+def fetch_adapter(adapter: str) -> Path:
+    """A folder with an adapter's files and descriptions: the one named, or the Hub's cache."""
+    _, folder, files = _find(adapter, None, None)
     if files is not None:
         for name in (CARD_NAME, PROVENANCE_NAME):
-            files.fetch(name, max_bytes=_MAX_CONFIG_BYTES)
-        revisions.info("Adapter %s", place)
+            files.fetch(name, _MAX_CONFIG_BYTES)
     return folder
 
 
@@ -311,31 +266,22 @@ def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, P
     name, revision = split_revision(adapter, revision)
     folder = Path(adapter)
     if name is None:
-        if not folder.is_dir():
-            raise DataError(f"There is no folder {adapter!r}. Give an adapter's folder, or its name on the Hub.")
-        _check_files(adapter, [file for file in (CONFIG, WEIGHTS, _PICKLE) if (folder / file).is_file()])
+        require_folder(adapter)
+        _check_files(adapter, lambda file: (folder / file).is_file())
         return adapter, folder, None
     files = RemoteFiles(name, "model", revision, token)
-    held = []
-    try:
-        for file, limit in ((CONFIG, _MAX_CONFIG_BYTES), (WEIGHTS, _MAX_WEIGHTS_BYTES)):
-            if (path := files.fetch(file, max_bytes=limit)) is not None:
-                folder = path.parent  # files of one commit share a folder of the cache
-                held.append(file)
-    except HubError as error:
-        raise type(error)(f"There is no folder {adapter!r} here. On the Hub: {error}") from error
-    if WEIGHTS not in held and files.holds(_PICKLE):
-        held.append(_PICKLE)
-    _check_files(str(files), held)
-    return str(files), folder, files
+    # Files of one commit share a folder of the cache.
+    limits = {CONFIG: _MAX_CONFIG_BYTES, WEIGHTS: _MAX_WEIGHTS_BYTES}
+    fetched = {file: path for file, limit in limits.items() if (path := files.fetch(file, limit)) is not None}
+    _check_files(str(files), lambda file: file in fetched or (file == _PICKLE and files.holds(file)))
+    revisions.info("Adapter %s", files)
+    return str(files), fetched[CONFIG].parent, files
 
 
 def _read_config(path: Path, place: str) -> tuple[LoraConfig, str]:
     """Plain LoRA from checked fields, and the base model that the adapter names."""
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes, more than {_MAX_CONFIG_BYTES}")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_regular(path.resolve(), _MAX_CONFIG_BYTES))
         problem = _find_problem(fields)
         config = LoraConfig(**{name: fields[name] for name in _FIELDS if name in fields}) if problem is None else None
     except (TypeError, ValueError, RecursionError) as error:
@@ -355,7 +301,7 @@ def _find_problem(fields: Any) -> str | None:
     if strange := sorted(set(strange) - {*_FIELDS, *_NOTES}):
         return f"sets {', '.join(strange)[:200]}; expected plain LoRA, which needs none of that"
     start = fields.get("init_lora_weights")
-    if not any(start is each or (isinstance(start, str) and start == each) for each in _STARTS_THAT_LEAVE_THE_BASE):
+    if start not in _STARTS_THAT_LEAVE_THE_BASE:
         return f"started with {str(start)[:80]!r}, which changes the base model's weights; expected another start"
     names = [fields.get("modules_to_save"), fields.get("layers_pattern")]
     if not _is_pattern(fields.get("target_modules")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from quantkd.errors import ConfigError
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import bits_of
 from quantkd.names import is_repository_name, public_name
-from quantkd.report.page import list_notes, markdown_environment, tabulate
+from quantkd.report.page import describe_held_out, list_measured, list_notes, markdown_environment, tabulate
 from quantkd.transfer_set.info import TransferSetInfo
 
 CARD_NAME = "README.md"
@@ -32,8 +33,7 @@ def check_license(license: str | None) -> None:
     """Refuse a license that the Hub would not accept."""
     if license is not None and not _LICENSE.fullmatch(license):
         raise ConfigError(
-            f"license is {license!r}; expected a short name of the Hub's list in lower case, such as apache-2.0, mit, "
-            "llama3.1 or other."
+            f"license is {license!r}; expected a short name of the Hub's list, such as apache-2.0 or mit."
         )
 
 
@@ -52,16 +52,13 @@ def render_adapter_card(
     license: str | None,
     **has: bool,
 ) -> str:
-    """The page of an adapter, from its `adapter_config.json`, its `quantkd.json` and a report's `results.json`.
-
-    `has` says whether a chart, a tokenizer and a chat template are pushed with it.
-    """
+    """The page of an adapter from its three JSON files; `has`: a chart, a tokenizer and a chat template, or not."""
     base = str(adapter["base_model_name_or_path"] or "BASE_MODEL")
     recorded = facts.quantization
     bits = bits_of(recorded or _NF4)
     # The settings that the snippet repeats; one of 8 bits has settings of 4 bits that mean nothing.
     snippet = r"load_in_4bit$|bnb_4bit_\w+$" if (recorded or _NF4).get("load_in_4bit") else "load_in_8bit$"
-    table, notes, measured = _describe_results(results)
+    measured = [] if results is None else _list_measured(results)
     source = re.match(r"([\w.-]+/[\w.-]+) at ", facts.transfer_set or "", re.ASCII)
     metadata = ModelCardData(
         license=license,
@@ -94,28 +91,17 @@ def render_adapter_card(
         recorded=recorded,
         bitsandbytes={name: value for name, value in (recorded or _NF4).items() if re.match(snippet, name)},
         settings=settings,
-        table=table,
-        notes=notes,
+        table=[] if results is None else tabulate(results),
+        notes=[] if results is None else [*list_notes(results), f"Fidelity: {describe_held_out(results)}."],
         license=license,
         **has,
     )
 
 
-def _describe_results(results: dict[str, Any] | None) -> tuple[list[list[str]], list[str], list[EvalResult]]:
-    """Of a report the cells of its table, its notes, and the metrics of the distilled arm as the Hub reads them."""
-    if results is None:
-        return [], [], []
-    notes = list_notes(results)
-    subject = results["arms"].get(results.get("subject") or "after")
-    if subject is not None and subject["num_rows"]:
-        notes.append(
-            f"{subject['title']}: fidelity over {subject['num_rows']:,} held-out rows with {subject['num_tokens']:,} "
-            "target tokens."
-        )
-    held_out = f"held-out rows of transfer set {str(results.get('transfer_set_digest') or '')[:12]}".strip()
-    measured = results["arms"]["after"]["metrics"] if "after" in results["arms"] else {}
-    found = []
-    for key in (key for key in results["metric_order"] if key in measured):
+def _list_measured(results: dict[str, Any]) -> list[EvalResult]:
+    """The metrics of the distilled arm as the Hub reads them."""
+    held_out, found = describe_held_out(results), []
+    for key, name, value in list_measured(results, "after"):
         is_accuracy = key.startswith("accuracy_")
         found.append(
             EvalResult(
@@ -123,11 +109,11 @@ def _describe_results(results: dict[str, Any] | None) -> tuple[list[list[str]], 
                 dataset_type="quantkd",
                 dataset_name="questions of the evaluation" if is_accuracy else held_out,
                 metric_type="accuracy" if is_accuracy else key,
-                metric_name=results["metrics"][key],
-                metric_value=measured[key]["value"],
+                metric_name=name,
+                metric_value=value,
             )
         )
-    return tabulate(results), notes, found
+    return found
 
 
 def _render(template: str, card: ModelCardData | DatasetCardData, **values: Any) -> str:
@@ -137,10 +123,8 @@ def _render(template: str, card: ModelCardData | DatasetCardData, **values: Any)
 
 
 def _escape_cell(text: Any) -> str:
-    escaped = " ".join(str(text).split())
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
-        escaped = escaped.replace(character, entity)
-    return escaped
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return escaped.replace("|", "\\|").replace("`", "'").replace("[", "\\[")
 
 
 def _to_code(value: Any) -> str:

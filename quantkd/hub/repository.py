@@ -21,19 +21,10 @@ _BLANK = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "README.md")
 
 @dataclass(frozen=True)
 class PushedRepository:
-    """Where something was pushed to.
-
-    Args:
-        repo_id: `user/name`.
-        repo_type: "model" or "dataset".
-        commit: the revision that holds all of it, 40 hexadecimal digits.
-        private: whether only its owner can read it.
-        url: its page.
-    """
+    """Where something was pushed to."""
 
     repo_id: str
-    repo_type: RepositoryType
-    commit: str
+    commit: str  # the revision that holds all of it
     private: bool
     url: str
 
@@ -56,10 +47,7 @@ class HubRepository:
     def ensure(self, private: bool) -> None:
         """Create the repository and its branch if they are missing; refuse to make anything public by mistake."""
         if not (self._token or get_token()):
-            raise HubError(
-                f"There is no token to push to {self.repo_id} with. Log in with `hf auth login`, or set HF_TOKEN; the "
-                "token needs write permission."
-            )
+            raise HubError(f"There is no token to push to {self.repo_id} with. Use `hf auth login`, or set HF_TOKEN.")
         with hub_errors(f"find or create {self.repo_id}", self._token):
             url = self._api.create_repo(self.repo_id, private=private, exist_ok=True, **self._kind)
             self.repo_id, self._url = url.repo_id, str(url)
@@ -101,7 +89,7 @@ class HubRepository:
 
     def pushed(self, commit: str) -> PushedRepository:
         """What a push returns."""
-        return PushedRepository(self.repo_id, self._kind["repo_type"], commit, self._private, self._url)
+        return PushedRepository(self.repo_id, commit, self._private, self._url)
 
 
 def create_repository(name: str, *, private: bool, token: str | None) -> str:

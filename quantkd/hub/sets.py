@@ -1,19 +1,14 @@
 """Push a transfer set so that every commit on the way is a whole set, or says that it is incomplete.
 
-The index goes last, in a commit of its own. A push looks at the newest commit, does the next step towards the wanted
-files, and looks again, also after a failure; so a push that was cut off goes on where it stopped:
-
-1. If shards in the repository must change or go, the index goes first: the repository then says that it is incomplete.
-   Shards that are only added leave the index alone, which does not name them.
-2. Shards are uploaded, in commits of bounded size. Those with the same content are not sent again.
-3. When all shards are in place, the index follows.
-
-Each commit names its parent, so the Hub refuses a step that was decided before somebody else's commit.
+The index is added last, and is deleted first where its shards change. Each step is decided on the newest commit, also
+after a failure, so a push that was cut off goes on where it stopped. The Hub refuses a step if somebody else has
+committed since.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import RepoSibling
@@ -28,8 +23,7 @@ from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.shard import shard_name
 
 _MAX_STEPS = 4 * MAX_SHARDS
-MAX_COMMIT_BYTES = 2**31
-MAX_COMMIT_FILES = 64
+_MAX_COMMIT_FILES = 64
 
 
 def push_transfer_set(
@@ -40,27 +34,12 @@ def push_transfer_set(
     license: str | None = None,
     token: str | None = None,
     revision: str | None = None,
-    max_commit_bytes: int = MAX_COMMIT_BYTES,
+    max_commit_bytes: int = 2**31,
 ) -> PushedRepository:
-    """Upload a set as a dataset repository, or replace the one that is there.
+    """Upload a whole set as a dataset repository, or replace the one that is there.
 
-    Args:
-        transfer_set: a whole set, not a view.
-        repo_id: `user/name`, or `name` for one of the token's owner; created if it is missing.
-        private: False makes a new repository public, and is needed to push to one that is.
-        license: of the rows, as the Hub names it, such as "mit"; the card says that none was stated if None.
-        token: with write permission; else that of `hf auth login` or HF_TOKEN.
-        revision: the branch; "main" if None.
-        max_commit_bytes: size of the shards of one commit, which holds at least one shard.
-
-    Returns:
-        The repository and the commit that holds the set.
-
-    Raises:
-        ConfigError: a view, joined sets, a public repository without `private=False`, one that holds something else, or
-            a set that names a secret.
-        TransferSetError: a set that is unfinished or damaged.
-        HubError: the Hub could not be reached, or refused. The same call goes on where it stopped.
+    `repo_id` without an owner is one of the token's. `private=False` makes a new repository public, and is needed to
+    push to one that is. After a HubError, the same call goes on where it stopped.
     """
     wanted = _wanted_files(transfer_set, repo_id, license, token)
     repository = HubRepository(repo_id, "dataset", token=token, branch=revision)
@@ -86,13 +65,12 @@ def list_set_files(transfer_set: TransferSet) -> list[tuple[str, int]]:
 def _wanted_files(
     transfer_set: TransferSet, repo_id: str, license: str | None, token: str | None
 ) -> dict[str, CommitOperationAdd]:
-    """The card, the index and the shards, by name; a damaged set is refused."""
+    """The card, the index and the shards by name, of a set that is whole."""
     check_license(license)
     store = transfer_set.whole_store
     if store is None:
         raise ConfigError(
-            "A view or several joined sets cannot be pushed: a repository holds one whole set. Push the sets one by "
-            "one, or write what you want with `quantkd convert`."
+            "A view or several joined sets cannot be pushed: a repository holds one whole set. Push them one by one."
         )
     if not store.index.complete:
         raise TransferSetError(f"The transfer set at {store.source} is unfinished. Finish its capture first.")
@@ -128,10 +106,7 @@ def _advance(
         return repository.pushed(commit)
     if repository.commit(operations, message, commit).commit == commit:
         names = ", ".join(operation.path_in_repo for operation in operations[:3])
-        raise HubError(
-            f"{repository.repo_id} did not take {names}; a .gitignore there may name them. Remove it, or choose "
-            "another repository."
-        )
+        raise HubError(f"{repository.repo_id} did not take {names}; a .gitignore there may name them. Remove it.")
     return None
 
 
@@ -152,7 +127,7 @@ def _next_step(
         return "Begin to replace the transfer set", [CommitOperationDelete(INDEX_NAME), *add(CARD_NAME)]
     if shards or strays:
         chosen = _first_batch({name: wanted[name].upload_info.size for name in shards}, max_bytes)
-        removals = [CommitOperationDelete(name) for name in strays[:MAX_COMMIT_FILES]]
+        removals = [CommitOperationDelete(name) for name in strays[:_MAX_COMMIT_FILES]]
         # While the old index stands, so does the old card.
         return f"Upload {len(chosen)} shards", [*([] if has_index else add(CARD_NAME)), *removals, *add(*chosen)]
     if CARD_NAME in missing:
@@ -173,12 +148,9 @@ def _is_at(file: CommitOperationAdd, remote: RepoSibling | None) -> bool:
 
 def _first_batch(sizes: dict[str, int], max_bytes: int) -> list[str]:
     """As many shards as fit into one commit, and at least one."""
-    chosen: list[str] = []
-    for name in list(sizes)[:MAX_COMMIT_FILES]:
-        if chosen and sum(sizes[other] for other in chosen) + sizes[name] > max_bytes:
-            break
-        chosen.append(name)
-    return chosen
+    totals = itertools.accumulate(sizes.values())
+    fitting = [name for name, total in zip(sizes, totals, strict=True) if total <= max_bytes]
+    return fitting[:_MAX_COMMIT_FILES] or list(sizes)[:1]
 
 
 def _is_shard(name: str) -> bool:

@@ -70,12 +70,7 @@ class Provenance:
         path = find_file(str(name_or_path), PROVENANCE_NAME)
         if path is None:
             return cls()
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} is not JSON: {error}. Remove it, or save the adapter again.") from error
-        if not isinstance(facts, dict):
-            raise DataError(f"{path} holds a {type(facts).__name__}; expected an object. Remove it.")
+        facts = read_object(path)
         found: dict[str, Any] = {field.name: facts.get(field.name) for field in fields(cls)}
         for name, value in found.items():
             expected = str if name in ("quantkd_version", "transfer_set", "transfer_set_digest", "teacher") else dict
@@ -91,6 +86,17 @@ class Provenance:
     def write(self, folder: Path) -> None:
         """Write the file into a folder."""
         write_file(folder / PROVENANCE_NAME, self.to_json())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that stands beside an adapter."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}. Remove it, or write it anew.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}; expected an object. Remove it, or write it anew.")
+    return value
 
 
 def name_base_model(folder: Path, base: str | None = None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from quantkd.errors import HubError, TransferSetError
+from quantkd.errors import TransferSetError
 from quantkd.files import read_regular
 from quantkd.names import split_revision
 from quantkd.remote import RemoteFiles, logger as revisions
@@ -94,10 +94,7 @@ class HubSource:
 
     def read_index(self) -> Index:
         """The index at the revision, which is fixed to its commit."""
-        try:
-            path = self._files.fetch(INDEX_NAME, max_bytes=MAX_DOCUMENT_BYTES)
-        except HubError as error:
-            raise type(error)(f"There is no folder {self._files.repo_id!r} here. On the Hub: {error}") from error
+        path = self._files.fetch(INDEX_NAME, MAX_DOCUMENT_BYTES)
         if path is None:
             raise TransferSetError(
                 f"The transfer set {self._files} is incomplete: it has no {INDEX_NAME}, which is uploaded last. Ask "
@@ -111,7 +108,7 @@ class HubSource:
     def locate(self, shard: int, num_bytes: int) -> Path:
         """The shard's file in the Hub's cache, fetched if it is not there."""
         name = shard_name(shard)
-        path = self._files.fetch(name, max_bytes=num_bytes, exact=True)
+        path = self._files.fetch(name, num_bytes)
         if path is None:
             raise TransferSetError(f"{self._files} holds no {name}, which its index lists. Ask for another revision.")
         return path.resolve()

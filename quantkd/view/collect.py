@@ -18,7 +18,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.loss.metrics import compare_with_entries, compute_predictions, cut_positions
 from quantkd.loss.states import TargetStates
-from quantkd.models.network import base_network, evaluation_mode, run_to_targets, why_not_fusable
+from quantkd.models.network import evaluation_mode, run_to_targets, why_not_fusable
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import IGNORE_INDEX
@@ -40,19 +40,12 @@ def collect_divergence(
     rows: int = 50,
     alternatives: int = 8,
     batch_size: int = 8,
-    student_name: str | None = None,
+    student_name: str = "student",
     adapter_name: str = "adapter",
-    progress: bool = True,
 ) -> Divergence:
     """Compare a student with the stored teacher at every target, without and with its adapter, teacher-forced."""
-    for name, number in (("rows", rows), ("alternatives", alternatives)):
-        if number < 1:
-            raise ConfigError(f"{name} is {number}; expected at least 1.")
     if not isinstance(model, PeftModel):
-        raise ConfigError(
-            f"The model is a {type(model).__name__}; expected a PeftModel, whose adapter can be switched off to see "
-            "the student before training. Load the adapter with PeftModel.from_pretrained."
-        )
+        raise ConfigError(f"The model is a {type(model).__name__}; expected a PeftModel. Load the adapter onto it.")
     if not len(transfer_set):
         raise DataError("The transfer set has no rows to show; capture at least one held-out prompt.")
     check_fingerprint(transfer_set.info.tokenizer_fingerprint, tokenizer, what="The transfer set")
@@ -61,7 +54,7 @@ def collect_divergence(
     found: list[RowDivergence] = []
     with _evaluating(model):
         fused = why_not_fusable(model) is None
-        for indices in tqdm(batches, desc="view", unit="batch", disable=None if progress else True):
+        for indices in tqdm(batches, desc="view", unit="batch", disable=None):
             found += _compare_batch(model, shown, indices, tokenizer, alternatives, fused)
     found.sort(key=lambda row: row.index)
     ids = np.concatenate([part for row in found for part in (row.token_ids, row.alternatives.token_ids)])
@@ -69,7 +62,7 @@ def collect_divergence(
         rows=tuple(found),
         tokens=spell_tokens(tokenizer, ids.tolist()),
         teacher=public_name(transfer_set.info.teacher_name),
-        student=public_name(student_name or str(base_network(model).config.name_or_path) or "student"),
+        student=public_name(student_name),
         adapter=public_name(adapter_name),
         digest=transfer_set.digest,
         num_rows=len(transfer_set),
@@ -101,8 +94,8 @@ def _compare_batch(
             columns = _compare_students(before.select(own), after.select(own), targets[own], stored, alternatives)
         if not (np.isfinite(columns["kl_before"]).all() and np.isfinite(columns["kl_after"]).all()):
             raise DataError(
-                f"The student's KL at row {index} is not finite, so its logits are not either; expected finite ones. "
-                "Load it in another dtype, or check it with `quantkd selftest`."
+                f"The student's KL at row {index} is not finite; expected finite logits. Load it in another dtype, or "
+                "check it with `quantkd selftest`."
             )
         part = slice(*starts[place : place + 2])
         ids, is_target = fetched.input_ids[part], fetched.labels[part] != IGNORE_INDEX

@@ -125,19 +125,14 @@ function focusToken(element) {
 
 /** The nearest token in the line above (-1) or below (1). */
 function inNextLine(elements, place, direction) {
-  const start = elements[place].getBoundingClientRect();
-  const center = start.left + start.width / 2;
-  let best = { at: place, distance: Infinity };
-  let line = null;
-  for (let at = place + direction; elements[at]; at += direction) {
-    const box = elements[at].getBoundingClientRect();
-    if (direction * (box.top - start.top) < start.height / 2) continue;
-    if (line !== null && Math.abs(box.top - line) > start.height / 2) break;
-    line = box.top;
-    const distance = Math.abs(box.left + box.width / 2 - center);
-    if (distance < best.distance) best = { at, distance };
-  }
-  return best.at;
+  const boxes = elements.map((element) => element.getBoundingClientRect());
+  const from = boxes[place];
+  const distances = boxes.map((box) => {
+    const lines = Math.round((direction * (box.top - from.top)) / from.height);
+    return lines > 0 ? 1e5 * lines + Math.abs(box.left + box.width / 2 - from.left - from.width / 2) : Infinity;
+  });
+  const nearest = Math.min(...distances);
+  return nearest < Infinity ? distances.indexOf(nearest) : place;
 }
 
 function nextHigh(kls, place, direction) {
