@@ -94,7 +94,7 @@ def hub_errors(what: str, token: str | None = None) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error.__cause__, (OSError, httpx.HTTPError)):
             raise
         chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__) is not None:
+        while (cause := chain[-1].__cause__) is not None and cause not in chain:
             chain.append(cause)
         # Without a status the connection failed, which the client also reports as LocalEntryNotFoundError.
         status = next((link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)), 500)
