@@ -1,4 +1,4 @@
-"""Files and folders are written whole, plain files read, locks held once; test_transfer_set_crash kills writers."""
+"""Files and folders are written whole, plain files read, locks held once; test_transfer_set_processes kills writers."""
 
 from __future__ import annotations
 

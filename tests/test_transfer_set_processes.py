@@ -1,11 +1,17 @@
-"""Many processes write one set, and many read it: the same bytes and content everywhere, and memory that stays flat."""
+"""Writers that are killed, that fail and that are many leave the same bytes; readers agree, and stay small."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 import hashlib
 import multiprocessing
+import os
 import pickle
+import random
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +21,147 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transfer_sets import capture_slowly, make_plan, make_row, write_rows, write_set
+from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, hashes, make_plan, make_row, write_rows, write_set
 
-from quantkd.transfer_set import RowBatch, TransferSet
+from quantkd.errors import TransferSetError
+from quantkd.files import COMMIT_STEPS, FileSystem
+from quantkd.transfer_set import RowBatch, TransferSet, verify
 
 fork = multiprocessing.get_context("fork")
+STEPS = [f"{what}:{step}" for what in ("plan", "shard", "record", "index") for step in COMMIT_STEPS]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("reference")
+    return capture_slowly(folder / "set", folder / "log")
+
+
+def start(*args: Any, processes: int = 1, **kwargs: Any) -> list[Any]:
+    """A launch of captures."""
+    launch = []
+    for index in range(processes):
+        each = fork.Process(target=capture_slowly, args=args, kwargs={"process": (index, processes), **kwargs})
+        each.start()
+        launch.append(each)
+    return launch
+
+
+def kill(launch: list[Any]) -> None:
+    for process in launch:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments(tmp_path: Path, reference: str, kills: int) -> None:
+    rng = random.Random(kills)
+    landed = 0
+    for number in range(kills):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for log in ("first", "second"):
+            (folder / log).touch()
+        capture = start(folder / "set", folder / "first", 0.002)
+        time.sleep(rng.uniform(0.0, 0.09))
+        kill(capture)
+        landed += capture[0].exitcode == -signal.SIGKILL
+        assert capture_slowly(folder / "set", folder / "second") == reference == verify(folder / "set").digest
+        first, second = ({*(folder / log).read_text().split()} for log in ("first", "second"))
+        assert len(first & second) <= 1, "more than one shard was done again"
+        assert sorted(hashes(folder / "set")) == ["index.json", *(f"shard-{i:05d}.safetensors" for i in range(4))]
+    assert landed >= kills // 2, "most kills must hit a capture that is still at work"
+
+
+@pytest.mark.parametrize("step", [*STEPS, "cleanup:started"])
+def test_sigkill_at_every_named_step(tmp_path: Path, reference: str, step: str) -> None:
+    (process,) = start(tmp_path / "set", tmp_path / "first", disk=DyingDisk(step, 2 if step[0] in "sr" else 1))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the step was never reached"
+    if step not in ("index:renamed", "index:folder-synced", "cleanup:started"):
+        with pytest.raises(TransferSetError, match=r"unfinished|no transfer set"):
+            TransferSet(tmp_path / "set")
+    assert capture_slowly(tmp_path / "set", tmp_path / "second") == reference
+    assert len(hashes(tmp_path / "set")) == 5, "leftovers of the killed run"
+
+
+def count_calls(tmp_path: Path) -> int:
+    disk = FaultyDisk()
+    capture_slowly(tmp_path / "count", tmp_path / "log", disk=disk)
+    return disk.calls
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO])
+def test_the_nth_call_fails(tmp_path: Path, reference: str, kind: int, for_good: bool) -> None:
+    calls = count_calls(tmp_path)
+    assert calls > 50
+    for number in range(1, calls + 1):
+        folder = tmp_path / str(number)
+        began = time.monotonic()
+        with pytest.raises(TransferSetError, match=os.strerror(kind)):
+            capture_slowly(folder, tmp_path / "log", disk=FaultyDisk(number, kind, for_good))
+        assert time.monotonic() - began < 5
+        try:
+            # No false success: what opens is whole. It opens only if nothing but the cleaning up failed.
+            assert TransferSet(folder, verify="full").digest == reference
+        except TransferSetError:
+            assert not (folder / "index.json").exists()
+        assert capture_slowly(folder, tmp_path / "log") == reference
+        assert len(hashes(folder)) == 5
+
+
+def test_short_writes_are_continued(tmp_path: Path, reference: str) -> None:
+    for number in range(1, count_calls(tmp_path) + 1):
+        assert capture_slowly(tmp_path / str(number), tmp_path / "log", disk=FaultyDisk(number, "short")) == reference
+
+
+def test_a_disk_that_takes_nothing_is_an_error(tmp_path: Path) -> None:
+    class Full(FileSystem):
+        def write(self, descriptor: int, data: memoryview) -> int:
+            return 0
+
+    with pytest.raises(TransferSetError, match=r"took 0 of \d+ bytes"):
+        capture_slowly(tmp_path / "set", tmp_path / "log", disk=Full())
+
+
+def test_a_full_tmpfs(tmp_path: Path) -> None:
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        (mount / "ballast").write_bytes(bytes(8 * 2**20 - 12 * 4096))
+        plan = make_plan(num_prompts=64, rows_per_shard=16)
+        began = time.monotonic()
+        with pytest.raises(TransferSetError, match=os.strerror(errno.ENOSPC)):
+            write_set(mount / "set", plan)
+        assert time.monotonic() - began < 5
+        (mount / "ballast").unlink()
+        assert write_set(mount / "set", plan) == write_set(tmp_path / "other", plan)
+        verify(mount / "set")
+    finally:
+        ctypes.CDLL(None).umount(str(mount).encode())
+
+
+@pytest.mark.parametrize(("killed", "processes"), [(0, 1), (0, 2), (0, 4), (3, 1), (1, 4), (4, 2)])
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, killed: int, processes: int) -> None:
+    """All at once, or after a launch of another number that was killed."""
+    digest = capture_slowly(tmp_path / "reference", tmp_path / "log")
+    first = start(tmp_path / "set", tmp_path / "log", 0.01, processes=killed)
+    time.sleep(0.06 if killed else 0)
+    kill(first)
+    launch = start(tmp_path / "set", tmp_path / "log", 0.002, processes=processes)
+    for process in launch:
+        process.join(60)
+        assert process.exitcode == 0
+    assert TransferSet(tmp_path / "set", verify="full").digest == digest
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "reference")
 
 
 def in_child(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -105,32 +247,3 @@ def test_memory_is_flat_and_does_not_follow_the_size(tmp_path: Path) -> None:
     assert small[-1] - small[1] < 2**18
     assert sizes["large"] > 9 * sizes["small"]
     assert large - small[0] < sizes["large"] / 4
-
-
-def start(*args: Any, number: int) -> list[Any]:
-    """A launch of `number` processes."""
-    launch = []
-    for index in range(number):
-        launch.append(fork.Process(target=capture_slowly, args=args, kwargs={"process": (index, number)}))
-        launch[-1].start()
-    return launch
-
-
-@pytest.mark.parametrize(("killed", "processes"), [(0, 1), (0, 2), (0, 4), (3, 1), (1, 4), (4, 2)])
-def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, killed: int, processes: int) -> None:
-    """All at once, or after a launch of another number that was killed."""
-    reference = capture_slowly(tmp_path / "reference", tmp_path / "log")
-    first = start(tmp_path / "set", tmp_path / "a", 0.01, number=killed)
-    time.sleep(0.06 if killed else 0)
-    for worker in first:
-        worker.kill()
-        worker.join()
-    workers = start(tmp_path / "set", tmp_path / "b", 0.002, number=processes)
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0] * processes
-    assert TransferSet(tmp_path / "set", verify="full").digest == reference
-    found, wanted = (
-        {file.name: file.read_bytes() for file in (tmp_path / each).iterdir()} for each in ("set", "reference")
-    )
-    assert found == wanted

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from transfer_sets import make_plan, storage_order, write_rows
+from transfer_sets import make_plan, row_of, storage_order, write_rows
 
 from quantkd.errors import TransferSetError
 from quantkd.transfer_set import Plan, TransferRow, TransferSet, row as row_module, verify
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
+from quantkd.transfer_set.rules import Nucleus
 
 
 def change(**fields: Any) -> TransferRow:
@@ -128,7 +129,11 @@ def test_valid_rows_come_back_within_the_stated_bounds(examples: int) -> None:
             path = Path(folder) / "set"
             digest = write_rows(path, plan, made.__getitem__)
             assert verify(path).digest == digest
-            found = TransferSet(path).rows(range(len(TransferSet(path))))
+            transfer_set = TransferSet(path)
+            found = transfer_set.rows(range(len(transfer_set)))
+            info = transfer_set.info
+        assert (info.num_rows, info.num_prompts) == (len(rows) - rows.count(None), len(rows))
+        assert math.isnan(info.bytes_per_response_token) == (info.num_response_tokens == 0)
         for wanted, got in zip([row for row in made if row is not None], found, strict=True):
             for name in ("input_ids", "spans", "counts", "finished"):
                 np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
@@ -149,19 +154,7 @@ def _row(plan: Plan, length: int, start: int, seed: int, two_spans: bool, dense:
         spans = [[start, start + 1], [start + 2, length]]
     targets = sum(stop - begin for begin, stop in spans)
     logits = rng.normal(size=(targets, plan.vocab_size)) * rng.choice([0.0, 1e-6, 1.0, 5.0, 50.0])
-    logprobs = logits - logits.max(-1, keepdims=True, initial=-1e9)
-    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
-    limit = min(plan.vocab_size, 300)
-    counts = np.full(targets, limit) if dense else rng.integers(1, min(limit, 20) + 1, size=targets)
-    ids = np.concatenate([[], *(rng.permutation(plan.vocab_size)[:c] for c in counts)]).astype(np.int64)
-    where = np.repeat(np.arange(targets), counts)
-    normalizers = [np.log(np.exp(logprobs / t).sum(-1)) * (t != 1.0) for t in plan.temperatures]
-    return TransferRow(
-        input_ids=rng.integers(0, plan.vocab_size, size=length),
-        spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
-        counts=counts,
-        token_ids=ids,
-        logprobs=logprobs[where, ids].astype(np.float32),
-        log_normalizers=np.stack(normalizers, -1).astype(np.float32),
-        finished=bool(seed % 2),
-    )
+    rule = plan.rule if dense else Nucleus(0.9, min(plan.vocab_size, 20))
+    row = row_of(plan, logits, rule, rng.integers(0, plan.vocab_size, size=length), spans, bool(seed % 2))
+    backwards = np.lexsort((row.logprobs, np.repeat(np.arange(targets), row.counts)))  # a writer takes any order
+    return dataclasses.replace(row, token_ids=row.token_ids[backwards], logprobs=row.logprobs[backwards])

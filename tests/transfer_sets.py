@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import os
 import signal
 import time
@@ -11,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from quantkd.files import FileSystem
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
+from quantkd.transfer_set.rules import Nucleus, StorageRule, select_entries
 from quantkd.transfer_set.writer import TransferSetWriter
 
 
@@ -37,43 +41,43 @@ def make_plan(**changes: Any) -> Plan:
     return Plan(**{**fields, **changes})
 
 
+def row_of(
+    plan: Plan, logits: Any, rule: StorageRule, input_ids: Any, spans: list[list[int]], finished: bool
+) -> TransferRow:
+    """The row whose targets have `logits` (R, V)."""
+    entries = select_entries(torch.from_numpy(logits), rule, plan.temperatures)
+    parts = (entries.counts, entries.token_ids, entries.logprobs, entries.log_normalizers)
+    edges = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    return TransferRow(input_ids, edges, *(part.numpy() for part in parts), finished=finished)
+
+
 def make_row(plan: Plan, prompt: int, *, tokens: int | None = None, label_rank: int | None = 0) -> TransferRow:
-    """A row that depends on the prompt's number alone: a real softmax, its nucleus, and its true normalizers."""
+    """A row that depends on the prompt's number alone; its labels are the teacher's choice of a rank, or any."""
     rng = np.random.default_rng([prompt, plan.vocab_size])
     length = tokens or int(rng.integers(3, 20))
     prompt_length = int(rng.integers(1, length))
     targets = length - prompt_length
     logits = rng.normal(size=(targets, plan.vocab_size)) * rng.uniform(1, 6, size=(targets, 1))
-    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    order = np.argsort(-logprobs, axis=-1)
-    ranked = np.take_along_axis(logprobs, order, -1)
-    mass = np.exp(ranked)
-    keep = np.cumsum(mass, -1) - mass < 0.95
-    keep[:, min(16, plan.vocab_size) :] = False
     input_ids = rng.integers(0, plan.vocab_size, size=length)
     if label_rank is not None:
-        input_ids[prompt_length:] = order[:, label_rank]
-    columns = [np.log(np.exp(logprobs / t).sum(-1)) if t != 1.0 else np.zeros(targets) for t in plan.temperatures]
-    return TransferRow(
-        input_ids=input_ids,
-        spans=np.array([[prompt_length, length]]),
-        counts=keep.sum(-1),
-        token_ids=order[keep],
-        logprobs=ranked[keep].astype(np.float32),
-        log_normalizers=np.stack(columns, -1).astype(np.float32),
-        finished=bool(prompt % 3),
-    )
+        input_ids[prompt_length:] = np.argsort(-logits, axis=-1)[:, label_rank]
+    rule = Nucleus(0.95, max_k=min(16, plan.vocab_size))
+    return row_of(plan, logits, rule, input_ids, [[prompt_length, length]], bool(prompt % 3))
 
 
-def storage_order(row: TransferRow) -> Any:
-    """The order in which a set gives entries back, by a loop over targets: most probable first, then ascending ids."""
+def storage_order(row: TransferRow) -> list[int]:
+    """The order in which a set gives entries back: of each target the most probable first, then by ascending id."""
     order, start = [], 0
     for count in row.counts.tolist():
-        indices = list(range(start, start + count))
-        first = max(indices, key=lambda i: (row.logprobs[i], -i))
-        order += [first, *sorted((i for i in indices if i != first), key=lambda i: row.token_ids[i])]
+        first, *rest = sorted(range(start, start + count), key=lambda i: -row.logprobs[i])
+        order += [first, *sorted(rest, key=lambda i: row.token_ids[i])]
         start += count
-    return np.array(order, dtype=np.int64)
+    return order
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each file."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
 def write_rows(path: Path, plan: Plan, make: Callable[[int], TransferRow | None], **options: Any) -> str:
@@ -95,53 +99,53 @@ def capture_slowly(
     path: Path, log: Path, seconds: float = 0.0, process: tuple[int, int] = (0, 1), disk: FileSystem | None = None
 ) -> str:
     """A small fake teacher's capture, without waiting for a real disk; each shard that is begun is logged."""
-    plan = make_plan(num_prompts=16, vocab_size=50)
 
     def make(prompt: int) -> TransferRow:
-        if prompt % plan.rows_per_shard == 0:
+        if prompt % SLOW_PLAN.rows_per_shard == 0:
             with log.open("a") as file:
-                file.write(f"{prompt // plan.rows_per_shard}\n")
+                file.write(f"{prompt // SLOW_PLAN.rows_per_shard}\n")
         time.sleep(seconds)
-        return make_row(plan, prompt)
+        return _slow_row(prompt)
 
-    return write_rows(path, plan, make, process=process, filesystem=disk or FaultyDisk())
+    return write_rows(path, SLOW_PLAN, make, process=process, filesystem=disk or FaultyDisk())
+
+
+SLOW_PLAN = make_plan(num_prompts=16, vocab_size=50)
+_slow_row = functools.cache(functools.partial(make_row, SLOW_PLAN))
 
 
 class FaultyDisk(FileSystem):
-    """Fails its n-th call that touches the disk, once or from then on. `fsync` is counted but not carried out.
+    """Fails its call number `fail_at` to the disk, or from there on; `fsync` is counted but not carried out.
 
-    Args:
-        fail_at: the number of the call that fails, from 1; 0 for none.
-        kind: an errno, or "short" for a write that takes one byte and then goes on.
-        for_good: fail every later call, too.
+    `kind` is an errno, or "short" for a write that takes one byte.
     """
 
     def __init__(self, fail_at: int = 0, kind: int | str = errno.EIO, for_good: bool = False) -> None:
         self.calls, self.fail_at, self.kind, self.for_good = 0, fail_at, kind, for_good
 
-    def _count(self) -> bool:
+    def _fails(self) -> bool:
         self.calls += 1
-        due = self.fail_at and (self.calls == self.fail_at or (self.for_good and self.calls > self.fail_at))
+        due = self.fail_at > 0 and (self.calls == self.fail_at or (self.for_good and self.calls > self.fail_at))
         if due and isinstance(self.kind, int):
             raise OSError(self.kind, os.strerror(self.kind))
-        return bool(due)
+        return due
 
     def create(self, path: Path) -> int:
-        self._count()
+        self._fails()
         return super().create(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        return super().write(descriptor, data[:1] if self._count() else data)
+        return super().write(descriptor, data[:1] if self._fails() else data)
 
     def fsync(self, descriptor: int) -> None:
-        self._count()
+        self._fails()
 
     def rename(self, source: Path, destination: Path) -> None:
-        self._count()
+        self._fails()
         super().rename(source, destination)
 
     def unlink(self, path: Path) -> None:
-        self._count()
+        self._fails()
         super().unlink(path)
 
 
