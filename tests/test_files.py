@@ -45,6 +45,16 @@ def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path: Path) -> No
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             write_file(path, b"new", filesystem=FaultyDisk(number, errno.ENOSPC))
         assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"file": b"old"}
+    for number in range(1, counted.calls):
+        write_file(path, b"new", filesystem=FaultyDisk(number, "short"))  # goes on with the rest
+        assert path.read_bytes() == b"new"
+
+    class Full(FileSystem):
+        def write(self, descriptor: int, data: memoryview) -> int:
+            return 0
+
+    with pytest.raises(OSError, match="took 0 of 3 bytes"):
+        write_file(path, b"new", filesystem=Full())
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ MESSAGES = {
     "shards.rows-4": "has 4 rows for 3 prompts",
     "plan.generation-6": "nests deeper than 16 levels",
     "blocks-rows": "sum to 2 rows; the index says 3",
-    "index-link": "it is a symbolic link",
+    "index-link-/etc/passwd": "it is a symbolic link",
     "index-folder": "not a plain file",
     "shard-fifo": "not a plain file",
     "too-large": "is larger than 2097152 bytes",
@@ -107,14 +107,12 @@ MUTATION = st.tuples(
 )
 
 
-def reseal(folder: Path, data: bytes, name: str) -> None:
+def reseal(folder: Path) -> None:
     """Make the digests fit again, where the mutated index can still be read."""
-    try:
-        index = json.loads(data if name == "index.json" else (folder / "index.json").read_bytes())
+    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        index = json.loads((folder / "index.json").read_bytes())
         index["shards"][0]["sha256"] = hashlib.sha256((folder / SHARD).read_bytes()).hexdigest()
         (folder / "index.json").write_bytes(seal(index))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        (folder / "index.json").write_bytes(data if name == "index.json" else (folder / "index.json").read_bytes())
 
 
 @pytest.mark.parametrize("examples", [250, pytest.param(5000, marks=pytest.mark.slow)])
@@ -137,7 +135,7 @@ def test_mutated_sets(folder: Path, tmp_path: Path, examples: int) -> None:
                 data = MUTATIONS[kind](data, int(where * len(data)), value) or b"0"
             (folder / name).write_bytes(data)
             if sealed:
-                reseal(folder, data, name)
+                reseal(folder)
             with contextlib.suppress(TransferSetError):
                 watch.run(lambda: read_all(folder), SECONDS)
 
@@ -214,7 +212,7 @@ def test_every_truncation_and_appended_bytes(copy: Path, name: str) -> None:
             verify(copy)
 
 
-def test_swapped_missing_and_foreign_shards(copy: Path, tmp_path: Path) -> None:
+def test_missing_swapped_and_foreign_shards(copy: Path, tmp_path: Path) -> None:
     first, second = copy / FILES[1], copy / FILES[2]
     kept = second.read_bytes()
     second.unlink()
@@ -224,12 +222,9 @@ def test_swapped_missing_and_foreign_shards(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(TransferSetError, match=FILES[2]):
         verify(copy)
     second.write_bytes(kept)
-    (copy / "shard-00002.safetensors").write_bytes(kept)
+    shutil.copy(first, copy / "shard-00002.safetensors")
     with pytest.raises(TransferSetError, match=r"shard-00002.safetensors is not a shard of the index"):
         verify(copy)
-
-
-def test_a_shard_of_the_same_size_from_another_set(tmp_path: Path) -> None:
     # The same rows in the other order: every number of the index agrees, only the digest does not.
     plan = make_plan(num_prompts=2, rows_per_shard=1, vocab_size=10)
     rows = [make_row(plan, prompt, tokens=2) for prompt in (0, 0)]

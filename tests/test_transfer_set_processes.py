@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, hashes, make_plan, make_row, write_rows, write_set
 
 from quantkd.errors import TransferSetError
-from quantkd.files import COMMIT_STEPS, FileSystem
+from quantkd.files import COMMIT_STEPS
 from quantkd.transfer_set import RowBatch, TransferSet, verify
 
 fork = multiprocessing.get_context("fork")
@@ -85,18 +85,13 @@ def test_sigkill_at_every_named_step(tmp_path: Path, reference: str, step: str) 
     assert len(hashes(tmp_path / "set")) == 5, "leftovers of the killed run"
 
 
-def count_calls(tmp_path: Path) -> int:
-    disk = FaultyDisk()
-    capture_slowly(tmp_path / "count", tmp_path / "log", disk=disk)
-    return disk.calls
-
-
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO])
 def test_the_nth_call_fails(tmp_path: Path, reference: str, kind: int, for_good: bool) -> None:
-    calls = count_calls(tmp_path)
-    assert calls > 50
-    for number in range(1, calls + 1):
+    counted = FaultyDisk()
+    capture_slowly(tmp_path / "count", tmp_path / "log", disk=counted)
+    assert counted.calls > 50
+    for number in range(1, counted.calls + 1):
         folder = tmp_path / str(number)
         began = time.monotonic()
         with pytest.raises(TransferSetError, match=os.strerror(kind)):
@@ -109,20 +104,6 @@ def test_the_nth_call_fails(tmp_path: Path, reference: str, kind: int, for_good:
             assert not (folder / "index.json").exists()
         assert capture_slowly(folder, tmp_path / "log") == reference
         assert len(hashes(folder)) == 5
-
-
-def test_short_writes_are_continued(tmp_path: Path, reference: str) -> None:
-    for number in range(1, count_calls(tmp_path) + 1):
-        assert capture_slowly(tmp_path / str(number), tmp_path / "log", disk=FaultyDisk(number, "short")) == reference
-
-
-def test_a_disk_that_takes_nothing_is_an_error(tmp_path: Path) -> None:
-    class Full(FileSystem):
-        def write(self, descriptor: int, data: memoryview) -> int:
-            return 0
-
-    with pytest.raises(TransferSetError, match=r"took 0 of \d+ bytes"):
-        capture_slowly(tmp_path / "set", tmp_path / "log", disk=Full())
 
 
 def test_a_full_tmpfs(tmp_path: Path) -> None:

@@ -31,11 +31,6 @@ def change(**fields: Any) -> TransferRow:
     return dataclasses.replace(row, **fields)
 
 
-def test_a_valid_row() -> None:
-    change().validate(10, (1.0, 2.0))
-    change(input_ids=np.array([5, 6, 7, 8], dtype=np.uint16)).validate(10, (1.0, 2.0), most=2)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -73,6 +68,7 @@ def test_rows_that_are_refused(fields: dict[str, Any], message: str) -> None:
 
 
 def test_limits_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    change(input_ids=np.array([5, 6, 7, 8], dtype=np.uint16)).validate(10, (1.0, 2.0), most=2)
     with pytest.raises(TransferSetError, match="from 1 to 1"):
         change().validate(10, (1.0, 2.0), most=1)
     monkeypatch.setattr(row_module, "MAX_ROW_ENTRIES", 2)
