@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from sandbox import Watch, in_sandbox
 from transfer_sets import make_plan, make_row, write_rows, write_set
 
 from quantkd.errors import TransferSetError
-from quantkd.transfer_set import Plan, TransferSet, verify
+from quantkd.transfer_set import TransferSet, verify
 
 SECONDS = 2.0
 FILES = ["index.json", "shard-00000.safetensors", "shard-00001.safetensors"]
@@ -151,16 +150,6 @@ def test_damage_is_named_in_a_batch_of_good_rows(folder: Path) -> None:
     TransferSet(folder, verify="off").__getitems__([2, 0, 1])  # told to trust, it does
 
 
-def test_what_a_plan_says_reaches_the_terminal_harmlessly() -> None:
-    with pytest.raises(TransferSetError) as caught:
-        make_plan(teacher_name="\x1b]0;owned\x07\u202e")
-    assert "\\x1b]0;owned" in str(caught.value)
-    assert str(caught.value).isascii()
-    with pytest.raises(TransferSetError, match="control character"):
-        make_plan(generation={"stop": ["ok\n\t", "\x9b31m"]})
-    assert isinstance(make_plan(generation={"stop": ["ok\n\t"]}), Plan)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "set"
@@ -183,7 +172,7 @@ def flip(path: Path) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_flipped_bit_in_every_byte(copy: Path, name: str) -> None:
+def test_a_flipped_bit_in_every_byte_and_every_truncation(copy: Path, name: str) -> None:
     """`verify` finds it; reading finds it, or it changes nothing."""
     wanted = [vars(row) for row in TransferSet(copy).rows(range(3))]
     for at in flip(copy / name):
@@ -197,17 +186,9 @@ def test_one_flipped_bit_in_every_byte(copy: Path, name: str) -> None:
             for field in before:
                 np.testing.assert_array_equal(after[field], before[field], err_msg=f"byte {at}, {field}")
     assert verify(copy).rows == 3
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_truncation_and_appended_bytes(copy: Path, name: str) -> None:
     data = (copy / name).read_bytes()
-    for length in reversed(range(len(data))):
-        os.truncate(copy / name, length)
-        with pytest.raises(TransferSetError):
-            verify(copy)
-    for extra in (b"\0", b"\n", data):
-        (copy / name).write_bytes(data + extra)
+    for changed in (*(data[:length] for length in range(len(data))), data + b"\0", data + b"\n", data * 2):
+        (copy / name).write_bytes(changed)
         with pytest.raises(TransferSetError):
             verify(copy)
 

@@ -1,53 +1,65 @@
-"""Writing: resuming, refusing, locking, and the processes of one launch."""
+"""Writing: resuming, refusing, locking, and the processes of one launch; converting, and the estimate of a size."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-from transfer_sets import hashes, make_plan, make_row, write_set
+from transfer_sets import hashes, make_plan, make_row, write_rows, write_set
 
-from quantkd.errors import TransferSetError
+from quantkd.errors import ConfigError, TransferSetError
 from quantkd.files import FileLock
-from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, codec, writer
+from quantkd.transfer_set import (
+    Plan,
+    ShardTask,
+    TransferRow,
+    TransferSet,
+    TransferSetWriter,
+    codec,
+    convert,
+    estimate_bytes,
+    verify,
+    writer as writer_module,
+)
+from quantkd.transfer_set.conversion import expect_entries, trim
+from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, max_entries, narrow, storage_rule_to_dict
 
 
-def rows_of(plan: Any, task: ShardTask) -> list[Any]:
+def rows_of(plan: Plan, task: ShardTask) -> list[TransferRow]:
     return [make_row(plan, prompt) for prompt in range(task.start, task.stop)]
 
 
-def test_a_finished_set_is_left_alone(tmp_path: Path) -> None:
-    digest = write_set(tmp_path / "set")
-    before = hashes(tmp_path / "set")
-    for process in ((0, 1), (0, 2), (1, 2)):
-        with TransferSetWriter.open(tmp_path / "set", make_plan(), process=process) as again:
-            assert again.is_complete
-            assert list(again.claim()) == []
-            assert again.finalize() == digest
-    assert hashes(tmp_path / "set") == before
+def commit_all(writer: TransferSetWriter) -> list[int]:
+    """Write what `writer` claims; the shards' numbers."""
+    tasks = list(writer.claim())
+    for task in tasks:
+        writer.commit(task, rows_of(writer.plan, task))
+    return [task.index for task in tasks]
 
 
-def test_committed_shards_are_not_written_again(tmp_path: Path) -> None:
+def test_what_is_committed_is_not_written_again(tmp_path: Path) -> None:
     plan = make_plan()
     with TransferSetWriter.open(tmp_path / "set", plan) as first:
         assert not first.is_complete
         task = next(first.claim())
         assert task == ShardTask(0, 0, 4)
         first.commit(task, rows_of(plan, task))
+        with pytest.raises(TransferSetError, match="Shard 0 is not claimed"):
+            first.commit(task, rows_of(plan, task))
     stamp = os.stat(tmp_path / "set" / "shard-00000.safetensors").st_mtime_ns
     with TransferSetWriter.open(tmp_path / "set", plan) as second:
-        tasks = list(second.claim())
-        assert [(task.index, task.start, task.stop) for task in tasks] == [(1, 4, 8), (2, 8, 10)]
-        with pytest.raises(TransferSetError, match="Shard 0 is not claimed"):
-            second.commit(task, rows_of(plan, task))
-        for task in tasks:
-            second.commit(task, rows_of(plan, task))
-        second.finalize()
+        assert commit_all(second) == [1, 2]
+        digest = second.finalize()
+    for process in ((0, 1), (0, 2), (1, 2)):
+        with TransferSetWriter.open(tmp_path / "set", plan, process=process) as again:
+            assert again.is_complete and list(again.claim()) == [] and again.finalize() == digest
     assert os.stat(tmp_path / "set" / "shard-00000.safetensors").st_mtime_ns == stamp
 
 
@@ -85,17 +97,13 @@ def test_shards_are_dealt_to_processes_in_turn_and_process_0_finishes(tmp_path: 
         TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)) as first,
         TransferSetWriter.open(tmp_path / "set", plan, process=(1, 2)) as second,
     ):
-        tasks = list(second.claim())
-        assert [task.index for task in tasks] == [1]
         with pytest.raises(TransferSetError, match="lacks 3 of 3 shards, first 1"):
             second.finalize()
-        for task in tasks:
-            second.commit(task, rows_of(plan, task))
+        assert commit_all(second) == [1]
         waiting = threading.Thread(target=second.finalize)
         waiting.start()
         assert not second.is_complete
-        for task in first.claim():
-            first.commit(task, rows_of(plan, task))
+        assert commit_all(first) == [0, 2]
         digest = first.finalize()
         waiting.join(10)
         assert second.is_complete and second.finalize() == digest and list(second.claim()) == []
@@ -116,7 +124,7 @@ def test_other_processes_wait_for_the_plan(tmp_path: Path, monkeypatch: pytest.M
     with TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)):
         waiting.join(10)
     assert opened == [[1]]
-    monkeypatch.setattr(writer, "PLAN_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(writer_module, "PLAN_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(TransferSetError, match="Process 0 of 2 has not begun"):
         TransferSetWriter.open(tmp_path / "other", plan, process=(1, 2))
 
@@ -163,22 +171,14 @@ def test_what_commit_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_shard_that_vanished_is_noticed(tmp_path: Path) -> None:
-    plan = make_plan()
-    with TransferSetWriter.open(tmp_path / "set", plan) as first:
-        for task in first.claim():
-            first.commit(task, rows_of(plan, task))
+    with TransferSetWriter.open(tmp_path / "set", make_plan()) as first:
+        commit_all(first)
         os.truncate(tmp_path / "set" / "shard-00001.safetensors", 100)
         with pytest.raises(TransferSetError, match=r"has 100 bytes; its record promises \d+"):
             first.finalize()
         (tmp_path / "set" / "shard-00001.safetensors").unlink()
         with pytest.raises(TransferSetError, match="No such file"):
             first.finalize()
-
-
-def test_a_plan_decides_the_bytes_and_time_does_not(tmp_path: Path) -> None:
-    assert write_set(tmp_path / "a") == write_set(tmp_path / "b")
-    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    assert write_set(tmp_path / "c", make_plan(extra={"run": 2})) != write_set(tmp_path / "a")
 
 
 def test_leftovers_of_a_crash_in_the_cleanup_are_removed(tmp_path: Path) -> None:
@@ -190,3 +190,97 @@ def test_leftovers_of_a_crash_in_the_cleanup_are_removed(tmp_path: Path) -> None
         pass
     kept = {"README.md", "index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
     assert set(hashes(tmp_path / "set")) == kept
+
+
+ANSWERS = Path(__file__).parent / "golden" / "answers"  # SmolLM2-135M's to 8 questions of GSM8K, nucleus 0.95
+
+
+def test_convert_to_fewer_entries(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", make_plan(num_prompts=40, rows_per_shard=40, vocab_size=5000))
+    digest = convert(tmp_path / "set", tmp_path / "small", Nucleus(0.7))
+    source, small = TransferSet(tmp_path / "set"), TransferSet(tmp_path / "small")
+    assert verify(tmp_path / "small").digest == digest == small.digest
+    assert small.info.storage == {"kind": "nucleus", "p": 0.7, "max_k": 16}
+    assert small.info.num_entries < source.info.num_entries
+    assert small.plan.extra == {"converted_from": source.digest}
+    for number in range(40):
+        before, after = source.row(number), small.row(number)
+        np.testing.assert_array_equal(after.input_ids, before.input_ids)
+        kept = trim(before, Nucleus(0.7, 16))
+        assert after.counts.tolist() == kept.counts.tolist()
+        # What is stored already is not rounded again, and the tail is what the entries leave.
+        np.testing.assert_array_equal(np.sort(after.logprobs), np.sort(kept.logprobs))
+    assert convert(tmp_path / "set", tmp_path / "small", Nucleus(0.7)) == digest, "a second time is nothing to do"
+    convert(source[2:7], tmp_path / "view")
+    view = TransferSet(tmp_path / "view")
+    assert view.plan.storage == source.plan.storage and view.info.num_entries == source[2:7].info.num_entries
+    np.testing.assert_array_equal(view.row(0).input_ids, source.row(2).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "result"),
+    [
+        (TopK(50), TopK(8), TopK(8)),
+        (TopK(5), TopK(8), TopK(5)),
+        (TopK(50), Nucleus(0.9, 64), Nucleus(0.9, 50)),
+        (Nucleus(0.8, 10), TopK(20), Nucleus(0.8, 10)),
+        (Nucleus(0.8, 10), Nucleus(0.9, 5), Nucleus(0.8, 5)),
+        (Sampled(9), Sampled(9), Sampled(9)),
+        (Sampled(9), Sampled(8), None),
+        (Sampled(9), TopK(3), None),
+        (TopK(3), Sampled(9), None),
+    ],
+)
+def test_narrow(stored: StorageRule, wanted: StorageRule, result: StorageRule | None) -> None:
+    if result is None:
+        with pytest.raises(ConfigError, match="draws would lose their balance"):
+            narrow(stored, wanted)
+    else:
+        assert narrow(stored, wanted) == narrow(result, result) == result
+
+
+@pytest.mark.parametrize("rule", [Nucleus(0.5, 64), Nucleus(0.9, 3), TopK(2), Sampled(5)])
+def test_trim_keeps_the_fewest_entries_that_hold_the_mass(rule: StorageRule) -> None:
+    row = make_row(make_plan(), 3)
+    wanted, start = [], 0
+    for count in row.counts.tolist():
+        order = sorted(range(start, start + count), key=lambda i: -row.logprobs[i])
+        start, mass = start + count, 0.0
+        most = {TopK: 2, Nucleus: getattr(rule, "max_k", 0), Sampled: count}[type(rule)]
+        for i in order[:most]:
+            if isinstance(rule, Nucleus) and mass >= rule.p:
+                break
+            wanted.append(i)
+            mass += math.exp(row.logprobs[i])
+    assert trim(row, rule).token_ids.tolist() == row.token_ids[wanted].tolist()
+
+
+@pytest.mark.parametrize("rule", [TopK(1), TopK(20), Nucleus(0.8), Nucleus(0.95)])
+@pytest.mark.parametrize("vocab_size", [49_152, 128_256])  # ids in 16 bits, and in 32
+def test_the_estimate_is_within_a_tenth_on_answers_of_a_real_model(
+    tmp_path: Path, vocab_size: int, rule: StorageRule
+) -> None:
+    answers = TransferSet(ANSWERS)
+    plan = replace(answers.plan, vocab_size=vocab_size, storage=storage_rule_to_dict(rule), rows_per_shard=5)
+    spread = vocab_size / answers.plan.vocab_size
+
+    def spread_out(number: int) -> TransferRow:
+        row = trim(answers.row(number), rule)
+        ids = {name: (getattr(row, name) * spread).astype(int) for name in ("input_ids", "token_ids")}
+        return replace(row, **ids)
+
+    write_rows(tmp_path / "set", plan, spread_out)
+    info = TransferSet(tmp_path / "set").info
+    prompt_tokens = info.num_tokens - info.num_response_tokens
+    estimate = estimate_bytes(plan, prompt_tokens, info.num_response_tokens, info.mean_entries)
+    assert abs(estimate / info.num_bytes - 1) < 0.1
+    assert estimate_bytes(plan, prompt_tokens, info.num_response_tokens) > 0
+
+
+def test_expected_entries() -> None:
+    assert expect_entries(TopK(50)) == 50
+    assert 5 < expect_entries(Sampled(50)) < 6.5
+    for p, entries in ((0.9, 5.0), (0.95, 9.1), (0.99, 22.3)):  # measured, see DESIGN
+        assert abs(expect_entries(Nucleus(p)) / entries - 1) < 0.25
+    assert expect_entries(Nucleus(1.0, max_k=64)) == 64
+    assert max_entries(Nucleus(0.9, max_k=64), 10) == 10

@@ -117,7 +117,7 @@ _slow_row = functools.cache(functools.partial(make_row, SLOW_PLAN))
 class FaultyDisk(FileSystem):
     """Fails its call number `fail_at` to the disk, or from there on; `fsync` is counted but not carried out.
 
-    `kind` is an errno, or "short" for a write that takes one byte.
+    `kind` is an errno, or for a write "short" or "nothing": what it takes.
     """
 
     def __init__(self, fail_at: int = 0, kind: int | str = errno.EIO, for_good: bool = False) -> None:
@@ -135,7 +135,8 @@ class FaultyDisk(FileSystem):
         return super().create(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        return super().write(descriptor, data[:1] if self._fails() else data)
+        taken = {"short": data[:1], "nothing": data[:0]}
+        return super().write(descriptor, taken[str(self.kind)] if self._fails() else data)
 
     def fsync(self, descriptor: int) -> None:
         self._fails()
