@@ -24,7 +24,6 @@ _HALF = np.dtype("<f2")
 _LEAST = float(np.finfo(np.float16).min)
 
 TOKENS, SPANS, TARGETS, ENTRIES = range(4)  # the columns of the tensor `rows`
-Table = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Codec:
             np.stack([np.zeros(len(counts), _HALF), *normalizers], axis=1)[:, 1:].ravel(),
         ]
 
-    def decode(self, content: bytes, table: Table, row: int, *, check: bool) -> TransferRow:
+    def decode(self, content: bytes, table: NDArray[np.int64], row: int, *, check: bool) -> TransferRow:
         """Row number `row` of a block, from its content and its part (rows, 4) of the row table."""
         before = self._columns(row, table[:row].sum(0))
         own = self._columns(1, table[row])

@@ -16,12 +16,7 @@ from quantkd.transfer_set.topk import TopKLogprobs
 
 
 def position_ids_of(lengths: Tensor) -> Tensor:
-    """(T,) int64 position ids of (B,) rows laid end to end: each counts from 0, which is where models cut them apart.
-
-    Example:
-        >>> position_ids_of(torch.tensor([2, 3])).tolist()
-        [0, 1, 0, 1, 2]
-    """
+    """(T,) int64 position ids of (B,) rows laid end to end: each counts from 0, where models cut them apart."""
     starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     return torch.arange(starts.numel(), device=lengths.device) - starts
 

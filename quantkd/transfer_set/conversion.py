@@ -8,20 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from quantkd.transfer_set.codec import BLOCK_ROWS, ShardSize
+from quantkd.transfer_set.codec import BLOCK_ROWS, Codec, ShardSize
 from quantkd.transfer_set.index import Index, ShardRecord
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.row import TransferRow
-from quantkd.transfer_set.rules import (
-    Sampled,
-    StorageRule,
-    TopK,
-    keep_entries,
-    max_entries,
-    narrow,
-    storage_rule_to_dict,
-)
+from quantkd.transfer_set.rules import Sampled, StorageRule, TopK, keep_entries, narrow, storage_rule_to_dict
 from quantkd.transfer_set.shard import shard_bytes
 from quantkd.transfer_set.writer import TransferSetWriter
 
@@ -78,13 +70,9 @@ def expect_entries(rule: StorageRule) -> float:
 
 
 def estimate_bytes(plan: Plan, prompt_tokens: int, response_tokens: int, entries_per_token: float | None = None) -> int:
-    """The bytes that a set will take on disk, all files included; within a tenth if its entries are known.
-
-    Example:
-        A plan of 1,000 prompts with 95 tokens each and 100 tokens an answer: `estimate_bytes(plan, 95_000, 100_000)`.
-    """
+    """The bytes that a set will take on disk, all files included; within a tenth if its entries are known."""
     expected = expect_entries(plan.rule) if entries_per_token is None else entries_per_token
-    most = max_entries(plan.rule, plan.vocab_size)
+    most = Codec(plan).max_entries
     entries = math.ceil(response_tokens * max(1.0, min(expected, most)))
     per_prompt_token, per_entry = _ID_BYTES[plan.vocab_size <= 2**16]
     per_target = _COUNT_BYTES * (most > 1) + _NORMALIZER_BYTES * sum(t != 1.0 for t in plan.temperatures)

@@ -210,16 +210,7 @@ def pick_entries(
 def select_entries(
     logits: Tensor, rule: StorageRule, temperatures: Sequence[float], uniforms: Tensor | None = None
 ) -> TopKLogprobs:
-    """`pick_entries`, cut to a ragged value: N positions, each with its entries most probable first.
-
-    Example:
-        >>> import torch
-        >>> entries = select_entries(torch.tensor([[9.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), Nucleus(0.9), (1.0,))
-        >>> entries.counts.tolist()
-        [1, 3]
-
-    Shapes: logits (N, V), uniforms (N, n).
-    """
+    """`pick_entries`, cut to a ragged value: N positions, each with its entries most probable first."""
     picked = pick_entries(logits, rule, temperatures, uniforms)
     return TopKLogprobs(
         offsets=offsets_of(picked.keep.sum(-1)),

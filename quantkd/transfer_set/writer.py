@@ -51,12 +51,6 @@ class TransferSetWriter:
 
     Shard i belongs to process i mod n. It is committed by its record, which is written after it. When every record is
     there, process 0 writes the index, and the set is complete. Any number of processes resume a pass that ended early.
-
-    Example:
-        with TransferSetWriter.open("runs/gsm8k", plan) as writer:
-            for task in writer.claim():
-                writer.commit(task, rows_of(prompts[task.start : task.stop]), {"responses_cut": 0})
-            digest = writer.finalize()
     """
 
     def __init__(self, path: Path, plan: Plan, process: tuple[int, int], filesystem: FileSystem) -> None:
