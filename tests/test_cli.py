@@ -176,7 +176,7 @@ def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
         (["inspect", "nothing"], 1, "nothing"),
         (["inspect", "empty"], 1, "neither index.json nor plan.json. Capture one"),
         (["verify", "empty"], 1, "neither index.json nor plan.json"),
-        (["report", "nowhere"], 1, "There is no folder nowhere/evaluation"),
+        (["report", "nowhere"], 1, "nowhere/evaluation holds no arms"),
         (["train", "TRAIN", "--num_train_epochs", "0"], 1, "Nothing would be trained"),
         (["train", "TRAIN", "--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps is 0; expected"),
         (["train", "TRAIN", "--alpha", "2"], 1, "alpha is 2.0; expected a weight of the soft loss in [0, 1]"),

@@ -133,6 +133,7 @@ def test_another_models_arm_is_replaced_on_request(tmp_path, tiny_model, tiny_to
     folder = tmp_path / "evaluation"
     (folder / "after-noon.json").write_text("{}")
     (folder / "after-8-shot.jsonl").write_text("{}")
+    (folder / "after-2-8-shot.jsonl").write_text("{}")  # of the arm "after-2"
     names = {path.name for path in folder.iterdir()}
     evaluate(tiny_model, tiny_tokenizer, tmp_path, **options)
     assert {path.name for path in folder.iterdir()} == names
@@ -238,16 +239,6 @@ def test_a_scaling_and_a_config_are_part_of_the_model(tmp_path, tiny_model, tiny
     moved.config.dtype = tiny_model.config.dtype
     found = evaluate(moved, tiny_tokenizer, tmp_path / "run", arm="before", held_out=held_out).fidelity.means["kl"]
     assert found > 0.01  # the model as it was is at zero
-
-
-def test_force_leaves_an_arm_of_a_like_name_alone(tmp_path, tiny_model, tiny_tokenizer):
-    for arm in ("before", "before-2"):
-        evaluate(tiny_model, tiny_tokenizer, tmp_path, arm=arm, questions=QUESTIONS)
-    folder = tmp_path / "evaluation"
-    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(kept) == 6
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, arm="before", questions=QUESTIONS, force=True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
 def test_damaged_settings_are_reported_and_force_mends_them(tmp_path, tiny_model, tiny_tokenizer):

@@ -52,13 +52,6 @@ def test_gap_recovered(tmp_path, arms):
     assert "**75.0% [" in (tmp_path / "report.md").read_text()
 
 
-def test_paired_tests(tmp_path, arms):
-    results = build(tmp_path, arms)
-    test = results["arms"]["after"]["mcnemar"]["accuracy_0_shot"]["before"]
-    assert (test["only_this"], test["only_other"]) == (30, 0) and test["p_value"] == pytest.approx(2 / 2**30)
-    assert results["arms"]["before"]["mcnemar"]["accuracy_8_shot"]["teacher"]["only_other"] == 40
-
-
 def test_noise_is_not_measurable(tmp_path, arms):
     arms["before"]["questions"]["0-shot"] = make_verdicts(88)
     arms["before"]["fidelity"] = arms["teacher"]["fidelity"]

@@ -86,12 +86,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a model is to its teacher: sums per held-out row, and per row and bin.
+    """How near a model is to its teacher: sums over the held-out rows, in their order.
 
-    Args:
-        columns: float64 arrays over the rows of the set, in its order: (R,) such as "kl_sum", and (R, bins) such as
-            "position/kl_sum". Those over the whole vocabulary begin with "dense_" and may be missing.
-        settings: what was measured, and how: `transfer_set` is the digest of the held-out rows.
+    `columns` are float64: (R,) such as "kl_sum", (R, bins) such as "position/kl_sum", and the same over the whole
+    vocabulary, such as "dense_kl_sum", where the teacher was at hand.
     """
 
     columns: Mapping[str, Floats]
@@ -308,9 +306,8 @@ def _check(data: Any, place: str, kind: Any) -> Any:
         if str not in kind and data.keys() != kind.keys():
             raise _refuse(place, sorted(data), f"the keys {', '.join(kind)}")
         for key, value in data.items():
-            _check(
-                value, f"{place}{key}" if place.endswith(" ") else f"{place}/{key}", kind[str if str in kind else key]
-            )
+            inner = f"{place}{key}" if place.endswith(" ") else f"{place}/{key}"
+            _check(value, inner, kind[str if str in kind else key])
     elif kind == [bool] and not (isinstance(data, list) and data and all(isinstance(one, bool) for one in data)):
         raise _refuse(place, data, "a list of true and false")
     elif kind is str and not (isinstance(data, str) and data):

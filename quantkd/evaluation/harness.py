@@ -32,16 +32,9 @@ from quantkd.models.network import evaluation_mode
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """Which tasks to run, and how. The names are those of `lm-eval run`.
+    """Which tasks to run, and how, in the names of `lm-eval run`; docs/harness.md describes each.
 
-    Args:
-        names: tasks, groups or tags that the harness knows, or YAML files of tasks.
-        include_path: a folder with your own task files.
-        num_fewshot: solved examples before each item; each task's own number if None. The harness keeps the
-            0 of a task that sets it.
-        limit: at most this many items per task, the first ones; all if None.
-        apply_chat_template: put each prompt into the chat template, the examples as earlier turns.
-        rerun: run finished tasks again.
+    `limit` takes the first items of each task. The harness keeps the `num_fewshot` of 0 of a task that sets it.
     """
 
     names: Sequence[str]

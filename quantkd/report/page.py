@@ -33,9 +33,8 @@ def tabulate(results: dict[str, Any]) -> list[list[str]]:
 def list_notes(results: dict[str, Any]) -> list[str]:
     """Notes below the table: what brackets are, what could not be measured and why, what is missing."""
     results = order_results(results)
-    confidence = f"Brackets: {results['confidence']:.0%} intervals."
     reasons = [f"{results['metrics'][key]}: not measurable: {why}." for key, why in results["not_measurable"].items()]
-    return [confidence, *reasons, *results["missing"]]
+    return [f"Brackets: {results['confidence']:.0%} intervals.", *reasons, *results["missing"]]
 
 
 def list_measured(results: dict[str, Any], arm: str) -> list[tuple[str, str, float]]:
@@ -78,7 +77,6 @@ def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name
         measured=_format_figure,
         share=_format_share,
         memory=_format_memory,
-        p_value=_format_p_value,
         cell=_escape_cell,
         difference=partial(_format_figure, sign="+"),
     )
@@ -172,10 +170,6 @@ def _format_memory(arm: dict[str, Any], teacher: dict[str, Any] | None) -> str:
     if teacher is None or not teacher["memory_bytes"]:
         return text
     return f"{text} ({arm['memory_bytes'] / teacher['memory_bytes']:.0%})"
-
-
-def _format_p_value(p_value: float) -> str:
-    return "< 0.0001" if p_value < 1e-4 else f"{p_value:.4f}"
 
 
 def _escape_cell(text: str) -> str:

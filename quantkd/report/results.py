@@ -77,10 +77,6 @@ _FIDELITY = (
 
 def load_arms(folder: Path) -> list[Arm]:
     """Read all arms of a run, and check that they were evaluated on the same items."""
-    if not folder.is_dir():
-        raise DataError(
-            f"There is no folder {folder}; expected what `quantkd evaluate --run_dir {folder.parent}` writes."
-        )
     # Records of answers are in the same folder.
     paths = {path.stem: path for path in sorted(folder.glob("*.json")) if not path.name.endswith(".settings.json")}
     if not paths:
