@@ -12,26 +12,25 @@ from quantkd.cli.main import main
 ROWS = [{"prompt": f"What is {a} + 2?", "completion": f"It is {a + 2}.\n#### {a + 2}"} for a in range(6)]
 
 
+def turn(role, text):
+    return [{"role": role, "content": text}]
+
+
+FILES = {
+    "p.jsonl": ROWS,
+    "shots.jsonl": [{"prompt": "One and one?", "completion": "Two"}],
+    "twice.jsonl": [*ROWS, *ROWS[:2]],
+    "assistant.jsonl": [{"prompt": [*turn("user", "a"), *turn("assistant", "b")]}],
+    "unsolved.jsonl": [{"prompt": "One and one?"}],
+}
+
+
 @pytest.fixture
 def files(tmp_path):
-    for name, rows in (
-        ("p.jsonl", ROWS),
-        ("more.jsonl", [{"prompt": f"What is {a} - 1?"} for a in range(4)]),
-        ("shots.jsonl", [{"prompt": "One and one?", "completion": "Two"}]),
-        ("twice.jsonl", [*ROWS, *ROWS[:2]]),
-        ("assistant.jsonl", [{"prompt": [*user("a"), *assistant("b")]}]),
-        ("unsolved.jsonl", [{"prompt": "One and one?"}]),
-    ):
+    for name, rows in FILES.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "empty").mkdir()
     return tmp_path
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
 
 
 def run(capsys, model, folder, *words, prompts="p.jsonl", out="s"):
@@ -46,17 +45,13 @@ def run(capsys, model, folder, *words, prompts="p.jsonl", out="s"):
     return code, captured.out, captured.err
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, files, tiny_model_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, files, tiny_model_path, tiny_tokenizer):
     code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--auto_find_batch_size")
-    assert code == 0 and not (files / "s").exists()
-    for line in ("rows          6", "batches of", "at most 36 in responses", " free"):
-        assert line in out
-
-
-def test_given_answers_have_an_exact_plan(capsys, files, tiny_model_path, tiny_tokenizer):
-    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--responses", "given")
+    expected = ("rows          6", "batches of", "at most 36 in responses", " free")
+    assert code == 0 and [line for line in expected if line not in out] == []
+    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--responses", "given")  # an exact plan
     tokens = sum(len(tiny_tokenizer(row["completion"]).input_ids) + 1 for row in ROWS)
-    assert code == 0 and f"in prompts, {tokens} in responses" in out
+    assert code == 0 and f"in prompts, {tokens} in responses" in out and not (files / "s").exists()
 
 
 def test_samples_filters_and_summary(capsys, files, tiny_model_path):
@@ -81,10 +76,10 @@ def test_correct_answers_alone(capsys, files, tiny_model_path):
 def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tiny_model_path, tiny_tokenizer):
     words = ("--system_prompt", "Be brief.", "--few_shot", files / "shots.jsonl")
     assert run(capsys, tiny_model_path, files, *words)[0] == 0
-    turns = [{"role": "system", "content": "Be brief."}, *user("One and one?"), *assistant("Two")]
+    turns = [*turn("system", "Be brief."), *turn("user", "One and one?"), *turn("assistant", "Two")]
     for row, given in zip(TransferSet.open(files / "s"), ROWS, strict=True):
         expected = tiny_tokenizer.apply_chat_template(
-            [*turns, *user(given["prompt"])], add_generation_prompt=True, tokenize=True, return_dict=False
+            [*turns, *turn("user", given["prompt"])], add_generation_prompt=True, tokenize=True, return_dict=False
         )
         assert row["input_ids"][row["labels"] == -100].tolist() == expected
 
@@ -123,26 +118,16 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tin
         (["--engine", "vllm", "--storage", "sampled:50"], "draws from the whole distribution"),
         (["--engine", "vllm", "--temperatures", "2.0"], "gives log-probabilities at temperature 1.0 alone"),
         (["--teacher_adapter", "EMPTY"], "adapter_config.json"),
+        (["--prompts", "ASSISTANT"], "ends in an assistant turn, and the teacher is to answer"),
+        (["--prompts", "ASSISTANT", "--responses", "given", "--plain_prompts"], "plain prompts were asked for"),
+        (["--prompts", "UNSOLVED", "--responses", "given"], "Row 0 has no completion, and responses='given' was asked"),
+        (["--prompts", "UNSOLVED", "--correct_only"], "completion"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line(capsys, files, tiny_model_path, words, said):
-    (files / "empty").mkdir()
-    stands_for = {"UNSOLVED": files / "unsolved.jsonl", "EMPTY": files / "empty"}
+    stands_for = {name.upper(): files / f"{name}.jsonl" for name in ("unsolved", "assistant")}
+    stands_for["EMPTY"] = files / "empty"
     code, _, err = run(capsys, tiny_model_path, files, *(stands_for.get(word, word) for word in words))
     last = [line for line in err.splitlines() if "quantkd capture: " in line or "error: " in line][-1]
     assert code == 1 and said in last, last
     assert not list(files.glob("s/*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("prompts", "words", "said"),
-    [
-        ("assistant.jsonl", [], "ends in an assistant turn, and the teacher is to answer"),
-        ("assistant.jsonl", ["--responses", "given", "--plain_prompts"], "plain prompts were asked for"),
-        ("more.jsonl", ["--responses", "given"], "Row 0 has no completion, and responses='given' was asked for"),
-        ("more.jsonl", ["--correct_only"], "completion"),
-    ],
-)
-def test_data_that_does_not_fit_is_named_by_its_row(capsys, files, tiny_model_path, prompts, words, said):
-    code, _, err = run(capsys, tiny_model_path, files, *words, prompts=prompts)
-    assert code == 1 and said in err and not list(files.glob("s/*.safetensors"))

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from quantkd import Nucleus, Sampled, TopK
 from quantkd.cli.main import main
@@ -22,15 +21,24 @@ POISONED = 5
 class Poisoner(TransformersTeacher):
     """Tells the truth but for one row."""
 
-    def __init__(self, model, tokenizer, poison, rule=None):
-        super().__init__(model, tokenizer, rule or Nucleus(0.95, 64), (1.0,), GenerationSettings(max_new_tokens=12))
+    def __init__(self, model, tokenizer, poison):
+        super().__init__(model, tokenizer, Nucleus(0.95, 64), (1.0,), GenerationSettings(max_new_tokens=12))
         self.poison = poison
 
     def answer(self, prompts):
-        rows = super().answer(prompts)
-        return [
-            self.poison(row) if prompt.index == POISONED else row for prompt, row in zip(prompts, rows, strict=True)
-        ]
+        rows = zip(prompts, super().answer(prompts), strict=True)
+        return [self.poison(row) if prompt.index == POISONED else row for prompt, row in rows]
+
+
+@pytest.fixture
+def write(tiny_model, tiny_tokenizer, tmp_path):
+    """Capture a set at `tmp_path / "s"` of which one row is poisoned."""
+
+    def go(poison):
+        teacher = Poisoner(tiny_model, tiny_tokenizer, poison)
+        return capture_set(teacher, PROMPTS, tmp_path / "s", batch_size=4, tokenizer=tiny_tokenizer)
+
+    return go
 
 
 def other_token(row):
@@ -50,11 +58,6 @@ def other_answer(row):
     ids = row.input_ids.copy()
     ids[int(row.spans[0, 0]) :] = 30
     return replace(row, input_ids=ids)
-
-
-def write(model, tokenizer, path, poison):
-    teacher = Poisoner(model, tokenizer, poison)
-    return capture_set(teacher, PROMPTS, path, batch_size=4, tokenizer=tokenizer)
 
 
 def tied(row):
@@ -79,9 +82,9 @@ def check(capsys, folder, teacher, *words):
 
 
 @pytest.fixture
-def honest(tiny_model, tiny_tokenizer, tmp_path):
-    write(tiny_model, tiny_tokenizer, tmp_path / "honest", lambda row: row)
-    return tmp_path / "honest"
+def honest(write, tmp_path):
+    write(lambda row: row)
+    return tmp_path / "s"
 
 
 def test_an_honest_set_passes_in_any_batch(capsys, tiny_model_path, honest):
@@ -94,34 +97,29 @@ def test_an_honest_set_passes_in_any_batch(capsys, tiny_model_path, honest):
     assert "rows        5 of 16, drawn with seed 3" in out
 
 
-def test_answers_that_rounding_decided_count_as_greedy(capsys, tiny_model, tiny_model_path, tiny_tokenizer, tmp_path):
-    poisoned = write(tiny_model, tiny_tokenizer, tmp_path / "s", tied)
-    assert (poisoned[POISONED]["input_ids"][-1] != poisoned[POISONED]["teacher"].top_ids[-1]).item()
+def test_answers_that_rounding_decided_count_as_greedy(capsys, tiny_model_path, write, tmp_path):
+    row = write(tied)[POISONED]
+    assert (row["input_ids"][-1] != row["teacher"].top_ids[-1]).item()
     assert "greedy      100.0%" in check(capsys, tmp_path / "s", tiny_model_path, "--rows", "99")[0]
 
 
 @pytest.mark.parametrize("poison", [other_token, flatter, other_answer])
-def test_a_poisoned_row_is_named(capsys, tiny_model, tiny_model_path, tiny_tokenizer, tmp_path, poison):
-    write(tiny_model, tiny_tokenizer, tmp_path / "s", poison)
+def test_a_poisoned_row_is_named(capsys, tiny_model_path, write, tmp_path, poison):
+    write(poison)
     main(["verify", str(tmp_path / "s")])  # its form is perfect
     _, code, error = check(capsys, tmp_path / "s", tiny_model_path, "--rows", "16")
     assert code == 1 and f"FAILED: 1 rows differ by more than 0.01 nats per token, the first is row {POISONED}" in error
 
 
-def test_another_teacher_is_seen(capsys, tiny_tokenizer, honest, tmp_path):
-    build_tiny_model(tiny_tokenizer, seed=1).save_pretrained(tmp_path / "other")
+@pytest.mark.parametrize(("weight", "said"), [(None, "FAILED: 4 rows differ"), (float("nan"), "4 of 4 rows are not")])
+def test_another_teacher_is_seen(capsys, tiny_tokenizer, honest, tmp_path, weight, said):
+    other = build_tiny_model(tiny_tokenizer, seed=1)
+    if weight is not None:
+        other.lm_head.weight.data.fill_(weight)
+    other.save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     out, code, error = check(capsys, honest, tmp_path / "other", "--rows", "4")
-    assert code == 1 and "FAILED: 4 rows differ" in error and "passed" not in out
-
-
-def test_a_teacher_that_is_not_finite_does_not_pass(capsys, tiny_model, tiny_tokenizer, honest, tmp_path):
-    with torch.no_grad():
-        tiny_model.lm_head.weight.fill_(float("nan"))
-    tiny_model.save_pretrained(tmp_path / "broken")
-    tiny_tokenizer.save_pretrained(tmp_path / "broken")
-    _, code, error = check(capsys, honest, tmp_path / "broken", "--rows", "2")
-    assert code == 1 and "2 of 2 rows are not finite" in error
+    assert code == 1 and said in error and "passed" not in out
 
 
 def test_sampled_entries_cannot_be_computed_again(capsys, tiny_model_path, tmp_path):
