@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+# Not the changelog, which names what is gone.
+PAGES = sorted({*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")} - {REPOSITORY / "CHANGELOG.md"})
 LANGUAGES = {"bash", "python", "pycon", "yaml", "json"}
 BLOCK = re.compile(
     r"^(?P<marks>(?:<!--[^\n]*-->\n)*)```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
