@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 from fake_hub import TOKEN, running_hub
-from test_report import LEVELS, build, make_arm
 from transfer_sets import write_set
 from transformers import AutoModelForCausalLM
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
 from quantkd.models.student import default_quantization_config
 from tests.conftest import capture_set
+from tests.report_arms import build, make_arms
 
 PUSHED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "gap.png", "quantkd.json",
@@ -67,7 +67,7 @@ def trained_run(build_trainer, tmp_path_factory):
     trainer = build_trainer(run / "student", save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model()
-    build(run, {name: make_arm(name, *level) for name, level in LEVELS.items()})
+    build(run, make_arms())
     student = run / "student"
     torch.save({"hub_token": TOKEN}, student / "training_args.bin")
     for name in ("optimizer.pt", "config.yaml", "notes.txt"):

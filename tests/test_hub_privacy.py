@@ -101,7 +101,7 @@ def test_a_broken_file_of_options_is_not_quoted_with_its_token(tmp_path, capsys)
         main(["train", "--config", str(tmp_path / "broken.yaml")])
     said = capsys.readouterr().err
     assert stop.value.code == 1
-    assert "is not YAML: mapping values are not allowed here in line 2, column 41. Expected" in said
+    assert "is not YAML: see line 2. Expected" in said
     assert TOKEN[-6:] not in said  # no part of it
 
 
