@@ -128,8 +128,8 @@ def test_the_configuration_of_a_run_keeps_no_token_and_all_else(tmp_path):
 
     kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
     nested = json.dumps({"token": TOKEN, "attn_implementation": "eager", "more": {"hub_token": TOKEN}})
-    words = "--transfer_set s --model_name_or_path m --output_dir o --average_tokens_across_devices false".split()
-    words += ["--hub_token", TOKEN, "--model_init_kwargs", nested]
+    words = ["--transfer_set", "s", "--model_name_or_path", "m", "--output_dir", "o"]
+    words += ["--hub_token", TOKEN, "--model_init_kwargs", nested, "--average_tokens_across_devices", "false"]
     save_options(kinds, words, tmp_path / "config.yaml", prog="quantkd train")
     text = (tmp_path / "config.yaml").read_text()
     assert TOKEN not in text
