@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from transfer_sets import make_plan, make_row, row_of, storage_order, write_rows, write_set
 
 from quantkd.errors import TransferSetError
-from quantkd.transfer_set import Plan, TransferRow, TransferSet, row as row_module, verify
+from quantkd.transfer_set import Plan, TransferRow, TransferSet, verify
 from quantkd.transfer_set.codec import BLOCK_BYTES, BLOCK_ROWS, encode_logprobs, encode_normalizers
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
 from quantkd.transfer_set.plan import FORMAT_VERSION
@@ -248,34 +248,11 @@ def test_rows_that_are_refused(fields: dict[str, Any], message: str) -> None:
         change(**fields).validate(10, (1.0, 2.0))
 
 
-def test_limits_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    change(input_ids=np.array([5, 6, 7, 8], dtype=np.uint16)).validate(10, (1.0, 2.0), most=2)
-    with pytest.raises(TransferSetError, match="from 1 to 1"):
-        change().validate(10, (1.0, 2.0), most=1)
-    monkeypatch.setattr(row_module, "MAX_ROW_ENTRIES", 2)
-    with pytest.raises(TransferSetError, match="at most 2 entries, found 3"):
-        change().validate(10, (1.0, 2.0))
-
-
-def test_what_a_plan_refuses_and_says() -> None:
-    plan = make_plan()
-    assert Plan.from_json(plan.to_json()) == plan
-    assert Plan.from_json(plan.to_json()).digest() == plan.digest()
-    assert plan.num_shards == 3 and plan.prompt_range(2) == (8, 10)
-    assert plan.differences(make_plan(extra={"a": 1})) == ["extra"]
-    for fields, message in (
-        ({"temperatures": [1.0]}, "ascending floats"),
-        ({"num_prompts": 9000, "rows_per_shard": 1}, "at most 8192 shards, so at least 2 rows"),
-        ({"generation": {"x": math.nan}}, "plain JSON"),
-        ({"extra": {"x": "y" * 2**18}}, "262144 in all"),
-    ):
-        with pytest.raises(TransferSetError, match=message):
-            make_plan(**fields)
-
-
 def test_documents_are_canonical() -> None:
     value = {"b": [1, 2.5, None, True, "ok\n\t"], "a": "caf\u00e9 \\[{"}
     assert parse_canonical_json(canonical_json(value), "x.json") == value
+    with pytest.raises(TransferSetError, match="plain JSON"):
+        canonical_json({"x": math.nan})
     with pytest.raises(TransferSetError, match=r"x.json is not in canonical form at byte 1"):
         parse_canonical_json(b'{ "a":1}\n', "x.json")
     assert quote("\x1b" * 500) == "\\x1b" * 50 + "..."

@@ -168,14 +168,6 @@ def test_compressed_positions_are_decoded(layout: CompressedLayout) -> None:
         layout.decode_ids([[0] * 99])
 
 
-def test_one_compressed_position_byte_by_byte() -> None:
-    layout = CompressedLayout(d=5, k=2, exact_k=1, exact_dtype="bfloat16", delta_encoding=False,
-                              residual_bins=(residuals("float16", 4, 1),))  # fmt: skip
-    # -1.0 as bfloat16 is 0xBF80; the scale 0.5 as float16 is 0x3800; the code 0b0100 is 4 - 8 = -4 steps.
-    np.testing.assert_array_equal(layout.decode_logprobs([[0x80, 0xBF, 0x00, 0x38, 0b01000000]]), [[-1.0, -2.0]])
-    np.testing.assert_array_equal(layout.decode_ids([[0b100_011_00]]), [[4, 3]])
-
-
 def compressed_folder(folder: Path, logprobs: list[list[float]], ids: list[list[int]]) -> dict[str, Any]:
     """One row as `distillkit.sample_logits_vllm` leaves it, in `data_0.parquet` with its configuration beside it."""
     config = {

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,21 +141,6 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, killed: in
     assert hashes(tmp_path / "set") == hashes(tmp_path / "reference")
 
 
-def in_child(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """Start `function` in a fork; the result is a function that waits for what it returns."""
-    receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=lambda: sender.send(function(*args)))
-    process.start()
-    sender.close()  # so that a child that dies ends the wait
-
-    def wait() -> Any:
-        value = receiver.recv()
-        process.join()
-        return value
-
-    return wait
-
-
 def content_of(batches: Iterable[RowBatch]) -> list[Any]:
     """All that the rows hold, as lists."""
     names = ("counts", "token_ids", "logprobs", "log_normalizers")
@@ -177,8 +163,8 @@ def test_two_ranks_with_four_workers_each_read_the_same(tmp_path: Path) -> None:
     data = pickle.dumps(view)
     assert len(data) < 10_000
     assert read_with_workers(data, 0) == expected
-    ranks = [in_child(read_with_workers, data, 4) for _ in range(2)]
-    assert [rank() for rank in ranks] == [expected, expected]
+    with ProcessPoolExecutor(2, mp_context=fork) as ranks:
+        assert list(ranks.map(read_with_workers, [data, data], [4, 4])) == [expected, expected]
 
 
 def private_bytes() -> int:
@@ -186,6 +172,11 @@ def private_bytes() -> int:
     gc.collect()
     fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     return int(fields["Anonymous"].split()[0]) * 1024
+
+
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=fork) as child:
+        return child.submit(function, *args).result()
 
 
 def write_long_rows(path: Path, rows: int) -> str:
@@ -209,11 +200,11 @@ def read_epochs(path: Path, epochs: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads the memory of a process from /proc")
 def test_memory_is_flat_and_does_not_follow_the_size(tmp_path: Path) -> None:
     sizes = {}
-    for name, rows in (("small", 48), ("large", 480)):
-        in_child(write_long_rows, tmp_path / name, rows)()  # in a child, whose freed memory a reader cannot reuse
+    for name, rows in (("small", 32), ("large", 320)):
+        in_child(write_long_rows, tmp_path / name, rows)  # whose freed memory a reader cannot reuse
         sizes[name] = sum(file.stat().st_size for file in (tmp_path / name).iterdir())
-    small = in_child(read_epochs, tmp_path / "small", 6)()
-    (large,) = in_child(read_epochs, tmp_path / "large", 1)()
+    small = in_child(read_epochs, tmp_path / "small", 4)
+    (large,) = in_child(read_epochs, tmp_path / "large", 1)
     assert small[-1] - small[1] < 2**18
     assert sizes["large"] > 9 * sizes["small"]
     assert large - small[0] < sizes["large"] / 4

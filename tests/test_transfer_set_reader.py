@@ -12,6 +12,7 @@ from transfer_sets import make_plan, make_row, storage_order, write_set
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set import TransferSet, TransferSetWriter, store, verify
+from quantkd.transfer_set.rules import Sampled, parse_storage_rule, select_entries
 from quantkd.transfer_set.topk import TopKLogprobs
 
 
@@ -131,6 +132,18 @@ def test_sets_that_cannot_be_joined(transfer_set: TransferSet, tmp_path: Path) -
     for weights in ([1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, float("nan")]):
         with pytest.raises(ConfigError, match="finite number above 0"):
             TransferSet.concatenate(sets, weights)
+
+
+def test_entries_that_cannot_be_joined_or_picked() -> None:
+    two = TopKLogprobs.from_dense(torch.zeros(2, 3))
+    assert two.select(torch.tensor([False, True])).counts.tolist() == [3]
+    with pytest.raises(ConfigError, match="one vocabulary size"):
+        TopKLogprobs.concatenate([two, TopKLogprobs.from_dense(torch.zeros(1, 4))])
+    with pytest.raises(ConfigError, match=r"needs uniforms of shape \(N, 2\)"):
+        select_entries(torch.zeros(1, 3), Sampled(2), (1.0,))
+    for text, message in (("topk", "Cannot read"), ("evil:3", "Cannot read"), ("topk:0", "at least 1, found 0")):
+        with pytest.raises(ConfigError, match=message):
+            parse_storage_rule(text)
 
 
 def test_info(path: Path, transfer_set: TransferSet) -> None:

@@ -25,6 +25,7 @@ from quantkd.transfer_set import (
     codec,
     convert,
     estimate_bytes,
+    row,
     verify,
     writer as writer_module,
 )
@@ -91,39 +92,25 @@ def test_a_second_writer_fails_clearly(tmp_path: Path) -> None:
     TransferSetWriter.open(tmp_path / "set", make_plan(), process=(2, 3)).close()
 
 
-def test_shards_are_dealt_to_processes_in_turn_and_process_0_finishes(tmp_path: Path) -> None:
-    plan = make_plan()
-    with (
-        TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)) as first,
-        TransferSetWriter.open(tmp_path / "set", plan, process=(1, 2)) as second,
-    ):
-        with pytest.raises(TransferSetError, match="lacks 3 of 3 shards, first 1"):
-            second.finalize()
-        assert commit_all(second) == [1]
-        waiting = threading.Thread(target=second.finalize)
-        waiting.start()
-        assert not second.is_complete
-        assert commit_all(first) == [0, 2]
-        digest = first.finalize()
-        waiting.join(10)
-        assert second.is_complete and second.finalize() == digest and list(second.claim()) == []
-    assert set(hashes(tmp_path / "set")) == {"index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
+def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, done = make_plan(), []
 
-
-def test_other_processes_wait_for_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, opened = make_plan(), []
-
-    def open_second() -> None:
+    def run_second() -> None:
         with TransferSetWriter.open(tmp_path / "set", plan, process=(1, 2)) as second:
-            opened.append([task.index for task in second.claim()])
+            done.extend([commit_all(second), second.finalize(), list(second.claim())])
 
-    waiting = threading.Thread(target=open_second)
+    waiting = threading.Thread(target=run_second)
     waiting.start()
     time.sleep(0.1)
-    assert not opened and not (tmp_path / "set" / "plan.json").exists()
-    with TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)):
+    assert not (tmp_path / "set" / "plan.json").exists()
+    with TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)) as first:
+        assert commit_all(first) == [0, 2] and not done
+        digest = first.finalize()
         waiting.join(10)
-    assert opened == [[1]]
+    assert done == [[1], digest, []]
+    assert set(hashes(tmp_path / "set")) == {"index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
     monkeypatch.setattr(writer_module, "PLAN_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(TransferSetError, match="Process 0 of 2 has not begun"):
         TransferSetWriter.open(tmp_path / "other", plan, process=(1, 2))
@@ -163,6 +150,9 @@ def test_what_commit_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             first.commit(task, rows_of(plan, task), {"responses_cut": -1})
         with monkeypatch.context() as limits, pytest.raises(TransferSetError, match="Plan fewer rows per shard"):
             limits.setattr(codec, "MAX_SHARD_SPANS", 3)
+            first.commit(task, rows_of(plan, task))
+        with monkeypatch.context() as limits, pytest.raises(TransferSetError, match="at most 2 entries, found"):
+            limits.setattr(row, "MAX_ROW_ENTRIES", 2)
             first.commit(task, rows_of(plan, task))
         first.commit(task, rows_of(plan, task)[:2])
         with pytest.raises(TransferSetError, match="lacks 2 of 3 shards, first 1"):

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,25 @@ from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.rules import Nucleus, StorageRule, select_entries
 from quantkd.transfer_set.writer import TransferSetWriter
 
+PLAN = Plan(
+    teacher_name="tiny-teacher",
+    teacher_revision="",
+    teacher_dtype="float32",
+    tokenizer_fingerprint="0" * 64,
+    vocab_size=1000,
+    storage={"kind": "nucleus", "p": 0.95, "max_k": 16},
+    temperatures=(1.0, 2.0),
+    responses="generate",
+    generation={"max_new_tokens": 32},
+    prompts_digest="1" * 64,
+    num_prompts=10,
+    rows_per_shard=4,
+    batch_size=2,
+)
+
 
 def make_plan(**changes: Any) -> Plan:
-    fields: dict[str, Any] = {
-        "teacher_name": "tiny-teacher",
-        "teacher_revision": "",
-        "teacher_dtype": "float32",
-        "tokenizer_fingerprint": "0" * 64,
-        "vocab_size": 1000,
-        "storage": {"kind": "nucleus", "p": 0.95, "max_k": 16},
-        "temperatures": (1.0, 2.0),
-        "responses": "generate",
-        "generation": {"max_new_tokens": 32},
-        "prompts_digest": "1" * 64,
-        "num_prompts": 10,
-        "rows_per_shard": 4,
-        "batch_size": 2,
-    }
-    return Plan(**{**fields, **changes})
+    return replace(PLAN, **changes)
 
 
 def row_of(

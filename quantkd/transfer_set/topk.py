@@ -163,7 +163,7 @@ class TopKLogprobs:
 
     def pin_memory(self) -> TopKLogprobs:
         """The same value in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory())  # pragma: no cover - needs a GPU
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TopKLogprobs:
         return replace(
