@@ -137,9 +137,7 @@ def measure(
     angles = {name: compute_angle(sums["full"], sums[name]) for name in names[1:]}
     sizes = {}
     for name, parts in exact.items():
-        index = (
-            sets[name].info.num_bytes - sets[name].whole_store.index.shards[0].size.bytes
-        )  # theirs would need one, too
+        index = len(sets[name].whole_store.index.to_bytes())  # theirs would need one, too
         for suffix, size in save_csr(rows, parts).items():
             sizes[f"{name}_csr{suffix}"] = size + index
             angles.setdefault(f"{name}_csr{suffix}", angles[f"{name}_csr"])
