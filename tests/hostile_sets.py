@@ -160,9 +160,8 @@ def reshard(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     data = tensors["stream"](b"".join(part.tobytes() for part in planes))
     if tensors["blocks"][-1].tolist() == shard["blocks"][-1].tolist():
         tensors["blocks"][-1, 1] = len(data)
-    size |= dict(
-        zip(("tokens", "spans", "targets", "entries"), tensors["rows"].sum(0, dtype=np.int64).tolist(), strict=True)
-    )
+    for column, name in enumerate(("tokens", "spans", "targets", "entries")):
+        size[name] = int(tensors["rows"][:, column].sum(dtype=np.int64))
     size |= {"bytes": len(data), "blocks": len(tensors["blocks"])}
     sizes = ShardSize(**{name: size[name] for name in ShardSize.__dataclass_fields__})
     file = serialize_shard(sizes, {**tensors, "data": np.frombuffer(data, "u1")})
