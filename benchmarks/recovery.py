@@ -189,7 +189,7 @@ def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
         os.replace(path.with_suffix(".tmp"), path)
     result: dict[str, Any] = json.loads(path.read_text())
     timed = f", {result['seconds']:.0f} s, {result['steps']} steps" if name in TRAINED else ""
-    print(f"{name}: KL {result['kl']:.4f} nats a token{timed}", flush=True)
+    print(f"{name}: KL {result['kl']:.4f} nats per token{timed}", flush=True)
     return result
 
 

@@ -36,7 +36,7 @@ FORMATS = [*STUDENT_FORMATS, "hqq", "torchao-int8"]
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every optimizer step, without what lies between steps."""
+    """Seconds of every optimizer step, without the time between steps."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -57,7 +57,7 @@ def read_clock() -> float:
 
 
 def count_bytes(model: Any) -> int:
-    """Bytes of a model's weights and of the scales that lie beside them, each storage once.
+    """Bytes of a model's weights and of their scales, each storage once.
 
     `get_memory_footprint` sees only parameters: not the constants of bitsandbytes and HQQ, and torchao's weights at the
     size of the dtype that they stand for.

@@ -2,7 +2,7 @@
 
 Every bash, python, pycon, yaml and json block is run by test_docs.py. Comments in lines of their own right above it:
 
-    <!-- given: NAME, NAME -->   what lies in the folder beforehand, by the names of doc_stand_ins.py; NAME as PATH
+    <!-- given: NAME, NAME -->   what is in the folder beforehand, by the names of doc_stand_ins.py; NAME as PATH
     <!-- file: NAME -->          a yaml or json block is this file, for the commands after it
     <!-- needs: PACKAGE -->      run where this extra's package is installed
     <!-- not run: REASON -->     not run; its commands, files and flags must still exist

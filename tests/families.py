@@ -31,7 +31,7 @@ _OPT = {
 _HEADS = {"num_key_value_heads": 4}
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
-# name: (config class, its options). What stands after a comma is what the logits meet besides the head's weight.
+# name: (config class, its options). What stands after a comma is what is applied to the logits after the head's weight.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", _LLAMA),
     "Llama, tied": ("LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),

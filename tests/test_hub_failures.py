@@ -25,7 +25,7 @@ SMALL_COMMIT = 2500  # bytes: one or two of these shards
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """One set that lies on the Hub, and what may take its place: fewer shards, more, and the same with more behind."""
+    """One set that is on the Hub, and what may take its place: fewer shards, more, and the same with more behind."""
     folder = tmp_path_factory.mktemp("sets")
     plans = {
         "old": make_plan(num_prompts=12),

@@ -1,4 +1,4 @@
-"""The start from the quantization error: optimal in closed form, better than zero on a model, refused in words."""
+"""The start from the quantization error: optimal in closed form, better than zero on a model, refused with a reason."""
 
 from __future__ import annotations
 

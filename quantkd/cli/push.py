@@ -23,7 +23,7 @@ The token is that of `hf auth login`, or HF_TOKEN. After a failure, the same com
 
 
 def main(argv: Sequence[str]) -> None:
-    """Push what lies in the folder, or list what would be pushed."""
+    """Push what is in the folder, or list what would be pushed."""
     parser = plain_parser("quantkd push", _EXAMPLES)
     parser.add_argument("path", help="folder of an adapter, of a run with one adapter, or of a transfer set")
     parser.add_argument("repo_id", help="repository on the Hub, user/name; made if it is not there")

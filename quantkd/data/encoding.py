@@ -306,7 +306,7 @@ def _by_prefixes(
                 raise DataError(
                     f"The chat template renders the conversation up to its assistant turn {len(spans) + 1} differently "
                     f"once all turns are there (from token {place} on). Use a chat template with {{% generation %}} "
-                    "blocks, or give each assistant turn as a row of its own: the turns before it as prompt, and the "
+                    "blocks, or give each assistant turn as a separate row: the turns before it as prompt, and the "
                     "turn as completion."
                 )
         start, stop = len(prompt), len(answered)

@@ -104,7 +104,7 @@ class HarnessTasks:
                 yield arm
 
     def _describe(self, name: str) -> dict[str, Any]:
-        """What decides the result of one name besides the model, as JSON."""
+        """What, apart from the model, decides the result of one name, as JSON."""
         with _quiet():
             leaves = self.manager.load([name])["tasks"]
         digest = hashlib.sha256()  # another version of a local file is another evaluation
