@@ -4,8 +4,8 @@ Every contender runs in a process of its own on the same made-up inputs. All pro
 in turn, after a warm-up, so that a machine that slows down slows all of them; `seconds` is the median over the rounds.
 
 `peak_mib` is what one full step adds to the process's resident memory: the highest resident size of the first full step
-less the resident size before it, when the inputs are in memory and a step of 8 positions has loaded what loads lazily. It
-holds everything that the step touches: logits, gradients (also that of the hidden states), buffers of the BLAS library.
+less the resident size before it, when the inputs are in memory and a step of 8 positions has loaded what loads lazily.
+It holds everything that the step touches: logits, gradients (also that of the hidden states), buffers of the BLAS library.
 On CUDA it is the allocator's peak less what the inputs take.
 
 The two matrix products that nobody can avoid (hidden states times head, gradient times head) are a contender. Stored
@@ -17,8 +17,8 @@ this project's fused loss, Liger's and TRL's chunked divergences, TRL's divergen
     python benchmarks/loss.py
 
 Axolotl's kernel renormalises the entries and drops the tail; it and Liger's compute the head's gradient although the
-head is frozen. Neither is compiled on a CPU. A peer that is not installed is skipped with a message. With CUDA a second table
-follows, in bfloat16. The last line is one JSON object.
+head is frozen. Neither is compiled on a CPU. A peer that is not installed is skipped with a message. With CUDA a second
+table follows, in bfloat16. The last line is one JSON object.
 """
 
 from __future__ import annotations

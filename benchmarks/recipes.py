@@ -3,8 +3,8 @@
 The teacher answers GSM8K *training* questions and built-in word problems, once each; some of its answers are learned
 from, others are held out to measure on. GSM8K's test questions are not touched, so that settings chosen here can be
 reported there. Every trial is a fresh 4-bit student, and differs in one thing from the base recipe. KL is forward KL to
-the teacher in nats per token, with a 95% bootstrap interval over held-out rows; `recovered` is the share of the KL of the
-student without adapters that is gone. `vs base` is the ratio of a trial's KL to the base recipe's, with a paired
+the teacher in nats per token, with a 95% bootstrap interval over held-out rows; `recovered` is the share of the KL of
+the student without adapters that is gone. `vs base` is the ratio of a trial's KL to the base recipe's, with a paired
 interval over the same rows: where it contains 1, the two do not differ as far as these rows can tell.
 
     python benchmarks/recipes.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k --cache runs/recipes

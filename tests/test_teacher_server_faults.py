@@ -1,4 +1,4 @@
-"""Servers that fail, answer what cannot be stored, or see a key: tried again or refused with a reason, and nothing leaks."""
+"""Servers that fail, answer what cannot be stored, or see a key: tried again or refused, and nothing leaks."""
 
 from __future__ import annotations
 
