@@ -3,9 +3,10 @@
 Every contender runs in a process of its own on the same made-up inputs. All processes stay alive and take one step each
 in turn, after a warm-up, so that a machine that slows down slows all of them; `seconds` is the median over the rounds.
 
-`peak_mib` is what one full step adds to the process's resident memory: the highest resident size of the first full step
-less the resident size before it, when the inputs are in memory and a step of 8 positions has loaded what loads lazily.
-It holds everything that the step touches: logits, gradients (also that of the hidden states), buffers of the BLAS library.
+`peak_mib` is what one full step adds to the process's resident memory: the highest resident size of the first full
+step less the resident size before it, when the inputs are in memory and a step of 8 positions has loaded what loads
+lazily. It holds everything that the step touches: logits, gradients (also that of the hidden states), buffers of the
+BLAS library.
 On CUDA it is the allocator's peak less what the inputs take.
 
 The two matrix products that nobody can avoid (hidden states times head, gradient times head) are a contender. Stored
