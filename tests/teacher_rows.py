@@ -1,7 +1,5 @@
 """What the tests of teachers on other engines share: prompts, settings, and the entries by a dense float64 pass."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
@@ -13,11 +11,14 @@ SETTINGS, RULE = GenerationSettings(max_new_tokens=10), TopK(5)
 KINDS = ["vllm", "sglang", "llama.cpp"]
 
 
-def dense_of_item(model, row) -> torch.Tensor:
-    """(R, V) float64 at the targets of a stored row, from one unpadded pass: no batch, no cache, no padding."""
+def dense_logprobs(model, row) -> torch.Tensor:
+    """(R, V) float64 at the targets of a row, stored or not, from one unpadded pass: no batch, no cache, no padding."""
+    if isinstance(row, dict):
+        ids, targets = row["input_ids"], (row["labels"] != -100).nonzero().squeeze(1)
+    else:
+        ids, targets = torch.tensor(row.input_ids), torch.cat([torch.arange(*span) for span in row.spans.tolist()])
     with torch.inference_mode():
-        logits = model(input_ids=row["input_ids"].unsqueeze(0)).logits[0].double()
-    return logits[(row["labels"] != -100).nonzero().squeeze(1) - 1].log_softmax(-1)
+        return model(input_ids=ids[None]).logits[0, targets - 1].double().log_softmax(-1)
 
 
 def assert_stored(stored: torch.Tensor, exact: torch.Tensor) -> None:
@@ -30,13 +31,6 @@ def assert_stored(stored: torch.Tensor, exact: torch.Tensor) -> None:
     error = (stored.exp() - exact.exp()).abs()
     bound = exact.exp() * (exact.abs() + 2**-14) / 1024 + 2e-5
     assert bool((error <= bound).all()), (error - bound).max()
-
-
-def dense_logprobs(model, row) -> torch.Tensor:
-    """(R, V) float64 at the targets, from one unpadded pass."""
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([row.input_ids.tolist()])).logits[0].double()
-    return torch.cat([logits[start - 1 : stop - 1] for start, stop in row.spans.tolist()]).log_softmax(-1)
 
 
 def assert_entries(row, model, rule) -> None:

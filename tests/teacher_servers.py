@@ -1,7 +1,5 @@
 """Fixtures of the tests of teachers on other engines: a fake server of each kind, and a teacher that asks it."""
 
-from __future__ import annotations
-
 import pytest
 from fake_openai_server import FakeServer
 from teacher_rows import RULE, SETTINGS, TEXTS
@@ -20,7 +18,7 @@ def serve(tiny_model, tiny_tokenizer):
     """Start a fake server; all are stopped at the end."""
     running = []
 
-    def start(**kwargs) -> FakeServer:
+    def start(**kwargs):
         running.append(FakeServer(tiny_model, [tiny_tokenizer.eos_token_id], **kwargs).__enter__())
         return running[-1]
 
@@ -33,7 +31,7 @@ def serve(tiny_model, tiny_tokenizer):
 def connect(tiny_tokenizer):
     """A teacher that asks a server, without long pauses."""
 
-    def build(server, rule=RULE, settings=SETTINGS, **kwargs) -> ServerTeacher:
+    def build(server, rule=RULE, settings=SETTINGS, **kwargs):
         kwargs = {"backoff_seconds": 0.001, "vocab_size": len(tiny_tokenizer), **kwargs}
         url = server if isinstance(server, str) else server.url
         return ServerTeacher(url, "tiny", tiny_tokenizer, rule, (1.0,), settings, **kwargs)

@@ -4,8 +4,6 @@ The first step's gradient is read off plain SGD with a rate of 1, whatever DDP, 
 is the difference of the parameters.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Made-up transfer sets for the tests: plans, rows and finished folders, all from a seed."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import hashlib
@@ -23,20 +21,11 @@ from quantkd.transfer_set.rules import Nucleus, StorageRule, select_entries
 from quantkd.transfer_set.writer import TransferSetWriter
 
 PLAN = Plan(
-    teacher_name="tiny-teacher",
-    teacher_revision="",
-    teacher_dtype="float32",
-    tokenizer_fingerprint="0" * 64,
-    vocab_size=1000,
-    storage={"kind": "nucleus", "p": 0.95, "max_k": 16},
-    temperatures=(1.0, 2.0),
-    responses="generate",
-    generation={"max_new_tokens": 32},
-    prompts_digest="1" * 64,
-    num_prompts=10,
-    rows_per_shard=4,
-    batch_size=2,
-)
+    teacher_name="tiny-teacher", teacher_revision="", teacher_dtype="float32", tokenizer_fingerprint="0" * 64,
+    vocab_size=1000, storage={"kind": "nucleus", "p": 0.95, "max_k": 16}, temperatures=(1.0, 2.0),
+    responses="generate", generation={"max_new_tokens": 32}, prompts_digest="1" * 64,
+    num_prompts=10, rows_per_shard=4, batch_size=2,
+)  # fmt: skip
 
 
 def make_plan(**changes: Any) -> Plan:
@@ -75,6 +64,15 @@ def storage_order(row: TransferRow) -> list[int]:
         order += [first, *sorted(rest, key=lambda i: row.token_ids[i])]
         start += count
     return order
+
+
+def assert_same_row(found: TransferRow, wanted: TransferRow) -> None:
+    """What was read is what was written: to the nearest float16, or where that would lift the mass above 1, down."""
+    order = storage_order(wanted)
+    for name in ("input_ids", "spans", "counts", "finished"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+    np.testing.assert_array_equal(found.token_ids, wanted.token_ids[order])
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs[order], rtol=2**-10, atol=2**-24)
 
 
 def hashes(folder: Path) -> dict[str, str]:
