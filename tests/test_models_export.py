@@ -1,29 +1,17 @@
 """Export: the merged weights are the student's own, every form loads in plain transformers and PEFT, a loss is said."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config
 
-from quantkd import TransferSet
-from quantkd.cli.main import main
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.models.export import export_adapter, export_checkpoint, load_exported
@@ -31,16 +19,8 @@ from quantkd.models.merging import merge_adapters
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.models.weights import dequantize_weight
-from tests.conftest import capture_set
 
-PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
-
-
-@pytest.fixture(scope="module")
-def held_out(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("export") / "set"
-    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=8)
-    return path
+IDS = torch.arange(5, 45).view(2, 20)
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +69,7 @@ def load(tiny_model_path, saved_adapter):
     return lambda: load_adapted(tiny_model_path, saved_adapter)
 
 
-def figures_of(model, held_out):
-    return evaluate_fidelity(model, TransferSet.open(held_out), progress=False).to_json()
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
@@ -112,17 +88,16 @@ def test_the_merged_model_is_the_adapted_one(name, tied, tiny_model_path, tied_p
     base = tied_path if tied else tiny_model_path
     adapter = save_adapter(base, tmp_path / "adapter", **VARIANTS[name])
     model = load_adapted(base, adapter)
-    ids = torch.arange(5, 45).view(2, 20)
     # In training mode, where bitsandbytes computes through the dequantized weight and not its bfloat16 kernel.
     with torch.no_grad():
-        expected = model.train()(ids.requires_grad_(False)).logits
+        expected = model.train()(IDS).logits
         with model.disable_adapter():
-            assert (model(ids).logits - expected).abs().max() > 0.1
+            assert (model(IDS).logits - expected).abs().max() > 0.1
     export_checkpoint(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
     with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=2e-4)
     stays_tied = tied and name not in ("modules_to_save", "head", "embeddings")  # PEFT trains rows of both
     assert merged.config.tie_word_embeddings == stays_tied
 
@@ -131,7 +106,7 @@ def test_layers_are_let_go_of_one_by_one(monkeypatch, load):
     model = load()
     layers = [weakref.ref(module) for module in model.modules() if type(module).__name__ == "Linear4bit"]
     layers = [layer for layer in layers if hasattr(layer(), "quant_state")]
-    alive: list[int] = []
+    alive = []
 
     def dequantize(module):
         alive.append(sum(layer() is not None for layer in layers))
@@ -145,32 +120,28 @@ def test_layers_are_let_go_of_one_by_one(monkeypatch, load):
 @pytest.mark.parametrize("config", ["fp4", "int8"])
 def test_other_formats_merge(config, tiny_model_path, adapter):
     student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
-    ids = torch.arange(5, 45).view(2, 20)
     with torch.no_grad():
         model = PeftModel.from_pretrained(student, adapter).train()
-        expected = model(ids).logits
+        expected = model(IDS).logits
         merged = merge_adapters(model, torch.float32)
         # bitsandbytes multiplies int8 by int8: it rounds the activations, too.
-        difference = (merged(ids).logits - expected).abs().mean() / expected.abs().mean()
+        difference = (merged(IDS).logits - expected).abs().mean() / expected.abs().mean()
     assert difference < (0.02 if config == "int8" else 1e-4)
 
 
 def test_gpt2_is_turned_back(tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2
+        vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    adapter = save_adapter(tmp_path / "gpt2", tmp_path / "adapter")
-    model = load_adapted(tmp_path / "gpt2", adapter)
-    ids = torch.arange(5, 25).view(1, 20)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    model = load_adapted(tmp_path / "gpt2", save_adapter(tmp_path / "gpt2", tmp_path / "adapter"))
     with torch.no_grad():
-        for part in (modules for modules in model.modules() if isinstance(modules, torch.nn.Dropout)):
-            part.p = 0.0
-        expected = model.train()(ids).logits
+        expected = model.train()(IDS).logits
         export_checkpoint(model, tiny_tokenizer, tmp_path / "merged", dtype="float32")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_rounds_once(tiny_tokenizer, tmp_path, load):
@@ -187,8 +158,7 @@ def test_what_an_exported_folder_holds(tiny_model_path, tiny_tokenizer, tmp_path
         (adapter / name).write_bytes(b"x")
     (adapter / "quantkd.json").write_text('{"teacher": "T"}')
     export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out" / "a", base=str(tiny_model_path))
-    model = load()
-    export_checkpoint(model, tiny_tokenizer, tmp_path / "out" / "m", provenance=Provenance(teacher="T"))
+    export_checkpoint(load(), tiny_tokenizer, tmp_path / "out" / "m", provenance=Provenance(teacher="T"))
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     facts = {"quantkd.json", "config.json", "generation_config.json", "model.safetensors"}
     assert {file.name for file in (tmp_path / "out" / "m").iterdir()} == tokenizer_files | facts
@@ -223,31 +193,34 @@ def test_provenance_is_read_as_it_was_written(tmp_path):
     assert Provenance.read(tmp_path) == Provenance(teacher="model")
 
 
-def test_a_requantized_checkpoint_is_the_merged_one_quantized(tiny_tokenizer, tmp_path, held_out, load):
+def figures_of(model, held_out):
+    return evaluate_fidelity(model, held_out, progress=False).to_json()
+
+
+def test_a_requantized_checkpoint_is_the_merged_one_quantized(tiny_tokenizer, tmp_path, training_set, load):
     export_checkpoint(load(), tiny_tokenizer, tmp_path / "merged", dtype="float32")
-    model = load()
-    export_checkpoint(model, tiny_tokenizer, tmp_path / "again", dtype="float32", form="requantized")
+    export_checkpoint(load(), tiny_tokenizer, tmp_path / "again", dtype="float32", form="requantized")
     assert not (tmp_path / "again" / "merged").exists()
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert quantized.config.quantization_config.bnb_4bit_quant_type == "nf4"
     expected = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", quantization_config=default_quantization_config(torch.float32), dtype=torch.float32
     )
-    assert figures_of(quantized, held_out) == figures_of(expected, held_out)
+    assert figures_of(quantized, training_set) == figures_of(expected, training_set)
     size = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("again", "merged")]
     assert size[0] < 0.6 * size[1]  # embeddings and head are most of so small a model
 
 
 def test_the_second_rounding_is_to_the_students_own_format(tiny_model_path, tiny_tokenizer, tmp_path, adapter):
-    for name, config, expected in (
-        ("a", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), ("fp4", False)),
-        ("b", BitsAndBytesConfig(load_in_8bit=True), ("nf4", True)),
+    for config, expected in (
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, ("fp4", False)),
+        ({"load_in_8bit": True}, ("nf4", True)),
     ):
-        student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
-        export_checkpoint(
-            PeftModel.from_pretrained(student, adapter), tiny_tokenizer, tmp_path / name, form="requantized"
-        )
-        found = AutoConfig.from_pretrained(tmp_path / name).quantization_config
+        options = {"quantization_config": BitsAndBytesConfig(**config), "dtype": "float32"}
+        model = PeftModel.from_pretrained(load_student(str(tiny_model_path), **options), adapter)
+        out = tmp_path / expected[0]
+        export_checkpoint(model, tiny_tokenizer, out, form="requantized")
+        found = AutoConfig.from_pretrained(out).quantization_config
         assert (found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"]) == expected
 
 
@@ -263,7 +236,6 @@ def test_a_folder_that_is_not_new_is_refused(tiny_tokenizer, tmp_path, load, ada
 
 
 def test_a_failed_export_leaves_nothing(tiny_tokenizer, tmp_path, monkeypatch, load):
-
     def fail(folder):
         assert (Path(folder) / "model.safetensors").is_file() and not (tmp_path / "out" / "m").exists()
         raise OSError("No space left on device")
@@ -274,89 +246,67 @@ def test_a_failed_export_leaves_nothing(tiny_tokenizer, tmp_path, monkeypatch, l
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_cannot_be_merged_is_said(tiny_model_path, tiny_tokenizer, tmp_path, adapter):
-    student = load_student(str(tiny_model_path), dtype="float32")
-    with pytest.raises(ConfigError, match="lora_bias=True"):
-        merge_adapters(get_peft_model(student, LoraConfig(target_modules=["lm_head"], lora_bias=True)))
-    from peft import IA3Config
-
-    student = load_student(str(tiny_model_path), dtype="float32")
-    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    with pytest.raises(ConfigError, match="a merge knows LoRA"):
-        merge_adapters(get_peft_model(student, ia3))
+def test_what_cannot_be_merged_is_said(tiny_model_path, tiny_tokenizer, tmp_path, adapter, load):
+    for config, message in (
+        (LoraConfig(target_modules=["lm_head"], lora_bias=True), "lora_bias=True"),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"), "a merge knows LoRA"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            merge_adapters(get_peft_model(load_student(str(tiny_model_path), dtype="float32"), config))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
         export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out", base="b")
-    broken = save_adapter(tiny_model_path, tmp_path / "broken")
-    model = load_adapted(tiny_model_path, broken)
+    model = load()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n)[0, 0] = torch.inf
     with pytest.raises(ConfigError, match=r"merged weight of .*q_proj is not finite"):
         merge_adapters(model)
 
 
-def run(capsys, *words):
-    code = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_form_has_the_figures_of_the_report_to_the_digit(capsys, tiny_model_path, tmp_path, held_out, dtype):
+def test_every_form_has_the_figures_of_the_report_to_the_digit(cli, tiny_model_path, tmp_path, training_set, dtype):
     """The command's scores, and those of a fresh load with nothing but transformers and PEFT."""
-    adapter = save_adapter(tiny_model_path, tmp_path / "adapter", dtype)
-    run_dir = tmp_path / "run"
-    for form in ("merged", "requantized", "adapter"):
-        code, out, err = run(
-            capsys, "export", "--form", form, "--model_name_or_path", tiny_model_path, "--adapter", adapter,
-            "--output_dir", tmp_path / "out" / form, "--held_out", held_out, "--run_dir", run_dir, "--dtype", dtype,
-            "--save_dtype", dtype,
+    adapter = save_adapter(tiny_model_path, tmp_path / "trained", dtype)
+    run_dir, torch_dtype = tmp_path / "run", getattr(torch, dtype)
+    for form, arm in (("merged", "merged"), ("requantized", "requantized"), ("adapter", "after")):
+        code, out, err = cli(
+            "export", "--form", form, "--model_name_or_path", tiny_model_path, "--adapter", adapter,
+            "--output_dir", tmp_path / form, "--held_out", training_set.sources[0], "--run_dir", run_dir,
+            "--dtype", dtype, "--save_dtype", dtype,
         )  # fmt: skip
         assert code == 0, err
-        assert "KL to the teacher on 3 rows" in out
+        assert "KL to the teacher on 8 rows" in out
         assert ("the second rounding took part" in err) == (form == "requantized")
-    torch_dtype = getattr(torch, dtype)
-
-    def load_plainly(form):
-        if form != "adapter":
-            return AutoModelForCausalLM.from_pretrained(tmp_path / "out" / form)
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype,
-        )
-        base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch_dtype, quantization_config=config)
-        return PeftModel.from_pretrained(base, tmp_path / "out" / form)
-
-    for form, arm in (("merged", "merged"), ("requantized", "requantized"), ("adapter", "after")):
+        if form == "adapter":
+            config = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch_dtype,
+            )  # fmt: skip
+            base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch_dtype, quantization_config=config)
+            model = PeftModel.from_pretrained(base, tmp_path / form)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / form)
         reported = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())
-        assert reported["fidelity"]["rows"] == figures_of(load_plainly(form), held_out)["rows"], form
+        assert reported["fidelity"]["rows"] == figures_of(model, training_set)["rows"], form
         assert reported["arm"] == arm
 
 
-def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(capsys, tiny_model_path, tmp_path, held_out, adapter):
-    words = [
-        "export", "--model_name_or_path", tiny_model_path, "--adapter", adapter, "--output_dir", tmp_path / "out",
-        "--form",
-    ]  # fmt: skip
-    code, _, err = run(capsys, *words, "requantized")
-    assert code == 1 and "loses part of what was learned. Give --held_out SET" in err
-    assert not (tmp_path / "out").exists()
-    code, _, err = run(capsys, *words, "half")
-    assert code == 2 and "invalid choice: 'half'" in err
-    code, _, err = run(capsys, *words, "merged", "--run_dir", tmp_path / "run")
-    assert code == 1 and "Give --held_out, too" in err
+def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(cli, tiny_model_path, tmp_path, adapter):
+    words = ["export", "--model_name_or_path", tiny_model_path, "--adapter", adapter]
+    words += ["--output_dir", tmp_path / "out", "--form"]
+    for rest, expected, said in (
+        (["requantized"], 1, "loses part of what was learned. Give --held_out SET"),
+        (["half"], 2, "invalid choice: 'half'"),
+        (["merged", "--run_dir", tmp_path / "run"], 1, "Give --held_out, too"),
+    ):
+        code, _, err = cli(*words, *rest)
+        assert code == expected and said in err and not (tmp_path / "out").exists()
     trained_with = AutoTokenizer.from_pretrained(tiny_model_path)
     trained_with.chat_template = "{{ messages[0]['content'] }}"
     trained_with.save_pretrained(adapter)  # as the trainer does
-    code, out, err = run(capsys, *words, "requantized", "--accept_loss")
+    code, out, err = cli(*words, "requantized", "--accept_loss")
     assert code == 0 and "was not measured" in err and "requantized, 1" in out
     assert load_exported(tmp_path / "out").config.quantization_config.load_in_4bit
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == trained_with.chat_template
-    code, _, err = run(capsys, *words, "merged")
+    code, _, err = cli(*words, "merged")
     assert code == 1 and "is a folder that is not empty" in err

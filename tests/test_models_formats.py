@@ -1,21 +1,17 @@
 """Every format of a student on a CPU: what it computes with, its gradients, its adapters on disk, its start."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 
 import pytest
 import torch
 from packed_checkpoints import load_in, require_package, write_packed_checkpoint
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from scipy.stats import norm
 from torch import nn
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.models.student import attach_lora, is_quantized, load_student
 from quantkd.models.weights import dequantize_weight
-from tests.conftest import capture_set
 
 IDS = torch.arange(120).view(6, 20)
 FORMATS = ("nf4", "fp4", "int8", "hqq", "torchao-int8", "gptq", "awq")
@@ -123,8 +119,7 @@ def test_the_same_weight_below_an_adapter_and_after_passes(student):
     model = load()
     before = {path: dequantize_weight(layer).clone() for path, layer in projections(model).items()}
     adapted = attach_lora(model)
-    loss = adapted(IDS, labels=IDS).loss
-    loss.backward()
+    adapted(IDS, labels=IDS).loss.backward()
     with torch.no_grad():
         adapted.eval()(IDS)
     found = [path for path, layer in projections(adapted.get_base_model()).items() if hasattr(layer, "lora_A")]
@@ -149,11 +144,7 @@ def test_gradients_are_those_of_the_dequantized_model(student, tiny_model):
         model.eval()(IDS)  # kernels for inference must not stay in the way
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     ours, reference = attach_lora(model, copy.copy(config)), attach_lora(tiny_model, copy.copy(config))
-    with torch.no_grad():
-        its_parameters = dict(reference.named_parameters())
-        for key, mine in ours.named_parameters():
-            if "lora_" in key:
-                mine.copy_(its_parameters[key])
+    set_peft_model_state_dict(ours, get_peft_model_state_dict(reference))
     found, expected = gradients(ours), gradients(reference)
     assert found.keys() == expected.keys() and len(found) == 28
     for key, value in found.items():
@@ -188,17 +179,15 @@ def test_training_lowers_the_loss_and_the_adapter_comes_back_the_same(student, t
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_the_trainer_takes_a_packed_checkpoint_by_name(method, tiny_model_path, tmp_path, caplog):
+def test_the_trainer_takes_a_packed_checkpoint_by_name(
+    method, tiny_model_path, make_trainer, training_set, tmp_path, caplog
+):
     require_package(method)
     write_packed_checkpoint(method, tiny_model_path, tmp_path / method)
-    rows = capture_set(tiny_model_path, ["What is it?", "And now?"], tmp_path / "set")
+    options = {"init": "covariance", "learning_rate": 1e-3, "eval_dataset": training_set}
     kl = {}
     for source in (None, str(tiny_model_path)):
-        args = QuantizedDistillationConfig(
-            str(tmp_path / "out"), model_init_kwargs={"dtype": "float32"}, max_steps=2, learning_rate=1e-3,
-            disable_tqdm=True, save_strategy="no", init_from=source,
-        )  # fmt: skip
-        trainer = QuantizedDistillationTrainer(str(tmp_path / method), args, train_dataset=rows, eval_dataset=rows)
+        trainer = make_trainer(str(tmp_path / method), init_from=source, **options)
         kl[source] = trainer.evaluate()["eval_kl"]
         trainer.train()
     assert "14 of 14 adapters start from zero" in caplog.text and "as init_from" in caplog.text

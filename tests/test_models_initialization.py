@@ -1,9 +1,9 @@
 """The start from the quantization error: optimal in closed form, better than zero on a model, refused with a reason."""
 
-from __future__ import annotations
-
 import re
 import weakref
+from functools import partial
+from unittest.mock import Mock
 
 import processes
 import pytest
@@ -14,17 +14,15 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
 from quantkd.models import initialization
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, draw_rows, initialize_from_error
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.student import attach_lora, load_student
 from quantkd.models.weights import dequantize_weight
-from tests.conftest import capture_set
 
 IDS = torch.arange(120).view(6, 20)
-PROMPTS = [f"What is {n} and {n + 1}, and a few words more?" for n in range(12)]
 
 
 def weighted_error(error, correction, moment):
@@ -96,34 +94,18 @@ def test_full_rank_gives_back_the_whole_error_and_what_exceeds_it_is_zero():
         assert not factor.any()  # nothing to correct, and no division by it
 
 
-@pytest.fixture(scope="module")
-def set_path(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("init") / "set"
-    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=12)
-    return path
-
-
-@pytest.fixture(scope="module")
-def transfer_set(set_path):
-    return TransferSet.open(set_path)
-
-
 @pytest.fixture
-def build(tiny_model_path, transfer_set, tmp_path):
-    """A function that makes a trainer of the tiny model."""
-
-    def make(model=None, **options):
-        options = {"model_init_kwargs": {"dtype": "float32"}, "save_strategy": "no", "disable_tqdm": True, **options}
-        kwargs = {name: options.pop(name) for name in ("peft_config", "processing_class") if name in options}
-        args = QuantizedDistillationConfig(str(tmp_path / "out"), **options)
-        data = {"train_dataset": transfer_set, "eval_dataset": transfer_set}
-        return QuantizedDistillationTrainer(model or str(tiny_model_path), args, **data, **kwargs)
-
-    return make
+def build(make_trainer, training_set):
+    """A trainer whose adapters start from the quantization error."""
+    return partial(make_trainer, init="covariance", eval_dataset=training_set)
 
 
-def adapters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+def adapters(model, factor="lora_"):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if factor in name}
+
+
+def starts_from_zero(model):
+    return not any(factor.any() for factor in adapters(model, "lora_B").values())
 
 
 def products(model):
@@ -147,8 +129,8 @@ def test_covariance_is_nearer_to_the_teacher_than_loftq_and_zero(build):
 def test_it_is_the_same_every_time_and_draws_nothing_from_the_generators(tiny_model_path, build):
     first = adapters(build().model)
     torch.manual_seed(7)
-    second = adapters(build().model)
-    assert all(torch.equal(value, second[name]) and value.any() for name, value in first.items())
+    torch.testing.assert_close(adapters(build().model), first, rtol=0, atol=0)
+    assert all(value.any() for value in first.values())
     model = attach_lora(load_student(str(tiny_model_path), dtype="float32")).train()
     state = torch.get_rng_state()
     initialize_from_error(model, originals(tiny_model_path, model), torch.ones(1, 3).long())
@@ -192,18 +174,16 @@ def test_each_layer_is_corrected_for_the_inputs_that_the_corrected_layers_before
         layer.lora_B["default"].weight.data.copy_(set_to[name])
 
 
-def test_rows_of_padding_do_not_count(tiny_model, tiny_model_path, transfer_set):
+def test_rows_of_padding_do_not_count(tiny_model, tiny_model_path, training_set):
     model = adapted(tiny_model)
     weights = originals(tiny_model_path, model)
-    ids, mask = draw_rows(transfer_set, 4, 0)
+    ids, mask = draw_rows(training_set, 4, 0)
     initialize_from_error(model, weights, ids, mask)
     plain = products(model)
     for parameter in (p for name, p in model.named_parameters() if "lora_B" in name):
         parameter.data.zero_()
-    wide = nn.functional.pad(ids, (0, 30)), nn.functional.pad(mask, (0, 30))
-    initialize_from_error(model, weights, *wide)
-    for name, product in products(model).items():
-        torch.testing.assert_close(product, plain[name], rtol=1e-3, atol=1e-4)
+    initialize_from_error(model, weights, *(nn.functional.pad(each, (0, 30)) for each in (ids, mask)))
+    torch.testing.assert_close(products(model), plain, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_are_drawn_until_the_padded_batch_is_full():
@@ -224,24 +204,17 @@ def test_what_is_saved_is_a_plain_adapter_and_a_resumed_run_keeps_it(tiny_model_
     checkpoint = tmp_path / "out" / "checkpoint-1"
     loaded = PeftModel.from_pretrained(load_student(str(tiny_model_path), dtype="float32"), checkpoint)
     assert loaded.peft_config["default"].init_lora_weights is True
-    for name, value in adapters(loaded).items():
-        torch.testing.assert_close(value, trained[name], msg=name)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a resumed run computed a start")
-
+    torch.testing.assert_close(adapters(loaded), trained)
+    refuse = Mock(side_effect=AssertionError("a resumed run computed a start"))
     monkeypatch.setattr("quantkd.training.preparation.initialize_from_rows", refuse)
-    options |= {"resume_from_checkpoint": str(checkpoint)}
-    resumed = build(**options)
+    resumed = build(**options, resume_from_checkpoint=str(checkpoint))
     resumed.train(resume_from_checkpoint=str(checkpoint))  # one step of one: nothing is left to train
-    for name, value in adapters(resumed.model).items():
-        torch.testing.assert_close(value, trained[name], msg=name)
+    torch.testing.assert_close(adapters(resumed.model), trained)
 
 
 def test_a_start_that_peft_s_config_asks_for_is_left_alone(build):
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
-    model = build(peft_config=config).model
-    assert all(not value.any() for name, value in adapters(model).items() if "lora_B" in name)
+    assert starts_from_zero(build(peft_config=config).model)
 
 
 def test_what_cannot_be_done_starts_from_zero_and_says_so(tiny_model_path, tiny_tokenizer, tmp_path, caplog, build):
@@ -249,12 +222,11 @@ def test_what_cannot_be_done_starts_from_zero_and_says_so(tiny_model_path, tiny_
     student.config.name_or_path = str(tmp_path)
     trainer = build(student, processing_class=tiny_tokenizer)
     assert "start from zero" in caplog.text and "no safetensors weights" in caplog.text
-    assert all(not value.any() for name, value in adapters(trainer.model).items() if "lora_B" in name)
+    assert starts_from_zero(trainer.model)
     named = load_student(str(tiny_model_path), dtype="float32")
     named.config.name_or_path = str(tmp_path)
     found = adapters(build(named, processing_class=tiny_tokenizer, init_from=str(tiny_model_path)).model)
-    expected = adapters(build().model)
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    torch.testing.assert_close(found, adapters(build().model), rtol=0, atol=0)
     with pytest.raises(ConfigError, match="init is 'best'; expected one of covariance, loftq, zero"):
         QuantizedDistillationConfig(str(tmp_path), init="best")
 
@@ -298,23 +270,12 @@ def test_gpt2_s_weights_lie_the_other_way_round(tmp_path):
         assert (error - product).norm() < 0.1 * error.norm(), name
 
 
-class Experts(nn.Module):
-    """Two experts, the second of which no token goes to."""
-
-    def __init__(self, expert):
-        super().__init__()
-        self.experts = nn.ModuleList([expert, nn.Linear(64, 64, bias=False)])
-
-    def forward(self, hidden):
-        return self.experts[0](hidden)
-
-
 def test_an_expert_without_tokens_is_corrected_without_inputs(tiny_model, tmp_path):
-    tiny_model.model.layers[1].mlp = Experts(tiny_model.model.layers[1].mlp)
+    tiny_model.model.layers[1].mlp.idle = nn.Linear(64, 64, bias=False)  # which its forward pass does not call
     tiny_model.save_pretrained(tmp_path)
     model, count = start(rounded(tiny_model), tmp_path, rank=64)
     assert count == 15
-    name = "model.layers.1.mlp.experts.1"
+    name = "model.layers.1.mlp.idle"
     corrected = model.get_base_model().get_submodule(name).get_base_layer().weight + products(model)[name]
     torch.testing.assert_close(corrected, originals(tmp_path, model).read(name), atol=1e-4, rtol=1e-4)
 
@@ -331,26 +292,22 @@ def test_a_tied_head_and_modules_saved_whole_stay_as_they_are(tiny_model, tmp_pa
     assert torch.equal(model.get_output_embeddings().weight, head)
 
 
-def other_values(tensors):
-    return {name: torch.randn_like(value) if "proj" in name else value for name, value in tensors.items()}
-
-
-def other_shapes(tensors):
-    return {name: value[..., :-1].contiguous() if "down_proj" in name else value for name, value in tensors.items()}
-
-
 @pytest.mark.parametrize(
-    ("change", "kept", "reason"),
-    [(other_values, 0, "it was not quantized from it"), (other_shapes, 12, r"\(64, 127\), and its own \(64, 128\)")],
+    ("part", "change", "kept", "reason"),
+    [
+        ("proj", torch.randn_like, 0, "it was not quantized from it"),
+        ("down_proj", lambda value: value[..., :-1].contiguous(), 12, r"\(64, 127\), and its own \(64, 128\)"),
+    ],
 )
-def test_a_checkpoint_of_another_model_is_noticed(tiny_model, tiny_model_path, tmp_path, caplog, change, kept, reason):
-    save_file(change(tiny_model.state_dict()), tmp_path / "model.safetensors")
+def test_a_checkpoint_of_another_model_is_noticed(
+    tiny_model, tiny_model_path, tmp_path, caplog, part, change, kept, reason
+):
+    tensors = {name: change(value) if part in name else value for name, value in tiny_model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
     model, count = start(load_student(str(tiny_model_path), dtype="float32"), tmp_path, rank=4)
     assert count == kept and f"{14 - kept} of 14 adapters start from zero" in caplog.text
     assert re.search(reason, caplog.text)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name and (kept == 0 or "down_proj" in name):
-            assert not parameter.any(), name
+    assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name and part in name)
 
 
 def test_an_exact_layer_keeps_a_start_that_can_be_trained(tiny_model, tiny_model_path):
@@ -420,11 +377,12 @@ torch.save({name: p.detach() for name, p in model.named_parameters() if "lora_" 
 """
 
 
-def test_processes_start_from_the_same_adapters(tiny_model_path, transfer_set, set_path, tmp_path):
+def test_processes_start_from_the_same_adapters(tiny_model_path, training_set, tmp_path):
     (tmp_path / "process.py").write_text(PROCESS)
-    processes.run([tmp_path / "process.py", tiny_model_path, set_path, tmp_path], tmp_path / "out.txt", 2)
+    words = [tmp_path / "process.py", tiny_model_path, training_set.sources[0], tmp_path]
+    processes.run(words, tmp_path / "out.txt", 2)
     model = attach_lora(load_student(str(tiny_model_path), dtype="float32"))
-    initialization.initialize_from_rows(model, transfer_set, str(tiny_model_path))
+    initialization.initialize_from_rows(model, training_set, str(tiny_model_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, value in adapters(model).items():
         assert value.any() and torch.equal(first[name], second[name]), name

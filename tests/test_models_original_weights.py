@@ -1,7 +1,5 @@
 """Weights under the model's names: renamed as transformers renames, refused where it converts or they are quantized."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -99,8 +97,3 @@ def test_what_is_quantized_already_is_no_original(tiny_model, tiny_model_path, t
     save_file(tensors, tmp_path / "fp8" / "model.safetensors")
     with pytest.raises(ConfigError, match="float8_e4m3fn"):
         OriginalWeights(str(tmp_path / "fp8"), tiny_model).read(NAME)
-
-
-def test_a_folder_without_safetensors_is_refused(tiny_model, tmp_path):
-    with pytest.raises(ConfigError, match="has no safetensors weights"):
-        OriginalWeights(str(tmp_path), tiny_model)

@@ -1,7 +1,5 @@
 """Loading a student: names and configs, checkpoints that are quantized already, and every refusal."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -12,18 +10,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
 
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.errors import ConfigError
-from quantkd.models.student import (
-    attach_lora,
-    bits_of,
-    check_trainable,
-    choose_kernel,
-    default_quantization_config,
-    describe_quantization,
-    format_of,
-    is_quantized,
-    load_student,
-    stored_quantization,
-)
+from quantkd.models import student
+from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.student import attach_lora, check_trainable, choose_kernel, format_of, load_student
 from quantkd.models.weights import dequantize_weight
 
 IDS = torch.arange(120).view(6, 20)
@@ -39,10 +28,11 @@ def write_config(folder, quantization):
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_a_name_stands_for_transformers_own_config(name, tiny_model_path):
-    config = default_quantization_config(torch.float32, name)
+    config = student.default_quantization_config(torch.float32, name)
     assert format_of(config) == name == format_of(config.to_dict())
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_path, quantization_config=config, dtype=torch.float32)
     ours = load_student(str(tiny_model_path), quantization_config=name, dtype="float32")
+    keep_trainable_on_cpu(ours)  # twice is once
     given = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
     with torch.no_grad():
         expected = plain.eval()(IDS).logits
@@ -71,10 +61,8 @@ def test_torchao_s_4_bit_config_is_evaluated_and_not_trained(tiny_model_path):
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
     assert len(layers) == 14
     for layer in layers:
-        stored = layer.weight
-        q, scale, zero = (value.double() for value in (stored.qdata, stored.scale, stored.zero_point))
-        groups = q.view(len(q), -1, 32)
-        expected = (groups - zero.view(len(q), -1, 1)) * scale.view(len(q), -1, 1)
+        q, scale, zero = (getattr(layer.weight, part).double() for part in ("qdata", "scale", "zero_point"))
+        expected = (q.view(len(q), -1, 32) - zero.view(len(q), -1, 1)) * scale.view(len(q), -1, 1)
         torch.testing.assert_close(dequantize_weight(layer).double(), expected.view_as(q), atol=1e-6, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"in torchao, which transformers does not train. Train nf4, fp4 or int8"):
         attach_lora(model)
@@ -94,20 +82,20 @@ def test_torchao_s_4_bit_config_is_evaluated_and_not_trained(tiny_model_path):
     ],
 )
 def test_a_quantization_has_a_name_and_a_number_of_bits(config, name, bits):
-    assert format_of(config) == name and bits_of(config) == bits
+    assert format_of(config) == name and student.bits_of(config) == bits
 
 
 def test_a_quantization_is_described_by_what_decides_its_numbers(tiny_model, tiny_model_path):
-    assert describe_quantization(tiny_model) is None and not is_quantized(tiny_model)
+    assert student.describe_quantization(tiny_model) is None and not student.is_quantized(tiny_model)
     model = attach_lora(load_student(str(tiny_model_path), dtype="float32"))
-    described = describe_quantization(model)
+    described = student.describe_quantization(model)
     assert described == {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32",
     }  # fmt: skip
     assert json.loads(json.dumps(described)) == described
     model.get_base_model().config.quantization_config = described  # as a checkpoint's config.json holds it
-    assert describe_quantization(model) == described
+    assert student.describe_quantization(model) == described
 
 
 def test_packed_checkpoints_get_a_kernel_that_can_be_trained_where_it_runs():
@@ -149,14 +137,15 @@ def test_a_format_that_is_not_offered_is_refused(config, message, tiny_model_pat
 )
 def test_another_format_than_the_stored_one_is_refused(stored, wanted, found, tmp_path):
     path = write_config(tmp_path / "stored", stored)
-    assert stored_quantization(path) == stored
+    assert student.stored_quantization(path) == stored
     with pytest.raises(ConfigError, match=f"is stored in {found} already; a student in .* was asked for. Leave the"):
         load_student(path, quantization_config=wanted)
 
 
 def test_only_4_bit_bitsandbytes_is_shared_out(tiny_model_path, tmp_path, monkeypatch):
-    loaded = [load_in("int8", tiny_model_path), load_in("hqq", tiny_model_path)]
-    for model in loaded:
+    loaded = {"int8": load_in("int8", tiny_model_path)}
+    loaded["the format of another library"] = load_in("hqq", tiny_model_path)
+    for model in loaded.values():
         check_trainable(model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     message = "The student is in int8, and FSDP or ZeRO-3 would shard its weights.*DDP.*or use nf4"
@@ -164,28 +153,19 @@ def test_only_4_bit_bitsandbytes_is_shared_out(tiny_model_path, tmp_path, monkey
         load_student(str(tiny_model_path), quantization_config="int8", dtype="float32")
     with pytest.raises(ConfigError, match="The student is in gptq, and FSDP"):
         load_student(write_config(tmp_path / "gptq", {"quant_method": "gptq", "bits": 4}))
-    for model, name in zip(loaded, ("int8", "the format of another library"), strict=True):  # loaded before
+    for name, model in loaded.items():  # loaded before
         with pytest.raises(ConfigError, match=f"The student is in {name}, and FSDP"):
             check_trainable(model)
-
-
-def test_stored_4_bit_weights_that_a_cast_would_destroy_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    # Stored 4-bit weights that a cast would destroy.
     stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16).to_dict()
     with pytest.raises(ConfigError, match=r"is torch.bfloat16, and .* gathered in torch.float32.* stored so; load the"):
         load_student(write_config(tmp_path / "stored", stored), dtype="float32")
 
 
-class Scaled(nn.Module):
-    """A layer whose weight means nothing without the scale beside it, as in transformers' FP8."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
-
-
-@pytest.mark.parametrize("layer", [Scaled(), nn.LayerNorm(4), nn.ReLU()])
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()])
 def test_a_layer_without_a_weight_to_hand_out_is_refused(layer):
+    if isinstance(layer, nn.Linear):  # its weight means nothing without a scale beside it, as in transformers' FP8
+        layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ConfigError, match=rf"{type(layer).__name__} gives no full-precision weight; expected a linear"):
         dequantize_weight(layer)
 
