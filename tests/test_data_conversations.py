@@ -1,18 +1,14 @@
 """Conversations: which tokens are the assistant's, with and without generation blocks, and what is refused."""
 
-from __future__ import annotations
-
 import copy
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 import torch
-from teacher_rows import assert_stored, dense_of_item
+from teacher_rows import assert_stored, dense_logprobs
 
 from quantkd import TopK
-from quantkd.data.encoding import EncodedPrompt, encode_conversation, encode_examples
+from quantkd.data.encoding import encode_conversation, encode_examples
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
 from quantkd.teacher import TransformersTeacher
@@ -44,7 +40,7 @@ FORGETFUL = (
 
 @pytest.fixture
 def with_template(tiny_tokenizer):
-    def build(template: str | None) -> Any:
+    def build(template):
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.chat_template = template
         return tokenizer
@@ -52,17 +48,17 @@ def with_template(tiny_tokenizer):
     return build
 
 
-def encode(tokenizer: Any, example: Example, **kwargs: Any) -> EncodedPrompt:
+def encode(tokenizer, example, **kwargs):
     return encode_examples([example], tokenizer, **kwargs).row(0)
 
 
-def turn(role: str, content: str) -> dict[str, str]:
+def turn(role, content):
     return {"role": role, "content": content}
 
 
-def by_hand(tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+def by_hand(tokenizer):
     """ChatML written out, each part tokenised alone: special tokens and newlines keep parts apart."""
-    ids: list[int] = []
+    ids = []
     spans = []
     for index, message in enumerate(CONVERSATION):
         start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -77,12 +73,12 @@ def by_hand(tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("template", ["own", MARKED])
-def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, tiny_tokenizer, template) -> None:
+def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, tiny_tokenizer, template):
     tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
     assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
 
 
-def test_generation_blocks_decide_what_is_supervised(with_template) -> None:
+def test_generation_blocks_decide_what_is_supervised(with_template):
     tokenizer = with_template(
         MARKED.replace("<|im_end|>{% endgen", "{% endgen").replace("endgeneration %}", "endgeneration %}<|im_end|>")
     )
@@ -91,7 +87,7 @@ def test_generation_blocks_decide_what_is_supervised(with_template) -> None:
     assert len(ids) == spans[-1][1]
 
 
-def test_one_turn_is_prompt_and_completion(tiny_tokenizer) -> None:
+def test_one_turn_is_prompt_and_completion(tiny_tokenizer):
     one = encode(
         tiny_tokenizer, Example([turn("user", "How many apples?"), turn("assistant", "She has 7.")]), given=True
     )
@@ -100,7 +96,7 @@ def test_one_turn_is_prompt_and_completion(tiny_tokenizer) -> None:
     assert one.spans == ((len(one.prompt_ids), len(one.prompt_ids) + len(one.completion_ids)),) and pair.spans is None
 
 
-def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_template) -> None:
+def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_template):
     tokenizer = with_template(FORGETFUL)
     thinking = [dict(m) for m in CONVERSATION]
     thinking[2]["content"] = "<think>3 + 4</think>She has 7."
@@ -136,26 +132,26 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
         ),
     ],
 )  # fmt: skip
-def test_given_answers_that_cannot_be_taken_are_refused_by_row(with_template, template, example, message) -> None:
+def test_given_answers_that_cannot_be_taken_are_refused_by_row(with_template, template, example, message):
     with pytest.raises(DataError, match=message):
         encode(with_template(template), example, given=True)
 
 
-def test_examples_that_do_not_fit_the_responses_are_refused_by_row(tiny_tokenizer) -> None:
+def test_examples_that_do_not_fit_the_responses_are_refused_by_row(tiny_tokenizer):
     with pytest.raises(DataError, match=r"Row 1 ends in an assistant turn.*responses='given'"):
         encode_examples([Example("Hello"), Example(CONVERSATION)], tiny_tokenizer, given=False)
     with pytest.raises(DataError, match="Row 0 is a conversation, and plain prompts"):
         encode(tiny_tokenizer, Example(CONVERSATION), given=True, chat_template=False)
 
 
-def test_the_last_user_turn_is_answered(tiny_tokenizer) -> None:
+def test_the_last_user_turn_is_answered(tiny_tokenizer):
     made = encode(tiny_tokenizer, Example(CONVERSATION[:-1]), given=False)
     assert made.completion_ids is made.spans is None
     ids, turns = by_hand(tiny_tokenizer)
     assert made.prompt_ids == ids[: turns[-1][0]]
 
 
-def test_columns_of_conversations(tmp_path: Path) -> None:
+def test_columns_of_conversations(tmp_path):
     rows = [{"messages": CONVERSATION}, {"messages": CONVERSATION[:-1]}]
     found = load_examples(rows)
     assert [example.messages for example in found] == [CONVERSATION, None]
@@ -172,7 +168,7 @@ def test_columns_of_conversations(tmp_path: Path) -> None:
         load_examples(rows, prompt_column="question")
 
 
-def test_system_prompt_and_few_shot_are_turns_before_the_prompt() -> None:
+def test_system_prompt_and_few_shot_are_turns_before_the_prompt():
     shots = [Example("1 + 1?", "2"), Example("2 + 2?", "4")]
     solved = [turn("user", "1 + 1?"), turn("assistant", "2"), turn("user", "2 + 2?"), turn("assistant", "4")]
     plain, own = Example("3 + 3?", "6"), Example(CONVERSATION[:2])
@@ -194,7 +190,7 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt() -> None:
 @pytest.mark.parametrize("template", ["own", MARKED])
 def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
     with_template, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, template
-) -> None:
+):
     monkeypatch.setattr(TransformersTeacher, "max_logits_bytes", 4 * 320 * 2 * 3)  # pieces of three tokens
     tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
     short = [turn("user", "Why?"), turn("assistant", "The sea.")]
@@ -208,7 +204,7 @@ def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
     targets = [place for start, stop in spans for place in range(start, stop)]
     assert (row["labels"] != -100).nonzero().squeeze(1).tolist() == targets
     for row in found:
-        exact, teacher = dense_of_item(tiny_model, row), row["teacher"]
+        exact, teacher = dense_logprobs(tiny_model, row), row["teacher"]
         ids = teacher.token_ids.view(-1, 5)
         assert ids.sort(-1).values.tolist() == exact.topk(5).indices.sort(-1).values.tolist()
         assert_stored(teacher.logprobs.view(-1, 5), exact.gather(1, ids))
@@ -216,9 +212,7 @@ def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
         torch.testing.assert_close(teacher.log_normalizers[:, 1].double(), normalizers, atol=2e-3, rtol=0)
 
 
-def test_system_prompt_and_few_shot_reach_the_tokens_and_count_as_no_answer(
-    tiny_model, tiny_tokenizer, tmp_path
-) -> None:
+def test_system_prompt_and_few_shot_reach_the_tokens_and_count_as_no_answer(tiny_model, tiny_tokenizer, tmp_path):
     shots = [Example("1 + 1?", "2")]
     found = capture_set(
         tiny_model, with_context([Example("3 + 3?")], system_prompt="Think.", few_shot=shots), tmp_path / "set",

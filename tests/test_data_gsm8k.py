@@ -1,10 +1,7 @@
 """GSM8K: rows, the prompt, and the graders, against the official grader's own pattern."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -15,7 +12,7 @@ from quantkd.errors import ConfigError, DataError
 ROW = {"question": "How many?", "answer": "It is 2*3=<<2*3=6>>6.\nThen 6+1,000=<<6+1000=1006>>1,006\n#### 1,006"}
 
 
-def test_prompt_shows_shots_in_order_and_without_calculator_marks() -> None:
+def test_prompt_shows_shots_in_order_and_without_calculator_marks():
     assert gsm8k.build_prompt("Why?") == f"{gsm8k.INSTRUCTION}\n\nQuestion: Why?\nAnswer:"
     prompt = gsm8k.build_prompt("Why?", [ROW, {"question": "Other?", "answer": "#### 2"}])
     assert prompt == (
@@ -48,17 +45,17 @@ def test_prompt_shows_shots_in_order_and_without_calculator_marks() -> None:
         ("", None, None),
     ],
 )
-def test_extraction(text: str, strict: str | None, flexible: str | None) -> None:
+def test_extraction(text, strict, flexible):
     assert (gsm8k.extract_strict(text), gsm8k.extract_flexible(text)) == (strict, flexible)
 
 
 @given(st.integers(min_value=-(10**60), max_value=10**60))
-def test_spellings_of_a_whole_number_are_one(value: int) -> None:
+def test_spellings_of_a_whole_number_are_one(value):
     for text in (f"{value}", f"{value:,}", f"{value:,}.", f"{value:,}".replace("-", "-$")):
         assert gsm8k.normalize_number(text) == str(value)
 
 
-def test_verdict() -> None:
+def test_verdict():
     assert gsm8k.is_correct("#### 1006", ROW["answer"], "strict")
     assert gsm8k.is_correct("so $1,006.", ROW["answer"], "flexible")
     assert not gsm8k.is_correct("so 1,006.", ROW["answer"], "strict")
@@ -69,7 +66,7 @@ def test_verdict() -> None:
         gsm8k.is_correct("1", "#### 1", "loose")  # type: ignore[arg-type]
 
 
-def test_strict_agrees_with_the_official_pattern_on_generated_answers() -> None:
+def test_strict_agrees_with_the_official_pattern_on_generated_answers():
     official = re.compile(r"#### (\-?[0-9\.\,]+)")  # grade_school_math/dataset.py of openai/grade-school-math
     for row in arithmetic.generate_problems(500, seed=5):
         match = official.search(row["answer"])
@@ -77,7 +74,7 @@ def test_strict_agrees_with_the_official_pattern_on_generated_answers() -> None:
         assert gsm8k.extract_strict(row["answer"]) == match.group(1).replace(",", "")
 
 
-def test_rows_from_a_folder_a_file_and_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_from_a_folder_a_file_and_the_hub(tmp_path, monkeypatch):
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + json.dumps({"question": "?", "answer": "six"}) + "\n")
     assert gsm8k.load_gsm8k(tmp_path, "test", limit=1) == gsm8k.load_gsm8k(path, "test", limit=1) == [ROW]
@@ -86,7 +83,7 @@ def test_rows_from_a_folder_a_file_and_the_hub(tmp_path: Path, monkeypatch: pyte
     path.write_text(json.dumps({"question": "?"}) + "\n")
     with pytest.raises(DataError, match="'answer' was asked for"):
         gsm8k.load_gsm8k(tmp_path, "test")
-    seen: list[object] = []
+    seen = []
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: seen.append((a, k)) or [ROW])
     assert gsm8k.load_gsm8k(None, "train") == [ROW]
     assert seen == [(("openai/gsm8k", "main"), {"split": "train"})]

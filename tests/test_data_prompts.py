@@ -1,13 +1,8 @@
 """Prompts: every kind of source, every kind of bad row, and both ways of becoming token ids."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -26,7 +21,7 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     words = ["<unk>", "<s>", "</s>", "user", "assistant", "one", "two"]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -34,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def write(folder: Path, suffix: str) -> Path:
+def write(folder, suffix):
     path = folder / f"train{suffix}"
     if suffix == ".parquet":
         datasets.Dataset.from_list(ROWS).to_parquet(path)
@@ -45,7 +40,7 @@ def write(folder: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_files_and_folders(tmp_path: Path, suffix: str) -> None:
+def test_files_and_folders(tmp_path, suffix):
     path = write(tmp_path, suffix)
     assert load_examples(path) == load_examples(str(path)) == load_examples(tmp_path) == EXPECTED
     assert load_examples(path, limit=1) == EXPECTED[:1]
@@ -54,7 +49,7 @@ def test_files_and_folders(tmp_path: Path, suffix: str) -> None:
         assert load_examples(path) == EXPECTED
 
 
-def test_values_in_memory() -> None:
+def test_values_in_memory():
     messages = [{"role": "user", "content": "hi"}]
     assert load_examples(ROWS) == load_examples(datasets.Dataset.from_list(ROWS)) == EXPECTED
     assert load_examples({"train": ROWS, "test": ROWS[1:]}, split="test") == EXPECTED[1:]
@@ -67,10 +62,10 @@ def test_values_in_memory() -> None:
     assert load_examples(conversational) == [Example(messages, "hello")]
 
 
-def test_sources_that_can_be_read_once() -> None:
-    read: list[int] = []
+def test_sources_that_can_be_read_once():
+    read = []
 
-    def rows() -> Iterator[dict[str, str]]:
+    def rows():
         for index, row in enumerate(ROWS * 2):
             read.append(index)
             yield row
@@ -86,7 +81,7 @@ def test_sources_that_can_be_read_once() -> None:
     assert load_examples(map(str, ["one", "two"])) == [Example("one"), Example("two")]
 
 
-def test_a_name_of_the_library_is_loaded_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_the_library_is_loaded_by_it(tmp_path, monkeypatch):
     # What the Hub would give, from a folder that `datasets` itself reads; its own cache goes to tmp_path as well.
     (tmp_path / "owner" / "name").mkdir(parents=True)
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "owner" / "name" / "train.parquet")
@@ -99,10 +94,10 @@ def test_a_name_of_the_library_is_loaded_by_it(tmp_path: Path, monkeypatch: pyte
         load_examples("owner/name", split="test")
 
 
-def test_a_name_is_split_into_path_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
+def test_a_name_is_split_into_path_and_configuration(monkeypatch):
+    calls = []
 
-    def load(*args: Any, **kwargs: Any) -> Any:
+    def load(*args, **kwargs):
         calls.append((*args, kwargs["split"]))
         if args[0] == "nobody/nothing":
             raise ConnectionError("offline")
@@ -130,7 +125,7 @@ def test_a_name_is_split_into_path_and_configuration(monkeypatch: pytest.MonkeyP
         ([3], "is a int; expected text"),
     ],
 )
-def test_bad_rows(rows: list[Any], message: str) -> None:
+def test_bad_rows(rows, message):
     with pytest.raises(DataError, match=message):
         load_examples(rows)
     with pytest.raises(DataError, match=r"\['completion', 'prompt'\]; 'answer' was asked for"):
@@ -149,7 +144,7 @@ def test_bad_rows(rows: list[Any], message: str) -> None:
         ("rows.jsonl", "", "holds no rows"),
     ],
 )
-def test_bad_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_bad_files(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
@@ -158,7 +153,7 @@ def test_bad_files(tmp_path: Path, name: str, content: str | None, message: str)
         assert load_examples(tmp_path / name, limit=1) == [Example("one")]  # it reads no further
 
 
-def test_folder_without_the_split_names_its_files(tmp_path: Path) -> None:
+def test_folder_without_the_split_names_its_files(tmp_path):
     write(tmp_path, ".jsonl")
     with pytest.raises(DataError, match=r"\['train\.jsonl'\]; expected test\.jsonl"):
         load_examples(tmp_path, split="test")
@@ -168,7 +163,7 @@ def test_folder_without_the_split_names_its_files(tmp_path: Path) -> None:
         load_examples(tmp_path, limit=0)
 
 
-def test_chat_prompts_use_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_prompts_use_the_template(tokenizer):
     tokenizer.chat_template = TEMPLATE
     turns = [{"role": "assistant", "content": "one"}]
     assert encode_prompts(tokenizer, ["one two", turns]) == [[3, 5, 6, 4], [4, 5, 4]]
@@ -180,7 +175,7 @@ def test_chat_prompts_use_the_template(tokenizer: PreTrainedTokenizerFast) -> No
         encode_prompts(tokenizer, ["one", turns], chat_template=False)
 
 
-def test_plain_prompts_never_end_in_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_plain_prompts_never_end_in_the_end_token(tokenizer):
     assert encode_prompts(tokenizer, ["one two"], chat_template=False) == [[1, 5, 6]]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 2)]
@@ -190,7 +185,7 @@ def test_plain_prompts_never_end_in_the_end_token(tokenizer: PreTrainedTokenizer
         encode_prompts(tokenizer, ["one", ""], chat_template=False)
 
 
-def test_completion_is_the_text_alone_and_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_completion_is_the_text_alone_and_the_end_token(tokenizer):
     assert encode_completion(tokenizer, "one two") == [5, 6, 2]
     assert encode_completion(tokenizer, "") == [2]
     tokenizer.eos_token = None
@@ -198,7 +193,7 @@ def test_completion_is_the_text_alone_and_the_end_token(tokenizer: PreTrainedTok
         encode_completion(tokenizer, "one")
 
 
-def test_module_is_light() -> None:
+def test_module_is_light():
     code = "import sys, quantkd.data.gsm8k; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

@@ -1,8 +1,5 @@
 """Capture: what is recorded while generating is what a dense second pass over the same tokens gives."""
 
-from __future__ import annotations
-
-import logging
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from teacher_rows import assert_stored, dense_of_item
+from teacher_rows import assert_stored, dense_logprobs
 
-from quantkd import Nucleus, RunSettings, Sampled, TopK, TransferSet, capture
+from quantkd import Nucleus, Sampled, TopK
 from quantkd.data.encoding import encode_prompts
 from quantkd.errors import DataError, TeacherError, TransferSetError
 from quantkd.teacher import EncodedPrompt, GenerationSettings, load_teacher
@@ -25,7 +22,7 @@ PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat
 @pytest.fixture
 def set_of(tiny_model, tiny_tokenizer, tmp_path):
     def build(name="set", prompts=PROMPTS, **kwargs):
-        kwargs = {"max_new_tokens": 12, "batch_size": 2, "tokenizer": tiny_tokenizer, "progress": False, **kwargs}
+        kwargs = {"max_new_tokens": 12, "batch_size": 2, "tokenizer": tiny_tokenizer, **kwargs}
         return capture_set(tiny_model, prompts, tmp_path / name, **kwargs)
 
     return build
@@ -39,27 +36,25 @@ def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storag
     transfer_set = set_of(storage=storage, temperatures=(1.0, 2.0, 4.0), **sampling)
     assert len(transfer_set) == 3
     for row in transfer_set:
-        dense, teacher = dense_of_item(tiny_model, row), row["teacher"]
+        dense, teacher = dense_logprobs(tiny_model, row), row["teacher"]
         assert len(teacher) == len(dense) >= 1
-        for place in range(len(teacher)):
-            ids = teacher.token_ids[teacher.offsets[place] : teacher.offsets[place + 1]]
-            stored = teacher.logprobs[teacher.offsets[place] : teacher.offsets[place + 1]]
-            best = dense[place].topk(len(ids)).values
-            assert_stored(stored, dense[place][ids])
+        counts = teacher.counts.tolist()
+        parts = zip(dense, teacher.token_ids.split(counts), teacher.logprobs.split(counts), strict=True)
+        for exact, ids, stored in parts:
+            assert_stored(stored, exact[ids])
             # The top ones, but for ties that batched and unbatched float32 logits break differently.
-            kept = dense[place][ids].sort(descending=True).values
-            torch.testing.assert_close(kept, best, atol=1e-4, rtol=0)
-            torch.testing.assert_close(dense[place][ids[0]], best[0], atol=1e-4, rtol=0)
+            best = exact.topk(len(ids)).values
+            torch.testing.assert_close(exact[ids].sort(descending=True).values, best, atol=1e-4, rtol=0)
+            torch.testing.assert_close(exact[ids[0]], best[0], atol=1e-4, rtol=0)
         for column, temperature in enumerate((1.0, 2.0, 4.0)):
             expected = (dense / temperature).logsumexp(-1)
             found = teacher.log_normalizers[:, column].double()
             # Off by float16's rounding, and lifted where the rounded entries alone would hold more than it allows.
             step = expected.abs() / 1024 + 1e-4
-            scaled = torch.zeros_like(found).index_add_(
-                0, teacher.positions, (teacher.logprobs.double() / temperature).exp()
-            )
-            assert bool((found >= expected - step).all())
-            assert bool((found <= torch.maximum(expected, scaled.log()) + step).all())
+            scaled = (teacher.logprobs.double() / temperature).exp()
+            scaled = torch.zeros_like(found).index_add_(0, teacher.positions, scaled)
+            assert (found >= expected - step).all()
+            assert (found <= torch.maximum(expected, scaled.log()) + step).all()
 
 
 @pytest.mark.parametrize(("bias", "limit"), [(1, 6), (60, 40)])
@@ -89,7 +84,7 @@ def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, 
         response = row["input_ids"][row["labels"] != -100]
         assert tiny_tokenizer.decode(response[:-1]) == given["completion"]
         assert int(response[-1]) == tiny_tokenizer.eos_token_id and row["finished"]
-        dense = dense_of_item(tiny_model, row)
+        dense = dense_logprobs(tiny_model, row)
         teacher = row["teacher"]
         torch.testing.assert_close(teacher.top_ids, dense.argmax(-1))
         kept = teacher.logprobs.view(-1, 7).sort(descending=True).values  # stored: the first, then by id
@@ -97,25 +92,17 @@ def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, 
             assert_stored(stored, exact)
 
 
-def assert_same_entries(made, scored) -> None:
+def assert_same_entries(made, scored):
     """The same ids but for ties, and log-probabilities within 1e-3, before anything is rounded for the disk."""
     assert made.counts.tolist() == scored.counts.tolist()
-    pairs = [
-        dict(
-            zip(
-                zip(np.repeat(np.arange(len(row.counts)), row.counts), row.token_ids, strict=True),
-                row.logprobs,
-                strict=True,
-            )
-        )
-        for row in (made, scored)
-    ]
-    borders = np.split(made.logprobs, np.cumsum(made.counts)[:-1])
-    for place, token in pairs[0].keys() ^ pairs[1].keys():
-        value = pairs[0].get((place, token), pairs[1].get((place, token)))
-        assert abs(value - borders[place].min()) < 1e-3, "an entry that is no tie at the border is missing"
-    common = pairs[0].keys() & pairs[1].keys()
-    assert max(abs(pairs[0][key] - pairs[1][key]) for key in common) < 1e-3
+    ends = np.cumsum(made.counts)[:-1]
+    parts = [np.split(part, ends) for row in (made, scored) for part in (row.token_ids, row.logprobs)]
+    for ids, values, other_ids, other_values in zip(*parts, strict=True):
+        one, other = dict(zip(ids, values, strict=True)), dict(zip(other_ids, other_values, strict=True))
+        for token in one.keys() ^ other.keys():
+            tie = (one | other)[token] - values.min()
+            assert abs(tie) < 1e-3, "an entry that is no tie at the border is missing"
+        assert all(abs(one[token] - other[token]) < 1e-3 for token in one.keys() & other.keys())
     np.testing.assert_allclose(made.log_normalizers, scored.log_normalizers, atol=1e-3)
 
 
@@ -185,30 +172,9 @@ def test_the_checkpoints_own_generation_settings_change_nothing(tiny_model, tiny
 
 
 def test_a_complete_set_is_opened_and_another_plan_is_refused(set_of, caplog):
-    first = set_of()
-    with caplog.at_level(logging.WARNING, logger="quantkd"):
-        second = set_of()
-    assert first.digest == second.digest and "complete already" in caplog.text
+    assert set_of().digest == set_of().digest and "complete already" in caplog.text
     with pytest.raises(TransferSetError, match="another"):
         set_of(max_new_tokens=5)
-
-
-def test_a_killed_capture_goes_on_to_the_same_bytes(set_of, monkeypatch):
-    whole = set_of("whole", prompts=PROMPTS * 2, rows_per_shard=2)
-    answer, calls = TransformersTeacher.answer, []
-
-    def dies(self, prompts):
-        calls.append(prompts)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return answer(self, prompts)
-
-    monkeypatch.setattr(TransformersTeacher, "answer", dies)
-    with pytest.raises(KeyboardInterrupt):
-        set_of("killed", prompts=PROMPTS * 2, rows_per_shard=2)
-    resumed = set_of("killed", prompts=PROMPTS * 2, rows_per_shard=2)
-    assert resumed.digest == whole.digest
-    assert len(calls) == 4  # two committed shards were not redone: 2 + the one that died + 1
 
 
 def test_a_teacher_that_emits_nan_is_named_with_prompt_and_position(tiny_model, set_of):
@@ -227,12 +193,9 @@ def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tok
 
 
 def test_no_local_path_is_written(tiny_model_path, tmp_path):
-    generation, run = GenerationSettings(max_new_tokens=4), RunSettings(progress=False)
-    capture(tiny_model_path, PROMPTS, tmp_path / "set", generation=generation, run=run)  # a path is taken as its text
-    assert TransferSet.open(tmp_path / "set").info.teacher_name == tiny_model_path.name
-    for file in (tmp_path / "set").rglob("*"):
-        if file.is_file():
-            assert str(tiny_model_path.parent).encode() not in file.read_bytes()
+    made = capture_set(tiny_model_path, PROMPTS, tmp_path / "set", max_new_tokens=4)  # a path is taken as its text
+    assert made.info.teacher_name == tiny_model_path.name
+    assert not any(str(tiny_model_path.parent).encode() in file.read_bytes() for file in (tmp_path / "set").iterdir())
 
 
 def test_a_teacher_from_the_hub_has_its_commit(tiny_model_path, tmp_path, monkeypatch):

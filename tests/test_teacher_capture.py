@@ -1,9 +1,7 @@
 """Capture around the teacher: filters, samples, batches that do not fit, the probe, and growing a finished set."""
 
-from __future__ import annotations
-
-import math
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from quantkd import Nucleus, QuantizedDistillationConfig, QuantizedDistillationTrainer, TopK
+from quantkd import Nucleus, TopK
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
 from quantkd.teacher import GenerationSettings, Teacher
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
@@ -28,9 +26,7 @@ class FakeTeacher(Teacher):
     def __init__(self, tokenizer, fits=10**9, lengths=(3, 1, 5, 2)):
         kwargs = {"vocab_size": len(tokenizer), "max_context": 400, "dtype": "float32"}
         super().__init__("fake", tokenizer, Nucleus(0.95), (1.0,), GenerationSettings(), **kwargs)
-        self.fits, self.lengths = fits, lengths
-        self.batches: list[int] = []
-        self.failures = 0
+        self.fits, self.lengths, self.batches, self.failures = fits, lengths, [], 0
 
     def describe(self):
         return {"engine": "fake"}
@@ -49,8 +45,8 @@ class FakeTeacher(Teacher):
         length = self.lengths[prompt.index % len(self.lengths)]
         ids = [*prompt.prompt_ids, *range(10, 10 + length)]
         return TransferRow(
-            input_ids=np.asarray(ids, dtype=np.int64),
-            spans=np.asarray([[len(prompt.prompt_ids), len(ids)]], dtype=np.int64),
+            input_ids=np.array(ids),
+            spans=np.array([[len(prompt.prompt_ids), len(ids)]]),
             counts=np.ones(length, dtype=np.int64),
             token_ids=np.arange(10, 10 + length),
             logprobs=np.full(length, -0.25, dtype=np.float32),
@@ -63,10 +59,6 @@ def run(teacher, path, prompts=PROMPTS, **kwargs):
     return capture_set(teacher, prompts, path, **{"batch_size": 4, "rows_per_shard": 4, **kwargs})
 
 
-def answers(transfer_set):
-    return Counter(len(transfer_set[row]["teacher"]) for row in range(len(transfer_set)))
-
-
 def padded(model, rows):
     """The model with rows of its head, and embeddings, that no token of the tokenizer has, and that say much."""
     old = model.get_output_embeddings().weight.shape[0]
@@ -76,9 +68,6 @@ def padded(model, rows):
     return model
 
 
-# -- filters ---------------------------------------------------------------------------------------------------------
-
-
 def test_what_is_left_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_path):
     def no_one_plus(example, text):
         return "1 +" not in example.prompt
@@ -86,7 +75,7 @@ def test_what_is_left_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_pat
     filters = [FinishedOnly(), ResponseLength(2, 3), no_one_plus]
     transfer_set = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=filters)
     # Of 12 rows 3 have 5 tokens and are cut, 3 have 1 token, and of the rest the middle four prompts hold two.
-    assert answers(transfer_set) == {3: 2, 2: 2}
+    assert Counter(len(row["teacher"]) for row in transfer_set) == {3: 2, 2: 2}
     counters = transfer_set.info.counters
     assert (counters["filtered_unfinished"], counters["filtered_short"], counters["filtered_no_one_plus"]) == (3, 3, 2)
     assert transfer_set.info.num_rows == 4 and transfer_set.info.num_prompts == 12
@@ -101,25 +90,21 @@ def test_a_set_may_end_up_empty_and_says_so(tiny_tokenizer, tmp_path, caplog):
 
 def test_correct_answers_alone(tiny_tokenizer, tmp_path):
     rows = [{"prompt": p, "completion": "#### 1" if i % 2 else "#### 2"} for i, p in enumerate(PROMPTS)]
-    kept = run(
-        FakeTeacher(tiny_tokenizer), tmp_path / "s", rows,
-        filters=[CorrectOnly(verifier=lambda text, reference: reference.endswith("1"))],
-    )  # fmt: skip
+    is_odd = CorrectOnly(verifier=lambda text, reference: reference.endswith("1"))
+    kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", rows, filters=[is_odd])
     assert len(kept) == 6 and kept.info.counters["filtered_incorrect"] == 6
-    with pytest.raises(DataError, match="no reference answer, and correct_only was asked for"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "t", filters=[CorrectOnly()])
-    with pytest.raises(ConfigError, match="responses='given' takes the data set's"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "t", rows, filters=[CorrectOnly()], responses="given")
 
 
 def test_bad_filters_are_refused(tiny_tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="expected a filter of quantkd"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=["finished"])
+    for error, filters, options, message in (
+        (DataError, [CorrectOnly()], {}, "no reference answer, and correct_only was asked for"),
+        (ConfigError, [CorrectOnly()], {"responses": "given"}, "responses='given' takes the data set's"),
+        (ConfigError, ["finished"], {}, "expected a filter of quantkd"),
+    ):
+        with pytest.raises(error, match=message):
+            run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=filters, **options)
     with pytest.raises(ConfigError, match="1 <= min_response_tokens <= max_response_tokens"):
         ResponseLength(5, 2)
-
-
-# -- samples and duplicates ------------------------------------------------------------------------------------------
 
 
 def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(tiny_model, tiny_tokenizer, tmp_path):
@@ -137,18 +122,13 @@ def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(tiny_model, t
 
 
 def test_duplicate_prompts_and_answers_are_dropped(tiny_model, tiny_tokenizer, tmp_path):
-    transfer_set = run(
-        FakeTeacher(tiny_tokenizer), tmp_path / "s", [*PROMPTS, *PROMPTS[:5]], filters=[DropDuplicates()]
-    )
-    assert len(transfer_set) == 12 and transfer_set.info.counters["filtered_duplicate_prompts"] == 5
+    kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", [*PROMPTS, *PROMPTS[:5]], filters=[DropDuplicates()])
+    assert len(kept) == 12 and kept.info.counters["filtered_duplicate_prompts"] == 5
     sampled = capture_set(
         tiny_model, PROMPTS[:2], tmp_path / "t", tokenizer=tiny_tokenizer, num_samples=4, do_sample=True,
         generation_temperature=1e-4, max_new_tokens=4, filters=[DropDuplicates()],
     )  # fmt: skip
     assert len(sampled) == 2 and sampled.info.counters["filtered_duplicate"] == 6
-
-
-# -- batches that do not fit -----------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_halved_only_where_the_bytes_stay(tiny_tokenizer, tmp_path):
@@ -158,10 +138,9 @@ def test_a_batch_is_halved_only_where_the_bytes_stay(tiny_tokenizer, tmp_path):
     assert run(invariant, tmp_path / "halved").digest == expected and invariant.failures > 0
     with pytest.raises(TeacherError, match=r"Memory ran out twice in a batch of 4 prompts.*--batch_size 2"):
         run(FakeTeacher(tiny_tokenizer, fits=2), tmp_path / "other")
+    invariant.fits = 0
     with pytest.raises(TeacherError, match=r"in a batch of 1 prompts, first prompt 0 of 28 tokens.*Shorten it"):
-        nothing = FakeTeacher(tiny_tokenizer, fits=0)
-        nothing.batch_invariant = True
-        run(nothing, tmp_path / "none")
+        run(invariant, tmp_path / "none")
 
 
 def test_an_unlucky_batch_is_tried_again(tiny_tokenizer, tmp_path):
@@ -172,18 +151,14 @@ def test_an_unlucky_batch_is_tried_again(tiny_tokenizer, tmp_path):
                 raise RuntimeError("CUDA error: out of memory")
             return super().answer(prompts)
 
-    assert (
-        run(Unlucky(tiny_tokenizer), tmp_path / "s").digest == run(FakeTeacher(tiny_tokenizer), tmp_path / "t").digest
-    )
+    expected = run(FakeTeacher(tiny_tokenizer), tmp_path / "t").digest
+    assert run(Unlucky(tiny_tokenizer), tmp_path / "s").digest == expected
 
 
-def test_other_errors_pass_through(tiny_tokenizer, tmp_path):
-    class Broken(FakeTeacher):
-        def answer(self, prompts):
-            raise RuntimeError("shapes do not match")
-
+def test_other_errors_pass_through(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeTeacher, "answer", Mock(side_effect=RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run(Broken(tiny_tokenizer), tmp_path / "s")
+        run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
 
 
 def test_the_probe_stays_below_what_fits_and_is_asked_once(tiny_tokenizer, tmp_path):
@@ -199,19 +174,12 @@ def test_the_probe_stays_below_what_fits_and_is_asked_once(tiny_tokenizer, tmp_p
 
 
 def test_a_dry_run_writes_nothing(tiny_tokenizer, tmp_path):
-    estimates = []
-
-    def stop(estimate):
-        estimates.append(estimate)
-        raise KeyboardInterrupt
-
+    stop = Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run(FakeTeacher(tiny_tokenizer), tmp_path / "s", on_plan=stop)
     assert not (tmp_path / "s").exists()
-    assert estimates[0].plan.num_prompts == 12 and estimates[0].num_bytes > 0 and estimates[0].free_bytes > 0
-
-
-# -- teachers --------------------------------------------------------------------------------------------------------
+    (estimate,) = stop.call_args.args
+    assert estimate.plan.num_prompts == 12 and estimate.num_bytes > 0 and estimate.free_bytes > 0
 
 
 def test_a_teacher_of_ones_own_says_what_capture_asks(tiny_tokenizer, tmp_path):
@@ -236,22 +204,20 @@ def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tok
     base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    options = {"max_new_tokens": 5, "dtype": "float32", "progress": False}
-    plain = capture_set(tiny_model_path, PROMPTS[:3], tmp_path / "plain", **options)
-    adapted = capture_set(
-        tiny_model_path, PROMPTS[:3], tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options
-    )
+    options = {"model": tiny_model_path, "prompts": PROMPTS[:3], "max_new_tokens": 5}
+    plain = capture_set(folder=tmp_path / "plain", **options)
+    adapted = capture_set(folder=tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options)
     assert adapted.digest != plain.digest
     assert str(tmp_path).encode() not in (tmp_path / "adapted" / "index.json").read_bytes()
     with pytest.raises(TransferSetError):
-        capture_set(tiny_model_path, PROMPTS[:3], tmp_path / "adapted", **options)
+        capture_set(folder=tmp_path / "adapted", **options)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "generation_temperature": 3.0}])
 def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
     ids = len(tiny_tokenizer)
     teacher = padded(build_tiny_model(tiny_tokenizer), 8)
-    options = {"max_new_tokens": 8, "tokenizer": tiny_tokenizer, "progress": False, **sampling}
+    options = {"max_new_tokens": 8, "tokenizer": tiny_tokenizer, **sampling}
     generated = capture_set(teacher, PROMPTS[:4], tmp_path / "s", storage=TopK(ids), temperatures=(1.0, 2.0), **options)
     assert generated.info.vocab_size == ids
     given = [{"prompt": prompt, "completion": "She has 7."} for prompt in PROMPTS[:4]]
@@ -272,7 +238,7 @@ def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
 
 @pytest.mark.parametrize(("teachers", "students"), [(8, 3), (0, 8)])
 def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
-    tiny_tokenizer, tmp_path, teachers, students
+    make_trainer, tiny_tokenizer, tmp_path, teachers, students
 ):
     """As Qwen2.5-7B, with 152,064 rows, does Qwen2.5-0.5B, with 151,936, of 151,665 ids."""
     config = build_tiny_model(tiny_tokenizer).config
@@ -282,14 +248,9 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
     padded(build_tiny_model(tiny_tokenizer), students).save_pretrained(tmp_path / "student")
     tiny_tokenizer.save_pretrained(tmp_path / "student")
     transfer_set = capture_set(teacher, PROMPTS[:4], tmp_path / "s", max_new_tokens=8, tokenizer=tiny_tokenizer)
-    args = QuantizedDistillationConfig(
-        str(tmp_path / "o"), max_steps=3, learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none",
-        per_device_train_batch_size=4, model_init_kwargs={"dtype": "float32"}, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = QuantizedDistillationTrainer(  # a path is taken as its text
-        tmp_path / "student", args, train_dataset=transfer_set, eval_dataset=transfer_set
-    )
+    sets = {"train_dataset": transfer_set, "eval_dataset": transfer_set}
+    trainer = make_trainer(tmp_path / "student", max_steps=3, init="covariance", **sets)  # a path is taken as its text
     trainer.train()
     losses = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert len(losses) == 3 and losses[2] < losses[0]
-    assert math.isfinite(trainer.evaluate()["eval_kl"])
+    assert np.isfinite(trainer.evaluate()["eval_kl"])

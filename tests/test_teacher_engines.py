@@ -1,14 +1,12 @@
 """Engines that give log-probabilities: from these to rows, what they cannot give, and vLLM's interface."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fake_openai_server import FakeServer
+from fake_openai_server import FakeServer, sampled_and_top
 from teacher_rows import SETTINGS, assert_entries
 
 from quantkd import Nucleus, Sampled, TopK
@@ -62,32 +60,22 @@ def test_candidates_are_sorted_joined_and_cut():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("pairs", "options", "message"),
     [
-        ([[(1, float("nan"))]], "prompt 4 with the log-probability nan"),
-        ([[(1, 0.5)]], "log-probability 0.5"),
-        ([[(10, -1.0)]], "token id 10, and the vocabulary ends at 10"),
-        ([[(-1, -1.0)]], "token id -1"),
-        ([[]], "0 log-probabilities at token 0"),
-        ([[(1, -1.0)], [(1, -9999.0)]], "at token 1"),
+        ([[(1, float("nan"))]], {}, "prompt 4 with the log-probability nan"),
+        ([[(1, 0.5)]], {}, "log-probability 0.5"),
+        ([[(10, -1.0)]], {}, "token id 10, and the vocabulary ends at 10"),
+        ([[(-1, -1.0)]], {}, "token id -1"),
+        ([[]], {}, "0 log-probabilities at token 0"),
+        ([[(1, -1.0)], [(1, -9999.0)]], {}, "at token 1"),
+        ([[(1, -1.0)]], {"targets": 2}, "1 tokens; expected 2"),
+        ([[(1, -1.0)]], {"first": 10}, "token id 10, and the vocabulary ends"),
+        ([[(1, -0.1), (2, -0.1)]], {}, r"answer to prompt 4: The entries of target 0 hold a mass of 1\.8"),
     ],
 )
-def test_candidates_that_cannot_be_stored(pairs, message):
+def test_what_cannot_be_stored(pairs, options, message):
     with pytest.raises(TeacherError, match=message):
-        row_of(pairs, TopK(1))
-
-
-def test_answers_that_cannot_be_stored():
-    with pytest.raises(TeacherError, match="1 tokens; expected 2"):
-        row_of([[(1, -1.0)]], TopK(1), targets=2)
-    with pytest.raises(TeacherError, match="token id 10, and the vocabulary ends"):
-        row_of([[(1, -1.0)]], TopK(1), first=10)
-    with pytest.raises(TeacherError, match=r"answer to prompt 4: The entries of target 0 hold a mass of 1\.8"):
-        row_of([[(1, -0.1), (2, -0.1)]], TopK(2))
-
-
-class Parameters(SimpleNamespace):
-    """Stands in for vllm.SamplingParams."""
+        row_of(pairs, TopK(len(pairs[0]) or 1), **options)
 
 
 @pytest.fixture(params=["flat", "dictionaries"])
@@ -103,60 +91,41 @@ def fake_vllm(request, monkeypatch, tiny_model, tiny_tokenizer):
             ]
         stops = np.cumsum([len(target or ()) for target in targets]).tolist()
         flat = [pair for target in targets for pair in target or ()]
-        return SimpleNamespace(
-            start_indices=[0, *stops[:-1]],
-            end_indices=stops,
-            token_ids=[token for token, _ in flat],
-            logprobs=[value for _, value in flat],
-        )
-
-    def top(step, token, count):
-        values, ids = step.topk(count)
-        return [(token, float(step[token])), *zip(ids.tolist(), values.tolist(), strict=True)]
+        ids, logprobs = ([pair[part] for pair in flat] for part in (0, 1))
+        return SimpleNamespace(start_indices=[0, *stops[:-1]], end_indices=stops, token_ids=ids, logprobs=logprobs)
 
     class LLM:
         def __init__(self, model, **kwargs):
             self.kwargs = kwargs
             self.model_config = SimpleNamespace(
-                hf_config=SimpleNamespace(_commit_hash="abc", name_or_path=""),
-                revision=None,
-                dtype=torch.float32,
-                max_model_len=512,
-                get_vocab_size=lambda: len(tiny_tokenizer),
+                hf_config=SimpleNamespace(_commit_hash="abc", name_or_path=""), revision=None, dtype=torch.float32,
+                max_model_len=512, get_vocab_size=lambda: len(tiny_tokenizer),
                 try_get_generation_config=lambda: {"eos_token_id": [1, 2]},
-            )
+            )  # fmt: skip
 
         def generate(self, inputs, parameters, use_tqdm):
             outputs = []
             for each, setting in zip(inputs, parameters, strict=True):
-                prompt = each["prompt_token_ids"]
-                seed = getattr(setting, "seed", 0)
-                tokens, steps = server.generate(
-                    prompt, setting.max_tokens, setting.stop_token_ids, setting.temperature, seed
-                )
-                targets = [top(step, token, setting.logprobs) for step, token in zip(steps, tokens, strict=True)]
+                prompt, ends, seed = each["prompt_token_ids"], setting.stop_token_ids, getattr(setting, "seed", 0)
+                tokens, steps = server.generate(prompt, setting.max_tokens, ends, setting.temperature, seed)
+                targets = [sampled_and_top(*pair, setting.logprobs) for pair in zip(steps, tokens, strict=True)]
                 output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=shape(targets))])
                 if count := getattr(setting, "prompt_logprobs", None):
-                    dense = server.distributions(prompt)
-                    before = [top(dense[place], prompt[place + 1], count) for place in range(len(prompt) - 1)]
-                    output.prompt_logprobs = shape([None, *before])
+                    given = zip(server.distributions(prompt), prompt[1:], strict=False)
+                    output.prompt_logprobs = shape([None, *(sampled_and_top(*pair, count) for pair in given)])
                 outputs.append(output)
             return outputs
 
     module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, Parameters
+    module.LLM, module.SamplingParams = LLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
 
 
 @pytest.mark.parametrize("rule", [TopK(5), Nucleus(0.8, max_k=30)], ids=str)
 def test_vllm_answers_and_scores(fake_vllm, prompts, tiny_model, tiny_tokenizer, rule):
     teacher = VLLMTeacher("tiny", tiny_tokenizer, rule, (1.0,), SETTINGS, dtype="float32")
-    assert (teacher.describe()["engine"], teacher.revision, teacher.dtype, teacher.max_context) == (
-        "vllm",
-        "abc",
-        "float32",
-        512,
-    )
+    assert (teacher.describe()["engine"], teacher.revision) == ("vllm", "abc")
+    assert (teacher.dtype, teacher.max_context) == ("float32", 512)
     assert teacher.ends == sorted({1, 2, tiny_tokenizer.eos_token_id})
     assert teacher.llm.kwargs == {"logprobs_mode": "raw_logprobs", "max_logprobs": 64, "dtype": "float32"}
     rows = teacher.answer(prompts)
@@ -183,10 +152,11 @@ def test_vllm_samples_by_the_rows_own_seed(fake_vllm, prompts, tiny_model, tiny_
 
 
 def test_vllm_refuses_in_words(monkeypatch, tiny_tokenizer):
-    with pytest.raises(ConfigError, match="max_logprobs=20 allows fewer"):
-        VLLMTeacher("tiny", tiny_tokenizer, TopK(50), (1.0,), SETTINGS, max_logprobs=20)
-    with pytest.raises(ConfigError, match="logprobs_mode"):
-        VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), SETTINGS, logprobs_mode="raw_logits")
+    for option, message in (
+        ({"max_logprobs": 20}, "max_logprobs=20 allows fewer"), ({"logprobs_mode": "raw_logits"}, "logprobs_mode"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            VLLMTeacher("tiny", tiny_tokenizer, TopK(50), (1.0,), SETTINGS, **option)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingDependencyError, match="pip install vllm"):
         VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)

@@ -1,7 +1,5 @@
 """teacher_model=: dense KL to a model that runs beside the student, equal to a set that stores every class."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -51,12 +49,11 @@ def dense_loss(student, teacher, rows, alpha, temperature, divergence):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("divergence", "temperature"), [("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0)])
 def test_equal_to_dense_kl(make_live, rows, tiny_model, divergence, temperature, fused, packing):
-    trainer = make_live(
-        use_fused_loss=fused, packing=packing, alpha=0.7, divergence=divergence, temperature=temperature
-    )
+    objective = {"alpha": 0.7, "temperature": temperature, "divergence": divergence}
+    trainer = make_live(use_fused_loss=fused, packing=packing, **objective)
     live, gradient = loss_and_gradient(trainer, list(rows))
     trainer.model.zero_grad()
-    expected = dense_loss(trainer.model, tiny_model, rows, 0.7, temperature, divergence)
+    expected = dense_loss(trainer.model, tiny_model, rows, **objective)
     expected.backward()
     own = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
     assert math.isclose(live, expected.item(), rel_tol=1e-5) and relative(gradient, own) < 1e-5
@@ -73,19 +70,17 @@ def test_it_trains_evaluates_and_starts_from_the_quantization_error(make_live, r
     assert stored["eval_kl"] == pytest.approx(zero["eval_kl"], rel=1e-6)  # entries are not read
 
 
-def test_what_cannot_teach_is_refused(make_live, make_trainer, rows, tiny_model_path, tiny_tokenizer, tiny_model):
-    with pytest.raises(ConfigError, match="is the 4-bit model itself"):
-        make_live(teacher_model="adapter_disabled")
-    with pytest.raises(ConfigError, match="teacher_model is quantized"):
-        make_live(teacher_model=load_student(str(tiny_model_path), dtype="float32"))
-    tiny_model.resize_token_embeddings(len(tiny_tokenizer) + 8)
-    with pytest.raises(ConfigError, match=r"vocabulary has \d+ ids, the teacher_model's"):
-        make_live(teacher_model=tiny_model)
+def test_what_cannot_teach_is_refused(make_live, make_trainer, rows, tiny_model_path, tiny_model, monkeypatch):
+    tiny_model.resize_token_embeddings(tiny_model.vocab_size + 8)
+    for teacher, message in (
+        ("adapter_disabled", "is the 4-bit model itself"),
+        (load_student(str(tiny_model_path), dtype="float32"), "teacher_model is quantized"),
+        (tiny_model, r"vocabulary has \d+ ids, the teacher_model's"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_live(teacher_model=teacher)
     with pytest.raises(DataError, match=r"holds no teacher entries.*teacher_model="):
         make_trainer(train_dataset=rows).train()
-
-
-def test_zero3_is_refused(make_live, monkeypatch):
     monkeypatch.setattr("quantkd.teacher.live.is_zero3", lambda: True)
     with pytest.raises(ConfigError, match="cannot run beside a student under DeepSpeed ZeRO-3"):
         make_live()

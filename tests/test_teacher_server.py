@@ -1,7 +1,5 @@
 """A server of each kind as a teacher: its rows are those of a dense float64 pass and of the transformers teacher."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from teacher_rows import KINDS, SETTINGS, assert_entries
@@ -50,9 +48,12 @@ def test_given_answers_are_scored_turn_by_turn(serve, connect, tiny_model, kind)
     assert [row.finished for row in rows] == [False, False, True]
 
 
-def test_llama_cpp_scores_nothing(serve, connect):
+def test_what_a_kind_of_server_cannot_do(serve, connect):
     with pytest.raises(ConfigError, match="no log-probabilities of given answers"):
         connect(serve(kind="llama.cpp")).score([EncodedPrompt(0, [5], [6])])
+    settings = GenerationSettings(8, do_sample=True, generation_temperature=0.7)
+    with pytest.raises(ConfigError, match="after the sampling temperature"):
+        connect(serve(kind="sglang"), settings=settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,8 +99,7 @@ def test_tokens_inside_a_character_are_left_out_of_the_targets(serve, connect, p
     whole = connect(serve(kind="llama.cpp")).answer(prompts[:1])[0]
     start, stop = whole.spans[0]
     response = whole.input_ids[start:stop].tolist()
-    assert response[1] not in response[2:4], "the case of the next test"
-    assert response[4] not in response[2:4], "the case of the next test"
+    assert not {response[1], response[4]} & {*response[2:4]}, "the case of the next test"
     (row,) = connect(serve(kind="llama.cpp", mangle=drop)).answer(prompts[:1])
     assert row.input_ids.tolist() == whole.input_ids.tolist()
     assert row.spans.tolist() == [[start, start + 2], [start + 4, stop]]
@@ -146,9 +146,3 @@ def test_a_row_samples_the_same_in_any_batch_and_keeps_the_unscaled_distribution
     sent = server.requests[-1][2]
     sampling = sent.get("sampling_params", sent)
     assert (sampling["temperature"], sampling["top_p"], sampling["top_k"]) == (temperature, 0.9, 7)
-
-
-def test_sglang_cannot_sample_at_another_temperature(serve, connect):
-    settings = GenerationSettings(8, do_sample=True, generation_temperature=0.7)
-    with pytest.raises(ConfigError, match="after the sampling temperature"):
-        connect(serve(kind="sglang"), settings=settings)

@@ -3,8 +3,6 @@
 Run where vllm is installed: `make vllm-env`, then `.venv-vllm/bin/python -m pytest -m vllm tests/test_teacher_vllm.py`.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import socket
@@ -15,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from teacher_rows import dense_logprobs
 
 from quantkd import TopK
+from quantkd.data.encoding import encode_prompts
+from quantkd.errors import TeacherError
 from quantkd.teacher import EncodedPrompt, GenerationSettings
+from quantkd.teacher.server import ServerTeacher
 
 pytestmark = pytest.mark.vllm
 
@@ -40,27 +42,14 @@ def tokenizer(smol_path):
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    ids = [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-        for chat in chats
-    ]
-    return [EncodedPrompt(index, row) for index, row in enumerate(ids)]
+    return [EncodedPrompt(index, ids) for index, ids in enumerate(encode_prompts(tokenizer, QUESTIONS))]
 
 
 @pytest.fixture(scope="module")
 def reference(smol_path):
-    """(R, V) float32 log-probabilities of a row's targets, by transformers, unpadded and without a cache."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(smol_path, dtype=torch.float32).eval()
-
-    def dense(row) -> torch.Tensor:
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([row.input_ids.tolist()])).logits[0].float()
-        return torch.cat([logits[start - 1 : stop - 1] for start, stop in row.spans.tolist()]).log_softmax(-1)
-
-    return dense
+    return AutoModelForCausalLM.from_pretrained(smol_path, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +58,11 @@ def in_process(smol_path, tokenizer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
-        yield VLLMTeacher(
-            str(smol_path),
-            tokenizer,
-            TopK(WIDTH),
-            (1.0,),
-            SETTINGS,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=CONTEXT,
-        )
+        options = {"dtype": "float32", "enforce_eager": True, "max_model_len": CONTEXT}
+        yield VLLMTeacher(str(smol_path), tokenizer, TopK(WIDTH), (1.0,), SETTINGS, **options)
 
 
-def serve_command() -> list[str]:
+def serve_command():
     """`vllm serve`, which in vllm-cpu 0.32 does not start: it looks up the version of a package named vllm."""
     try:
         importlib.metadata.version("vllm")
@@ -105,12 +86,8 @@ def server_url(smol_path, tmp_path_factory):
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", str(CONTEXT), "--max-logprobs", str(WIDTH)]
     with log.open("wb") as output:
-        server = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2"},
-        )
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2"}
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         for _ in range(600):
             assert server.poll() is None, log.read_text()[-4000:]
@@ -124,22 +101,19 @@ def server_url(smol_path, tmp_path_factory):
         server.wait(60)
 
 
-def compare(rows, reference, tokenizer, name: str) -> None:
+def compare(rows, reference, tokenizer, name):
     """Entries above 0.01 within 2e-2 nats of transformers' own, and none of those missing."""
     worst, checked = 0.0, 0
     for row in rows:
         row.validate(len(tokenizer))
         assert row.counts.tolist() == [WIDTH] * len(row.counts)
-        dense = reference(row)
-        ids = torch.from_numpy(row.token_ids).reshape(-1, WIDTH)
-        found = torch.from_numpy(row.logprobs).reshape(-1, WIDTH)
+        dense = dense_logprobs(reference, row)
+        ids, found = (torch.from_numpy(part).reshape(-1, WIDTH) for part in (row.token_ids, row.logprobs))
         likely = found.exp() > 0.01
         error = (dense.gather(1, ids) - found).abs()[likely]
         assert torch.equal(likely.sum(-1), (dense.exp() > 0.01).sum(-1))
         worst, checked = max(worst, float(error.max())), checked + int(likely.sum())
-    print(
-        f"{name}: {sum(len(row.counts) for row in rows)} tokens, {checked} entries above 0.01, worst {worst:.2e} nats"
-    )
+    print(f"{name}: {len(rows)} rows, {checked} entries above 0.01, worst {worst:.2e} nats")
     assert worst < 2e-2
 
 
@@ -151,9 +125,8 @@ def with_answers(rows, prompts):
 
 
 def test_in_process(in_process, prompts, reference, tokenizer):
-    assert in_process.dtype == "float32"
-    assert in_process.vocab_size == len(tokenizer)
-    assert in_process.max_context == CONTEXT
+    found = in_process.dtype, in_process.vocab_size, in_process.max_context
+    assert found == ("float32", len(tokenizer), CONTEXT)
     rows = in_process.answer(prompts)
     compare(rows, reference, tokenizer, "in process, answers")
     for prompt, row in zip(prompts, rows, strict=True):
@@ -164,10 +137,8 @@ def test_in_process(in_process, prompts, reference, tokenizer):
 
 
 def test_in_process_turns(in_process, reference, tokenizer, prompts):
-    start = len(prompts[0].prompt_ids)
-    given = EncodedPrompt(
-        0, prompts[0].prompt_ids, list(range(500, 520)), ((start, start + 3), (start + 9, start + 20))
-    )
+    ids, start = prompts[0].prompt_ids, len(prompts[0].prompt_ids)
+    given = EncodedPrompt(0, ids, list(range(500, 520)), ((start, start + 3), (start + 9, start + 20)))
     (row,) = in_process.score([given])
     assert row.spans.tolist() == [list(span) for span in given.spans]
     compare([row], reference, tokenizer, "in process, two turns")
@@ -185,8 +156,6 @@ def test_in_process_sampling_is_the_rows_own(in_process, prompts, reference, tok
 
 
 def test_server(server_url, smol_path, prompts, reference, tokenizer):
-    from quantkd.teacher.server import ServerTeacher
-
     teacher = ServerTeacher(server_url, "smol", tokenizer, TopK(WIDTH), (1.0,), SETTINGS, dtype="float32")
     assert teacher.vocab_size == len(tokenizer)
     assert teacher.max_context == CONTEXT
@@ -196,8 +165,5 @@ def test_server(server_url, smol_path, prompts, reference, tokenizer):
 
 
 def test_server_with_too_few_logprobs(server_url, tokenizer):
-    from quantkd.errors import TeacherError
-    from quantkd.teacher.server import ServerTeacher
-
     with pytest.raises(TeacherError, match="max-logprobs"):
         ServerTeacher(server_url, "smol", tokenizer, TopK(WIDTH + 1), (1.0,), SETTINGS)
