@@ -1,7 +1,5 @@
 """The fused loss against the readable reference: value and every gradient, for all shapes, teachers and objectives."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 
@@ -59,10 +57,8 @@ def leaves_of(states):
 
 
 def reference(states, labels, entries, objective, weights=None):
-    terms = compute_position_terms(
-        states.logits(), labels, entries,
-        temperature=objective.temperature, divergence=objective.divergence, beta=objective.beta,
-    )  # fmt: skip
+    options = {name: getattr(objective, name) for name in ("temperature", "divergence", "beta")}
+    terms = compute_position_terms(states.logits(), labels, entries, **options)
     mixed = terms.mix(objective.alpha, objective.temperature)
     return (mixed if weights is None else mixed * weights).sum(), terms
 
@@ -72,7 +68,7 @@ def assert_equal_in_float64(ours, theirs, leaves):
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(terms.ce, expected_terms.ce.detach(), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(terms.kl, expected_terms.kl.detach(), rtol=1e-9, atol=1e-11)
-    for found, true in zip(*(torch.autograd.grad(value, leaves) for value in (loss, expected)), strict=True):
+    for found, true in zip(*(torch.autograd.grad(3 * value, leaves) for value in (loss, expected)), strict=True):
         torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-11)
 
 
@@ -207,7 +203,7 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none():
     entries = select_entries(logits, TopK(5), (1.0,))
     product = 2 * 5 * 31 * 8  # floating point operations of one matrix product
 
-    def count() -> int:
+    def count():
         with FlopCounterMode(display=False) as counter:
             compute_fused_loss(states, labels, entries, MIXED)
         return counter.get_total_flops()
@@ -224,19 +220,6 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none():
     with torch.no_grad():
         assert not compute_fused_loss(states, labels, entries, MIXED)[0].requires_grad
         assert count() == product
-
-
-@pytest.mark.parametrize(("divergence", "in_memory"), [("forward_kl", False), *((name, True) for name in DIVERGENCES)])
-def test_gradcheck(divergence, in_memory):
-    states, labels, logits = make(4, 11, 5, bias=True)
-    teacher = make(4, 11, 6, seed=1)[0] if in_memory else store(logits, TopK(4), (1.0, 2.0))
-    objective = Objective(0.5, 1.5 if in_memory else 2.0, divergence)
-
-    def loss(values, weight, bias):
-        states = TargetStates(values, Head(weight, bias))
-        return compute_fused_loss(states, labels, teacher, objective, chunk_rows=3)[0]
-
-    assert torch.autograd.gradcheck(loss, tuple(leaves_of(states)))
 
 
 def test_states_are_selected_and_a_teacher_gets_no_gradient():

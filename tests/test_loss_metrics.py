@@ -1,7 +1,5 @@
 """Sums per row against explicit tables in float64: stored and live teachers, with and without a head."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

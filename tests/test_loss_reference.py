@@ -1,7 +1,5 @@
 """The loss against a dense float64 reference built another way: explicit (k + 1)-class tables, no logsumexp tricks."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace
@@ -19,24 +17,24 @@ from quantkd.transfer_set.topk import TopKLogprobs
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
-def softmax64(logits: np.ndarray, temperature: float) -> np.ndarray:
+def softmax64(logits, temperature):
     wide = logits.astype(np.float64) / temperature
     weights = np.exp(wide - wide.max())
     return weights / weights.sum()
 
 
-def merged_classes(probabilities: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def merged_classes(probabilities, ids):
     """(k + 1,) the stored classes and, last, the summed mass of all others."""
     others = np.setdiff1d(np.arange(probabilities.size), ids)
     return np.append(probabilities[ids], probabilities[others].sum() if others.size else 0.0)
 
 
-def kl64(p: np.ndarray, q: np.ndarray) -> float:
+def kl64(p, q):
     live = p > 0
     return float((p[live] * np.log(p[live] / q[live])).sum())
 
 
-def reference(teacher, student, labels, ids_per_position, alpha, temperature, divergence, beta) -> float:
+def reference(teacher, student, labels, ids_per_position, alpha, temperature, divergence, beta):
     total = 0.0
     for teacher_row, student_row, label, ids in zip(teacher, student, labels, ids_per_position, strict=True):
         p = merged_classes(softmax64(teacher_row, temperature), ids)
@@ -51,26 +49,23 @@ def reference(teacher, student, labels, ids_per_position, alpha, temperature, di
     return total
 
 
-def reference_gradient(student: np.ndarray, loss, step: float = 1e-5) -> np.ndarray:
+def reference_gradient(student, loss, step=1e-5):
     """Central differences in float64, so that not even the reference's own derivative is trusted."""
     gradient = np.zeros_like(student, dtype=np.float64)
     for index in np.ndindex(*student.shape):
-        sides = []
-        for sign in (1, -1):
-            moved = student.astype(np.float64).copy()
-            moved[index] += sign * step
-            sides.append(loss(moved))
-        gradient[index] = (sides[0] - sides[1]) / (2 * step)
+        moved = np.zeros_like(gradient)
+        moved[index] = step
+        gradient[index] = (loss(student + moved) - loss(student - moved)) / (2 * step)
     return gradient
 
 
-def ids_of(entries: TopKLogprobs) -> list[np.ndarray]:
+def ids_of(entries):
     return [entries.token_ids[entries.offsets[n] : entries.offsets[n + 1]].numpy() for n in range(len(entries))]
 
 
 @pytest.mark.parametrize(
     ("divergence", "temperature", "rule"),
-    list(itertools.product(DIVERGENCES, (1.0, 2.0), (TopK(1), TopK(5), TopK(23), Nucleus(0.9, 8), "dense"))),
+    list(itertools.product(DIVERGENCES, (1.0, 2.0), (TopK(1), TopK(5), TopK(22), TopK(23), Nucleus(0.9, 8), "dense"))),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_value_and_gradient_match_the_dense_reference(divergence, temperature, rule, dtype):
@@ -79,43 +74,20 @@ def test_value_and_gradient_match_the_dense_reference(divergence, temperature, r
     teacher = torch.randn(positions, vocab, generator=generator, dtype=torch.float64) * 2
     student = (teacher + torch.randn(positions, vocab, generator=generator, dtype=torch.float64)).to(dtype)
     labels = torch.randint(vocab, (positions,), generator=generator)
-    if rule == "dense":
-        entries = TopKLogprobs.from_dense(teacher, (1.0, 2.0))
-    else:
-        entries = select_entries(teacher, rule, (1.0, 2.0))
-
+    dense = rule == "dense"
+    entries = TopKLogprobs.from_dense(teacher, (1.0, 2.0)) if dense else select_entries(teacher, rule, (1.0, 2.0))
     student.requires_grad_()
     terms = compute_position_terms(student, labels, entries, temperature=temperature, divergence=divergence, beta=beta)
     loss = terms.mix(alpha, temperature).sum()
     loss.backward()
 
-    def expected(moved: np.ndarray) -> float:
+    def expected(moved):
         return reference(teacher.numpy(), moved, labels.numpy(), ids_of(entries), alpha, temperature, divergence, beta)
 
-    value = expected(student.detach().numpy().astype(np.float64))
-    gradient = reference_gradient(student.detach().numpy(), expected)
-    assert abs(loss.item() - value) <= 1e-5 * abs(value)
-    error = np.linalg.norm(student.grad.numpy() - gradient) / np.linalg.norm(gradient)
-    assert error <= 1e-5
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_gradcheck(divergence, temperature):
-    generator = torch.Generator().manual_seed(1)
-    teacher = torch.randn(3, 11, generator=generator, dtype=torch.float64)
-    student = torch.randn(3, 11, generator=generator, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([0, 5, 10])
-    for rule in (TopK(1), TopK(4), TopK(10), TopK(11)):
-        entries = select_entries(teacher, rule, (1.0, 2.0))
-
-        def loss(logits, entries=entries):
-            terms = compute_position_terms(
-                logits, labels, entries, temperature=temperature, divergence=divergence, beta=0.4
-            )
-            return terms.ce.sum() + terms.kl.sum()
-
-        assert torch.autograd.gradcheck(loss, (student,))
+    wide = student.detach().double().numpy()
+    assert loss.item() == pytest.approx(expected(wide), rel=1e-5)
+    gradient = reference_gradient(wide, expected)
+    assert np.linalg.norm(student.grad.numpy() - gradient) <= 1e-5 * np.linalg.norm(gradient)
 
 
 def test_one_hot_entries_at_temperature_one_give_cross_entropy():
