@@ -1,11 +1,8 @@
 """Files and folders are written whole, plain files read, locks held once; test_transfer_set_processes kills writers."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
-from pathlib import Path
 
 import pytest
 from transfer_sets import FaultyDisk
@@ -14,11 +11,11 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.files import COMMIT_STEPS, FileLock, FileSystem, new_folder, read_regular, write_file
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    steps: list[str] = []
+def test_a_file_is_replaced_whole(tmp_path):
+    steps = []
 
     class Listening(FileSystem):
-        def reach(self, step: str) -> None:
+        def reach(self, step):
             steps.append(step)
 
     path = tmp_path / "new" / "folder" / "file.json"
@@ -35,7 +32,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
         os.umask(mask)
 
 
-def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path: Path) -> None:
+def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path):
     path = tmp_path / "file"
     write_file(path, b"old")
     counted = FaultyDisk()
@@ -52,7 +49,7 @@ def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path: Path) -> No
         write_file(path, b"new", filesystem=FaultyDisk(2, "nothing"))
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "parent" / "set"
     with new_folder(path) as folder:
         (folder / "inner").mkdir()
@@ -72,7 +69,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "file").exists()
 
 
-def test_only_plain_files_within_the_limit_are_read(tmp_path: Path) -> None:
+def test_only_plain_files_within_the_limit_are_read(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"12345")
     assert read_regular(file, 5) == b"12345"
@@ -88,7 +85,7 @@ def test_only_plain_files_within_the_limit_are_read(tmp_path: Path) -> None:
             read_regular(path, 4, error=ConfigError)
 
 
-def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path: Path) -> None:
+def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path):
     first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
     assert first.acquire() and not second.acquire()
     first.release()
@@ -100,10 +97,10 @@ def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path: Path) -> None:
     first.release()
 
 
-def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path, monkeypatch):
     real, calls = fcntl.flock, []
 
-    def flock(descriptor: int, operation: int) -> None:
+    def flock(descriptor, operation):
         real(descriptor, operation)
         calls.append(descriptor)
         if len(calls) == 1:
@@ -117,7 +114,7 @@ def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path: Path, monke
     assert lock.acquire() and len(calls) == 3
     assert not FileLock(tmp_path / "lock").acquire()
 
-    def broken(descriptor: int, operation: int) -> None:
+    def broken(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", broken)

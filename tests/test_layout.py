@@ -1,7 +1,5 @@
 """The layout: imports run one way, and what has one owner is written in one place."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Callable, Iterator

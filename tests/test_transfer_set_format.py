@@ -1,7 +1,5 @@
 """The format as docs/transfer-set-format.md says: golden sets, the page's own reader, rounding, what rows may hold."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -10,16 +8,15 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file
-from transfer_sets import make_plan, make_row, row_of, storage_order, write_rows, write_set
+from transfer_sets import assert_same_row, make_plan, make_row, row_of, storage_order, write_rows, write_set
 
 from quantkd.errors import TransferSetError
-from quantkd.transfer_set import Plan, TransferRow, TransferSet, verify
+from quantkd.transfer_set import TransferRow, TransferSet, verify
 from quantkd.transfer_set.codec import BLOCK_BYTES, BLOCK_ROWS, encode_logprobs, encode_normalizers
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
 from quantkd.transfer_set.plan import FORMAT_VERSION
@@ -41,7 +38,7 @@ PLANS = {
 }  # fmt: skip
 
 
-def golden_rows(plan: Plan) -> list[TransferRow]:
+def golden_rows(plan):
     """Rows written out by hand: two spans, labels in and outside the entries, a sure target, and a row without any."""
     high = plan.vocab_size - 1
     probabilities = [[0.6, 0.25, 0.1], [1.0], [0.3, 0.3, 0.2, 0.1, 0.05], [0.97], [0.5, 0.5], [0.9, 0.06]]
@@ -49,7 +46,7 @@ def golden_rows(plan: Plan) -> list[TransferRow]:
     tables = {0.5: [-0.8, 0.0, -1.4, -0.06, -0.69, -0.2], 1.0: [0.0] * 6, 2.0: [1.5, 0.2, 2.5, 0.6, 0.9, 0.7]}
     normalizers = np.array([tables[t] for t in plan.temperatures], dtype=np.float32).T
 
-    def row(input_ids: list[int], spans: list[list[int]], targets: slice, finished: bool) -> TransferRow:
+    def row(input_ids, spans, targets, finished):
         chosen = probabilities[targets]
         return TransferRow(
             input_ids=np.array(input_ids),
@@ -68,9 +65,9 @@ def golden_rows(plan: Plan) -> list[TransferRow]:
     ]
 
 
-def compare_by_the_page(folder: Path) -> None:
+def compare_by_the_page(folder):
     """Read a set by the page's reader, and by quantkd."""
-    namespace: dict[str, Any] = {}
+    namespace = {}
     exec(compile(READER, str(PAGE), "exec"), namespace)
     found, transfer_set = list(namespace["read_set"](folder)), TransferSet(folder)
     assert len(found) == len(transfer_set)
@@ -85,7 +82,7 @@ def compare_by_the_page(folder: Path) -> None:
         assert finished == row.finished
 
 
-def opened(folder: Path) -> dict[str, bytes]:
+def opened(folder):
     """Every file of a set, with the blocks of shards decompressed: another build of zlib may pack them otherwise."""
     content = {}
     for file in folder.iterdir():
@@ -106,31 +103,27 @@ def opened(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_golden_sets_byte_for_byte(tmp_path: Path, name: str) -> None:
+def test_golden_sets_byte_for_byte(tmp_path, name):
     write_rows(tmp_path / "set", PLANS[name], golden_rows(PLANS[name]).__getitem__)
     assert opened(tmp_path / "set") == opened(GOLDEN / name)
     assert sum(file.stat().st_size for file in (GOLDEN / name).iterdir()) < 5000
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_golden_sets_hold_what_was_written_by_hand(name: str, tmp_path: Path) -> None:
+def test_golden_sets_hold_what_was_written_by_hand(name, tmp_path):
     folder = Path(shutil.copytree(GOLDEN / name, tmp_path / "set"))
     for path in (*folder.iterdir(), folder):
         path.chmod(0o500)  # nothing is written to read a set
     assert verify(folder).rows == 3
     transfer_set = TransferSet(folder, verify="full")
     for wanted, found in zip(golden_rows(PLANS[name]), transfer_set.rows(range(3)), strict=True):
-        np.testing.assert_array_equal(found.input_ids, wanted.input_ids)
-        np.testing.assert_array_equal(found.spans, wanted.spans)
-        assert found.finished == wanted.finished
-        order = storage_order(wanted)
-        np.testing.assert_array_equal(found.token_ids, wanted.token_ids[order])
-        np.testing.assert_allclose(found.logprobs, wanted.logprobs[order], rtol=2**-11)
+        assert_same_row(found, wanted)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs[storage_order(wanted)], rtol=2**-11)
         np.testing.assert_allclose(found.log_normalizers, wanted.log_normalizers, rtol=2**-11)
 
 
 @pytest.mark.parametrize("vocab_size", [200, 70_000])
-def test_the_reader_in_the_docs_reads_what_quantkd_reads(tmp_path: Path, vocab_size: int) -> None:
+def test_the_reader_in_the_docs_reads_what_quantkd_reads(tmp_path, vocab_size):
     plan = make_plan(vocab_size=vocab_size, num_prompts=11, rows_per_shard=11)  # two blocks
     write_set(tmp_path / "set", plan, label_rank=None)
     for folder in (tmp_path / "set", *(GOLDEN / name for name in PLANS)):
@@ -144,7 +137,7 @@ LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
 
 @settings(max_examples=200, deadline=None)
 @given(LOGITS, st.integers(0, 40), st.floats(0, 1))
-def test_logprobs_stay_within_the_stated_bounds(logits: list[float], kept: int, scale: float) -> None:
+def test_logprobs_stay_within_the_stated_bounds(logits, kept, scale):
     values = np.array(logits, dtype=np.float64) * scale
     logprobs = np.sort(values - values.max() - np.log(np.exp(values - values.max()).sum()))[::-1][: kept + 1]
     stored = encode_logprobs(logprobs, np.array([len(logprobs)])).astype(np.float64)
@@ -154,14 +147,14 @@ def test_logprobs_stay_within_the_stated_bounds(logits: list[float], kept: int, 
     assert stored[0] == stored.max() and np.isfinite(stored).all()
 
 
-def test_sure_and_hopeless_entries() -> None:
+def test_sure_and_hopeless_entries():
     stored = encode_logprobs(np.array([1e-6, 0.0, -1e9], np.float32), np.array([1, 2]))
     assert stored.tolist() == [0.0, 0.0, -65504.0]
 
 
 @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0, 10.0])
 @pytest.mark.parametrize("kept", [20, 300])  # 300 is the whole vocabulary: no tail hides a mass above 1
-def test_normalizers_stay_within_the_stated_bounds_and_leave_a_tail(temperature: float, kept: int) -> None:
+def test_normalizers_stay_within_the_stated_bounds_and_leave_a_tail(temperature, kept):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(50, 300)) * rng.uniform(0, 9, size=(50, 1))
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -176,7 +169,7 @@ def test_normalizers_stay_within_the_stated_bounds_and_leave_a_tail(temperature:
     assert (np.abs(found - wanted) <= 2 * UNIT * np.abs(wanted) + moved).all()
 
 
-def test_blocks_hold_a_few_rows_and_a_long_row_alone(tmp_path: Path) -> None:
+def test_blocks_hold_a_few_rows_and_a_long_row_alone(tmp_path):
     plan = make_plan(num_prompts=20, rows_per_shard=20, storage={"kind": "topk", "k": 1000}, temperatures=(1.0,))
     rows = [make_row(plan, number) for number in range(20)]
     targets, vocab = 300, plan.vocab_size
@@ -185,25 +178,17 @@ def test_blocks_hold_a_few_rows_and_a_long_row_alone(tmp_path: Path) -> None:
     assert 4 * targets * vocab > BLOCK_BYTES
     write_rows(tmp_path / "set", plan, rows.__getitem__)
     transfer_set = TransferSet(tmp_path / "set", verify="full")
-    assert transfer_set.whole_store is not None
     assert transfer_set.whole_store.index.shards[0].size.blocks == 4  # 5, 1, then 8 and 6 of the rest
     assert BLOCK_ROWS == 8
     for number in (19, 5, 4, 6):
-        np.testing.assert_array_equal(
-            transfer_set.row(number).token_ids, rows[number].token_ids[storage_order(rows[number])]
-        )
+        assert_same_row(transfer_set.row(number), rows[number])
 
 
-def change(**fields: Any) -> TransferRow:
-    row = TransferRow(
-        input_ids=np.array([5, 6, 7, 8]),
-        spans=np.array([[1, 2], [3, 4]]),
-        counts=np.array([2, 1]),
-        token_ids=np.array([6, 9, 8]),
-        logprobs=np.log(np.array([0.5, 0.25, 0.75], dtype=np.float32)),
-        log_normalizers=np.array([[0.0, 1.5], [0.0, 1.0]], dtype=np.float32),
-    )
-    return dataclasses.replace(row, **fields)
+VALID = TransferRow(
+    input_ids=np.array([5, 6, 7, 8]), spans=np.array([[1, 2], [3, 4]]), counts=np.array([2, 1]),
+    token_ids=np.array([6, 9, 8]), logprobs=np.log(np.array([0.5, 0.25, 0.75], dtype=np.float32)),
+    log_normalizers=np.array([[0.0, 1.5], [0.0, 1.0]], dtype=np.float32),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -230,12 +215,12 @@ def change(**fields: Any) -> TransferRow:
         ({"log_normalizers": np.array([[0, math.inf], [0, 1]], np.float32)}, "`log_normalizers` must be finite"),
     ],
 )
-def test_rows_that_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_rows_that_are_refused(fields, message):
     with pytest.raises(TransferSetError, match=message):
-        change(**fields).validate(10, (1.0, 2.0))
+        dataclasses.replace(VALID, **fields).validate(10, (1.0, 2.0))
 
 
-def test_documents_are_canonical() -> None:
+def test_documents_are_canonical():
     value = {"b": [1, 2.5, None, True, "ok\n\t"], "a": "caf\u00e9 \\[{"}
     assert parse_canonical_json(canonical_json(value), "x.json") == value
     with pytest.raises(TransferSetError, match="plain JSON"):
@@ -249,7 +234,7 @@ ROW = st.tuples(st.integers(1, 12), st.integers(0, 11), st.integers(0, 2**20), s
 
 
 @pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_valid_rows_come_back_within_the_stated_bounds(examples: int) -> None:
+def test_valid_rows_come_back_within_the_stated_bounds(examples):
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
@@ -259,7 +244,7 @@ def test_valid_rows_come_back_within_the_stated_bounds(examples: int) -> None:
         st.sampled_from([(1.0,), (1.0, 2.0), (0.5,), (0.5, 1.0, 4.0)]),
         st.integers(1, 4),
     )
-    def run(rows: list[Any], vocab: int, temperatures: tuple[float, ...], per_shard: int) -> None:
+    def run(rows, vocab, temperatures, per_shard):
         plan = make_plan(
             vocab_size=vocab, temperatures=temperatures, num_prompts=len(rows),
             rows_per_shard=per_shard, storage={"kind": "topk", "k": min(vocab, 300)},
@@ -275,17 +260,12 @@ def test_valid_rows_come_back_within_the_stated_bounds(examples: int) -> None:
         assert (info.num_rows, info.num_prompts) == (len(rows) - rows.count(None), len(rows))
         assert math.isnan(info.bytes_per_response_token) == (info.num_response_tokens == 0)
         for wanted, got in zip([row for row in made if row is not None], found, strict=True):
-            for name in ("input_ids", "spans", "counts", "finished"):
-                np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
-            order = storage_order(wanted)
-            np.testing.assert_array_equal(got.token_ids, wanted.token_ids[order])
-            # To the nearest, or where that would lift the mass above 1, down.
-            np.testing.assert_allclose(got.logprobs, wanted.logprobs[order], rtol=2**-10, atol=2**-24)
+            assert_same_row(got, wanted)
 
     run()
 
 
-def _row(plan: Plan, length: int, start: int, seed: int, two_spans: bool, dense: bool) -> TransferRow:
+def _row(plan, length, start, seed, two_spans, dense):
     """A valid row: none or all positions targets, one entry or the whole vocabulary, huge or flat logits."""
     rng = np.random.default_rng(seed)
     start = min(1 + start, length)

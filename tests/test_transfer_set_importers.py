@@ -1,11 +1,7 @@
 """In from Axolotl's and DistillKit's tables."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,17 +15,17 @@ from quantkd.transfer_set import TransferSet, verify
 from quantkd.transfer_set.fingerprint import compute_fingerprint
 from quantkd.transfer_set.importers import CompressedLayout, import_table
 
-FACTS: dict[str, Any] = {"vocab_size": 100, "teacher_name": "peer", "tokenizer_fingerprint": "a" * 64}
+FACTS = {"vocab_size": 100, "teacher_name": "peer", "tokenizer_fingerprint": "a" * 64}
 axolotl = partial(import_table, toolkit="axolotl", **FACTS)
 distillkit = partial(import_table, toolkit="distillkit", **FACTS)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def axolotl_rows() -> list[dict[str, Any]]:
+def axolotl_rows():
     """Three of five tokens are targets; the second target has one entry, and padding as its collator writes it."""
     low = -1e9
     return [
@@ -53,7 +49,7 @@ def axolotl_rows() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def test_axolotl(tmp_path: Path) -> None:
+def test_axolotl(tmp_path):
     Dataset.from_list(axolotl_rows()).to_parquet(tmp_path / "rows.parquet")
     digest = axolotl(tmp_path / "rows.parquet", tmp_path / "set")
     assert digest == axolotl([str(tmp_path / "rows.parquet")], tmp_path / "again")
@@ -66,7 +62,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert second.spans.tolist() == [[2, 3]], "nothing predicts the token at position 0"
 
 
-def test_distillkit(tmp_path: Path) -> None:
+def test_distillkit(tmp_path):
     values = [[math.log(0.5), math.log(0.25)], [math.log(0.9), -math.inf], [math.log(0.3), math.log(0.2)]]
     row = {"input_ids": [3, 4, 5], "token_ids": [[4, 8], [5, 0], [1, 2]], "top_values": values}
     # DistillKit's capture drops the last position, its live teacher keeps it.
@@ -90,46 +86,42 @@ def test_distillkit(tmp_path: Path) -> None:
         ("target_mask", None, r"lacks the columns \['target_mask'\]"),
     ],
 )
-def test_tables_that_cannot_be_imported(tmp_path: Path, column: str, values: Any, found: str) -> None:
+def test_tables_that_cannot_be_imported(tmp_path, column, values, found):
     row = {name: value for name, value in {**axolotl_rows()[1], column: values}.items() if value is not None}
     with pytest.raises((DataError, TransferSetError), match=found):
         axolotl(Dataset.from_list([row]), tmp_path / "set")
 
 
-def to_bytes(values: list[float], dtype: str) -> bytes:
+def to_bytes(values, dtype):
     return torch.tensor(values, dtype=getattr(torch, dtype)).view(torch.uint8).numpy().tobytes()
 
 
-def to_bits(numbers: list[int], bits: int) -> bytes:
+def to_bits(numbers, bits):
     """Whole numbers one after the other, the highest bit first, filled up with zeros to whole bytes."""
     text = "".join(format(number, f"0{bits}b") for number in numbers)
     length = -(-len(text) // 8)
     return int(text.ljust(8 * length, "0"), 2).to_bytes(length, "big")
 
 
-def residuals(scale_dtype: str, element_bits: int, num_elements: int) -> dict[str, Any]:
-    return {"scale_dtype": scale_dtype, "element_bits": element_bits, "num_elements": num_elements}
+def layout(d, k, exact_k, *residuals, **options):
+    names = ("scale_dtype", "element_bits", "num_elements")
+    bins = tuple(dict(zip(names, each, strict=True)) for each in residuals)
+    return CompressedLayout(d, k, exact_k, **{"delta_encoding": False, **options}, residual_bins=bins or None)
 
 
 LAYOUTS = {
-    "floats alone": CompressedLayout(d=100, k=3, exact_k=3, exact_dtype="float16", delta_encoding=False),
-    "a polynomial": CompressedLayout(
-        d=70_000, k=6, exact_k=2, polynomial_terms=(0, 1, 2, "sqrt"), term_dtype="float64", delta_encoding=False
+    "floats alone": layout(100, 3, 3, exact_dtype="float16"),
+    "a polynomial": layout(70_000, 6, 2, polynomial_terms=(0, 1, 2, "sqrt"), term_dtype="float64"),
+    "ranks from 0 to 1": layout(128, 5, 1, polynomial_terms=(1, "exp"), normalize_t=True),
+    "differences and residuals": layout(
+        300, 7, 1, ("float16", 3, 3), ("float32", 1, 2), exact_dtype="bfloat16", polynomial_terms=(0, 1),
+        delta_encoding=True,
     ),
-    "ranks from 0 to 1": CompressedLayout(
-        d=128, k=5, exact_k=1, polynomial_terms=(1, "exp"), normalize_t=True, delta_encoding=False
-    ),
-    "differences and residuals": CompressedLayout(
-        d=300, k=7, exact_k=1, exact_dtype="bfloat16", polynomial_terms=(0, 1), delta_encoding=True,
-        residual_bins=(residuals("float16", 3, 3), residuals("float32", 1, 2)),
-    ),
-    "no floats, no polynomial": CompressedLayout(
-        d=2, k=2, exact_k=0, delta_encoding=False, residual_bins=(residuals("float32", 8, 2),)
-    ),
+    "no floats, no polynomial": layout(2, 2, 0, ("float32", 8, 2)),
 }  # fmt: skip
 
 
-def write_position(layout: CompressedLayout, rng: np.random.Generator) -> tuple[bytes, list[float]]:
+def write_position(layout, rng):
     """One position's bytes, and the log-probabilities that they stand for, by plain loops."""
     exact = [float(x) for x in -np.sort(rng.integers(4, 32, layout.exact_k)) / 8]  # the same in every dtype
     coefficients = [float(x) for x in rng.integers(-8, -1, len(layout.polynomial_terms or ())) / 8]
@@ -153,7 +145,7 @@ def write_position(layout: CompressedLayout, rng: np.random.Generator) -> tuple[
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_compressed_positions_are_decoded(layout: CompressedLayout) -> None:
+def test_compressed_positions_are_decoded(layout):
     rng = np.random.default_rng(0)
     positions = [write_position(layout, rng) for _ in range(4)]
     found = layout.decode_logprobs([list(data) for data, _ in positions])
@@ -168,7 +160,7 @@ def test_compressed_positions_are_decoded(layout: CompressedLayout) -> None:
         layout.decode_ids([[0] * 99])
 
 
-def compressed_folder(folder: Path, logprobs: list[list[float]], ids: list[list[int]]) -> dict[str, Any]:
+def compressed_folder(folder, logprobs, ids):
     """One row as `distillkit.sample_logits_vllm` leaves it, in `data_0.parquet` with its configuration beside it."""
     config = {
         "d": 100, "k": 2, "exact_k": 2, "exact_dtype": "bfloat16", "polynomial_terms": None, "term_dtype": "float32",
@@ -185,7 +177,7 @@ def compressed_folder(folder: Path, logprobs: list[list[float]], ids: list[list[
     return row
 
 
-def test_distillkit_compressed(tmp_path: Path) -> None:
+def test_distillkit_compressed(tmp_path):
     # ln 0.6 in bfloat16 is -0.5117, which is 0.5995; the second position's mass, 1.098, is scaled back to 1.
     compressed_folder(tmp_path / "table", [[math.log(0.6), math.log(0.25)], [-0.25, -1.125]], [[4, 99], [5, 0]])
     distillkit(tmp_path / "table", tmp_path / "set")
@@ -199,7 +191,7 @@ def test_distillkit_compressed(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.exp(row.logprobs), wanted, rtol=2**-8 + 2**-10)
 
 
-def test_distillkit_tables_that_cannot_be_imported(tmp_path: Path) -> None:
+def test_distillkit_tables_that_cannot_be_imported(tmp_path):
     row = compressed_folder(tmp_path / "table", [[-0.5, -2.0]], [[4, 99]])
     Dataset.from_list([{**row, "bytepacked_indices": [[1]]}]).to_parquet(tmp_path / "table" / "data_0.parquet")
     (tmp_path / "empty").mkdir()
@@ -228,7 +220,7 @@ def test_distillkit_tables_that_cannot_be_imported(tmp_path: Path) -> None:
         (None, "argument after"),
     ],
 )
-def test_layouts_that_make_no_sense(tmp_path: Path, change: dict[str, Any] | None, found: str) -> None:
+def test_layouts_that_make_no_sense(tmp_path, change, found):
     file = tmp_path / "compression_config.yaml"
     file.write_text(yaml.safe_dump({"d": 9, "k": 2, "exact_k": 2, "residual_bins": [], **change} if change else [1]))
     with pytest.raises(DataError, match=found):
@@ -239,7 +231,7 @@ def test_layouts_that_make_no_sense(tmp_path: Path, change: dict[str, Any] | Non
 
 
 @pytest.mark.parametrize("toolkit", ["axolotl", "distillkit"])
-def test_convert_from_the_command_line(toolkit: str, tmp_path: Path, tiny_model_path, tiny_tokenizer, capsys) -> None:
+def test_convert_from_the_command_line(toolkit, tmp_path, tiny_model_path, tiny_tokenizer, capsys):
     if toolkit == "axolotl":  # a prepared data set, as `save_to_disk` leaves it
         Dataset.from_list(axolotl_rows()).save_to_disk(tmp_path / "table")
     else:

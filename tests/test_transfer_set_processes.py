@@ -1,7 +1,5 @@
 """Writers that are killed, that fail and that are many leave the same bytes; readers agree, and stay small."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import gc
@@ -12,10 +10,8 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,19 +21,19 @@ from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, hashes, make_pl
 
 from quantkd.errors import TransferSetError
 from quantkd.files import COMMIT_STEPS
-from quantkd.transfer_set import RowBatch, TransferSet, verify
+from quantkd.transfer_set import TransferSet, verify
 
 fork = multiprocessing.get_context("fork")
 STEPS = [f"{what}:{step}" for what in ("plan", "shard", "record", "index") for step in COMMIT_STEPS]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
+def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     return capture_slowly(folder / "set", folder / "log")
 
 
-def start(*args: Any, processes: int = 1, **kwargs: Any) -> list[Any]:
+def start(*args, processes=1, **kwargs):
     """A launch of captures."""
     launch = []
     for index in range(processes):
@@ -47,34 +43,33 @@ def start(*args: Any, processes: int = 1, **kwargs: Any) -> list[Any]:
     return launch
 
 
-def kill(launch: list[Any]) -> None:
+def kill(launch):
     for process in launch:
         process.kill()
         process.join()
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_sigkill_at_random_moments(tmp_path: Path, reference: str, kills: int) -> None:
+def test_sigkill_at_random_moments(tmp_path, reference, kills):
     rng = random.Random(kills)
     landed = 0
     for number in range(kills):
         folder = tmp_path / str(number)
         folder.mkdir()
-        for log in ("first", "second"):
-            (folder / log).touch()
-        capture = start(folder / "set", folder / "first", 0.002)
+        logs = folder / "first", folder / "second"
+        capture = start(folder / "set", logs[0], 0.002)
         time.sleep(rng.uniform(0.0, 0.09))
         kill(capture)
         landed += capture[0].exitcode == -signal.SIGKILL
-        assert capture_slowly(folder / "set", folder / "second") == reference == verify(folder / "set").digest
-        first, second = ({*(folder / log).read_text().split()} for log in ("first", "second"))
+        assert capture_slowly(folder / "set", logs[1]) == reference == verify(folder / "set").digest
+        first, second = ({*log.read_text().split()} if log.exists() else set() for log in logs)
         assert len(first & second) <= 1, "more than one shard was done again"
         assert sorted(hashes(folder / "set")) == ["index.json", *(f"shard-{i:05d}.safetensors" for i in range(4))]
     assert landed >= kills // 2, "most kills must hit a capture that is still at work"
 
 
 @pytest.mark.parametrize("step", [*STEPS, "cleanup:started"])
-def test_sigkill_at_every_named_step(tmp_path: Path, reference: str, step: str) -> None:
+def test_sigkill_at_every_named_step(tmp_path, reference, step):
     (process,) = start(tmp_path / "set", tmp_path / "first", disk=DyingDisk(step, 2 if step[0] in "sr" else 1))
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the step was never reached"
@@ -87,7 +82,7 @@ def test_sigkill_at_every_named_step(tmp_path: Path, reference: str, step: str) 
 
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO])
-def test_the_nth_call_fails(tmp_path: Path, reference: str, kind: int, for_good: bool) -> None:
+def test_the_nth_call_fails(tmp_path, reference, kind, for_good):
     counted = FaultyDisk()
     capture_slowly(tmp_path / "count", tmp_path / "log", disk=counted)
     assert counted.calls > 50
@@ -106,7 +101,7 @@ def test_the_nth_call_fails(tmp_path: Path, reference: str, kind: int, for_good:
         assert len(hashes(folder)) == 5
 
 
-def test_a_full_tmpfs(tmp_path: Path) -> None:
+def test_a_full_tmpfs(tmp_path):
     mount = tmp_path / "mount"
     mount.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)]
@@ -127,9 +122,9 @@ def test_a_full_tmpfs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("killed", "processes"), [(0, 1), (0, 2), (0, 4), (3, 1), (1, 4), (4, 2)])
-def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, killed: int, processes: int) -> None:
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path, killed, processes):
     """All at once, or after a launch of another number that was killed."""
-    digest = capture_slowly(tmp_path / "reference", tmp_path / "log")
+    capture_slowly(tmp_path / "reference", tmp_path / "log")
     first = start(tmp_path / "set", tmp_path / "log", 0.01, processes=killed)
     time.sleep(0.06 if killed else 0)
     kill(first)
@@ -137,11 +132,11 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, killed: in
     for process in launch:
         process.join(60)
         assert process.exitcode == 0
-    assert TransferSet(tmp_path / "set", verify="full").digest == digest
+    TransferSet(tmp_path / "set", verify="full")
     assert hashes(tmp_path / "set") == hashes(tmp_path / "reference")
 
 
-def content_of(batches: Iterable[RowBatch]) -> list[Any]:
+def content_of(batches):
     """All that the rows hold, as lists."""
     names = ("counts", "token_ids", "logprobs", "log_normalizers")
     return [
@@ -150,12 +145,12 @@ def content_of(batches: Iterable[RowBatch]) -> list[Any]:
     ]
 
 
-def read_with_workers(data: bytes, workers: int) -> list[Any]:
+def read_with_workers(data, workers):
     torch.set_num_threads(1)
     return content_of(DataLoader(pickle.loads(data), batch_size=3, num_workers=workers, collate_fn=lambda batch: batch))
 
 
-def test_two_ranks_with_four_workers_each_read_the_same(tmp_path: Path) -> None:
+def test_two_ranks_with_four_workers_each_read_the_same(tmp_path):
     """Each rank gets a view pickled, and its workers fork it, all while its maps are open here."""
     write_set(tmp_path / "set", make_plan(num_prompts=24))
     view = TransferSet(tmp_path / "set")[2:20]
@@ -167,25 +162,25 @@ def test_two_ranks_with_four_workers_each_read_the_same(tmp_path: Path) -> None:
         assert list(ranks.map(read_with_workers, [data, data], [4, 4])) == [expected, expected]
 
 
-def private_bytes() -> int:
+def private_bytes():
     """Memory of this process that is its own; pages of mapped files are the kernel's cache and are left out."""
     gc.collect()
     fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     return int(fields["Anonymous"].split()[0]) * 1024
 
 
-def in_child(function: Callable[..., Any], *args: Any) -> Any:
+def in_child(function, *args):
     with ProcessPoolExecutor(1, mp_context=fork) as child:
         return child.submit(function, *args).result()
 
 
-def write_long_rows(path: Path, rows: int) -> str:
+def write_long_rows(path, rows):
     plan = make_plan(num_prompts=rows, rows_per_shard=16)
     made = [make_row(plan, prompt, tokens=200) for prompt in range(8)]
     return write_rows(path, plan, lambda prompt: made[prompt % 8])
 
 
-def read_epochs(path: Path, epochs: int) -> list[int]:
+def read_epochs(path, epochs):
     """The memory that a set took after each epoch of reading it."""
     before, taken = private_bytes(), []
     transfer_set = TransferSet(path)
@@ -198,7 +193,7 @@ def read_epochs(path: Path, epochs: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads the memory of a process from /proc")
-def test_memory_is_flat_and_does_not_follow_the_size(tmp_path: Path) -> None:
+def test_memory_is_flat_and_does_not_follow_the_size(tmp_path):
     sizes = {}
     for name, rows in (("small", 32), ("large", 320)):
         in_child(write_long_rows, tmp_path / name, rows)  # whose freed memory a reader cannot reuse

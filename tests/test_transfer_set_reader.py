@@ -1,7 +1,5 @@
 """Reading a transfer set: rows, batches, views, joined sets, and what `info` says of them."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
@@ -17,26 +15,25 @@ from quantkd.transfer_set.topk import TopKLogprobs
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader") / "set"
     write_set(folder, make_plan(num_prompts=23))
     return folder
 
 
 @pytest.fixture
-def transfer_set(path: Path) -> TransferSet:
+def transfer_set(path):
     return TransferSet(path)
 
 
-def numbers(transfer_set: TransferSet) -> list[tuple[int, ...]]:
+def numbers(transfer_set):
     return [tuple(row["input_ids"].tolist()) for row in transfer_set]
 
 
-def test_a_row(path: Path) -> None:
-    plan = make_plan(num_prompts=23)
+def test_a_row(transfer_set):
     for number in (0, 5, 22, -1):
-        wanted = make_row(plan, number % 23)
-        row = TransferSet.open(path)[number]
+        wanted = make_row(transfer_set.plan, number % 23)
+        row = transfer_set[number]
         assert set(row) == {"input_ids", "labels", "teacher", "finished"}
         start = int(wanted.spans[0, 0])
         np.testing.assert_array_equal(row["input_ids"], wanted.input_ids)
@@ -52,7 +49,7 @@ def test_a_row(path: Path) -> None:
             assert (tail >= 0).all() and torch.isfinite(logprobs).all()
 
 
-def test_a_batch_is_its_rows_end_to_end(transfer_set: TransferSet) -> None:
+def test_a_batch_is_its_rows_end_to_end(transfer_set):
     chosen = [7, 8, 9, 3, 22, 3, 4, -1, 0, 1]
     batch = transfer_set.__getitems__(chosen)
     rows = [transfer_set[number] for number in chosen]
@@ -73,7 +70,7 @@ def test_a_batch_is_its_rows_end_to_end(transfer_set: TransferSet) -> None:
             transfer_set.select([number])
 
 
-def test_views(transfer_set: TransferSet) -> None:
+def test_views(transfer_set):
     every = numbers(transfer_set)
     assert numbers(transfer_set[3:11:2]) == every[3:11:2]
     assert numbers(transfer_set[10:][2:5]) == every[12:15]
@@ -86,7 +83,7 @@ def test_views(transfer_set: TransferSet) -> None:
         transfer_set.select(np.array([True, False, True]))
 
 
-def test_split(path: Path, transfer_set: TransferSet) -> None:
+def test_split(path, transfer_set):
     state = (random.getstate(), str(np.random.get_state()), torch.random.get_rng_state().tolist())
     rest, held_out = transfer_set.split(0.25, seed=0)
     every = numbers(transfer_set)
@@ -101,7 +98,7 @@ def test_split(path: Path, transfer_set: TransferSet) -> None:
         transfer_set.split(0.5, seed=-1)
 
 
-def test_joined_sets(transfer_set: TransferSet, tmp_path: Path) -> None:
+def test_joined_sets(transfer_set, tmp_path):
     write_set(tmp_path / "other", make_plan(num_prompts=5, teacher_name="second"))
     first, second = transfer_set, TransferSet(tmp_path / "other")
     joined = TransferSet.concatenate([first, second[1:4], first[:1]])
@@ -122,23 +119,24 @@ def test_joined_sets(transfer_set: TransferSet, tmp_path: Path) -> None:
     assert mixed.weights is not None and mixed.weights.tolist() == [1.0, 2.0]
 
 
-def test_sets_that_cannot_be_joined(transfer_set: TransferSet, tmp_path: Path) -> None:
+def test_sets_that_cannot_be_joined(transfer_set, tmp_path):
     write_set(tmp_path / "other", make_plan(tokenizer_fingerprint="f" * 64, num_prompts=2))
     sets = [transfer_set, TransferSet(tmp_path / "other")]
-    with pytest.raises(ConfigError, match="differ in tokenizer_fingerprint"):
-        TransferSet.concatenate(sets)
-    with pytest.raises(ConfigError, match="at least one"):
-        TransferSet.concatenate([])
-    for weights in ([1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, float("nan")]):
-        with pytest.raises(ConfigError, match="finite number above 0"):
-            TransferSet.concatenate(sets, weights)
+    bad_weights = ([1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, float("nan")])
+    for message, *arguments in (
+        ("differ in tokenizer_fingerprint", sets),
+        ("at least one", []),
+        *(("finite number above 0", sets, weights) for weights in bad_weights),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            TransferSet.concatenate(*arguments)
+    with pytest.raises(ConfigError, match="one vocabulary size"):
+        TopKLogprobs.concatenate([TopKLogprobs.from_dense(torch.zeros(1, size)) for size in (3, 4)])
 
 
-def test_entries_that_cannot_be_joined_or_picked() -> None:
+def test_entries_that_are_picked():
     two = TopKLogprobs.from_dense(torch.zeros(2, 3))
     assert two.select(torch.tensor([False, True])).counts.tolist() == [3]
-    with pytest.raises(ConfigError, match="one vocabulary size"):
-        TopKLogprobs.concatenate([two, TopKLogprobs.from_dense(torch.zeros(1, 4))])
     with pytest.raises(ConfigError, match=r"needs uniforms of shape \(N, 2\)"):
         select_entries(torch.zeros(1, 3), Sampled(2), (1.0,))
     for text, message in (("topk", "Cannot read"), ("evil:3", "Cannot read"), ("topk:0", "at least 1, found 0")):
@@ -146,13 +144,12 @@ def test_entries_that_cannot_be_joined_or_picked() -> None:
             parse_storage_rule(text)
 
 
-def test_info(path: Path, transfer_set: TransferSet) -> None:
+def test_info(path, transfer_set):
     rows = [make_row(transfer_set.plan, number) for number in range(23)]
     info = transfer_set.info
     assert (info.num_rows, info.num_prompts, info.complete, info.vocab_size) == (23, 23, True, 1000)
-    assert info.num_tokens == sum(len(row.input_ids) for row in rows)
-    assert info.num_response_tokens == sum(len(row.counts) for row in rows)
-    assert info.num_entries == sum(len(row.token_ids) for row in rows)
+    for figure, part in (("tokens", "input_ids"), ("response_tokens", "counts"), ("entries", "token_ids")):
+        assert getattr(info, f"num_{figure}") == sum(len(getattr(row, part)) for row in rows)
     assert info.num_bytes == sum(file.stat().st_size for file in path.iterdir())
     assert info.bytes_per_response_token == info.num_bytes / info.num_response_tokens
     assert info.counters == {"responses_cut": sum(not row.finished for row in rows)}
@@ -164,7 +161,7 @@ def test_info(path: Path, transfer_set: TransferSet) -> None:
     assert np.isnan(transfer_set[:0].info.mean_entries)
 
 
-def test_open_maps_are_limited(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_maps_are_limited(path, monkeypatch):
     monkeypatch.setattr(store, "MAX_OPEN_MAPS", 2)
     transfer_set = TransferSet(path)
     order = np.random.default_rng(0).permutation(23)
@@ -173,20 +170,20 @@ def test_open_maps_are_limited(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(mapped) == 2
 
 
-def test_wrong_arguments_and_missing_sets(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected 'auto', 'full' or 'off'"):
-        TransferSet(path, verify="never")  # type: ignore[arg-type]
-    with pytest.raises(TransferSetError, match="is not a folder"):
-        TransferSet(tmp_path / "nowhere")
+def test_wrong_arguments_and_missing_sets(path, tmp_path):
     digest = TransferSet.open(path).digest
     assert TransferSet.open(path, digest=digest).digest == digest
-    with pytest.raises(TransferSetError, match=f"has the digest {digest}; expected 00"):
-        TransferSet.open(path, digest="00")
-    with pytest.raises(TransferSetError, match=r"it has neither index\.json nor plan\.json"):
-        TransferSet(tmp_path)
+    for source, options, message in (
+        (path, {"digest": "00"}, f"has the digest {digest}; expected 00"),
+        (path, {"verify": "never"}, "expected 'auto', 'full' or 'off'"),
+        (tmp_path / "nowhere", {}, "is not a folder"),
+        (tmp_path, {}, r"it has neither index\.json nor plan\.json"),
+    ):
+        with pytest.raises((ConfigError, TransferSetError), match=message):
+            TransferSet.open(source, **options)
 
 
-def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path: Path) -> None:
+def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
     plan = make_plan()
     with TransferSetWriter.open(tmp_path / "set", plan) as writer:
         tasks = [*writer.claim()]

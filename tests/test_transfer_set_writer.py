@@ -1,7 +1,5 @@
 """Writing: resuming, refusing, locking, and the processes of one launch; converting, and the estimate of a size."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -16,28 +14,24 @@ from transfer_sets import hashes, make_plan, make_row, write_rows, write_set
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.files import FileLock
-from quantkd.transfer_set import (
-    Plan,
-    ShardTask,
-    TransferRow,
-    TransferSet,
-    TransferSetWriter,
-    codec,
-    convert,
-    estimate_bytes,
-    row,
-    verify,
-    writer as writer_module,
-)
+from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, convert, estimate_bytes, verify
 from quantkd.transfer_set.conversion import expect_entries, trim
-from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, max_entries, narrow, storage_rule_to_dict
+from quantkd.transfer_set.rules import Nucleus, Sampled, TopK, max_entries, narrow, storage_rule_to_dict
 
 
-def rows_of(plan: Plan, task: ShardTask) -> list[TransferRow]:
+@pytest.fixture
+def open_writer(tmp_path):
+    """A writer of the set at `path`."""
+    return lambda path="set", process=(0, 1), **changes: TransferSetWriter.open(
+        tmp_path / path, make_plan(**changes), process=process
+    )
+
+
+def rows_of(plan, task):
     return [make_row(plan, prompt) for prompt in range(task.start, task.stop)]
 
 
-def commit_all(writer: TransferSetWriter) -> list[int]:
+def commit_all(writer):
     """Write what `writer` claims; the shards' numbers."""
     tasks = list(writer.claim())
     for task in tasks:
@@ -45,123 +39,116 @@ def commit_all(writer: TransferSetWriter) -> list[int]:
     return [task.index for task in tasks]
 
 
-def test_what_is_committed_is_not_written_again(tmp_path: Path) -> None:
-    plan = make_plan()
-    with TransferSetWriter.open(tmp_path / "set", plan) as first:
+def test_what_is_committed_is_not_written_again(open_writer, tmp_path):
+    with open_writer() as first:
         assert not first.is_complete
         task = next(first.claim())
         assert task == ShardTask(0, 0, 4)
-        first.commit(task, rows_of(plan, task))
+        first.commit(task, rows_of(first.plan, task))
         with pytest.raises(TransferSetError, match="Shard 0 is not claimed"):
-            first.commit(task, rows_of(plan, task))
+            first.commit(task, rows_of(first.plan, task))
     stamp = os.stat(tmp_path / "set" / "shard-00000.safetensors").st_mtime_ns
-    with TransferSetWriter.open(tmp_path / "set", plan) as second:
+    with open_writer() as second:
         assert commit_all(second) == [1, 2]
         digest = second.finalize()
     for process in ((0, 1), (0, 2), (1, 2)):
-        with TransferSetWriter.open(tmp_path / "set", plan, process=process) as again:
+        with open_writer(process=process) as again:
             assert again.is_complete and list(again.claim()) == [] and again.finalize() == digest
     assert os.stat(tmp_path / "set" / "shard-00000.safetensors").st_mtime_ns == stamp
 
 
-def test_other_plans_and_folders_are_refused(tmp_path: Path) -> None:
-    with TransferSetWriter.open(tmp_path / "set", make_plan()):
-        pass
+def test_other_plans_and_folders_are_refused(open_writer, tmp_path):
+    open_writer().close()
     with pytest.raises(TransferSetError, match="another plan; it differs in teacher_dtype, batch_size"):
-        TransferSetWriter.open(tmp_path / "set", make_plan(teacher_dtype="bfloat16", batch_size=4))
+        open_writer(teacher_dtype="bfloat16", batch_size=4)
     write_set(tmp_path / "set")
     with pytest.raises(TransferSetError, match="differs in num_prompts"):
-        TransferSetWriter.open(tmp_path / "set", make_plan(num_prompts=11))
+        open_writer(num_prompts=11)
     (tmp_path / "set" / "index.json").unlink()
     with pytest.raises(TransferSetError, match=r"shard-00000.safetensors but neither plan.json nor index.json"):
-        TransferSetWriter.open(tmp_path / "set", make_plan())
+        open_writer()
     (tmp_path / "file").write_text("")
     with pytest.raises(TransferSetError, match="Could not write the transfer set"):
-        TransferSetWriter.open(tmp_path / "file" / "set", make_plan())
+        open_writer("file/set")
 
 
-def test_a_second_writer_fails_clearly(tmp_path: Path) -> None:
+def test_a_second_writer_fails_clearly(open_writer, tmp_path):
     """Processes of one launch share a folder; another launch is refused, whatever its number of processes."""
-    with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(0, 2)):
-        with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(1, 2)):
-            pass
+    with open_writer(process=(0, 2)):
+        open_writer(process=(1, 2)).close()
         for process in ((0, 2), (0, 1), (2, 3), (0, 3)):
             with pytest.raises(TransferSetError, match="Another writer is at work"):
-                TransferSetWriter.open(tmp_path / "set", make_plan(), process=process)
+                open_writer(process=process)
     assert sorted(hashes(tmp_path / "set")) == ["plan.json"], "a lock that was given back is removed"
-    TransferSetWriter.open(tmp_path / "set", make_plan(), process=(2, 3)).close()
+    open_writer(process=(2, 3)).close()
 
 
-def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan, done = make_plan(), []
+def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(open_writer, tmp_path, monkeypatch):
+    done = []
 
-    def run_second() -> None:
-        with TransferSetWriter.open(tmp_path / "set", plan, process=(1, 2)) as second:
+    def run_second():
+        with open_writer(process=(1, 2)) as second:
             done.extend([commit_all(second), second.finalize(), list(second.claim())])
 
     waiting = threading.Thread(target=run_second)
     waiting.start()
     time.sleep(0.1)
     assert not (tmp_path / "set" / "plan.json").exists()
-    with TransferSetWriter.open(tmp_path / "set", plan, process=(0, 2)) as first:
+    with open_writer(process=(0, 2)) as first:
         assert commit_all(first) == [0, 2] and not done
         digest = first.finalize()
         waiting.join(10)
     assert done == [[1], digest, []]
     assert set(hashes(tmp_path / "set")) == {"index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
-    monkeypatch.setattr(writer_module, "PLAN_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("quantkd.transfer_set.writer.PLAN_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(TransferSetError, match="Process 0 of 2 has not begun"):
-        TransferSetWriter.open(tmp_path / "other", plan, process=(1, 2))
+        open_writer("other", process=(1, 2))
 
 
 @pytest.mark.parametrize("has_plan", [True, False])
-def test_a_set_that_is_finished_while_another_process_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_plan: bool
-) -> None:
+def test_a_set_that_is_finished_while_another_process_starts(open_writer, tmp_path, monkeypatch, has_plan):
     """Before or between its look for the plan and its reading, process 0 finishes and removes the plan."""
     write_set(tmp_path / "done")
-    with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(0, 2)):
-        pass
+    open_writer(process=(0, 2)).close()
     acquire = FileLock.acquire
 
-    def finish_meanwhile(lock: FileLock) -> bool:
+    def finish_meanwhile(lock):
         shutil.copytree(tmp_path / "done", tmp_path / "set", dirs_exist_ok=True)
         (tmp_path / "set" / "plan.json").write_bytes(b"") if has_plan else (tmp_path / "set" / "plan.json").unlink()
         return acquire(lock)
 
     monkeypatch.setattr(FileLock, "acquire", finish_meanwhile)
-    with TransferSetWriter.open(tmp_path / "set", make_plan(), process=(1, 2)) as late:
+    with open_writer(process=(1, 2)) as late:
         assert late.is_complete
 
 
-def test_what_commit_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan()
-    with TransferSetWriter.open(tmp_path / "set", plan) as first:
+def test_what_commit_refuses(open_writer, tmp_path, monkeypatch):
+    with open_writer() as first:
         task = next(first.claim())
-        rows = rows_of(plan, task)
-        with pytest.raises(TransferSetError, match="holds the prompts 0 to 3; found 5 rows"):
-            first.commit(task, [*rows, rows[0]])
-        object.__setattr__(rows[2], "logprobs", rows[2].logprobs + 1)
-        with pytest.raises(TransferSetError, match=r"Row 2 of shard 0: .*at most 0"):
-            first.commit(task, rows)
-        with pytest.raises(TransferSetError, match="counters"):
-            first.commit(task, rows_of(plan, task), {"responses_cut": -1})
-        with monkeypatch.context() as limits, pytest.raises(TransferSetError, match="Plan fewer rows per shard"):
-            limits.setattr(codec, "MAX_SHARD_SPANS", 3)
-            first.commit(task, rows_of(plan, task))
-        with monkeypatch.context() as limits, pytest.raises(TransferSetError, match="at most 2 entries, found"):
-            limits.setattr(row, "MAX_ROW_ENTRIES", 2)
-            first.commit(task, rows_of(plan, task))
-        first.commit(task, rows_of(plan, task)[:2])
+        rows = rows_of(first.plan, task)
+        likelier = [*rows[:2], replace(rows[2], logprobs=rows[2].logprobs + 1), rows[3]]
+        for message, *arguments in (
+            ("holds the prompts 0 to 3; found 5 rows", [*rows, rows[0]]),
+            (r"Row 2 of shard 0: .*at most 0", likelier),
+            ("counters", rows, {"responses_cut": -1}),
+        ):
+            with pytest.raises(TransferSetError, match=message):
+                first.commit(task, *arguments)
+        for limit, most, message in (
+            ("codec.MAX_SHARD_SPANS", 3, "Plan fewer rows per shard"),
+            ("row.MAX_ROW_ENTRIES", 2, "at most 2 entries, found"),
+        ):
+            with monkeypatch.context() as limits, pytest.raises(TransferSetError, match=message):
+                limits.setattr(f"quantkd.transfer_set.{limit}", most)
+                first.commit(task, rows)
+        first.commit(task, rows[:2])
         with pytest.raises(TransferSetError, match="lacks 2 of 3 shards, first 1"):
             first.finalize()
     assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == 2
 
 
-def test_a_shard_that_vanished_is_noticed(tmp_path: Path) -> None:
-    with TransferSetWriter.open(tmp_path / "set", make_plan()) as first:
+def test_a_shard_that_vanished_is_noticed(open_writer, tmp_path):
+    with open_writer() as first:
         commit_all(first)
         os.truncate(tmp_path / "set" / "shard-00001.safetensors", 100)
         with pytest.raises(TransferSetError, match=r"has 100 bytes; its record promises \d+"):
@@ -171,13 +158,12 @@ def test_a_shard_that_vanished_is_noticed(tmp_path: Path) -> None:
             first.finalize()
 
 
-def test_leftovers_of_a_crash_in_the_cleanup_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_crash_in_the_cleanup_are_removed(open_writer, tmp_path):
     write_set(tmp_path / "set")
     for name in ("plan.json", "shard-00000.json", "shard-00001.safetensors.tmp", "writer-1-of-2.lock"):
         (tmp_path / "set" / name).write_text("{}")
     (tmp_path / "set" / "README.md").write_text("mine")
-    with TransferSetWriter.open(tmp_path / "set", make_plan()):
-        pass
+    open_writer().close()
     kept = {"README.md", "index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
     assert set(hashes(tmp_path / "set")) == kept
 
@@ -185,7 +171,7 @@ def test_leftovers_of_a_crash_in_the_cleanup_are_removed(tmp_path: Path) -> None
 ANSWERS = Path(__file__).parent / "golden" / "answers"  # SmolLM2-135M's to 8 questions of GSM8K, nucleus 0.95
 
 
-def test_convert_to_fewer_entries(tmp_path: Path) -> None:
+def test_convert_to_fewer_entries(tmp_path):
     write_set(tmp_path / "set", make_plan(num_prompts=40, rows_per_shard=40, vocab_size=5000))
     digest = convert(tmp_path / "set", tmp_path / "small", Nucleus(0.7))
     source, small = TransferSet(tmp_path / "set"), TransferSet(tmp_path / "small")
@@ -221,7 +207,7 @@ def test_convert_to_fewer_entries(tmp_path: Path) -> None:
         (TopK(3), Sampled(9), None),
     ],
 )
-def test_narrow(stored: StorageRule, wanted: StorageRule, result: StorageRule | None) -> None:
+def test_narrow(stored, wanted, result):
     if result is None:
         with pytest.raises(ConfigError, match="draws would lose their balance"):
             narrow(stored, wanted)
@@ -230,7 +216,7 @@ def test_narrow(stored: StorageRule, wanted: StorageRule, result: StorageRule | 
 
 
 @pytest.mark.parametrize("rule", [Nucleus(0.5, 64), Nucleus(0.9, 3), TopK(2), Sampled(5)])
-def test_trim_keeps_the_fewest_entries_that_hold_the_mass(rule: StorageRule) -> None:
+def test_trim_keeps_the_fewest_entries_that_hold_the_mass(rule):
     row = make_row(make_plan(), 3)
     wanted, start = [], 0
     for count in row.counts.tolist():
@@ -247,14 +233,12 @@ def test_trim_keeps_the_fewest_entries_that_hold_the_mass(rule: StorageRule) -> 
 
 @pytest.mark.parametrize("rule", [TopK(1), TopK(20), Nucleus(0.8), Nucleus(0.95)])
 @pytest.mark.parametrize("vocab_size", [49_152, 128_256])  # ids in 16 bits, and in 32
-def test_the_estimate_is_within_a_tenth_on_answers_of_a_real_model(
-    tmp_path: Path, vocab_size: int, rule: StorageRule
-) -> None:
+def test_the_estimate_is_within_a_tenth_on_answers_of_a_real_model(tmp_path, vocab_size, rule):
     answers = TransferSet(ANSWERS)
     plan = replace(answers.plan, vocab_size=vocab_size, storage=storage_rule_to_dict(rule), rows_per_shard=5)
     spread = vocab_size / answers.plan.vocab_size
 
-    def spread_out(number: int) -> TransferRow:
+    def spread_out(number):
         row = trim(answers.row(number), rule)
         ids = {name: (getattr(row, name) * spread).astype(int) for name in ("input_ids", "token_ids")}
         return replace(row, **ids)
@@ -267,7 +251,7 @@ def test_the_estimate_is_within_a_tenth_on_answers_of_a_real_model(
     assert estimate_bytes(plan, prompt_tokens, info.num_response_tokens) > 0
 
 
-def test_expected_entries() -> None:
+def test_expected_entries():
     assert expect_entries(TopK(50)) == 50
     assert 5 < expect_entries(Sampled(50)) < 6.5
     for p, entries in ((0.9, 5.0), (0.95, 9.1), (0.99, 22.3)):  # measured, see DESIGN
