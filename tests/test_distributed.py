@@ -1,7 +1,5 @@
 """One step on two processes is one step on one: DDP, FSDP2 and DeepSpeed, whole or in shards, whatever is trained."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

@@ -1,17 +1,14 @@
 """The picture of a run: what it shows is what was logged."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
 from conftest import REPOSITORY
 from matplotlib.figure import Figure
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.training.curves import draw_curves
-from tests.conftest import capture_set
 
 HISTORY = [
     {"step": 2, "loss": 0.7, "ce": 1.3, "kl": 0.2, "learning_rate": 1e-4},
@@ -29,9 +26,19 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_lines_are_what_was_logged(tmp_path, drawn):
-    assert draw_curves(HISTORY, tmp_path / "t.png")
+def shown(figure):
+    """Of each panel its lines."""
+    return {
+        panel.get_title(): {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
+        for panel in figure.axes
+    }
+
+
+def test_lines_are_what_was_logged_and_bytes_are_repeated(tmp_path, drawn):
+    for name in ("t.png", "again.png"):
+        assert draw_curves(HISTORY, tmp_path / name)
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "t.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     lines = shown(drawn[0])
     assert lines["loss"] == {"training": [[2, 0.7], [4, 0.5]], "held-out rows": [[3, 0.6]]}
     assert lines["KL to the teacher"] == {"training": [[2, 0.2], [4, 0.1]], "held-out rows": [[3, 0.15]]}
@@ -47,51 +54,27 @@ def test_a_loss_below_zero_is_shown_whole(tmp_path, drawn):
     assert drawn[0].axes[0].get_ylim()[0] < -0.5
 
 
-def shown(figure):
-    """Of each panel its lines."""
-    return {
-        panel.get_title(): {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
-        for panel in figure.axes
-    }
-
-
 def test_nothing_logged_draws_nothing(tmp_path):
     assert not draw_curves([{"step": 1, "train_runtime": 1.0}], tmp_path / "t.png")
     assert not (tmp_path / "t.png").exists()
 
 
-def test_the_same_history_gives_the_same_bytes(tmp_path):
-    for name in ("a.png", "b.png"):
-        draw_curves(HISTORY, tmp_path / name)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
 def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_same_names(
-    tiny_model, tiny_model_path, tiny_tokenizer, tmp_path, drawn
+    make_trainer, training_set, tmp_path, drawn
 ):
-    from transformers import TrainerCallback
-
     names = set()
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             names.update(logs or {})
 
-    transfer_set = capture_set(
-        tiny_model, ["One?", "Two?", "Three?"], tmp_path / "s", max_new_tokens=6, tokenizer=tiny_tokenizer,
-    )  # fmt: skip
-    args = QuantizedDistillationConfig(
-        str(tmp_path / "o"), max_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
-    )  # fmt: skip
-    trainer = QuantizedDistillationTrainer(
-        str(tiny_model_path), args, train_dataset=transfer_set, eval_dataset=transfer_set, callbacks=[Tracker()]
-    )
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": training_set}
+    trainer = make_trainer(callbacks=[Tracker()], **evaluated)
     trainer.evaluate()
-    assert not (tmp_path / "o" / "training.png").exists()  # nothing was trained
+    assert not (tmp_path / "out" / "training.png").exists()  # nothing was trained
     trainer.train()
     trainer.evaluate()
-    assert (tmp_path / "o" / "training.png").is_file() and len(drawn[-1].axes) == 4
+    assert (tmp_path / "out" / "training.png").is_file() and len(drawn[-1].axes) == 4
     steps = [step for step, _ in shown(drawn[-1])["KL to the teacher"]["held-out rows"]]
     assert steps == [0, 1, 2]  # before, during and after
     assert {"loss", "ce", "kl", "eval_kl", "eval_ce", "eval_top1_agreement", "eval_perplexity"} <= names
@@ -102,13 +85,6 @@ def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_sam
     assert {"train/kl", "eval/kl"} <= listed <= sent
 
 
-def test_a_run_shorter_than_logging_steps_has_its_first_and_last_step(tiny_model_path, tmp_path, drawn):
-    transfer_set = capture_set(
-        tiny_model_path, ["One?", "Two?", "Three?"], tmp_path / "s", max_new_tokens=4,
-    )  # fmt: skip
-    args = QuantizedDistillationConfig(
-        str(tmp_path / "o"), max_steps=3, save_strategy="no", report_to="none", disable_tqdm=True, init="zero",
-        model_init_kwargs={"dtype": "float32"},
-    )  # fmt: skip
-    QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=transfer_set).train()
+def test_a_run_shorter_than_logging_steps_has_its_first_and_last_step(make_trainer, drawn):
+    make_trainer(max_steps=3, logging_steps=10).train()
     assert [step for step, _ in shown(drawn[0])["loss"]["training"]] == [1, 3]

@@ -1,7 +1,5 @@
 """What saves memory changes nothing else: gradient checkpointing with adapters, and bitsandbytes' 8-bit optimizers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,14 +19,15 @@ def make_student(make_trainer, tiny_model_path, training_set):
     def build(student="by name", **options):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         torch.manual_seed(0)
-        model, adapters = None, {"peft_config": lora}
-        if student == "adapted, quantized":
-            model, adapters = get_peft_model(load_student(str(tiny_model_path), dtype="float32"), lora), {}
-        elif student == "adapted":
-            full = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
-            model, adapters = get_peft_model(full, lora), {}
         settings = {"max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 0.0}
-        return make_trainer(model, **{**settings, "train_dataset": training_set[:4], **adapters, **options})
+        model, settings["train_dataset"] = None, training_set[:4]
+        if student == "by name":
+            settings["peft_config"] = lora
+        elif student == "adapted, quantized":
+            model = get_peft_model(load_student(str(tiny_model_path), dtype="float32"), lora)
+        else:
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32), lora)
+        return make_trainer(model, **{**settings, **options})
 
     return build
 
@@ -36,9 +35,9 @@ def make_student(make_trainer, tiny_model_path, training_set):
 def first_step(trainer):
     """Loss, gradient of the adapters (read off SGD with a rate of 1), and the bytes that the graph held at its end."""
     assert isinstance(trainer.model, PeftModel)
-    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-    assert names and all("lora_" in name for name in names)
-    before = {name: trainer.model.get_parameter(name).detach().clone() for name in names}
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
     held = {}
 
@@ -56,22 +55,19 @@ def first_step(trainer):
 
     trainer.compute_loss = counted
     trainer.train()
-    gradient = {name: before[name] - trainer.model.get_parameter(name).detach() for name in names}
+    gradient = {name: before[name] - parameter.detach() for name, parameter in trained.items()}
     return trainer.state.log_history[0]["loss"], gradient, sum(held.values())
 
 
 @pytest.mark.parametrize("student", ["by name", "adapted, quantized", "adapted"])
-@pytest.mark.parametrize("how", CHECKPOINTING)
-def test_checkpointing_keeps_loss_and_gradient_and_holds_less(make_student, student, how):
+def test_checkpointing_keeps_loss_and_gradient_and_holds_less(make_student, student):
     loss, gradient, held = first_step(make_student(student))
-    checkpointed = make_student(student, **CHECKPOINTING[how])
-    again, gradient_again, held_again = first_step(checkpointed)
-    assert again == pytest.approx(loss, rel=1e-6)
     # B starts at zero, so the first gradient of every A is zero: what must have one is B.
-    assert all(value.abs().max() > 0 for name, value in gradient_again.items() if "lora_B" in name)
-    for name, value in gradient.items():
-        torch.testing.assert_close(gradient_again[name], value, atol=1e-6, rtol=1e-5, msg=name)
-    assert held_again < 0.6 * held
+    assert all(value.any() for name, value in gradient.items() if "lora_B" in name)
+    for how, options in CHECKPOINTING.items():
+        again, gradient_again, held_again = first_step(make_student(student, **options))
+        assert again == pytest.approx(loss, rel=1e-6) and held_again < 0.6 * held, how
+        torch.testing.assert_close(gradient_again, gradient, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])

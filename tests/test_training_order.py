@@ -1,7 +1,5 @@
 """Length-grouped order: every row once, like lengths together, the same order for the same seed and epoch."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from hypothesis import given, settings, strategies as st

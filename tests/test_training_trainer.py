@@ -1,7 +1,6 @@
 """The trainer: its loss is the sum over tokens over the global count, however the batch is split, padded or resumed."""
 
-from __future__ import annotations
-
+import copy
 import inspect
 import json
 import math
@@ -10,26 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from teacher_rows import dense_logprobs
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from quantkd import QuantizedDistillationTrainer, TopK
+from quantkd import QuantizedDistillationTrainer, Sampled, TopK
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.loss.reference import compute_distillation_loss
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.collator import DistillationCollator
-from tests.conftest import TRAINING_PROMPTS, capture_set, relative
+from tests.conftest import TRAINING_PROMPTS, capture_set, loss_and_gradient, relative
 
 
 class KeepGradients(TrainerCallback):
-    """Copies the gradient of every trainable parameter just before the first optimizer step."""
-
-    def __init__(self):
-        self.first: torch.Tensor | None = None
+    """Copies the gradient of every trainable parameter just before an optimizer step."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.first is None:
-            grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
-            self.first = torch.cat(grads).clone()
+        self.kept = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
 
 
 SPLITS = [
@@ -42,26 +37,18 @@ SPLITS = [
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_loss_and_gradient_depend_neither_on_the_split_nor_on_padding(make_trainer, tiny_tokenizer, divergence):
     def run(**options):
+        objective = {"alpha": 0.5, "temperature": 2.0, "divergence": divergence}
         keeper = KeepGradients()
-        trainer = make_trainer(
-            alpha=0.5,
-            temperature=2.0,
-            divergence=divergence,
-            max_grad_norm=0.0,
-            max_steps=1,
-            callbacks=[keeper],
-            **options,
-        )
+        trainer = make_trainer(max_grad_norm=0.0, max_steps=1, callbacks=[keeper], **objective, **options)
         trainer.train()
-        return keeper.first, trainer.state.log_history[0]
+        return keeper.kept, trainer.state.log_history[0]
 
     gradient, logs = run()
     wide = DistillationCollator(tiny_tokenizer.pad_token_id, pad_to_multiple_of=128)
     for options in (*SPLITS, {"data_collator": wide}):
         split_gradient, split_logs = run(**options)
         assert relative(split_gradient, gradient) < 1e-5, options
-        for name in ("loss", "ce", "kl"):
-            assert math.isclose(split_logs[name], logs[name], rel_tol=1e-5), options
+        assert all(math.isclose(split_logs[name], logs[name], rel_tol=1e-5) for name in ("loss", "ce", "kl")), options
 
 
 def test_logged_terms_add_up_to_the_logged_loss(make_trainer):
@@ -73,11 +60,7 @@ def test_logged_terms_add_up_to_the_logged_loss(make_trainer):
 
 def test_evaluation_gives_token_means_at_temperature_one(make_trainer, training_set):
     trainer = make_trainer(
-        alpha=0.3,
-        temperature=2.0,
-        divergence="reverse_kl",
-        per_device_eval_batch_size=3,
-        eval_dataset=training_set,
+        alpha=0.3, temperature=2.0, divergence="reverse_kl", per_device_eval_batch_size=3, eval_dataset=training_set
     )
     metrics = trainer.evaluate()
     sums = dict.fromkeys(("kl", "ce", "loss", "top1_agreement"), 0.0)
@@ -112,16 +95,11 @@ def test_it_learns_and_the_saved_adapter_gives_the_same_logits(make_trainer, tra
     trainer.create_model_card()
     for file in out.iterdir():
         assert file.is_dir() or str(tiny_model_path.parent).encode() not in file.read_bytes(), file.name
-
-    base = AutoModelForCausalLM.from_pretrained(
-        tiny_model_path, dtype=torch.float32, quantization_config=default_quantization_config(torch.float32)
-    )
-    loaded = PeftModel.from_pretrained(base, out).eval()
-    batch = training_set[0]["input_ids"].unsqueeze(0)
+    options = {"dtype": torch.float32, "quantization_config": default_quantization_config(torch.float32)}
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_path, **options), out)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            loaded(input_ids=batch).logits, trainer.model.eval()(input_ids=batch).logits, atol=1e-5, rtol=1e-5
-        )
+        found, expected = (model.eval()(training_set[0]["input_ids"][None]).logits for model in (loaded, trainer.model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(make_trainer, tmp_path):
@@ -130,13 +108,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make_trainer, tmp_path):
     whole.train()
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
-    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
-        if a.requires_grad:
-            torch.testing.assert_close(a, b, msg=name)
+    trained, again = ([p for p in each.model.parameters() if p.requires_grad] for each in (whole, resumed))
+    torch.testing.assert_close(trained, again)
     assert resumed.state.global_step == 6
-    assert [e["kl"] for e in resumed.state.log_history if "kl" in e] == pytest.approx(
-        [e["kl"] for e in whole.state.log_history if "kl" in e], rel=1e-4
-    )
+    logged, again = ([e["kl"] for e in each.state.log_history if "kl" in e] for each in (whole, resumed))
+    assert again == pytest.approx(logged, rel=1e-4)
 
 
 def test_a_loaded_model_is_taken_as_it_is(make_trainer, tiny_model, tiny_tokenizer, tiny_model_path):
@@ -161,81 +137,50 @@ def test_evaluation_without_rows_is_refused(make_trainer, training_set, rows):
         trainer.evaluate(training_set[:0] if rows else rows)
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(make_trainer, training_set, tiny_model, tiny_tokenizer):
-    with pytest.raises(ConfigError, match=r"temperatures 1.0, 2.0; training asked for 4.0.*--temperatures 4.0"):
-        make_trainer(temperature=4.0)
-    with pytest.raises(ConfigError, match="alpha"):
-        make_trainer(alpha=-1)
-    with pytest.raises(ConfigError, match="loaded model is taken as it is"):
-        make_trainer(
-            model=tiny_model,
-            processing_class=tiny_tokenizer,
-            quantization_config=default_quantization_config(),
-        )
-    adapted = make_trainer().model
-    with pytest.raises(ConfigError, match="already carries adapters"):
-        make_trainer(model=adapted, peft_config=LoraConfig())
+def test_what_does_not_fit_is_refused_before_the_first_step(make_trainer, tiny_model, tiny_tokenizer):
+    loaded = {"model": tiny_model, "processing_class": tiny_tokenizer}
+    template, vocabulary = copy.deepcopy(tiny_tokenizer), copy.deepcopy(tiny_tokenizer)
+    template.chat_template = template.chat_template.replace("assistant", "model")
+    vocabulary.add_tokens(["<new>"])
+    short, small = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
+    short.config.max_position_embeddings = 16
+    small.resize_token_embeddings(len(tiny_tokenizer) - 8)
+    for error, options, message in (
+        (ConfigError, {"temperature": 4.0}, r"temperatures 1.0, 2.0; training asked for 4.0.*--temperatures 4.0"),
+        (ConfigError, {"alpha": -1}, "alpha"),
+        (ConfigError, {**loaded, "quantization_config": default_quantization_config()}, "model is taken as it is"),
+        (ConfigError, {"model": make_trainer().model, "peft_config": LoraConfig()}, "already carries adapters"),
+        (TransferSetError, {"processing_class": template}, r"chat template differ .* the teacher's tokenizer as proc"),
+        (TransferSetError, {"processing_class": vocabulary}, r"vocabulary differ .* distils TRL's GOLDTrainer"),
+        (DataError, {**loaded, "model": short}, "the student's context holds 16"),
+        (ConfigError, {**loaded, "model": small}, r"head has \d+ rows, and the transfer set's entries may have ids up"),
+    ):
+        with pytest.raises(error, match=message):
+            make_trainer(**options)
 
 
-def test_a_set_of_another_tokenizer_is_refused_and_the_difference_named(make_trainer, tiny_tokenizer):
-    from copy import deepcopy
-
-    other = deepcopy(tiny_tokenizer)
-    other.chat_template = other.chat_template.replace("assistant", "model")
-    with pytest.raises(TransferSetError, match=r"the chat template differ .* pass the teacher's tokenizer as proc"):
-        make_trainer(processing_class=other)
-    other = deepcopy(tiny_tokenizer)
-    other.add_tokens(["<new>"])
-    with pytest.raises(TransferSetError, match=r"the vocabulary differ .* distils TRL's GOLDTrainer"):
-        make_trainer(processing_class=other)
-
-
-def test_a_student_of_another_vocabulary_or_a_shorter_context_is_refused(make_trainer, tiny_model, tiny_tokenizer):
-    tiny_model.config.max_position_embeddings = 16
-    with pytest.raises(DataError, match="the student's context holds 16"):
-        make_trainer(model=tiny_model, processing_class=tiny_tokenizer)
-    tiny_model.config.max_position_embeddings = 512
-    tiny_model.resize_token_embeddings(len(tiny_tokenizer) - 8)
-    with pytest.raises(ConfigError, match=r"head has \d+ rows, and the transfer set's entries may have ids up to"):
-        make_trainer(model=tiny_model, processing_class=tiny_tokenizer)
-
-
-def test_sampled_sets_refuse_reverse_kl(make_trainer, tiny_model, tiny_tokenizer, tmp_path):
-    from quantkd import Sampled
-
-    sampled = capture_set(
-        tiny_model, TRAINING_PROMPTS, tmp_path / "s", storage=Sampled(10), max_new_tokens=4, tokenizer=tiny_tokenizer,
-    )  # fmt: skip
+def test_sampled_sets_refuse_reverse_kl(make_trainer, tiny_model_path, tmp_path):
+    options = {"storage": Sampled(10), "max_new_tokens": 4}
+    sampled = capture_set(tiny_model_path, TRAINING_PROMPTS, tmp_path / "s", **options)
     with pytest.raises(ConfigError, match="reverse KL is infinite"):
         make_trainer(train_dataset=sampled, divergence="reverse_kl")
     make_trainer(train_dataset=sampled, max_steps=1).train()
 
 
-def test_top_k_of_the_whole_vocabulary_trains_like_dense_kl(make_trainer, tiny_model, tiny_tokenizer, tmp_path):
-    size = len(tiny_tokenizer)
-    dense = capture_set(
-        tiny_model, TRAINING_PROMPTS[:2], tmp_path / "d", storage=TopK(size), max_new_tokens=4, tokenizer=tiny_tokenizer
-    )
+def test_top_k_of_the_whole_vocabulary_trains_like_dense_kl(make_trainer, tiny_model, tiny_model_path, tmp_path):
+    options = {"storage": TopK(tiny_model.vocab_size), "max_new_tokens": 4}
+    dense = capture_set(tiny_model_path, TRAINING_PROMPTS[:2], tmp_path / "d", **options)
     trainer = make_trainer(train_dataset=dense, alpha=1.0, max_steps=1)
-    batch = trainer.data_collator(dense.__getitems__([0, 1]))
-    loss = trainer.compute_loss(trainer.model, dict(batch))
-    expected, tokens = 0.0, 0
-    for row in dense:
-        places = (row["labels"] != -100).nonzero().squeeze(1) - 1
-        with torch.inference_mode():
-            log_p = tiny_model(row["input_ids"][None]).logits[0, places].double().log_softmax(-1)
-            log_q = trainer.model(row["input_ids"][None]).logits[0, places].double().log_softmax(-1)
-        expected += float((log_p.exp() * (log_p - log_q)).sum())
-        tokens += len(places)
-    assert math.isclose(float(loss), expected / tokens, rel_tol=2e-2)  # the store rounds log-probabilities
+    loss, _ = loss_and_gradient(trainer, dense.__getitems__([0, 1]))
+    log_p, log_q = (torch.cat([dense_logprobs(m, row) for row in dense]) for m in (tiny_model, trainer.model))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert math.isclose(loss, float(expected), rel_tol=2e-2)  # the store rounds log-probabilities
 
 
 def test_what_the_trainer_overrides_is_still_called_by_transformers():
     source = inspect.getsource(Trainer)
     private = {"_get_train_sampler", "_get_eval_sampler", "_save", "_push_from_checkpoint"}
-    assert (
-        private | {"compute_loss", "prediction_step", "evaluation_loop", "log", "train"}
-        <= vars(QuantizedDistillationTrainer).keys()
-    )
+    overridden = private | {"compute_loss", "prediction_step", "evaluation_loop", "log", "train"}
+    assert overridden <= vars(QuantizedDistillationTrainer).keys()
     for name in private | {"_prepare_inputs", "loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "push_in_progress"}:
         assert f"self.{name}" in source, f"the Trainer of transformers does not use {name} any more"

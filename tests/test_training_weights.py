@@ -1,7 +1,5 @@
 """Weights of joined sets: loss and gradient of a row's targets times its weight, in both paths; evaluation without."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
