@@ -21,7 +21,7 @@ from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import default_device, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
 from quantkd.models.provenance import Provenance
-from quantkd.models.student import load_student
+from quantkd.models.student import load_student, refuse_quantized
 from quantkd.report import build_report
 from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
 from quantkd.teacher.capture import capture
@@ -76,6 +76,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     state, run_dir = process_state(), Path(experiment.run_dir)
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     _log("the teacher answers")
+    refuse_quantized(experiment.model, **experiment.model_init_kwargs)
     teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
     sets = {
         name: capture(

@@ -3,7 +3,9 @@
 import gc
 import os
 from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -156,6 +158,26 @@ def loss_and_gradient(trainer, rows, *, train=True):
     loss.backward()
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trained if parameter.grad is not None])
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A calendar whose `day` a test sets, for us and for the chat templates of transformers."""
+    set_to = SimpleNamespace(day="2025-12-31")
+
+    class Today(date):
+        @classmethod
+        def today(cls):
+            return date.fromisoformat(set_to.day)
+
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.fromisoformat(set_to.day)
+
+    monkeypatch.setattr("quantkd.data.encoding.date", Today)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Now)
+    return set_to
 
 
 def relative(found, expected):

@@ -107,6 +107,8 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tin
         (["--correct_only", "--responses", "given"], "Leave one of them out"),
         (["--few_shot", "UNSOLVED"], "expected a prompt in text and its completion"),
         (["--few_shot", "no.jsonl"], "no.jsonl"),
+        (["--few_shot", "P"], "Few-shot example 0 is the question of row 0 with its answer: 'What is 0 + 2?'. Take"),
+        (["--split", "test"], "p.jsonl has no splits, and the split 'test' was asked for. Leave split out, or give"),
         (["--plain_prompts", "--system_prompt", "Be brief."], "a plain prompt must be text, found 2 chat messages"),
         (["--max_new_tokens", "600"], "more than the model's context of 512"),
         (["--engine", "server"], "base_url is the address of the server engine; found None with engine='server'"),
@@ -125,7 +127,7 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tin
     ],
 )  # fmt: skip
 def test_refusals_are_one_line(capsys, files, tiny_model_path, words, said):
-    stands_for = {name.upper(): files / f"{name}.jsonl" for name in ("unsolved", "assistant")}
+    stands_for = {name.upper(): files / f"{name}.jsonl" for name in ("unsolved", "assistant", "p")}
     stands_for["EMPTY"] = files / "empty"
     code, _, err = run(capsys, tiny_model_path, files, *(stands_for.get(word, word) for word in words))
     last = [line for line in err.splitlines() if "quantkd capture: " in line or "error: " in line][-1]

@@ -8,9 +8,10 @@ import torch
 from teacher_rows import assert_stored, dense_logprobs
 
 from quantkd import TopK
-from quantkd.data.encoding import encode_conversation, encode_examples
+from quantkd.data.encoding import encode_conversation, encode_examples, encode_prompts, find_turn_end
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
+from quantkd.models.generation import build_generation_config
 from quantkd.teacher import TransformersTeacher
 from tests.conftest import capture_set
 
@@ -162,6 +163,14 @@ def test_columns_of_conversations(tmp_path):
     both = {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:3]}
     (example,) = load_examples([both])
     assert example.completion == "She has 7." and example.messages is None
+    with pytest.raises(DataError, match=r"row 0: found the message .*'content'. Join the text of a list of parts"):
+        load_examples([{"messages": [turn("user", [{"type": "text", "text": "hi"}])]}])
+    with pytest.raises(DataError, match="row 0: the completion has reasoning_content beside its content"):
+        load_examples(
+            [{"prompt": "1 + 1?", "completion": [{**turn("assistant", "2"), "reasoning_content": "1 and 1"}]}]
+        )
+    with pytest.raises(DataError, match="row 0: tools is 'add'; expected a list, or one as JSON"):
+        load_examples([{"prompt": "1 + 1?", "tools": "add"}])
     with pytest.raises(DataError, match="calls tools"):
         load_examples([{"messages": [{**CONVERSATION[1], "tool_calls": [{"name": "f"}]}]}])
     with pytest.raises(DataError, match=r"\['messages'\]; 'question' was asked for"):
@@ -224,3 +233,100 @@ def test_system_prompt_and_few_shot_reach_the_tokens_and_count_as_no_answer(tiny
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
         "<|im_start|>user\n3 + 3?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def chat(role: str, end: str, close: str = "") -> str:
+    """A template that trims, with the text before and after each turn, and what it writes where no answer follows."""
+    turns = "{% for m in messages %}" + role + "{{ m['content'] | trim }}" + end + "{% endfor %}"
+    header = role.replace("{{ m['role'] }}", "assistant")
+    return turns + "{% if add_generation_prompt %}" + header + "{% else %}" + close + "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        (chat("<start>{{ m['role'] }}\n", "<end_of_turn>\n"), "<eos>", "<end_of_turn>"),  # Gemma
+        (chat("<|im_start|>{{ m['role'] }}\n", "<|im_end|>\n"), "<|endoftext|>", "<|im_end|>"),  # Qwen's base models
+        (chat("<start>{{ m['role'] }}\n\n", "<|eot_id|>"), "<|end_of_text|>", "<|eot_id|>"),  # Llama 3
+        (chat("<start>{{ m['role'] }}\n", "<|end|>\n", "{{ eos_token }}"), "<|endoftext|>", "<|end|>"),  # Phi 3
+        (chat("<start>{{ m['role'] }}\n", "<|im_end|>\n{{ eos_token }}"), "</s>", "<|im_end|>"),
+        (chat("<start>{{ m['role'] }}\n", "{{ eos_token }}\n"), "</s>", "</s>"),
+        (MARKED.replace("{% endgen", "\n{{ eos_token }}{% endgen"), "</s>", "<|im_end|>"),
+    ],
+)  # fmt: skip
+def test_every_answer_has_one_end_and_generation_stops_at_it(tiny_tokenizer, tiny_model, template, eos, end):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": ["<start>", end]})
+    tokenizer.chat_template = template
+    last = tokenizer.convert_tokens_to_ids(end)
+    ids, spans = encode_conversation(tokenizer, CONVERSATION)
+    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == ["She has 7." + end, "300 miles." + end]
+    assert len(ids) == spans[-1][1]
+    for text in ("She has 7.", "She has 7." + end, f"She has 7.{end}\n{eos}", "She has 7." + eos):
+        given = encode(tokenizer, Example(CONVERSATION[:2], text), given=True)
+        assert given.completion_ids == [*tokenizer("She has 7.", add_special_tokens=False)["input_ids"], last]
+        assert given.prompt_ids + given.completion_ids == ids[: spans[0][1]]
+    plain = encode(tokenizer, Example("1 + 1?", "2"), given=True, chat_template=False)
+    assert plain.completion_ids[-1] == tokenizer.eos_token_id
+    config = build_generation_config(tiny_model, tokenizer, 4)
+    assert {find_turn_end(tokenizer), tokenizer.eos_token_id} <= set(config.eos_token_id)
+    assert find_turn_end(tokenizer) == last
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])
+def test_without_an_end_in_the_template_it_is_the_end_of_the_sequence(with_template, template):
+    tokenizer = with_template(template)
+    assert find_turn_end(tokenizer) == tokenizer.eos_token_id
+
+
+# What it reads beside roles and texts; another template reads none of it.
+READING = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.name or m.role }}"
+    "{{ m.tool_call_id }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+ASKED = [turn("user", "one and one?")]
+THOUGHT = {"role": "assistant", "content": "two", "reasoning_content": "one and one"}
+
+
+@pytest.mark.parametrize(
+    ("row", "seen", "key"),
+    [
+        ({"messages": [*ASKED, THOUGHT]}, "<think>one and one</think>two", r"'reasoning_content' of message 1 \(assis"),
+        ({"messages": [*ASKED, THOUGHT, *ASKED]}, "<think>one and one</think>two", "'reasoning_content' of message 1"),
+        ({"messages": [{**ASKED[0], "name": "Ann"}]}, "<|im_start|>Ann", r"'name' of message 0 \(user\)"),
+        ({"messages": [{**ASKED[0], "name": "user"}]}, "<|im_start|>user", "'name' of message 0"),
+        ({"messages": [*ASKED, {**turn("tool", "2"), "tool_call_id": "c7"}, *ASKED]}, "toolc7", "'tool_call_id' of"),
+        ({"prompt": "one?", "tools": [{"name": "add"}]}, '[{"name": "add"}]', "does not read tools"),
+        ({"prompt": "one?", "tools": '[{"name": "add"}]'}, '[{"name": "add"}]', "does not read tools"),
+        ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}}, "<think></think>", "enable_thinking"),
+        ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": True}}, "?<|im_end|>", "enable_thinking"),
+        ({"messages": [{**ASKED[0], "weight": 3}]}, None, "'weight' of message 0"),
+        ({"prompt": "?", "chat_template_kwargs": {"tokenize": False}}, None, "holds tokenize, which no template reads"),
+        ({"messages": [*ASKED, {**THOUGHT, "reasoning_content": None, "name": "", "tool_calls": []}]}, "two", None),
+    ],
+)  # fmt: skip
+def test_what_a_row_hands_to_the_template_is_rendered_or_refused(with_template, row, seen, key):
+    (example,) = load_examples([row])
+    given = example.messages is not None
+    reading = with_template(READING)
+    if seen is not None:
+        made = encode(reading, example, given=given)
+        assert seen in reading.decode(made.prompt_ids + (made.completion_ids or []))
+        bare = [{name: each[name] for name in ("role", "content")} for each in example.turns]
+        used, unused = (encode_examples([each], reading, given=given) for each in (example, Example(bare)))
+        assert (used.digest() == unused.digest()) == (used.row(0) == unused.row(0))
+    if key is not None:
+        with pytest.raises(DataError, match=f"Row 0: .*{key}"):
+            encode(with_template(MARKED), example, given=given)
+
+
+def test_messages_that_the_template_leaves_out_are_refused_and_plain_prompts_take_no_arguments(with_template):
+    deaf = with_template(MARKED.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}"))
+    with pytest.raises(DataError, match=r"Row 1: .*leaves out 'content' of message 1 \(critic\)"):
+        encode_prompts(deaf, [ASKED, [*ASKED, turn("critic", "user"), *ASKED]])
+    with pytest.raises(DataError, match=r"Row 0: a plain prompt must be text, found 1 chat messages, tools"):
+        encode_prompts(deaf, load_examples([{"prompt": "?", "tools": [{"name": "add"}]}]), chat_template=False)
+    with pytest.raises(DataError, match=r"Row 0: .*refuses messages of the roles user: .*concatenate"):
+        encode_prompts(with_template("{{ 'a' + messages[0].name }}"), [[{**ASKED[0], "name": 7}]])

@@ -77,7 +77,9 @@ def test_strict_agrees_with_the_official_pattern_on_generated_answers():
 def test_rows_from_a_folder_a_file_and_the_hub(tmp_path, monkeypatch):
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + json.dumps({"question": "?", "answer": "six"}) + "\n")
-    assert gsm8k.load_gsm8k(tmp_path, "test", limit=1) == gsm8k.load_gsm8k(path, "test", limit=1) == [ROW]
+    assert gsm8k.load_gsm8k(tmp_path, "test", limit=1) == gsm8k.load_gsm8k(path, None, limit=1) == [ROW]
+    with pytest.raises(DataError, match=r"test\.jsonl has no splits, and the split 'train' was asked for"):
+        gsm8k.load_gsm8k(path, "train")
     with pytest.raises(DataError, match="row 1 has the answer 'six'"):
         gsm8k.load_gsm8k(str(tmp_path), "test")
     path.write_text(json.dumps({"question": "?"}) + "\n")

@@ -1,5 +1,6 @@
 """Prompts: every kind of source, every kind of bad row, and both ways of becoming token ids."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quantkd.data.encoding import encode_completion, encode_prompts
+from quantkd.data.encoding import encode_completion, encode_examples, encode_prompts
 from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import DataError
 
@@ -142,6 +143,19 @@ def test_bad_rows(rows, message):
         ("rows.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
         ("rows.parquet", "PAR1", "is not a Parquet file"),
         ("rows.jsonl", "", "holds no rows"),
+        (
+            "rows.csv",
+            "prompt\nHow many pens, if there are 12 boxes of 13?\n",
+            "row 0 .*line 2.* has 2 cells, .*names 1: p",
+        ),
+        ("rows.csv", "prompt,completion\na,1\n\nb\n", r"row 1 \(it ends at line 4\) has 1 cells, .*names 2"),
+        ("rows.csv", 'prompt,completion\n"a\nb",1\nc,2,3\n', r"row 1 \(it ends at line 4\) has 3 cells"),
+        ("rows.csv", "prompt;completion\na;b;c\n", "Put a cell that holds ';' into double quotes"),
+        ("rows.csv", 'prompt\n"a\nb\n', "line 3: unexpected end of data"),
+        ("rows.csv", 'prompt\n"a" b\n', "line 2: .*Write a quotation mark in a cell twice"),
+        ("rows.csv", "prompt,prompt\na,b\n", r"the columns \['prompt', 'prompt'\]; expected each name once"),
+        ("rows.csv", "prompt|completion\na|b\n", r"has the columns \['prompt\|completion'\]"),
+        ("rows.csv", "", "holds no rows"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -149,8 +163,43 @@ def test_bad_files(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_examples(tmp_path / name)
-    if "line 2" in message:
+    if message.startswith("line 2 is"):
         assert load_examples(tmp_path / name, limit=1) == [Example("one")]  # it reads no further
+
+
+def test_tables_are_read_whole(tmp_path):
+    path, long = tmp_path / "rows.csv", "x" * 200_000
+    before = csv.field_size_limit()
+    for mark in ",;\t":
+        path.write_bytes(
+            f'\ufeffprompt{mark}completion\r\n"a{mark} b"{mark}""\r\n\r\n{long}{mark}"say ""1"""\r\n'.encode()
+        )
+        assert load_examples(path) == [Example(f"a{mark} b", ""), Example(long, 'say "1"')]
+    path.write_text("prompt\nHow many; and why?\n")
+    assert load_examples(path) == [Example("How many; and why?")] and csv.field_size_limit() == before
+    path.write_text("prompt\na\nb, c\n")
+    assert load_examples(path, limit=1) == [Example("a")]
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", ROWS, datasets.Dataset.from_list(ROWS)])
+def test_a_split_of_what_has_none_is_refused(tmp_path, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert load_examples(source) == EXPECTED
+    with pytest.raises(DataError, match=r"has no splits, and the split 'train' was asked for. Leave split out"):
+        load_examples(source, split="train")
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a\ud83d"}, {"prompt": "a", "completion": "\udcff"},
+            {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "b"}]},
+            {"prompt": "a", "tools": [{"name": "\ud83d"}]}],
+)  # fmt: skip
+def test_half_a_character_is_refused_by_row(tokenizer, row):
+    tokenizer.chat_template = TEMPLATE
+    (example,) = load_examples([row])
+    with pytest.raises(DataError, match=r"Row 1: the text holds half of a surrogate pair, .*\\ud[0-9a-f]{3}'"):
+        encode_examples([Example("one", "two"), example], tokenizer, given="messages" in row)
 
 
 def test_folder_without_the_split_names_its_files(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.accuracy import (
     AnswerRecord,
     Generated,
+    Questions,
     evaluate_gsm8k,
     evaluate_prompts,
     find_shared_prefix,
@@ -164,6 +166,19 @@ def test_bad_rows(tiny_model, tiny_tokenizer):
         evaluate(tiny_model, tiny_tokenizer, [ROWS[0], {"question": "?", "answer": "six"}])
     with pytest.raises(DataError, match=r"Row 0 has a prompt of \d+ tokens; with 8 .* context of 512"):
         evaluate(tiny_model, tiny_tokenizer, shots=generate_problems(8, seed=1))
+    with pytest.raises(DataError, match=r"Few-shot example 0 is the question of row 2 with its answer"):
+        evaluate(tiny_model, tiny_tokenizer, shots=ROWS[2:3])
+    with pytest.raises(DataError, match="Few-shot example 1 is the question of row 0"):
+        Questions(ROWS[:1], [*SHOTS, {**ROWS[0], "question": ROWS[0]["question"] + "\n"}], shots=(0, 2))
+    assert Questions(ROWS[:1], [*SHOTS, ROWS[0]], shots=(0, 1)).shots == (0, 1)  # only what is shown counts
+    with pytest.raises(DataError, match=r"Row 0: the text holds half of a surrogate pair, .*\\ud83d'"):
+        evaluate(tiny_model, tiny_tokenizer, [{"question": "\ud83d", "answer": "#### 1"}])
+    wider = copy.deepcopy(tiny_tokenizer)
+    wider.add_tokens("<new>")
+    with pytest.raises(DataError, match=r"Row 1 has the token id 320, '<new>'"):
+        evaluate_prompts(tiny_model, wider, [Example("one"), Example("<new>")])
+    with pytest.raises(DataError, match="Row 0: the chat template does not read tools"):
+        evaluate_prompts(tiny_model, tiny_tokenizer, [Example("one", template_kwargs={"tools": [{"name": "add"}]})])
     with pytest.raises(ConfigError, match="batch_size is 0"):
         evaluate(tiny_model, tiny_tokenizer, batch_size=0)
 

@@ -265,6 +265,74 @@ def test_arms_over_other_questions_or_prompts_are_not_compared(tmp_path, tiny_mo
     assert build_report(tmp_path).is_file()
 
 
+def test_arms_are_measured_on_both_sides_of_midnight(clock, tmp_path, tiny_model, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    for arm, day in (("teacher", "2025-12-31"), ("before", "2026-01-01"), ("before", "2026-01-02")):
+        clock.day = day
+        evaluate(tiny_model, tokenizer, tmp_path, arm=arm, questions=QUESTIONS)
+        records = tmp_path / "evaluation" / f"{arm}-0-shot.jsonl"
+        assert json.loads(records.read_text().splitlines()[0])["prompt"].startswith("31 Dec 2025 ")
+        records.write_text(records.read_text().splitlines(keepends=True)[0])  # the rest is asked again
+    assert build_report(tmp_path).is_file()
+    evaluate(tiny_model, tokenizer, tmp_path / "other", arm="after", questions=QUESTIONS)
+    (tmp_path / "other" / "evaluation" / "after.json").rename(tmp_path / "evaluation" / "after.json")
+    with pytest.raises(
+        DataError, match="'after' and of 'teacher' are not over the same questions: date, prompts differ"
+    ):
+        build_report(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stored_in_nf4(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nf4")
+    load_student(str(tiny_model_path), dtype="float32").save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tiny_model_path).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gsm8k", "test.jsonl", "--shots", "2"], "test.jsonl is one file, and 2 shots would be its own questions"),
+        (["--gsm8k", "same", "--shots", "2"], "Few-shot example 0 is the question of row 0 with its answer"),
+        (["--gsm8k", "test.jsonl", "--shots", "0", "--split", "train"], "--split train is of --prompts, and none are"),
+        (["--prompts", "p.jsonl", "--split", "train"], "p.jsonl has no splits, and the split 'train' was asked for"),
+        (["--prompts", "p.jsonl", "--full_precision"], "is stored in nf4, and full precision was asked for. Name the"),
+        (["--held_out", "HELD", "--teacher", "NF4"], "is stored in nf4, and full precision was asked for. Name the"),
+    ],
+)
+def test_evaluations_that_would_mean_something_else_are_refused(
+    tmp_path, monkeypatch, capsys, stored_in_nf4, held_out_path, words, said
+):
+    monkeypatch.chdir(tmp_path)
+    Path("same").mkdir()
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
+    for name in ("test.jsonl", "same/test.jsonl", "same/train.jsonl"):
+        Path(name).write_text(rows)
+    Path("p.jsonl").write_text('{"prompt": "One?"}\n')
+    stands_for = {"HELD": held_out_path, "NF4": stored_in_nf4}
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--arm", "x", "--model_name_or_path", str(stored_in_nf4), "--dtype", "float32", "--run_dir",
+              "r", *(str(stands_for.get(word, word)) for word in words)])  # fmt: skip
+    assert said in capsys.readouterr().err and not list(Path("r").rglob("*.jsonl"))
+
+
+def test_a_file_of_more_rows_than_are_asked_says_so(tmp_path, tiny_model_path, caplog):
+    path, rows = tmp_path / "p.jsonl", "".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(101))
+    words = ["evaluate", "--arm", "x", "--model_name_or_path", str(tiny_model_path), "--full_precision", "--dtype",
+             "float32", "--prompts", str(path), "--max_new_tokens", "1", "--batch_size", "50"]  # fmt: skip
+    for name, lines, options, count in (
+        ("a", 101, [], 100), ("b", 100, [], 100), ("c", 101, ["--limit", "101"], 101), ("d", 101, ["--limit", "3"], 3)
+    ):  # fmt: skip
+        caplog.clear()
+        path.write_text("".join(rows.splitlines(keepends=True)[:lines]))
+        main([*words, "--run_dir", str(tmp_path / name), *options])
+        assert len((tmp_path / name / "evaluation" / "x-prompts.jsonl").read_text().splitlines()) == count
+        said = [record.getMessage() for record in caplog.records if "--limit" in record.getMessage()]
+        assert said == [f"{path} has more than 100 rows; the first 100 are asked. --limit asks more."] * (name == "a")
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "a.json", "é", "²", "x" * 101])
 def test_an_arms_name_is_a_plain_file_name(name):
     with pytest.raises(ConfigError, match="An arm's name is a file name"):

@@ -8,11 +8,12 @@ from unittest.mock import Mock
 import processes
 import pytest
 import torch
+from datasets import IterableDataset
 from packed_checkpoints import load_in
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
@@ -387,3 +388,35 @@ def test_processes_start_from_the_same_adapters(tiny_model_path, training_set, t
     for name, value in adapters(model).items():
         assert value.any() and torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value)
+
+
+def test_the_learning_rate_follows_the_start_that_was_made(tiny_model_path, tmp_path, build, training_set):
+    def student():
+        return load_student(str(tiny_model_path), dtype="float32")
+
+    def lora(**options):
+        return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+
+    student().save_pretrained(tmp_path / "nf4")
+    stored = {"model": str(tmp_path / "nf4"), "processing_class": AutoTokenizer.from_pretrained(tiny_model_path)}
+    for options, rate in (
+        ({}, 3e-5),
+        ({"init": "loftq"}, 3e-5),
+        ({"init": "zero"}, 3e-4),
+        ({"learning_rate": 7e-5, "init": "zero"}, 7e-5),
+        (stored, 3e-4),  # without originals beside it
+        ({**stored, "learning_rate": 3e-5}, 3e-5),
+        ({**stored, "init_from": str(tiny_model_path)}, 3e-5),
+        ({"peft_config": lora(init_lora_weights="gaussian")}, 3e-4),
+        ({"peft_config": lora(use_dora=True)}, 3e-4),
+        ({"train_dataset": None}, 3e-4),
+        ({"train_dataset": IterableDataset.from_generator(lambda: iter(training_set))}, 3e-4),
+        ({"model": get_peft_model(student(), lora())}, 3e-4),
+        ({"model": build(init="loftq").model}, 3e-5),  # adapters that were trained before
+        ({"model": AutoModelForCausalLM.from_pretrained(tiny_model_path)}, 3e-5),  # trained whole
+    ):
+        assert build(**{"learning_rate": None, **options}).args.learning_rate == rate, options
+    saving = {**stored, "learning_rate": None, "save_strategy": "steps", "save_steps": 1}
+    build(**saving).train()
+    resumed = build(**saving, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert resumed.args.learning_rate == 3e-4

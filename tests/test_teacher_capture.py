@@ -1,6 +1,8 @@
 """Capture around the teacher: filters, samples, batches that do not fit, the probe, and growing a finished set."""
 
+import copy
 from collections import Counter
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -9,12 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from quantkd import Nucleus, TopK
+from quantkd import Nucleus, TopK, TransferSet
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+from quantkd.models.weights import embedding_rows
 from quantkd.teacher import GenerationSettings, Teacher
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
-from quantkd.transfer_set import TransferRow
-from quantkd.transfer_set.index import read_index
+from quantkd.transfer_set import TransferRow, TransferSetWriter
+from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.index import read_begun_plan, read_index
 from tests.conftest import build_tiny_model, capture_set
 
 PROMPTS = [f"What is {a} + {b}?" for a in range(3) for b in range(4)]
@@ -254,3 +258,61 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
     losses = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert len(losses) == 3 and losses[2] < losses[0]
     assert np.isfinite(trainer.evaluate()["eval_kl"])
+
+
+# -- ids that the model lacks, and dates -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "one <new>?"}, {}),
+        ({"prompt": "one?", "completion": "<new>"}, {"responses": "given"}),
+        ({"prompt": "one?", "completion": "<new>"}, {"responses": "given", "chat_template": False}),
+        ({"prompt": [{"role": "assistant", "content": "<new>"}, {"role": "user", "content": "1?"}]}, {}),
+    ],
+)
+def test_a_token_that_the_embedding_lacks_is_refused_by_row(tiny_model, tiny_tokenizer, tmp_path, row, options):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens("<new>")
+    fine = {"prompt": "one?", "completion": "two"}
+    with pytest.raises(DataError, match=r"Row 1 has the token id 320, '<new>', and the model has ids up to 319"):
+        capture_set(tiny_model, [fine, row], tmp_path / "s", tokenizer=tokenizer, num_samples=1, **options)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_padding_token_without_a_row_changes_nothing(tiny_model, tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    for name, given in (("s", tiny_tokenizer), ("t", tokenizer)):
+        capture_set(tiny_model, ["One?", "Two and two?"], tmp_path / name, tokenizer=given, max_new_tokens=4)
+    rows = [TransferSet.open(tmp_path / name) for name in "st"]
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(*rows, strict=True))
+    collator = DistillationCollator.for_tokenizer(tokenizer, embedding_rows(tiny_model))
+    assert collator(list(rows[0]))["input_ids"].max() < 320
+
+
+def test_a_capture_goes_on_after_midnight(clock, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    options = {"tokenizer": tokenizer, "max_new_tokens": 4, "rows_per_shard": 1, "batch_size": 1}
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TransferSetWriter, "finalize", stop)
+        capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)
+    clock.day = "2026-01-01"
+    for _ in range(2):  # resumed, then complete
+        found = capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)
+    assert found.info.generation["date"] == "2025-12-31"
+    assert tokenizer.decode(found[1]["input_ids"]).startswith("31 Dec 2025 <|im_start|>")
+    new = capture_set(tiny_model, PROMPTS[:2], tmp_path / "new", **options)
+    assert tokenizer.decode(new[1]["input_ids"]).startswith("01 Jan 2026 ")
+    plan = read_begun_plan(tmp_path / "s")
+    with pytest.raises(DataError, match="the date 'soon'; expected one such as 2025-12-31"):
+        monkeypatch.setattr(
+            "quantkd.teacher.plan.read_begun_plan", lambda _: replace(plan, generation={"date": "soon"})
+        )
+        capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)

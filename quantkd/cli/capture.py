@@ -43,7 +43,7 @@ class CaptureArguments:
     responses: Literal["generate", "given"] = option("The teacher's answers, or the data set's own.", "generate")
     prompt_column: str = option("Column of the prompt: text or messages.", "prompt")
     completion_column: str = option("Column of the given answer.", "completion")
-    split: str = option("Split of a folder or a Hub data set.", "train")
+    split: str | None = option("Split of a folder or a Hub data set. Default: train.", None)
     limit: int | None = option("At most this many prompts, from the front.", None)
     system_prompt: str | None = option("Put before every prompt whose messages bring none.", None)
     few_shot: str | None = option("File of solved examples, put before every prompt as turns.", None)
@@ -71,9 +71,9 @@ def main(argv: Sequence[str]) -> None:
         if args.dry_run:
             raise SystemExit(0)
 
-    columns = {"prompt_column": args.prompt_column, "split": args.split}
+    columns = {"prompt_column": args.prompt_column}
     columns["completion_column"] = args.answer_column or args.completion_column
-    examples = load_examples(args.prompts, limit=args.limit, **columns)
+    examples = load_examples(args.prompts, limit=args.limit, split=args.split, **columns)
     shots = load_examples(args.few_shot, **columns) if args.few_shot else []
     transfer_set = capture(
         args.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,14 @@ from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import load_adapter
+from quantkd.models.student import refuse_quantized
+from quantkd.names import naming
 from quantkd.teacher import load_teacher
 from quantkd.transfer_set import TransferSet
 
+logger = logging.getLogger(__name__)
+
+_LIMIT = 100  # questions by default
 _EXAMPLES = """examples:
   quantkd evaluate --arm teacher --full_precision --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
   quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
@@ -44,13 +50,13 @@ class EvaluationArguments:
     adapter: str | None = option("Folder of a trained adapter, or user/name or user/name@revision on the Hub.", None)
     held_out: str | None = option("Transfer set to measure the fidelity on.", None)
     teacher: str | None = option("The teacher's checkpoint, to measure fidelity over the whole vocabulary too.", None)
-    gsm8k: str | None = option("Folder with train.jsonl and test.jsonl, or `hub`.", None)
+    gsm8k: str | None = option("Folder with train.jsonl and test.jsonl, `hub`, or a file with --shots 0.", None)
     shots: list[int] = option("Numbers of shots.", [0, 8])
     prompts: str | None = option("Any other data: a file, folder or Hub name.", None)
     prompt_column: str = option("Column of the prompt in --prompts.", "prompt")
     completion_column: str = option("Column of the answer in --prompts.", "completion")
-    split: str = option("Split of --prompts.", "test")
-    limit: int = option("At most this many questions, from the front.", 100)
+    split: str | None = option("Split of --prompts, where that has splits. Default: test.", None)
+    limit: int | None = option("At most this many questions, from the front. Default: 100.", None)
     tasks: str | None = option("Tasks of lm-evaluation-harness, with commas between.", None)
     include_path: str | None = option("Folder with task files of your own for --tasks.", None)
     num_fewshot: int | None = option("Shots of --tasks; each task's own if left out.", None)
@@ -87,11 +93,24 @@ def main(argv: Sequence[str]) -> None:
         tasks.manager  # noqa: B018
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     columns = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
-    examples = load_examples(args.prompts, split=args.split, limit=args.limit, **columns) if args.prompts else []
+    if args.split and not args.prompts:
+        raise ConfigError(f"--split {args.split} is of --prompts, and none are given. Leave it out, or give both.")
+    examples: list[Any] = []
+    limit = _LIMIT + 1 if args.limit is None else args.limit
+    if args.prompts:
+        split = args.split or (None if Path(args.prompts).is_file() else "test")
+        examples = _cut(load_examples(args.prompts, split=split, limit=limit, **columns), args, args.prompts)
     if args.gsm8k:
         source, most = None if args.gsm8k == "hub" else args.gsm8k, max(args.shots)
+        is_file = source is not None and Path(source).is_file()
+        if is_file and most:
+            raise ConfigError(
+                f"{source} is one file, and {most} shots would be its own questions with their answers. Give the "
+                "folder that holds train.jsonl and test.jsonl, or --shots 0."
+            )
         few_shot = load_gsm8k(source, "train", most) if most else ()
-        questions = Questions(load_gsm8k(source, "test", args.limit), few_shot, args.shots)
+        asked = load_gsm8k(source, None if is_file else "test", limit)
+        questions = Questions(_cut(asked, args, args.gsm8k), few_shot, args.shots)
     tokenizer = load_tokenizer_from(student)
     model: Any = _load_teacher(student) if args.full_precision else load_student_from(student)
     if args.adapter:
@@ -139,9 +158,15 @@ def main(argv: Sequence[str]) -> None:
 def _load_teacher(student: StudentArguments, other: str | None = None) -> Any:
     """A model in full precision, in the dtype that the student computes in."""
     name = other or student.model_name_or_path
-    return load_teacher(
-        name,
-        dtype=student.dtype,
-        revision=student.model_revision if name == student.model_name_or_path else "main",
-        trust_remote_code=student.trust_remote_code,
-    )[0]
+    revision = student.model_revision if name == student.model_name_or_path else "main"
+    with naming(name):
+        refuse_quantized(name, revision=revision)
+    code = student.trust_remote_code
+    return load_teacher(name, dtype=student.dtype, revision=revision, trust_remote_code=code)[0]
+
+
+def _cut(rows: list[Any], args: EvaluationArguments, name: str) -> list[Any]:
+    """The rows that are asked; a line says where the limit by default leaves some out."""
+    if args.limit is None and len(rows) > _LIMIT and process_state().is_main_process:
+        logger.warning("%s has more than %d rows; the first %d are asked. --limit asks more.", name, _LIMIT, _LIMIT)
+    return rows[: args.limit or _LIMIT]

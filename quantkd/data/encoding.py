@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import array
+import copy
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import string
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +31,10 @@ EncodedRow = tuple[list[int], list[int] | None, Spans | None]
 _CHUNK = 1024  # prompts tokenised in one call
 # The block that marks an assistant's turn in a chat template, as transformers looks for it.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ROLES = ("system", "user", "assistant")
+_MARK = "qkd7"  # a text that no template writes by itself
+_DATE_PARTS = [sign + letter for sign in ("", "-") for letter in string.ascii_letters]
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,14 @@ class PromptTable:
         prompts, given = (int(total) * self.num_samples for total in self.lengths().sum(0))
         return prompts, given if self.is_given else self.num_rows * max_new_tokens
 
-    def check_lengths(self, max_context: int | None, max_new_tokens: int) -> None:
-        """Refuse prompts that leave no room for the answer, before any work is spent."""
+    def check_rows(
+        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_context: int | None, max_new_tokens: int
+    ) -> None:
+        """Refuse ids that the teacher lacks, and prompts that leave no room for the answer, before work is spent."""
+        if np.asarray(self._tokens).max(initial=0) >= vocab_size:
+            rows = [self.row(place) for place in range(0, self.num_rows, self.num_samples)]
+            ids = [row.prompt_ids + (row.completion_ids or []) for row in rows]
+            check_ids(tokenizer, ids, vocab_size, self.numbers)
         prompts, given = self.lengths().T.tolist()
         check_context(prompts, given if self.is_given else [max_new_tokens] * len(prompts), max_context, self.numbers)
 
@@ -134,11 +148,10 @@ def encode_examples(
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
         if given:
-            rows = [_encode_given(tokenizer, each, chat_template, start + place) for place, each in enumerate(chunk)]
+            end = find_turn_end(tokenizer) if chat_template else tokenizer.eos_token_id
+            rows = [_encode_given(tokenizer, each, end, chat_template, start + at) for at, each in enumerate(chunk)]
         else:
-            prompts = encode_prompts(
-                tokenizer, [each.prompt for each in chunk], chat_template=chat_template, first=start
-            )
+            prompts = encode_prompts(tokenizer, chunk, chat_template=chat_template, first=start)
             rows = [(prompt, None, None) for prompt in prompts]
         for number, row in enumerate(rows, start=start):
             turns = examples[number].prompt
@@ -169,9 +182,58 @@ def check_context(
             )
 
 
+def check_ids(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], vocab_size: int, numbers: Any = None) -> None:
+    """Refuse token ids that the model's embedding has no row for; `numbers` are the rows' own."""
+    for number, ids in zip(numbers or range(len(rows)), rows, strict=True):
+        if (largest := max(ids, default=0)) >= vocab_size:
+            raise DataError(
+                f"Row {number} has the token id {largest}, {tokenizer.convert_ids_to_tokens(largest)!r}, and the model "
+                f"has ids up to {vocab_size - 1}. Remove that token from the text or the tokenizer, or resize the "
+                "model's embeddings and train them."
+            )
+
+
+def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an assistant's turn: the one that the chat template writes, or the end-of-sequence token."""
+    import jinja2
+
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    end: int | None = tokenizer.eos_token_id
+    after = ""
+    if tokenizer.chat_template:
+        with suppress(jinja2.TemplateError, AttributeError, TypeError, ValueError):
+            after = str(tokenizer.apply_chat_template(turns, tokenize=False)).partition(_MARK)[2]
+    added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()} | {end}
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    return next((token for token in ids if token in added), end)
+
+
+def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template prints the current date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def read_date(found: Any, where: object) -> str:
+    """The date that was written before, such as 2025-12-31, or today's for None."""
+    try:
+        return (date.today() if found is None else date.fromisoformat(found)).isoformat()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} has the date {found!r:.80}; expected one such as 2025-12-31. Remove it.") from error
+
+
+def at_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, whose chat template takes `day`, such as 2025-12-31, for the current date."""
+    dated, now = copy.copy(tokenizer), datetime.fromisoformat(day)
+    # transformers hands no function to a template, so the template gets one of its own in place of transformers'.
+    parts = (f" | replace('%{part}', {json.dumps(now.strftime(f'%{part}'))})" for part in _DATE_PARTS)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + "".join(parts) + " }}{%- endmacro -%}"
+    dated.chat_template = macro + str(tokenizer.chat_template)
+    return dated
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[Message]],
+    prompts: Sequence[str | list[Message] | Example],
     *,
     chat_template: bool = True,
     first: int = 0,
@@ -179,17 +241,18 @@ def encode_prompts(
     """Token ids of prompts, up to where the answers begin, from one call; errors count the rows from `first`."""
     texts: list[str] = []
     for number, prompt in enumerate(prompts, start=first):
-        if chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            with _naming(number):
-                texts.append(_render_chat(tokenizer, messages, add_generation_prompt=True, tokenize=False))
-        elif isinstance(prompt, str):
-            texts.append(prompt)
-        else:
-            raise DataError(
-                f"Row {number}: a plain prompt must be text, found {len(prompt)} chat messages. "
-                "Use chat_template=True, or give the prompts as text."
-            )
+        example = prompt if isinstance(prompt, Example) else Example(prompt)
+        with _naming(number):
+            _check_text(example)
+            if chat_template:
+                texts.append(_render_prompt(tokenizer, example))
+            elif isinstance(example.prompt, str) and not example.template_kwargs:
+                texts.append(example.prompt)
+            else:
+                found = ", ".join([f"{len(example.turns)} chat messages", *example.template_kwargs])
+                raise DataError(
+                    f"a plain prompt must be text, found {found}. Use chat_template=True, or give the prompts as text."
+                )
     encoded = tokenizer(texts, add_special_tokens=not chat_template)["input_ids"] if texts else []
     for place, text in enumerate(texts):
         # Some tokenizers close every plain text with their end token; after it a model answers nothing.
@@ -201,18 +264,22 @@ def encode_prompts(
     return list(encoded)
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of an answer: the text tokenised alone, then the end-of-sequence token."""
-    if tokenizer.eos_token_id is None:
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, end: int | None = None) -> list[int]:
+    """Token ids of an answer: the text tokenised alone, then the end token, by default the end-of-sequence token."""
+    end = tokenizer.eos_token_id if end is None else end
+    if end is None:
         raise DataError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token to close answers with. "
             "Set tokenizer.eos_token."
         )
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ends = {end, tokenizer.eos_token_id}
+    stop = _find_end(tokenizer, ids, ends)
+    return [*(ids[: stop - 1] if stop and ids[stop - 1] in ends else ids), end]
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a conversation, and the `[start, stop)` of each assistant turn, its end token included.
 
@@ -220,10 +287,8 @@ def encode_conversation(
     adds to the prompt that the model would have seen there. Where a template changes earlier turns as later ones come,
     for example by removing their reasoning, the conversation is refused.
     """
-    if _GENERATION_BLOCK.search(tokenizer.chat_template or ""):
-        input_ids, spans = _by_generation_blocks(tokenizer, messages)
-    else:
-        input_ids, spans = _by_prefixes(tokenizer, messages)
+    find = _by_generation_blocks if _GENERATION_BLOCK.search(tokenizer.chat_template or "") else _by_prefixes
+    input_ids, spans = find(tokenizer, messages, {find_turn_end(tokenizer)}, template_kwargs or {})
     if spans[0][0] == 0:
         raise DataError(
             "The conversation's first token belongs to an assistant turn, and nothing predicts it. "
@@ -232,7 +297,9 @@ def encode_conversation(
     return input_ids[: spans[-1][1]], spans
 
 
-def _encode_given(tokenizer: PreTrainedTokenizerBase, example: Example, chat_template: bool, number: int) -> EncodedRow:
+def _encode_given(
+    tokenizer: PreTrainedTokenizerBase, example: Example, end: int | None, chat_template: bool, number: int
+) -> EncodedRow:
     """A prompt and its given answer, or a conversation, every assistant turn of which is one."""
     if example.messages is None:
         if not example.completion:
@@ -240,17 +307,21 @@ def _encode_given(tokenizer: PreTrainedTokenizerBase, example: Example, chat_tem
                 f"Row {number} has no completion, and responses='given' was asked for. Name the column with "
                 "completion_column, or let the teacher answer with responses='generate'."
             )
-        (prompt,) = encode_prompts(tokenizer, [example.prompt], chat_template=chat_template, first=number)
-        return prompt, encode_completion(tokenizer, example.completion), None
+        (prompt,) = encode_prompts(tokenizer, [example], chat_template=chat_template, first=number)
+        return prompt, encode_completion(tokenizer, example.completion, end), None
     if not chat_template:
         raise DataError(f"Row {number} is a conversation, and plain prompts were asked for. Use the chat template.")
     with _naming(number):
-        input_ids, spans = encode_conversation(tokenizer, example.messages)
+        _check_text(example)
+        input_ids, spans = encode_conversation(tokenizer, example.messages, example.template_kwargs)
+        _render_prompt(tokenizer, example)
     return input_ids[: spans[0][0]], input_ids[spans[0][0] :], tuple(spans)
 
 
-def _render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> Any:
-    """Messages in the tokenizer's chat template, as token ids unless `kwargs` say otherwise."""
+def _render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_kwargs: Mapping[str, Any], **own: Any
+) -> Any:
+    """Messages in the tokenizer's chat template, as token ids unless `own` arguments say otherwise."""
     import jinja2
 
     if not tokenizer.chat_template:
@@ -259,10 +330,64 @@ def _render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
             "Use an instruct model's tokenizer, or plain prompts: chat_template=False (--plain_prompts)."
         )
     try:
-        return tokenizer.apply_chat_template(list(messages), **{"tokenize": True, "return_dict": False, **kwargs})
-    except jinja2.TemplateError as error:
+        own = {"tokenize": True, "return_dict": False, **own}
+        return tokenizer.apply_chat_template(list(messages), **{**template_kwargs, **own})
+    except (jinja2.TemplateError, AttributeError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"The chat template refuses messages of the roles {roles}: {error}. Mend them.") from error
+
+
+def _check_text(example: Example) -> None:
+    """Refuse half of a surrogate pair, which is no character and has no token."""
+    text = json.dumps([example.prompt, example.completion, example.template_kwargs], ensure_ascii=False, default=str)
+    if found := _SURROGATE.search(text):
+        near = text[max(0, found.start() - 20) : found.end()]
+        raise DataError(f"the text holds half of a surrogate pair, {near!r}. Write the whole character in UTF-8.")
+
+
+def _render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The text of a prompt; a message, a key of it, or an argument that the template leaves out is refused."""
+    messages, kwargs = example.turns, dict(example.template_kwargs)
+    arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents"}
+    if clash := sorted(kwargs.keys() & arguments):
+        raise DataError(f"chat_template_kwargs holds {', '.join(clash)}, which no template reads. Remove it.")
+    own = {"add_generation_prompt": True, "tokenize": False}
+    text = str(_render_chat(tokenizer, messages, kwargs, **own))
+
+    def is_read(owner: Mapping[str, Any], key: str, place: int | None) -> bool:
+        """Whether the text is another, or the template fails, without the value or with another one."""
+        value, without = owner[key], {name: each for name, each in owner.items() if name != key}
+        other = {**owner, key: not value if isinstance(value, bool) else _MARK}
+        for changed in (without, *([] if isinstance(value, (list, dict)) else [other])):
+            turns = messages if place is None else [*messages[:place], changed, *messages[place + 1 :]]
+            rendered = None
+            with suppress(DataError):
+                rendered = _render_chat(tokenizer, turns, changed if place is None else kwargs, **own)
+            if rendered != text:
+                return True
+        return False
+
+    for key in kwargs:
+        if not is_read(kwargs, key, None):
+            raise DataError(f"the chat template does not read {key}. Remove it, or use a template that does.")
+    for place, message in enumerate(messages):
+        plain = message["role"] in _ROLES and message["content"].strip() in text
+        for key in sorted(message.keys() - {"role", *(["content"] if plain or not message["content"] else [])}):
+            if not is_read(message, key, place):
+                where = f"{key!r} of message {place} ({message['role']})"
+                raise DataError(f"the chat template leaves out {where}. Remove it, or use a template that renders it.")
+    return text
+
+
+def _find_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Collection[int | None]) -> int:
+    """Where an answer stops: after the first end token that only blanks and special tokens follow, or with the ids."""
+    stop = place = len(ids)
+    specials = {*tokenizer.all_special_ids, *ends}
+    while place and (ids[place - 1] in specials or not str(tokenizer.decode(ids[place - 1])).strip()):
+        place -= 1
+        if ids[place] in ends:
+            stop = place + 1
+    return stop
 
 
 @contextmanager
@@ -275,10 +400,10 @@ def _naming(number: int) -> Iterator[None]:
 
 
 def _by_generation_blocks(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ends: set[int | None], kwargs: Mapping[str, Any]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """What the template itself marks."""
-    encoded = _render_chat(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
+    """What the template itself marks, up to the end of the turn."""
+    encoded = _render_chat(tokenizer, messages, kwargs, return_dict=True, return_assistant_tokens_mask=True)
     steps = np.diff([0, *encoded["assistant_masks"], 0])
     starts, stops = np.flatnonzero(steps > 0).tolist(), np.flatnonzero(steps < 0).tolist()
     if not starts:
@@ -286,20 +411,23 @@ def _by_generation_blocks(
             "The chat template's {% generation %} blocks mark no token of the conversation; expected at least one "
             "assistant turn. Mend the template."
         )
-    return list(encoded["input_ids"]), list(zip(starts, stops, strict=True))
+    whole = list(encoded["input_ids"])
+    spans = zip(starts, stops, strict=True)
+    return whole, [(start, start + _find_end(tokenizer, whole[start:stop], ends)) for start, stop in spans]
 
 
 def _by_prefixes(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ends: set[int | None], kwargs: Mapping[str, Any]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """What the template adds to each prompt that the model would have seen."""
-    whole: list[int] = _render_chat(tokenizer, messages)
+    """What the template adds to each prompt that the model would have seen, up to the end of the turn."""
+    whole: list[int] = _render_chat(tokenizer, messages, kwargs)
     spans: list[tuple[int, int]] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt: list[int] = _render_chat(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
-        answered: list[int] = _render_chat(tokenizer, messages[: turn + 1])
+        prompt: list[int] = _render_chat(tokenizer, messages[:turn], kwargs, add_generation_prompt=True) if turn else []
+        answered: list[int] = _render_chat(tokenizer, messages[: turn + 1], kwargs)
+        del answered[len(prompt) + _find_end(tokenizer, answered[len(prompt) :], ends) :]
         for part in (prompt, answered):
             if whole[: len(part)] != part:
                 place = next((i for i, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), "its end")
@@ -315,6 +443,5 @@ def _by_prefixes(
                 f"The chat template adds nothing for assistant turn {len(spans) + 1}; expected its text. Remove the "
                 "conversation, or use another template."
             )
-        ends = [place for place in range(start, stop) if whole[place] == tokenizer.eos_token_id]
-        spans.append((start, ends[-1] + 1 if ends else stop))
+        spans.append((start, stop))
     return whole, spans

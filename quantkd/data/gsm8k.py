@@ -33,16 +33,17 @@ _STRICT = re.compile(r"#### (-?[\d.,]+)", re.ASCII)
 _FLEXIBLE = re.compile(r"-?[$\d.,]{2,}|-?\d+", re.ASCII)
 
 
-def load_gsm8k(path: str | Path | None, split: str, limit: int | None = None) -> list[dict[str, str]]:
-    """Read GSM8K rows, or rows of any set in its format."""
+def load_gsm8k(path: str | Path | None, split: str | None, limit: int | None = None) -> list[dict[str, str]]:
+    """Read GSM8K rows, or rows of any set in its format; a single file has no split."""
     source = "openai/gsm8k:main" if path is None else path
     examples = load_examples(source, prompt_column="question", completion_column="answer", split=split, limit=limit)
     rows = []
     for index, example in enumerate(examples):
         if not isinstance(example.prompt, str) or extract_strict(example.completion or "") is None:
             raise DataError(
-                f"{source}, split {split}, row {index} has the answer {example.completion!r:.80}; expected text that "
-                "ends in `#### <number>`. For other data use load_examples and evaluate_prompts."
+                f"{source}{f', split {split}' if split else ''}, row {index} has the answer "
+                f"{example.completion!r:.80}; expected text that ends in `#### <number>`. For other data use "
+                "load_examples and evaluate_prompts."
             )
         rows.append({"question": example.prompt, "answer": example.completion or ""})
     return rows

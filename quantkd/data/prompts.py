@@ -6,18 +6,20 @@ import csv
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from quantkd.errors import DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]  # text under "role" and "content", and what else the chat template reads
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _DEFAULT_PROMPT = "prompt"
 _CONVERSATION = "messages"
 _DEFAULT_COMPLETION = "completion"
+_MAX_CELL = 2**31 - 1  # characters of a CSV cell, instead of Python's 131,072
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,17 @@ class Example:
     """A prompt in text or chat messages, and the data set's own answer, if there is one.
 
     Messages that end in an assistant turn are a whole conversation, whose answers are its assistant turns.
+    `template_kwargs` go to the chat template, such as `tools` and `enable_thinking`.
     """
 
     prompt: str | list[Message]
     completion: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> list[Message]:
+        """The prompt as messages."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
     @property
     def messages(self) -> list[Message] | None:
@@ -43,17 +52,29 @@ def load_examples(
     *,
     prompt_column: str = _DEFAULT_PROMPT,
     completion_column: str = _DEFAULT_COMPLETION,
-    split: str = "train",
+    split: str | None = None,
     limit: int | None = None,
 ) -> list[Example]:
-    """Read prompts, and completions where there are any, from a file, a folder, the Hub or memory."""
+    """Read prompts, and completions where there are any, from a file, a folder, the Hub or memory.
+
+    `split` is of a folder, a `DatasetDict` or a set on the Hub, "train" if None; what has no splits takes None alone.
+    """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; expected at least 1, or None for all rows.")
     name = str(source) if isinstance(source, (str, Path)) else f"The given {type(source).__name__}"
-    rows = enumerate(itertools.islice(_iterate_rows(source, split), limit))
+    has_splits = isinstance(source, Mapping)
+    if isinstance(source, (str, Path)):
+        has_splits = not Path(source).expanduser().is_file()
+    if split is not None and not has_splits:
+        raise DataError(
+            f"{name} has no splits, and the split {split!r} was asked for. Leave split out, or give a folder with "
+            f"{split}.jsonl."
+        )
+    rows = enumerate(itertools.islice(_iterate_rows(source, split or "train"), limit))
     examples = [_to_example(row, f"{name}, row {index}", prompt_column, completion_column) for index, row in rows]
     if not examples:
-        raise DataError(f"{name} holds no rows; expected at least one. Check the source and the split {split!r}.")
+        place = f" and the split {split!r}" if split else ""
+        raise DataError(f"{name} holds no rows; expected at least one. Check the source{place}.")
     return examples
 
 
@@ -77,8 +98,9 @@ def with_context(
 ) -> list[Example]:
     """The examples with a system prompt and solved examples before them, as turns of the same chat."""
     turns: list[Message] = []
+    check_shots([each.turns[-1]["content"] for each in examples], [each.turns[-1]["content"] for each in few_shot])
     for index, shot in enumerate(few_shot):
-        if not isinstance(shot.prompt, str) or not shot.completion:
+        if not isinstance(shot.prompt, str) or not shot.completion or shot.template_kwargs:
             raise DataError(f"Few-shot example {index} is {shot!r:.80}; expected a prompt in text and its completion.")
         turns += [{"role": "user", "content": shot.prompt}, {"role": "assistant", "content": shot.completion}]
     system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
@@ -91,19 +113,30 @@ def with_context(
                 f"Row {index} is a whole conversation, whose answers cannot be told from those of {len(few_shot)} "
                 "few-shot examples before it. Leave few_shot out, or give prompts and completions."
             )
-        prompt = example.prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = example.turns
         own = messages[:1] if messages[0]["role"] == "system" else []
         made.append(replace(example, prompt=[*(own or system), *turns, *messages[len(own) :]]))
     return made
+
+
+def check_shots(questions: Sequence[str], shots: Sequence[str]) -> None:
+    """Refuse solved examples that are among the questions, whose answers they would give away."""
+    asked = {" ".join(question.split()): row for row, question in enumerate(questions)}
+    for index, shot in enumerate(shots):
+        if (row := asked.get(" ".join(shot.split()))) is not None:
+            raise DataError(
+                f"Few-shot example {index} is the question of row {row} with its answer: {shot!r:.60}. Take solved "
+                "examples from other rows, such as those of train.jsonl, or none."
+            )
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
     """One row of any kind as an `Example`, or an error that says where it stands."""
     prompt: Any = row
     completion: Any = None
+    template_kwargs: Mapping[str, Any] = {}
     if isinstance(row, Example):
-        prompt, completion = row.prompt, row.completion
+        prompt, completion, template_kwargs = row.prompt, row.completion, row.template_kwargs
     elif isinstance(row, Mapping):
         if prompt_column == _DEFAULT_PROMPT and prompt_column not in row and _CONVERSATION in row:
             prompt_column = _CONVERSATION
@@ -114,22 +147,51 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
                     "Name the right one with prompt_column or completion_column."
                 )
         prompt, completion = row[prompt_column], row.get(completion_column)
+        given = {name: _read_json(row.get(name), name, kind, where) for name, kind in _TEMPLATE_COLUMNS.items()}
+        template_kwargs = _drop_empty({**given["chat_template_kwargs"], "tools": given["tools"]})
     elif not isinstance(row, (str, list)):
         raise DataError(f"{where} is a {type(row).__name__}; expected text, a list of messages, or a dict of columns.")
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], Mapping):
+        if unread := sorted(_drop_empty(completion[0]).keys() - {"role", "content"}):
+            raise DataError(
+                f"{where}: the completion has {', '.join(unread)} beside its content, which no template renders there. "
+                "Give the row as one conversation of messages, or remove the key."
+            )
         completion = completion[0].get("content")
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"{where}: the completion is a {type(completion).__name__}; expected text or one message.")
     if isinstance(prompt, str) and prompt.strip():
-        return Example(prompt, completion)
+        return Example(prompt, completion, template_kwargs)
     if not isinstance(prompt, list) or not prompt:
         raise DataError(f"{where}: the prompt is {prompt!r:.80}; expected text that is not empty, or messages.")
     for message in prompt:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f"{where}: found the message {message!r:.80}; expected text under 'role' and 'content'.")
+            raise DataError(
+                f"{where}: found the message {message!r:.80}; expected text under 'role' and 'content'. Join the text "
+                "of a list of parts."
+            )
         if message.get("tool_calls"):
             raise DataError(f"{where}: a message calls tools, which are not rendered. Remove the row, or the calls.")
-    return Example([{"role": message["role"], "content": message["content"]} for message in prompt], completion)
+    messages = [{"role": each["role"], "content": each["content"], **_drop_empty(each)} for each in prompt]
+    return Example(messages, completion, template_kwargs)
+
+
+# What a row may hold for its chat template, by the names of TRL's data sets.
+_TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
+
+
+def _read_json(value: Any, name: str, kind: type, where: str) -> Any:
+    """A column of this kind, which may also be given as JSON or left empty."""
+    with suppress(json.JSONDecodeError):
+        value = (json.loads(value) if isinstance(value, str) and value else value) or kind()
+    if not isinstance(value, kind):
+        raise DataError(f"{where}: {name} is {value!r:.80}; expected a {kind.__name__}, or one as JSON.")
+    return value
+
+
+def _drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the empty values, with which tables fill up the rows that lack a key."""
+    return {key: value for key, value in values.items() if value not in (None, "", [], {})}
 
 
 def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[Any]:
@@ -174,7 +236,7 @@ def _read_file(path: Path) -> Iterator[Any]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Windows likes to put a byte order mark
             if path.suffix == ".csv":
-                yield from csv.DictReader(file)
+                yield from _read_csv(path, file)
             elif path.suffix == ".json":
                 rows = json.load(file)
                 if not isinstance(rows, list):
@@ -189,6 +251,30 @@ def _read_file(path: Path) -> Iterator[Any]:
                             raise DataError(f"{path}, line {number} is not JSON: {error}.") from error
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise DataError(f"{path} cannot be parsed: {error}. Expected UTF-8 text in {path.suffix} format.") from error
+
+
+def _read_csv(path: Path, file: TextIO) -> Iterator[dict[str, str]]:
+    """Rows of a table with a header, whose cells are separated by commas, semicolons or tabs."""
+    header = file.readline()
+    delimiter = next((mark for mark in ",;\t" if mark in header), ",")
+    limit = csv.field_size_limit(_MAX_CELL)
+    try:
+        reader = csv.reader(itertools.chain([header], file), delimiter=delimiter, strict=True)
+        table = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}. Write a quotation mark in a cell twice.") from error
+    finally:
+        csv.field_size_limit(limit)
+    columns = table[0][1] if table else []
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path} has the columns {columns}; expected each name once. Rename one.")
+    for row, (line, cells) in enumerate(table[1:]):
+        if len(cells) != len(columns):
+            raise DataError(
+                f"{path}, row {row} (it ends at line {line}) has {len(cells)} cells, and the header names "
+                f"{len(columns)}: {', '.join(columns)}. Put a cell that holds {delimiter!r} into double quotes."
+            )
+        yield dict(zip(columns, cells, strict=True))
 
 
 def _load_from_hub(name: str, split: str) -> Iterator[Any]:

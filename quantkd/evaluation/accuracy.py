@@ -14,17 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
-from quantkd.data.encoding import check_context, encode_prompts
+from quantkd.data.encoding import at_date, check_context, check_ids, encode_prompts, uses_date
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
-from quantkd.data.prompts import Example
+from quantkd.data.prompts import Example, check_shots
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import Accuracy, Arm, EvaluationSettings
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
-from quantkd.evaluation.records import RecordFile, compute_digest
+from quantkd.evaluation.records import RecordFile, compute_digest, find_date
 from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
 from quantkd.foreign import is_plain_cache
 from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
 from quantkd.models.network import base_network
+from quantkd.models.weights import embedding_rows
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ class Questions:
 
     Args:
         rows: what to answer, as `load_gsm8k` gives them.
-        few_shot: training rows that the shots are taken from, at least `max(shots)`.
+        few_shot: training rows that the shots are taken from, at least `max(shots)`; none of them is asked.
         shots: numbers of shots to answer with, such as (0, 8).
 
     Raises:
         ConfigError: too few `few_shot` rows.
+        DataError: a shot that is one of the questions.
     """
 
     rows: Sequence[Mapping[str, str]]
@@ -92,6 +94,8 @@ class Questions:
     def __post_init__(self) -> None:
         if max(self.shots, default=0) > len(self.few_shot):
             raise ConfigError(f"{max(self.shots)} shots need as many training rows, found {len(self.few_shot)}.")
+        shown = self.few_shot[: max(self.shots, default=0)]
+        check_shots([row["question"] for row in self.rows], [shot["question"] for shot in shown])
 
     def measure(
         self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
@@ -116,6 +120,8 @@ class Questions:
                 "golds": compute_digest([record.gold for record in records]),
                 "max_new_tokens": settings.max_new_tokens,
             }
+            if settings.chat_template and uses_date(tokenizer):
+                asked["date"] = find_date(folder / f"{arm.name}-{count}-shot.jsonl", settings.share)
             arm = replace(arm, questions={**arm.questions, f"{count}-shot": Accuracy(verdicts, asked)})
             yield arm
 
@@ -146,9 +152,11 @@ def evaluate_gsm8k(
         One record a row, in the order of `rows`.
 
     Raises:
-        DataError: no rows, an answer without `#### <number>`, no chat template where one was asked for, a prompt that
-            does not fit into the model's context (the message names the row), or a records file of another evaluation.
+        DataError: no rows, an answer without `#### <number>`, a shot that is one of the rows, no chat template where
+            one was asked for, a prompt that does not fit into the model's context or vocabulary (the message names the
+            row), or a records file of another evaluation.
     """
+    check_shots([row["question"] for row in rows], [shot["question"] for shot in shots])
     golds = []
     for index, row in enumerate(rows):
         gold = extract_strict(row["answer"])
@@ -184,7 +192,7 @@ def evaluate_prompts(
         return PromptRecord(answer.index, prompt, answer.text, completion, correct, answer.finished, answer.num_tokens)
 
     golds = [example.completion for example in examples]
-    task = _Task(PromptRecord, "Prompts", [example.prompt for example in examples], golds, grade)
+    task = _Task(PromptRecord, "Prompts", examples, golds, grade)
     return _answer(model, tokenizer, task, settings or EvaluationSettings(), records_path, None)
 
 
@@ -215,8 +223,12 @@ def _answer(
         raise ConfigError(
             "The model has a prompt-learning adapter; evaluation supports LoRA-like ones. Merge it first."
         )
-    prompts = encode_prompts(tokenizer, task.asked, chat_template=settings.chat_template)
     network, limit, share = base_network(model), settings.max_new_tokens, settings.share
+    is_dated = settings.chat_template and uses_date(tokenizer)
+    dated = {"date": find_date(records_path, share)} if is_dated else {}
+    dating = at_date(tokenizer, dated["date"]) if dated else tokenizer
+    prompts = encode_prompts(dating, task.asked, chat_template=settings.chat_template)
+    check_ids(tokenizer, prompts, embedding_rows(network))
     check_context([len(prompt) for prompt in prompts], [limit] * len(prompts), context_length(network))
     file, done = None, {}
     if records_path is not None:
@@ -225,6 +237,7 @@ def _answer(
             "prompts": compute_digest(prompts),
             "golds": list(task.golds),
             "max_new_tokens": limit,
+            **dated,
         }
         file = RecordFile(Path(records_path), facts, task.kind, len(prompts), share=share)
         done = {record.id: record for record in file.existing}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from quantkd.data.encoding import read_date
 from quantkd.errors import DataError
 from quantkd.evaluation.sharing import ask_main, is_writer
 from quantkd.files import write_file
@@ -56,6 +58,20 @@ class RecordFile:
 def compute_digest(values: Sequence[Any]) -> str:
     """A digest of JSON values, such as prompts, in order."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def find_date(path: str | Path | None, share: bool) -> str:
+    """The date in prompts: that of the records at `path`, else of others beside them, else today's."""
+
+    def find() -> str:
+        settings = "*.settings.json"
+        for file in [Path(f"{path}{settings[1:]}"), *sorted(Path(path).parent.glob(settings))] if path else []:
+            with suppress(OSError, ValueError, AttributeError):  # what is damaged is refused where it is used
+                if found := _parse(file.read_bytes()).get("date"):
+                    return read_date(found, file)
+        return read_date(None, path)
+
+    return str(ask_main(share, find))
 
 
 def read_json(path: Path) -> Any:

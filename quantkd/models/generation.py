@@ -9,13 +9,15 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from quantkd.data.encoding import find_turn_end
 from quantkd.errors import ConfigError
 from quantkd.models.network import evaluation_mode
+from quantkd.models.weights import embedding_rows
 
 
 def find_end_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
-    """Ids that end an answer: the tokenizer's and the model's `own`, as its generation config names them; ascending."""
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    """Ids that end an answer: the tokenizer's, the chat template's, and the model's `own`; ascending."""
+    ends = {tokenizer.eos_token_id, find_turn_end(tokenizer), *(own if isinstance(own, list) else [own])} - {None}
     if not ends:
         raise ConfigError(
             f"Neither the tokenizer of {tokenizer.name_or_path!r} nor the model names an end-of-sequence token; "
@@ -28,12 +30,14 @@ def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_
     """Greedy search without any penalty, filter or forced token."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = find_end_tokens(tokenizer, own)
-    pad = tokenizer.pad_token_id
+    # Padding is masked, so any id does that the embedding has; a tokenizer's own may have been added without a row.
+    ids = (tokenizer.pad_token_id, *ends, 0)
+    pad = next(each for each in ids if each is not None and each < embedding_rows(model))
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
-        pad_token_id=ends[0] if pad is None else pad,
+        pad_token_id=pad,
         use_cache=True,
     )
 

@@ -124,6 +124,15 @@ def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str
     return stored
 
 
+def refuse_quantized(name_or_path: str, **model_init_kwargs: Any) -> None:
+    """Refuse a checkpoint that is stored quantized where the full-precision model is meant."""
+    if stored := stored_quantization(name_or_path, **model_init_kwargs):
+        raise ConfigError(
+            f"{name_or_path} is stored in {format_of(stored)}, and full precision was asked for. Name the checkpoint "
+            "that it was made from, or measure it as a student."
+        )
+
+
 def load_student(
     name_or_path: str,
     *,

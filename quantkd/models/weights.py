@@ -27,6 +27,11 @@ def count_rows(parameter: Any) -> int:
     return shape_of(getattr(parameter, "quant_state", None) or parameter)[0]
 
 
+def embedding_rows(model: Any) -> int:
+    """How many token ids a model can read."""
+    return count_rows(model.get_input_embeddings().weight)
+
+
 def head_width(model: Any) -> int:
     """The rows of a model's output head, which may be padded beyond its tokenizer's ids."""
     return count_rows(model.get_output_embeddings().weight)

@@ -13,7 +13,7 @@ from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
 from quantkd.hardware import has_accelerator, process_state
 from quantkd.transfer_set import TransferRow
-from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME, read_index, read_plan
+from quantkd.transfer_set.index import read_begun_plan
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,8 @@ def find_batch_size(folder: Path, score: Callable[[int], object]) -> int:
     """The batch size of the plan on disk, or the largest that `score` has memory for; the same in every process."""
     found = [0]
     if process_state().is_main_process:
-        if (folder / INDEX_NAME).exists():
-            found = [read_index(folder).plan.batch_size]
-        elif (folder / PLAN_NAME).exists():
-            found = [read_plan(folder).batch_size]
-        else:
-            found = [_probe(score)]
+        plan = read_begun_plan(folder)
+        found = [_probe(score) if plan is None else plan.batch_size]
     return int(broadcast_object_list(found)[0])
 
 

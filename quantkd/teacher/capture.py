@@ -13,14 +13,14 @@ from typing import Any, Literal
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd.data.encoding import encode_examples
+from quantkd.data.encoding import at_date, encode_examples, uses_date
 from quantkd.data.prompts import Example, check_references, load_examples
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.hardware import process_state
 from quantkd.teacher.batches import find_batch_size, retry_out_of_memory
 from quantkd.teacher.filters import Filter, as_filters, sift
 from quantkd.teacher.loading import build_teacher
-from quantkd.teacher.plan import CaptureEstimate, describe_teacher
+from quantkd.teacher.plan import CaptureEstimate, describe_teacher, find_date
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
 from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter
 from quantkd.transfer_set.rules import StorageRule
@@ -105,16 +105,20 @@ def capture(
             f"num_samples is {settings.num_samples} with responses='given'; a given answer is one row. Leave "
             "num_samples at 1, or let the teacher answer with responses='generate'."
         )
+    encoder, dated = teacher.tokenizer, dict[str, str]()
+    if chat_template and uses_date(encoder):  # a capture that goes on after midnight renders the same prompts
+        dated["date"] = find_date(folder)
+        encoder = at_date(encoder, dated["date"])
     answer = retry_out_of_memory(teacher.answer if responses == "generate" else teacher.score, teacher.batch_invariant)
     table = encode_examples(
         examples,
-        teacher.tokenizer,
+        encoder,
         given=responses == "given",
         chat_template=chat_template,
         num_samples=settings.num_samples,
         drop_duplicates=any(each.across_rows for each in chosen),
     )
-    table.check_lengths(teacher.max_context, settings.max_new_tokens)
+    table.check_rows(teacher.tokenizer, teacher.vocab_size, teacher.max_context, settings.max_new_tokens)
 
     batch_size = run.batch_size
     if run.auto_find_batch_size:
@@ -127,7 +131,7 @@ def capture(
         batches = min(-(-table.num_rows // (16 * batch_size)), max(1024 // batch_size, 1))
         rows_per_shard = batches * batch_size
     plan = Plan(
-        **describe_teacher(teacher, chosen, responses=responses, chat_template=chat_template),
+        **describe_teacher(teacher, chosen, responses=responses, chat_template=chat_template, **dated),
         prompts_digest=table.digest(),
         num_prompts=table.num_rows,
         rows_per_shard=-(-rows_per_shard // settings.num_samples) * settings.num_samples,  # a prompt's samples together

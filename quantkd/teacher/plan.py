@@ -8,22 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import broadcast_object_list
+
+from quantkd.data.encoding import read_date
 from quantkd.errors import ConfigError
+from quantkd.hardware import process_state
 from quantkd.names import public_name
 from quantkd.teacher.filters import Filter
 from quantkd.teacher.teacher import Teacher
 from quantkd.transfer_set import Plan, estimate_bytes
 from quantkd.transfer_set.fingerprint import compute_fingerprint
-from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME
+from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME, read_begun_plan
 from quantkd.transfer_set.rules import storage_rule_to_dict
 
 
+def find_date(folder: Path) -> str:
+    """The date that the prompts of a capture are rendered at: that of the plan on disk, else today's."""
+    plan = read_begun_plan(folder) if process_state().is_main_process else None
+    found = read_date(plan and plan.generation.get("date"), f"The plan in {folder}")
+    return str(broadcast_object_list([found])[0])
+
+
 def describe_teacher(
-    teacher: Teacher, filters: Sequence[Filter], *, responses: Literal["generate", "given"], chat_template: bool
+    teacher: Teacher, filters: Sequence[Filter], *, responses: Literal["generate", "given"], **generation: Any
 ) -> dict[str, Any]:
-    """The fields of a `Plan` that do not depend on the prompts."""
+    """The fields of a `Plan` that do not depend on the prompts; `generation` says how these are rendered."""
     settings = teacher.settings
-    generation: dict[str, Any] = {"chat_template": chat_template, "seed": settings.seed}
+    generation["seed"] = settings.seed
     if responses == "generate":
         generation |= {"max_new_tokens": settings.max_new_tokens, "do_sample": settings.do_sample}
         if settings.do_sample:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from quantkd.errors import ConfigError
+from quantkd.models.provenance import read_object
 
+# What decides an adapter's shape and scale.
+_ADAPTER_FIELDS = (
+    "r", "lora_alpha", "target_modules", "modules_to_save", "bias", "use_dora", "use_rslora", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -35,6 +43,34 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str |
             "resume_from_checkpoint out to start anew."
         )
     return str(found[max(whole)])
+
+
+def check_resumable(checkpoint: str, model: Any) -> None:
+    """Refuse a checkpoint without the state that training goes on from, or with other adapters than the model's."""
+    folder = Path(checkpoint)
+    # DeepSpeed and FSDP write folders; all three are left out by `save_only_model`.
+    states = {"optimizer": ["optimizer*", "global_step*"], "scheduler": ["scheduler*", "global_step*"]}
+    states["random numbers"] = ["rng_state*"]
+    if lacking := [name for name, files in states.items() if not any([*folder.glob(file)] for file in files)]:
+        raise ConfigError(
+            f"{folder} lacks the state of {', '.join(lacking)}, so training would not go on where it stopped. Name a "
+            "checkpoint that was saved without save_only_model, or leave resume_from_checkpoint out."
+        )
+    if not isinstance(model, PeftModel) or not (folder / "adapter_config.json").is_file():
+        return
+    stored, own = read_object(folder / "adapter_config.json"), model.peft_config[model.active_adapter].to_dict()
+    for name in _ADAPTER_FIELDS:
+        found, expected = (_plain(each.get(name)) for each in (stored, own))
+        if found != expected:
+            raise ConfigError(
+                f"The adapters of {folder} have {name} {found!r:.200}, the student's {expected!r:.200}. Resume with "
+                "the arguments of the run, or leave resume_from_checkpoint out."
+            )
+
+
+def _plain(value: Any) -> Any:
+    """A setting of PEFT as JSON has it, in one order; nothing is None."""
+    return (sorted(value) if isinstance(value, (set, list)) else value) or None
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -15,8 +15,8 @@ from quantkd.loss.reference import Objective
 
 # The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): the steps that a start
 # from zero needs lead a start near the optimum away from it.
-_LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}
-STARTS = tuple(_LEARNING_RATES)
+LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}
+STARTS = tuple(LEARNING_RATES)
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -50,7 +50,7 @@ class QuantizedDistillationConfig(TrainingArguments):
             hardware has it, else float32, if it is not given. `trust_remote_code` is off unless set here.
         teacher_model_init_kwargs: the same for the trainer's `teacher_model`, if that is given by name.
 
-    Five defaults differ from `TrainingArguments`: `learning_rate` (3e-5, and 3e-4 with `init="zero"`),
+    Five defaults differ from `TrainingArguments`: `learning_rate` (3e-5, and 3e-4 where adapters start from zero),
     `logging_steps` (10), `logging_first_step` (on), `remove_unused_columns` (off, because rows carry the teacher's
     entries) and `train_sampling_strategy` (`group_by_length`: rows of similar length share a batch, which reduces
     padding).
@@ -85,7 +85,7 @@ class QuantizedDistillationConfig(TrainingArguments):
     learning_rate: float | None = _option(  # type: ignore[assignment]  # a number once the start is known
         None,
         "Peak learning rate; if not given, 3e-5 where adapters start at a correction of the quantization error, and "
-        "3e-4 with init=zero.",
+        "3e-4 where they start from zero.",
     )
     logging_steps: float = _option(10, "Log every this many optimizer steps; below 1, a share of all steps.")
     logging_first_step: bool = _option(True, "Log the first step too, so that curves have a beginning.")
@@ -102,8 +102,10 @@ class QuantizedDistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.init not in STARTS:
             raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
+        # A default follows the start that is really made, as `prepare_student` finds it.
+        self.follows_start = self.learning_rate is None
         if self.learning_rate is None:
-            self.learning_rate = _LEARNING_RATES[self.init]
+            self.learning_rate = LEARNING_RATES[self.init]
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, parse_options(name, getattr(self, name)) or None)
         # Without it the processes of `torchrun` on CPUs would not find each other.
@@ -113,6 +115,13 @@ class QuantizedDistillationConfig(TrainingArguments):
             raise ConfigError(
                 f"hub_strategy is {self.hub_strategy}, which uploads optimizer and random states; expected 'end' or "
                 "'every_save', which upload the adapter."
+            )
+        if self.remove_unused_columns:
+            raise ConfigError("remove_unused_columns is on, and would remove the teacher's entries. Leave it off.")
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; the teacher's distribution takes the place "
+                "of smoothed labels. Leave it at 0."
             )
         self.objective()
         if self.device.type == "cpu":

@@ -16,10 +16,12 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.generation import context_length
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
+from quantkd.models.provenance import Provenance
 from quantkd.models.row_attention import row_attention
 from quantkd.models.student import attach_lora, is_quantized, load_student
 from quantkd.models.weights import head_width
-from quantkd.training.config import QuantizedDistillationConfig, parse_options
+from quantkd.training.checkpoints import find_checkpoint
+from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig, parse_options
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
@@ -91,7 +93,24 @@ def prepare_student(
         )
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, init_kwargs.get("revision"))
+    if args.follows_start:
+        _follow_start(adapted, args)
     return adapted
+
+
+def _follow_start(model: Any, args: QuantizedDistillationConfig) -> None:
+    """Take the learning rate that was measured from the start that was made, whatever was asked for."""
+    factors = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
+    if not isinstance(model, PeftModel):
+        return  # trained whole, from where it is
+    # PEFT starts at B = 0. Single layers may have no correction.
+    start = "covariance" if sum(bool(each.detach().any()) for each in factors) > len(factors) / 2 else "zero"
+    args.learning_rate = LEARNING_RATES[start]
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    if checkpoint is not None:
+        args.learning_rate = (Provenance.read(checkpoint).training or {}).get("learning_rate", args.learning_rate)
+    elif start == "zero" != args.init:
+        logger.warning("The learning rate is %g, for adapters that start from zero.", args.learning_rate)
 
 
 def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: str, revision: str | None) -> None:

@@ -60,7 +60,9 @@ def run_sweep(
         raise MissingDependencyError("A sweep needs the package optuna: `pip install quantkd[sweep]`.") from error
     if args.world_size > 1:
         raise ConfigError("A sweep runs in one process, and several were launched. Start it without a launcher.")
+    follows = args.follows_start
     args = replace(args, save_strategy="no", eval_strategy="no", load_best_model_at_end=False, push_to_hub=False)
+    args.follows_start = follows  # `replace` takes every value for one that was given
     # The Trainer casts what a trial tries to the type of what it finds.
     args.resume_from_checkpoint, args.num_train_epochs = None, float(args.num_train_epochs)
     captured = train_dataset.info.temperatures

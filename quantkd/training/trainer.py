@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 
 from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.loss.fused import compute_fused_loss
@@ -27,8 +27,10 @@ from quantkd.loss.states import TargetStates
 from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
+from quantkd.models.weights import embedding_rows
 from quantkd.names import load_tokenizer, plain_name
 from quantkd.teacher.live import LiveTeacher
+from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
@@ -106,7 +108,7 @@ class QuantizedDistillationTrainer(Trainer):
         if teacher is not None:
             options = parse_options("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
             self.live_teacher = LiveTeacher(teacher, model, **options)
-        data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class)
+        data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class, embedding_rows(model))
         check_collator(data_collator, args)
         super().__init__(
             model=model,
@@ -219,12 +221,31 @@ class QuantizedDistillationTrainer(Trainer):
         if self.args.packing and isinstance(self.data_collator, DistillationCollator):  # no other, by `check_collator`
             trainer = copy(self)  # the loader is built from a trainer's collator, and evaluation keeps this one's
             trainer.data_collator = replace(self.data_collator, packing=True)
-        return Trainer.get_train_dataloader(trainer)
+        loader = Trainer.get_train_dataloader(trainer)
+        if has_length(loader) and not len(loader):
+            raise ConfigError(
+                f"No batch is left to train on: {self.num_examples(loader)} rows, {self._train_batch_size} per batch "
+                f"on each of {self.args.world_size} devices, and dataloader_drop_last drops what fills none. Lower "
+                "per_device_train_batch_size, or leave dataloader_drop_last off."
+            )
+        return loader
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's `train`; on a CPU, packed batches attend row by row meanwhile."""
+    def get_eval_dataloader(self, eval_dataset: Any | None = None) -> DataLoader[Any]:
+        """The Trainer's, of all rows: `dataloader_drop_last` is for training."""
+        trainer = self
+        if self.args.dataloader_drop_last:
+            trainer = copy(self)
+            trainer.args = copy(self.args)
+            trainer.args.dataloader_drop_last = False
+        return Trainer.get_eval_dataloader(trainer, eval_dataset)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's `train`, from a checkpoint that fits; on a CPU, packed batches attend row by row meanwhile."""
+        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.model)
         with row_attention(self.model) if self.args.packing else nullcontext():
-            return super().train(*args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
 
     def prediction_step(
         self,

@@ -35,10 +35,10 @@ class DistillationCollator:
     packing: bool = False
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> DistillationCollator:
-        """Pads with the tokenizer's padding token, or with its end token if it has none; either is masked."""
-        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-        return cls((end or 0) if pad is None else pad)
+    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> DistillationCollator:
+        """Pads with the first of the padding token, the end token and 0 below `rows` of an embedding; it is masked."""
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return cls(next(each for each in ids if each is not None and (rows is None or each < rows)))
 
     def __call__(self, rows: RowBatch | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         teacher: TopKLogprobs | None = None

@@ -129,6 +129,13 @@ def read_plan(folder: Path) -> Plan:
     return Plan.from_json(value["plan"])
 
 
+def read_begun_plan(folder: Path) -> Plan | None:
+    """The plan of the set that is in a folder, finished or not; None if there is none."""
+    if (folder / INDEX_NAME).exists():
+        return read_index(folder).plan
+    return read_plan(folder) if (folder / PLAN_NAME).exists() else None
+
+
 def record_to_bytes(record: ShardRecord) -> bytes:
     """The content of a record file."""
     return canonical_json({"shard": record.to_json(), "counters": record.counters})
