@@ -33,7 +33,7 @@ check: $(VENV)/.installed  ## ruff, format, mypy, and the docs with warnings as 
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.demo  ## every benchmark; each prints one JSON line last
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python "$$script"; done
 
 docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -10,7 +10,7 @@ The three sets of problems share no question. The figures: `teacher`, `before` a
 solved; `p_value` is McNemar's exact test of teacher against before; `accuracy_gap_recovered` is (after - before) /
 (teacher - before), with a paired bootstrap interval over problems.
 
-    python benchmarks/accuracy.py --model HuggingFaceTB/SmolLM2-135M-Instruct --cache runs/accuracy
+    python benchmarks/accuracy.py --cache runs/accuracy
 
 The fine-tuned model, the transfer set, the adapter and every answer are kept in --cache, and found again there; what
 was cut off is taken up. The last line is one JSON object.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _sources import add_sources, parse
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -179,7 +180,7 @@ def summarize(solved: dict[str, list[bool]], args: argparse.Namespace) -> dict[s
 def main() -> None:
     """Fine-tune, distil, solve, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    add_sources(parser, gsm8k=False)
     parser.add_argument("--cache", default="runs/accuracy", help="where everything is kept and found again")
     parser.add_argument("--quantization", choices=("nf4", "fp4"), default="nf4")
     parser.add_argument("--test_rows", type=int, default=600, help="problems to solve")
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int, default=100, help="fine-tuning steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few rows of everything: that it runs, not a result")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.test_rows, args.distill_rows, args.tune_rows, args.rank = 16, 16, 64, 8
     problems = make_problems(args)

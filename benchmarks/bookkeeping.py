@@ -10,7 +10,7 @@ the same tokens, in one process; 8,000 is an assumption, much for one process of
 
 Memory: the resident set when a tenth of the shards is committed, and when all are.
 
-    python benchmarks/bookkeeping.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+    python benchmarks/bookkeeping.py
 
 Of the model the tokenizer alone is loaded. The last line is one JSON object.
 """
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from _metering import MIB, Memory
+from _sources import add_sources, parse
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quantkd import Nucleus, RunSettings, capture
@@ -113,13 +114,13 @@ class Timed:
 def main() -> None:
     """Run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="whose tokenizer is used")
+    add_sources(parser, gsm8k=False)
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--entries", type=int, default=9, help="of each position, on average")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--tokens_per_second", type=float, default=8000, help="of the teacher that is assumed")
-    args = parser.parse_args()
+    args = parse(parser)
 
     teacher = ReadyTeacher(AutoTokenizer.from_pretrained(args.model), args.tokens, args.entries)
     memory, resident, planned = Memory(), [], []

@@ -15,9 +15,9 @@ the batch, as torch allocates it on a GPU, else the resident set, where every bl
 itself (`MALLOC_MMAP_THRESHOLD_`), so that holes of the heap do not count. `extra` is the peak over that of `generate`,
 and `memory_vs_step_logits` that as a share of one step's (batch, vocabulary) logits in float32.
 
-    python benchmarks/capture.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k
+    python benchmarks/capture.py
 
-The last line is one JSON object. Without --gsm8k the prompts are quantkd's own word problems.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from typing import Any
 
 import torch
 from _metering import MIB, Memory
+from _sources import add_sources, find_gsm8k, parse
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from quantkd import GenerationSettings, RunSettings, capture
-from quantkd.data.arithmetic import generate_problems
 from quantkd.data.encoding import encode_prompts
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.models.generation import build_generation_config, generation_mode
@@ -60,7 +60,7 @@ class Bench:
         self.tokenizer: PreTrainedTokenizerBase
         self.model, self.tokenizer = load_teacher(args.model, dtype=args.dtype)
         self.config = build_generation_config(self.model, self.tokenizer, args.max_new_tokens)
-        rows = load_gsm8k(args.gsm8k, "train", args.prompts) if args.gsm8k else generate_problems(args.prompts, seed=0)
+        rows = load_gsm8k(args.gsm8k, "train", args.prompts)
         # The order in which capture takes them: batches pad alike for every contender.
         self.prompts = sorted(
             (row["question"] for row in rows), key=lambda prompt: -len(encode_prompts(self.tokenizer, [prompt])[0])
@@ -187,8 +187,7 @@ def run_alone(name: str, given: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Memory in processes, then time in turns, then the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--gsm8k", default=None, help="folder with train.jsonl; built-in word problems without it")
+    add_sources(parser)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -196,7 +195,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0 leaves it out")
     parser.add_argument("--processes", type=int, default=1, help="of the memory, of each contender; 0 leaves it out")
     parser.add_argument("--only", choices=CONTENDERS, help="the memory of this contender alone, in this process")
-    args = parser.parse_args()
+    args = parse(parser)
+    args.gsm8k = find_gsm8k(args.gsm8k)
     if args.only:
         print(json.dumps(measure_memory(args.only, Bench(args))))
         return

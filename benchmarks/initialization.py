@@ -4,7 +4,7 @@ An NF4 student gets LoRA on all linear layers at each start and rank, from rows 
 answers), and is compared with the teacher on held-out rows. `recovered` is the share of the zero start's KL that is
 gone. Seconds are those of the start alone, the forward pass over its rows included; loading is not.
 
-    python benchmarks/initialization.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k
+    python benchmarks/initialization.py
 
 Two domains, GSM8K and the built-in word problems. Transfer sets are captured once and kept in `--cache`.
 
@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from _sources import add_sources, find_gsm8k, parse
 
 from quantkd import GenerationSettings, Nucleus, TransferSet, capture
 from quantkd.data.arithmetic import generate_problems
@@ -38,7 +40,7 @@ def load_sets(domain: str, args: argparse.Namespace) -> tuple[TransferSet, Trans
     counts = (max(args.rows), args.held_out_rows)
     if not all((folder / "index.json").is_file() for folder in folders):
         if domain == "gsm8k":
-            rows = load_gsm8k(args.gsm8k, "train", limit=sum(counts))
+            rows = load_gsm8k(find_gsm8k(args.gsm8k), "train", limit=sum(counts))
         else:
             rows = generate_problems(sum(counts), seed=0)
         teacher, tokenizer = load_teacher(args.model)
@@ -85,8 +87,7 @@ def measure(domain: str, student: Any, args: argparse.Namespace) -> Iterator[dic
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--gsm8k", help="folder with GSM8K's train.jsonl; not read when the sets are in the cache")
+    add_sources(parser)
     parser.add_argument("--cache", default="runs/initialization", help="folder that keeps the transfer sets")
     parser.add_argument("--domains", nargs="+", choices=("gsm8k", "arithmetic"), default=["gsm8k", "arithmetic"])
     parser.add_argument("--starts", nargs="+", choices=("loftq", "covariance"), default=["loftq", "covariance"])
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[16], help="numbers of rows that covariance looks at")
     parser.add_argument("--held_out_rows", type=int, default=32)
     parser.add_argument("--shrinkage", type=float, default=SHRINKAGE)
-    args = parser.parse_args()
+    args = parse(parser)
     print("| Domain | Start | Rank | Rows | Tokens | KL | Recovered | Seconds |\n" + "| --- " * 8 + "|", flush=True)
     headline = []
     for domain in args.domains:

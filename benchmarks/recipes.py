@@ -7,7 +7,7 @@ the teacher in nats per token, with a 95% bootstrap interval over held-out rows;
 the student without adapters that is gone. `vs base` is the ratio of a trial's KL to the base recipe's, with a paired
 interval over the same rows: where it contains 1, the two do not differ as far as these rows can tell.
 
-    python benchmarks/recipes.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k --cache runs/recipes
+    python benchmarks/recipes.py --cache runs/recipes
 
 What was captured and tried is kept in --cache, trial by trial, and found again there. The last line is one JSON object.
 """
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from _sources import add_sources, find_gsm8k, parse
 from peft import LoraConfig
 
 from quantkd import (
@@ -37,7 +38,6 @@ from quantkd import (
     capture,
 )
 from quantkd.data.arithmetic import generate_problems
-from quantkd.data.demo_model import load_demo_model
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.stats import RowSums, bootstrap_interval
@@ -91,7 +91,10 @@ TRIALS = (
 def load_sets(domain: str, args: argparse.Namespace) -> tuple[TransferSet, TransferSet]:
     """Rows to learn from and rows to measure on, captured if the cache has none."""
     # The demo's problems come from seeds 0, 1 and 2.
-    rows = load_gsm8k(args.gsm8k, "train", QUESTIONS) if domain == "gsm8k" else generate_problems(QUESTIONS, 1000)
+    if domain == "gsm8k":
+        rows = load_gsm8k(find_gsm8k(args.gsm8k), "train", QUESTIONS)
+    else:
+        rows = generate_problems(QUESTIONS, 1000)
     folder = Path(args.cache) / domain
     if not (folder / "index.json").is_file():
         teacher, tokenizer = load_teacher(args.model)
@@ -176,13 +179,11 @@ def describe(recipe: Recipe) -> str:
 def main() -> None:
     """Try, print the tables, and one JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="the demo's model if not given")
-    parser.add_argument("--gsm8k", default=None, help="folder with train.jsonl; from the Hub without it")
+    add_sources(parser)
     parser.add_argument("--cache", default="runs/recipes", help="where everything is kept and found again")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--held_out_rows", type=int, default=32)
-    args = parser.parse_args()
-    args.model = args.model or str(load_demo_model())
+    args = parse(parser)
     best: dict[str, Any] = {}
     for domain in args.domains:
         before = kept_trial(domain, None, args)

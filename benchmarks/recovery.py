@@ -19,7 +19,7 @@ training. The answers cost all of them the same.
 The learning rates come from runs on built-in word problems, which share no question with GSM8K: 2e-5 and 5e-5 were the
 best of four from the covariance start, and from a zero start 3e-4 and 1e-3 did not differ (docs/recipes.md).
 
-    python benchmarks/recovery.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k --cache runs/recovery
+    python benchmarks/recovery.py --cache runs/recovery
 
 What was captured, trained and measured is kept in --cache, arm by arm, and found again there. The last line is one JSON
 object. `kl_vs_*` and `time_vs_*` are quantkd's as a share of the other's.
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _sources import add_sources, find_gsm8k, parse
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
@@ -68,9 +69,9 @@ SETTINGS = ("model", "gsm8k", "rows", "held_out_rows", "max_new_tokens", "rank",
 def question_prompts(args: argparse.Namespace, name: str) -> list[str]:
     """The prompts of the training or of the held-out set."""
     if name == "train":
-        rows = load_gsm8k(args.gsm8k, "train", args.rows)
+        rows = load_gsm8k(find_gsm8k(args.gsm8k), "train", args.rows)
     else:
-        rows = load_gsm8k(args.gsm8k, "test", args.held_out_rows)
+        rows = load_gsm8k(find_gsm8k(args.gsm8k), "test", args.held_out_rows)
     return [build_prompt(row["question"]) for row in rows]
 
 
@@ -241,8 +242,7 @@ def summarize(arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict
 def main() -> None:
     """Capture, run every arm, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--gsm8k", default=None, help="folder with train.jsonl and test.jsonl; from the Hub without it")
+    add_sources(parser)
     parser.add_argument("--cache", default="runs/recovery", help="where everything is kept and found again")
     parser.add_argument("--rows", type=int, default=256, help="training questions, at most 512")
     parser.add_argument("--held_out_rows", type=int, default=128, help="test questions to measure on")
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16 rows, 8 held out, rank 8: for a look at the figures")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="run these alone; the figures need all")
     parser.add_argument("--only", choices=ARMS, help="this arm alone, in this process; the sets must be there")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.rows, args.held_out_rows, args.max_new_tokens, args.rank = 16, 8, 64, 8
     if args.rows > 512:

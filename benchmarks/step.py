@@ -19,7 +19,7 @@ the peak itself, interpreter and all, and `resident` the peak of the timed proce
 
 Batches: real tokens a second of one epoch, 8 rows a batch, padded in random order, grouped by length, and packed.
 
-    python benchmarks/step.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k
+    python benchmarks/step.py
 
 The last line is one JSON object. `time_vs_*` and `memory_vs_*` are quantkd at temperature 1 as a share of the other.
 """
@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 from _metering import MIB, Memory, Meter
+from _sources import add_sources, find_gsm8k, parse
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -174,7 +175,7 @@ def capture_rows(args: argparse.Namespace, folder: str) -> None:
     from quantkd import capture
     from quantkd.data.gsm8k import load_gsm8k
 
-    rows = load_gsm8k(args.gsm8k, "train", limit=args.rows)
+    rows = load_gsm8k(find_gsm8k(args.gsm8k), "train", limit=args.rows)
     examples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
     capture(args.model, examples, folder, responses="given", run=RunSettings(rows_per_shard=args.rows))
 
@@ -256,8 +257,7 @@ def summarize(steps: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict
 def main() -> None:
     """Capture if need be, run every contender, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--gsm8k", default=None, help="folder with train.jsonl; from the Hub without it")
+    add_sources(parser)
     parser.add_argument("--set", default=None, help="a transfer set to take rows from; captured without it")
     parser.add_argument("--cache", default=None, help="where to keep the captured set, and find it again")
     parser.add_argument("--rows", type=int, default=48, help="rows of the epoch that batches are compared on")
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--only", choices=(*STEPS, *BATCHES), help="this contender alone, in this process")
     parser.add_argument("--parts", action="store_true", help="with --only: its memory in place of its time")
     parser.add_argument("--scratch", default="step_output", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.rows, args.steps, args.rounds = 16, 1, 1
     if args.only:

@@ -9,7 +9,7 @@ float16), with and without zstd; and the peers' practice of a parquet table with
   matrices of an NF4 student whose `lora_B` is not zero. The gradient of the full distribution is taken in closed form,
   softmax(student) - softmax(teacher), so it shares no code with the loss that the stored forms go through.
 
-    python benchmarks/storage.py --model HuggingFaceTB/SmolLM2-135M-Instruct --gsm8k data/gsm8k
+    python benchmarks/storage.py
 
 The last line is one JSON object.
 """
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
+from _sources import add_sources, find_gsm8k, parse
 from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor
@@ -147,19 +148,18 @@ def measure(
 def main() -> None:
     """Capture, convert, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--gsm8k", default=None, help="folder with train.jsonl; from the Hub without it")
+    add_sources(parser)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--angle_rows", type=int, default=64, help="rows whose gradient is measured")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--output", type=Path, default=None, help="keep the sets here, and go on from them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.threads:
         torch.set_num_threads(args.threads)
     output = args.output or Path(tempfile.mkdtemp())
-    questions = [row["question"] for row in load_gsm8k(args.gsm8k, "train", limit=args.rows)]
+    questions = [row["question"] for row in load_gsm8k(find_gsm8k(args.gsm8k), "train", limit=args.rows)]
     large, small = RULES
     sets = {
         large: capture(

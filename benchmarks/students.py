@@ -7,7 +7,7 @@ that of all weights with their scales, before adapters are attached. Seconds are
 OMP_NUM_THREADS=1), else of the wall. A checkpoint that is quantized already (GPTQ, AWQ) is measured by naming it with
 `--checkpoint`. A format that cannot run on this machine gives the reason instead. Each has its ratio to NF4.
 
-    python benchmarks/students.py --model HuggingFaceTB/SmolLM2-135M-Instruct --held_out runs/held
+    python benchmarks/students.py
 
 The last line is one JSON object.
 """
@@ -23,10 +23,19 @@ import time
 from typing import Any
 
 import torch
+from _sources import add_sources, parse
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TorchAoConfig, TrainerCallback
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+from quantkd import (
+    GenerationSettings,
+    QuantizedDistillationConfig,
+    QuantizedDistillationTrainer,
+    TransferSet,
+    capture,
+)
+from quantkd.data.arithmetic import generate_problems
+from quantkd.data.gsm8k import build_prompt
 from quantkd.errors import QuantKDError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.hardware import default_device, parse_dtype
@@ -147,17 +156,28 @@ def measure(name: str, format_: str | None, args: argparse.Namespace, rows: Tran
 def main() -> None:
     """Measure, print a table, and one JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="full-precision checkpoint that the transfer set comes from")
-    parser.add_argument("--held_out", required=True, help="transfer set of that model's own answers")
+    add_sources(parser, gsm8k=False)
+    parser.add_argument("--held_out", help="transfer set of that model's own answers; to word problems if not given")
     parser.add_argument("--rows", type=int, default=8, help="held-out rows to look at (8)")
     parser.add_argument("--formats", nargs="*", default=FORMATS, help="which formats (all)")
     parser.add_argument("--checkpoint", nargs="*", default=[], help="checkpoints that are quantized already")
     parser.add_argument("--batch_size", type=int, default=4, help="rows a training step (4)")
     parser.add_argument("--steps", type=int, default=4, help="training steps (4)")
     parser.add_argument("--dtype", default="float32", help="what is computed in (float32)")
-    args = parser.parse_args()
-    rows = TransferSet.open(args.held_out)
-    rows = rows.select(range(min(args.rows, len(rows))))
+    args = parse(parser)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = TransferSet.open(args.held_out) if args.held_out else _answer(args, folder)
+        rows = rows.select(range(min(args.rows, len(rows))))
+        _measure_all(args, rows)
+
+
+def _answer(args: argparse.Namespace, folder: str) -> TransferSet:
+    """The model's answers to as many of the built-in word problems as rows are asked for."""
+    prompts = [build_prompt(row["question"]) for row in generate_problems(args.rows, seed=0)]
+    return capture(args.model, prompts, folder, generation=GenerationSettings(64))
+
+
+def _measure_all(args: argparse.Namespace, rows: TransferSet) -> None:
     results = []
     for name, format_ in [(args.model, f) for f in args.formats] + [(path, None) for path in args.checkpoint]:
         results.append(measure(name, format_, args, rows))

@@ -1,0 +1,39 @@
+"""The model and the questions of a benchmark that is started without arguments, found on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from quantkd.data.demo_model import load_demo_model
+
+__all__ = ["add_sources", "find_gsm8k", "parse"]
+
+_ROOT = Path(__file__).resolve().parent.parent
+_FOLDERS = (_ROOT / "data" / "gsm8k", _ROOT.parent / "shared" / "data" / "gsm8k")
+
+
+def add_sources(parser: argparse.ArgumentParser, *, gsm8k: bool = True) -> None:
+    """The options that name them."""
+    parser.add_argument("--model", help="a Hub name or a checkpoint folder; the demo's model if not given")
+    if gsm8k:
+        places = "data/gsm8k or ../shared/data/gsm8k if not given"
+        parser.add_argument("--gsm8k", help=f"folder with GSM8K's train.jsonl and test.jsonl; {places}")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with the demo's model where none is named."""
+    args = parser.parse_args()
+    args.model = args.model or str(load_demo_model())
+    return args
+
+
+def find_gsm8k(folder: str | None) -> str:
+    """The folder of GSM8K; where there is none, the benchmark says so as its last line, and ends without an error."""
+    for place in [Path(folder)] if folder else _FOLDERS:
+        if (place / "train.jsonl").is_file():
+            return str(place)
+    said = f"no train.jsonl in {folder or ' or '.join(map(str, _FOLDERS))}; name the folder with --gsm8k"
+    print(json.dumps({"skipped": said}))
+    raise SystemExit(0)
