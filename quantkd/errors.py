@@ -1,10 +1,46 @@
-"""The errors that quantkd raises. Each says what was found, what was expected and what to do."""
+"""The errors that quantkd raises, and text from elsewhere (models, data, servers) made safe for where it is shown.
+
+An error says what was found, what was expected and what to do.
+"""
 
 from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # letters, marks and signs that show nothing
+# What Markdown reads as more than text, by its last character; a link needs `](`, `][` or `]:`.
+_MARKUP = re.compile(r"[\\`*|]|\](?=[(\[:])|^(?:[-+]|#{1,6}|\d{1,9}[.)])(?= |$)|^[-=](?=[-=]*$)")
+
+
+def printable(text: Any, *, lines: bool = False) -> str:
+    """Text for a terminal, a log or a page: control, invisible and reordering characters are spelled as escapes."""
+    shown = (c if (c.isprintable() and c not in _BLANK) or (lines and c == "\n") else _spell(c) for c in str(text))
+    return "".join(shown)
+
+
+def _spell(character: str) -> str:
+    """As Python spells it, and JSON what fits into 16 bits."""
+    return f"\\u{ord(character):04x}" if ord(character) < 2**16 else f"\\U{ord(character):08x}"
+
+
+def markdown(text: Any) -> str:
+    """Text on one line of Markdown, also in a table's cell: no HTML, no link, no other markup."""
+    escaped = html.escape(printable(" ".join(str(text).split())), quote=False)
+    return _MARKUP.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", escaped)
+
+
+def code_span(text: Any) -> str:
+    """Text between backticks, also in a table's cell."""
+    return printable(" ".join(str(text).split())).replace("`", "'").replace("|", "¦")
 
 
 class QuantKDError(Exception):
     """Base of all errors that quantkd raises."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), lines=True)  # a message quotes files, servers and models
 
 
 class ConfigError(QuantKDError, ValueError):

@@ -65,13 +65,13 @@ def write_file(path: Path, data: bytes | str, *, filesystem: FileSystem = DISK, 
 
     Text is written as UTF-8. After an error the old file is still there, and the temporary one is gone.
     """
+    rest = memoryview(data.encode() if isinstance(data, str) else data)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         descriptor = filesystem.create(temporary)
         try:
             filesystem.reach(f"{what}:created")
-            rest = memoryview(data.encode() if isinstance(data, str) else data)
             while rest:
                 written = filesystem.write(descriptor, rest)
                 if written <= 0:

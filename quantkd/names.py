@@ -132,5 +132,11 @@ def load_tokenizer(model: Any, **model_init_kwargs: Any) -> PreTrainedTokenizerB
     used = ("revision", "token", "trust_remote_code")
     with naming(name, "tokenizer_config.json"):
         kwargs = {key: model_init_kwargs[key] for key in used if key in model_init_kwargs}
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **kwargs)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **kwargs)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # of any type, also of the Rust library's own, where a file is not what it should be
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            raise ConfigError(f"The tokenizer of {name!r} could not be read ({reason}). Get its files anew.") from error
     return tokenizer

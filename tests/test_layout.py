@@ -75,3 +75,11 @@ def test_packages_alone_list_what_they_export() -> None:
 
 def test_the_ignored_label_is_written_once() -> None:
     assert len(find(lambda node: isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-100")) == 1
+
+
+def test_text_for_people_goes_through_one_place_for_each_destination() -> None:
+    def calls(name: str) -> set[str]:
+        return find(lambda node: isinstance(node, ast.Call) and ast.unparse(node.func) == name)
+
+    assert calls("print") == {"cli/format.py"} and calls("figure.savefig") == {"report/figures.py"}
+    assert calls("Environment") == {"report/page.py", "view/page.py"}

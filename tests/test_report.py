@@ -73,7 +73,7 @@ def test_a_missing_part_is_said(tmp_path, arms, part):
     assert results["not_measurable"][key] == "not evaluated for after"
     page = (tmp_path / "report.md").read_text()
     expected = "fidelity to the teacher was not" if part == "fidelity" else "accuracy, 0-shot, was not evaluated"
-    assert f"The after | arm: {expected}" in page and "not evaluated" in format_table(results)
+    assert f"The after \\| arm: {expected}" in page and "not evaluated" in format_table(results)
     for arm in arms.values():
         arm[part] = arms["after"][part]
     build(tmp_path, arms)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkd.cli.format import format_bytes, format_info, format_lines
+from quantkd.cli.format import format_bytes, format_info, format_lines, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.prompts import load_examples, with_context
 from quantkd.errors import ConfigError
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     def show(estimate: CaptureEstimate) -> None:
         if is_main_process:
             # The plan is what a dry run is asked for; otherwise it goes where the bar goes.
-            print(format_estimate(estimate), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
+            say(format_estimate(estimate), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
         if args.dry_run:
             raise SystemExit(0)
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         on_plan=show,
     )
     if is_main_process:
-        print(f"{args.output_dir}\n{format_info(transfer_set.info)}")
+        say(f"{args.output_dir}\n{format_info(transfer_set.info)}")
 
 
 def format_estimate(estimate: CaptureEstimate) -> str:

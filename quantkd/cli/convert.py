@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from quantkd.cli.format import format_info
+from quantkd.cli.format import format_info, say
 from quantkd.cli.parsing import plain_parser
 from quantkd.transfer_set import TransferSet, convert
 from quantkd.transfer_set.rules import parse_storage_rule
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         parser.error("a transfer set is converted with --storage, and without --model and --revision")
     else:
         convert(args.source, args.destination, parse_storage_rule(args.storage))
-    print(f"{args.destination}\n{format_info(TransferSet.open(args.destination).info)}")
+    say(f"{args.destination}\n{format_info(TransferSet.open(args.destination).info)}")
 
 
 def _import_table(args: argparse.Namespace) -> None:

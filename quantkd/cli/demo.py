@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantkd.cli.format import say
 from quantkd.cli.parsing import plain_parser
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.demo_model import load_demo_model
@@ -73,5 +74,5 @@ def main(argv: Sequence[str]) -> None:
             seed=args.seed,
         ),
     )
-    print(format_table(json.loads((run_dir / "results.json").read_text())))
-    print(f"\nThe report is {report}, with results.json and the chart next to it. The adapter is in {run_dir}/student.")
+    say(format_table(json.loads((run_dir / "results.json").read_text())))
+    say(f"\nThe report is {report}, with results.json and the chart next to it. The adapter is in {run_dir}/student.")

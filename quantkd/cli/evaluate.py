@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
+from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import load_examples
@@ -143,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
             said = f": KL {found['kl']:.4f} nats per token, perplexity {found['perplexity']:.2f}, "
             said += f"top-1 agreement {found['top1_agreement']:.1%} on {rows} rows"
         if is_main:
-            print(f"{folder / args.arm}.json{said}")
+            say(f"{folder / args.arm}.json{said}")
     if args.prompts:
         path = folder / f"{args.arm}-prompts.jsonl"
         if args.force and is_main:
@@ -152,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
         records = evaluate_prompts(model, tokenizer, examples, settings=settings, records_path=path)
         graded = [record.correct for record in records if record.correct is not None]
         if is_main:
-            print(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))
+            say(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))
 
 
 def _load_teacher(student: StudentArguments, other: str | None = None) -> Any:

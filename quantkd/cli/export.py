@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
-from quantkd.cli.format import format_bytes
+from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError
 from quantkd.evaluation.arms import EvaluationSettings
@@ -91,11 +91,11 @@ def main(argv: Sequence[str]) -> None:
         if held_out is not None:
             score(args.form, load_exported(path))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    print(f"{path}: {args.form}, {format_bytes(size)}.")
+    say(f"{path}: {args.form}, {format_bytes(size)}.")
     if held_out is not None:
         names = {"after": "adapter", "merged": "merged", "requantized": "merged and quantized again"}
         figures = ", ".join(f"{names[arm]} {value:.6f}" for arm, value in kl.items())
-        print(f"KL to the teacher on {len(held_out)} rows, nats per token: {figures}.")
+        say(f"KL to the teacher on {len(held_out)} rows, nats per token: {figures}.")
     if args.form == "requantized":
         _warn(kl)
 
@@ -121,4 +121,4 @@ def _warn(kl: dict[str, float]) -> None:
             f"the second rounding took part of what was learned away: KL {kl['after']:.4f} with the adapter, "
             f"{kl['requantized']:.4f} in this checkpoint. --form merged and --form adapter do without it."
         )
-    print(f"quantkd export: warning: {cost}", file=sys.stderr)
+    say(f"quantkd export: warning: {cost}", file=sys.stderr)

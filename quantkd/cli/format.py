@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
-from quantkd.transfer_set import TransferSetInfo
+from quantkd.errors import printable
+
+if TYPE_CHECKING:
+    from quantkd.transfer_set import TransferSetInfo
+
+
+def say(text: Any = "", *, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print for people: whatever a model, a set or a server wrote, no escape sequence reaches the terminal."""
+    print(printable(text, lines=True), file=file, flush=flush)
 
 
 def format_bytes(count: float) -> str:
@@ -18,7 +27,7 @@ def format_bytes(count: float) -> str:
 
 def format_lines(lines: Mapping[str, str]) -> str:
     """Names and values below each other."""
-    return "\n".join(f"  {name:<13} {value}" for name, value in lines.items())
+    return "\n".join(f"  {name:<13} {printable(value)}" for name, value in lines.items())
 
 
 def format_info(info: TransferSetInfo) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from quantkd.cli.format import format_info
+from quantkd.cli.format import format_info, say
 from quantkd.cli.parsing import plain_parser, whole_number
+from quantkd.errors import printable
 from quantkd.report.histograms import Histograms, compute_histograms
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 
@@ -42,18 +43,18 @@ def main(argv: Sequence[str]) -> None:
     histograms = compute_histograms(transfer_set)
     if args.json:
         counts = {"entries": histograms.entries.tolist(), "entropy": histograms.entropy.tolist()}
-        print(json.dumps({**asdict(transfer_set.info), "histograms": counts, "sample": rows}, sort_keys=True))
+        say(json.dumps({**asdict(transfer_set.info), "histograms": counts, "sample": rows}, sort_keys=True))
         return
-    print(f"{format_info(transfer_set.info)}\n")
+    say(f"{format_info(transfer_set.info)}\n")
     _print_histograms(histograms)
     if args.tokenizer is None and rows:
-        print("\nTokens are shown as ids; name the teacher's tokenizer with --tokenizer to see text.")
+        say("\nTokens are shown as ids; name the teacher's tokenizer with --tokenizer to see text.")
     for number, row in enumerate(rows):
-        print(f"\nrow {number}: {row['prompt_tokens']} prompt tokens, {row['response_tokens']} response tokens")
-        print(f"  prompt    {_quote(row['prompt'], 300)}\n  response  {_quote(row['response'], 300)}")
+        say(f"\nrow {number}: {row['prompt_tokens']} prompt tokens, {row['response_tokens']} response tokens")
+        say(f"  prompt    {_quote(row['prompt'], 300)}\n  response  {_quote(row['response'], 300)}")
         for token in row["tokens"]:
             others = "  ".join(f"{_quote(entry['token'], 24)} {entry['probability']:.3f}" for entry in token["entries"])
-            print(f"  {_quote(token['token'], 24):<20} {others}  tail {token['tail']:.3f}")
+            say(f"  {_quote(token['token'], 24):<20} {others}  tail {token['tail']:.3f}")
 
 
 def _print_histograms(histograms: Histograms) -> None:
@@ -70,10 +71,10 @@ def _print_histograms(histograms: Histograms) -> None:
         },
     }
     for title, counts in kinds.items():
-        print(f"  {title}")
+        say(f"  {title}")
         for name, count in counts.items():
             share = count / max(sum(counts.values()), 1)
-            print(f"    {name:<10} {share:6.1%}  {'#' * round(40 * share)}")
+            say(f"    {name:<10} {share:6.1%}  {'#' * round(40 * share)}")
 
 
 def _describe(row: dict[str, Any], decode: Any, tokens: int, alternatives: int) -> dict[str, Any]:
@@ -115,7 +116,6 @@ def _decoder(name: str | None, transfer_set: TransferSet) -> Any:
 
 
 def _quote(text: str, width: int) -> str:
-    """Printable on a terminal: control characters, which a stranger's set could abuse, are escaped."""
-    quoted = json.dumps(text, ensure_ascii=False)
-    quoted = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
+    """In quotes, with control characters as escapes, and cut."""
+    quoted = printable(json.dumps(text, ensure_ascii=False))
     return quoted if len(quoted) <= width else quoted[: width - 2] + '…"'

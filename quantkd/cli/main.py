@@ -7,11 +7,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from quantkd.errors import QuantKDError
+from quantkd.cli.format import say
+from quantkd.errors import QuantKDError, printable
 from quantkd.names import __version__
 
 COMMANDS = {
@@ -50,15 +52,26 @@ def run() -> None:
     if not sys.stderr.isatty():  # tqdm and huggingface_hub read these when they are imported; what the user set stays
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("quantkd.experiment", "quantkd.remote"):  # the steps, and what is read from the Hub with its commit
-        logging.getLogger(name).addHandler(logging.StreamHandler())
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable())
+    logging.getLogger("quantkd").addHandler(handler)
+    # The steps, what is read from the Hub with its commit, and how much of a student is quantized.
+    for name in ("quantkd.experiment", "quantkd.remote", "quantkd.models.student"):
         logging.getLogger(name).setLevel(logging.INFO)
     # Two messages that a user cannot act on: an optional, faster kernel, and PEFT's use of an old name of transformers.
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
     kernels.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.excepthook = lambda _, error, __: say("".join(traceback.format_exception(error)), file=sys.stderr)
     main()
+
+
+class _Printable(logging.Formatter):
+    """A record as text that a terminal shows as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -72,22 +85,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     show_traceback = "--traceback" in arguments[:1]
     command, *words = arguments[show_traceback:] or [""]
     if command in ("", "-h", "--help", "--version"):
-        print(f"quantkd {__version__}" if command == "--version" else _USAGE)
+        say(f"quantkd {__version__}" if command == "--version" else _USAGE)
         raise SystemExit(0 if command else 2)
     if command not in COMMANDS:
-        print(f"quantkd: there is no command {command!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+        say(f"quantkd: there is no command {command!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     try:
         importlib.import_module(f"quantkd.cli.{command}").main(words)
     except Exception as error:
         if show_traceback or not _is_expected(error):
             raise
-        print(f"quantkd {command}: {_describe(error)}", file=sys.stderr)
+        say(f"quantkd {command}: {_describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         start = "\n" if sys.stderr.isatty() else ""  # below a bar
         go_on = _GO_ON.get(command, "Run the same command again to go on.")
-        print(f"{start}quantkd {command}: interrupted. {go_on}", file=sys.stderr)
+        say(f"{start}quantkd {command}: interrupted. {go_on}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -97,7 +110,13 @@ def _is_expected(error: Exception) -> bool:
     if isinstance(error, (QuantKDError, ImportError, OSError, ValueError)):
         return True
     # safetensors and torch raise these when the disk is full.
-    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter failed" in str(error)
+    is_full = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter failed" in str(error)
+    return is_full or _is_lost(error)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether another process of the launch has ended, of which torch and gloo have several errors."""
+    return "gloo/" in str(error) or type(error).__name__.startswith("Dist")
 
 
 def _describe(error: Exception) -> str:
@@ -108,6 +127,8 @@ def _describe(error: Exception) -> str:
     text = " ".join(redact(str(error), find_secrets()).split()) or type(error).__name__
     if isinstance(error, QuantKDError):
         return text
+    if _is_lost(error):
+        return f"another process of this launch ended, and its own message says why. ({text.rstrip('.')})"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}. Give an existing path that can be read or written."
     return f"{text.rstrip('.')}. (`quantkd --traceback COMMAND ...` shows where.)"

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quantkd.errors import ConfigError, QuantKDError
+from quantkd.errors import ConfigError, QuantKDError, printable
 from quantkd.files import write_file
 from quantkd.names import hide_home
 
@@ -26,7 +26,8 @@ class _OneLine(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and exit with 2."""
         stop = "" if message.endswith((".", "?")) else "."
-        self.exit(2, f"{self.prog}: error: {message}{stop} `{self.prog} --help` lists the options.\n")
+        said = f"{self.prog}: error: {message}{stop} `{self.prog} --help` lists the options."
+        self.exit(2, printable(said) + "\n")
 
 
 def plain_parser(prog: str, examples: str) -> ArgumentParser:

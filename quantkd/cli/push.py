@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkd.cli.format import format_bytes
+from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import plain_parser
 from quantkd.errors import ConfigError
 from quantkd.transfer_set import TransferSet
@@ -48,17 +48,17 @@ def main(argv: Sequence[str]) -> None:
 
         transfer_set = TransferSet(folder)
         if not args.dry_run:
-            print(push_transfer_set(transfer_set, args.repo_id, private=private, **options))
+            say(push_transfer_set(transfer_set, args.repo_id, private=private, **options))
             return
         files = list_set_files(transfer_set)
     else:
         from quantkd.hub.adapters import list_adapter_files, push_adapter
 
         if not args.dry_run:
-            print(push_adapter(folder, args.repo_id, private=private, **options, **described))
+            say(push_adapter(folder, args.repo_id, private=private, **options, **described))
             return
         files = list_adapter_files(folder, **described)
     for name, size in files:
-        print(f"{format_bytes(size):>12}  {name}")
+        say(f"{format_bytes(size):>12}  {name}")
     total = format_bytes(sum(size for _, size in files))
-    print(f"{len(files)} files, {total}, would go to {args.repo_id} ({'private' if private else 'public'}).")
+    say(f"{len(files)} files, {total}, would go to {args.repo_id} ({'private' if private else 'public'}).")

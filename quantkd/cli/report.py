@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantkd.cli.format import say
 from quantkd.cli.parsing import plain_parser
 from quantkd.report import build_report, format_table
 
@@ -20,5 +21,5 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run_dir", help="folder whose evaluation/ holds what `quantkd evaluate` wrote")
     args = parser.parse_args(argv)
     page = build_report(args.run_dir)
-    print(format_table(json.loads((Path(args.run_dir) / "results.json").read_text(encoding="utf-8"))))
-    print(f"\nThe report is {page}.")
+    say(format_table(json.loads((Path(args.run_dir) / "results.json").read_text(encoding="utf-8"))))
+    say(f"\nThe report is {page}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quantkd.cli.format import say
 from quantkd.cli.parsing import plain_parser
 from quantkd.teacher import load_teacher
 from quantkd.training.selftest import run_selftest
@@ -27,6 +28,6 @@ def main(argv: Sequence[str]) -> None:
     failed = 0
     for check in run_selftest(model, tokenizer, chat_template=not args.plain_prompts):
         failed += not check.passed
-        print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.figure}", flush=True)
+        say(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.figure}", flush=True)
     if failed:
         raise SystemExit(1)

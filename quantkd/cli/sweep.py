@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
+from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.cli.train import DataArguments, open_rows
 from quantkd.errors import ConfigError
@@ -33,5 +34,5 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("A sweep needs held-out rows: give --eval_transfer_set or --eval_fraction.")
     model, sets = load_student_from(student), {"train_dataset": rows, "eval_dataset": held_out}
     for trial in run_sweep(model, config, space, lora, n_trials=sweep.n_trials, **sets):
-        print(f"held-out KL {trial.value:.4f} with {trial.params}, {trial.duration.total_seconds():.0f} s")
-    print(f"The study is stored in {config.output_dir}/sweep.db.")
+        say(f"held-out KL {trial.value:.4f} with {trial.params}, {trial.duration.total_seconds():.0f} s")
+    say(f"The study is stored in {config.output_dir}/sweep.db.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
+from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options, save_options
 from quantkd.errors import ConfigError
 from quantkd.foreign import installed_trackers
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     if config.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
-        print(f"The adapter is stored in {config.output_dir}.")
+        say(f"The adapter is stored in {config.output_dir}.")
 
 
 def open_rows(data: DataArguments, config: QuantizedDistillationConfig) -> tuple[TransferSet, TransferSet | None]:

@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from quantkd.cli.format import format_bytes
+from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import plain_parser, whole_number
 from quantkd.errors import ConfigError
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet, verify
@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code from the teacher's repository")
     args = parser.parse_args(argv)
     found = verify(args.path, allow_incomplete=args.allow_incomplete)
-    print(f"{args.path}: {found.shards} shards, {found.rows} rows, {format_bytes(found.num_bytes)}, all as written.")
-    print(f"digest {found.digest}")
+    say(f"{args.path}: {found.shards} shards, {found.rows} rows, {format_bytes(found.num_bytes)}, all as written.")
+    say(f"digest {found.digest}")
     if args.teacher:
         _compute_again(TransferSet.open(args.path, allow_incomplete=args.allow_incomplete), args)
 
@@ -73,19 +73,19 @@ def _compute_again(transfer_set: TransferSet, args: Namespace) -> None:
     sample = transfer_set.select(rows.tolist())
     sums = evaluate_fidelity(model, sample, batch_size=args.batch_size).columns
     kl = sums["kl_sum"] / sums["tokens"]
-    print(f"rows        {len(rows)} of {len(transfer_set)}, drawn with seed {args.seed}")
+    say(f"rows        {len(rows)} of {len(transfer_set)}, drawn with seed {args.seed}")
     worst = kl.argmax()
-    print(f"KL          {kl.mean():.2g} nats per token on average, {kl[worst]:.2g} in the worst row, {rows[worst]}")
-    print(f"top token   the same at {sums['agree'].sum() / sums['tokens'].sum():.1%} of the positions")
+    say(f"KL          {kl.mean():.2g} nats per token on average, {kl[worst]:.2g} in the worst row, {rows[worst]}")
+    say(f"top token   the same at {sums['agree'].sum() / sums['tokens'].sum():.1%} of the positions")
     greedy = 1.0
     if info.responses == "generate" and not info.generation.get("do_sample"):
         greedy = _greedy_share(sample)
-        print(f"greedy      {greedy:.1%} of the answers' tokens are the most probable ones")
+        say(f"greedy      {greedy:.1%} of the answers' tokens are the most probable ones")
     wrong = rows[~(kl <= args.tolerance)]
     if not len(wrong) and greedy >= _LEAST_GREEDY:
-        print(f"passed: no row differs by more than {args.tolerance} nats per token")
+        say(f"passed: no row differs by more than {args.tolerance} nats per token")
         return
-    print(
+    say(
         f"FAILED: {len(wrong)} rows differ by more than {args.tolerance} nats per token"
         + (f", the first is row {wrong[0]}" if len(wrong) else "; the answers are not the teacher's greedy ones")
         + ". Another teacher, revision or dtype than the set names, or the set was changed.",

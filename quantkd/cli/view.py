@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
-from quantkd.cli.format import format_bytes
+from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError
 from quantkd.hub.adapters import load_adapter
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     )
     path = write_page(divergence, Path(args.output))
     before, after = divergence.mean_kl
-    print(
+    say(
         f"{path}: {len(divergence.rows)} rows, {divergence.num_tokens} tokens, {format_bytes(path.stat().st_size)}; "
         f"KL {before:.4f} before, {after:.4f} after"
     )

@@ -29,6 +29,8 @@ Spans = tuple[tuple[int, int], ...]
 EncodedRow = tuple[list[int], list[int] | None, Spans | None]
 
 _CHUNK = 1024  # prompts tokenised in one call
+# What a template can raise besides its own errors, by what it computes.
+_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 # The block that marks an assistant's turn in a chat template, as transformers looks for it.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -332,9 +334,10 @@ def _render_chat(
     try:
         own = {"tokenize": True, "return_dict": False, **own}
         return tokenizer.apply_chat_template(list(messages), **{**template_kwargs, **own})
-    except (jinja2.TemplateError, AttributeError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"The chat template refuses messages of the roles {roles}: {error}. Mend them.") from error
+        reason = str(error)[:500] or type(error).__name__
+        raise DataError(f"The chat template refuses messages of the roles {roles}: {reason}. Mend them.") from error
 
 
 def _check_text(example: Example) -> None:

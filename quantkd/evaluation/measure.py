@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from quantkd.errors import ConfigError, DataError
+from quantkd.errors import ConfigError, DataError, printable
 from quantkd.evaluation.accuracy import Questions
 from quantkd.evaluation.arms import Arm, EvaluationSettings, check_arm_name, discard_arm
 from quantkd.evaluation.fidelity import HeldOut
@@ -94,8 +94,8 @@ def evaluate_arm(
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
     folder = Path(run_dir) / "evaluation"
     fingerprint, memory_bytes = compute_model_fingerprint(model), int(model.get_memory_footprint())
-    title = title or _TITLES.get(arm, arm).format(format=name_format(model))
-    new = Arm(arm, title, public_name(model_name), fingerprint, memory_bytes)
+    title = printable(title or _TITLES.get(arm, arm).format(format=name_format(model)))
+    new = Arm(arm, title, printable(public_name(model_name)), fingerprint, memory_bytes)
     result = ask_main(settings.share, lambda: _take_up(new, folder, settings))
     for part in parts:
         for measured in part.measure(model, tokenizer, result, folder, settings):

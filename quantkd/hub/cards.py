@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+from markupsafe import Markup
 
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, printable
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import bits_of
 from quantkd.names import is_repository_name, public_name
@@ -57,7 +57,7 @@ def render_adapter_card(
     recorded = facts.quantization
     bits = bits_of(recorded or _NF4)
     # The settings that the snippet repeats; one of 8 bits has settings of 4 bits that mean nothing.
-    snippet = r"load_in_4bit$|bnb_4bit_\w+$" if (recorded or _NF4).get("load_in_4bit") else "load_in_8bit$"
+    snippet = r"load_in_4bit|bnb_4bit_\w+" if (recorded or _NF4).get("load_in_4bit") else "load_in_8bit"
     measured = [] if results is None else _list_measured(results)
     source = re.match(r"([\w.-]+/[\w.-]+) at ", facts.transfer_set or "", re.ASCII)
     metadata = ModelCardData(
@@ -89,7 +89,7 @@ def render_adapter_card(
         adapter=described,
         facts=facts,
         recorded=recorded,
-        bitsandbytes={name: value for name, value in (recorded or _NF4).items() if re.match(snippet, name)},
+        bitsandbytes={name: value for name, value in (recorded or _NF4).items() if re.fullmatch(snippet, name)},
         settings=settings,
         table=[] if results is None else tabulate(results),
         notes=[] if results is None else [*list_notes(results), f"Fidelity: {describe_held_out(results)}."],
@@ -118,21 +118,11 @@ def _list_measured(results: dict[str, Any]) -> list[EvalResult]:
 
 def _render(template: str, card: ModelCardData | DatasetCardData, **values: Any) -> str:
     environment = markdown_environment("hub")
-    environment.filters.update(cell=_escape_cell, code=_to_code, text=_to_text, public_name=public_name)
-    return environment.get_template(f"{template}.md.j2").render(metadata=card.to_yaml(), **values)
+    environment.filters.update(code=_to_code, public_name=public_name)
+    metadata = Markup(printable(card.to_yaml(), lines=True))
+    return environment.get_template(f"{template}.md.j2").render(metadata=metadata, **values)
 
 
-def _escape_cell(text: Any) -> str:
-    escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return escaped.replace("|", "\\|").replace("`", "'").replace("[", "\\[")
-
-
-def _to_code(value: Any) -> str:
+def _to_code(value: Any) -> Markup:
     """A value as Python writes it."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-def _to_text(value: Any) -> str:
-    """JSON on one line, without what would end a code span or a table's cell."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return text.replace("`", "'").replace("|", "¦").replace("\n", " ")
+    return Markup(printable(json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from quantkd.errors import printable
+from quantkd.files import write_file
 from quantkd.report.page import tabulate_breakdown
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the hatches serve in a black-and-white print.
@@ -45,7 +48,7 @@ def draw_bars(results: dict[str, Any], path: Path) -> bool:
     _add_legend(figure, handles, [arms[name]["title"] for name in shown])
     sources = ["Wilson's for accuracy"] * bool(settings) + ["bootstrap over rows for KL"] * bool(with_kl)
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals ({', '.join(sources)})", fontsize=8, color=_INK)
-    figure.savefig(path, metadata={"Software": None})
+    save_figure(figure, path)
     return True
 
 
@@ -60,8 +63,15 @@ def draw_breakdown(results: dict[str, Any], path: Path) -> bool:
         _draw_lines(panel, results["arms"], table)
     _add_legend(figure, panels[0].containers, [results["arms"][name]["title"] for name in tables[0]["arms"]])
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals (bootstrap over rows)", fontsize=8)
-    figure.savefig(path, metadata={"Software": None})
+    save_figure(figure, path)
     return True
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, all of it or nothing; the same figure gives the same bytes."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    write_file(path, buffer.getvalue())
 
 
 def _make_panels(width: float, ratios: list[float]) -> tuple[Figure, Any]:
@@ -174,7 +184,7 @@ def _add_legend(figure: Figure, handles: list[Any], titles: list[str]) -> None:
 
 def _plain_text(text: str) -> str:
     """Text that matplotlib neither reads as mathematics nor hides, as it does with labels that begin with `_`."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    return (" " if text.startswith("_") else "") + printable(text, lines=True).replace("$", r"\$")
 
 
 def _label_axes(panel: Axes, label: str, title: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from quantkd.errors import code_span, markdown, printable
 from quantkd.report.results import name_breakdown, order_results
 
 _PERCENT = ("accuracy_", "top1_agreement", "dense_top1_agreement")
@@ -51,23 +54,34 @@ def describe_held_out(results: dict[str, Any]) -> str:
 
 def format_table(results: dict[str, Any]) -> str:
     """The results as a plain-text table, with notes below it."""
-    rows = tabulate(results)
+    rows = [[printable(cell) for cell in row] for row in tabulate(results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
-    return "\n".join([*lines, "", *list_notes(results)])
+    return "\n".join([*lines, "", *map(printable, list_notes(results))])
 
 
 def markdown_environment(package: str) -> Environment:
-    """The templates of a package of quantkd, as Markdown."""
-    return Environment(
+    """The templates of a package of quantkd as Markdown, into which every value goes as text, unless it is `Markup`."""
+    environment = Environment(
         loader=PackageLoader("quantkd", package),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML; the filter `cell` escapes what would break a table
+        autoescape=True,  # which leaves `Markup` alone; all else is that once `_escape` has seen it
+        finalize=_escape,
     )
+    environment.filters.update(escape=_escape, text=_to_code_span)
+    return environment
+
+
+def _escape(value: Any) -> Markup:
+    return value if isinstance(value, Markup) else Markup(markdown(value))
+
+
+def _to_code_span(value: Any) -> Markup:
+    return Markup(code_span(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)))
 
 
 def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None) -> str:
@@ -77,7 +91,6 @@ def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name
         measured=_format_figure,
         share=_format_share,
         memory=_format_memory,
-        cell=_escape_cell,
         difference=partial(_format_figure, sign="+"),
     )
     return environment.get_template("report.md.j2").render(
@@ -170,7 +183,3 @@ def _format_memory(arm: dict[str, Any], teacher: dict[str, Any] | None) -> str:
     if teacher is None or not teacher["memory_bytes"]:
         return text
     return f"{text} ({arm['memory_bytes'] / teacher['memory_bytes']:.0%})"
-
-
-def _escape_cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")

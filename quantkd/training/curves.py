@@ -32,6 +32,8 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     from matplotlib.figure import Figure  # a second to import, and only needed here
     from matplotlib.ticker import MaxNLocator
 
+    from quantkd.report.figures import save_figure
+
     rows = 2 if len(curves) == 4 else 1  # four in a row would be too small to read on a page
     columns = len(curves) // rows
     figure = Figure(figsize=(max(4.5, 3.6 * columns), 2.6 * rows + 0.4), dpi=150)
@@ -58,7 +60,7 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
         panel.yaxis.grid(True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Software": None})
+    save_figure(figure, Path(path))
     return True
 
 

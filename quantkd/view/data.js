@@ -6,7 +6,7 @@ const NOT_STORED = -1;
 const HIGH_KL = 0.2;
 
 // Characters that are invisible or look like a space, or that turn the text around: U+202E would show a row's end first.
-const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]|(?! )\p{Zs}|\p{Co}|\p{Cn}|\p{Cs}/u;
+const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\u2800\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e007f}]|(?! )\p{Zs}|\p{Co}|\p{Cn}|\p{Cs}/u;
 // These join letters and emoji within a token or fill a place. They get a sign only where they stand alone.
 const JOINERS = /^\p{Default_Ignorable_Code_Point}+$/u;
 const SIGNS = { "\n": "↵", "\r": "␍", "\t": "⇥" };

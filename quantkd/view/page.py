@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, printable
 from quantkd.files import write_file
 from quantkd.view.divergence import KL_EDGES, Divergence, count_classes, encode_divergence, escape_script_json
 
@@ -48,7 +48,12 @@ def render_page(divergence: Divergence) -> str:
     }
     loader = PackageLoader("quantkd", "view")
     environment = Environment(
-        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
+        loader=loader,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
     )
     return environment.get_template("page.html.j2").render(
         divergence=divergence,
