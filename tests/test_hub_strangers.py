@@ -135,8 +135,8 @@ def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, t
 
 @pytest.mark.parametrize(
     ("named", "warned"),
-    [("evil/model", "it was trained on 'model'; it is attached to 'tiny'"), ("maker/tiny", ""), ("", ""),
-     ("m\x1b[31m\r\nred", "it was trained on 'm?[31m??red'")],
+    [("evil/model", "it was trained on 'evil/model'; it is attached to 'tiny'"), ("maker/tiny", ""), ("", ""),
+     ("m\x1b[31m\r\nred", "it was trained on 'm\\x1b[31m\\r\\nred'")],
 )  # fmt: skip
 def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, attach, caplog, named, warned):
     loaded = attach(base_model_name_or_path=named)
@@ -177,8 +177,6 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
         ({"modules_to_save": ["x" * 999]}, "expected plain names"),
         ({"peft_type": "PROMPT_TUNING"}, "of the kind 'PROMPT_TUNING'"),
         ({"peft_type": None}, "expected LORA"),
-        ({"r": -1}, "fit|is not a LoRA"),
-        ({"r": 3}, "does not fit"),
         ({"target_modules": ["q_proj"]}, "fit"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "does not fit its own configuration: 4 weights"),
         ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
@@ -207,7 +205,7 @@ def test_a_regular_expression_is_not_run(attach, files):
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 10**5])
 def test_a_configuration_that_is_none(attach, text):
-    with pytest.raises(DataError, match=r"is not a LoRA configuration|of the kind 'list'"):
+    with pytest.raises(DataError, match=r"is not a LoRA configuration|holds a list; expected an object"):
         attach({"adapter_config.json": text})
 
 
@@ -216,7 +214,7 @@ def test_weights_that_are_cut_or_of_other_shapes(attach, files, size):
     weights = load(files["adapter_model.safetensors"])
     wide = save({**weights, sorted(weights)[0]: torch.zeros(2, 999)})
     data = wide if size is None else files["adapter_model.safetensors"][:size]
-    with pytest.raises(DataError, match="does not fit the base model"):
+    with pytest.raises(DataError, match="does not fit the base model" if size is None else "does not open"):
         attach({"adapter_model.safetensors": data})
 
 

@@ -5,20 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from quantkd.errors import DataError
-from quantkd.files import read_regular, write_file
+from quantkd.files import write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
+from quantkd.models.adapter_files import (
+    CONFIG,
+    MAX_CONFIG_BYTES,
+    PICKLE,
+    WEIGHTS,
+    check_files,
+    is_pattern,
+    list_adapted,
+    read_plain_lora,
+    read_weights,
+    warn_of_another_base,
+)
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance, read_object
 from quantkd.models.student import load_student
@@ -27,7 +38,6 @@ from quantkd.remote import RemoteFiles, check_shareable, find_secrets, logger as
 
 logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _CHART, _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "gap.png", "tokenizer_config.json", "chat_template.jinja"
 # In these "/root" is a token like any other.
 _VOCABULARIES = (
@@ -37,23 +47,7 @@ _VOCABULARIES = (
 # With the page, configuration and weights all that is ever pushed: training_args.bin can hold a token, and nobody knows
 # what the next library leaves behind.
 _OPTIONAL = (_CHART, PROVENANCE_NAME, _TOKENIZER_CONFIG, _CHAT_TEMPLATE, *_VOCABULARIES)
-_MAX_CONFIG_BYTES = 2**20
 _MAX_WEIGHTS_BYTES = 2**36
-# What shapes plain LoRA. Other fields import packages, repeat layers or read files, and are refused if they are set.
-_FIELDS = (
-    "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern", "target_modules", "task_type", "use_dora",
-    "use_rslora",
-)  # fmt: skip
-# Notes of PEFT that change nothing here: the weights are loaded over whatever the start was, if it left the base alone;
-# and `auto_mapping`, which it writes where no task type was given, names the base model's class, which is the caller's.
-_NOTES = (
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type", "peft_version",
-    "revision",
-)  # fmt: skip
-_STARTS_THAT_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-_MODULE_NAME = re.compile(r"[\w.-]{1,256}")
-_ADAPTED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 
 
 def push_adapter(
@@ -141,7 +135,7 @@ def _gather(
     folder: Path, base_model: str | None, run_dir: str | Path | None
 ) -> tuple[dict[str, Path | bytes], dict[str, Any]]:
     """The files of a push without the page, and the values that the page is rendered from."""
-    _check_files(str(folder), lambda name: (folder / name).is_file())
+    check_files(str(folder), lambda name: (folder / name).is_file())
     values = _describe(folder, base_model)
     if not values["adapter"]["base_model_name_or_path"]:
         raise DataError(f"{folder / CONFIG} names no base model; pass base_model (--base_model).")
@@ -190,18 +184,6 @@ def _check_secrets(files: Mapping[str, Path | bytes], token: str | None) -> None
         check_shareable(name, data, secrets, paths=name not in _VOCABULARIES)
 
 
-def _check_files(place: str, holds: Callable[[str], bool]) -> None:
-    """Refuse an adapter without its two files."""
-    missing = [name for name in (CONFIG, WEIGHTS) if not holds(name)]
-    if WEIGHTS in missing and holds(_PICKLE):
-        raise DataError(
-            f"{place} holds {_PICKLE}, a pickle, which can run any code when it is opened; expected {WEIGHTS}. Ask its "
-            "maker to save it as safetensors."
-        )
-    if missing:
-        raise DataError(f"{place} holds no {missing[0]}; expected an adapter that PEFT saved. Check the name.")
-
-
 def _to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -222,17 +204,15 @@ def load_adapter(
     without remote code.
     """
     place, folder, _ = _find(str(adapter), revision, token)
-    config, named = _read_config(folder / CONFIG, place)
+    config, named = read_plain_lora(folder / CONFIG, place)
+    weights = read_weights(folder / WEIGHTS, place, config)
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base
-    own = _last_part(model.config.name_or_path or "")
-    if named and own and named != own:
-        told = "The adapter %s says that it was trained on %r; it is attached to %r, which may be another model."
-        logger.warning(told, place, named, own)
+    own = public_name(model.config.name_or_path or "")
+    warn_of_another_base(place, named, own)
     config.inference_mode = not is_trainable
     try:
-        weights = load_file(folder / WEIGHTS)
-        if _is_pattern(config.target_modules):  # the weights say as well which modules it means
-            config.target_modules = sorted({match[1] for name in weights if (match := _ADAPTED.fullmatch(name))})
+        if is_pattern(config.target_modules):  # the weights say as well which modules it means
+            config.target_modules = list_adapted(weights)
             config.exclude_modules = None
         loaded: Any = get_peft_model(model, config)
         result: Any = set_peft_model_state_dict(loaded, weights)
@@ -257,7 +237,7 @@ def fetch_adapter(adapter: str) -> Path:
     _, folder, files = _find(adapter, None, None)
     if files is not None:
         for name in (CARD_NAME, PROVENANCE_NAME):
-            files.fetch(name, _MAX_CONFIG_BYTES)
+            files.fetch(name, MAX_CONFIG_BYTES)
     return folder
 
 
@@ -267,60 +247,12 @@ def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, P
     folder = Path(adapter)
     if name is None:
         require_folder(adapter)
-        _check_files(adapter, lambda file: (folder / file).is_file())
+        check_files(adapter, lambda file: (folder / file).is_file())
         return adapter, folder, None
     files = RemoteFiles(name, "model", revision, token)
     # Files of one commit share a folder of the cache.
-    limits = {CONFIG: _MAX_CONFIG_BYTES, WEIGHTS: _MAX_WEIGHTS_BYTES}
+    limits = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: _MAX_WEIGHTS_BYTES}
     fetched = {file: path for file, limit in limits.items() if (path := files.fetch(file, limit)) is not None}
-    _check_files(str(files), lambda file: file in fetched or (file == _PICKLE and files.holds(file)))
+    check_files(str(files), lambda file: file in fetched or (file == PICKLE and files.holds(file)))
     revisions.info("Adapter %s", files)
     return str(files), fetched[CONFIG].parent, files
-
-
-def _read_config(path: Path, place: str) -> tuple[LoraConfig, str]:
-    """Plain LoRA from checked fields, and the base model that the adapter names."""
-    try:
-        fields = json.loads(read_regular(path.resolve(), _MAX_CONFIG_BYTES))
-        problem = _find_problem(fields)
-        config = LoraConfig(**{name: fields[name] for name in _FIELDS if name in fields}) if problem is None else None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{CONFIG} of {place} is not a LoRA configuration: {error}. Get the adapter anew.") from error
-    if config is None:
-        raise DataError(f"{CONFIG} of {place} {problem}. Load it with PEFT, if you trust it.")
-    return config, _last_part(str(fields.get("base_model_name_or_path") or ""))
-
-
-def _find_problem(fields: Any) -> str | None:
-    """What in the fields of adapter_config.json is not plain LoRA."""
-    kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-    if kind != "LORA":
-        return f"is of the kind {str(kind)[:80]!r}; expected LORA"
-    defaults = LoraConfig().to_dict()
-    strange = [name for name, value in fields.items() if value and value != defaults.get(name)]
-    if strange := sorted(set(strange) - {*_FIELDS, *_NOTES}):
-        return f"sets {', '.join(strange)[:200]}; expected plain LoRA, which needs none of that"
-    start = fields.get("init_lora_weights")
-    if start not in _STARTS_THAT_LEAVE_THE_BASE:
-        return f"started with {str(start)[:80]!r}, which changes the base model's weights; expected another start"
-    names = [fields.get("modules_to_save"), fields.get("layers_pattern")]
-    if not _is_pattern(fields.get("target_modules")):
-        names += [fields.get("target_modules"), fields.get("exclude_modules")]
-    names += [list(fields.get(pattern) or ()) for pattern in ("rank_pattern", "alpha_pattern")]
-    for each in names:
-        listed = [each] if isinstance(each, str) else each or []
-        # PEFT takes a string for a regular expression, and one can be written that never ends.
-        if not isinstance(listed, list) or not all(isinstance(n, str) and _MODULE_NAME.fullmatch(n) for n in listed):
-            return f"names the modules {str(each)[:80]!r}; expected plain names such as q_proj"
-    return None
-
-
-def _is_pattern(modules: Any) -> bool:
-    """Whether modules are named by a regular expression. It is never run: one can be written that never ends."""
-    return isinstance(modules, str) and not _MODULE_NAME.fullmatch(modules)
-
-
-def _last_part(name_or_path: str) -> str:
-    """The last part of a path or a Hub name, printable: a stranger's text goes to a terminal."""
-    name = public_name(name_or_path).split("/")[-1][:100]
-    return "".join(character if character.isprintable() else "?" for character in name)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from quantkd.errors import ConfigError
 from quantkd.files import new_folder
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
+from quantkd.models.adapter_files import CONFIG, WEIGHTS, check_adapter
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.merging import merge_adapters
 from quantkd.models.provenance import Provenance, name_base_model
@@ -27,7 +28,7 @@ from quantkd.names import __version__, find_file, naming
 CHECKPOINT_FORMS = ("merged", "requantized")
 FORMS = (*CHECKPOINT_FORMS, "adapter")
 _SHARD_SIZE = "5GB"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (CONFIG, WEIGHTS)
 
 
 def check_output_dir(output_dir: str | Path) -> Path:
@@ -86,6 +87,7 @@ def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir:
             f"{adapter} holds no {' and no '.join(missing)}; expected what `quantkd train` saves. Weights in a pickle "
             "are not copied: load the adapter with PEFT and save it again."
         )
+    check_adapter(Path(str(files[CONFIG])).parent, base)
     with new_folder(path) as folder:
         for name, source in files.items():
             if source is not None:
