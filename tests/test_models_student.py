@@ -4,14 +4,19 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from families import build
 from packed_checkpoints import load_in, require_package
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
 
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.errors import ConfigError
+from quantkd.hub import load_adapter
 from quantkd.models import student
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.merging import merge_adapters
 from quantkd.models.student import attach_lora, check_trainable, choose_kernel, format_of, load_student
 from quantkd.models.weights import dequantize_weight
 
@@ -24,6 +29,34 @@ def write_config(folder, quantization):
     content = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(content))
     return str(folder)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "Qwen3"])
+def test_how_much_is_quantized_and_adapted_is_said(family, tmp_path, caplog):
+    """Experts in one parameter are adapted, and are not quantized; the adapter is one that is loaded again."""
+    build(family, 320).save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO", "quantkd.models.student")
+    model, again = (load_student(str(tmp_path / "model"), dtype="float32") for _ in range(2))
+    linear = [each for each in model.modules() if isinstance(each, Linear4bit)]
+    packed = sum(each.in_features * each.out_features for each in linear)
+    rest = sum(p.numel() for p in model.model.parameters() if not hasattr(p, "quant_state"))
+    share = packed / (packed + rest - model.get_input_embeddings().weight.numel())
+    assert (share < 0.5) == (family != "Qwen3")
+    options = {"lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    adapted = attach_lora(model, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    quantized, _, adapters = [each for each in caplog.records if each.name == "quantkd.models.student"]
+    told, rest = f"{share:.0%} of the student's weights, embeddings and head aside, are quantized", ""
+    if share < 0.5:
+        told, rest = f"Only {told}", "; the largest rest is model.layers.0.mlp.experts, 18,432 weights"
+    assert quantized.getMessage() == f"{told}{rest}." and (quantized.levelname == "WARNING") == (share < 0.5)
+    assert adapters.getMessage().startswith(("100% of", "99% of")) and "have adapters." in adapters.getMessage()
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
+    if share < 0.5:
+        with pytest.raises(ConfigError, match="experts in one parameter, which are not merged"):
+            merge_adapters(loaded)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])

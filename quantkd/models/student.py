@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from typing import Any
 
 import torch
@@ -18,14 +20,17 @@ from transformers import (
 )
 
 from quantkd.errors import ConfigError
-from quantkd.foreign import is_trainable, mixed_precision, shares_weights
-from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
+from quantkd.foreign import is_trainable, mixed_precision, shape_of, shares_weights
+from quantkd.hardware import default_device, native_compute_dtype, parse_dtype, process_state
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.network import base_network
 from quantkd.models.weights import is_quantized_layer
 from quantkd.names import refuse_adapter
 
+logger = logging.getLogger(__name__)  # also says how much of a model is quantized; the command line prints it
+
 STUDENT_FORMATS = ("nf4", "fp4", "int8")
+_LEAST_SHARE = 0.5  # of the weights; with fewer, memory and what is learned are not what a 4-bit student promises
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What decides the numbers of a quantization, as transformers' configs call it.
 _SETTINGS = (
@@ -159,7 +164,30 @@ def load_student(
         kwargs["quantization_config"] = config
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     keep_trainable_on_cpu(model)
+    _say_share(model, "are quantized")
     return model
+
+
+def _say_share(model: Any, what: str) -> None:
+    """Say how many weights are quantized or adapted: experts in one 3-D parameter are neither, for example."""
+    network, sizes, adapted = base_network(model), dict[bool, dict[str, int]]({True: {}, False: {}}), set[nn.Module]()
+    apart = {network.get_input_embeddings(), network.get_output_embeddings()}
+    for name, layer in network.named_modules():
+        if hasattr(layer, "get_base_layer"):
+            adapted.add(layer.get_base_layer())
+        elif layer not in apart and ".lora_" not in name:
+            is_packed = is_quantized_layer(layer)
+            counts = is_packed if what == "are quantized" else layer in adapted
+            plain = sum(math.prod(shape_of(parameter)) for parameter in layer.parameters(recurse=False))
+            sizes[counts][name] = layer.in_features * layer.out_features if is_packed else plain
+    count, rest = sum(sizes[True].values()), sizes[False]
+    share = count / max(count + sum(rest.values()), 1)
+    text, level = f"{share:.0%} of the student's weights, embeddings and head aside, {what}", logging.INFO
+    if share < _LEAST_SHARE:
+        largest = max(rest, key=lambda name: rest[name])
+        text, level = f"Only {text}; the largest rest is {largest}, {rest[largest]:,} weights", logging.WARNING
+    if process_state().is_main_process:
+        logger.log(level, "%s.", text)
 
 
 def _choose_config(name_or_path: str, wanted: Any, stored: dict[str, Any] | None, compute_dtype: torch.dtype) -> Any:
@@ -262,6 +290,7 @@ def attach_lora(
         )
     adapted = get_peft_model(model, _name_linear_layers(model, peft_config or default_lora_config()))
     keep_trainable_on_cpu(adapted)
+    _say_share(adapted, "have adapters")
     return adapted
 
 
