@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +22,16 @@ def process_state() -> PartialState:
     """accelerate's view of this process: its device, its rank, and how many there are."""
     from accelerate import PartialState
 
+    atexit.unregister(_leave_process_group)  # so that it is registered once
+    atexit.register(_leave_process_group)
     # Without an accelerator it must be told so, or processes that `torchrun` started would not find each other.
     return PartialState(cpu=not has_accelerator())
+
+
+def _leave_process_group() -> None:
+    """Leave before the interpreter ends, whatever ends it: threads of a group that is left to it can abort the exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def default_device() -> torch.device:

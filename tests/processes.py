@@ -22,12 +22,16 @@ _FORKS.set_forkserver_preload([*_IMPORTS.split(), "quantkd.cli.evaluate", "quant
 _SECONDS = 240
 
 
-def start(words: Sequence[object], output: Path, processes: int = 1) -> list[BaseProcess]:
-    """Start them; standard output and standard error of all go to the file `output`."""
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    family = []
+        return str(probe.getsockname()[1])
+
+
+def start(words: Sequence[object], output: Path, processes: int = 1) -> list[BaseProcess]:
+    """Start them; standard output and standard error of all go to the file `output`."""
+    port, family = free_port(), []
     for rank in range(processes):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from transformers import Trainer
 
 from quantkd import TransferSet
 from quantkd.cli.main import main
@@ -85,11 +86,16 @@ def test_capture_goes_on_to_the_same_bytes(folder, tiny_model_path):
     assert TransferSet.open("s").digest == TransferSet.open("whole").digest
 
 
-def test_train_goes_on_to_the_same_weights(capsys, folder, tiny_model_path):
+@pytest.fixture
+def train(folder, tiny_model_path):
     capture_set(tiny_model_path, PROMPTS, "set", max_new_tokens=8)
-    words = ["train", "--model_name_or_path", tiny_model_path, "--transfer_set", "set", "--dtype", "float32",
-             "--report_to", "none", "--per_device_train_batch_size", "2", "--num_train_epochs", "2",
-             "--save_steps", "4", "--output_dir"]  # fmt: skip
+    return ["train", "--model_name_or_path", str(tiny_model_path), "--transfer_set", "set", "--dtype", "float32",
+            "--report_to", "none", "--per_device_train_batch_size", "2", "--num_train_epochs", "2",
+            "--save_steps", "4", "--output_dir"]  # fmt: skip
+
+
+def test_train_goes_on_to_the_same_weights(capsys, train):
+    words = train
     is_time = Path("o/checkpoint-8/trainer_state.json").exists
     said = interrupted(capsys, [*words, "o"], is_time)
     assert said.startswith("quantkd train: interrupted. Run the same command with --resume_from_checkpoint true")
@@ -100,6 +106,47 @@ def test_train_goes_on_to_the_same_weights(capsys, folder, tiny_model_path):
     assert one == other
     # Once more from its configuration, which knows nothing of the checkpoint.
     assert "resume_from_checkpoint" not in Path("o/config.yaml").read_text()
+
+
+def test_a_train_that_is_killed_goes_on_to_the_same_weights_in_another_process(folder, train):
+    """Amid a checkpoint; with as many threads in each process, for the sums of floats depend on them."""
+    words = ["-m", "quantkd", *train]
+    (process,) = processes.start([*words, "o"], folder / "output")
+    while not Path("o/checkpoint-8/optimizer.pt").exists():
+        assert process.is_alive(), Path("output").read_text()
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    processes.run([*words, "o", "--resume_from_checkpoint", "true"], folder / "output")
+    processes.run([*words, "whole"], folder / "output")
+    one, other = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("o", "whole"))
+    assert one == other
+
+
+def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(train, monkeypatch):
+    main([*train, "o", "--max_steps", "4"])
+    assert find_checkpoint("true", "o") == "o/checkpoint-4"
+
+    def die(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", die)
+    with pytest.raises(SystemExit):
+        main([*train, "o", "--max_steps", "4", "--seed", "1"])
+    with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
+        find_checkpoint("true", "o")
+
+
+def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
+    family = processes.start(["-m", "quantkd", *train, "o", "--num_train_epochs", "200"], folder / "output", 2)
+    while not Path("o/checkpoint-4/trainer_state.json").exists():
+        assert family[0].is_alive() and family[1].is_alive(), Path("output").read_text()
+        time.sleep(0.01)
+    family[1].kill()
+    family[0].join(60)
+    said = Path("output").read_text()
+    assert family[0].exitcode == 1 and "quantkd train: another process of this launch ended, and its own" in said, said
+    assert "Traceback" not in said
 
 
 def test_evaluate_goes_on_to_the_same_answers(capsys, folder, tiny_model_path):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import processes
 import pytest
@@ -81,3 +85,33 @@ def test_batches_are_dealt_in_turn(monkeypatch):
     rounds: list[list[str]] = []
     monkeypatch.setattr("quantkd.evaluation.sharing.gather_object", lambda mine: rounds.append(mine) or mine)
     assert list(gather_rounds(iter([["a", "b"]]), 3, share=True)) == [["a", "b"], []] == rounds
+
+
+LEAVE = """
+import atexit, sys
+import torch
+from quantkd.hardware import process_state
+
+atexit.register(lambda: print("in a group:", torch.distributed.is_initialized(), flush=True))  # runs last
+state = process_state()
+assert state.num_processes == 2 and torch.distributed.is_initialized()
+raise [ValueError, KeyboardInterrupt][state.process_index]("the end")
+"""
+
+
+def test_processes_leave_their_group_after_an_error_and_after_ctrl_c():
+    """In interpreters of their own: a fork ends without what an exit runs."""
+    group = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": processes.free_port(),
+    }
+    family = [
+        subprocess.Popen([sys.executable, "-c", LEAVE], env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    for process, code in zip(family, (1, -signal.SIGINT), strict=True):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code and "the end" in err and out == "in a group: False\n"

@@ -9,6 +9,7 @@ import pickle
 import random
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -160,6 +161,19 @@ def test_two_ranks_with_four_workers_each_read_the_same(tmp_path):
     assert read_with_workers(data, 0) == expected
     with ProcessPoolExecutor(2, mp_context=fork) as ranks:
         assert list(ranks.map(read_with_workers, [data, data], [4, 4])) == [expected, expected]
+
+
+def test_few_files_may_be_open(tmp_path):
+    """`ulimit -n 32` and 40 shards, twice."""
+    for name in ("one", "two"):
+        write_set(tmp_path / name, make_plan(num_prompts=80, rows_per_shard=2))
+    code = (
+        "from quantkd import TransferSet\nsets = [TransferSet.open(name) for name in ('one', 'two')]\n"
+        "rows = TransferSet.concatenate(sets)\nprint(sum(1 for row in rows))"
+    )
+    words = ["bash", "-c", f'ulimit -n 32; exec {sys.executable} -c "{code}"']
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "160\n", done.stderr
 
 
 def private_bytes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from quantkd.transfer_set.shard import ShardMap, shard_bytes
 from quantkd.transfer_set.source import ShardSource
 
 Verify = Literal["auto", "full", "off"]
-MAX_OPEN_MAPS = 256
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+# Of one set; each keeps a file open, and several sets may be joined.
+MAX_OPEN_MAPS = 256 if _FILES == resource.RLIM_INFINITY else max(min(256, _FILES // 8), 1)
 
 
 class ShardStore:
