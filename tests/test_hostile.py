@@ -221,7 +221,7 @@ def test_a_checkpoint_is_checked_before_it_is_resumed(make_trainer, caplog):
     assert "says that it was trained on 'maker/tiny'" in caplog.text
     for options, said in (
         ({"name": "lora_alpha", "value": "x"}, "lora_alpha in"),
-        ({"name": "lora_alpha", "value": 4, "weight": WEIGHTS["nan"]}, "nan"),
+        ({"name": "lora_alpha", "value": 32, "weight": WEIGHTS["nan"]}, "nan"),
     ):
         change(checkpoint, checkpoint, **options)
         with pytest.raises(DataError, match=said):

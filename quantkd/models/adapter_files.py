@@ -91,7 +91,8 @@ def check_files(place: str, holds: Callable[[str], bool]) -> None:
 def check_adapter(folder: Path, base: str) -> None:
     """Refuse an adapter of any kind by the value that cannot be; say if it names another base model."""
     fields = _read_fields(folder / CONFIG, str(folder))
-    read_weights(folder / WEIGHTS, str(folder))
+    if (folder / WEIGHTS).is_file():  # FSDP and DeepSpeed may store them in parts
+        read_weights(folder / WEIGHTS, str(folder))
     warn_of_another_base(str(folder), public_name(fields.get("base_model_name_or_path") or ""), public_name(base))
 
 

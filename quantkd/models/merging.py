@@ -81,9 +81,7 @@ def _compute_merged_weight(name: str, module: Any) -> Tensor:
     """dequantize(Q(W)) and the adapter's part in float32, in the base layer's own orientation."""
     base = module.get_base_layer()
     if not hasattr(base, "weight"):
-        raise ConfigError(
-            f"{name} holds experts in one parameter, which are not merged. Use --form adapter."
-        )
+        raise ConfigError(f"{name} holds experts in one parameter, which are not merged. Use --form adapter.")
     weight = (dequantize_weight(base) if is_quantized_layer(base) else base.weight.detach()).float()
     adapters = [adapter for adapter in module.active_adapters if adapter in module.r]
     if not adapters:

@@ -24,7 +24,6 @@ from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
-from quantkd.models.adapter_files import WEIGHTS, check_adapter
 from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
@@ -285,13 +284,6 @@ class QuantizedDistillationTrainer(Trainer):
         means = summarize_rows(torch.cat(self._eval_rows))
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Resume from an adapter's checkpoint only once its fields and weights are checked."""
-        folder, network = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model)
-        if isinstance(network, PeftModel) and (folder / WEIGHTS).is_file():
-            check_adapter(folder, getattr(network.get_base_model().config, "name_or_path", None) or "")
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint of an earlier run in its place counts as unfinished from the first byte that is replaced."""
