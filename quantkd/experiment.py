@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig, PeftModel
 
 from quantkd.data.gsm8k import build_prompt
@@ -131,7 +131,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     # One model is in memory at a time: each is dropped before the next is loaded.
     measure(teacher, "teacher")
     del teacher
-    gc.collect()
+    clear_device_cache(garbage_collection=True)
     measure(_load_student(experiment), "before")
     arms = {"after": args}
     if experiment.control:
@@ -140,14 +140,14 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         control.output_dir = f"{args.output_dir}-control"
         arms = {"control": control, **arms}
     for arm, own in arms.items():
-        gc.collect()
+        clear_device_cache(garbage_collection=True)
         _log("training the control, by cross-entropy alone" if arm == "control" else "distillation")
         train(own)
-        gc.collect()
+        clear_device_cache(garbage_collection=True)
         measure(_load_trained(experiment, str(own.output_dir)), arm)
     for form in experiment.exports:
         folder = run_dir / form
-        gc.collect()
+        clear_device_cache(garbage_collection=True)
         if state.is_main_process:
             _log(f"exporting {form}")
             if Provenance.read(folder).export is not None:  # that of an earlier run of the same experiment
@@ -156,7 +156,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             export_checkpoint(student, tokenizer, folder, form=form, provenance=facts)
             del student
         state.wait_for_everyone()
-        gc.collect()
+        clear_device_cache(garbage_collection=True)
         measure(load_exported(folder), form)
     if state.is_main_process:
         build_report(run_dir)

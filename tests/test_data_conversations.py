@@ -12,7 +12,6 @@ from quantkd.data.encoding import encode_conversation, encode_examples, encode_p
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
 from quantkd.models.generation import build_generation_config
-from quantkd.teacher import TransformersTeacher
 from tests.conftest import capture_set
 
 CONVERSATION = [
@@ -200,7 +199,8 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt():
 def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
     with_template, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, template
 ):
-    monkeypatch.setattr(TransformersTeacher, "max_logits_bytes", 4 * 320 * 2 * 3)  # pieces of three tokens
+    # Pieces of three tokens.
+    monkeypatch.setattr("quantkd.teacher.transformers.chunk_bytes", lambda device: 4 * 320 * 2 * 3)
     tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
     short = [turn("user", "Why?"), turn("assistant", "The sea.")]
     found = capture_set(

@@ -152,7 +152,7 @@ def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(student, held_out, te
         for name, sums in found.columns.items():
             np.testing.assert_allclose(sums, expected.columns[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
-    monkeypatch.setattr("quantkd.loss.metrics._CHUNK_BYTES", 4 * 320 * 3)  # three positions
+    monkeypatch.setattr("quantkd.loss.metrics.chunk_bytes", lambda device: 4 * 320 * 3)  # three positions
     monkeypatch.setattr("quantkd.loss.metrics._CPU_BLOCK_BYTES", 4 * 320 * 2)
     check(evaluate_fidelity(student, held_out, teacher=teacher, batch_size=1, progress=False))
     monkeypatch.setattr("quantkd.evaluation.fidelity.why_not_fusable", lambda model: "a test says so")
@@ -168,7 +168,7 @@ def test_no_more_than_a_chunk_of_logits(student, held_out, teacher, monkeypatch)
             widths.append(hidden.numel() // hidden.shape[-1])
         return real(hidden, weight, bias)
 
-    monkeypatch.setattr("quantkd.loss.metrics._CHUNK_BYTES", 4 * 320 * 3)
+    monkeypatch.setattr("quantkd.loss.metrics.chunk_bytes", lambda device: 4 * 320 * 3)
     monkeypatch.setattr("torch.nn.functional.linear", counting)
     evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
     assert len(widths) > 20 and max(widths) <= 3

@@ -51,10 +51,12 @@ def test_rows_hold_sums_over_their_targets(fused, in_memory, divergence, tempera
 
 
 def test_positions_are_cut_into_parts_that_fit_and_there_is_one_at_least():
-    assert cut_positions(5, VOCAB) == [slice(0, 5)] and cut_positions(0, VOCAB) == [slice(0, 0)]
-    wide = 2**22  # four positions of this width at once, two where two models are compared
-    assert cut_positions(5, wide) == [slice(0, 4), slice(4, 5)]
-    assert cut_positions(5, wide, models=2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    narrow, wide = torch.empty(5, VOCAB, device="meta"), torch.empty(5, 2**24, device="meta")
+    assert cut_positions(TargetStates(narrow), dense=True) == [slice(0, 5)]
+    assert cut_positions(TargetStates(narrow[:0]), dense=True) == [slice(0, 0)]
+    # 512 MiB on an accelerator: two positions of this width with their copies, one where two models are compared.
+    assert cut_positions(TargetStates(wide), dense=False) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert len(cut_positions(TargetStates(wide), dense=True)) == 5
 
 
 def test_no_target_at_all_makes_sums_of_zero():

@@ -197,9 +197,19 @@ def figures_of(model, held_out):
     return evaluate_fidelity(model, held_out, progress=False).to_json()
 
 
-def test_a_requantized_checkpoint_is_the_merged_one_quantized(tiny_tokenizer, tmp_path, training_set, load):
+def test_a_requantized_checkpoint_is_the_merged_one_quantized(
+    tiny_tokenizer, tmp_path, training_set, load, monkeypatch
+):
     export_checkpoint(load(), tiny_tokenizer, tmp_path / "merged", dtype="float32")
-    export_checkpoint(load(), tiny_tokenizer, tmp_path / "again", dtype="float32", form="requantized")
+    model, real = load(), AutoModelForCausalLM.from_pretrained
+
+    def load_alone(*args, **options):  # although the caller holds the model, its weights are gone by now
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoModelForCausalLM, "from_pretrained", load_alone)
+        export_checkpoint(model, tiny_tokenizer, tmp_path / "again", dtype="float32", form="requantized")
     assert not (tmp_path / "again" / "merged").exists()
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert quantized.config.quantization_config.bnb_4bit_quant_type == "nf4"

@@ -74,7 +74,7 @@ def test_the_end_token_closes_an_answer_and_cut_answers_are_counted(tiny_model, 
 
 
 def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, set_of, monkeypatch):
-    monkeypatch.setattr(TransformersTeacher, "max_logits_bytes", 1)  # pieces of one token
+    monkeypatch.setattr("quantkd.teacher.transformers.chunk_bytes", lambda device: 1)  # pieces of one token
     rows = [
         {"prompt": "One and one?", "completion": "two"},
         {"prompt": "A longer question with many words in it?", "completion": "a longer answer, which goes on and on"},

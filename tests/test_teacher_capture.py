@@ -147,12 +147,22 @@ def test_a_batch_is_halved_only_where_the_bytes_stay(tiny_tokenizer, tmp_path):
         run(invariant, tmp_path / "none")
 
 
-def test_an_unlucky_batch_is_tried_again(tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 7 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_an_unlucky_batch_is_tried_again(tiny_tokenizer, tmp_path, message):
     class Unlucky(FakeTeacher):
         def answer(self, prompts):
             if not self.failures:
                 self.failures += 1
-                raise RuntimeError("CUDA error: out of memory")
+                raise RuntimeError(message)
             return super().answer(prompts)
 
     expected = run(FakeTeacher(tiny_tokenizer), tmp_path / "t").digest

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from families import build
+from pretended_device import PretendedDevice, move
 from transformers import AttentionInterface, AttentionMaskInterface, TrainerCallback
 
 from quantkd.errors import ConfigError, DataError
@@ -37,6 +38,19 @@ def test_attention_by_row_equals_one_masked_attention(make_trainer, training_set
     assert attention_of(trainer.model.config) == "sdpa"
     expected, masked_gradient = loss_and_gradient(trainer, rows)
     assert math.isclose(loss, expected, rel_tol=1e-5) and relative(gradient, masked_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("found, expected", [((8, 0), True), ((7, 5), False), (None, False)])
+def test_a_gpu_that_has_flash_attention_uses_it_for_a_loaded_student_too(found, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr("quantkd.models.row_attention.is_flash_attn_2_available", lambda: found is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    model = build("Qwen2", 64, attention="sdpa").bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.set_attn_implementation = asked.append
+    with PretendedDevice(), row_attention(move(model)):
+        assert asked == ["flash_attention_2"] * expected
+    assert asked == ["flash_attention_2", "sdpa"] * expected
 
 
 def test_attention_by_row_ends_with_the_training(make_trainer):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
+
+from accelerate.utils.memory import clear_device_cache
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
 from quantkd.cli.format import format_bytes, say
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         options = {"form": args.form, "dtype": args.save_dtype, "provenance": Provenance.read(adapter)}
         path = export_checkpoint(model, tokenizer, args.output_dir, **options)
         del model
-        gc.collect()
+        clear_device_cache(garbage_collection=True)
         if held_out is not None:
             score(args.form, load_exported(path))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -135,7 +135,7 @@ def _measure_positions(
 ) -> dict[str, Tensor]:
     """Every figure at each of N target positions, a chunk of logits at a time; `beside` is the teacher in memory."""
     parts: dict[str, list[Tensor]] = {}
-    for part in cut_positions(len(targets), states.vocab_size):
+    for part in cut_positions(states, dense=beside is not None):
         logits = states.logits(part)
         predictions = compute_predictions(logits, targets[part])
         chunk = {
@@ -154,6 +154,7 @@ def _measure_positions(
             chunk[f"{prefix}agree"] = predictions.top_ids == compared.top_ids
         for name, values in chunk.items():
             parts.setdefault(name, []).append(values)
+        del logits  # before the next part's are made
     return {name: torch.cat(values) for name, values in parts.items()}
 
 

@@ -26,15 +26,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quantkd.hardware import chunk_bytes
 from quantkd.loss.reference import Objective, PositionTerms, check_positions, compute_divergence
 from quantkd.loss.states import TargetStates
 from quantkd.transfer_set.topk import TopKLogprobs
 
-# The student's logits of one chunk; a dense teacher's are added to them. Larger chunks cost memory, smaller ones read
-# the head more often: a CPU's products with 128,256 tokens slow down below some 250 rows, and an accelerator needs
-# several hundred rows to be as busy with arithmetic as with reading.
-_CPU_CHUNK_BYTES = 128 * 2**20
-_ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 # On a CPU the passes between the two products run over this much at a time, which stays in the cache.
 _CPU_BLOCK_BYTES = 2 * 2**20
 
@@ -54,7 +50,7 @@ def compute_fused_loss(
 
     Shapes: labels (N,), weights (N,).
     """
-    rows = chunk_rows or _balance_chunks(states)
+    rows = chunk_rows or _balance_chunks(states, teacher, objective)
     check_positions(len(states), states.vocab_size, labels, teacher, weights)
     weight, bias = (None, None) if states.head is None else (states.head.weight, states.head.bias)
     leaves = [states.values, weight, bias]
@@ -64,12 +60,18 @@ def compute_fused_loss(
     return loss, PositionTerms(ce, kl)
 
 
-def _balance_chunks(states: TargetStates) -> int:
+def _balance_chunks(states: TargetStates, teacher: TopKLogprobs | TargetStates, objective: Objective) -> int:
     """Positions per chunk: as few chunks as memory allows, all of about one size."""
-    count = max(len(states), 1)
-    budget = _CPU_CHUNK_BYTES if states.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
-    chunks = math.ceil(count / max(1, budget // (4 * states.vocab_size)))
-    return math.ceil(count / chunks)
+    count, dense = max(len(states), 1), isinstance(teacher, TargetStates)
+    # Tensors (n, V) in float32 that exist at once, as tests/test_loss_memory.py counts them.
+    if states.device.type == "cpu":
+        held = 1 + dense + (states.values.itemsize < 4) / 2  # what else there is is no larger than a block
+    else:
+        held = (7 if objective.divergence == "jsd" else 5) if dense else 2
+    if states.head is not None and states.head.softcap is not None:
+        held += 1 + dense
+    rows = int(chunk_bytes(states.device) / (4 * held * states.vocab_size))
+    return math.ceil(count / math.ceil(count / max(1, rows)))
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -93,43 +95,55 @@ class _FusedLoss(torch.autograd.Function):
         wants_gradient = needs_values or needs_weight or needs_bias
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         ce, kl = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
-        # A gradient of logits waits for the loss's scale in float32; one of hidden states has been summed already.
-        grad_values = torch.empty_like(values, dtype=dtype if weight is None else None) if needs_values else None
+        # A gradient of logits waits for the loss's scale in float32; one of hidden states has been summed already, and
+        # float16 alone is too narrow for it.
+        waits_wide = weight is None or torch.float16 in (values.dtype, weight.dtype)
+        grad_values = torch.empty_like(values, dtype=dtype if waits_wide else None) if needs_values else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight and weight is not None else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
         weights = None if weights is None else weights.detach().to(dtype)
         states = _detach_for_products(states)
         sides = _TeacherSides(teacher, objective.temperature, dtype)
         head = states.head
-        with torch.autocast(states.device.type, enabled=False):
-            for chunk in _cut(0, len(states), rows):
-                logits = states.logits(chunk).to(dtype)
-                slope = None
-                if head is not None and head.softcap is not None and wants_gradient:
-                    slope = 1 - (logits / head.softcap).square()
-                for block, side in sides.blocks(chunk, logits):
-                    own = logits[block.start - chunk.start : block.stop - chunk.start], labels[block]
-                    if isinstance(side, Tensor):
-                        ce[block], kl[block] = _differentiate_dense(*own, side, objective, wants_gradient)
-                    else:
-                        ce[block], kl[block] = _differentiate_entries(*own, side, objective, wants_gradient)
-                if not wants_gradient:
-                    continue
-                # From here on `logits` holds the gradient.
-                if slope is not None:
-                    logits.mul_(slope)
-                if head is not None and head.scale != 1.0:
-                    logits.mul_(head.scale)
-                if weights is not None:
-                    logits.mul_(weights[chunk].unsqueeze(-1))
-                gradient = logits if head is None else logits.to(head.weight.dtype)
+
+        def run(chunk: slice) -> None:  # a function, so that no name keeps a chunk's logits beside the next one's
+            logits = states.logits(chunk).to(dtype)
+            slope = None
+            if head is not None and head.softcap is not None and wants_gradient:
+                slope = (logits / head.softcap).square_().neg_().add_(1)
+            for block, side in sides.blocks(chunk, logits):
+                own = logits[block.start - chunk.start : block.stop - chunk.start], labels[block]
+                if isinstance(side, Tensor):
+                    ce[block], kl[block] = _differentiate_dense(*own, side, objective, wants_gradient)
+                else:
+                    ce[block], kl[block] = _differentiate_entries(*own, side, objective, wants_gradient)
+            if not wants_gradient:
+                return
+            # From here on `logits` holds the gradient.
+            if slope is not None:
+                logits.mul_(slope)
+            if head is not None and head.scale != 1.0:
+                logits.mul_(head.scale)
+            if weights is not None:
+                logits.mul_(weights[chunk].unsqueeze(-1))
+            if grad_bias is not None:
+                grad_bias.add_(logits.sum(0))
+            if head is None:
                 if grad_values is not None:
-                    grad_values[chunk] = gradient if head is None else gradient @ head.weight
-                if grad_weight is not None:
-                    grad_weight += gradient.T @ states.values[chunk]
-                if grad_bias is not None:
-                    grad_bias += logits.sum(0)
-                del logits, gradient, slope
+                    grad_values[chunk] = logits
+                return
+            scale = _scale_for(head.weight.dtype, logits)
+            gradient = (logits if scale is None else logits.mul_(scale)).to(head.weight.dtype)
+            if grad_values is not None:
+                grad_values[chunk] = _unscale(gradient @ head.weight, scale)
+            if grad_weight is not None:
+                hidden = states.values[chunk]
+                count = 1 if scale is None else len(hidden)  # a sum over this many must not overflow either
+                grad_weight.add_(_unscale(gradient.T @ (hidden / count), scale, count))
+
+        with torch.autocast(states.device.type, enabled=False):
+            for part in _cut(0, len(states), rows):
+                run(part)
         ctx.save_for_backward(grad_values, grad_weight, grad_bias)
         ctx.dtypes = values.dtype, weight is not None and weight.dtype
         mixed = PositionTerms(ce, kl).mix(objective.alpha, objective.temperature)
@@ -185,6 +199,18 @@ class _TeacherSides:
             part = slice(self.borders[block.start], self.borders[block.stop])
             positions, token_ids, log_p, p_tail = self.entries
             yield block, _Entries(positions[part] - block.start, token_ids[part], log_p[part], p_tail[block])
+
+
+def _scale_for(dtype: torch.dtype, gradient: Tensor) -> Tensor | None:
+    """A power of two that brings a gradient (n, V) into the range of float16, which ends at 6e-8; None elsewhere."""
+    if dtype != torch.float16:
+        return None
+    largest = torch.linalg.vector_norm(gradient, ord=1, dim=-1).amax().clamp_min(2.0**-100)
+    return torch.exp2(10 - largest.log2().ceil())
+
+
+def _unscale(product: Tensor, scale: Tensor | None, count: int = 1) -> Tensor:
+    return product if scale is None else product.float() * (count / scale)
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkd.hardware import wide_dtype
+from quantkd.hardware import chunk_bytes, wide_dtype
 from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.reference import Objective, PositionTerms, check_positions, compute_divergence, merge_classes
 from quantkd.loss.states import TargetStates
@@ -21,7 +21,6 @@ from quantkd.transfer_set.topk import TopKLogprobs
 
 ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
 
-_CHUNK_BYTES = 64 * 2**20
 # On a CPU the passes over two models' logits run over this much at a time, which stays in the cache.
 _CPU_BLOCK_BYTES = 2 * 2**20
 
@@ -60,10 +59,11 @@ class Comparison:
     top_ids: Tensor
 
 
-def cut_positions(count: int, vocab_size: int, models: int = 1) -> list[slice]:
-    """The positions 0 to `count` in parts whose logits, of that many models, are held at once; at least one part."""
-    size = max(1, _CHUNK_BYTES // (4 * vocab_size) // models)
-    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+def cut_positions(states: TargetStates, *, dense: bool) -> list[slice]:
+    """The positions in parts whose logits are compared at once, with another model's if `dense`; at least one part."""
+    held = 7 if dense and states.device.type != "cpu" else 4  # tensors (n, V), as tests/test_loss_memory.py counts them
+    size = max(1, chunk_bytes(states.device) // (4 * states.vocab_size) // held)
+    return [slice(start, min(start + size, len(states))) for start in range(0, max(len(states), 1), size)]
 
 
 def compute_predictions(logits: Tensor, targets: Tensor) -> Predictions:
@@ -130,7 +130,7 @@ def compute_row_metrics(
     states, targets = states.at_targets(labels)
     wide = wide_dtype(states.device)
     columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=states.device)
-    for part in cut_positions(len(targets), states.vocab_size):
+    for part in cut_positions(states, dense=isinstance(teacher, TargetStates)):
         logits = states.logits(part)
         predictions = compute_predictions(logits, targets[part])
         if isinstance(teacher, TargetStates):
@@ -140,6 +140,7 @@ def compute_row_metrics(
             compared = compare_with_entries(logits, predictions, entries)
         found = [torch.ones_like(compared.kl), compared.kl, predictions.ce, predictions.top_ids == compared.top_ids]
         columns[part, :-1] = torch.stack([column.to(wide) for column in found], dim=-1)
+        del logits  # before the next part's are made
     if (objective.temperature, objective.divergence) == (1.0, "forward_kl"):
         terms = PositionTerms(ce=columns[:, 2], kl=columns[:, 1])
     else:

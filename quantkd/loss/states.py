@@ -33,7 +33,9 @@ class Head:
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+            logits = logits / self.softcap  # step by step, so that no more than two are in memory
+            logits = torch.tanh(logits)
+            logits = self.softcap * logits
         return logits
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Head:

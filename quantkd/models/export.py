@@ -5,13 +5,13 @@ A folder that exists is complete (`files.new_folder`). Nothing that a pickle cou
 
 from __future__ import annotations
 
-import gc
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,10 +63,11 @@ def export_checkpoint(
     made = {"form": form, "dtype": str(dtype).removeprefix("torch."), "dequantized_from": quantization}
     with new_folder(path) as folder:
         merged = folder / "merged" if form == "requantized" else folder
-        merge_adapters(model, dtype).save_pretrained(merged, max_shard_size=_SHARD_SIZE)
+        network: Any = merge_adapters(model, dtype)
+        network.save_pretrained(merged, max_shard_size=_SHARD_SIZE)
         if form == "requantized":
-            del model
-            gc.collect()
+            network.to("meta")  # the caller's reference would keep its weights in memory beside the next model's
+            clear_device_cache(garbage_collection=True)
             again: Any = AutoModelForCausalLM.from_pretrained(
                 merged, quantization_config=config, dtype=dtype, device_map={"": default_device()}
             )

@@ -1,14 +1,15 @@
-"""Attention over packed rows one row at a time: on a CPU, SDPA with one mask over all rows computes what it masks."""
+"""Attention over packed rows one row at a time, where SDPA with one mask over all rows computes what it masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from quantkd.foreign import attention_of, registered_attention
 from quantkd.models.network import base_network
@@ -18,29 +19,38 @@ ROW_ATTENTION = "quantkd_rows"
 
 @contextmanager
 def row_attention(model: Any) -> Iterator[None]:
-    """Inside, the model attends by row where its batches are packed, if it can.
+    """Inside, a model with SDPA attends by row where its batches are packed, if it can.
 
-    It can on a CPU, through SDPA to everything before a token. Packed batches in `benchmarks/step.py` gain 1.7 times
-    in tokens per second. On a GPU FlashAttention is faster. With gradient checkpointing the backward pass runs the
-    attention again, so it belongs inside too.
+    On a CPU it can through SDPA to everything before a token: packed batches in `benchmarks/step.py` gain 1.7 times in
+    tokens per second. On a GPU FlashAttention 2 does it, where it is installed. With gradient checkpointing the
+    backward pass runs the attention again, so it belongs inside too.
     """
     network = base_network(model)
-    config = network.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if (
-        attention_of(config) != "sdpa"
-        or kinds != {"full_attention"}
-        or getattr(config, "attention_chunk_size", None)
-        or network.get_input_embeddings().weight.device.type != "cpu"
-    ):
-        yield
-        return
-    with registered_attention(ROW_ATTENTION, attend_by_row):
-        network.set_attn_implementation(ROW_ATTENTION)
+    chosen = _choose_attention(network)
+    with registered_attention(ROW_ATTENTION, attend_by_row) if chosen == ROW_ATTENTION else nullcontext():
+        try:
+            if chosen is not None:
+                network.set_attn_implementation(chosen)
+        except (ImportError, ValueError):  # transformers has no FlashAttention for this model
+            chosen = None
         try:
             yield
         finally:
-            network.set_attn_implementation("sdpa")
+            if chosen is not None:
+                network.set_attn_implementation("sdpa")
+
+
+def _choose_attention(network: Any) -> str | None:
+    config, device = network.config.get_text_config(), network.get_input_embeddings().weight.device
+    if attention_of(config) != "sdpa":
+        return None
+    if device.type == "cuda":
+        is_narrow = config.dtype in (torch.float16, torch.bfloat16)
+        can = is_narrow and is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "flash_attention_2" if can else None
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = kinds == {"full_attention"} and not getattr(config, "attention_chunk_size", None)
+    return ROW_ATTENTION if plain and device.type == "cpu" else None
 
 
 def attend_by_row(

@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 Run = Callable[[Sequence[EncodedPrompt]], list[TransferRow]]
 
 
-def find_batch_size(folder: Path, score: Callable[[int], object]) -> int:
+def find_batch_size(folder: Path, score: Run, take_rows: Callable[[int], Sequence[EncodedPrompt]]) -> int:
     """The batch size of the plan on disk, or the largest that `score` has memory for; the same in every process."""
     found = [0]
     if process_state().is_main_process:
         plan = read_begun_plan(folder)
-        found = [_probe(score) if plan is None else plan.batch_size]
+        found = [_probe(lambda count: score(take_rows(count))) if plan is None else plan.batch_size]
     return int(broadcast_object_list(found)[0])
 
 
@@ -89,6 +89,6 @@ def retry_out_of_memory(run: Run, batch_invariant: bool) -> Run:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
     text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
+    # Libraries beside torch have words of their own, such as CUBLAS_STATUS_ALLOC_FAILED.
+    said = any(words in text for words in ("out of memory", "can't allocate memory", "_alloc_failed"))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and said)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -123,7 +124,7 @@ def capture(
     batch_size = run.batch_size
     if run.auto_find_batch_size:
         batch_size = teacher.preferred_batch_size or find_batch_size(
-            folder, lambda count: teacher.score(table.longest(count, settings.max_new_tokens))
+            folder, teacher.score, lambda count: table.longest(count, settings.max_new_tokens)
         )
     rows_per_shard = run.rows_per_shard
     if rows_per_shard is None:
@@ -162,6 +163,8 @@ def capture(
                 counters["filtered_duplicate_prompts"] = table.num_duplicates
             writer.commit(task, kept, {**counters, "responses_cut": sum(not row.finished for row in kept)})
         writer.finalize()
+    del teacher, answer
+    clear_device_cache(garbage_collection=True)  # of a teacher that was loaded here, also what torch would keep
     transfer_set = TransferSet.open(folder)
     if not len(transfer_set):
         logger.warning("No row passed the filters; the transfer set at %s is empty.", output_dir)

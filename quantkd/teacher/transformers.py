@@ -24,6 +24,7 @@ from transformers import (
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
 from quantkd.foreign import commit_of
+from quantkd.hardware import chunk_bytes, wide_dtype
 from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
@@ -33,8 +34,6 @@ from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick
 
 class TransformersTeacher(Teacher):
     """A causal language model of transformers as a teacher, in the dtype that it is loaded in."""
-
-    max_logits_bytes = 64 * 2**20  # given answers are scored in pieces whose logits stay below this
 
     def __init__(
         self,
@@ -96,7 +95,7 @@ class TransformersTeacher(Teacher):
         kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in answers], batch_first=True).to(device)
         input_ids, mask = torch.cat([input_ids, padded], dim=1), torch.cat([mask, kept], dim=1)
         draws = _Draws(prompts, self.rule, self.settings.seed)
-        piece = max(1, self.max_logits_bytes // (4 * self.vocab_size * len(prompts)))
+        piece = max(1, chunk_bytes(device) // (4 * self.vocab_size * len(prompts)))
         supervised = [_supervised_steps(prompt) for prompt in prompts]
         places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
         picks: list[PickedEntries] = []
@@ -193,7 +192,7 @@ class _Draws:
     def tokens(self, device: torch.device) -> Tensor:
         """(B, 1) for the next token."""
         draws = [torch.rand(1, generator=tokens, dtype=torch.float64) for _, tokens in self.generators]
-        return torch.stack(draws).to(device)
+        return torch.stack(draws).to(wide_dtype(device)).to(device)
 
 
 class _Recorder(LogitsProcessor):
@@ -220,7 +219,7 @@ class _Recorder(LogitsProcessor):
             return torch.nn.functional.pad(logits, (0, padded), value=-torch.inf) if padded else scores
         # The draw is ours, by inverse transform from the row's own stream, and `generate` takes its maximum: so a row
         # samples the same answer in any batch, which torch.multinomial on one global stream cannot give.
-        cumulative = self.warpers(input_ids, logits).double().softmax(-1).cumsum(-1)
+        cumulative = self.warpers(input_ids, logits).to(wide_dtype(logits.device)).softmax(-1).cumsum(-1)
         draws = self.draws.tokens(scores.device) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, draws, right=True).clamp_max(self.vocab_size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from quantkd.errors import ConfigError
 from quantkd.foreign import use_one_gpu
@@ -68,8 +67,6 @@ def prepare_student(
     init_kwargs = dict(parse_options("model_init_kwargs", args.model_init_kwargs))
     name = model if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        if args.packing and is_flash_attn_2_available():
-            init_kwargs.setdefault("attn_implementation", "flash_attention_2")  # packed rows without a mask
         model = load_student(model, quantization_config=quantization_config, **init_kwargs)
     elif quantization_config is not None:
         raise ConfigError(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkd.errors import ConfigError
+from quantkd.hardware import wide_dtype
 from quantkd.transfer_set.topk import TopKLogprobs, offsets_of
 
 
@@ -224,8 +225,9 @@ def select_entries(
 
 def _draw(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw by inverse transform; returns ids, log of each id's share of the draws, and which of them are distinct."""
-    cumulative = logprobs.exp().double().cumsum(-1)
-    draws = torch.searchsorted(cumulative, uniforms.double() * cumulative[:, -1:], right=True)
+    wide = wide_dtype(logprobs.device)
+    cumulative = logprobs.exp().to(wide).cumsum(-1)
+    draws = torch.searchsorted(cumulative, uniforms.to(wide) * cumulative[:, -1:], right=True)
     draws = draws.clamp_max(logprobs.shape[-1] - 1).sort(-1).values  # (N, n), equal ids side by side
     shares = (draws.unsqueeze(-1) == draws.unsqueeze(-2)).sum(-1) / draws.shape[-1]
     first = torch.ones_like(draws, dtype=torch.bool)

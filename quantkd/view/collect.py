@@ -117,7 +117,7 @@ def _compare_students(
 ) -> dict[str, NDArray[Any]]:
     """The columns of a row, a chunk of both students' logits at a time."""
     chunks: list[dict[str, NDArray[Any]]] = []
-    for part in cut_positions(len(targets), before.vocab_size, models=2):
+    for part in cut_positions(before, dense=False):
         logits = [states.logits(part) for states in (before, after)]
         predicted = [compute_predictions(values, targets[part]) for values in logits]
         entries = teacher.select(torch.arange(len(targets), device=targets.device)[part])
@@ -131,6 +131,7 @@ def _compare_students(
             # Last, for it overwrites the logits.
             found[f"kl_{name}"] = compare_with_entries(values, each, entries).kl.cpu().double().numpy()
         chunks.append(found)
+        del logits, values  # before the next part's are made
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
