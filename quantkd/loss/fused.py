@@ -205,7 +205,7 @@ def _scale_for(dtype: torch.dtype, gradient: Tensor) -> Tensor | None:
     """A power of two that brings a gradient (n, V) into the range of float16, which ends at 6e-8; None elsewhere."""
     if dtype != torch.float16:
         return None
-    largest = torch.linalg.vector_norm(gradient, ord=1, dim=-1).amax().clamp_min(2.0**-100)
+    largest = torch.linalg.vector_norm(gradient, ord=1, dim=-1).amax().clamp_min(1e-30)
     return torch.exp2(10 - largest.log2().ceil())
 
 
