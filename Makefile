@@ -24,7 +24,7 @@ test: $(VENV)/.installed  ## the tests that need neither network, GPU nor the re
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.demo  ## the tests on the real 135M model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m "slow and not gpu and not vllm"
 
 check: $(VENV)/.installed  ## ruff, format, mypy, and the docs with warnings as errors
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import gc
 import os
 from dataclasses import replace
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores already
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the processes of processes.py: more threads round otherwise
 
 # The same examples in every run of the CI; by hand hypothesis looks further each time.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -128,12 +128,22 @@ def training_set(tiny_model_path, tmp_path_factory):
     return capture_set(tiny_model_path, TRAINING_PROMPTS, tmp_path_factory.mktemp("sets") / "set", max_new_tokens=10)
 
 
-@pytest.fixture
-def make_trainer(tiny_model_path, training_set, tmp_path):
+@pytest.fixture(scope="session")
+def held_out(tiny_model_path, tmp_path_factory):
+    """Answers of up to 20 tokens, so that they reach the third bin of positions; the tails are real."""
+    from quantkd import Nucleus
+
+    prompts = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
+    folder, rule = tmp_path_factory.mktemp("sets") / "held", Nucleus(0.9, max_k=24)
+    return capture_set(tiny_model_path, prompts, folder, storage=rule, max_new_tokens=20)
+
+
+@pytest.fixture(scope="session")
+def build_trainer(tiny_model_path, training_set):
     """A trainer of the tiny model in NF4 from a start of zero; options are arguments of the config or the trainer."""
     from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 
-    def build(model=None, **options):
+    def build(output_dir, model=None, **options):
         settings = {
             "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "init": "zero",
             "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
@@ -141,12 +151,18 @@ def make_trainer(tiny_model_path, training_set, tmp_path):
         }  # fmt: skip
         fields = QuantizedDistillationConfig.__dataclass_fields__
         settings |= {name: options.pop(name) for name in list(options) if name in fields}
-        args = QuantizedDistillationConfig(str(tmp_path / "out"), **settings)
+        args = QuantizedDistillationConfig(str(output_dir), **settings)
         return QuantizedDistillationTrainer(
             model or str(tiny_model_path), args, **{"train_dataset": training_set, **options}
         )
 
     return build
+
+
+@pytest.fixture
+def make_trainer(build_trainer, tmp_path):
+    """`build_trainer` with a folder of its own."""
+    return partial(build_trainer, tmp_path / "out")
 
 
 def loss_and_gradient(trainer, rows, *, train=True):

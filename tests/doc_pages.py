@@ -8,8 +8,6 @@ Every bash, python, pycon, yaml and json block is run by test_docs.py. Comments 
     <!-- not run: REASON -->     not run; its commands, files and flags must still exist
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass
@@ -19,9 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Not the changelog, which names what is gone.
 PAGES = sorted({*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")} - {REPOSITORY / "CHANGELOG.md"})
 LANGUAGES = {"bash", "python", "pycon", "yaml", "json"}
-BLOCK = re.compile(
-    r"^(?P<marks>(?:<!--[^\n]*-->\n)*)```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
-)
+BLOCK = re.compile(r"(?ms)^(?P<marks>(?:<!--[^\n]*-->\n)*)```(?P<language>\w+)\n(?P<code>.*?)^```$")
 MARK = re.compile(r"^<!-- (given|file|needs|not run): (\S.*) -->$")
 # Words in backticks in the text that are a command: what follows them is held to exist as in a block.
 SPAN = re.compile(r"`([^`]+)`")

@@ -1,7 +1,5 @@
 """The command line: what it prints, how it fails, and that it decides nothing by itself."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import logging
@@ -16,38 +14,25 @@ import time
 import pytest
 import safetensors
 
+from quantkd.cli.arguments import StudentArguments
 from quantkd.cli.main import COMMANDS, main
 from quantkd.errors import TransferSetError
-from tests.conftest import capture_set
-
-PROMPTS = ["One and one?", "Two and two?", "What is the sum of three and four?"]
-
-
-@pytest.fixture(scope="module")
-def set_path(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("cli") / "set"
-    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=8)
-    return path
+from quantkd.loss.states import TargetStates
+from tests.conftest import TRAINING_PROMPTS
 
 
-def run(capsys, *words):
-    """Exit code, standard output, standard error."""
-    code = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+@pytest.fixture
+def set_path(training_set):
+    return training_set.sources[0].path
 
 
-def test_usage(capsys):
-    assert run(capsys)[0] == 2
-    code, out, _ = run(capsys, "--help")
+def test_usage(cli):
+    assert cli()[0] == 2
+    code, out, _ = cli("--help")
     assert code == 0 and "capture" in out and "selftest" in out
-    code, _, err = run(capsys, "captrue")
+    code, _, err = cli("captrue")
     assert code == 2 and "there is no command 'captrue'; the commands are capture," in err
-    assert run(capsys, "--version")[1].startswith("quantkd 0.")
+    assert cli("--version")[1].startswith("quantkd 0.")
 
 
 def test_help_is_there_within_half_a_second_and_loads_nothing_heavy():
@@ -71,8 +56,8 @@ def test_help_is_there_within_half_a_second_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_shows_examples_that_it_takes(name, capsys):
-    code, out, _ = run(capsys, name, "--help")
+def test_a_command_shows_examples_that_it_takes(name, cli):
+    code, out, _ = cli(name, "--help")
     options, _, examples = out.partition("examples:\n")
     assert code == 0 and examples.startswith(f"  quantkd {name}")
     shown = re.sub(r"\\\n", " ", examples).splitlines()
@@ -83,121 +68,111 @@ def test_a_command_shows_examples_that_it_takes(name, capsys):
         assert flags - set(re.findall(r"--[\w-]+", options)) == set(), line
 
 
-def test_called_from_python_main_leaves_the_process_as_it_is(capsys, set_path):
+def test_called_from_python_main_leaves_the_process_as_it_is(cli, set_path):
     before = dict(os.environ), signal.getsignal(signal.SIGTERM), logging.getLogger("quantkd.experiment").level
-    assert run(capsys, "verify", set_path)[:2] == (0, run(capsys, "verify", set_path)[1])
+    assert cli("verify", set_path)[:2] == (0, cli("verify", set_path)[1])
     after = dict(os.environ), signal.getsignal(signal.SIGTERM), logging.getLogger("quantkd.experiment").level
     assert after == before
 
 
-def test_inspect_shows_facts_and_alternatives(capsys, set_path, tiny_model_path):
-    code, out, _ = run(capsys, "inspect", set_path, "--tokenizer", tiny_model_path, "--rows", 1)
+def test_inspect_shows_facts_and_alternatives(cli, set_path, tiny_model_path):
+    code, out, _ = cli("inspect", set_path, "--tokenizer", tiny_model_path, "--rows", 1)
     expected = ("teacher", tiny_model_path.name, "bytes per response token", "entries per token", " nats ", "tail")
-    assert code == 0 and [piece for piece in (*expected, "One and one?") if piece not in out] == []
-    assert "--tokenizer" in run(capsys, "inspect", set_path, "--rows", 1)[1]
-    code, out, _ = run(capsys, "inspect", set_path, "--json", "--rows", 2)
+    assert code == 0 and [piece for piece in (*expected, TRAINING_PROMPTS[0]) if piece not in out] == []
+    assert "--tokenizer" in cli("inspect", set_path, "--rows", 1)[1]
+    code, out, _ = cli("inspect", set_path, "--json", "--rows", 2)
     found = json.loads(out)
-    assert code == 0 and found["num_rows"] == 3 and len(found["sample"]) == 2
+    assert code == 0 and found["num_rows"] == 8 and len(found["sample"]) == 2
     assert sum(found["histograms"]["entries"]) == found["num_response_tokens"]
     probabilities = [entry["probability"] for entry in found["sample"][0]["tokens"][0]["entries"]]
     assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_evaluate_prints_what_it_measured(capsys, set_path, tiny_model_path, tmp_path):
-    code, out, _ = run(
-        capsys, "evaluate", "--arm", "before", "--model_name_or_path", tiny_model_path, "--held_out", set_path,
-        "--run_dir", tmp_path, "--dtype", "float32",
-    )  # fmt: skip
+def test_evaluate_prints_what_it_measured(cli, set_path, tiny_model_path, tmp_path):
+    words = ["--model_name_or_path", tiny_model_path, "--held_out", set_path, "--run_dir", tmp_path]
+    code, out, _ = cli("evaluate", "--arm", "before", *words, "--dtype", "float32")
     found = json.loads((tmp_path / "evaluation" / "before.json").read_text())["fidelity"]["means"]
     assert code == 0 and f"before.json: KL {found['kl']:.4f} nats per token, perplexity " in out
-    assert f"{100 * found['top1_agreement']:.1f}% on {len(PROMPTS)} rows" in out
+    assert f"{100 * found['top1_agreement']:.1f}% on 8 rows" in out
 
 
-def test_verify_and_convert(capsys, set_path, tmp_path):
-    code, out, _ = run(capsys, "verify", set_path)
-    assert code == 0 and "3 rows" in out
-    code, out, _ = run(capsys, "convert", set_path, tmp_path / "small", "--storage", "nucleus:0.9")
+def test_verify_and_convert(cli, set_path, tmp_path):
+    code, out, _ = cli("verify", set_path)
+    assert code == 0 and "8 rows" in out
+    code, out, _ = cli("convert", set_path, tmp_path / "small", "--storage", "nucleus:0.9")
     assert code == 0 and "nucleus(max_k=64, p=0.9)" in out
     shard = next((tmp_path / "small").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    code, _, err = run(capsys, "verify", tmp_path / "small")
+    code, _, err = cli("verify", tmp_path / "small")
     assert code == 1 and shard.name in err
 
 
-def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(capsys, tiny_model_path, monkeypatch):
-    code, out, _ = run(capsys, "selftest", tiny_model_path)
+def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tiny_model_path, monkeypatch):
+    code, out, _ = cli("selftest", tiny_model_path)
     assert code == 0 and out.count("pass") == 7 and "FAIL" not in out
-
-    from quantkd.loss.states import TargetStates
-
     sound = TargetStates.at_targets
     misaligned = lambda self, labels: sound(TargetStates(self.values.roll(1, 1)), labels)  # noqa: E731
     monkeypatch.setattr(TargetStates, "at_targets", misaligned)
-    code, out, _ = run(capsys, "selftest", tiny_model_path)
+    code, out, _ = cli("selftest", tiny_model_path)
     assert code == 1 and "FAIL  teacher = student" in out
 
 
-def test_a_config_file_and_flags_mix(capsys, tmp_path, tiny_model_path):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    config = tmp_path / "capture.yaml"
-    config.write_text(
-        f"model: {tiny_model_path}\nprompts: {tmp_path / 'p.jsonl'}\nmax_new_tokens: 4\nstorage: topk:3\n"
-    )
-    code, out, _ = run(capsys, "capture", "--config", config, "--output_dir", tmp_path / "s", "--storage", "topk:2")
+def test_a_config_file_and_flags_mix(cli, tmp_path, tiny_model_path):
+    prompts, config = tmp_path / "p.jsonl", tmp_path / "capture.yaml"
+    prompts.write_text('{"prompt": "One and one?"}\n')
+    config.write_text(f"model: {tiny_model_path}\nprompts: {prompts}\nmax_new_tokens: 4\nstorage: topk:3\n")
+    code, out, _ = cli("capture", "--config", config, "--output_dir", tmp_path / "s", "--storage", "topk:2")
     assert code == 0 and "topk(k=2)" in out and "max_new_tokens=4" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        (["capture", "--frobnicate", "1"], 2, "required"),
-        (["capture", "--model", "M", "--prompts", "p", "--output_dir", "o", "--colour"], 2, "no option --colour"),
-        (["capture", "--config", "bad.yaml"], 1, "bad.yaml is not YAML: see line 2"),
-        (["capture", "--config=text.yaml"], 1, "text.yaml holds a str; expected `option: value`"),
-        (["capture", "--config", "unknown.yaml", "--output_dir", "o"], 2, "no option --colour"),
-        (["capture", "--config", "no.yaml"], 1, "No such file or directory: no.yaml"),
-        (["capture", "--config"], 2, "expected one argument"),
-        (["capture", "--model", "./nowhere", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "no folder './nowhere'"),
-        (["capture", "--model", "empty", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "empty holds no config.json"),
-        (["capture", "--model", "no/model", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "'no/model' could not be"),
-        (["capture", "OUT", "p.jsonl"], 1, "p.jsonl is a file; the"),
-        (["capture", "OUT", "p.jsonl/x"], 1, "p.jsonl is a file; the"),
-        (["capture", "OUT", "o", "--storage", "x"], 1, "Cannot read the storage rule 'x'"),
-        (["capture", "OUT", "o", "--temperature", "2"], 2, "no option --temperature; did you mean --temperatures?"),
-        (["capture", "OUT", "o", "--max_tokens", "3"], 2, "mean --max_new_"),
-        (["capture", "OUT", "o", "--seed", "x"], 2, "invalid int value: 'x'"),
-        (["inspect", "SET", "--rows", "-1"], 2, "found '-1'; expected a whole number of at least 0"),
-        (["inspect", "SET", "--tokenizer", "empty"], 1, "holds no tokenizer_config.json"),
-        (["train", "TRAIN", "--temperature", "4.0"], 1, "capture again with --temperatures 4.0"),
-        (["capture", "TEACHER", "no.jsonl"], 1, "no.jsonl"),
-        (["capture", "TEACHER", "p.jsonl", "--attn_implementation", "flash_attention_2"], 1, "FlashAttention2"),
-        (["inspect", "nothing"], 1, "nothing"),
-        (["inspect", "empty"], 1, "neither index.json nor plan.json. Capture one"),
-        (["verify", "empty"], 1, "neither index.json nor plan.json"),
-        (["report", "nowhere"], 1, "nowhere/evaluation holds no arms"),
-        (["train", "TRAIN", "--num_train_epochs", "0"], 1, "Nothing would be trained"),
-        (["train", "TRAIN", "--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps is 0; expected"),
-        (["train", "TRAIN", "--alpha", "2"], 1, "alpha is 2.0; expected a weight of the soft loss in [0, 1]"),
-        (["train", "TRAIN", "--resume_from_checkpoint", "true"], 1, "o holds no checkpoint to resume from"),
-        (["train", "TRAIN", "--resume_from_checkpoint", "r"], 1, "is r, which is not a complete checkpoint"),
-        (["train", "TRAIN", "--eval_strategy", "steps"], 1, "but you didn't pass an `eval_dataset`"),
-        (["train", "TRAIN", "--report_to", "notrack"], 1, "--report_to names notrack; installed here"),
-        (["train", "TRAIN", "--bf16", "true", "--fp16", "true"], 1, "but not both. `quantkd train --help` lists the"),
-        (["train", "TRAIN", "--lora_r", "0"], 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
-        (["evaluate", "EVALUATE", "--arm", "../x", "--prompts", "p.jsonl"], 1, "- and _, found '../x'"),
-        (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--batch_size", "-2"], 1, "batch_size is -2"),
-        (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--adapter", "empty"], 1, "adapter_config.json"),
-        (["evaluate", "--run_dir", "r", "--arm", "x", "--full_precision"], 2, "required: --model_"),
-        (["evaluate", "--model_name_or_path", "no", "--run_dir", "r", "--arm", "x", "--held_out", "empty"], 1,
-         "neither index.json nor plan.json. Capture one"),
-        (["evaluate", "--model_name_or_path", "no", "--run_dir", "r", "--arm", "x", "--prompts", "p.txt"], 1,
-         "'p.txt' is neither a file or folder here"),
-        (["selftest", "empty"], 1, "empty holds no config.json"),
-    ],
-)  # fmt: skip
-def test_wrong_input_is_one_line(capsys, tmp_path, monkeypatch, set_path, tiny_model_path, words, code, said):
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["capture", "--frobnicate", "1"], 2, "required"),
+    (["capture", "--model", "M", "--prompts", "p", "--output_dir", "o", "--colour"], 2, "no option --colour"),
+    (["capture", "--config", "bad.yaml"], 1, "bad.yaml is not YAML: see line 2"),
+    (["capture", "--config=text.yaml"], 1, "text.yaml holds a str; expected `option: value`"),
+    (["capture", "--config", "unknown.yaml", "--output_dir", "o"], 2, "no option --colour"),
+    (["capture", "--config", "no.yaml"], 1, "No such file or directory: no.yaml"),
+    (["capture", "--config"], 2, "expected one argument"),
+    (["capture", "--model", "./nowhere", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "no folder './nowhere'"),
+    (["capture", "--model", "empty", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "empty holds no config.json"),
+    (["capture", "--model", "no/model", "--prompts", "p.jsonl", "--output_dir", "o"], 1, "'no/model' could not be"),
+    (["capture", "OUT", "p.jsonl"], 1, "p.jsonl is a file; the"),
+    (["capture", "OUT", "p.jsonl/x"], 1, "p.jsonl is a file; the"),
+    (["capture", "OUT", "o", "--storage", "x"], 1, "Cannot read the storage rule 'x'"),
+    (["capture", "OUT", "o", "--temperature", "2"], 2, "no option --temperature; did you mean --temperatures?"),
+    (["capture", "OUT", "o", "--max_tokens", "3"], 2, "mean --max_new_"),
+    (["capture", "OUT", "o", "--seed", "x"], 2, "invalid int value: 'x'"),
+    (["inspect", "SET", "--rows", "-1"], 2, "found '-1'; expected a whole number of at least 0"),
+    (["inspect", "SET", "--tokenizer", "empty"], 1, "holds no tokenizer_config.json"),
+    (["train", "TRAIN", "--temperature", "4.0"], 1, "capture again with --temperatures 4.0"),
+    (["capture", "TEACHER", "no.jsonl"], 1, "no.jsonl"),
+    (["capture", "TEACHER", "p.jsonl", "--attn_implementation", "flash_attention_2"], 1, "FlashAttention2"),
+    (["inspect", "nothing"], 1, "nothing"),
+    (["inspect", "empty"], 1, "neither index.json nor plan.json. Capture one"),
+    (["verify", "empty"], 1, "neither index.json nor plan.json"),
+    (["report", "nowhere"], 1, "nowhere/evaluation holds no arms"),
+    (["train", "TRAIN", "--num_train_epochs", "0"], 1, "Nothing would be trained"),
+    (["train", "TRAIN", "--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps is 0; expected"),
+    (["train", "TRAIN", "--alpha", "2"], 1, "alpha is 2.0; expected a weight of the soft loss in [0, 1]"),
+    (["train", "TRAIN", "--resume_from_checkpoint", "true"], 1, "o holds no checkpoint to resume from"),
+    (["train", "TRAIN", "--resume_from_checkpoint", "r"], 1, "is r, which is not a complete checkpoint"),
+    (["train", "TRAIN", "--eval_strategy", "steps"], 1, "but you didn't pass an `eval_dataset`"),
+    (["train", "TRAIN", "--report_to", "notrack"], 1, "--report_to names notrack; installed here"),
+    (["train", "TRAIN", "--bf16", "true", "--fp16", "true"], 1, "but not both. `quantkd train --help` lists the"),
+    (["train", "TRAIN", "--lora_r", "0"], 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
+    (["evaluate", "EVALUATE", "--arm", "../x", "--prompts", "p.jsonl"], 1, "- and _, found '../x'"),
+    (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--batch_size", "-2"], 1, "batch_size is -2"),
+    (["evaluate", "EVALUATE", "--arm", "x", "--held_out", "SET", "--adapter", "empty"], 1, "adapter_config.json"),
+    (["evaluate", "--run_dir", "r", "--arm", "x", "--full_precision"], 2, "required: --model_"),
+    (["evaluate", "--model_name_or_path", "no", "--run_dir", "r", "--arm", "x", "--held_out", "empty"], 1,
+     "neither index.json nor plan.json. Capture one"),
+    (["evaluate", "--model_name_or_path", "no", "--run_dir", "r", "--arm", "x", "--prompts", "p.txt"], 1,
+     "'p.txt' is neither a file or folder here"),
+    (["selftest", "empty"], 1, "empty holds no config.json"),
+])  # fmt: skip
+def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, set_path, tiny_model_path, words, code, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
@@ -206,13 +181,12 @@ def test_wrong_input_is_one_line(capsys, tmp_path, monkeypatch, set_path, tiny_m
     (tmp_path / "unknown.yaml").write_text("model: m\nprompts: p\ncolour: blue\n")
     stands_for = {
         "SET": [set_path],
-        "TINY": [tiny_model_path],
         "OUT": ["--model", "no", "--prompts", "p.jsonl", "--output_dir"],
         "TEACHER": ["--model", tiny_model_path, "--output_dir", "o", "--prompts"],
         "TRAIN": ["--model_name_or_path", tiny_model_path, "--transfer_set", set_path, "--output_dir", "o"],
         "EVALUATE": ["--model_name_or_path", tiny_model_path, "--run_dir", "r"],
     }
-    found, out, err = run(capsys, *(part for word in words for part in stands_for.get(word, [word])))
+    found, out, err = cli(*(part for word in words for part in stands_for.get(word, [word])))
     last = [line for line in err.splitlines() if "quantkd " in line][-1]
     assert found == code and said in last and "Traceback" not in out + err and "usage:" not in err
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -224,8 +198,6 @@ def test_a_traceback_is_shown_when_it_is_asked_for(tmp_path):
 
 
 def test_eight_bit_is_asked_for_with_one_option():
-    from quantkd.cli.arguments import StudentArguments
-
     args = StudentArguments(model_name_or_path="m", load_in_8bit=True)
     assert (args.load_in_8bit, args.load_in_4bit) == (True, False)
     assert StudentArguments(model_name_or_path="m").load_in_4bit
@@ -235,14 +207,14 @@ NO_SPACE = safetensors.SafetensorError("Error while serializing: No space left o
 
 
 @pytest.mark.parametrize("raised", [NO_SPACE, RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file")])
-def test_a_full_disk_is_one_line_and_a_bug_is_not(capsys, monkeypatch, raised):
+def test_a_full_disk_is_one_line_and_a_bug_is_not(cli, monkeypatch, raised):
     errors = iter([raised, RuntimeError("a bug")])
 
     def fail(argv):
         raise next(errors)
 
     monkeypatch.setattr(importlib.import_module("quantkd.cli.verify"), "main", fail)
-    found, _, err = run(capsys, "verify", "x")
+    found, _, err = cli("verify", "x")
     assert found == 1 and str(raised) in err and len(err.splitlines()) == 1
     with pytest.raises(RuntimeError, match="a bug"):
         main(["verify", "x"])

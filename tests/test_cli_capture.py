@@ -1,13 +1,10 @@
 """`quantkd capture`: its options reach the pass, its refusals say what to do."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 
 from quantkd import TransferSet
-from quantkd.cli.main import main
 
 ROWS = [{"prompt": f"What is {a} + 2?", "completion": f"It is {a + 2}.\n#### {a + 2}"} for a in range(6)]
 
@@ -33,32 +30,29 @@ def files(tmp_path):
     return tmp_path
 
 
-def run(capsys, model, folder, *words, prompts="p.jsonl", out="s"):
-    code = 0
-    options = ["--model", model, "--prompts", folder / prompts, "--output_dir", folder / out, "--dtype", "float32"]
-    try:
-        main(["capture", *map(str, options), "--max_new_tokens", "6", *map(str, words)])
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return code, captured.out, captured.err
+@pytest.fixture
+def run(cli, files, tiny_model_path):
+    def run(*words, prompts="p.jsonl"):
+        options = ["--model", tiny_model_path, "--prompts", files / prompts, "--output_dir", files / "s"]
+        code, out, err = cli("capture", *options, "--dtype", "float32", "--max_new_tokens", 6, *words)
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, files, tiny_model_path, tiny_tokenizer):
-    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--auto_find_batch_size")
+def test_a_dry_run_prints_the_plan_and_writes_nothing(run, files, tiny_tokenizer):
+    code, out, _ = run("--dry_run", "--auto_find_batch_size")
     expected = ("rows          6", "batches of", "at most 36 in responses", " free")
     assert code == 0 and [line for line in expected if line not in out] == []
-    code, out, _ = run(capsys, tiny_model_path, files, "--dry_run", "--responses", "given")  # an exact plan
+    code, out, _ = run("--dry_run", "--responses", "given")  # an exact plan
     tokens = sum(len(tiny_tokenizer(row["completion"]).input_ids) + 1 for row in ROWS)
     assert code == 0 and f"in prompts, {tokens} in responses" in out and not (files / "s").exists()
 
 
-def test_samples_filters_and_summary(capsys, files, tiny_model_path):
-    code, out, _ = run(
-        capsys, tiny_model_path, files, "--do_sample", "--num_samples", 3, "--generation_temperature", 2.0,
-        "--drop_duplicates", "--min_response_tokens", 2, prompts="twice.jsonl",
-    )  # fmt: skip
+def test_samples_filters_and_summary(run, files):
+    words = ["--do_sample", "--num_samples", 3, "--generation_temperature", 2.0, "--drop_duplicates"]
+    code, out, _ = run(*words, "--min_response_tokens", 2, prompts="twice.jsonl")
     assert code == 0
     info = TransferSet.open(files / "s").info
     counted = {name: count for name, count in info.counters.items() if name.startswith("filtered_")}
@@ -67,15 +61,15 @@ def test_samples_filters_and_summary(capsys, files, tiny_model_path):
     assert all(f"{count} {name.removeprefix('filtered_')}" in out for name, count in counted.items())
 
 
-def test_correct_answers_alone(capsys, files, tiny_model_path):
-    code, out, _ = run(capsys, tiny_model_path, files, "--correct_only")
+def test_correct_answers_alone(run, files):
+    code, out, _ = run("--correct_only")
     assert code == 0 and "6 incorrect" in out  # a random model solves nothing
     assert TransferSet.open(files / "s").info.counters["filtered_incorrect"] == 6
 
 
-def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tiny_model_path, tiny_tokenizer):
+def test_system_prompt_and_few_shot_stand_before_every_prompt(run, files, tiny_tokenizer):
     words = ("--system_prompt", "Be brief.", "--few_shot", files / "shots.jsonl")
-    assert run(capsys, tiny_model_path, files, *words)[0] == 0
+    assert run(*words)[0] == 0
     turns = [*turn("system", "Be brief."), *turn("user", "One and one?"), *turn("assistant", "Two")]
     for row, given in zip(TransferSet.open(files / "s"), ROWS, strict=True):
         expected = tiny_tokenizer.apply_chat_template(
@@ -84,52 +78,49 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(capsys, files, tin
         assert row["input_ids"][row["labels"] == -100].tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--num_samples", "2"], "num_samples is 2 with do_sample=False; more than one"),
-        (["--num_samples", "0"], "num_samples is 0"),
-        (["--num_samples", "2", "--do_sample", "--responses", "given"], "a given answer is one row"),
-        (["--batch_size", "0"], "must be at least 1, found 0"),
-        (["--rows_per_shard", "0"], "must be at least 1, found 8 and 0"),
-        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, found 0"),
-        (["--top_p", "0"], "0 < top_p <= 1"),
-        (["--generation_temperature", "0"], "For greedy answers leave do_sample off"),
-        (["--storage", "topk"], "write topk:50, nucleus:0.95"),
-        (["--storage", "topk:400"], "exceeds the teacher's vocabulary of"),
-        (["--storage", "sampled:50", "--temperatures", "2.0"], "Sampled entries estimate the teacher at temperature"),
-        (["--temperatures", "-1"], "Temperatures must be above 0"),
-        (["--limit", "0"], "limit is 0; expected at least 1"),
-        (["--prompt_column", "question"], "'question' was asked for. Name the right one"),
-        (["--responses", "given", "--completion_column", "answer"], "'answer' was asked for"),
-        (["--answer_column", "completion"], "names the reference of --correct_only, which is off. Give both"),
-        (["--min_response_tokens", "5", "--max_response_tokens", "2"], "Answers of 5 to 2 tokens were asked for"),
-        (["--correct_only", "--responses", "given"], "Leave one of them out"),
-        (["--few_shot", "UNSOLVED"], "expected a prompt in text and its completion"),
-        (["--few_shot", "no.jsonl"], "no.jsonl"),
-        (["--few_shot", "P"], "Few-shot example 0 is the question of row 0 with its answer: 'What is 0 + 2?'. Take"),
-        (["--split", "test"], "p.jsonl has no splits, and the split 'test' was asked for. Leave split out, or give"),
-        (["--plain_prompts", "--system_prompt", "Be brief."], "a plain prompt must be text, found 2 chat messages"),
-        (["--max_new_tokens", "600"], "more than the model's context of 512"),
-        (["--engine", "server"], "base_url is the address of the server engine; found None with engine='server'"),
-        (["--base_url", "http://127.0.0.1:1/v1"], "Give both engine='server' and base_url, or neither"),
-        (["--engine_kwargs", "{}x"], "expected a JSON object"),
-        (["--engine_kwargs", "[1]"], "is a JSON list; expected an object"),
-        (["--engine_kwargs", '{"a": 1}'], "go to vLLM or to the server engine"),
-        (["--engine", "vllm", "--teacher_adapter", "x"], "Merge the adapter into a checkpoint"),
-        (["--engine", "vllm", "--storage", "sampled:50"], "draws from the whole distribution"),
-        (["--engine", "vllm", "--temperatures", "2.0"], "gives log-probabilities at temperature 1.0 alone"),
-        (["--teacher_adapter", "EMPTY"], "adapter_config.json"),
-        (["--prompts", "ASSISTANT"], "ends in an assistant turn, and the teacher is to answer"),
-        (["--prompts", "ASSISTANT", "--responses", "given", "--plain_prompts"], "plain prompts were asked for"),
-        (["--prompts", "UNSOLVED", "--responses", "given"], "Row 0 has no completion, and responses='given' was asked"),
-        (["--prompts", "UNSOLVED", "--correct_only"], "completion"),
-    ],
-)  # fmt: skip
-def test_refusals_are_one_line(capsys, files, tiny_model_path, words, said):
+@pytest.mark.parametrize(("words", "said"), [
+    (["--num_samples", "2"], "num_samples is 2 with do_sample=False; more than one"),
+    (["--num_samples", "0"], "num_samples is 0"),
+    (["--num_samples", "2", "--do_sample", "--responses", "given"], "a given answer is one row"),
+    (["--batch_size", "0"], "must be at least 1, found 0"),
+    (["--rows_per_shard", "0"], "must be at least 1, found 8 and 0"),
+    (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, found 0"),
+    (["--top_p", "0"], "0 < top_p <= 1"),
+    (["--generation_temperature", "0"], "For greedy answers leave do_sample off"),
+    (["--storage", "topk"], "write topk:50, nucleus:0.95"),
+    (["--storage", "topk:400"], "exceeds the teacher's vocabulary of"),
+    (["--storage", "sampled:50", "--temperatures", "2.0"], "Sampled entries estimate the teacher at temperature"),
+    (["--temperatures", "-1"], "Temperatures must be above 0"),
+    (["--limit", "0"], "limit is 0; expected at least 1"),
+    (["--prompt_column", "question"], "'question' was asked for. Name the right one"),
+    (["--responses", "given", "--completion_column", "answer"], "'answer' was asked for"),
+    (["--answer_column", "completion"], "names the reference of --correct_only, which is off. Give both"),
+    (["--min_response_tokens", "5", "--max_response_tokens", "2"], "Answers of 5 to 2 tokens were asked for"),
+    (["--correct_only", "--responses", "given"], "Leave one of them out"),
+    (["--few_shot", "UNSOLVED"], "expected a prompt in text and its completion"),
+    (["--few_shot", "no.jsonl"], "no.jsonl"),
+    (["--few_shot", "P"], "Few-shot example 0 is the question of row 0 with its answer: 'What is 0 + 2?'. Take"),
+    (["--split", "test"], "p.jsonl has no splits, and the split 'test' was asked for. Leave split out, or give"),
+    (["--plain_prompts", "--system_prompt", "Be brief."], "a plain prompt must be text, found 2 chat messages"),
+    (["--max_new_tokens", "600"], "more than the model's context of 512"),
+    (["--engine", "server"], "base_url is the address of the server engine; found None with engine='server'"),
+    (["--base_url", "http://127.0.0.1:1/v1"], "Give both engine='server' and base_url, or neither"),
+    (["--engine_kwargs", "{}x"], "expected a JSON object"),
+    (["--engine_kwargs", "[1]"], "is a JSON list; expected an object"),
+    (["--engine_kwargs", '{"a": 1}'], "go to vLLM or to the server engine"),
+    (["--engine", "vllm", "--teacher_adapter", "x"], "Merge the adapter into a checkpoint"),
+    (["--engine", "vllm", "--storage", "sampled:50"], "draws from the whole distribution"),
+    (["--engine", "vllm", "--temperatures", "2.0"], "gives log-probabilities at temperature 1.0 alone"),
+    (["--teacher_adapter", "EMPTY"], "adapter_config.json"),
+    (["--prompts", "ASSISTANT"], "ends in an assistant turn, and the teacher is to answer"),
+    (["--prompts", "ASSISTANT", "--responses", "given", "--plain_prompts"], "plain prompts were asked for"),
+    (["--prompts", "UNSOLVED", "--responses", "given"], "Row 0 has no completion, and responses='given' was asked"),
+    (["--prompts", "UNSOLVED", "--correct_only"], "completion"),
+])  # fmt: skip
+def test_refusals_are_one_line(run, files, words, said):
     stands_for = {name.upper(): files / f"{name}.jsonl" for name in ("unsolved", "assistant", "p")}
     stands_for["EMPTY"] = files / "empty"
-    code, _, err = run(capsys, tiny_model_path, files, *(stands_for.get(word, word) for word in words))
+    code, _, err = run(*(stands_for.get(word, word) for word in words))
     last = [line for line in err.splitlines() if "quantkd capture: " in line or "error: " in line][-1]
     assert code == 1 and said in last, last
     assert not list(files.glob("s/*.safetensors"))

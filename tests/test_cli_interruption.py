@@ -1,8 +1,5 @@
 """Ctrl-C and SIGTERM amid a command: it ends in one line, and goes on to what it would have given anyway."""
 
-from __future__ import annotations
-
-import importlib
 import json
 import os
 import signal
@@ -16,7 +13,6 @@ import pytest
 from transformers import Trainer
 
 from quantkd import TransferSet
-from quantkd.cli.main import main
 from quantkd.errors import ConfigError
 from quantkd.training.checkpoints import find_checkpoint
 from tests.conftest import capture_set
@@ -59,16 +55,15 @@ def stopped_when(is_time):
         watcher.join()
 
 
-def interrupted(capsys, words, is_time):
+def interrupted(cli, words, is_time):
     """The last line on standard error of a command that a signal stopped."""
-    with pytest.raises(SystemExit) as stop, stopped_when(is_time):
-        main([str(word) for word in words])
-    err = capsys.readouterr().err
-    assert stop.value.code == 130 and "Traceback" not in err
+    with stopped_when(is_time):
+        code, _, err = cli(*words)
+    assert code == 130 and "Traceback" not in err
     return err[err.rindex("quantkd ") :].rstrip()  # a bar may stand before it
 
 
-def test_capture_goes_on_to_the_same_bytes(folder, tiny_model_path):
+def test_capture_goes_on_to_the_same_bytes(cli, folder, tiny_model_path):
     """SIGTERM, which a scheduler sends, ends the program as Ctrl-C does."""
     words = ["capture", "--model", tiny_model_path, "--prompts", folder / "p.jsonl", "--max_new_tokens", "24",
              "--dtype", "float32", "--rows_per_shard", "4", "--output_dir"]  # fmt: skip
@@ -81,8 +76,7 @@ def test_capture_goes_on_to_the_same_bytes(folder, tiny_model_path):
     last = Path("output").read_text().splitlines()[-1]
     assert process.exitcode == 130 and last == "quantkd capture: interrupted. Run the same command again to go on."
     assert not Path("s/index.json").exists()
-    main([str(word) for word in [*words, "s"]])
-    main([str(word) for word in [*words, "whole"]])
+    assert cli(*words, "s")[0] == cli(*words, "whole")[0] == 0
     assert TransferSet.open("s").digest == TransferSet.open("whole").digest
 
 
@@ -94,14 +88,12 @@ def train(folder, tiny_model_path):
             "--save_steps", "4", "--output_dir"]  # fmt: skip
 
 
-def test_train_goes_on_to_the_same_weights(capsys, train):
-    words = train
+def test_train_goes_on_to_the_same_weights(cli, train):
     is_time = Path("o/checkpoint-8/trainer_state.json").exists
-    said = interrupted(capsys, [*words, "o"], is_time)
+    said = interrupted(cli, [*train, "o"], is_time)
     assert said.startswith("quantkd train: interrupted. Run the same command with --resume_from_checkpoint true")
     assert not Path("o/adapter_model.safetensors").exists()
-    main([str(word) for word in [*words, "o", "--resume_from_checkpoint", "true"]])
-    main([str(word) for word in [*words, "whole"]])
+    assert cli(*train, "o", "--resume_from_checkpoint", "true")[0] == cli(*train, "whole")[0] == 0
     one, other = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("o", "whole"))
     assert one == other
     # Once more from its configuration, which knows nothing of the checkpoint.
@@ -123,16 +115,15 @@ def test_a_train_that_is_killed_goes_on_to_the_same_weights_in_another_process(f
     assert one == other
 
 
-def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(train, monkeypatch):
-    main([*train, "o", "--max_steps", "4"])
+def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, train, monkeypatch):
+    assert cli(*train, "o", "--max_steps", "4")[0] == 0
     assert find_checkpoint("true", "o") == "o/checkpoint-4"
 
     def die(*_):
-        raise SystemExit
+        raise SystemExit(9)
 
     monkeypatch.setattr(Trainer, "_save_rng_state", die)
-    with pytest.raises(SystemExit):
-        main([*train, "o", "--max_steps", "4", "--seed", "1"])
+    assert cli(*train, "o", "--max_steps", "4", "--seed", "1")[0] == 9
     with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
         find_checkpoint("true", "o")
 
@@ -149,7 +140,7 @@ def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     assert "Traceback" not in said
 
 
-def test_evaluate_goes_on_to_the_same_answers(capsys, folder, tiny_model_path):
+def test_evaluate_goes_on_to_the_same_answers(cli, folder, tiny_model_path):
     words = ["evaluate", "--model_name_or_path", tiny_model_path, "--arm", "x", "--prompts", "p.jsonl", "--batch_size",
              "1", "--max_new_tokens", "24", "--dtype", "float32", "--run_dir"]  # fmt: skip
     records = Path("r/evaluation/x-prompts.jsonl")
@@ -157,25 +148,22 @@ def test_evaluate_goes_on_to_the_same_answers(capsys, folder, tiny_model_path):
     def is_time():
         return records.exists() and len(records.read_text().splitlines()) >= 3
 
-    said = interrupted(capsys, [*words, "r"], is_time)
+    said = interrupted(cli, [*words, "r"], is_time)
     assert said == "quantkd evaluate: interrupted. Run the same command again to go on."
     kept = records.read_text().splitlines()
     assert 3 <= len(kept) < len(PROMPTS)
-    main([str(word) for word in [*words, "r"]])
-    main([str(word) for word in [*words, "whole"]])
+    assert cli(*words, "r")[0] == cli(*words, "whole")[0] == 0
     assert set(kept) <= set(records.read_text().splitlines())  # not answered again
     assert records.read_text() == Path("whole/evaluation/x-prompts.jsonl").read_text()
 
 
-def test_what_only_reads_says_that_nothing_was_changed(capsys, monkeypatch):
+def test_what_only_reads_says_that_nothing_was_changed(cli, monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("quantkd.cli.verify"), "main", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        main(["verify", "s"])
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "quantkd verify: interrupted. Nothing was changed.\n"
+    monkeypatch.setattr("quantkd.cli.verify.main", interrupted)
+    code, _, err = cli("verify", "s")
+    assert code == 130 and err == "quantkd verify: interrupted. Nothing was changed.\n"
 
 
 def test_the_last_whole_checkpoint_is_found(tmp_path):
@@ -185,12 +173,10 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-99.txt").write_text("no folder")
     last, named = str(tmp_path / "checkpoint-10"), str(tmp_path / "checkpoint-2")
-    assert [find_checkpoint(asked, tmp_path) for asked in ("true", "True", True)] == [last] * 3
-    assert [find_checkpoint(asked, tmp_path) for asked in (named, None, "false")] == [named, None, None]
-    for asked, where, said in (
-        ("true", tmp_path / "checkpoint-2", "holds no checkpoint to resume from"),
-        ("true", tmp_path / "nowhere", "holds no checkpoint to resume from"),
-        (str(tmp_path / "checkpoint-12"), tmp_path, "which is not a complete checkpoint"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            find_checkpoint(asked, where)
+    asked = {"true": last, "True": last, True: last, named: named, None: None, "false": None}
+    assert {each: find_checkpoint(each, tmp_path) for each in asked} == asked
+    for where in ("checkpoint-2", "nowhere"):
+        with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
+            find_checkpoint("true", tmp_path / where)
+    with pytest.raises(ConfigError, match="which is not a complete checkpoint"):
+        find_checkpoint(str(tmp_path / "checkpoint-12"), tmp_path)

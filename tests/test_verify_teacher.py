@@ -1,7 +1,5 @@
 """`verify --teacher` sees what no format check can: distributions and answers that the teacher would not have given."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 
 from quantkd import Nucleus, Sampled, TopK
-from quantkd.cli.main import main
 from quantkd.teacher import GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
 from tests.conftest import build_tiny_model, capture_set
@@ -70,62 +67,58 @@ def tied(row):
     return replace(row, token_ids=ids, logprobs=logprobs)
 
 
-def check(capsys, folder, teacher, *words):
-    """What the command prints, the exit code, and what is wrong."""
-    code = 0
-    try:
-        main(["verify", str(folder), "--teacher", str(teacher), "--dtype", "float32", *words])
-    except SystemExit as stop:
-        code = stop.code
-    printed = capsys.readouterr()
-    return printed.out, code, printed.err.splitlines()[-1] if code else ""
+@pytest.fixture
+def check(cli, tmp_path, tiny_model_path):
+    def check(*words, teacher=tiny_model_path, name="s"):
+        return cli("verify", tmp_path / name, "--teacher", teacher, "--dtype", "float32", *words)
+
+    return check
 
 
 @pytest.fixture
-def honest(write, tmp_path):
+def honest(write):
     write(lambda row: row)
-    return tmp_path / "s"
 
 
-def test_an_honest_set_passes_in_any_batch(capsys, tiny_model_path, honest):
-    out, code, _ = check(capsys, honest, tiny_model_path, "--rows", "99", "--batch_size", "3")
+def test_an_honest_set_passes_in_any_batch(honest, check):
+    code, out, _ = check("--rows", "99", "--batch_size", "3")
     assert code == 0 and "rows        16 of 16, drawn with seed 0" in out
     assert "top token   the same at 100.0%" in out and "greedy      100.0%" in out
     assert "passed: no row differs by more than 0.01 nats per token" in out
     assert float(re.search(r"on average, ([^ ]+) in the worst row", out)[1]) < 1e-4
-    out, _, _ = check(capsys, honest, tiny_model_path, "--rows", "5", "--seed", "3")
+    _, out, _ = check("--rows", "5", "--seed", "3")
     assert "rows        5 of 16, drawn with seed 3" in out
 
 
-def test_answers_that_rounding_decided_count_as_greedy(capsys, tiny_model_path, write, tmp_path):
+def test_answers_that_rounding_decided_count_as_greedy(check, write):
     row = write(tied)[POISONED]
     assert (row["input_ids"][-1] != row["teacher"].top_ids[-1]).item()
-    assert "greedy      100.0%" in check(capsys, tmp_path / "s", tiny_model_path, "--rows", "99")[0]
+    assert "greedy      100.0%" in check("--rows", "99")[1]
 
 
 @pytest.mark.parametrize("poison", [other_token, flatter, other_answer])
-def test_a_poisoned_row_is_named(capsys, tiny_model_path, write, tmp_path, poison):
+def test_a_poisoned_row_is_named(check, cli, write, tmp_path, poison):
     write(poison)
-    main(["verify", str(tmp_path / "s")])  # its form is perfect
-    _, code, error = check(capsys, tmp_path / "s", tiny_model_path, "--rows", "16")
+    assert cli("verify", tmp_path / "s")[0] == 0  # its form is perfect
+    code, _, error = check("--rows", "16")
     assert code == 1 and f"FAILED: 1 rows differ by more than 0.01 nats per token, the first is row {POISONED}" in error
 
 
 @pytest.mark.parametrize(("weight", "said"), [(None, "FAILED: 4 rows differ"), (float("nan"), "4 of 4 rows are not")])
-def test_another_teacher_is_seen(capsys, tiny_tokenizer, honest, tmp_path, weight, said):
+def test_another_teacher_is_seen(check, tiny_tokenizer, honest, tmp_path, weight, said):
     other = build_tiny_model(tiny_tokenizer, seed=1)
     if weight is not None:
         other.lm_head.weight.data.fill_(weight)
     other.save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")
-    out, code, error = check(capsys, honest, tmp_path / "other", "--rows", "4")
+    code, out, error = check("--rows", "4", teacher=tmp_path / "other")
     assert code == 1 and said in error and "passed" not in out
 
 
-def test_sampled_entries_cannot_be_computed_again(capsys, tiny_model_path, tmp_path):
+def test_sampled_entries_cannot_be_computed_again(check, tiny_model_path, tmp_path):
     for name, options in (("s", {"storage": Sampled(8)}), ("w", {"storage": TopK(5), "do_sample": True})):
         capture_set(tiny_model_path, PROMPTS[:2], tmp_path / name, max_new_tokens=4, **options)
-    _, code, error = check(capsys, tmp_path / "s", tiny_model_path)
+    code, _, error = check()
     assert code == 1 and "random draws that a second computation does not repeat" in error
-    out, code, _ = check(capsys, tmp_path / "w", tiny_model_path)
+    code, out, _ = check(name="w")
     assert code == 0 and "greedy" not in out  # sampled answers need not be
