@@ -1,19 +1,28 @@
 """Arm files with made-up figures, for the tests of the report."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import bootstrap
 
 from quantkd.evaluation.arms import BINNED, EDGES, Fidelity
 from quantkd.report import build_report
 
 TOKENS = [10, 20, 30, 40]
 LEVELS = {"teacher": (0.0, 90), "before": (0.4, 50), "after": (0.1, 80)}  # KL per token, questions solved of 100
+
+
+def bootstrap_by_scipy(columns: Sequence[ArrayLike], statistic: Callable[..., Any]) -> tuple[float, float]:
+    """scipy's own interval over rows, which are drawn together in all columns."""
+    found = bootstrap(
+        columns, statistic, paired=True, vectorized=True, n_resamples=2000, batch=256, method="percentile",
+        random_state=np.random.default_rng(0),
+    )  # fmt: skip
+    return tuple(found.confidence_interval)
 
 
 def make_fidelity(
@@ -69,14 +78,22 @@ def make_arms() -> dict[str, dict[str, Any]]:
     return {name: make_arm(name, *level) for name, level in LEVELS.items()}
 
 
-def build(run: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Write the arms, build the report, and read its results."""
+def build(run: Path, arms: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Write the arms, and build the report: its results and its page, the tables of which must be well-formed."""
     (run / "evaluation").mkdir(parents=True, exist_ok=True)
     for name, arm in arms.items():
         (run / "evaluation" / f"{name}.json").write_text(json.dumps(arm))
     assert build_report(run) == run / "report.md"
-    results: dict[str, Any] = json.loads((run / "results.json").read_text())
-    return results
+    page = (run / "report.md").read_text()
+    assert all(len(widths) == 1 for widths in read_tables(page))
+    assert "\n\n\n" not in page and not page.startswith("\n")
+    return json.loads((run / "results.json").read_text()), page
+
+
+def read_tables(page: str) -> list[set[int]]:
+    """How many cells the lines of each table have."""
+    blocks = [[line for line in block.splitlines() if line.startswith("|")] for block in page.split("\n\n")]
+    return [{line.replace("\\|", "").count("|") for line in lines} for lines in blocks if lines]
 
 
 def spoil(arm: dict[str, Any], path: str, value: Any) -> None:

@@ -1,17 +1,12 @@
 """The statistics against published figures and references computed another way."""
 
-from __future__ import annotations
-
 import doctest
 import math
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from scipy.stats import binom, bootstrap, norm
+from scipy.stats import binom, norm
 
 from quantkd.errors import DataError
 from quantkd.evaluation.stats import (
@@ -26,17 +21,14 @@ from quantkd.evaluation.stats import (
     mcnemar_exact,
     wilson_interval,
 )
+from tests.conftest import REPOSITORY
+from tests.report_arms import bootstrap_by_scipy
 
 
-@pytest.mark.parametrize(
-    ("correct", "n", "expected"),
-    [  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
-        (81, 263, (0.2553, 0.3662)),
-        (15, 148, (0.0624, 0.1605)),
-        (0, 20, (0.0000, 0.1611)),
-        (1, 29, (0.0061, 0.1718)),
-    ],
-)
+@pytest.mark.parametrize(("correct", "n", "expected"), [
+    # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
+    (81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0000, 0.1611)), (1, 29, (0.0061, 0.1718)),
+])  # fmt: skip
 def test_wilson_interval_as_published(correct, n, expected):
     assert wilson_interval(correct, n) == pytest.approx(expected, abs=5e-5)
 
@@ -54,38 +46,27 @@ def test_wilson_refuses_impossible_counts(correct, n):
         wilson_interval(correct, n)
 
 
-def verdicts(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
-    a = [True] * (both + only_a) + [False] * (only_b + neither)
-    return a, [True] * both + [False] * only_a + [True] * only_b + [False] * neither
-
-
 @pytest.mark.parametrize(("only_a", "only_b"), [(9, 2), (2, 9), (0, 6), (5, 5), (1, 0), (40, 20), (0, 0)])
 def test_mcnemar_equals_the_sum_of_binomial_terms(only_a, only_b):
     n = only_a + only_b
-    tail = sum(Fraction(math.comb(n, k), 2**n) for k in range(min(only_a, only_b) + 1))
-    result = mcnemar_exact(*verdicts(30, only_a, only_b, 12))
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
+    pairs = [(True, True)] * 30 + [(True, False)] * only_a + [(False, True)] * only_b + [(False, False)] * 12
+    result = mcnemar_exact(*map(list, zip(*pairs, strict=True)))
     assert (result.only_a, result.only_b) == (only_a, only_b)
-    assert result.p_value == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-12)
+    assert result.p_value == pytest.approx(min(1, 2 * tail), rel=1e-12)
 
 
-def test_mcnemar_needs_the_same_questions():
+@pytest.mark.parametrize("verdicts", [([True], [True, False]), ([], [])])
+def test_mcnemar_needs_the_same_questions(verdicts):
     with pytest.raises(DataError, match="same questions"):
-        mcnemar_exact([True], [True, False])
-    with pytest.raises(DataError, match="same questions"):
-        mcnemar_exact([], [])
+        mcnemar_exact(*verdicts)
 
 
-@pytest.mark.parametrize(
-    ("only_a", "only_b", "n", "expected"),
-    [
-        (5, 45, 100, 23),  # the calculator of powerandsamplesize.com, which cites Connor 1987, page 209
-        (30, 15, 100, 155),  # that of clinicaltrials-tools.vercel.app, which cites Connor 1987
-        (15, 30, 100, 155),
-        (300, 150, 1000, 155),
-        (7, 7, 100, None),
-        (0, 0, 5, None),
-    ],
-)
+@pytest.mark.parametrize(("only_a", "only_b", "n", "expected"), [
+    (5, 45, 100, 23),  # the calculator of powerandsamplesize.com, which cites Connor 1987, page 209
+    (30, 15, 100, 155),  # that of clinicaltrials-tools.vercel.app, which cites Connor 1987
+    (15, 30, 100, 155), (300, 150, 1000, 155), (7, 7, 100, None), (0, 0, 5, None),
+])  # fmt: skip
 def test_questions_needed_as_published(only_a, only_b, n, expected):
     assert compute_questions_needed(only_a, only_b, n) == expected
 
@@ -110,17 +91,14 @@ def test_questions_needed_give_the_power(only_a, only_b, n):
 
 
 def test_examples_of_the_page():
-    page = Path(__file__).resolve().parent.parent / "docs" / "statistics.md"
-    result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    page = str(REPOSITORY / "docs" / "statistics.md")
+    result = doctest.testfile(page, module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 20 and not result.failed
 
 
-def gap(after: list[float], **changes: object) -> GapRecovered:
-    arms: dict[str, object] = {"teacher": [0.0] * 50, "before": [2.0, 4.0] * 25, "higher_is_better": False}
-    arms.update(changes)
-    transform: Any = arms.pop("transform", "identity")
-    sums = [RowSums(values, None, transform) for values in (arms.pop("teacher"), arms.pop("before"), after)]  # type: ignore[arg-type]
-    return compute_gap_recovered(*sums, **arms)  # type: ignore[arg-type]
+def gap(after, *, teacher=(0.0,) * 50, before=(2.0, 4.0) * 25, transform="identity", higher_is_better=False, **options):
+    sums = [RowSums(values, None, transform) for values in (teacher, before, after)]
+    return compute_gap_recovered(*sums, higher_is_better=higher_is_better, **options)
 
 
 def test_known_shares_of_the_gap():
@@ -132,13 +110,13 @@ def test_known_shares_of_the_gap():
     assert gap([3.0, 6.0] * 25).value == pytest.approx(-0.5)  # worse than before
     # Rows differ a thousandfold, and each recovers exactly half: only a paired interval has no width.
     before = np.logspace(0, 3, 50)
-    result = gap(list(before / 2), before=list(before))
+    result = gap(before / 2, before=before)
     assert result.value == pytest.approx(0.5) and result.interval == pytest.approx((0.5, 0.5))
 
 
 def test_gap_inside_noise_is_not_measurable():
     rng = np.random.default_rng(0)
-    before = list(rng.normal(0.01, 1.0, 50))
+    before = rng.normal(0.01, 1.0, 50)
     result = gap(before, before=before)
     assert result.value is None and result.interval is None
     assert "inside noise (95% interval" in str(result.reason)
@@ -158,8 +136,7 @@ def test_few_verdicts_are_judged_by_the_exact_test():
     assert gap(teacher, teacher=teacher, before=before, higher_is_better=True).value == 1.0
     result = gap(teacher, teacher=teacher, before=before, higher_is_better=True, binary=True)
     assert result.value is None and "exact McNemar p = 0.12, n = 10" in str(result.reason)
-    many = gap(teacher * 5, teacher=teacher * 5, before=before * 5, higher_is_better=True, binary=True)
-    assert many.value == 1.0
+    assert gap(teacher * 5, teacher=teacher * 5, before=before * 5, higher_is_better=True, binary=True).value == 1.0
 
 
 def test_perplexity_gap_is_taken_between_perplexities():
@@ -175,33 +152,27 @@ def test_scale_and_shift_do_not_matter(share, seed):
     rng = np.random.default_rng(seed)
     before, teacher = rng.normal(5, 1, 30), rng.normal(1, 1, 30)
     after = before + share * (teacher - before)
-    plain = gap(list(after), teacher=list(teacher), before=list(before))
-    moved = gap(list(7 * after + 3), teacher=list(7 * teacher + 3), before=list(7 * before + 3))
-    assert plain.value == pytest.approx(share, abs=1e-9) and moved.value == pytest.approx(share, abs=1e-9)
+    for scale, shift in ((1, 0), (7, 3)):
+        arms = {"teacher": scale * teacher + shift, "before": scale * before + shift}
+        assert gap(scale * after + shift, **arms).value == pytest.approx(share, abs=1e-9)
 
 
 @pytest.mark.parametrize("rows", [2, 40, 700])
 def test_bootstrap_is_that_of_scipy(rows):
     rng = np.random.default_rng(rows)
     nats, tokens = rng.gamma(2, 3, rows), rng.integers(1, 50, rows)
-    expected = bootstrap(
-        (nats, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, vectorized=True,
-        n_resamples=2000, batch=256, method="percentile", random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    assert bootstrap_interval(RowSums(nats, tokens)) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    expected = bootstrap_by_scipy((nats, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis))
+    assert bootstrap_interval(RowSums(nats, tokens)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_difference_is_that_of_scipy_and_paired():
     rng = np.random.default_rng(5)
     tokens, hard = rng.integers(5, 90, 60), rng.gamma(2, 1, 60)
     a, b = tokens * hard * 0.2, tokens * hard * rng.normal(0.24, 0.02, 60)
-    expected = bootstrap(
-        (a, b, tokens), lambda x, y, n, axis: (x.sum(axis) - y.sum(axis)) / n.sum(axis), paired=True, vectorized=True,
-        n_resamples=2000, batch=256, method="percentile", random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+    expected = bootstrap_by_scipy((a, b, tokens), lambda x, y, n, axis: (x.sum(axis) - y.sum(axis)) / n.sum(axis))
     found = compute_difference(RowSums(a, tokens), RowSums(b, tokens))
     assert found.value == pytest.approx((a.sum() - b.sum()) / tokens.sum()) and found.interval is not None
-    assert found.interval == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert found.interval == pytest.approx(expected, rel=1e-9)
     apart = [bootstrap_interval(RowSums(sums, tokens)) for sums in (a, b)]
     assert found.interval[1] < 0 and apart[0][1] > apart[1][0]  # paired, they differ; their own intervals overlap
     assert compute_difference(RowSums([3.0]), RowSums([1.0])).interval is None
@@ -216,7 +187,7 @@ def test_calibration_of_made_up_tokens():
     correct = rng.random(1000) < confidence
     bins = np.ceil(confidence * 15).astype(int) - 1
 
-    def spread(values: np.ndarray) -> np.ndarray:
+    def spread(values):
         sums = np.zeros((20, 15))
         np.add.at(sums, (rows, bins), values)
         return sums
@@ -236,20 +207,13 @@ def test_bootstrap_draws_rows_not_tokens_and_takes_constant_rows():
     assert bootstrap_interval(RowSums(np.zeros(5), np.ones(5))) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("statistic", "message"),
-    [
-        (RowSums([1.0]), "1 row"),
-        (RowSums([]), "N at least 1"),
-        (RowSums([1.0, 2.0], [1.0]), "one shape"),
-        (RowSums([1.0, math.nan]), "not finite"),
-        (RowSums([1.0, 2.0], [0.0, 0.0]), "none above 0"),
-        (CalibrationSums([[0.5]], [[1]], [[1, 2]]), r"one shape \(N, M\)"),
-        (CalibrationSums([0.5], [1], [1]), r"one shape \(N, M\)"),
-        (CalibrationSums([[math.nan]], [[1]], [[1]]), "not finite"),
-        (CalibrationSums([[0.0]], [[0]], [[0]]), "no tokens"),
-    ],
-)
+@pytest.mark.parametrize(("statistic", "message"), [
+    (RowSums([1.0]), "1 row"), (RowSums([]), "N at least 1"), (RowSums([1.0, 2.0], [1.0]), "one shape"),
+    (RowSums([1.0, math.nan]), "not finite"), (RowSums([1.0, 2.0], [0.0, 0.0]), "none above 0"),
+    (CalibrationSums([[0.5]], [[1]], [[1, 2]]), r"one shape \(N, M\)"),
+    (CalibrationSums([0.5], [1], [1]), r"one shape \(N, M\)"),
+    (CalibrationSums([[math.nan]], [[1]], [[1]]), "not finite"), (CalibrationSums([[0.0]], [[0]], [[0]]), "no tokens"),
+])  # fmt: skip
 def test_impossible_sums_are_refused(statistic, message):
     with pytest.raises(DataError, match=message):
         bootstrap_interval(statistic)

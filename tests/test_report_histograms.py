@@ -1,7 +1,5 @@
 """The histograms that `quantkd inspect` prints."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from transfer_sets import make_plan, write_set
