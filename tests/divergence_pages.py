@@ -1,7 +1,5 @@
 """Made-up divergences for the tests of the page, tokens that a hostile text could hold, and a reader of its HTML."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -36,6 +34,7 @@ def make_row(
     teacher[:, -1] = np.nan  # not stored
     kl_before = rng.exponential(kl, size=count)
     places = np.arange(count)
+    columns = [each.ravel() for each in (tokens, teacher, before, after)]
     return RowDivergence(
         index=index,
         finished=index % 2 == 0,
@@ -46,9 +45,7 @@ def make_row(
         top_teacher=tokens[:, 0],
         top_before=tokens[places, before.argmax(1)],
         top_after=tokens[places, after.argmax(1)],
-        alternatives=Alternatives(
-            np.arange(count + 1) * width, tokens.ravel(), teacher.ravel(), before.ravel(), after.ravel()
-        ),
+        alternatives=Alternatives(np.arange(count + 1) * width, *columns),
     )
 
 

@@ -1,5 +1,7 @@
 """What the tests of teachers on other engines share: prompts, settings, and the entries by a dense float64 pass."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -19,6 +21,17 @@ def dense_logprobs(model, row) -> torch.Tensor:
         ids, targets = torch.tensor(row.input_ids), torch.cat([torch.arange(*span) for span in row.spans.tolist()])
     with torch.inference_mode():
         return model(input_ids=ids[None]).logits[0, targets - 1].double().log_softmax(-1)
+
+
+def sparse_divergences(teacher, log_q) -> np.ndarray:
+    """(2, R) forward and reverse KL to `log_q` (R, V) over a row's stored entries, and the rest as one class."""
+    found = []
+    for (start, stop), dense in zip(itertools.pairwise(teacher.offsets.tolist()), log_q, strict=True):
+        p = teacher.logprobs[start:stop].double().exp()
+        q = dense.exp()[teacher.token_ids[start:stop]]
+        p, q = (torch.cat([kept, 1 - kept.sum(0, keepdim=True)]) for kept in (p, q))
+        found.append((float((p * (p / q).log()).sum()), float((q * (q / p).log()).sum())))
+    return np.array(found).T
 
 
 def assert_stored(stored: torch.Tensor, exact: torch.Tensor) -> None:

@@ -1,47 +1,26 @@
 """Fidelity against float64 expressions over the logits of plain forward passes, on a set that the tiny model wrote."""
 
-from __future__ import annotations
-
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from quantkd import Nucleus, TransferSet
 from quantkd.cli.evaluate import main
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, Fidelity
+from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES
 from quantkd.evaluation.fidelity import evaluate_fidelity, find_bins
 from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions
 from quantkd.report import build_report
 from quantkd.transfer_set.topk import TopKLogprobs
-from tests.conftest import build_tiny_model, capture_set
-
-PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
-
-
-@pytest.fixture(scope="module")
-def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Answers of up to 20 tokens, so that they reach the third bin of positions; the tails are real."""
-    folder = tmp_path_factory.mktemp("held")
-    rule = Nucleus(0.9, max_k=24)
-    capture_set(tiny_model_path, PROMPTS, folder, storage=rule, max_new_tokens=20)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def held_out(held_out_path: Path) -> TransferSet:
-    """The rows of `held_out_path`."""
-    return TransferSet.open(held_out_path)
+from tests.conftest import build_tiny_model
+from tests.teacher_rows import dense_logprobs, sparse_divergences
 
 
 @pytest.fixture
-def student(tiny_model: LlamaForCausalLM) -> LlamaForCausalLM:
+def student(tiny_model):
     """The teacher with noise on every weight."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -51,30 +30,21 @@ def student(tiny_model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_model_path: Path) -> Any:
+def teacher(tiny_model_path):
     """The model that wrote the set."""
     return AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
 
 
-def dense_rows(model: LlamaForCausalLM, held_out: TransferSet) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def dense_rows(model, held_out):
     """Per row the (n, V) float64 log-probabilities at its targets, from one unpadded pass, and the targets."""
-    rows = []
-    for place in range(len(held_out)):
-        item = held_out[place]
-        ids, labels = torch.as_tensor(item["input_ids"]), torch.as_tensor(item["labels"])
-        with torch.inference_mode():
-            logits = model(input_ids=ids[None]).logits[0].double()
-        at = (labels[1:] != -100).nonzero()[:, 0]
-        rows.append((logits[at].log_softmax(-1), ids[at + 1]))
-    return rows
+    return [(dense_logprobs(model, item), item["labels"][item["labels"] != -100]) for item in held_out]
 
 
 def test_dense_figures_equal_float64_expressions(student, teacher, held_out):
     found = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=2, progress=False)
     tokens = 0
-    for place, ((log_q, targets), (log_p, _)) in enumerate(
-        zip(dense_rows(student, held_out), dense_rows(teacher, held_out), strict=True)
-    ):
+    rows = zip(dense_rows(student, held_out), dense_rows(teacher, held_out), strict=True)
+    for place, ((log_q, targets), (log_p, _)) in enumerate(rows):
         forward = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
         backward = torch.nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
         row = {name: float(found.columns[name][place]) for name in ("dense_kl_sum", "dense_reverse_kl_sum", "ce_sum")}
@@ -94,18 +64,9 @@ def test_dense_figures_equal_float64_expressions(student, teacher, held_out):
 def test_sparse_figures_equal_float64_expressions(student, held_out):
     found = evaluate_fidelity(student, held_out, batch_size=3, progress=False)
     for place, (log_q, _) in enumerate(dense_rows(student, held_out)):
-        teacher, forward, backward = held_out[place]["teacher"], 0.0, 0.0
-        for n, (start, stop) in enumerate(
-            zip(teacher.offsets[:-1].tolist(), teacher.offsets[1:].tolist(), strict=True)
-        ):
-            p = teacher.logprobs[start:stop].double().exp().tolist()
-            q = log_q[n].exp()[teacher.token_ids[start:stop]].tolist()
-            p.append(1 - sum(p))
-            q.append(1 - sum(q))
-            forward += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-            backward += sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
-        assert float(found.columns["kl_sum"][place]) == pytest.approx(forward, rel=1e-4, abs=1e-5)
-        assert float(found.columns["reverse_kl_sum"][place]) == pytest.approx(backward, rel=1e-4, abs=1e-5)
+        sums = [found.columns[name][place] for name in ("kl_sum", "reverse_kl_sum")]
+        expected = sparse_divergences(held_out[place]["teacher"], log_q).sum(1)
+        np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-5)
     assert "dense_kl" not in found.means and found.list_bins("dense_position") is None
 
 
@@ -147,7 +108,7 @@ def test_teacher_against_itself_is_at_zero(tiny_model, held_out):
 def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(student, held_out, teacher, monkeypatch):
     expected = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=5, progress=False)
 
-    def check(found: Fidelity) -> None:
+    def check(found):
         assert found.columns.keys() == expected.columns.keys()
         for name, sums in found.columns.items():
             np.testing.assert_allclose(sums, expected.columns[name], rtol=1e-4, atol=1e-4, err_msg=name)
@@ -160,10 +121,9 @@ def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(student, held_out, te
 
 
 def test_no_more_than_a_chunk_of_logits(student, held_out, teacher, monkeypatch):
-    widths: list[int] = []
-    real = torch.nn.functional.linear
+    widths, real = [], torch.nn.functional.linear
 
-    def counting(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def counting(hidden, weight, bias=None):
         if weight.shape[0] == 320:
             widths.append(hidden.numel() // hidden.shape[-1])
         return real(hidden, weight, bias)
@@ -183,7 +143,7 @@ def test_modes_return_after_an_error(student, held_out, tiny_model_path):
     with pytest.raises(DataError, match="5 of 5 rows are not finite: the logits hold NaN"):
         evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
 
-    def stop(*args: Any) -> None:
+    def stop(*args):
         raise KeyboardInterrupt
 
     handle = student.model.layers[1].register_forward_hook(stop)
@@ -235,12 +195,11 @@ def test_bin_borders():
     assert find_bins("confidence", confidences).tolist() == [0, 2, 3, 7, 14]  # a bin has its upper end: 0.2 is 3/15
 
 
-def test_arms_with_the_teacher_at_hand_make_a_report(tiny_model_path, tiny_tokenizer, held_out_path, tmp_path):
+def test_arms_with_the_teacher_at_hand_make_a_report(tiny_model_path, tiny_tokenizer, held_out, tmp_path):
     """From the command line to the page: calibration of the teacher too, and the same bytes from the kept records."""
-    student = build_tiny_model(tiny_tokenizer, seed=1)
-    student.save_pretrained(tmp_path / "other")
+    build_tiny_model(tiny_tokenizer, seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")
-    shared = ["--held_out", str(held_out_path), "--run_dir", str(tmp_path / "run"), "--full_precision"]
+    shared = ["--held_out", str(held_out.sources[0]), "--run_dir", str(tmp_path / "run"), "--full_precision"]
     shared += ["--teacher", str(tiny_model_path), "--dtype", "float32"]
     for arm, model in (("teacher", tiny_model_path), ("before", tmp_path / "other"), ("after", tiny_model_path)):
         main(["--arm", arm, "--model_name_or_path", str(model), *shared])
@@ -255,6 +214,6 @@ def test_arms_with_the_teacher_at_hand_make_a_report(tiny_model_path, tiny_token
     build_report(tmp_path / "run")
     assert (page.parent / "results.json").read_bytes() == written
     arm = (page.parent / "evaluation" / "before.json").read_text()
-    assert len(arm.splitlines()) < 40 * len(PROMPTS)
+    assert len(arm.splitlines()) < 40 * len(held_out)
     with pytest.raises(ConfigError, match="--teacher is compared"):
         main(["--arm", "after", "--model_name_or_path", "x", "--run_dir", "r", "--prompts", "p", "--teacher", "y"])

@@ -1,12 +1,10 @@
 """An arm's evaluation: what is kept for the same model, data and settings, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import json
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import processes
 import pytest
@@ -15,54 +13,51 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from quantkd import TransferSet
 from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.evaluation.accuracy import Questions
-from quantkd.evaluation.arms import Arm, EvaluationSettings, check_arm_name
+from quantkd.evaluation.arms import EvaluationSettings, check_arm_name
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.models.student import load_student
 from quantkd.report import build_report
-from tests.conftest import build_tiny_model, capture_set
+from tests.conftest import build_tiny_model
+from tests.transfer_sets import hashes
 
 ROWS = generate_problems(3, seed=0)
 QUESTIONS = Questions(ROWS)
 
 
-@pytest.fixture(scope="module")
-def held_out_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("held") / "set"
-    capture_set(tiny_model_path, ["One?", "Two?", "Three?"], path, max_new_tokens=6)
-    return path
-
-
-@pytest.fixture(scope="module")
-def held_out(held_out_path: Path) -> TransferSet:
-    return TransferSet.open(held_out_path)
-
-
-def evaluate(
-    model: Any, tokenizer: Any, run_dir: Path, arm: str = "after", held_out: TransferSet | None = None,
-    questions: Questions | None = None, **settings: Any,
-) -> Arm:  # fmt: skip
+def evaluate_model(model, tokenizer, run_dir, arm="after", held_out=None, questions=None, **settings):
     return evaluate_arm(
         model, tokenizer, run_dir, arm=arm, model_name="m", held_out=held_out, questions=questions,
         settings=EvaluationSettings(**{"max_new_tokens": 4, "progress": False, **settings}),
     )  # fmt: skip
 
 
-def written(run_dir: Path) -> bytes:
-    return (run_dir / "evaluation" / "after.json").read_bytes()
+@pytest.fixture
+def evaluate(tiny_model, tiny_tokenizer, tmp_path):
+    return partial(evaluate_model, tiny_model, tiny_tokenizer, tmp_path)
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    counts: list[int] = []
+def file(tmp_path):
+    return tmp_path / "evaluation" / "after.json"
 
-    def count(model: Any, rows: TransferSet, **options: Any) -> Any:
+
+@pytest.fixture
+def change(tiny_model):
+    """Makes it another model."""
+    return lambda: tiny_model.lm_head.weight.data.add_(1e-3)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    counts = []
+
+    def count(model, rows, **options):
         counts.append(len(rows))
         return evaluate_fidelity(model, rows, **options)
 
@@ -70,92 +65,77 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_fidelity_is_measured_once_for_a_model_its_data_and_its_settings(
-    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, held_out: TransferSet, measured: list[int]
-) -> None:
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out)
-    first = written(tmp_path)
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out)
-    assert measured == [3] and written(tmp_path) == first
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out, batch_size=2)
-    assert measured == [3, 3]
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out[:2], batch_size=2)
-    assert measured == [3, 3, 2]
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out[:2], batch_size=2, force=True)
-    assert measured == [3, 3, 2, 2]
-    with torch.no_grad():
-        tiny_model.lm_head.weight += 1e-3
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out[:2], batch_size=2)
-    assert measured == [3, 3, 2, 2, 2]
+def test_fidelity_is_measured_once_for_a_model_its_data_and_its_settings(evaluate, held_out, measured, file, change):
+    evaluate(held_out=held_out)
+    first = file.read_bytes()
+    evaluate(held_out=held_out)
+    assert measured == [5] and file.read_bytes() == first
+    evaluate(held_out=held_out, batch_size=2)
+    assert measured == [5, 5]
+    two = {"held_out": held_out[:2], "batch_size": 2}
+    evaluate(**two)
+    assert measured == [5, 5, 2]
+    evaluate(**two, force=True)
+    assert measured == [5, 5, 2, 2]
+    change()
+    evaluate(**two)
+    assert measured == [5, 5, 2, 2, 2]
 
 
-def test_parts_of_one_model_add_up(tmp_path, tiny_model, tiny_tokenizer, held_out, measured):
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out)
-    both = evaluate(tiny_model, tiny_tokenizer, tmp_path, questions=QUESTIONS)
+def test_parts_of_one_model_add_up(evaluate, held_out, measured, file, change):
+    evaluate(held_out=held_out)
+    both = evaluate(questions=QUESTIONS)
     assert both.fidelity is not None and both.questions["0-shot"].count == 3
-    first = written(tmp_path)
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out)
-    assert measured == [3] and written(tmp_path) == first
-    with torch.no_grad():
-        tiny_model.lm_head.weight += 1e-3
+    first = file.read_bytes()
+    evaluate(held_out=held_out)
+    assert measured == [5] and file.read_bytes() == first
+    change()
     with pytest.raises(DataError, match="records of another evaluation"):
-        evaluate(tiny_model, tiny_tokenizer, tmp_path, questions=QUESTIONS)
-    assert evaluate(tiny_model, tiny_tokenizer, tmp_path, questions=QUESTIONS, force=True).fidelity is None
+        evaluate(questions=QUESTIONS)
+    assert evaluate(questions=QUESTIONS, force=True).fidelity is None
 
 
-def test_a_stop_among_the_answers_keeps_the_fidelity(
-    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, held_out: TransferSet, measured: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    def stop(*args: Any, **options: Any) -> Any:
+def test_a_stop_among_the_answers_keeps_the_fidelity(evaluate, held_out, measured, monkeypatch):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("quantkd.evaluation.accuracy.evaluate_gsm8k", stop)
-        evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out, questions=QUESTIONS)
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out, questions=QUESTIONS)
-    assert measured == [3]
+        evaluate(held_out=held_out, questions=QUESTIONS)
+    evaluate(held_out=held_out, questions=QUESTIONS)
+    assert measured == [5]
 
 
-def test_a_damaged_file_is_measured_anew(tmp_path, tiny_model, tiny_tokenizer, held_out, measured, caplog):
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out)
-    first = written(tmp_path)
+def test_a_damaged_file_is_measured_anew(evaluate, held_out, measured, file, caplog):
+    evaluate(held_out=held_out)
+    first = file.read_bytes()
     for damaged in (first[:-20], b"[]", b"\xff"):
-        (tmp_path / "evaluation" / "after.json").write_bytes(damaged)
-        evaluate(tiny_model, tiny_tokenizer, tmp_path, held_out=held_out)
-        assert written(tmp_path) == first and "after.json" in caplog.messages[-1]
-    assert measured == [3, 3, 3, 3]
+        file.write_bytes(damaged)
+        evaluate(held_out=held_out)
+        assert file.read_bytes() == first and "after.json" in caplog.messages[-1]
+    assert measured == [5, 5, 5, 5]
 
 
-def test_another_models_arm_is_replaced_on_request(tmp_path, tiny_model, tiny_tokenizer, held_out):
+def test_another_models_arm_is_replaced_on_request(evaluate, held_out, file, change):
     options = {"held_out": held_out, "questions": QUESTIONS, "replace_other": True}
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, **options)
-    folder = tmp_path / "evaluation"
-    (folder / "after-noon.json").write_text("{}")
-    (folder / "after-8-shot.jsonl").write_text("{}")
-    (folder / "after-2-8-shot.jsonl").write_text("{}")  # of the arm "after-2"
-    names = {path.name for path in folder.iterdir()}
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, **options)
-    assert {path.name for path in folder.iterdir()} == names
-    with torch.no_grad():
-        tiny_model.lm_head.weight += 1e-3
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, **options)
-    assert {path.name for path in folder.iterdir()} == names - {"after-8-shot.jsonl"}
+    evaluate(**options)
+    for name in ("after-noon.json", "after-8-shot.jsonl", "after-2-8-shot.jsonl"):  # the last of the arm "after-2"
+        (file.parent / name).write_text("{}")
+    names = {path.name for path in file.parent.iterdir()}
+    evaluate(**options)
+    assert {path.name for path in file.parent.iterdir()} == names
+    change()
+    evaluate(**options)
+    assert {path.name for path in file.parent.iterdir()} == names - {"after-8-shot.jsonl"}
 
 
-@pytest.mark.parametrize(
-    ("arm", "form", "title"),
-    [
-        ("teacher", None, "teacher"),
-        ("before", None, "32-bit, before"),
-        ("before", "nf4", "4-bit, before"),
-        ("after", "int8", "8-bit, distilled"),
-        ("mine", "int8", "mine"),
-    ],
-)
+@pytest.mark.parametrize(("arm", "form", "title"), [
+    ("teacher", None, "teacher"), ("before", None, "32-bit, before"), ("before", "nf4", "4-bit, before"),
+    ("after", "int8", "8-bit, distilled"), ("mine", "int8", "mine"),
+])  # fmt: skip
 def test_a_title_follows_the_models_own_format(tmp_path, tiny_model, tiny_model_path, tiny_tokenizer, arm, form, title):
     model = tiny_model if form is None else load_student(str(tiny_model_path), quantization_config=form)
-    found = evaluate(model, tiny_tokenizer, tmp_path, arm=arm, questions=Questions(ROWS[:1]))
+    found = evaluate_model(model, tiny_tokenizer, tmp_path, arm=arm, questions=Questions(ROWS[:1]))
     assert found.title == title == json.loads((tmp_path / "evaluation" / f"{arm}.json").read_text())["title"]
 
 
@@ -176,7 +156,7 @@ def test_a_fingerprint_sees_every_trained_value_and_changes_nothing(tiny_model):
 
 
 def test_a_fingerprint_names_format_and_adapter_and_outlives_an_evaluation(tiny_model_path, held_out):
-    def load(**config: Any) -> Any:
+    def load(**config):
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **config)
         return load_student(str(tiny_model_path), quantization_config=quantization, dtype="float32")
 
@@ -201,11 +181,11 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path, tiny_model, tiny_tokeni
         tokenizer_object=Tokenizer.from_str(json.dumps(described)), bos_token="<|bos|>", eos_token="<|im_end|>"
     )
     with pytest.raises(TransferSetError, match=r"held-out set of teacher .* the vocabulary differ"):
-        evaluate(tiny_model, other, tmp_path, held_out=held_out)
+        evaluate_model(tiny_model, other, tmp_path, held_out=held_out)
     assert not (tmp_path / "evaluation").exists()
     templated = copy.deepcopy(tiny_tokenizer)
     templated.chat_template = "{{ messages[0]['content'] }}"
-    assert evaluate(tiny_model, templated, tmp_path, held_out=held_out).fidelity.means["kl"] < 1e-3
+    assert evaluate_model(tiny_model, templated, tmp_path, held_out=held_out).fidelity.means["kl"] < 1e-3
 
 
 def test_rows_that_the_model_cannot_read_and_no_rows_are_refused(tiny_model, tiny_tokenizer, held_out):
@@ -219,49 +199,44 @@ def test_rows_that_the_model_cannot_read_and_no_rows_are_refused(tiny_model, tin
 
 def test_a_scaling_and_a_config_are_part_of_the_model(tmp_path, tiny_model, tiny_tokenizer, held_out):
     """No weight differs: an adapter whose lora_alpha was edited, and a model with other positional frequencies."""
-    adapted = get_peft_model(
-        build_tiny_model(tiny_tokenizer), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
-    adapted.save_pretrained(tmp_path / "adapter")
-    kls = []
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(build_tiny_model(tiny_tokenizer), config).save_pretrained(tmp_path / "adapter")
+    kls, file = [], tmp_path / "adapter" / "adapter_config.json"
     for alpha in (8, 32):
-        file = tmp_path / "adapter" / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": alpha}))
         model = PeftModel.from_pretrained(build_tiny_model(tiny_tokenizer), tmp_path / "adapter")
-        kls.append(evaluate(model, tiny_tokenizer, tmp_path / "run", held_out=held_out).fidelity.means["kl"])
+        kls.append(evaluate_model(model, tiny_tokenizer, tmp_path / "run", held_out=held_out).fidelity.means["kl"])
         assert kls[-1] == evaluate_fidelity(model, held_out, progress=False).means["kl"]
     assert abs(kls[0] - kls[1]) > 0.01
-    evaluate(tiny_model, tiny_tokenizer, tmp_path / "run", arm="before", held_out=held_out)
+    evaluate_model(tiny_model, tiny_tokenizer, tmp_path / "run", arm="before", held_out=held_out)
     config = copy.deepcopy(tiny_model.config)
     config.rope_parameters = {**config.rope_parameters, "rope_theta": 100.0}
     moved = type(tiny_model)(config).eval()
     moved.load_state_dict(tiny_model.state_dict())
     moved.config.dtype = tiny_model.config.dtype
-    found = evaluate(moved, tiny_tokenizer, tmp_path / "run", arm="before", held_out=held_out).fidelity.means["kl"]
-    assert found > 0.01  # the model as it was is at zero
+    found = evaluate_model(moved, tiny_tokenizer, tmp_path / "run", arm="before", held_out=held_out)
+    assert found.fidelity.means["kl"] > 0.01  # the model as it was is at zero
 
 
-def test_damaged_settings_are_reported_and_force_mends_them(tmp_path, tiny_model, tiny_tokenizer):
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, questions=QUESTIONS)
-    first = written(tmp_path)
-    settings = tmp_path / "evaluation" / "after-0-shot.jsonl.settings.json"
+def test_damaged_settings_are_reported_and_force_mends_them(evaluate, file):
+    evaluate(questions=QUESTIONS)
+    first, settings = file.read_bytes(), file.parent / "after-0-shot.jsonl.settings.json"
     for text in (settings.read_text()[:30], "[]", "\x00"):
         settings.write_text(text)
         with pytest.raises(DataError, match=r"settings\.json is damaged: .*--force"):
-            evaluate(tiny_model, tiny_tokenizer, tmp_path, questions=QUESTIONS)
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, questions=QUESTIONS, force=True)
-    assert written(tmp_path) == first
+            evaluate(questions=QUESTIONS)
+    evaluate(questions=QUESTIONS, force=True)
+    assert file.read_bytes() == first
 
 
 @pytest.mark.parametrize("other", [{"questions": Questions(generate_problems(3, seed=5))}, {"chat_template": False}])
-def test_arms_over_other_questions_or_prompts_are_not_compared(tmp_path, tiny_model, tiny_tokenizer, other):
+def test_arms_over_other_questions_or_prompts_are_not_compared(tmp_path, evaluate, other):
     """As many questions, numbered alike."""
     for arm in ("teacher", "before", "after"):
-        options = {"questions": QUESTIONS, **(other if arm == "before" else {})}
-        evaluate(tiny_model, tiny_tokenizer, tmp_path, arm=arm, **options)
+        evaluate(arm=arm, **{"questions": QUESTIONS, **(other if arm == "before" else {})})
     with pytest.raises(DataError, match=r"'before' and of 'teacher' are not over the same questions: .*prompts differ"):
         build_report(tmp_path)
-    evaluate(tiny_model, tiny_tokenizer, tmp_path, arm="before", questions=QUESTIONS, force=True)
+    evaluate(arm="before", questions=QUESTIONS, force=True)
     assert build_report(tmp_path).is_file()
 
 
@@ -270,40 +245,35 @@ def test_arms_are_measured_on_both_sides_of_midnight(clock, tmp_path, tiny_model
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
     for arm, day in (("teacher", "2025-12-31"), ("before", "2026-01-01"), ("before", "2026-01-02")):
         clock.day = day
-        evaluate(tiny_model, tokenizer, tmp_path, arm=arm, questions=QUESTIONS)
+        evaluate_model(tiny_model, tokenizer, tmp_path, arm=arm, questions=QUESTIONS)
         records = tmp_path / "evaluation" / f"{arm}-0-shot.jsonl"
         assert json.loads(records.read_text().splitlines()[0])["prompt"].startswith("31 Dec 2025 ")
         records.write_text(records.read_text().splitlines(keepends=True)[0])  # the rest is asked again
     assert build_report(tmp_path).is_file()
-    evaluate(tiny_model, tokenizer, tmp_path / "other", arm="after", questions=QUESTIONS)
+    evaluate_model(tiny_model, tokenizer, tmp_path / "other", arm="after", questions=QUESTIONS)
     (tmp_path / "other" / "evaluation" / "after.json").rename(tmp_path / "evaluation" / "after.json")
-    with pytest.raises(
-        DataError, match="'after' and of 'teacher' are not over the same questions: date, prompts differ"
-    ):
+    with pytest.raises(DataError, match=r"'after' and of 'teacher' are not over the same .*: date, prompts differ"):
         build_report(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def stored_in_nf4(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored_in_nf4(tiny_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nf4")
     load_student(str(tiny_model_path), dtype="float32").save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(tiny_model_path).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--gsm8k", "test.jsonl", "--shots", "2"], "test.jsonl is one file, and 2 shots would be its own questions"),
-        (["--gsm8k", "same", "--shots", "2"], "Few-shot example 0 is the question of row 0 with its answer"),
-        (["--gsm8k", "test.jsonl", "--shots", "0", "--split", "train"], "--split train is of --prompts, and none are"),
-        (["--prompts", "p.jsonl", "--split", "train"], "p.jsonl has no splits, and the split 'train' was asked for"),
-        (["--prompts", "p.jsonl", "--full_precision"], "is stored in nf4, and full precision was asked for. Name the"),
-        (["--held_out", "HELD", "--teacher", "NF4"], "is stored in nf4, and full precision was asked for. Name the"),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), [
+    (["--gsm8k", "test.jsonl", "--shots", "2"], "test.jsonl is one file, and 2 shots would be its own questions"),
+    (["--gsm8k", "same", "--shots", "2"], "Few-shot example 0 is the question of row 0 with its answer"),
+    (["--gsm8k", "test.jsonl", "--shots", "0", "--split", "train"], "--split train is of --prompts, and none are"),
+    (["--prompts", "p.jsonl", "--split", "train"], "p.jsonl has no splits, and the split 'train' was asked for"),
+    (["--prompts", "p.jsonl", "--full_precision"], "is stored in nf4, and full precision was asked for. Name the"),
+    (["--held_out", "HELD", "--teacher", "NF4"], "is stored in nf4, and full precision was asked for. Name the"),
+])  # fmt: skip
 def test_evaluations_that_would_mean_something_else_are_refused(
-    tmp_path, monkeypatch, capsys, stored_in_nf4, held_out_path, words, said
+    tmp_path, monkeypatch, cli, stored_in_nf4, held_out, words, said
 ):
     monkeypatch.chdir(tmp_path)
     Path("same").mkdir()
@@ -311,11 +281,10 @@ def test_evaluations_that_would_mean_something_else_are_refused(
     for name in ("test.jsonl", "same/test.jsonl", "same/train.jsonl"):
         Path(name).write_text(rows)
     Path("p.jsonl").write_text('{"prompt": "One?"}\n')
-    stands_for = {"HELD": held_out_path, "NF4": stored_in_nf4}
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--arm", "x", "--model_name_or_path", str(stored_in_nf4), "--dtype", "float32", "--run_dir",
-              "r", *(str(stands_for.get(word, word)) for word in words)])  # fmt: skip
-    assert said in capsys.readouterr().err and not list(Path("r").rglob("*.jsonl"))
+    words = [{"HELD": held_out.sources[0], "NF4": stored_in_nf4}.get(word, word) for word in words]
+    options = ["--model_name_or_path", stored_in_nf4, "--dtype", "float32", "--run_dir", "r", *words]
+    code, _, err = cli("evaluate", "--arm", "x", *options)
+    assert code and said in err and not list(Path("r").rglob("*.jsonl"))
 
 
 def test_a_file_of_more_rows_than_are_asked_says_so(tmp_path, tiny_model_path, caplog):
@@ -354,13 +323,13 @@ def test_force_asks_other_prompts_again(tmp_path, tiny_model_path):
     assert records.read_text() == first != spoilt
 
 
-def test_a_killed_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, tiny_model_path, held_out_path):
+def test_a_killed_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, tiny_model_path, held_out):
     """SIGKILL after some answers; every record that was written stays, and the files end as without it."""
     (tmp_path / "data").mkdir()
-    rows = "".join(json.dumps(row) + "\n" for row in generate_problems(24, seed=3))
-    (tmp_path / "data" / "test.jsonl").write_text(rows)
+    rows = generate_problems(24, seed=3)
+    (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["evaluate", "--arm", "before", "--model_name_or_path", str(tiny_model_path), "--full_precision", "--dtype",
-             "float32", "--held_out", str(held_out_path), "--gsm8k", str(tmp_path / "data"), "--shots", "0",
+             "float32", "--held_out", str(held_out.sources[0]), "--gsm8k", str(tmp_path / "data"), "--shots", "0",
              "--batch_size", "1", "--max_new_tokens", "100", "--run_dir"]  # fmt: skip
     folder = tmp_path / "killed" / "evaluation"
     (process,) = processes.start(["-m", "quantkd", *words, tmp_path / "killed"], tmp_path / "out.txt")
@@ -379,7 +348,4 @@ def test_a_killed_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, ti
     assert sum(count >= 1000 for count in ends) == len(written) and len(ends) == 24
     records.write_text(records.read_text().replace('"output_tokens": 1000', '"output_tokens": '))
     main([*words, str(tmp_path / "whole")])
-    whole = tmp_path / "whole" / "evaluation"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        path.name: path.read_bytes() for path in whole.iterdir()
-    }
+    assert hashes(folder) == hashes(tmp_path / "whole" / "evaluation")

@@ -1,7 +1,5 @@
 """An evaluation shared by two processes gives what one process gives, and goes on from what another number began."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -14,7 +12,6 @@ import pytest
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
-from tests.conftest import capture_set
 
 SCRIPT = """
 import json, sys
@@ -41,17 +38,15 @@ print("done", state.process_index)
 """
 
 
-def test_two_processes_give_what_one_gives(tiny_model_path, tmp_path):
-    prompts = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(7)]
-    capture_set(tiny_model_path, prompts, tmp_path / "held", max_new_tokens=5)
+def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(SCRIPT)
-    words = [script, tiny_model_path, tmp_path / "held", tmp_path / "2", 2]
-    processes.run([script, tiny_model_path, tmp_path / "held", tmp_path / "1", 1], tmp_path / "one.txt")
+    one, words = ([script, tiny_model_path, held_out.sources[0], tmp_path / str(n), n] for n in (1, 2))
+    processes.run(one, tmp_path / "one.txt")
     assert len({len(row["question"]) for row in generate_problems(7, seed=0)}) > 3  # or changed places would not show
     assert processes.run(words, tmp_path / "out.txt", 2).count("done") == 2
     arms = [json.loads((tmp_path / name / "evaluation" / "before.json").read_text()) for name in ("1", "2")]
-    assert len(arms[0]["fidelity"]["rows"]["tokens"]) == 7
+    assert len(arms[0]["fidelity"]["rows"]["tokens"]) == 5
     assert len(arms[0]["questions"]["0-shot"]["correct_strict"]) == 7
     assert arms[0] == arms[1]
     answers = [(tmp_path / name / "evaluation" / "before-0-shot.jsonl") for name in ("1", "2")]

@@ -1,13 +1,11 @@
 """lm-evaluation-harness through its own API: figures and verdicts as the harness gives them, and its GSM8K grader."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import processes
 import pytest
@@ -16,110 +14,99 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install qua
 
 import lm_eval
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 
-from quantkd.cli.main import main
 from quantkd.data.gsm8k import is_correct
 from quantkd.errors import ConfigError, DataError, MissingDependencyError
-from quantkd.evaluation.arms import EvaluationSettings, TaskResult
+from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.models.student import load_student
 from quantkd.report import build_report
 
 NAMES = ["sums_one", "likely"]
-CHOICE = """task: sums_{name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm}}]
-metadata: {{version: 1.0}}
-"""
-WRITTEN = """task: written
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
-filter_list:
-  - {{name: letters, filter: [{{function: regex, regex_pattern: "([a-z])"}}, {{function: take_first}}]}}
-  - {{name: all, filter: [{{function: take_first}}]}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
-LIKELY = """task: likely
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: word_perplexity}}]
-"""
-GSM8K = """include: {package}/tasks/gsm8k/gsm8k.yaml
-task: gsm8k_here
-dataset_path: json
-dataset_name: null
-dataset_kwargs: {{data_files: {{train: {folder}/gsm8k.jsonl, test: {folder}/gsm8k.jsonl}}}}
-num_fewshot: 0
-"""
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+FIRST = {"function": "take_first"}
+CHOICE = {
+    "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
+    "doc_to_target": "label", "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm"}],
+    "metadata": {"version": 1.0},
+}  # fmt: skip
+# Two of the same kind in a group, one that writes, one of likelihoods.
+TASKS = {
+    "sums_one": CHOICE,
+    "sums_two": CHOICE,
+    "written": {
+        "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+        "filter_list": [
+            {"name": "letters", "filter": [{"function": "regex", "regex_pattern": "([a-z])"}, FIRST]},
+            {"name": "all", "filter": [FIRST]},
+        ],
+        "metric_list": [{"metric": "exact_match", **MEAN}],
+    },
+    "likely": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+}  # fmt: skip
+POOLED = [{"metric": "acc", "weight_by_size": True}]
+GROUP = {"group": "sums", "task": ["sums_one", "sums_two"], "aggregate_metric_list": POOLED}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
-def task_dir(tmp_path: Path) -> Path:
-    """Task files with their items beside them: two of the same kind in a group, one that writes, one of likelihoods."""
+def task_dir(tmp_path):
+    """Task files, which are YAML and so may be JSON, with their items beside them."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     docs = [
         {"question": f"{a} + {b} =", "choices": [str(a + b), str(a * b), "no"], "label": 0, "answer": "abc"[a % 3]}
         for a, b in [(1, 2), (3, 4), (5, 6), (7, 8), (9, 1)]
     ]
-    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    for name in ("one", "two"):
-        (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, folder=folder))
-    (folder / "written.yaml").write_text(WRITTEN.format(folder=folder))
-    (folder / "likely.yaml").write_text(LIKELY.format(folder=folder))
-    (folder / "group.yaml").write_text(
-        "group: sums\ntask: [sums_one, sums_two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
-    )
+    write_lines(folder / "docs.jsonl", docs)
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}}}
+    for name, task in TASKS.items():
+        write_lines(folder / f"{name}.yaml", [{"task": name, **data, "test_split": "test", **task}])
+    write_lines(folder / "group.yaml", [GROUP])
     return folder
 
 
-def measure(
-    model: Any, tokenizer: Any, run_dir: Path, tasks: HarnessTasks, batch_size: int = 8
-) -> dict[str, TaskResult]:
-    """What our command keeps in the arm's file."""
-    settings = EvaluationSettings(batch_size, progress=False)
-    return evaluate_arm(model, tokenizer, run_dir, arm="x", model_name="tiny", tasks=tasks, settings=settings).tasks
+@pytest.fixture
+def measure(tiny_model, tiny_tokenizer, tmp_path):
+    def measure(tasks, batch_size=8):
+        """What our command keeps in the arm's file."""
+        settings = EvaluationSettings(batch_size, progress=False)
+        go = partial(evaluate_arm, tiny_model, tiny_tokenizer, tmp_path, arm="x", model_name="tiny")
+        return go(tasks=tasks, settings=settings).tasks
+
+    return measure
 
 
-def run_harness(
-    tokenizer: Path, task_dir: Path, names: list[str], batch_size: int = 2, **options: Any
-) -> dict[str, Any]:
+def run_harness(tokenizer, task_dir, names, batch_size=2, **options):
     """What the harness gives when it loads a model by itself, as `lm-eval run --model hf --model_args ...` does."""
     model_args = {"pretrained": str(tokenizer), "tokenizer": str(tokenizer), "dtype": "float32"}
     model_args |= {key: options.pop(key) for key in ("pretrained", "peft") if key in options}
     manager = TaskManager(include_path=str(task_dir), include_defaults=False)
-    found = lm_eval.simple_evaluate(
+    return lm_eval.simple_evaluate(
         "hf", model_args=model_args, tasks=names, batch_size=batch_size, device="cpu", task_manager=manager, **options
     )
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model_path, task_dir, tmp_path, chat):
+def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model_path, task_dir, measure, chat):
     tasks = HarnessTasks(["sums_one", "written", "likely"], str(task_dir), limit=4, apply_chat_template=chat)
     padding = tiny_tokenizer.padding_side
-    results = measure(tiny_model, tiny_tokenizer, tmp_path, tasks, batch_size=2)
+    results = measure(tasks, batch_size=2)
     assert tiny_tokenizer.padding_side == padding and not tiny_model.training
     options = {"limit": 4, "apply_chat_template": chat, "fewshot_as_multiturn": chat}
     expected = run_harness(tiny_model_path, task_dir, tasks.names, **options)["results"]
@@ -127,28 +114,19 @@ def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model
     for name in tasks.names:
         (figures,) = results[name].figures.values()
         wanted = {key: value for key, value in expected[name].items() if "," in key}
-        assert {key: figure["value"] for key, figure in figures.items()} == {
-            key: value for key, value in wanted.items() if "_stderr" not in key
-        }
+        assert figures.keys() == {key for key in wanted if "_stderr" not in key}
         for key, figure in figures.items():
             error = wanted[key.replace(",", "_stderr,")]
-            assert figure["n"] == 4 and figure["stderr"] == (None if error == "N/A" else error)
+            assert figure == {"value": wanted[key], "n": 4, "stderr": None if error == "N/A" else error}
     way = "0-shot, chat" if chat else "0-shot"
-    assert set(results["sums_one"].verdicts) == {f"lm-eval sums_one, {way}, acc", f"lm-eval sums_one, {way}, acc_norm"}
-    assert set(results["written"].verdicts) == {
-        f"lm-eval written, {way}, exact_match, letters",
-        f"lm-eval written, {way}, exact_match, all",
-    }
-    assert results["likely"].verdicts == {}  # a likelihood is no verdict
+    kinds = {"sums_one": ("acc", "acc_norm"), "written": ("exact_match, letters", "exact_match, all"), "likely": ()}
+    for name, titles in kinds.items():  # a likelihood is no verdict
+        assert results[name].verdicts.keys() == {f"lm-eval {name}, {way}, {title}" for title in titles}
 
 
-def test_every_item_is_kept(tiny_model, tiny_tokenizer, task_dir, tmp_path):
-    tasks = HarnessTasks(["written"], str(task_dir))
-    result = measure(tiny_model, tiny_tokenizer, tmp_path, tasks)["written"]
-    records = [
-        json.loads(line)
-        for line in (tmp_path / "evaluation" / "lm-eval" / "x" / "written.jsonl").read_text().splitlines()
-    ]
+def test_every_item_is_kept(task_dir, tmp_path, measure):
+    result = measure(HarnessTasks(["written"], str(task_dir)))["written"]
+    records = read_lines(tmp_path / "evaluation" / "lm-eval" / "x" / "written.jsonl")
     assert [(r["id"], r["filter"]) for r in records] == [(i, f) for i in range(5) for f in ("letters", "all")]
     for record in records:
         assert record["doc"]["question"] == record["arguments"][0][0] and record["resps"] and record["filtered_resps"]
@@ -160,9 +138,8 @@ def test_every_item_is_kept(tiny_model, tiny_tokenizer, task_dir, tmp_path):
     assert figure["value"] == pytest.approx(sum(rows) / 5)
 
 
-def test_a_group_pools_its_items(tiny_model, tiny_tokenizer, task_dir, tmp_path):
-    tasks = HarnessTasks(["sums", "sums_one"], str(task_dir))
-    results = measure(tiny_model, tiny_tokenizer, tmp_path, tasks)
+def test_a_group_pools_its_items(task_dir, measure):
+    results = measure(HarnessTasks(["sums", "sums_one"], str(task_dir)))
     alone = results["sums_one"].verdicts["lm-eval sums_one, 0-shot, acc"]
     assert results["sums"].verdicts["lm-eval sums, 0-shot, acc"] == [*alone, *alone] and len(alone) == 5
     assert set(results["sums"].figures) == {"sums", "sums_one", "sums_two"}
@@ -170,14 +147,13 @@ def test_a_group_pools_its_items(tiny_model, tiny_tokenizer, task_dir, tmp_path)
     assert results["sums"].figures["sums"]["acc,none"]["value"] == pytest.approx(sum(alone) / 5)
 
 
-def test_a_finished_task_is_not_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_path, monkeypatch):
-    runs: list[str] = []
+def test_a_finished_task_is_not_run_again(tiny_model, task_dir, tmp_path, measure, monkeypatch):
+    runs = []
     original = lm_eval.simple_evaluate
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *a, **k: (runs.append(k["tasks"][0]), original(*a, **k))[1])
 
-    def evaluate(**options: Any) -> TaskResult:
-        tasks = HarnessTasks(["sums_one"], str(task_dir), **{"limit": 3, **options})
-        return measure(tiny_model, tiny_tokenizer, tmp_path, tasks)["sums_one"]
+    def evaluate(**options):
+        return measure(HarnessTasks(["sums_one"], str(task_dir), **{"limit": 3, **options}))["sums_one"]
 
     first = evaluate()
     assert evaluate() == first and runs == ["sums_one"]
@@ -199,27 +175,23 @@ def test_a_finished_task_is_not_run_again(tiny_model, tiny_tokenizer, task_dir, 
     assert evaluate(rerun=True).settings == first.settings
 
 
-def test_a_killed_task_is_run_again(tiny_model, tiny_tokenizer, task_dir, tmp_path, monkeypatch):
+def test_a_killed_task_is_run_again(task_dir, tmp_path, measure, monkeypatch):
     """It leaves its settings, and no items that could pass for all of them."""
     tasks = HarnessTasks(["sums_one"], str(task_dir))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(lm_eval, "simple_evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        measure(tiny_model, tiny_tokenizer, tmp_path, tasks)
-    assert [path.name for path in (tmp_path / "evaluation" / "lm-eval" / "x").iterdir()] == [
-        "sums_one.jsonl.settings.json"
-    ]
-    assert measure(tiny_model, tiny_tokenizer, tmp_path, tasks)["sums_one"].verdicts
+        measure(tasks)
+    (kept,) = (tmp_path / "evaluation" / "lm-eval" / "x").iterdir()
+    assert kept.name == "sums_one.jsonl.settings.json"
+    assert measure(tasks)["sums_one"].verdicts
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"names": ["sums_one", ""]}, "Expected names of tasks"),
-        ({"names": []}, "Expected names of tasks"),
-        ({"names": ["gsm8k"], "limit": 0}, "is 0; expected at least 1"),
-        ({"names": ["gsm8k"], "include_path": "nowhere"}, "There is no folder nowhere"),
-    ],
-)
+@pytest.mark.parametrize(("options", "said"), [
+    ({"names": ["sums_one", ""]}, "Expected names of tasks"),
+    ({"names": []}, "Expected names of tasks"),
+    ({"names": ["gsm8k"], "limit": 0}, "is 0; expected at least 1"),
+    ({"names": ["gsm8k"], "include_path": "nowhere"}, "There is no folder nowhere"),
+])  # fmt: skip
 def test_wrong_tasks_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         HarnessTasks(**options).manager  # noqa: B018
@@ -231,12 +203,23 @@ def test_a_missing_package_is_named(monkeypatch):
         HarnessTasks(["gsm8k"]).manager  # noqa: B018
 
 
-def test_the_report_shows_tasks_with_intervals_and_paired_tests(tiny_model_path, task_dir, tmp_path):
+@pytest.fixture
+def evaluate(cli, task_dir, tiny_model_path):
+    """`quantkd evaluate` of an arm on tasks, which must succeed."""
+
+    def evaluate(arm, run_dir, *words, model=tiny_model_path, tasks="sums_one,written"):
+        options = ["--run_dir", run_dir, "--tasks", tasks, "--include_path", task_dir, "--dtype", "float32", *words]
+        code, _, err = cli("evaluate", "--arm", arm, "--model_name_or_path", model, *options)
+        assert code == 0, err
+        return options
+
+    return evaluate
+
+
+def test_the_report_shows_tasks_with_intervals_and_paired_tests(evaluate, tmp_path):
     run_dir = tmp_path / "run"
-    shared = ["evaluate", "--model_name_or_path", str(tiny_model_path), "--run_dir", str(run_dir), "--tasks"]
-    shared += ["sums_one,written", "--include_path", str(task_dir), "--dtype", "float32"]
     for arm in ("teacher", "before", "after"):
-        main([*shared, "--arm", arm, *(["--full_precision"] if arm == "teacher" else [])])
+        evaluate(arm, run_dir, *["--full_precision"] * (arm == "teacher"))
     page = build_report(run_dir).read_text()
     results = json.loads((run_dir / "results.json").read_text())
     arm = json.loads((run_dir / "evaluation" / "before.json").read_text())
@@ -252,45 +235,28 @@ def test_the_report_shows_tasks_with_intervals_and_paired_tests(tiny_model_path,
     assert results["arms"]["after"]["mcnemar"][key]["before"]["only_this"] == 0
 
 
-def test_processes_share_the_items_and_give_the_same_figures(tiny_model_path, task_dir, tmp_path):
-    words = ["evaluate", "--arm", "x", "--model_name_or_path", str(tiny_model_path), "--full_precision"]
-    words += ["--dtype", "float32", "--tasks", "sums_one,written", "--include_path", str(task_dir)]
-    words += ["--batch_size", "1", "--run_dir"]  # otherwise other batches, and another rounding of the last digits
-    main([*words, str(tmp_path / "alone")])
-    processes.run(["-m", "quantkd", *words, tmp_path / "shared"], tmp_path / "out.txt", 2)
+def test_processes_share_the_items_and_give_the_same_figures(evaluate, tiny_model_path, tmp_path):
+    # One item a batch, otherwise other batches, and another rounding of the last digits.
+    options = evaluate("x", tmp_path / "alone", "--full_precision", "--batch_size", "1")
+    words = ["-m", "quantkd", "evaluate", "--arm", "x", "--model_name_or_path", tiny_model_path, *options]
+    processes.run([*words, "--run_dir", tmp_path / "shared"], tmp_path / "out.txt", 2)
     alone, shared = (tmp_path / way / "evaluation" for way in ("alone", "shared"))
     assert (alone / "x.json").read_bytes() == (shared / "x.json").read_bytes()
     for name in ("sums_one", "written"):
-        one, other = (
-            [json.loads(line) for line in (folder / "lm-eval" / "x" / f"{name}.jsonl").read_text().splitlines()]
-            for folder in (alone, shared)
-        )
+        one, other = (read_lines(folder / "lm-eval" / "x" / f"{name}.jsonl") for folder in (alone, shared))
         for record in (*one, *other):
             del record["resps"]  # the harness repeats a last item so that all processes have as many
         assert one == other
 
 
-def test_an_unknown_task_is_told_before_a_model_is_loaded(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(
-            [
-                "evaluate",
-                "--arm",
-                "x",
-                "--model_name_or_path",
-                "no/model",
-                "--run_dir",
-                str(tmp_path),
-                "--tasks",
-                "gsm8l",
-            ]
-        )
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 1 and re.search("lm-eval knows no task 'gsm8l'; near it are .*'gsm8k'", error)
+def test_an_unknown_task_is_told_before_a_model_is_loaded(tmp_path, cli):
+    words = ["--model_name_or_path", "no/model", "--run_dir", tmp_path, "--tasks", "gsm8l"]
+    code, _, error = cli("evaluate", "--arm", "x", *words)
+    assert code == 1 and re.search("lm-eval knows no task 'gsm8l'; near it are .*'gsm8k'", error.splitlines()[-1])
 
 
 @pytest.fixture
-def forms(tmp_path: Path, tiny_model_path: Path) -> dict[str, Path]:
+def forms(tmp_path, tiny_model_path, cli):
     """An adapter that changes the model by much, so that another form would show, and what is exported of it."""
     student = load_student(str(tiny_model_path), dtype="float32")
     student.save_pretrained(tmp_path / "four-bit")  # the student as it was loaded: lm-eval quantizes nothing itself
@@ -299,46 +265,36 @@ def forms(tmp_path: Path, tiny_model_path: Path) -> dict[str, Path]:
     get_peft_model(student, config).save_pretrained(tmp_path / "student")
     found = {"four-bit": tmp_path / "four-bit"}
     for form in ("adapter", "merged", "requantized"):
-        words = ["export", "--form", form, "--model_name_or_path", tiny_model_path, "--adapter", tmp_path / "student",
-                 "--output_dir", tmp_path / form, "--dtype", "float32", "--save_dtype", "float32"]  # fmt: skip
-        main([str(word) for word in words + ["--accept_loss"] * (form == "requantized")])
         found[form] = tmp_path / form
+        words = ["--form", form, "--model_name_or_path", tiny_model_path, "--adapter", tmp_path / "student", "--dtype"]
+        words += ["float32", "--save_dtype", "float32", *["--accept_loss"] * (form == "requantized")]
+        assert cli("export", *words, "--output_dir", found[form])[0] == 0
     return found
 
 
-def test_every_exported_form_has_the_figures_of_the_report_in_the_harness(tmp_path, tiny_model_path, task_dir, forms):
-    run_dir = tmp_path / "run"
-    arms: dict[str, tuple[list[str], dict[str, Any]]] = {
-        "before": ([], {"pretrained": str(forms["four-bit"])}),
-        "after": (["--adapter", str(forms["adapter"])],
-                  {"pretrained": str(forms["four-bit"]), "peft": str(forms["adapter"])}),
+def test_every_exported_form_has_the_figures_of_the_report_in_the_harness(
+    tmp_path, tiny_model_path, task_dir, forms, evaluate
+):
+    run_dir, four_bit, adapter = tmp_path / "run", str(forms["four-bit"]), str(forms["adapter"])
+    arms = {
+        "before": ([], {"pretrained": four_bit}),
+        "after": (["--adapter", adapter], {"pretrained": four_bit, "peft": adapter}),
         "merged": (["--full_precision"], {"pretrained": str(forms["merged"])}),
         "requantized": ([], {"pretrained": str(forms["requantized"])}),
-    }  # fmt: skip
+    }
     likelihoods = {}
     for arm, (words, model_args) in arms.items():
         model = forms[arm] if arm in ("merged", "requantized") else tiny_model_path
-        shared = [
-            "--model_name_or_path",
-            str(model),
-            "--run_dir",
-            str(run_dir),
-            "--dtype",
-            "float32",
-            "--batch_size",
-            "4",
-        ]
-        main(["evaluate", "--arm", arm, *shared, "--tasks", ",".join(NAMES), "--include_path", str(task_dir), *words])
+        evaluate(arm, run_dir, "--batch_size", 4, *words, model=model, tasks=",".join(NAMES))
         theirs = run_harness(tiny_model_path, task_dir, NAMES, batch_size=4, **model_args)
         ours = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())
         for name in NAMES:
             figures = ours["tasks"][name]["figures"][name]
             expected = {key: theirs["results"][name][key] for key in figures}
             assert figures and {key: figure["value"] for key, figure in figures.items()} == expected, arm
-            kept = (run_dir / "evaluation" / "lm-eval" / arm / f"{name}.jsonl").read_text().splitlines()
+            kept = read_lines(run_dir / "evaluation" / "lm-eval" / arm / f"{name}.jsonl")
             samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
-            for line, sample in zip(kept, samples, strict=True):
-                assert json.loads(line)["resps"] == json.loads(json.dumps(sample["resps"])), arm
+            assert [line["resps"] for line in kept] == json.loads(json.dumps([each["resps"] for each in samples])), arm
         likelihoods[arm] = ours["tasks"]["likely"]["figures"]["likely"]["word_perplexity,none"]["value"]
     assert len(set(likelihoods.values())) == 4  # each form is itself: none stands in for another
     build_report(run_dir)
@@ -353,20 +309,17 @@ def test_every_exported_form_has_the_figures_of_the_report_in_the_harness(tmp_pa
 class Scripted(LM):
     """A model that answers what it is told to."""
 
-    def __init__(self, outputs: list[str]) -> None:
+    def __init__(self, outputs):
         super().__init__()
         self.outputs = outputs
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests, disable_tqdm=False):
         return [self.outputs[request.doc_id] for request in requests]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
+    loglikelihood = loglikelihood_rolling = None
 
 
-def write_number(rng: random.Random, value: int) -> str:
+def write_number(rng, value):
     if rng.random() < 0.6:
         return rng.choice([f"{value}", f"{value:,}"]) + rng.choice(["", "", "."])
     text = rng.choice([f"{value}", f"{value:,}", f"{value}.00", f"{value}.5", f"{value:,}.0", f"0{value}"])
@@ -374,7 +327,7 @@ def write_number(rng: random.Random, value: int) -> str:
     return text + rng.choice(["", "", "", ".", "..", "...", "%", " ", ",", "!", " dollars", "\n", "\u00b2", "\u0663"])
 
 
-def write_output(rng: random.Random, gold: int) -> str:
+def write_output(rng, gold):
     """An answer as models write them, from the well-behaved to the odd."""
     values = [gold] * 6 + [rng.randrange(2000), -gold]
     parts = []
@@ -391,9 +344,8 @@ def write_output(rng: random.Random, gold: int) -> str:
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         parts.append(mark + write_number(rng, rng.choice(values)))
     if rng.random() < 0.4:
-        parts.append(
-            rng.choice(["The answer is ", "So they have ", "= ", "**"]) + write_number(rng, rng.choice(values))
-        )
+        start = rng.choice(["The answer is ", "So they have ", "= ", "**"])
+        parts.append(start + write_number(rng, rng.choice(values)))
     return rng.choice(["\n", " ", "\n\n"]).join(parts)
 
 
@@ -403,15 +355,13 @@ def test_the_harness_and_we_grade_gsm8k_alike(tmp_path):
     golds = [rng.choice([rng.randrange(20), rng.randrange(1000), rng.randrange(10**6)]) for _ in range(500)]
     outputs = [write_output(rng, gold) for gold in golds]
     rows = [{"question": f"Q{i}?", "answer": f"so <<1+1=2>>2\n#### {gold:,}"} for i, gold in enumerate(golds)]
-    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    package = Path(lm_eval.__file__).parent
-    (tmp_path / "gsm8k.yaml").write_text(GSM8K.format(package=package, folder=tmp_path))
-    found = lm_eval.simple_evaluate(
-        Scripted(outputs),
-        tasks=["gsm8k_here"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-    )
-    assert found is not None
+    write_lines(tmp_path / "gsm8k.jsonl", rows)
+    task = {"include": str(Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"), "task": "gsm8k_here"}
+    task |= {"dataset_path": "json", "dataset_name": None, "num_fewshot": 0}
+    files = dict.fromkeys(("train", "test"), str(tmp_path / "gsm8k.jsonl"))
+    write_lines(tmp_path / "gsm8k.yaml", [{**task, "dataset_kwargs": {"data_files": files}}])
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(Scripted(outputs), tasks=["gsm8k_here"], task_manager=manager)
     samples = found["samples"]["gsm8k_here"]
     counts = {}
     for name, mode in (("strict-match", "strict"), ("flexible-extract", "flexible")):

@@ -1,47 +1,35 @@
 """The divergence page's data against float64 passes of its own, the spelling of tokens, and the command."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from quantkd import Nucleus, TransferSet
-from quantkd.cli.main import main
+from quantkd import TransferSet
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.transfer_set.fingerprint import compute_fingerprint
 from quantkd.transfer_set.row import TransferRow
-from quantkd.transfer_set.writer import TransferSetWriter
 from quantkd.view import collect_divergence, render_page
 from quantkd.view.divergence import KL_EDGES
 from quantkd.view.spelling import decode_text, spell_tokens
-from tests.conftest import build_tiny_model, build_tiny_tokenizer, capture_set
+from tests.conftest import build_tiny_model, build_tiny_tokenizer
 from tests.divergence_pages import Reader
-from tests.transfer_sets import make_plan, make_row
+from tests.teacher_rows import dense_logprobs, sparse_divergences
+from tests.transfer_sets import make_plan, make_row, write_rows
 
 BYTE_LEVEL = build_tiny_tokenizer()
-PROMPTS = [f"{'Please: ' * (number % 3)}What is {number} + 2?" for number in range(5)]
-
-
-@pytest.fixture(scope="module")
-def held_out(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TransferSet:
-    """Answers of up to 20 tokens, their distributions cut to a nucleus so that the tails are real."""
-    folder = tmp_path_factory.mktemp("view") / "held"
-    return capture_set(tiny_model_path, PROMPTS, folder, storage=Nucleus(0.9, max_k=24), max_new_tokens=20)
 
 
 @pytest.fixture
-def student() -> PeftModel:
+def student():
     """The teacher with noise on its weights, which stands for quantization, and an adapter that does something."""
     model = build_tiny_model(BYTE_LEVEL)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -52,48 +40,30 @@ def student() -> PeftModel:
         return get_peft_model(model, lora)
 
 
-def dense_logprobs(model: PeftModel, item: dict[str, Any]) -> torch.Tensor:
-    """(R, V) float64 at the row's targets, from one unpadded pass over the row alone."""
-    ids, labels = torch.as_tensor(item["input_ids"]), torch.as_tensor(item["labels"])
-    with torch.inference_mode():
-        logits = model(input_ids=ids[None]).logits[0].double()
-    return logits.log_softmax(-1)[(labels[1:] != -100).nonzero()[:, 0]]
-
-
-def expected_kl(stored: dict[int, float], logprobs: torch.Tensor) -> float:
-    """KL over the stored tokens and the rest as one class, by a loop over the vocabulary."""
-    rest = 1 - sum(map(math.exp, stored.values()))
-    student_rest = sum(math.exp(value) for token, value in enumerate(logprobs.tolist()) if token not in stored)
-    kl = sum(math.exp(value) * (value - float(logprobs[token])) for token, value in stored.items())
-    return kl + (rest * math.log(rest / student_rest) if rest > 1e-6 else 0.0)
-
-
-def stored_at(held_out: TransferSet, row: int) -> list[dict[int, float]]:
+def stored_at(teacher):
     """The teacher's stored log-probabilities at each target of a row."""
-    teacher = held_out[row]["teacher"]
     entries = list(zip(teacher.token_ids.tolist(), teacher.logprobs.tolist(), strict=True))
     return [dict(entries[start:stop]) for start, stop in itertools.pairwise(teacher.offsets.tolist())]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_number_equals_a_plain_pass(held_out: TransferSet, student: PeftModel, batch_size: int) -> None:
+def test_every_number_equals_a_plain_pass(held_out, student, batch_size):
     found = collect_divergence(student, held_out, BYTE_LEVEL, alternatives=3, batch_size=batch_size)
-    assert [row.index for row in found.rows] == list(range(len(PROMPTS)))
-    assert found.num_rows == len(PROMPTS) and found.digest == held_out.digest
+    assert [row.index for row in found.rows] == list(range(5))
+    assert found.num_rows == 5 and found.digest == held_out.digest
     student.eval()
-    kls: dict[str, list[float]] = {"before": [], "after": []}
+    kls = []
     for row in found.rows:
+        item = held_out[row.index]
         with student.disable_adapter():
-            before = dense_logprobs(student, held_out[row.index])
-        after = dense_logprobs(student, held_out[row.index])
-        labels = torch.as_tensor(held_out[row.index]["labels"])
-        assert row.token_ids.tolist() == labels[labels != -100].tolist()
+            before = dense_logprobs(student, item)
+        after = dense_logprobs(student, item)
+        assert row.token_ids.tolist() == item["labels"][item["labels"] != -100].tolist()
         assert row.top_before.tolist() == before.argmax(-1).tolist()
         assert row.top_after.tolist() == after.argmax(-1).tolist()
-        for place, stored in enumerate(stored_at(held_out, row.index)):
-            for name, dense, kl in (("before", before, row.kl_before), ("after", after, row.kl_after)):
-                kls[name].append(expected_kl(stored, dense[place]))
-                assert kl[place] == pytest.approx(kls[name][-1], abs=2e-4)
+        kls.append([sparse_divergences(item["teacher"], dense)[0] for dense in (before, after)])
+        np.testing.assert_allclose([row.kl_before, row.kl_after], kls[-1], rtol=0, atol=2e-4)
+        for place, stored in enumerate(stored_at(item["teacher"])):
             own = slice(row.alternatives.offsets[place], row.alternatives.offsets[place + 1])
             ids = row.alternatives.token_ids[own].tolist()
             ranked = sorted(stored, key=lambda token: -stored[token])[:3]
@@ -104,11 +74,12 @@ def test_every_number_equals_a_plain_pass(held_out: TransferSet, student: PeftMo
             np.testing.assert_allclose(row.alternatives.teacher[own], known, atol=1e-6)
             np.testing.assert_allclose(row.alternatives.before[own], before[place, ids], atol=2e-4)
             np.testing.assert_allclose(row.alternatives.after[own], after[place, ids], atol=2e-4)
-    assert found.mean_kl == pytest.approx((np.mean(kls["before"]), np.mean(kls["after"])), abs=1e-4)
-    assert min(np.mean(kls["before"]), np.mean(kls["after"])) > 0.05  # so that a mistake would be seen
+    means = np.concatenate(kls, axis=1).mean(1)
+    assert found.mean_kl == pytest.approx(tuple(means), abs=1e-4)
+    assert min(means) > 0.05  # so that a mistake would be seen
 
 
-def test_the_page_holds_the_same_numbers(held_out: TransferSet, student: PeftModel) -> None:
+def test_the_page_holds_the_same_numbers(held_out, student):
     found = collect_divergence(student, held_out, BYTE_LEVEL)
     data = Reader(render_page(found)).data
     assert data["edges"] == list(KL_EDGES)
@@ -132,14 +103,11 @@ def test_the_page_holds_the_same_numbers(held_out: TransferSet, student: PeftMod
         assert names == [list(name) if isinstance(name, bytes) else name for name in spelled]
 
 
-def test_a_row_without_targets_shows_its_text(student: PeftModel, tmp_path: Path) -> None:
+def test_a_row_without_targets_shows_its_text(student, tmp_path):
     plan = make_plan(tokenizer_fingerprint=compute_fingerprint(BYTE_LEVEL), vocab_size=len(BYTE_LEVEL), num_prompts=2)
     ids, none = np.array(BYTE_LEVEL.encode("No answer")), np.zeros(0, np.int64)
     empty = TransferRow(ids, none.reshape(0, 2), none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
-    with TransferSetWriter.open(tmp_path / "set", plan) as writer:
-        for task in writer.claim():
-            writer.commit(task, [empty, make_row(plan, 1)], {})
-        writer.finalize()
+    write_rows(tmp_path / "set", plan, lambda prompt: make_row(plan, prompt) if prompt else empty)
     found = collect_divergence(student, TransferSet.open(tmp_path / "set"), BYTE_LEVEL)
     assert found.rows[0].contexts == ((0, "No answer"),) and len(found.rows[0].token_ids) == 0
     assert found.num_tokens == len(found.rows[1].token_ids) > 0
@@ -147,7 +115,7 @@ def test_a_row_without_targets_shows_its_text(student: PeftModel, tmp_path: Path
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_rows_are_limited_and_the_model_is_as_it_was(held_out: TransferSet, student: PeftModel, frozen: bool) -> None:
+def test_rows_are_limited_and_the_model_is_as_it_was(held_out, student, frozen):
     student.train()
     student.get_base_model().model.norm.eval()  # a layer's own mode returns too
     modes = [module.training for module in student.modules()]
@@ -160,11 +128,10 @@ def test_rows_are_limited_and_the_model_is_as_it_was(held_out: TransferSet, stud
     assert modes == [module.training for module in student.modules()]
     assert trained == [parameter.requires_grad for parameter in student.parameters()]
     assert any(trained) != frozen
-    for name, value in student.state_dict().items():
-        assert torch.equal(value, weights[name])
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
 
 
-def test_what_cannot_be_shown_is_refused(held_out: TransferSet, student: PeftModel) -> None:
+def test_what_cannot_be_shown_is_refused(held_out, student):
     with pytest.raises(ConfigError, match="expected a PeftModel"):
         collect_divergence(student.get_base_model(), held_out, BYTE_LEVEL)
     with pytest.raises(DataError, match="no rows to show"):
@@ -178,26 +145,17 @@ def test_what_cannot_be_shown_is_refused(held_out: TransferSet, student: PeftMod
         collect_divergence(student, held_out, BYTE_LEVEL)
 
 
-def test_the_command_writes_the_page(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, held_out: TransferSet, tiny_model_path: Path, student: PeftModel
-) -> None:
+def test_the_command_writes_the_page(cli, tmp_path, held_out, tiny_model_path, student):
     student.save_pretrained(tmp_path / "adapter")
     words = f"view --held_out {held_out.sources[0]} --model_name_or_path {tiny_model_path} --dtype float32".split()
-    page = tmp_path / "page.html"
-    adapter = ["--adapter", tmp_path / "adapter"]
-
-    def run(*more: object) -> None:
-        main([*words, *map(str, more)])
-
-    run(*adapter, "--output", page, "--rows", 3, "--alternatives", 2)
-    out = capsys.readouterr().out
-    assert f"{page}: 3 rows, " in out
+    page, adapter = tmp_path / "page.html", ["--adapter", tmp_path / "adapter"]
+    code, out, _ = cli(*words, *adapter, "--output", page, "--rows", 3, "--alternatives", 2)
+    assert code == 0 and f"{page}: 3 rows, " in out
     text = page.read_text(encoding="utf-8")
     rows = Reader(text).data["rows"]
-    before = np.mean([kl for row in rows for kl in row["before"]])
-    after = np.mean([kl for row in rows for kl in row["after"]])
+    means = [np.mean([kl for row in rows for kl in row[name]]) for name in ("before", "after")]
     printed = re.search(r"KL ([\d.]+) before, ([\d.]+) after", out)
-    assert printed and (float(printed[1]), float(printed[2])) == pytest.approx((before, after), rel=5e-3)
+    assert printed and [float(each) for each in printed.groups()] == pytest.approx(means, rel=5e-3)
     assert str(tmp_path) not in text and str(Path.home()) not in text  # no local path
     for more, said in (
         (["--output", "page.txt", *adapter], "expected a file name that ends in .html"),
@@ -205,14 +163,12 @@ def test_the_command_writes_the_page(
         (["--output", page, "--adapter", tmp_path], "adapter_config.json"),
         (["--output", page, "--adapter", tmp_path / "nowhere"], "nowhere"),
     ):
-        with pytest.raises(SystemExit, match="1"):
-            run(*more)
-        err = capsys.readouterr().err
-        assert said in err and "Traceback" not in err
+        code, _, err = cli(*words, *more)
+        assert code == 1 and said in err and "Traceback" not in err
     assert page.read_text(encoding="utf-8") == text
 
 
-def build_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+def build_sentencepiece_tokenizer():
     """A vocabulary as Llama 2's: ▁ for a space, <0xNN> for bytes, and a decoder that drops the first space."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "▁the", "é"]
     vocabulary = {word: place for place, word in enumerate(words)}
@@ -224,29 +180,28 @@ def build_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text())
-def test_the_pieces_of_a_text_are_its_bytes(text: str) -> None:
+def test_the_pieces_of_a_text_are_its_bytes(text):
     ids = BYTE_LEVEL.encode(text, add_special_tokens=False)
     spelled = spell_tokens(BYTE_LEVEL, ids)
-    pieces = [piece if isinstance(piece, bytes) else piece.encode() for piece in map(spelled.__getitem__, ids)]
-    assert b"".join(pieces) == text.encode()
-    for piece in map(spelled.__getitem__, ids):
+    pieces = [spelled[each] for each in ids]
+    assert b"".join(piece if isinstance(piece, bytes) else piece.encode() for piece in pieces) == text.encode()
+    for piece in pieces:
         if isinstance(piece, bytes):  # whatever is text by itself is shown as text
             with pytest.raises(UnicodeDecodeError):
                 piece.decode()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("▁a", " a"), ("▁", " "), ("▁the", " the"), ("a", "a"), ("é", "é"), ("<0xF0>", b"\xf0"), ("<0x0A>", "\n"),
-     ("<0x41>", "A")],
-)  # fmt: skip
-def test_sentencepiece_tokens_keep_their_space_and_bytes(name: str, expected: str | bytes) -> None:
+@pytest.mark.parametrize(("name", "expected"), [
+    ("▁a", " a"), ("▁", " "), ("▁the", " the"), ("a", "a"), ("é", "é"), ("<0xF0>", b"\xf0"), ("<0x0A>", "\n"),
+    ("<0x41>", "A"),
+])  # fmt: skip
+def test_sentencepiece_tokens_keep_their_space_and_bytes(name, expected):
     tokenizer = build_sentencepiece_tokenizer()
     index = tokenizer.convert_tokens_to_ids(name)
     assert spell_tokens(tokenizer, [index]) == {index: expected}
 
 
-def test_special_and_unknown_ids_have_a_name() -> None:
+def test_special_and_unknown_ids_have_a_name():
     end = BYTE_LEVEL.convert_tokens_to_ids("<|im_end|>")
     assert spell_tokens(BYTE_LEVEL, [end, 5000, end]) == {end: "<|im_end|>", 5000: "<id 5000>"}
     assert decode_text(BYTE_LEVEL, [end, *BYTE_LEVEL.encode(" a , b", add_special_tokens=False)]) == "<|im_end|> a , b"

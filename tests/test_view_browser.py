@@ -4,14 +4,10 @@ Needs `chromium` and `chromedriver` on the PATH. axe-core is not part of this re
 --no-package-lock --prefix . axe-core@4`, or name its axe.min.js in QUANTKD_AXE.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,28 +17,28 @@ from quantkd.view.divergence import KL_EDGES
 from tests.conftest import REPOSITORY
 from tests.divergence_pages import HOSTILE, make_page_divergence
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium; it comes with the extra `dev`")
-ActionChains = pytest.importorskip("selenium.webdriver.common.action_chains").ActionChains
-Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
-Select = pytest.importorskip("selenium.webdriver.support.ui").Select
-WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+pytest.importorskip("selenium", reason="no selenium; it comes with the extra `dev`")
+
+from selenium import webdriver
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--lang=en-US",
 ]  # fmt: skip
 DIVERGENCE = make_page_divergence()
+KLS = [(row.kl_before, row.kl_after) for row in DIVERGENCE.rows]
 TIP, PANEL = "#tip", "#panel"
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def driver(tmp_path_factory):
     """A Chromium with an empty profile; skips where there is none."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     server = shutil.which("chromedriver")
     if browser is None or server is None:
-        missing = "chromium" if browser is None else "chromedriver"
-        pytest.skip(f"no {missing} on the PATH; on Debian: apt-get install chromium chromium-driver")
+        pytest.skip("no chromium or no chromedriver on the PATH; on Debian: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
@@ -55,7 +51,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(driver: Any, tmp_path: Path) -> Iterator[Any]:
+def page(driver, tmp_path):
     """The browser with a fresh page, 1280 px wide and light; it must stay silent and ask for nothing but itself."""
     show(driver, tmp_path)
     yield driver
@@ -67,7 +63,7 @@ def page(driver: Any, tmp_path: Path) -> Iterator[Any]:
     assert any(url.endswith("page.html") for url in asked)
 
 
-def show(driver: Any, folder: Path, width: int = 1280, theme: str = "light") -> None:
+def show(driver, folder, width=1280, theme="light"):
     """Write the page and open it."""
     features = [{"name": "prefers-color-scheme", "value": theme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -77,98 +73,89 @@ def show(driver: Any, folder: Path, width: int = 1280, theme: str = "light") -> 
     WebDriverWait(driver, 30).until(lambda d: all_of(d, ".row .token"))
 
 
-def all_of(page: Any, selector: str) -> list[Any]:
-    return list(page.find_elements("css selector", selector))
+def all_of(page, selector):
+    return page.find_elements("css selector", selector)
 
 
-def one(page: Any, selector: str) -> Any:
+def one(page, selector):
     return page.find_element("css selector", selector)
 
 
-def shown_rows(page: Any) -> list[int]:
+def shown_rows(page):
     """The numbers of the rows that are shown, from top to bottom."""
-    titles = [element.text for element in all_of(page, ".row h2") if element.is_displayed()]
-    return [int(title.removeprefix("Row ")) for title in titles]
+    return [int(each.text.removeprefix("Row ")) for each in all_of(page, ".row h2") if each.is_displayed()]
 
 
-def tokens_of(page: Any, row: int, student: str) -> list[Any]:
+def tokens_of(page, row, student):
     return all_of(page, f"article[aria-labelledby='row-{row}'] .view.{student} .token")
 
 
-def focus(page: Any, element: Any) -> None:
+def focus(page, element):
     page.execute_script("arguments[0].focus()", element)
 
 
-def filter_by(page: Any, text: str) -> None:
+def filter_by(page, text):
     """What typing does; the driver cannot type an emoji."""
     script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
     page.execute_script(script, one(page, "#filter"), text)
 
 
-def open_details(page: Any) -> None:
+def open_details(page):
     page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
 
 
-def wait_for_no_tip(page: Any) -> None:
+def wait_for_no_tip(page):
     WebDriverWait(page, 5).until(lambda d: not one(d, TIP).is_displayed())
 
 
-def number(text: str) -> float:
+def number(text):
     """A KL or a share as the page writes it."""
     text = text.strip("●\n ")
     value = float(text.strip("%<>"))
     return value / 100 if text.endswith("%") else 0.0 if text.startswith("<") else value
 
 
-def check_details(box: Any, row_index: int, place: int) -> None:
+def check_details(box, row_index, place):
     """The table says what the row holds: tokens in the teacher's order, and the three probabilities of each."""
-    row = next(row for row in DIVERGENCE.rows if row.index == row_index)
-    own = slice(row.alternatives.offsets[place], row.alternatives.offsets[place + 1])
-    lines = all_of(box, ".alternatives tbody tr")
-    columns = (row.alternatives.teacher[own], row.alternatives.before[own], row.alternatives.after[own])
-    for at, line in enumerate(lines[:5]):
+    row = DIVERGENCE.rows[row_index]
+    known, lines = row.alternatives, all_of(box, ".alternatives tbody tr")
+    for at, line in enumerate(lines[:5], known.offsets[place]):
         shares = [number(cell.text) for cell in all_of(line, "td")]
-        np.testing.assert_allclose(shares, [np.exp(column[at]) for column in columns], atol=6e-4)
-    text = box.text
-    assert f"row {row_index}, token {place + 1} of {len(row.token_ids)}" in text
-    assert "Teacher" in text and "Before" in text and "After" in text and "all others" in text
+        expected = np.exp([known.teacher[at], known.before[at], known.after[at]])
+        np.testing.assert_allclose(shares, expected, atol=6e-4)
+    said = (f"row {row_index}, token {place + 1} of {len(row.token_ids)}", "Teacher", "Before", "After", "all others")
+    assert [each for each in said if each not in box.text] == []
     assert sum("in the text" in line.text for line in lines) == 1
     kls = [number(element.text) for element in all_of(box, ".token-kl .chip")]
     assert kls == pytest.approx([row.kl_before[place], row.kl_after[place]], abs=6e-3)
 
 
-def test_it_shows_every_row_and_token_once_per_student(page: Any) -> None:
-    assert sorted(shown_rows(page)) == [row.index for row in DIVERGENCE.rows]
-    for row in DIVERGENCE.rows:
-        for student, kl in (("before", row.kl_before), ("after", row.kl_after)):
-            elements = tokens_of(page, row.index, student)
-            classes = [int(element.get_attribute("class").split()[1].removeprefix("k")) for element in elements]
-            assert classes == [sum(float(f"{value:.3g}") >= edge for edge in KL_EDGES) for value in kl]
-            strip = all_of(page, f"article[aria-labelledby='row-{row.index}'] .band")[student == "after"]
-            assert [int(part.get_attribute("class")[1:]) for part in all_of(strip, "i")] == classes
+def test_it_shows_every_row_and_token_once_per_student(page):
+    assert sorted(shown_rows(page)) == list(range(6))
+    for row, kls in enumerate(KLS):
+        for student, kl in zip(("before", "after"), kls, strict=True):
+            classes = [each.get_attribute("class").split()[1] for each in tokens_of(page, row, student)]
+            assert classes == [f"k{sum(float(f'{value:.3g}') >= edge for edge in KL_EDGES)}" for value in kl]
+            strip = all_of(page, f"article[aria-labelledby='row-{row}'] .band")[student == "after"]
+            assert [part.get_attribute("class") for part in all_of(strip, "i")] == classes
     before, after = (one(page, f"#rows .view.{student}").rect for student in ("before", "after"))
     assert before["y"] == after["y"] and before["x"] + before["width"] <= after["x"]  # side by side
 
 
-def test_it_sorts(page: Any) -> None:
-    means = {row.index: (row.kl_before.mean(), row.kl_after.mean(), row.kl_after.max()) for row in DIVERGENCE.rows}
-    keys = {
-        "after": lambda i: -means[i][1],
-        "before": lambda i: -means[i][0],
-        "worst": lambda i: -means[i][2],
-        "gain": lambda i: means[i][1] - means[i][0],
-        "loss": lambda i: means[i][0] - means[i][1],
-        "index": lambda i: i,
-    }
+def test_it_sorts(page):
+    before, after = (np.array([each.mean() for each in kls]) for kls in zip(*KLS, strict=True))
+    worst = np.array([kl.max() for _, kl in KLS])
+    keys = {"after": -after, "before": -before, "worst": -worst, "gain": after - before, "loss": before - after,
+            "index": np.arange(6)}  # fmt: skip
     choice = Select(one(page, "#sort"))
-    assert shown_rows(page) == sorted(means, key=keys["after"])
+    assert shown_rows(page) == keys["after"].argsort().tolist()
     assert {option.get_attribute("value") for option in choice.options} == set(keys)
     for name, key in keys.items():
         choice.select_by_value(name)
-        assert shown_rows(page) == sorted(means, key=key), name
+        assert shown_rows(page) == key.argsort().tolist(), name
 
 
-def test_it_filters_prompts_and_responses(page: Any) -> None:
+def test_it_filters_prompts_and_responses(page):
     for text, expected in (("FENCE?", [0]), ("🎉", [2]), ("what is 5", [5]), ("onerror", [1]), ("nowhere", [])):
         filter_by(page, text)
         assert shown_rows(page) == expected
@@ -179,7 +166,7 @@ def test_it_filters_prompts_and_responses(page: Any) -> None:
     assert len(shown_rows(page)) == 6 and one(page, "#count").text == "6 rows"
 
 
-def test_the_mouse_opens_the_tooltip_and_leaves_it(page: Any) -> None:
+def test_the_mouse_opens_the_tooltip_and_leaves_it(page):
     assert not one(page, TIP).is_displayed()
     before, after = (tokens_of(page, 5, student)[2] for student in ("before", "after"))
     ActionChains(page).scroll_to_element(before).move_to_element(before).perform()
@@ -197,7 +184,7 @@ def test_the_mouse_opens_the_tooltip_and_leaves_it(page: Any) -> None:
     wait_for_no_tip(page)
 
 
-def test_the_keyboard_reaches_every_number(page: Any) -> None:
+def test_the_keyboard_reaches_every_number(page):
     Select(one(page, "#sort")).select_by_value("index")
     one(page, "#fold").send_keys(Keys.TAB)
     for _ in range(12):
@@ -226,7 +213,7 @@ def test_the_keyboard_reaches_every_number(page: Any) -> None:
     wait_for_no_tip(page)
 
 
-def test_arrows_move_by_lines(page: Any) -> None:
+def test_arrows_move_by_lines(page):
     first = tokens_of(page, 4, "before")[0]
     focus(page, first)
     top = first.rect["y"]
@@ -236,7 +223,7 @@ def test_arrows_move_by_lines(page: Any) -> None:
     assert page.switch_to.active_element.rect["y"] == top
 
 
-def test_a_row_is_also_a_table(page: Any) -> None:
+def test_a_row_is_also_a_table(page):
     article = one(page, "article[aria-labelledby='row-5']")
     button = one(article, ".as-table")
     button.send_keys(Keys.ENTER)
@@ -253,7 +240,7 @@ def test_a_row_is_also_a_table(page: Any) -> None:
     assert tokens_of(page, 5, "after")[0].is_displayed()
 
 
-def test_the_worst_token_is_one_click_away(page: Any) -> None:
+def test_the_worst_token_is_one_click_away(page):
     _, index, place = max((kl, row.index, place) for row in DIVERGENCE.rows for place, kl in enumerate(row.kl_after))
     one(page, "#fold").click()
     filter_by(page, "nowhere")
@@ -264,7 +251,7 @@ def test_the_worst_token_is_one_click_away(page: Any) -> None:
     assert page.switch_to.active_element.is_displayed()
 
 
-def test_tokens_that_are_invisible_have_signs(page: Any) -> None:
+def test_tokens_that_are_invisible_have_signs(page):
     for token, element in zip(DIVERGENCE.rows[4].token_ids, tokens_of(page, 4, "before"), strict=True):
         string = str(DIVERGENCE.tokens[int(token)])
         assert element.text.strip() == {" ": "␣", "\n": "↵", "\n\n": "↵↵", "\t": "⇥"}.get(string, string.strip())
@@ -274,7 +261,7 @@ def test_tokens_that_are_invisible_have_signs(page: Any) -> None:
     assert "part of “🎉”" in one(page, TIP).text and "8E" in one(page, TIP).text
 
 
-def test_hostile_tokens_are_only_read(page: Any) -> None:
+def test_hostile_tokens_are_only_read(page):
     texts = [element.get_attribute("textContent") for element in tokens_of(page, 1, "before")]
     assert texts[:4] == HOSTILE[:4] and texts[4:6] == ["U+2028U+2029", "U+202Etxet desrever"]
     assert texts[7:8] == ["U+0000U+001B[31m"] and texts[-3:] == ["U+00A0", "U+3000", "U+3164"]
@@ -286,11 +273,11 @@ def test_hostile_tokens_are_only_read(page: Any) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_theme_follows_the_system_until_it_is_chosen(page: Any, tmp_path: Path, theme: str) -> None:
+def test_the_theme_follows_the_system_until_it_is_chosen(page, tmp_path, theme):
     show(page, tmp_path, theme=theme)
     button = one(page, "#theme")
 
-    def is_dark() -> bool:
+    def is_dark():
         color = one(page, "body").value_of_css_property("background-color")
         return sum(map(int, color[color.index("(") + 1 :].rstrip(")").split(",")[:3])) < 380
 
@@ -300,11 +287,11 @@ def test_the_theme_follows_the_system_until_it_is_chosen(page: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_four_hundred_pixels_are_wide_enough(page: Any, tmp_path: Path, theme: str) -> None:
+def test_four_hundred_pixels_are_wide_enough(page, tmp_path, theme):
     show(page, tmp_path, width=400, theme=theme)
 
-    def overflow() -> int:
-        return int(page.execute_script("return document.documentElement.scrollWidth - window.innerWidth"))
+    def overflow():
+        return page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
 
     assert overflow() <= 0
     before, after = tokens_of(page, 5, "before"), tokens_of(page, 5, "after")
@@ -324,7 +311,7 @@ def test_four_hundred_pixels_are_wide_enough(page: Any, tmp_path: Path, theme: s
 
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(page: Any, tmp_path: Path, theme: str, width: int) -> None:
+def test_axe_finds_nothing_serious(page, tmp_path, theme, width):
     axe = Path(os.environ.get("QUANTKD_AXE", REPOSITORY / "node_modules" / "axe-core" / "axe.min.js"))
     if not axe.is_file():
         pytest.skip(f"no axe-core at {axe}; the head of this file says how to get it")

@@ -1,11 +1,8 @@
 """The divergence page's text: what it may load, how tokens are escaped, how large it gets, and its colors."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ from quantkd.view.divergence import KL_EDGES, count_classes
 from tests.divergence_pages import HOSTILE, Reader, make_divergence, make_page_divergence, make_row
 
 
-def test_the_page_needs_nothing_from_outside() -> None:
+def test_the_page_needs_nothing_from_outside():
     page = render_page(make_divergence(make_page_divergence().rows[:1], ["a"] * 40))
     reader = Reader(page)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", page.split('type="application/json"')[0])
@@ -34,12 +31,12 @@ def test_the_page_needs_nothing_from_outside() -> None:
     assert loading == ["link", "style", "script", "script"]
 
 
-def test_hostile_tokens_and_names_stay_text() -> None:
+def test_hostile_tokens_and_names_stay_text():
     rng = np.random.default_rng(0)
     tokens = [*HOSTILE, *(f"word{number}" for number in range(20))]
     names = {name: f"{HOSTILE[1]}{name}" for name in ("teacher", "student", "adapter")}
 
-    def render(row_tokens: list[str], **names: str) -> Reader:
+    def render(row_tokens, **names):
         row = make_row(rng, 0, list(range(len(HOSTILE))), len(tokens), prompt=row_tokens[0])
         return Reader(render_page(make_divergence([row], row_tokens, **names)))
 
@@ -52,19 +49,17 @@ def test_hostile_tokens_and_names_stay_text() -> None:
     assert raw.isascii() and not set("<>&") & set(raw)
 
 
-def test_fifty_rows_of_two_hundred_tokens_stay_below_five_megabytes(tmp_path: Path) -> None:
+def test_fifty_rows_of_two_hundred_tokens_stay_below_five_megabytes(tmp_path):
     """The worst case: every alternative another token out of 50,000, three beside the teacher's eight, full digits."""
     rng = np.random.default_rng(0)
     words = ["".join(chr(97 + letter) for letter in rng.integers(0, 26, size=8)) for _ in range(50_000)]
-    rows = [
-        make_row(rng, index, rng.integers(0, 50_000, size=200).tolist(), 50_000, alternatives=10, prompt="x" * 2000)
-        for index in range(50)
-    ]
+    options = {"alternatives": 10, "prompt": "x" * 2000}
+    rows = [make_row(rng, n, rng.integers(0, 50_000, size=200).tolist(), 50_000, **options) for n in range(50)]
     path = write_page(make_divergence(rows, words), tmp_path / "page.html")
     assert 2e6 < path.stat().st_size < 5e6
 
 
-def test_the_same_divergence_gives_the_same_bytes_and_replaces_the_file(tmp_path: Path) -> None:
+def test_the_same_divergence_gives_the_same_bytes_and_replaces_the_file(tmp_path):
     found = make_page_divergence()
     path = write_page(found, tmp_path / "new" / "page.html")
     first = path.read_bytes()
@@ -75,13 +70,11 @@ def test_the_same_divergence_gives_the_same_bytes_and_replaces_the_file(tmp_path
         write_page(found, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [(0.2, 0.05, "75% lower than before"), (0.1, 0.3, "higher than before"),
-     (1e-9, 1e-9, "the same as the teacher, before and after"), (-1e-9, 5.0, "higher than before"),
-     (0.2, -1e-9, "100% lower than before")],
-)  # fmt: skip
-def test_the_summary_says_how_the_kl_changed(before: float, after: float, said: str) -> None:
+@pytest.mark.parametrize(("before", "after", "said"), [
+    (0.2, 0.05, "75% lower than before"), (0.1, 0.3, "higher than before"), (0.2, -1e-9, "100% lower than before"),
+    (1e-9, 1e-9, "the same as the teacher, before and after"), (-1e-9, 5.0, "higher than before"),
+])  # fmt: skip
+def test_the_summary_says_how_the_kl_changed(before, after, said):
     row = make_row(np.random.default_rng(0), 0, [0, 1], 40)
     row.kl_before[:], row.kl_after[:] = before, after
     summary = render_page(make_divergence([row], ["a"] * 40)).split("<main>")[1].split('<div class="toolbar"')[0]
@@ -90,13 +83,13 @@ def test_the_summary_says_how_the_kl_changed(before: float, after: float, said: 
     assert f"before {max(before, 0):.3f}" in text
 
 
-def test_classes_by_a_loop() -> None:
+def test_classes_by_a_loop():
     kl = np.array([-1e-9, 0, 0.0099, 0.01, 0.3, 0.5, 1.99, 2.0, 40.0])
     classes = [sum(value >= edge for edge in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)) for value in kl]
     assert count_classes(kl).tolist() == [classes.count(number) for number in range(9)]
 
 
-def luminance(color: str) -> float:
+def luminance(color):
     """WCAG 2's relative luminance of #rrggbb."""
     parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
@@ -104,7 +97,7 @@ def luminance(color: str) -> float:
 
 
 @pytest.mark.parametrize("theme", [1, 2], ids=["light", "dark"])
-def test_the_scale_reads_in_grey_and_its_ink_on_it(theme: int) -> None:
+def test_the_scale_reads_in_grey_and_its_ink_on_it(theme):
     """Luminance goes one way by steps that can be seen; the text has WCAG's contrast of 4.5."""
     style = Reader(render_page(make_page_divergence())).texts["style"][0]
     color = r"light-dark\((#\w{6}), (#\w{6})\)"
