@@ -3,8 +3,6 @@
 Written after what the client asks: `huggingface_hub/hf_api.py`, `_commit_api.py`, `lfs.py` and `file_download.py`.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -238,8 +236,11 @@ class _Handler(BaseHTTPRequestHandler):
             return refuse(404, "Repository not found", "RepoNotFound")
         if action in ("branch", "preupload", "commit", "batch") and not is_known:
             return refuse(403, "no permission")
+        if action == "branch" and revision in repository.branches:
+            return refuse(409, "Reference already exists")
         if action == "branch":
-            return self._branch(repository, revision)
+            repository.branches[revision] = repository.branches["main"]
+            return 200, {}, {}
         commit = repository.at(revision or "main")
         if commit is None:
             return refuse(404, "Invalid rev id", "RevisionNotFound")
@@ -263,12 +264,6 @@ class _Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or asked.get("private") is True
         self.hub.make(kind, name, {}, private=private)
         return 200, {"url": url}, {}
-
-    def _branch(self, repository: Repository, branch: str) -> Answer:
-        if branch in repository.branches:
-            return refuse(409, "Reference already exists")
-        repository.branches[branch] = repository.branches["main"]
-        return 200, {}, {}
 
     def _take_blob(self, oid: str, body: bytes, *, verify: bool) -> Answer:
         if verify:
@@ -309,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
         data, headers = commit.files.get(path), {"X-Repo-Commit": commit.sha}
         if data is None:
             return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", **headers}
-        headers["ETag"] = f'"{hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)}"'
+        headers["ETag"] = f'"{oid_of(path, data)}"'
         if is_lfs(path):
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
         return 200, data, headers
@@ -328,12 +323,15 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def oid_of(path: str, data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)
+
+
 def describe_file(path: str, data: bytes) -> dict[str, Any]:
-    lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130} if is_lfs(path) else None
+    lfs = {"sha256": oid_of(path, data), "size": len(data), "pointerSize": 130} if is_lfs(path) else None
     return {"rfilename": path, "size": len(data), "blobId": git_hash(data), "lfs": lfs}
 
 
 def upload_mode(commit: Commit, path: str) -> dict[str, Any]:
-    data = commit.files.get(path)
-    oid = None if data is None else hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)
+    oid = oid_of(path, commit.files[path]) if path in commit.files else None
     return {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False, "oid": oid}

@@ -1,7 +1,5 @@
 """A pytest plugin for the tests of the Hub: the small Hub, a trained run and a small set."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -11,9 +9,8 @@ from fake_hub import TOKEN, running_hub
 from transfer_sets import write_set
 from transformers import AutoModelForCausalLM
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+from quantkd import TransferSet
 from quantkd.models.student import default_quantization_config
-from tests.conftest import capture_set
 from tests.report_arms import build, make_arms
 
 PUSHED = {
@@ -28,6 +25,11 @@ def read_page(files: dict[str, bytes]) -> tuple[dict, str]:
     return yaml.safe_load(front), text
 
 
+def damage(data: bytes) -> bytes:
+    """One bit is another."""
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with running_hub(monkeypatch, tmp_path / "cache") as hub:
@@ -38,26 +40,6 @@ def hub(monkeypatch, tmp_path):
 def small_set(tmp_path):
     write_set(tmp_path / "small")
     return TransferSet.open(tmp_path / "small")
-
-
-@pytest.fixture(scope="module")
-def transfer_set(tiny_model_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets") / "set"
-    prompts = ["Two and two?", "Why?", "Name a colour.", "One."]
-    return capture_set(tiny_model_path, prompts, folder, max_new_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def build_trainer(tiny_model_path, transfer_set):
-    def build(folder, train_dataset=transfer_set, **options):
-        settings = {
-            "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "init": "zero", "disable_tqdm": True,
-            "model_init_kwargs": {"dtype": "float32"}, **options,
-        }  # fmt: skip
-        args = QuantizedDistillationConfig(str(folder), **settings)
-        return QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=train_dataset)
-
-    return build
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,9 @@
 """Adapters on the Hub: pushed by the trainer and the command line, with a page that is right, and loaded back."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from hub_runs import PUSHED, read_page
@@ -21,7 +18,7 @@ from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 pytest_plugins = ["hub_runs"]
 
 
-def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, transfer_set, caplog):
+def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, training_set, caplog):
     pushed = push_adapter(run, "student", license="apache-2.0")  # the owner is the token's
     repository = hub.repositories["model", "user/student"]
     assert repository.private and len(repository.commits) == 2  # the server's own, and ours
@@ -33,12 +30,10 @@ def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, tr
     assert f"Adapter user/student at {pushed.commit}" in caplog.text
     assert ours.hub_revision == f"user/student at {pushed.commit}"
     plain = PeftModel.from_pretrained(load_base(), "user/student", revision=pushed.commit).eval()
-    ids = transfer_set[0]["input_ids"].unsqueeze(0)
+    local = PeftModel.from_pretrained(load_base(), run / "student").eval()
     with torch.inference_mode():
-        expected = PeftModel.from_pretrained(load_base(), run / "student").eval()(input_ids=ids).logits
-        assert torch.equal(ours(input_ids=ids).logits, expected)
-        assert torch.equal(plain(input_ids=ids).logits, expected)
-        assert not torch.equal(load_base()(input_ids=ids).logits, expected)
+        logits = [model(training_set[0]["input_ids"][None]).logits for model in (local, ours, plain, load_base())]
+    assert [torch.equal(each, logits[0]) for each in logits[1:]] == [True, True, False]
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     trainable = load_adapter(load_base(), "user/student", is_trainable=True)
     assert any(parameter.requires_grad for parameter in trainable.parameters())
@@ -95,9 +90,8 @@ def test_a_pickled_adapter_is_not_pushed(hub, run):
 
 
 def test_the_trainer_pushes_by_name_and_into_a_private_repository(hub, build_trainer, tmp_path):
-    trainer = build_trainer(
-        tmp_path / "student", push_to_hub=True, hub_model_id="user/student", save_strategy="steps", save_steps=1
-    )
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = build_trainer(tmp_path / "student", push_to_hub=True, hub_model_id="user/student", **saving)
     assert hub.repositories["model", "user/student"].private  # made when the trainer was
     trainer.train()
     with pytest.raises(TypeError, match="unexpected keyword argument 'dataset_name'"):
@@ -136,9 +130,9 @@ def test_nothing_becomes_public_by_mistake(hub, run, build_trainer, tmp_path):
         build_trainer(tmp_path / "s", push_to_hub=True, hub_strategy="all_checkpoints")
 
 
-def test_a_set_on_the_hub_is_named_with_its_commit(hub, build_trainer, transfer_set, tmp_path):
-    commit = push_transfer_set(transfer_set, "user/set").commit
-    trainer = build_trainer(tmp_path / "student", TransferSet.open("user/set"))
+def test_a_set_on_the_hub_is_named_with_its_commit(hub, build_trainer, training_set, tmp_path):
+    commit = push_transfer_set(training_set, "user/set").commit
+    trainer = build_trainer(tmp_path / "student", train_dataset=TransferSet.open("user/set"))
     trainer.train()
     trainer.push_to_hub()
     files = hub.files("model", "user/student")
@@ -146,14 +140,14 @@ def test_a_set_on_the_hub_is_named_with_its_commit(hub, build_trainer, transfer_
     assert read_page(files)[0]["datasets"] == ["user/set"]
 
 
-def test_every_saved_folder_has_its_own_page_and_no_pickle(build_trainer, transfer_set, tmp_path, monkeypatch):
+def test_every_saved_folder_has_its_own_page_and_no_pickle(build_trainer, training_set, tmp_path, monkeypatch):
     """People upload such folders by hand. The arguments go also where the Trainer does not call `_save`."""
     trainer = build_trainer(tmp_path / "student", save_strategy="steps", save_steps=1, hub_token="hf_x")
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path / "student", tmp_path / "student" / "checkpoint-1"):
         page = (folder / "README.md").read_text()
-        assert "More Information Needed" not in page and transfer_set.digest in page and str(tmp_path) not in page
+        assert "More Information Needed" not in page and training_set.digest in page and str(tmp_path) not in page
         assert not (folder / "training_args.bin").exists()
     monkeypatch.setattr(QuantizedDistillationTrainer, "_save", Trainer._save)
     trainer = build_trainer(tmp_path / "other", save_strategy="steps", save_steps=2)
@@ -162,15 +156,20 @@ def test_every_saved_folder_has_its_own_page_and_no_pickle(build_trainer, transf
     assert not list((tmp_path / "other").rglob("training_args.bin"))
 
 
-def test_training_loads_neither_the_hub_s_nor_the_report_s_modules():
-    script = (
-        "import quantkd.training.trainer, sys\n"
-        "assert not any(name.startswith(('quantkd.hub', 'quantkd.report')) for name in sys.modules)"
+def test_training_loads_neither_the_hub_s_nor_the_report_s_modules(tmp_path):
+    """In a process that has other libraries, and imports quantkd anew."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "for name in [name for name in sys.modules if name.startswith('quantkd')]:\n    del sys.modules[name]\n"
+        "import quantkd.training.trainer\nprint(*(name for name in sys.modules if name.startswith('quantkd.')))"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+    loaded = processes.run([script], tmp_path / "loaded").split()
+    assert "quantkd.training.trainer" in loaded
+    assert [name for name in loaded if name.startswith(("quantkd.hub", "quantkd.report"))] == []
 
 
-def test_the_page(hub, run, transfer_set):
+def test_the_page(hub, run, training_set):
     push_adapter(run / "student", "user/student", license="apache-2.0", base_model="maker/base")
     files = hub.files("model", "user/student")
     metadata, text = read_page(files)
@@ -182,7 +181,7 @@ def test_the_page(hub, run, transfer_set):
     assert {one.task_type for one in card.eval_results} == {"text-generation"}
     assert (card.license, card.base_model, card.library_name) == ("apache-2.0", "maker/base", "peft")
     for fact in (
-        transfer_set.digest, "learning_rate", "0.01", "alpha", "gap recovered", "](gap.png)", "BitsAndBytesConfig",
+        training_set.digest, "learning_rate", "0.01", "alpha", "gap recovered", "](gap.png)", "BitsAndBytesConfig",
         'bnb_4bit_compute_dtype="float32"', 'PeftModel.from_pretrained(base, "user/student")', "## Limits",
     ):  # fmt: skip
         assert fact in text, fact
@@ -190,7 +189,7 @@ def test_the_page(hub, run, transfer_set):
 
 
 def test_the_snippet_runs_and_gives_the_student_that_was_evaluated(
-    hub, run, load_base, tiny_model_path, transfer_set, monkeypatch
+    hub, run, load_base, tiny_model_path, training_set, monkeypatch
 ):
     push_adapter(run / "student", "user/student", base_model="maker/base")
     (block,) = read_page(hub.files("model", "user/student"))[1].split("```python\n")[1:]
@@ -198,24 +197,20 @@ def test_the_snippet_runs_and_gives_the_student_that_was_evaluated(
     shutil.copytree(tiny_model_path, run.parent / "maker" / "base")
     names: dict = {}
     exec(compile(block.split("```")[0], "card", "exec"), names)
-    ids = transfer_set[0]["input_ids"].unsqueeze(0)
+    models = load_adapter(load_base(), run / "student"), names["model"]
     with torch.inference_mode():
-        expected = load_adapter(load_base(), run / "student")(input_ids=ids).logits
-        assert torch.equal(names["model"](input_ids=ids).logits, expected)
+        assert torch.equal(*(model(training_set[0]["input_ids"][None]).logits for model in models))
     assert names["tokenizer"].get_vocab() == AutoTokenizer.from_pretrained(tiny_model_path).get_vocab()
     assert names["inputs"]["input_ids"].shape[1] > 10  # the chat template's marks are there
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize(
-    ("quantization", "tags", "words"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"8-bit"}, "load_in_8bit=True,"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, {"4-bit"}, "quantization_config = ..."),
-        ({"quant_method": "torchao"}, set(), "quantization_config = ..."),
-        (None, {"4-bit"}, "was not recorded; this is quantkd's default"),
-    ],
-)
+@pytest.mark.parametrize(("quantization", "tags", "words"), [
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"8-bit"}, "load_in_8bit=True,"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, {"4-bit"}, "quantization_config = ..."),
+    ({"quant_method": "torchao"}, set(), "quantization_config = ..."),
+    (None, {"4-bit"}, "was not recorded; this is quantkd's default"),
+])  # fmt: skip
 def test_the_page_says_how_many_bits(hub, run, quantization, tags, words):
     facts = json.loads((run / "student" / "quantkd.json").read_text())
     (run / "student" / "quantkd.json").write_text(json.dumps({**facts, "quantization": quantization}))

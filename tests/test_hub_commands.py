@@ -1,7 +1,5 @@
 """Every command that takes an adapter or a set takes one on the Hub, pinned to its commit, and trusts none of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -14,7 +12,6 @@ from hub_runs import PUSHED
 from test_hub_strangers import TRAPS
 
 from quantkd import TransferSet
-from quantkd.cli.main import main
 from quantkd.evaluation.arms import Arm
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 
@@ -22,61 +19,59 @@ pytest_plugins = ["hub_runs"]
 
 
 @pytest.fixture
-def trapped(hub, run, transfer_set):
+def trapped(hub, run, training_set):
     """An adapter and a set on the Hub, with pickles and another base model beside them; and the adapter's commit."""
     push_adapter(run / "student", "user/student")
     files = hub.files("model", "user/student")
     fields = {**json.loads(files["adapter_config.json"]), "base_model_name_or_path": "evil/model"}
     bad = {**files, **TRAPS, "adapter_config.json": json.dumps(fields).encode(), "evil.py": b"raise AssertionError"}
     commit = hub.repositories["model", "user/student"].add("upload", bad).sha
-    push_transfer_set(transfer_set, "user/held")
+    push_transfer_set(training_set, "user/held")
     hub.requests.clear()
     return commit
 
 
-def told(text: str, pattern: str) -> str:
-    found = re.search(pattern, text)
-    assert found, text
-    return found[1]
-
-
-def test_every_command_that_takes_an_adapter(
-    hub, run, trapped, tiny_model_path, transfer_set, tmp_path, capsys, caplog
-):
+@pytest.fixture
+def say(cli, caplog):
+    """Runs a command that must succeed; what it printed and logged."""
     caplog.set_level("INFO", "quantkd.remote")
-    base = ["--model_name_or_path", str(tiny_model_path), "--dtype", "float32"]
-    held = hub.repositories["dataset", "user/held"].commits[-1].sha
-    folder = str(run / "student")
-    first = next(commit.sha for commit in hub.repositories["model", "user/student"].commits if "quantkd" in commit.files
-                 or "adapter_config.json" in commit.files)  # fmt: skip
 
-    def said(*words) -> str:
+    def say(*words):
         caplog.clear()
-        main([str(word) for word in words])
-        return capsys.readouterr().out + caplog.text
+        code, out, err = cli(*words)
+        assert code == 0, err
+        return out + caplog.text
+
+    return say
+
+
+def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path, training_set, tmp_path, say):
+    base = ["--model_name_or_path", tiny_model_path, "--dtype", "float32"]
+    held = hub.repositories["dataset", "user/held"].commits[-1].sha
+    folder, first = str(run / "student"), hub.repositories["model", "user/student"].commits[1].sha
 
     kl = {}
     for name, commit in ((folder, None), ("user/student", trapped), (f"user/student@{first}", first)):
         place = tmp_path / f"arm{len(kl)}"
-        text = said("evaluate", *base, "--adapter", name, "--held_out", "user/held", "--arm", "x", "--run_dir", place)
-        assert f"Transfer set user/held at {held}, digest {transfer_set.digest}" in text
+        text = say("evaluate", *base, "--adapter", name, "--held_out", "user/held", "--arm", "x", "--run_dir", place)
+        assert f"Transfer set user/held at {held}, digest {training_set.digest}" in text
         assert (f"Adapter user/student at {commit}" in text) == (commit is not None)
         kl[name] = Arm.read(place / "evaluation" / "x.json").fidelity.means["kl"]
     assert len(set(kl.values())) == 1 and kl[folder] > 0
 
-    text = said("view", *base, "--adapter", f"user/student@{trapped}", "--held_out", "user/held", "--output",
-                tmp_path / "page.html")  # fmt: skip
+    base += ["--held_out", "user/held"]
+    text = say("view", *base, "--adapter", f"user/student@{trapped}", "--output", tmp_path / "page.html")
     assert f"Adapter user/student at {trapped}" in text
-    assert float(told(text, r"KL [\d.]+ before, ([\d.]+) after")) == pytest.approx(kl[folder], abs=1e-4)
+    assert float(re.search(r"KL [\d.]+ before, ([\d.]+) after", text)[1]) == pytest.approx(kl[folder], abs=1e-4)
 
     for form in ("merged", "adapter"):
         out = tmp_path / form
-        text = said("export", *base, "--form", form, "--adapter", "user/student", "--output_dir", out,
-                    "--save_dtype", "float32", "--held_out", "user/held")  # fmt: skip
+        words = ["--form", form, "--adapter", "user/student", "--output_dir", out, "--save_dtype", "float32"]
+        text = say("export", *base, *words)
         assert f"Adapter user/student at {trapped}" in text
         assert not [file for file in out.iterdir() if file.suffix in (".bin", ".pt", ".py")]
         assert "evil" not in "".join(file.read_text() for file in out.glob("*.json") if file.name != "tokenizer.json")
-        assert json.loads((out / "quantkd.json").read_text())["transfer_set_digest"] == transfer_set.digest
+        assert json.loads((out / "quantkd.json").read_text())["transfer_set_digest"] == training_set.digest
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert weights == (run / "student" / "adapter_model.safetensors").read_bytes()
 
@@ -84,8 +79,8 @@ def test_every_command_that_takes_an_adapter(
     digests = {}
     for name in (folder, "user/student"):
         out = tmp_path / f"set{len(digests)}"
-        text = said("capture", "--model", tiny_model_path, "--prompts", tmp_path / "prompts.jsonl", "--output_dir", out,
-                    "--teacher_adapter", name, "--max_new_tokens", "4", "--dtype", "float32")  # fmt: skip
+        words = ["--prompts", tmp_path / "prompts.jsonl", "--output_dir", out, "--teacher_adapter", name]
+        text = say("capture", "--model", tiny_model_path, *words, "--max_new_tokens", "4", "--dtype", "float32")
         digests[name] = TransferSet(out).plan.extra["adapter"]["sha256"]
     assert f"Adapter user/student at {trapped}" in text and len(set(digests.values())) == 1
 
@@ -93,54 +88,45 @@ def test_every_command_that_takes_an_adapter(
     assert not [path for path in asked if path.endswith((".bin", ".pt", ".py")) or "evil" in path]
 
 
-def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, transfer_set, tmp_path, caplog):
-    caplog.set_level("INFO", "quantkd.remote")
+def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, training_set, tmp_path, say):
     commit = hub.repositories["dataset", "user/held"].commits[-1].sha
-    base = ["--model_name_or_path", str(tiny_model_path), "--dtype", "float32", "--report_to", "none"]
+    base = ["--model_name_or_path", tiny_model_path, "--dtype", "float32", "--report_to", "none", "--max_steps", 1]
     for words in (
         ["inspect", "user/held", "--rows", "0"],
         ["verify", f"user/held@{commit}"],
-        ["verify", "user/held", "--teacher", str(tiny_model_path), "--rows", "2"],
-        ["convert", "user/held", str(tmp_path / "compact"), "--storage", "nucleus:0.9"],
-        ["train", *base, "--transfer_set", "user/held", "--eval_transfer_set", f"user/held@{commit}", "--max_steps",
-         "1", "--output_dir", str(tmp_path / "student")],
+        ["verify", "user/held", "--teacher", tiny_model_path, "--rows", "2"],
+        ["convert", "user/held", tmp_path / "compact", "--storage", "nucleus:0.9"],
+        ["train", *base, "--transfer_set", "user/held", "--eval_transfer_set", f"user/held@{commit}", "--output_dir",
+         tmp_path / "student"],
     ):  # fmt: skip
-        caplog.clear()
-        main(words)
-        assert f"Transfer set user/held at {commit}, digest {transfer_set.digest}" in caplog.text, words
+        assert f"Transfer set user/held at {commit}, digest {training_set.digest}" in say(*words), words
     facts = json.loads((tmp_path / "student" / "quantkd.json").read_text())
     assert facts["transfer_set"] == f"user/held at {commit}"
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("user/none", "There is no folder 'user/none' here. On the Hub: "),
-        ("user/student@v9", "Could not fetch adapter_config.json of user/student at v9"),
-        ("./nowhere", "There is no folder './nowhere'"),
-    ],
-)
-def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, tmp_path, capsys, name, said):
-    words = ["evaluate", "--model_name_or_path", str(tiny_model_path), "--adapter", name, "--held_out", "user/held",
-             "--arm", "x", "--run_dir", str(tmp_path)]  # fmt: skip
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and said in error and "Traceback" not in error
+@pytest.mark.parametrize(("name", "said"), [
+    ("user/none", "There is no folder 'user/none' here. On the Hub: "),
+    ("user/student@v9", "Could not fetch adapter_config.json of user/student at v9"),
+    ("./nowhere", "There is no folder './nowhere'"),
+])  # fmt: skip
+def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, tmp_path, cli, name, said):
+    words = ["--model_name_or_path", tiny_model_path, "--adapter", name, "--held_out", "user/held"]
+    code, _, error = cli("evaluate", *words, "--arm", "x", "--run_dir", tmp_path)
+    assert code == 1 and said in error and "Traceback" not in error
 
 
-def test_processes_of_their_own(hub, run, transfer_set, tiny_model_path, load_base, tmp_path):
+def test_processes_of_their_own(hub, run, training_set, tiny_model_path, load_base, tmp_path):
     """As a user has it, nothing patched: a push, and a load without a network of what was fetched before."""
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
 
     def call(offline, *words):
         environment = {**os.environ, **settings, "HF_HUB_OFFLINE": offline, "NO_PROXY": "*"}
-        command = [sys.executable, *map(str, words)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr, done.stderr
+        words = [sys.executable, *map(str, words)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=True)
+        assert TOKEN not in done.stdout + done.stderr
         return done.stdout
 
-    said = call("0", "-m", "quantkd", "push", transfer_set.sources[0], "user/held")
+    said = call("0", "-m", "quantkd", "push", training_set.sources[0], "user/held")
     held = hub.repositories["dataset", "user/held"].commits[-1].sha
     adapter = push_adapter(run / "student", "user/student").commit
     assert held in said
@@ -154,33 +140,31 @@ def test_processes_of_their_own(hub, run, transfer_set, tiny_model_path, load_ba
         "print(rows.sources[0], rows.digest, model.hub_revision)"
     )
     said = call("1", "-c", script, tiny_model_path)
-    assert said == f"user/held at {held} {transfer_set.digest} user/student at {adapter}\n" and hub.requests == []
+    assert said == f"user/held at {held} {training_set.digest} user/student at {adapter}\n" and hub.requests == []
 
 
-def test_push(hub, run, small_set, tmp_path, capsys, monkeypatch):
-    folder, student = str(tmp_path / "small"), str(run)
-    main(["push", student, "user/student", "--dry_run"])
-    listed = capsys.readouterr().out
+def test_push(hub, run, small_set, tmp_path, cli, say, monkeypatch):
+    folder = tmp_path / "small"
+    listed = say("push", run, "user/student", "--dry_run")
     assert {line.split()[-1] for line in listed.splitlines()[:-1]} == PUSHED
     assert "would go to user/student (private)" in listed
-    main(["push", folder, "user/set", "--dry_run", "--public"])
-    assert "5 files" in (text := capsys.readouterr().out) and "(public)" in text
-    assert hub.requests == []
-    main(["push", student, "user/student", "--license", "mit"])
+    text = say("push", folder, "user/set", "--dry_run", "--public")
+    assert "5 files" in text and "(public)" in text and hub.requests == []
+    text = say("push", run, "user/student", "--license", "mit")
     commit = hub.repositories["model", "user/student"].commits[-1].sha
-    assert f"{hub.endpoint}/user/student at {commit} (private)" in capsys.readouterr().out
-    main(["push", folder, "user/set", "--public"])
+    assert f"{hub.endpoint}/user/student at {commit} (private)" in text
+    say("push", folder, "user/set", "--public")
     assert not hub.repositories["dataset", "user/set"].private
-    refused = [([folder, "user/set"], "--public"), ([folder, "user/set", "--base_model", "x"], "is a transfer set"),
-               ([str(tmp_path), "user/set"], "expected one adapter")]  # fmt: skip
-    for words, said in refused:
-        with pytest.raises(SystemExit) as stop:
-            main(["push", *words])
-        assert stop.value.code == 1 and said in capsys.readouterr().err
+    for words, said in (
+        ([folder, "user/set"], "--public"),
+        ([folder, "user/set", "--base_model", "x"], "is a transfer set"),
+        ([tmp_path, "user/set"], "expected one adapter"),
+    ):
+        code, _, err = cli("push", *words)
+        assert code == 1 and said in err
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
-    for words in ([folder, "user/set"], [student, "user/student"], [student, "s"]):
-        with pytest.raises(SystemExit):
-            main(["push", *words])
-        assert "no token to push to" in (said := capsys.readouterr().err) and "`hf auth login`, or set HF_TOKEN" in said
+    for words in ([folder, "user/set"], [run, "user/student"], [run, "s"]):
+        code, _, err = cli("push", *words)
+        assert code and "no token to push to" in err and "`hf auth login`, or set HF_TOKEN" in err
     assert hub.requests == []

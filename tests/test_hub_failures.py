@@ -1,7 +1,5 @@
 """Pushes that fail on the way: 100 seeded sequences of failures, and every revision that they leave behind."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -10,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fake_hub import FakeHub, Killed, Repository, running_hub
+from fake_hub import Killed, running_hub
 from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet
@@ -44,10 +42,8 @@ def sets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        running_hub(patch, tmp_path_factory.mktemp("cache"), seconds=0.5) as hub,
-    ):
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch, running_hub(patch, cache, seconds=0.5) as hub:
         yield hub
 
 
@@ -61,9 +57,9 @@ def fresh(hub):
 def read(sets):
     """What a reader gets at each revision of a repository, repeats left out; equal trees are read once."""
     names = {opened.digest: name for name, opened in sets.items()}
-    known: dict[str, str] = {}
+    known = {}
 
-    def open_at(sha: str) -> str:
+    def open_at(sha):
         try:
             opened = TransferSet.open(NAME, revision=sha, verify="full")
         except TransferSetError as error:
@@ -72,8 +68,8 @@ def read(sets):
         assert sum(1 for _ in opened) == len(opened)
         return names[opened.digest]
 
-    def read(repository: Repository) -> list[str]:
-        states: list[str] = []
+    def read(repository):
+        states = []
         for commit in repository.commits:
             tree = json.dumps(sorted((name, hashlib.sha256(data).hexdigest()) for name, data in commit.files.items()))
             if tree not in known:
@@ -88,23 +84,21 @@ def schedule(seed: int):
     """Faults for one sequence: each request may meet one, until a budget is spent."""
     rng = np.random.default_rng([seed, 7])
     left, rate = int(rng.integers(1, 14)), rng.uniform(0.05, 0.5)
-    faults = itertools.chain(
-        ["hold"] if seed % 6 == 0 else [], (FAULTS[rng.integers(len(FAULTS))] for _ in range(left))
-    )
+    faults = itertools.chain(["hold"] * (seed % 6 == 0), (FAULTS[rng.integers(len(FAULTS))] for _ in range(left)))
 
-    def fault(number: int, method: str, path: str) -> str | None:
+    def fault(number, method, path):
         return next(faults, None) if rng.random() <= rate else None
 
     return fault
 
 
-def _push(opened: TransferSet) -> None:
+def _push(opened):
     push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
 
 
-def push_in_processes(hub: FakeHub, opened: TransferSet) -> int:
+def push_in_processes(hub, opened):
     """As `push_until_done`, each start in a process that the Hub may end by SIGKILL; returns how many were killed."""
-    codes: list[int | None] = []
+    codes = []
     while codes[-1:] != [0]:
         assert len(codes) < 60, "the push does not converge"
         process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,))
@@ -117,7 +111,7 @@ def push_in_processes(hub: FakeHub, opened: TransferSet) -> int:
     return codes.count(-9)
 
 
-def push_until_done(hub: FakeHub, opened: TransferSet) -> int:
+def push_until_done(hub, opened):
     """Start the push again whenever it died or gave up; returns how often it was started."""
     for start in range(1, 60):
         try:
@@ -159,14 +153,11 @@ def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is
 
 def test_a_resumed_push_sends_no_shard_twice(fresh, sets):
     """Killed after every commit and every ninth request, as if each were the last that arrived."""
-    sent: Counter[str] = Counter()
-    asked = 0
+    sent = Counter()
 
-    def fault(number: int, method: str, path: str) -> str | None:
-        nonlocal asked
-        asked += 1
+    def fault(number, method, path):
         sent[path] += method == "PUT"
-        return "kill after" if asked % 9 == 0 or "/commit/" in path else None
+        return "kill after" if number % 9 == 0 or "/commit/" in path else None
 
     fresh.fault = fault
     assert push_until_done(fresh, sets["larger"]) > 5
@@ -181,7 +172,7 @@ def test_somebody_else_commits_in_between(fresh, sets, read):
     repository = fresh.repositories["dataset", NAME]
     meddled = False
 
-    def fault(number: int, method: str, path: str) -> str | None:
+    def fault(number, method, path):
         nonlocal meddled
         if "/commit/" in path and not meddled and len(repository.commits) > 3:
             meddled = True

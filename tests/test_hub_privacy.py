@@ -1,19 +1,21 @@
 """What must not leave: tokens, home folders, host names; in nothing that is pushed, printed or kept."""
 
-from __future__ import annotations
-
 import json
 import logging
 import socket
 import traceback
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from fake_hub import TOKEN
 
-from quantkd import TransferSet
+from quantkd import QuantizedDistillationConfig, TransferSet
+from quantkd.cli.arguments import StudentArguments
 from quantkd.cli.main import main
+from quantkd.cli.parsing import save_options
+from quantkd.cli.train import DataArguments
 from quantkd.errors import ConfigError, HubError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.models.provenance import name_base_model
@@ -23,17 +25,14 @@ from quantkd.remote import find_secrets
 pytest_plugins = ["hub_runs"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("tokenizer_config.json", json.dumps({"note": TOKEN})),
-        ("tokenizer_config.json", json.dumps({"note": "hf_" + "x" * 34})),
-        ("tokenizer_config.json", json.dumps({"note": str(Path.home() / "models")})),
-        ("chat_template.jinja", f"{{# {TOKEN} #}}"),
-        ("quantkd.json", json.dumps({"training": {"token": TOKEN}})),
-        ("adapter_config.json", json.dumps({"base_model_name_or_path": "b", "peft_type": "LORA", "x": TOKEN})),
-    ],
-)
+@pytest.mark.parametrize(("name", "text"), [
+    ("tokenizer_config.json", json.dumps({"note": TOKEN})),
+    ("tokenizer_config.json", json.dumps({"note": "hf_" + "x" * 34})),
+    ("tokenizer_config.json", json.dumps({"note": str(Path.home() / "models")})),
+    ("chat_template.jinja", f"{{# {TOKEN} #}}"),
+    ("quantkd.json", json.dumps({"training": {"token": TOKEN}})),
+    ("adapter_config.json", json.dumps({"base_model_name_or_path": "b", "peft_type": "LORA", "x": TOKEN})),
+])  # fmt: skip
 def test_a_file_that_holds_a_secret_stays_here(hub, run, name, text):
     (run / "student" / name).write_text(text)
     with pytest.raises(ConfigError, match=f"{name}|README.md") as caught:
@@ -43,7 +42,7 @@ def test_a_file_that_holds_a_secret_stays_here(hub, run, name, text):
 
 
 def test_a_canary_token_is_found_nowhere(
-    hub, run, build_trainer, load_base, tiny_model_path, transfer_set, tmp_path, caplog, capfd, monkeypatch
+    hub, run, build_trainer, load_base, tiny_model_path, training_set, tmp_path, caplog, capfd, monkeypatch
 ):  # fmt: skip
     """In the environment, as an argument, in the training configuration, and in what the server answers."""
     monkeypatch.setenv("MY_SERVICE_API_KEY", "canary-0123456789-canary")
@@ -54,11 +53,9 @@ def test_a_canary_token_is_found_nowhere(
     hub.echo = f"with {TOKEN}, nor with canary-0123456789-canary"
     said = []
     hub.fail("503", None, "429")
-    push_transfer_set(transfer_set, "user/set", token=TOKEN)
-    trainer = build_trainer(
-        tmp_path / "student", push_to_hub=True, hub_model_id="user/trained",
-        hub_token=TOKEN, save_strategy="steps", save_steps=1,
-    )  # fmt: skip
+    push_transfer_set(training_set, "user/set", token=TOKEN)
+    saving = {"push_to_hub": True, "hub_token": TOKEN, "save_strategy": "steps", "save_steps": 1}
+    trainer = build_trainer(tmp_path / "student", hub_model_id="user/trained", **saving)
     trainer.train()
     trainer.push_to_hub()
     push_adapter(run, "user/student", token=TOKEN)
@@ -68,7 +65,7 @@ def test_a_canary_token_is_found_nowhere(
         hub.fault = lambda number, method, path, fault=fault: fault
         for attempt in (
             lambda: push_adapter(run, "user/student", token=TOKEN),
-            lambda: push_transfer_set(transfer_set, "user/set", token=TOKEN, license="mit"),
+            lambda: push_transfer_set(training_set, "user/set", token=TOKEN, license="mit"),
             lambda: TransferSet.open("user/none", token=TOKEN),
         ):
             with pytest.raises(HubError) as caught:
@@ -86,46 +83,29 @@ def test_a_canary_token_is_found_nowhere(
     printed = "\n".join([*said, captured.out, captured.err, *(record.getMessage() for record in caplog.records)])
     sent = b"\n".join(hub.received)
     assert len(sent) > 10**5
-    for secret in (TOKEN, "canary-0123456789-canary"):
-        assert secret not in printed
-        assert secret.encode() not in sent
-    places = [str(Path.home()) + "/", str(tmp_path), str(tiny_model_path.parent)]
-    host = socket.gethostname()
-    for place in [*places, *([host] if len(host) > 5 else [])]:
-        assert place.encode() not in sent, place
+    secrets, host = [TOKEN, "canary-0123456789-canary"], socket.gethostname()
+    assert [secret for secret in secrets if secret in printed] == []
+    secrets += [str(Path.home()) + "/", str(tmp_path), str(tiny_model_path.parent), *([host] if len(host) > 5 else [])]
+    assert [secret for secret in secrets if secret.encode() in sent] == []
 
 
-def test_a_broken_file_of_options_is_not_quoted_with_its_token(tmp_path, capsys):
+def test_a_broken_file_of_options_is_not_quoted_with_its_token(tmp_path, cli):
     (tmp_path / "broken.yaml").write_text(f"seed: 1\nhub_token: {TOKEN}: x\n")
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--config", str(tmp_path / "broken.yaml")])
-    said = capsys.readouterr().err
-    assert stop.value.code == 1
-    assert "is not YAML: see line 2. Expected" in said
+    code, _, said = cli("train", "--config", tmp_path / "broken.yaml")
+    assert code == 1 and "is not YAML: see line 2. Expected" in said
     assert TOKEN[-6:] not in said  # no part of it
 
 
-def test_an_exception_s_secret_is_not_printed(monkeypatch, capsys):
-    import quantkd.cli.verify as command
-
+def test_an_exception_s_secret_is_not_printed(monkeypatch, cli):
     def fail(argv):
         raise OSError(f"cannot reach https://me:{TOKEN}@host with wordsandwordsandwords")
 
     monkeypatch.setenv("MY_PASSPHRASE", "wordsandwordsandwords")
-    monkeypatch.setattr(command, "main", fail)
-    with pytest.raises(SystemExit):
-        main(["verify", "x"])
-    assert "cannot reach https://me:[secret]@host with [secret]." in capsys.readouterr().err
+    monkeypatch.setattr("quantkd.cli.verify.main", fail)
+    assert "cannot reach https://me:[secret]@host with [secret]." in cli("verify", "x")[2]
 
 
 def test_the_configuration_of_a_run_keeps_no_token_and_all_else(tmp_path):
-    from dataclasses import fields
-
-    from quantkd.cli.arguments import StudentArguments
-    from quantkd.cli.parsing import save_options
-    from quantkd.cli.train import DataArguments
-    from quantkd.training.config import QuantizedDistillationConfig
-
     kinds = [DataArguments, StudentArguments, QuantizedDistillationConfig]
     nested = json.dumps({"token": TOKEN, "attn_implementation": "eager", "more": {"hub_token": TOKEN}})
     words = ["--transfer_set", "s", "--model_name_or_path", "m", "--output_dir", "o"]
@@ -140,33 +120,22 @@ def test_the_configuration_of_a_run_keeps_no_token_and_all_else(tmp_path):
     assert names - set(saved) == {"hub_token", "resume_from_checkpoint"}
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "is_secret"),
-    [
-        ("MY_CREDENTIALS", "abcdef123456", True),
-        ("DEPLOY_KEY", "abcdef123456", True),
-        ("GH_PAT", "abcdef123456", True),
-        ("DB_PASSWORD", "correcthorsebatterystaple", True),
-        ("TOKENIZERS_PARALLELISM", "abcdef123456", False),
-        ("MAX_TOKENS", "1000000000", False),
-        ("TOKEN_STYLE", "capitalised", False),
-        ("API_KEY_FILE", "/run/secrets/key", False),
-        ("KEYBOARD", "abcdef123456", False),
-    ],
-)
+@pytest.mark.parametrize(("name", "value", "is_secret"), [
+    ("MY_CREDENTIALS", "abcdef123456", True), ("DEPLOY_KEY", "abcdef123456", True), ("GH_PAT", "abcdef123456", True),
+    ("DB_PASSWORD", "correcthorsebatterystaple", True), ("TOKENIZERS_PARALLELISM", "abcdef123456", False),
+    ("MAX_TOKENS", "1000000000", False), ("TOKEN_STYLE", "capitalised", False), ("KEYBOARD", "abcdef123456", False),
+    ("API_KEY_FILE", "/run/secrets/key", False),
+])  # fmt: skip
 def test_which_variables_hold_a_secret(monkeypatch, name, value, is_secret):
     monkeypatch.setenv(name, value)
     assert (value in find_secrets()) == is_secret
 
 
-@pytest.mark.parametrize(
-    ("name", "public"),
-    [
-        ("maker/model", "maker/model"), ("maker/model@v2", "maker/model@v2"), ("qwen2.5:7b", "qwen2.5:7b"),
-        ("gone", "gone"), ("", ""), ("/srv/gone/models/llama-8b/", "llama-8b"), ("../gone/llama-8b", "llama-8b"),
-        ("~/llama-8b", "llama-8b"), ("a/b/c", "c"), ("C:\\gone\\llama-8b", "llama-8b"), ("C:/gone", "gone"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "public"), [
+    ("maker/model", "maker/model"), ("maker/model@v2", "maker/model@v2"), ("qwen2.5:7b", "qwen2.5:7b"),
+    ("gone", "gone"), ("", ""), ("/srv/gone/models/llama-8b/", "llama-8b"), ("../gone/llama-8b", "llama-8b"),
+    ("~/llama-8b", "llama-8b"), ("a/b/c", "c"), ("C:\\gone\\llama-8b", "llama-8b"), ("C:/gone", "gone"),
+])  # fmt: skip
 def test_public_names(name, public, tmp_path, monkeypatch):
     assert public_name(name) == public
     monkeypatch.chdir(tmp_path)

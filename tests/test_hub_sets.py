@@ -1,7 +1,5 @@
 """Transfer sets on the Hub: the real client against the small Hub of fake_hub.py."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -9,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import TOKEN, FakeHub
+from fake_hub import TOKEN
 from hostile_sets import seal
-from hub_runs import read_page
+from hub_runs import damage, read_page
 from huggingface_hub import constants, get_session
 from transfer_sets import make_plan, write_set
 
@@ -24,22 +22,19 @@ from quantkd.transfer_set import verify
 pytest_plugins = ["hub_runs"]
 
 
-def files_of(opened: TransferSet) -> dict[str, bytes]:
-    folder = opened.sources[0].path
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+def files_of(opened):
+    return {file.name: file.read_bytes() for file in opened.sources[0].path.iterdir() if file.is_file()}
 
 
-def assert_equal(first: TransferSet, second: TransferSet) -> None:
+def assert_equal(first, second):
     assert first.digest == second.digest
-    assert len(first) == len(second)
     for row, other in zip(first, second, strict=True):
-        assert torch.equal(row["input_ids"], other["input_ids"])
-        assert torch.equal(row["labels"], other["labels"])
-        assert torch.equal(row["teacher"].token_ids, other["teacher"].token_ids)
-        assert torch.equal(row["teacher"].logprobs, other["teacher"].logprobs)
+        assert all(torch.equal(row[name], other[name]) for name in ("input_ids", "labels"))
+        one, same = row["teacher"], other["teacher"]
+        assert torch.equal(one.token_ids, same.token_ids) and torch.equal(one.logprobs, same.logprobs)
 
 
-def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, caplog):
+def test_pushed_and_opened_again_it_is_the_same_set(hub, small_set, caplog):
     pushed = push_transfer_set(small_set, "set", license="mit")  # the owner is the token's
     repository = hub.repositories["dataset", "user/set"]
     assert pushed.repo_id == "user/set" and repository.private and pushed.private
@@ -56,7 +51,7 @@ def test_pushed_and_opened_again_it_is_the_same_set(hub: FakeHub, small_set, cap
     assert verify("user/set").digest == small_set.digest
 
 
-def test_shards_come_when_they_are_touched(hub: FakeHub, small_set):
+def test_shards_come_when_they_are_touched(hub, small_set):
     commit = push_transfer_set(small_set, "user/set").commit
     hub.requests.clear()
     opened = TransferSet.open("user/set")
@@ -68,7 +63,7 @@ def test_shards_come_when_they_are_touched(hub: FakeHub, small_set):
     ]
 
 
-def test_the_revision_is_fixed_when_the_set_is_opened(hub: FakeHub, small_set, tmp_path):
+def test_the_revision_is_fixed_when_the_set_is_opened(hub, small_set, tmp_path):
     first = push_transfer_set(small_set, "user/set").commit
     opened = TransferSet.open("user/set")
     write_set(tmp_path / "other", make_plan(prompts_digest="2" * 64, num_prompts=5))
@@ -87,7 +82,7 @@ def test_the_revision_is_fixed_when_the_set_is_opened(hub: FakeHub, small_set, t
         TransferSet.open("user/set@v2", revision="main")
 
 
-def test_offline_or_while_the_hub_is_down_it_comes_from_the_cache(hub: FakeHub, small_set, monkeypatch, caplog):
+def test_offline_or_while_the_hub_is_down_it_comes_from_the_cache(hub, small_set, monkeypatch, caplog):
     commit = push_transfer_set(small_set, "user/set").commit
     list(TransferSet.open("user/set"))
     hub.fault = lambda number, method, path: "503"
@@ -104,7 +99,7 @@ def test_offline_or_while_the_hub_is_down_it_comes_from_the_cache(hub: FakeHub, 
         TransferSet.open("user/other")
 
 
-def test_it_travels_to_other_processes_without_its_token(hub: FakeHub, small_set):
+def test_it_travels_to_other_processes_without_its_token(hub, small_set):
     push_transfer_set(small_set, "user/set")
     opened = TransferSet.open("user/set", token=TOKEN)
     opened[0]
@@ -113,7 +108,7 @@ def test_it_travels_to_other_processes_without_its_token(hub: FakeHub, small_set
     assert_equal(pickle.loads(data), small_set)
 
 
-def test_a_folder_wins_over_the_hub_and_has_no_revision(hub: FakeHub, small_set, tmp_path, monkeypatch):
+def test_a_folder_wins_over_the_hub_and_has_no_revision(hub, small_set, tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "small", tmp_path / "user" / "set")
     monkeypatch.chdir(tmp_path)
     assert_equal(TransferSet.open("user/set", digest=small_set.digest), small_set)
@@ -124,7 +119,7 @@ def test_a_folder_wins_over_the_hub_and_has_no_revision(hub: FakeHub, small_set,
         TransferSet.open("user/set", digest="0" * 64)
 
 
-def test_nothing_becomes_public_by_mistake(hub: FakeHub, small_set):
+def test_nothing_becomes_public_by_mistake(hub, small_set):
     hub.make("dataset", "user/open", {}, private=False)
     with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
         push_transfer_set(small_set, "user/open")
@@ -136,7 +131,7 @@ def test_nothing_becomes_public_by_mistake(hub: FakeHub, small_set):
     assert push_transfer_set(small_set, "user/closed", private=False).private  # stays as it is
 
 
-def test_the_page(hub: FakeHub, small_set):
+def test_the_page(hub, small_set):
     push_transfer_set(small_set, "user/set")
     repository = hub.repositories["dataset", "user/set"]
     page = hub.files("dataset", "user/set")["README.md"].decode()
@@ -156,14 +151,12 @@ def test_the_page(hub: FakeHub, small_set):
         push_transfer_set(small_set, "user/set", license="My Own License!")
 
 
-def test_only_whole_and_sound_sets_are_pushed(hub: FakeHub, small_set, tmp_path):
+def test_only_whole_and_sound_sets_are_pushed(hub, small_set, tmp_path):
     for view in (small_set[:5], small_set[::-1], TransferSet.concatenate([small_set, small_set])):
         with pytest.raises(ConfigError, match="cannot be pushed"):
             push_transfer_set(view, "user/set")
     shard = tmp_path / "small" / "shard-00001.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-3] ^= 1
-    shard.write_bytes(data)
+    shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(TransferSetError, match="damaged"):
         push_transfer_set(small_set, "user/set")
     write_set(tmp_path / "told", make_plan(teacher_name=str(Path.home() / "models" / "llama")))
@@ -175,22 +168,17 @@ def test_only_whole_and_sound_sets_are_pushed(hub: FakeHub, small_set, tmp_path)
 # What a stranger's repository may hold.
 
 
-def test_a_shard_that_is_not_the_index_s_is_refused_when_it_is_touched(hub: FakeHub, small_set):
-    files = files_of(small_set)
-    bad = bytearray(files["shard-00001.safetensors"])
-    bad[-3] ^= 1
-    hub.make("dataset", "user/bad", {**files, "shard-00001.safetensors": bytes(bad)}, private=False)
-    with pytest.raises(TransferSetError, match="sha256"):
-        verify("user/bad")
+def test_a_shard_that_is_not_the_index_s_is_refused_when_it_is_touched(hub, small_set):
+    name, files = "shard-00001.safetensors", files_of(small_set)
+    hub.make("dataset", "user/bad", {**files, name: damage(files[name])}, private=False)
     opened = TransferSet.open("user/bad", verify="off")
     opened[0]
-    with pytest.raises(TransferSetError, match="sha256"):
-        opened[5]
-    with pytest.raises(TransferSetError, match="sha256"):
-        TransferSet.open("user/bad", verify="full")
+    for touch in (lambda: verify("user/bad"), lambda: opened[5], lambda: TransferSet.open("user/bad", verify="full")):
+        with pytest.raises(TransferSetError, match="sha256"):
+            touch()
 
 
-def test_what_is_too_large_is_not_fetched(hub: FakeHub, small_set):
+def test_what_is_too_large_is_not_fetched(hub, small_set):
     hub.make("dataset", "user/index", {"index.json": b" " * (2**21 + 1)}, private=False)
     with pytest.raises(HubError, match="expected at most 2097152"):
         TransferSet.open("user/index")
@@ -200,7 +188,7 @@ def test_what_is_too_large_is_not_fetched(hub: FakeHub, small_set):
     assert hub.count("GET", "user/index/.*index.json|shard-00001") == 0
 
 
-def test_missing_parts_are_named(hub: FakeHub, small_set):
+def test_missing_parts_are_named(hub, small_set):
     lacking = {name: data for name, data in files_of(small_set).items() if name != "shard-00002.safetensors"}
     hub.make("dataset", "user/lacking", lacking, private=False)
     with pytest.raises(TransferSetError, match=r"holds no shard-00002.safetensors, which its index lists"):
@@ -215,7 +203,7 @@ def test_missing_parts_are_named(hub: FakeHub, small_set):
         TransferSet.open("user/lacking", revision="v9")
 
 
-def test_a_changed_index_is_refused(hub: FakeHub, small_set):
+def test_a_changed_index_is_refused(hub, small_set):
     files = files_of(small_set)
     index = json.loads(files["index.json"])
     index["counters"]["responses_cut"] = 0
@@ -237,7 +225,7 @@ def test_errors_of_a_program_or_of_the_disk_are_not_the_hub_s(error):
     assert caught.value is error
 
 
-def test_a_connection_that_fails_is_worth_another_try(hub: FakeHub):
+def test_a_connection_that_fails_is_worth_another_try(hub):
     """As the client's HTTP library raises it, and as an upload wraps it."""
     for wrapped in (False, True):
         with pytest.raises(TransientHubError, match="Could not push: "), hub_errors("push"):

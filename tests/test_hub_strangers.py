@@ -1,7 +1,5 @@
 """A stranger's adapter: the base model is the caller's, no pickle is opened, no code of theirs runs."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import sys
@@ -17,6 +15,7 @@ from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter
 from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
+from tests.conftest import build_tiny_model
 
 pytest_plugins = ["hub_runs"]
 
@@ -24,21 +23,20 @@ pytest_plugins = ["hub_runs"]
 class PickleWatch:
     """An audit hook that notes what pickle looks up, and modules that are imported, while it is on."""
 
-    def __init__(self) -> None:
-        self.on, self.found, self.imported = False, list[str](), list[str]()
+    def __init__(self):
+        self.on = False
         sys.addaudithook(self.hear)
 
-    def hear(self, event: str, args: tuple) -> None:
+    def hear(self, event, args):
         if self.on and event == "pickle.find_class":
             self.found.append(str(args))
         if self.on and event == "import":
             self.imported.append(str(args[0]))
 
-    def __enter__(self) -> PickleWatch:
+    def __enter__(self):
         self.found, self.imported, self.on = [], [], True
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         self.on = False
 
 
@@ -50,15 +48,10 @@ def watch():
 @pytest.fixture(scope="module")
 def files(tiny_tokenizer, tmp_path_factory):
     """The two files of a small, honest adapter."""
-    from conftest import build_tiny_model
-
     folder = tmp_path_factory.mktemp("adapter")
-    model = build_tiny_model(tiny_tokenizer)
     torch.manual_seed(0)
-    adapted = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    )
-    adapted.save_pretrained(folder)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(build_tiny_model(tiny_tokenizer), config).save_pretrained(folder)
     fields = json.loads((folder / "adapter_config.json").read_text())
     config = json.dumps({**fields, "base_model_name_or_path": "maker/tiny"}).encode()
     weights = (folder / "adapter_model.safetensors").read_bytes()
@@ -78,7 +71,7 @@ def attach(hub, files, tiny_model):
     return attach
 
 
-def assert_holds(loaded, files) -> None:
+def assert_holds(loaded, files):
     """The model has the file's weights, and no others, in its adapter."""
     expected = load(files["adapter_model.safetensors"])
     state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
@@ -133,11 +126,10 @@ def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, t
     assert hub.count("GET", r"\.bin$") == 0
 
 
-@pytest.mark.parametrize(
-    ("named", "warned"),
-    [("evil/model", "it was trained on 'evil/model'; it is attached to 'tiny'"), ("maker/tiny", ""), ("", ""),
-     ("m\x1b[31m\r\nred", "it was trained on 'm\\x1b[31m\\r\\nred'")],
-)  # fmt: skip
+@pytest.mark.parametrize(("named", "warned"), [
+    ("evil/model", "it was trained on 'evil/model'; it is attached to 'tiny'"), ("maker/tiny", ""), ("", ""),
+    ("m\x1b[31m\r\nred", "it was trained on 'm\\x1b[31m\\r\\nred'"),
+])  # fmt: skip
 def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, attach, caplog, named, warned):
     loaded = attach(base_model_name_or_path=named)
     assert ("trained on" in caplog.text) == bool(warned) and warned in caplog.text
@@ -146,42 +138,32 @@ def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, attach, 
 
 
 def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, monkeypatch):
-    import quantkd.hub.adapters as adapters
-
     asked = {}
 
     def load_base(name, **kwargs):
         asked.update(kwargs, name=name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "load_student", load_base)
+    monkeypatch.setattr("quantkd.hub.adapters.load_student", load_base)
     hub.make("model", "user/fine", files, private=False)
     with pytest.raises(KeyboardInterrupt):
         load_adapter(str(tiny_model_path), "user/fine")
     assert asked == {"name": str(tiny_model_path), "trust_remote_code": False}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"megatron_config": {"a": 1}}, "sets megatron_config"),
-        ({"megatron_core": "os"}, "sets megatron_core"),
-        ({"layer_replication": [[0, 10**9]]}, "sets layer_replication"),
-        ({"something_new": {"path": "/etc/passwd"}}, "sets something_new"),
-        ({"init_lora_weights": "pissa"}, "started with 'pissa', which changes the base model's weights"),
-        ({"init_lora_weights": "loftq"}, "started with 'loftq'"),
-        ({"init_lora_weights": 7}, "started with '7'"),
-        ({"target_modules": ["(a+)+$"]}, "expected plain names"),
-        ({"rank_pattern": {"(a+)+$": 3}}, "expected plain names"),
-        ({"target_modules": {"q_proj": 1}}, "expected plain names"),
-        ({"modules_to_save": ["x" * 999]}, "expected plain names"),
-        ({"peft_type": "PROMPT_TUNING"}, "of the kind 'PROMPT_TUNING'"),
-        ({"peft_type": None}, "expected LORA"),
-        ({"target_modules": ["q_proj"]}, "fit"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "does not fit its own configuration: 4 weights"),
-        ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"megatron_config": {"a": 1}}, "sets megatron_config"), ({"megatron_core": "os"}, "sets megatron_core"),
+    ({"layer_replication": [[0, 10**9]]}, "sets layer_replication"),
+    ({"something_new": {"path": "/etc/passwd"}}, "sets something_new"),
+    ({"init_lora_weights": "pissa"}, "started with 'pissa', which changes the base model's weights"),
+    ({"init_lora_weights": "loftq"}, "started with 'loftq'"), ({"init_lora_weights": 7}, "started with '7'"),
+    ({"target_modules": ["(a+)+$"]}, "plain names"), ({"rank_pattern": {"(a+)+$": 3}}, "plain names"),
+    ({"target_modules": {"q_proj": 1}}, "plain names"), ({"modules_to_save": ["x" * 999]}, "plain names"),
+    ({"peft_type": "PROMPT_TUNING"}, "of the kind 'PROMPT_TUNING'"), ({"peft_type": None}, "expected LORA"),
+    ({"target_modules": ["q_proj"]}, "fit"),
+    ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "does not fit its own configuration: 4 weights"),
+    ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
+])  # fmt: skip
 def test_configurations_that_ask_for_more_or_for_what_cannot_be(attach, watch, changes, message):
     with watch, pytest.raises(DataError, match=message):
         attach(**changes)
