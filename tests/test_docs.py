@@ -4,38 +4,24 @@ The blocks of a page run in order, in one namespace and one empty folder, with a
 that the page names. doc_pages.py says what a comment above a block can ask for, doc_stand_ins.py what that gives.
 """
 
-from __future__ import annotations
-
 import doctest
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from conftest import build_tiny_model, capture_set
-from doc_pages import LANGUAGES, PAGES, Block, name_of, read_blocks, split_commands, split_launcher
+from doc_pages import LANGUAGES, PAGES, name_of, read_blocks, split_commands, split_launcher
 from doc_stand_ins import StandIns
 
 from quantkd.cli.main import main
 
 
-def run_quantkd(words: list[str]) -> None:
-    """Run the command line in this process; a failing exit code fails the test."""
-    code: Any = None
-    try:
-        main(words[1:])
-    except SystemExit as stop:
-        code = stop.code
-    assert not code, f"{shlex.join(words)} exited with {code}"
-
-
-@pytest.fixture(scope="session")
-def page_model_path(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def page_model_path(tiny_tokenizer, tmp_path_factory):
     """The tiny model with a context for eight shots and answers that end soon."""
     folder = tmp_path_factory.mktemp("page-model")
     model = build_tiny_model(tiny_tokenizer)
@@ -46,8 +32,8 @@ def page_model_path(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.fixture(scope="session")
-def made(page_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def made(page_model_path, tmp_path_factory):
     """Sets and a student as the commands of the README leave them."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +48,7 @@ def made(page_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def stand_ins(page_model_path: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
+def stand_ins(page_model_path, made, tmp_path, monkeypatch):
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -71,32 +57,27 @@ def stand_ins(page_model_path: Path, made: Path, tmp_path: Path, monkeypatch: py
         yield stand_ins
 
 
-def run_python(block: Block, code: str, namespace: dict[str, Any]) -> None:
-    # Padded with empty lines, so that a traceback names the line of the page.
-    exec(compile("\n" * (block.line - 1) + code, str(block.page), "exec"), namespace)
-
-
-def run_pycon(block: Block, code: str, namespace: dict[str, Any]) -> None:
+def run_pycon(block, code, namespace):
     test = doctest.DocTestParser().get_doctest(code, {}, block.place, str(block.page), block.line)
     assert test.examples, f"{block.place} is a session without >>>"
     test.globs, said = namespace, []
-    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).run(
-        test, out=said.append, clear_globs=False
-    )
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    runner.run(test, out=said.append, clear_globs=False)
     assert not said, "".join(said)
 
 
-def run_bash(block: Block, code: str) -> None:
+def run_bash(block, code, cli):
     for words in split_commands(code):
-        _, script, command = split_launcher(words)  # a launcher's processes are those of tests/test_distributed.py
-        assert script is None and command[:1] == ["quantkd"], (
+        _, script, own = split_launcher(words)  # a launcher's processes are those of tests/test_distributed.py
+        assert script is None and own[:1] == ["quantkd"], (
             f"{block.place}: the tests run `quantkd` alone. Put `<!-- not run: WHY -->` above a block of its own for "
             f"`{shlex.join(words)}`."
         )
-        run_quantkd(command)
+        code, _, err = cli(*own[1:])
+        assert code == 0, f"{shlex.join(words)} exited with {code}: {err}"
 
 
-def read_data(block: Block) -> list[Any]:
+def read_data(block):
     """What a yaml or json block holds; json may be one object a line."""
     if block.language == "yaml":
         return list(yaml.safe_load_all(block.code))
@@ -106,18 +87,19 @@ def read_data(block: Block) -> list[Any]:
         return [json.loads(line) for line in block.code.splitlines()]
 
 
-def run_blocks(blocks: list[Block], stand_ins: StandIns) -> None:
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+def run_blocks(blocks, stand_ins, cli):
+    namespace = {"__name__": "__main__"}
     for block in blocks:
         for name in block.given:
             stand_ins.give(name)
         code = stand_ins.replace(block.code)
         if block.language == "python":
-            run_python(block, code, namespace)
+            # Padded with empty lines, so that a traceback names the line of the page.
+            exec(compile("\n" * (block.line - 1) + code, str(block.page), "exec"), namespace)
         elif block.language == "pycon":
             run_pycon(block, code, namespace)
         elif block.language == "bash":
-            run_bash(block, code)
+            run_bash(block, code, cli)
         else:
             assert all(read_data(block)), f"{block.place} holds nothing"
             if "file" in block.marks:
@@ -129,21 +111,20 @@ RUN_PAGES = [page for page in PAGES if any(block.is_run for block in read_blocks
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=name_of)
-def test_blocks_run(page: Path, stand_ins: StandIns) -> None:
+def test_blocks_run(page, stand_ins, cli):
     blocks = [block for block in read_blocks(page) if block.is_run]
     missing = {name for block in blocks if (name := block.marks.get("needs")) and find_spec(name) is None}
-    run_blocks([block for block in blocks if block.marks.get("needs") not in missing], stand_ins)
+    run_blocks([block for block in blocks if block.marks.get("needs") not in missing], stand_ins, cli)
     if missing:
         pytest.skip(f"all blocks ran but those that need {', '.join(missing)}, which is not installed")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_block_is_overlooked(page: Path) -> None:
+def test_no_block_is_overlooked(page):
     """Every fence is one of a block that is run, or says why not; no command hides in an indented block."""
     text, blocks = page.read_text(encoding="utf-8"), read_blocks(page)
-    assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * len(blocks), (
-        "a fence without language or margin"
-    )
+    fences = re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)
+    assert len(fences) == 2 * len(blocks), "a fence without language or margin"
     assert {block.language for block in blocks} <= LANGUAGES | {"text"}
     prose = re.sub(r"```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     assert re.findall(r"^ {4,}(?:quantkd|python|pip|make|accelerate) .*$", prose, re.MULTILINE) == []
@@ -158,7 +139,7 @@ def test_no_block_is_overlooked(page: Path) -> None:
         assert block.marks.keys() in ({"not run"}, block.marks.keys() & allowed), f"{block.place}: {block.marks}"
 
 
-def test_most_blocks_are_run() -> None:
+def test_most_blocks_are_run():
     """What needs a GPU, an engine or minutes are commands; of each other language at most one block has such a need."""
     blocks = [block for page in PAGES for block in read_blocks(page) if block.language in LANGUAGES]
     assert {"README.md", "docs/training.md", "docs/cli.md"} <= {name_of(page) for page in RUN_PAGES}

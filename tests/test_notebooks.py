@@ -1,13 +1,11 @@
 """The notebooks run from top to bottom, in an empty folder, with a tiny model in place of the one they name."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "docs" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -22,7 +20,7 @@ def test_a_notebook_runs_and_holds_no_output(notebook, tiny_model_path, tmp_path
     assert (document["nbformat"], document["nbformat_minor"]) == (4, 5)
     ids = [cell["id"] for cell in document["cells"]]
     assert len(set(ids)) == len(ids)
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    namespace = {"__name__": "__main__"}
     for cell in document["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
