@@ -4,8 +4,6 @@
 other by the variables that `torchrun` sets; tests/test_distributed.py tries a real launcher, too.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

@@ -1,7 +1,5 @@
 """Runs a function in a forked process that sees what it opens and cannot take much memory."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

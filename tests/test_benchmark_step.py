@@ -1,17 +1,13 @@
 """benchmarks/step.py measures what it says: the same rows for every contender, and memory by part that adds up."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
-from quantkd import TransferSet
-from tests.conftest import capture_set
+from tests.conftest import REPOSITORY
 
-PROMPTS = ["Two and two?", "Name a colour, then one more.", "Why?", "Tell me of the sea.", "One.", "A", "B?", "C D"]
 RANK, HIDDEN, INNER, KEYS, LAYERS, VOCABULARY = 16, 64, 128, 32, 2, 320
 
 
@@ -19,32 +15,21 @@ RANK, HIDDEN, INNER, KEYS, LAYERS, VOCABULARY = 16, 64, 128, 32, 2, 320
 def step(monkeypatch):
     if not Path("/proc/self/clear_refs").exists() and not torch.cuda.is_available():
         pytest.skip("peak memory is read from /proc, or from a GPU")
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     import step
 
     return step
 
 
-@pytest.fixture(scope="module")
-def set_path(tiny_model_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets") / "set"
-    capture_set(tiny_model_path, PROMPTS, folder, max_new_tokens=10)
-    return folder
-
-
 @pytest.fixture
-def make_args(tiny_model_path, set_path, tmp_path):
-    def make(**kwargs):
-        settings = {"steps": 1, "warm_up": 1, "rows": 8, "parts": True, "autocast": False, **kwargs}
-        return argparse.Namespace(
-            model=str(tiny_model_path), set=str(set_path), scratch=str(tmp_path / "out"), **settings
-        )
-
-    return make
+def make_args(tiny_model_path, training_set, tmp_path):
+    paths = {"model": str(tiny_model_path), "set": str(training_set.sources[0]), "scratch": str(tmp_path / "out")}
+    settings = {"steps": 1, "warm_up": 1, "rows": 8, "parts": True, "autocast": False}
+    return lambda **options: argparse.Namespace(**paths, **{**settings, **options})
 
 
-def test_every_contender_trains_the_same_student_on_the_same_rows(step, make_args, set_path):
-    rows = list(TransferSet(set_path))[: step.BATCH_SIZE]
+def test_every_contender_trains_the_same_student_on_the_same_rows(step, make_args, training_set):
+    rows = list(training_set)[: step.BATCH_SIZE]
     found = {name: step.measure_step(name, make_args()) for name in step.STEPS}
 
     targets = [row["labels"][row["labels"] != -100] for row in rows]
@@ -76,7 +61,7 @@ def test_times_exclude_the_warm_up_and_batches_count_real_tokens(step, make_args
     assert len(result["seconds"]) == 3 and min(result["seconds"]) > 0
     for name in ("random", "grouped", "packed"):
         result = step.measure_batches(name, make_args())
-        assert result["rows"] == len(PROMPTS) and result["tokens_per_second"] > 0
+        assert result["rows"] == 8 and result["tokens_per_second"] > 0
 
 
 def test_peak_sees_an_allocation_that_is_gone(step):

@@ -1,14 +1,10 @@
 """Experiments and the demo on the tiny model: every arm is measured, in the form that others load, and once."""
 
-from __future__ import annotations
-
 import gc
 import json
 import runpy
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +14,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from quantkd import GenerationSettings, Nucleus, QuantizedDistillationConfig, RunSettings, TransferSet
 from quantkd.cli import demo
-from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
@@ -29,7 +24,7 @@ from tests.conftest import REPOSITORY
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
 
 
-def run(model: Path, folder: Path, *, max_steps: int = 3, **options: Any) -> Path:
+def run(model, folder, *, max_steps=3, **options):
     rows = generate_problems(8, 0)
     experiment = Experiment(
         model=str(model), run_dir=folder, train_rows=rows[:5], held_out_rows=rows[5:],
@@ -44,30 +39,29 @@ def run(model: Path, folder: Path, *, max_steps: int = 3, **options: Any) -> Pat
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tiny_model_path, tmp_path_factory):
     """The folder of an experiment with all that there is."""
     return run(tiny_model_path, tmp_path_factory.mktemp("whole"), control=True, exports=("merged", "requantized"))
 
 
-def read_results(folder: Path) -> Any:
+def read_results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+def read_adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def count_models() -> int:
+def count_models():
     return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def measured(monkeypatch):
     """The rows of every fidelity that is really measured; no other model is in memory then."""
-    counts: list[int] = []
-    others = count_models()
+    counts, others = [], count_models()
 
-    def count(model: Any, rows: TransferSet, **options: Any) -> Any:
+    def count(model, rows, **options):
         counts.append(len(rows))
         assert count_models() == others + 1
         return evaluate_fidelity(model, rows, **options)
@@ -76,14 +70,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_the_control_is_an_arm_of_its_own(whole: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+def test_the_control_is_an_arm_of_its_own(whole, tiny_model_path, tmp_path):
     results, plain = read_results(whole), read_results(run(tiny_model_path, tmp_path))
     assert results["arm_order"] == ["teacher", "before", "after", "control", "merged", "requantized"]
     assert plain["arm_order"] == ["teacher", "before", "after"]
-    control, after, alone = (
-        arm["metrics"]["kl"]["value"]
-        for arm in (results["arms"]["control"], results["arms"]["after"], plain["arms"]["after"])
-    )
+    arms = results["arms"]["control"], results["arms"]["after"], plain["arms"]["after"]
+    control, after, alone = (arm["metrics"]["kl"]["value"] for arm in arms)
     assert control != after == pytest.approx(alone, rel=1e-6)
     assert results["arms"]["after"]["gap_recovered"]["kl"]["value"] > 0
     ours, theirs = read_adapter(whole / "student"), read_adapter(whole / "student-control")
@@ -93,12 +85,12 @@ def test_the_control_is_an_arm_of_its_own(whole: Path, tiny_model_path: Path, tm
     assert json.loads((whole / "student-control" / "quantkd.json").read_text())["objective"]["alpha"] == 0.0
 
 
-def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole: Path, tiny_model_path: Path) -> None:
+def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tiny_model_path):
     results = read_results(whole)
     for name in ("control", "merged", "requantized"):
         assert results["arms"][name]["title"] in (whole / "report.md").read_text()
 
-    def load(**options: Any) -> Any:
+    def load(**options):
         return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, **options)
 
     four_bit = {"quantization_config": default_quantization_config(torch.float32)}
@@ -116,19 +108,17 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole: Pat
         assert reported["rows"] == found.to_json()["rows"] and reported["means"] == found.means, name
 
 
-def test_an_unknown_export_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_export_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
         run(tmp_path, tmp_path, exports=("half",))
 
 
-def test_what_was_measured_of_the_same_model_is_not_measured_again(
-    measured: list[int], tiny_model_path: Path, tmp_path: Path
-) -> None:
-    def go(**options: Any) -> int:
+def test_what_was_measured_of_the_same_model_is_not_measured_again(measured, tiny_model_path, tmp_path):
+    def go(**options):
         run(tiny_model_path, tmp_path, test_rows=generate_problems(2, 9), **options)
         return len(measured)
 
-    def read() -> dict[str, bytes]:
+    def read():
         files = [tmp_path / "results.json", *(tmp_path / "evaluation").iterdir()]
         return {path.name: path.read_bytes() for path in files}
 
@@ -140,32 +130,25 @@ def test_what_was_measured_of_the_same_model_is_not_measured_again(
     assert go(max_steps=1, force=True) == 9
 
 
-def test_the_train_command_makes_a_control_beside_the_student(
-    whole: Path, tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_train_command_makes_a_control_beside_the_student(whole, tiny_model_path, tmp_path, cli):
     words = [
-        "train", "--model_name_or_path", str(tiny_model_path), "--transfer_set", str(whole / "transfer_set"),
-        "--output_dir", str(tmp_path / "s"), "--max_steps", "3", "--per_device_train_batch_size", "2",
+        "train", "--model_name_or_path", tiny_model_path, "--transfer_set", whole / "transfer_set",
+        "--output_dir", tmp_path / "s", "--max_steps", "3", "--per_device_train_batch_size", "2",
         "--learning_rate", "1e-3", "--alpha", "0.7", "--init", "zero", "--save_strategy", "no", "--dtype", "float32",
         "--lora_alpha", "32", "--control", "ce",
     ]  # fmt: skip
-    main(words)
-    assert not (tmp_path / "s").exists()
-    assert "s-control" in capsys.readouterr().out
+    code, out, _ = cli(*words)
+    assert code == 0 and "s-control" in out and not (tmp_path / "s").exists()
     expected = read_adapter(whole / "student-control")
     for name, tensor in read_adapter(tmp_path / "s-control").items():
         assert tensor.allclose(expected[name], rtol=1e-4, atol=1e-6), name
-    with pytest.raises(SystemExit):
-        main([*words, "--push_to_hub", "true"])
-    assert "not to be published" in capsys.readouterr().err
+    code, _, err = cli(*words, "--push_to_hub", "true")
+    assert code and "not to be published" in err
 
 
 @pytest.mark.parametrize("control", [True, False])
-def test_the_demo_runs_what_it_was_asked_for(
-    control: bool, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    def run_short(experiment: Experiment, args: Any) -> Path:
+def test_the_demo_runs_what_it_was_asked_for(control, tiny_model_path, tmp_path, monkeypatch, capsys):
+    def run_short(experiment, args):
         short = replace(experiment, generation=GenerationSettings(8), run=RunSettings())
         return run_experiment(short, replace(args, disable_tqdm=True))
 
@@ -184,11 +167,12 @@ def test_the_demo_runs_what_it_was_asked_for(
     assert [len(TransferSet(tmp_path / name)) for name in ("transfer_set", "held_out")] == [6, 3]
 
 
-def stop_at_the_experiment(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
+@pytest.fixture
+def asked(monkeypatch):
     """The experiments that would be run; the first one stops."""
-    asked: list[Experiment] = []
+    asked = []
 
-    def stop(experiment: Experiment, args: Any) -> Path:
+    def stop(experiment, args):
         asked.append(experiment)
         raise KeyboardInterrupt
 
@@ -198,8 +182,7 @@ def stop_at_the_experiment(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
 
 
 @pytest.mark.parametrize("seed", ["0", "5"])
-def test_no_problem_of_the_demo_is_in_two_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: str) -> None:
-    asked = stop_at_the_experiment(monkeypatch)
+def test_no_problem_of_the_demo_is_in_two_sets(monkeypatch, asked, tmp_path, seed):
     monkeypatch.setattr(demo, "load_demo_model", lambda: tmp_path)
     with pytest.raises(KeyboardInterrupt):
         demo.main(["--output_dir", str(tmp_path), "--seed", seed, "--train_rows", "400", "--test_rows", "300"])
@@ -208,8 +191,7 @@ def test_no_problem_of_the_demo_is_in_two_sets(monkeypatch: pytest.MonkeyPatch, 
     assert len({row["question"] for rows in sets for row in rows}) == 732
 
 
-def test_the_example_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, gsm8k_dir: Path) -> None:
-    asked = stop_at_the_experiment(monkeypatch)
+def test_the_example_passes_its_options_on(monkeypatch, asked, gsm8k_dir):
     words = ["gsm8k.py", "--preset", "paper", "--dataset_path", str(gsm8k_dir), "--batch_size", "3"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(KeyboardInterrupt):

@@ -1,7 +1,5 @@
 """Each undocumented name of another library: it is where it was, and what happens on the day that it is not."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path
@@ -53,13 +51,8 @@ def test_the_commit_of_a_model(tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text(commit)
     (cached / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name, revision, expected in (
-        ("user/model", None, commit),
-        ("user/model", "main", commit),
-        ("user/model", commit, commit),
-        ("user/model", "v1", ""),
-        (cached / "snapshots" / commit, None, ""),
-    ):
+    found = [("user/model", revision, commit) for revision in (None, "main", commit)]
+    for name, revision, expected in (*found, ("user/model", "v1", ""), (cached / "snapshots" / commit, None, "")):
         config = AutoConfig.from_pretrained(name, revision="main" if revision == "v1" else revision)
         foreign.keep_commit(config, revision)
         assert foreign.commit_of(config) == expected, (name, revision)
@@ -184,9 +177,8 @@ def test_bitsandbytes_repacking(monkeypatch):
     foreign.keep_from_repacking(layer)
     assert not foreign.repacks_on_cpu(layer)
     empty_module(monkeypatch, "bitsandbytes.functional")
-    with pytest.raises(
-        MissingDependencyError, match=r"bitsandbytes [.\d]+ has no bitsandbytes.functional._convert_wei"
-    ):
+    message = r"bitsandbytes [.\d]+ has no bitsandbytes.functional._convert_wei"
+    with pytest.raises(MissingDependencyError, match=message):
         foreign.unpack_rounded(torch.zeros(1), None)
 
 

@@ -1,20 +1,17 @@
 """What an installation promises before anything is computed: light import, public names, shipped files, tidiness."""
 
-from __future__ import annotations
-
 import configparser
 import fnmatch
 import importlib.metadata
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import quantkd
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLIC_NAMES = {
     "GenerationSettings", "Nucleus", "QuantKDError", "QuantizedDistillationConfig", "QuantizedDistillationTrainer",
     "RunSettings", "Sampled", "TopK", "TopKLogprobs", "TransferSet", "capture",
@@ -23,7 +20,7 @@ HEAVY = ["bitsandbytes", "matplotlib", "torch", "transformers", "trl", "vllm"]
 MAX_FILE_BYTES = 500_000
 
 
-def list_checkout() -> list[Path]:
+def list_checkout():
     """Every file that is tracked, or would be if it were added."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
@@ -37,12 +34,12 @@ SETUP = configparser.ConfigParser()
 SETUP.read(REPOSITORY / "setup.cfg", encoding="utf-8")
 
 
-def test_import_is_light() -> None:
+def test_import_is_light():
     code = f"import sys, quantkd; print([name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_public_names() -> None:
+def test_public_names():
     assert set(quantkd.__all__) == PUBLIC_NAMES <= set(dir(quantkd))
     assert [name for name in PUBLIC_NAMES if getattr(quantkd, name).__name__ != name] == []
     with pytest.raises(AttributeError, match="no_such_name"):
@@ -50,36 +47,33 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/api.md", "docs/design.md"])
-def test_page_names_every_public_name(page: str) -> None:
+def test_page_names_every_public_name(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     assert {name for name in PUBLIC_NAMES if not re.search(rf"\b{name}\b", text)} == set()
 
 
-def test_version_is_the_one_in_setup_cfg() -> None:
+def test_version_is_the_one_in_setup_cfg():
     assert importlib.metadata.version("quantkd") == SETUP["metadata"]["version"] == quantkd.__version__
 
 
-def test_every_data_file_of_the_package_is_shipped() -> None:
+def test_every_data_file_of_the_package_is_shipped():
     package = REPOSITORY / "quantkd"
     patterns = SETUP["options.package_data"]["quantkd"].split()
-    data = [
-        path.relative_to(package).as_posix()
-        for path in list_checkout()
-        if path.is_relative_to(package) and path.suffix != ".py"
-    ]
+    files = [path for path in list_checkout() if path.is_relative_to(package) and path.suffix != ".py"]
+    data = [path.relative_to(package).as_posix() for path in files]
     assert "py.typed" in data
     assert [name for name in data if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
 
 
-def test_every_folder_of_the_package_is_a_package() -> None:
+def test_every_folder_of_the_package_is_a_package():
     folders = {path.parent for path in (REPOSITORY / "quantkd").rglob("*.py")}
     assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
-def test_no_file_is_too_large_for_the_repository() -> None:
+def test_no_file_is_too_large_for_the_repository():
     assert [path.name for path in list_checkout() if path.stat().st_size > MAX_FILE_BYTES] == []
 
 
-def test_no_file_names_a_home_folder() -> None:
+def test_no_file_names_a_home_folder():
     home = re.compile(rb"/(?:home|Users)/\w|/roo" + rb"t/|[A-Z]:\\Users\\")
     assert [path.name for path in list_checkout() if home.search(path.read_bytes())] == []

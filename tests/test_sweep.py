@@ -1,10 +1,7 @@
 """The sweep: what it searches, that every trial begins anew, and that it goes on after a stop as if there was none."""
 
-from __future__ import annotations
-
 import json
 import sys
-from typing import Any
 
 import pytest
 
@@ -13,27 +10,17 @@ pytest.importorskip("optuna", reason="optuna is not installed: pip install quant
 import torch
 from peft import LoraConfig
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
-from quantkd.cli.main import main
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
 from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.models.student import load_student
 from quantkd.training.sweep import parse_space, run_sweep
-from tests.conftest import capture_set
 
-PROMPTS = [f"What is the sum of {a} and {b}?" for a, b in [(1, 2), (3, 4), (5, 6), (7, 8), (9, 1), (2, 6)]]
 SPACE = ("learning_rate=1e-4:1e-2:log", "lora_r=2,4", "temperature=1.0,2.0")
 
 
 @pytest.fixture(scope="module")
-def set_path(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("sweep") / "set"
-    capture_set(tiny_model_path, PROMPTS, path, max_new_tokens=6)
-    return path
-
-
-@pytest.fixture(scope="module")
-def sets(set_path):
-    return TransferSet.open(set_path).split(0.34, seed=0)
+def sets(training_set):
+    return training_set[:6].split(0.34, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +29,16 @@ def student(tiny_model_path):
     return load_student(str(tiny_model_path), dtype="float32")
 
 
-def lora(rank: int = 4) -> LoraConfig:
+def lora(rank=4):
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-def arguments(folder, **options: Any) -> QuantizedDistillationConfig:
+def arguments(folder, **options):
     own = {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True, "report_to": "none", "init": "zero"}
     return QuantizedDistillationConfig(str(folder), **{**own, **options})
 
 
-def search(student, sets, folder, *, space=SPACE, n_trials=3, **options: Any):
+def search(student, sets, folder, *, space=SPACE, n_trials=3, **options):
     """Params and values of the trials, in the order in which they were run."""
     trials = run_sweep(
         student, arguments(folder, **options), parse_space(space), lora(),
@@ -72,13 +59,11 @@ def test_each_trial_is_a_training_of_its_own(student, sets, tmp_path, tiny_model
     for params, value in trials:
         params = dict(params)
         rank = params.pop("lora_r")
+        args = arguments(tmp_path / "plain", init="covariance", save_strategy="no", **params)
         trainer = QuantizedDistillationTrainer(
-            load_student(str(tiny_model_path), dtype="float32"),
-            arguments(tmp_path / "plain", init="covariance", save_strategy="no", **params),
-            train_dataset=sets[0],
-            eval_dataset=sets[1],
-            peft_config=lora(rank),
-        )
+            load_student(str(tiny_model_path), dtype="float32"), args,
+            train_dataset=sets[0], eval_dataset=sets[1], peft_config=lora(rank),
+        )  # fmt: skip
         trainer.train()
         assert value == pytest.approx(trainer.evaluate()["eval_kl"], rel=1e-5)
 
@@ -106,26 +91,21 @@ def test_a_stopped_sweep_goes_on_as_if_it_had_not_been(student, sets, tmp_path, 
 
 def test_a_training_that_diverges_is_counted_and_comes_last(student, sets, tmp_path, monkeypatch):
     original, values = QuantizedDistillationTrainer.evaluate, iter([{"eval_kl": float("nan")}, {}])
-    monkeypatch.setattr(
-        QuantizedDistillationTrainer, "evaluate", lambda self, *a, **k: {**original(self, *a, **k), **next(values)}
-    )
+    evaluate = lambda *a, **k: {**original(*a, **k), **next(values)}  # noqa: E731
+    monkeypatch.setattr(QuantizedDistillationTrainer, "evaluate", evaluate)
     first, second = search(student, sets, tmp_path, n_trials=2)
     assert first[1] == float("inf") > second[1]
 
 
-@pytest.mark.parametrize(
-    ("space", "said"),
-    [
-        (["temperature=1.0,4.0"], "temperature takes choices of the captured ones, 1.0, 2.0"),
-        (["alpha=0.5,1.5"], "alpha is 1.5"),
-        (["divergence=forward_kl,kl"], "divergence"),
-        (["num_train_epochs=1:3"], "max_steps overrides num_train_epochs"),
-        (["learning_rate"], "Found 'learning_rate'; expected NAME=LOW:HIGH"),
-        (["rate=1:2"], "Found 'rate' to search; expected each of alpha, "),
-        (["lora_r=8,2.5"], "expected NAME=LOW:HIGH"),
-        (["alpha=0:1", "alpha=0.5,0.7"], "Found 'alpha' to search; expected .* at most once"),
-    ],
-)
+@pytest.mark.parametrize(("space", "said"), [
+    (["temperature=1.0,4.0"], "temperature takes choices of the captured ones, 1.0, 2.0"),
+    (["alpha=0.5,1.5"], "alpha is 1.5"), (["divergence=forward_kl,kl"], "divergence"),
+    (["num_train_epochs=1:3"], "max_steps overrides num_train_epochs"),
+    (["learning_rate"], "Found 'learning_rate'; expected NAME=LOW:HIGH"),
+    (["rate=1:2"], "Found 'rate' to search; expected each of alpha, "),
+    (["lora_r=8,2.5"], "expected NAME=LOW:HIGH"),
+    (["alpha=0:1", "alpha=0.5,0.7"], "Found 'alpha' to search; expected .* at most once"),
+])  # fmt: skip
 def test_what_would_fail_in_a_trial_is_refused_before_the_first(student, sets, tmp_path, space, said):
     with pytest.raises(ConfigError, match=said):
         search(student, sets, tmp_path / "sweep", space=space)
@@ -138,14 +118,13 @@ def test_a_missing_package_is_named(student, sets, tmp_path, monkeypatch):
         search(student, sets, tmp_path)
 
 
-def test_the_command(tiny_model_path, set_path, tmp_path, capsys):
-    options = {"model_name_or_path": str(tiny_model_path), "transfer_set": str(set_path), "init": "zero"}
+def test_the_command(tiny_model_path, training_set, tmp_path, cli):
+    options = {"model_name_or_path": str(tiny_model_path), "transfer_set": str(training_set.sources[0]), "init": "zero"}
     options |= {"space": ["learning_rate=1e-4,1e-3", "num_train_epochs=0.5:2", "lora_r=2:4"], "n_trials": 2}
     (tmp_path / "sweep.yaml").write_text(json.dumps({**options, "output_dir": str(tmp_path / "out")}))
     words = ["sweep", "--config", str(tmp_path / "sweep.yaml")]
-    main([*words, "--eval_fraction", "0.34"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("held-out KL ")]
-    assert len(lines) == 2 and float(lines[0][2]) <= float(lines[1][2])
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 1 and "needs held-out rows" in capsys.readouterr().err
+    code, out, _ = cli(*words, "--eval_fraction", "0.34")
+    lines = [line.split() for line in out.splitlines() if line.startswith("held-out KL ")]
+    assert code == 0 and len(lines) == 2 and float(lines[0][2]) <= float(lines[1][2])
+    code, _, err = cli(*words)
+    assert code == 1 and "needs held-out rows" in err

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -18,19 +20,11 @@ from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, T
 
 ARGUMENTS = {
     "alpha": 0.5,  # both terms
-    "optim": "sgd",
-    "learning_rate": 1.0,
-    "lr_scheduler_type": "constant",
     "max_grad_norm": 1e6,  # 0 is "auto" to DeepSpeed, and that is 1
-    "max_steps": 1,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "init": "zero",
-    "model_init_kwargs": {"dtype": "float32"},
-    "train_sampling_strategy": "sequential",
-    "use_cpu": True,
-}
+    "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1, "logging_steps": 1,
+    "save_strategy": "no", "disable_tqdm": True, "init": "zero", "model_init_kwargs": {"dtype": "float32"},
+    "train_sampling_strategy": "sequential", "use_cpu": True,
+}  # fmt: skip
 
 
 def build_student(kind: str, path: str) -> tuple[Any, LoraConfig | None]:
@@ -39,9 +33,8 @@ def build_student(kind: str, path: str) -> tuple[Any, LoraConfig | None]:
     if kind == "nf4":
         return path, LoraConfig(r=4, **options)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    if kind == "full":
-        return model, None
-    return model, LoraConfig(r=4, modules_to_save=["lm_head"] if kind == "lora, head" else None, **options)
+    whole = ["lm_head"] if kind == "lora, head" else None
+    return model, None if kind == "full" else LoraConfig(r=4, modules_to_save=whole, **options)
 
 
 def read_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -77,20 +70,15 @@ class KeepParameters(TrainerCallback):
 
 
 def main(job: dict[str, Any]) -> None:
-    folder = Path(job["folder"])
-    model_path = job["model"]
+    folder, model_path = Path(job["folder"]), job["model"]
     args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **job["arguments"]})
     student, peft_config = build_student(job["student"], model_path)
     keeper = KeepParameters(job["reshard"])
+    rows = TransferSet(job["transfer_set"])
     trainer = QuantizedDistillationTrainer(
-        student,
-        args,
-        train_dataset=TransferSet(job["transfer_set"]),
-        eval_dataset=TransferSet(job["transfer_set"])[:3],
+        student, args, train_dataset=rows, eval_dataset=rows[:3], peft_config=peft_config, callbacks=[keeper],
         processing_class=AutoTokenizer.from_pretrained(model_path),
-        peft_config=peft_config,
-        callbacks=[keeper],
-    )
+    )  # fmt: skip
     trainer.train()
     after = read_parameters(trainer.model)
     metrics = trainer.evaluate()
@@ -115,9 +103,6 @@ def main(job: dict[str, Any]) -> None:
 
 def use_fsdp_on_cpu() -> None:
     """accelerate turns to DDP on CPUs, whatever its configuration asks; let it take its FSDP path there too."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
     initialize = AcceleratorState.__init__
 
     def initialize_with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
