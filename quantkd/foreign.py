@@ -148,9 +148,9 @@ def shares_weights() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or is_zero3()
 
 
-def mixed_precision() -> str:
+def mixed_precision(without_launcher: str = "no") -> str:
     """What `accelerate launch` was told: no, bf16, fp16 or fp8."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", without_launcher)
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:

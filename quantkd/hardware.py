@@ -6,6 +6,7 @@ import atexit
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from quantkd.errors import ConfigError
 
@@ -63,6 +64,18 @@ def chunk_bytes(device: torch.device) -> int:
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The dtype to sum in: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def copies_from_pinned_memory(device: torch.device) -> bool:
+    """Whether the host can go on while a copy from page-locked memory is on its way to `device`."""
+    return device.type in ("cuda", "xpu")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. Without pinned memory the host would wait until the device has done all work before."""
+    if tensor.device.type == "cpu" and copies_from_pinned_memory(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = None) -> torch.dtype:

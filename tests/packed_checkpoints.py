@@ -38,12 +38,12 @@ def require_package(name: str) -> None:
         pytest.skip(f"{name} needs the package {NEEDS[name]}, which is not installed")
 
 
-def load_in(name: str, path: Path, folder: Path | None = None) -> Any:
-    """A student of a full-precision checkpoint in float32; a packed checkpoint is written to `folder` first."""
+def load_in(name: str, path: Path, folder: Path | None = None, dtype: str = "float32") -> Any:
+    """A student of a full-precision checkpoint; a packed checkpoint is written to `folder` first."""
     require_package(name)
     config: Any = name
     if name == "hqq":
-        return copy.deepcopy(_quantize_with_hqq(path))
+        return copy.deepcopy(_quantize_with_hqq(path, getattr(torch, dtype)))
     if name in CONFIGS and folder is not None:
         if not folder.exists():
             write_packed_checkpoint(name, path, folder)
@@ -52,18 +52,18 @@ def load_in(name: str, path: Path, folder: Path | None = None) -> Any:
         from torchao.quantization import Int8WeightOnlyConfig
 
         config = TorchAoConfig(Int8WeightOnlyConfig())
-    return load_student(str(path), quantization_config=config, dtype="float32")
+    return load_student(str(path), quantization_config=config, dtype=dtype)
 
 
 @cache
-def _quantize_with_hqq(path: Path) -> Any:
+def _quantize_with_hqq(path: Path, dtype: torch.dtype) -> Any:
     """It takes seconds to find its scales."""
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     config = BaseQuantizeConfig(nbits=4, group_size=64)
-    return AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+    return AutoHQQHFModel.quantize_model(model, config, compute_dtype=dtype, device="cpu")
 
 
 def write_packed_checkpoint(method: str, source: Path, folder: Path) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     code, out, _ = cli("selftest", tiny_model_path)
     assert code == 0 and out.count("pass") == 7 and "FAIL" not in out
     sound = TargetStates.at_targets
-    misaligned = lambda self, labels: sound(TargetStates(self.values.roll(1, 1)), labels)  # noqa: E731
+    misaligned = lambda self, *places: sound(TargetStates(self.values.roll(1, 1)), *places)  # noqa: E731
     monkeypatch.setattr(TargetStates, "at_targets", misaligned)
     code, out, _ = cli("selftest", tiny_model_path)
     assert code == 1 and "FAIL  teacher = student" in out

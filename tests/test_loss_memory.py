@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_device import PretendedDevice
+from pretended_device import pretended_device
 from torch.profiler import ProfilerActivity, profile
 
 from quantkd.loss.fused import compute_fused_loss
@@ -44,7 +44,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     for name in ("fused", "metrics"):
         monkeypatch.setattr(f"quantkd.loss.{name}._CPU_BLOCK_BYTES", 4 * V)  # a position
     torch.manual_seed(0)
-    with PretendedDevice() if request.param == "cuda" else nullcontext():
+    with pretended_device() if request.param == "cuda" else nullcontext():
         yield request.param
 
 

@@ -1,21 +1,52 @@
-"""The pretended device refuses what a GPU refuses, counts waits, and carries gradients."""
+"""Every torch path on a pretended GPU: it refuses nothing, gives what the CPU gives, and hardly waits."""
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from pretended_device import DEVICE, DeviceTensor, PretendedDevice
+from peft import LoraConfig, PeftModel
+from pretended_device import DEVICE, DeviceTensor, move, pretended_device
+from transformers import TrainerCallback
+
+import quantkd
+from quantkd import Nucleus, Sampled, TopK, TransferSet
+from quantkd.cli.verify import main as verify
+from quantkd.data.gsm8k import load_gsm8k
+from quantkd.evaluation.accuracy import evaluate_gsm8k, generate_greedy
+from quantkd.evaluation.arms import EvaluationSettings
+from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.foreign import keep_from_repacking
+from quantkd.models.merging import merge_adapters
+from quantkd.models.student import attach_lora, load_student
+from quantkd.training.curves import TrainingCurves
+from quantkd.training.selftest import run_selftest
+from quantkd.view.collect import collect_divergence
+from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set
+
+FACTS = re.compile("time|second|flos|epoch|step")
+PACKAGE = str(Path(quantkd.__file__).parent)
+GIVEN = [{"prompt": prompt, "completion": f"It is {place}."} for place, prompt in enumerate(TRAINING_PROMPTS)]
 
 
 @pytest.fixture
-def device() -> Iterator[PretendedDevice]:
-    with PretendedDevice() as pretended:
-        yield pretended
+def waits() -> Iterator[list[str]]:
+    with pretended_device() as found:
+        yield found
 
 
-def test_it_refuses_what_cuda_refuses(device: PretendedDevice) -> None:
+def own(waits: list[str]) -> list[str]:
+    """Those of our lines; a library's line that called torch is not ours, nor what it waits for."""
+    return [each for each in waits if each.startswith(PACKAGE)]
+
+
+def test_it_refuses_what_cuda_refuses(waits):
     there = torch.ones(3, device="cuda")
     assert isinstance(there, DeviceTensor) and there.device == DEVICE
     for wrong in (
@@ -23,35 +54,175 @@ def test_it_refuses_what_cuda_refuses(device: PretendedDevice) -> None:
         lambda: torch.ones(3)[there.long()],
         lambda: there.gather(0, torch.zeros(1, dtype=torch.long)),
         lambda: torch.multinomial(there, 1, generator=torch.Generator()),
+        there.numpy,
     ):
-        with pytest.raises(RuntimeError, match="device"):
+        with pytest.raises(RuntimeError, match=r"device|numpy"):
             wrong()
-    with pytest.raises(TypeError, match="numpy"):
-        there.numpy()
     assert (there + torch.tensor(1.0))[torch.tensor([0])].cpu().tolist() == [2.0]
     assert torch.multinomial(there, 1, generator=torch.Generator(device="cuda")).device == DEVICE
-
-
-def test_it_counts_waits(device: PretendedDevice) -> None:
-    there = torch.ones(3, device="cuda")
-    for wait in (
-        there.sum().item,
-        there.cpu,
-        there.nonzero,
-        there.tolist,
-        lambda: there[there > 0],
-        lambda: bool(there[0]),
-    ):
-        device.waits.clear()
-        wait()
-        assert len(device.waits) == 1
-    device.waits.clear()
-    there[torch.tensor([0])] = 5
-    there.to("cuda").mul_(2).sum()
-    assert device.waits == []
-
-
-def test_gradients_cross_devices(device: PretendedDevice) -> None:
     here = torch.ones(3, requires_grad=True)
     (here.to("cuda") * 2).cpu().sum().backward()
     assert type(here.grad) is torch.Tensor and here.grad.tolist() == [2.0] * 3
+
+
+def test_it_counts_waits(waits):
+    there, here = torch.ones(3, device="cuda"), torch.ones(3)
+    for wait in (
+        there.sum().item, there.cpu, there.nonzero, there.tolist, lambda: there[there > 0], lambda: bool(there[0]),
+        lambda: there[torch.tensor([0])], lambda: here.to("cuda"), lambda: here.copy_(there), lambda: there.copy_(here),
+        lambda: torch.tensor([1], device="cuda"), lambda: torch.where(there > 0, there, 0),
+    ):  # fmt: skip
+        waits.clear()
+        wait()
+        assert len(waits) == 1 and waits[0].startswith(__file__), waits
+    waits.clear()
+    there[:1] = 5
+    there.to("cuda").mul_(2).masked_fill(there > 0, 0).sum()
+    here.pin_memory().to("cuda", non_blocking=True)
+    assert waits == []
+
+
+@pytest.mark.parametrize("rule", [Nucleus(0.9), TopK(4), Sampled(6)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "given"])
+def test_capture(tiny_model, tiny_tokenizer, tmp_path, mode, rule):
+    def run(model, name, tokens):
+        options = {"do_sample": True, "top_k": 20, "top_p": 0.9} if mode == "sampled" else {}
+        options |= {"responses": "given"} if mode == "given" else {"max_new_tokens": tokens}
+        prompts = GIVEN if mode == "given" else TRAINING_PROMPTS
+        return capture_set(model, prompts, tmp_path / name, storage=rule, tokenizer=tiny_tokenizer, **options).digest
+
+    expected = run(tiny_model, "here", 9)
+    with pretended_device() as waits:
+        move(tiny_model)
+        assert run(tiny_model, "there", 9) == expected
+        few = len(own(waits))
+        if mode != "given":
+            run(tiny_model, "short", 3)
+            assert len(own(waits)) == 2 * few  # none per token
+    assert few <= 6
+
+
+class Steps(TrainerCallback):
+    """How often we had waited at the end of each step."""
+
+    def __init__(self, waits):
+        self.waits, self.seen = waits, []
+
+    def on_step_end(self, *args, **kwargs):
+        self.seen.append(len(own(self.waits)))
+
+
+@pytest.fixture
+def nf4(tiny_model_path):
+    """Two equal students, loaded on the CPU, that evaluate with the weights that they train with, as on a GPU."""
+    model = load_student(str(tiny_model_path), dtype="float32")
+    for layer in model.modules():
+        if hasattr(layer, "quant_state"):
+            keep_from_repacking(layer)
+    return model, copy.deepcopy(model)
+
+
+HEAD = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+PATHS = {
+    "fused": {},
+    "unfused": {"use_fused_loss": False},
+    "packed": {"packing": True, "gradient_checkpointing": True},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weights": (1.0, 0.5)},
+    "dense": {"live": True, "alpha": 0.7},
+    "dense jsd": {"live": True, "divergence": "jsd", "temperature": 2.0, "use_fused_loss": False},
+    "reverse": {"divergence": "reverse_kl", "alpha": 0.3},
+    "jsd": {"divergence": "jsd", "temperature": 2.0},
+    "head": {"peft_config": HEAD, "float": True, "temperature": 2.0},
+    "float": {"peft_config": LoraConfig(target_modules="all-linear"), "float": True},
+    "loftq": {"init": "loftq"},
+    "covariance": {"init": "covariance"},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_training(make_trainer, nf4, tiny_model_path, tiny_tokenizer, training_set, path):
+    options = dict(PATHS[path])
+    students = [build_tiny_model(tiny_tokenizer) for _ in nf4] if options.pop("float", False) else nf4
+    is_live, weights = options.pop("live", False), options.pop("weights", None)
+    rows = TransferSet.concatenate([training_set[:4], training_set[4:]], weights=weights) if weights else training_set
+
+    def run(place, student, waits):
+        steps = Steps(waits)
+        teacher = {"teacher_model": place(build_tiny_model(tiny_tokenizer))} if is_live else {}
+        trainer = make_trainer(
+            place(student), train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer,
+            max_steps=3, logging_steps=3, init_from=str(tiny_model_path), callbacks=[steps],
+            per_device_eval_batch_size=4, **teacher, **options,
+        )  # fmt: skip
+        trainer.remove_callback(TrainingCurves)  # drawing takes longer than training
+        logs = [trainer.evaluate(), trainer.train().metrics]
+        before = len(own(waits))
+        logs += [*trainer.state.log_history, trainer.evaluate()]
+        figures = [{name: each for name, each in log.items() if not FACTS.search(name)} for log in logs]
+        return figures, steps.seen, len(own(waits)) - before
+
+    expected, _, _ = run(lambda model: model, students[0], [])
+    with pretended_device() as waits:
+        found, steps, evaluation = run(move, students[1], waits)
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-7)
+    assert steps[2] - steps[1] == 0, own(waits)
+    assert evaluation <= 2, own(waits)
+
+
+def test_evaluation(nf4, tiny_tokenizer, training_set, gsm8k_dir):
+    rows, settings = load_gsm8k(gsm8k_dir, "test")[:3], EvaluationSettings(max_new_tokens=12, batch_size=2)
+
+    def run(place, model):
+        model, teacher = place(model), place(build_tiny_model(tiny_tokenizer))
+        columns = evaluate_fidelity(model, training_set, teacher=teacher, batch_size=4).columns
+        answers = evaluate_gsm8k(model, tiny_tokenizer, rows, settings=settings)
+        return columns, [answer.output for answer in answers]
+
+    expected, answers = run(lambda model: model, nf4[0])
+    with pretended_device() as waits:
+        found, same = run(move, nf4[1])
+    assert same == answers and found.keys() == expected.keys()
+    for name, column in expected.items():
+        np.testing.assert_allclose(found[name], column, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert sum("fidelity.py" in each for each in own(waits)) == 2, own(waits)  # one per batch
+
+
+def test_stop_text_is_found_where_a_cpu_finds_it(tiny_model, tiny_tokenizer):
+    prompts, tokens = tiny_tokenizer(TRAINING_PROMPTS[:4])["input_ids"], 20
+    answer = partial(generate_greedy, tiny_model, tiny_tokenizer, prompts, [[0, 1, 2, 3]], tokens)
+    whole = [each.text for batch in answer() for each in batch]
+    stops = [whole[0][1:4], whole[1][9:12]]
+    expected = [list(answer(stop)) for stop in stops]
+    assert any(each.text != text for found in expected for each, text in zip(found[0], whole, strict=True))
+    with pretended_device() as waits:
+        move(tiny_model)
+        assert [list(answer(stop)) for stop in stops] == expected
+    assert len(own(waits)) <= len(stops) * (1 + tokens // 8), waits
+
+
+def test_what_compares_and_merges(nf4, tiny_tokenizer, training_set, monkeypatch, capsys):
+    def run(place, model):
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        student: PeftModel = attach_lora(place(model), config)
+        shown = collect_divergence(student, training_set, tiny_tokenizer, rows=3)
+        teacher = place(build_tiny_model(tiny_tokenizer))
+        monkeypatch.setattr("quantkd.teacher.load_teacher", lambda *args, **kwargs: (teacher, tiny_tokenizer))
+        verify([str(training_set.sources[0].path), "--teacher", "it"])
+        checks = [check.passed for check in run_selftest(teacher, tiny_tokenizer, max_new_tokens=4)]
+        merged = merge_adapters(student, torch.float32)
+        weights = {name: weight.detach().cpu() for name, weight in merged.named_parameters()}
+        return shown.rows, capsys.readouterr().out, checks, weights
+
+    rows, text, _, expected = run(lambda model: model, nf4[0])
+    with pretended_device():
+        found, same, checks, weights = run(move, nf4[1])
+    assert same == text and "passed: no row differs" in text and all(checks) and len(checks) == 7
+    for mine, theirs in zip(found, rows, strict=True):
+        np.testing.assert_allclose(mine.kl_after, theirs.kl_after, rtol=1e-4, atol=1e-7)
+        np.testing.assert_array_equal(mine.top_before, theirs.top_before)
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, msg=name)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from families import build
-from pretended_device import PretendedDevice, move
+from pretended_device import move, pretended_device
 from transformers import AttentionInterface, AttentionMaskInterface, TrainerCallback
 
 from quantkd.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ def test_a_gpu_that_has_flash_attention_uses_it_for_a_loaded_student_too(found, 
     model = build("Qwen2", 64, attention="sdpa").bfloat16()
     model.config.dtype = torch.bfloat16
     model.set_attn_implementation = asked.append
-    with PretendedDevice(), row_attention(move(model)):
+    with pretended_device(), row_attention(move(model)):
         assert asked == ["flash_attention_2"] * expected
     assert asked == ["flash_attention_2", "sdpa"] * expected
 

@@ -23,6 +23,7 @@ from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.records import RecordFile, compute_digest, find_date
 from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
 from quantkd.foreign import is_plain_cache
+from quantkd.hardware import send
 from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
 from quantkd.models.network import base_network
 from quantkd.models.weights import embedding_rows
@@ -71,6 +72,8 @@ class Generated:
 Record = TypeVar("Record", AnswerRecord, PromptRecord)
 # A shorter prefix saves less than its own forward pass costs.
 _MIN_PREFIX_TOKENS = 16
+# Half of them are written for nothing after the last row's stop text.
+_TOKENS_PER_LOOK = 8
 
 
 @dataclass(frozen=True)
@@ -307,20 +310,23 @@ def _generate_batch(
     if cache is not None:
         shared[cache_argument(network)] = copy.deepcopy(cache)
         shared[cache_argument(network)].batch_repeat_interleave(len(rows))
-    stopper = _StopText(tokenizer, stop, len(rows[0]), len(rows))
+    input_ids = send(torch.tensor(rows), network.device)
+    stopper = _StopText(tokenizer, stop, input_ids) if stop else None
     with torch.inference_mode():
         output: Tensor = network.generate(
-            input_ids=torch.tensor(rows, device=network.device),
-            attention_mask=torch.tensor(masks, device=network.device),
+            input_ids=input_ids,
+            attention_mask=send(torch.tensor(masks), network.device),
             generation_config=settings,
-            stopping_criteria=[stopper] if stop else None,
+            stopping_criteria=[stopper] if stopper else None,
             **shared,
         )
+    written = output[:, len(rows[0]) :].tolist()
+    if stopper:
+        stopper.look(written)
     answers = []
-    for row, index in enumerate(indices):
-        tokens = output[row, len(rows[0]) :].tolist()
+    for row, (index, tokens) in enumerate(zip(indices, written, strict=True)):
         ends = [place for place, token in enumerate(tokens) if token in settings.eos_token_id]
-        stopped = stopper.stopped_after[row]
+        stopped = stopper.stopped_after[row] if stopper else None
         count = stopped if stopped is not None else ends[0] + 1 if ends else len(tokens)
         text = str(tokenizer.decode(tokens[:count], skip_special_tokens=True))
         text = text.split(stop)[0] if stopped is not None and stop else text
@@ -329,19 +335,34 @@ def _generate_batch(
 
 
 class _StopText(StoppingCriteria):
-    """Ends each row of a batch where it first writes the stop text, and keeps after how many tokens that was."""
+    """Ends each row of a batch where it first writes the stop text, and keeps after how many tokens that was.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | None, prompt_width: int, num_rows: int) -> None:
-        self.tokenizer, self.stop, self.prompt_width = tokenizer, stop or "", prompt_width
-        self.stopped_after: list[int | None] = [None] * num_rows
+    On an accelerator it looks at several tokens at a time, because reading them waits for the device. A row may then go
+    on for a few tokens, which are cut off; what it and the others write before does not change.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, prompts: Tensor) -> None:
+        self.tokenizer, self.stop, self.prompt_width = tokenizer, stop, prompts.shape[1]
+        self.seen, self.every = 0, 1 if prompts.device.type == "cpu" else _TOKENS_PER_LOOK
+        self.stopped_after: list[int | None] = [None] * len(prompts)
+        self.is_done = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] - self.prompt_width >= self.seen + self.every:
+            self.look(input_ids[:, self.prompt_width :].tolist())
+            self.is_done = send(torch.tensor([after is not None for after in self.stopped_after]), input_ids.device)
+        return self.is_done
+
+    def look(self, answers: list[list[int]]) -> None:
+        """Look for the text at every token since the last look."""
         # No token is shorter than a byte, so as many tokens as the text has bytes reach back to its beginning.
-        window = max(self.prompt_width, input_ids.shape[1] - len(self.stop.encode()))
-        for row, text in enumerate(self.tokenizer.batch_decode(input_ids[:, window:], skip_special_tokens=True)):
-            if self.stopped_after[row] is None and self.stop in text:
-                self.stopped_after[row] = input_ids.shape[1] - self.prompt_width
-        return torch.tensor([after is not None for after in self.stopped_after], device=input_ids.device)
+        reach = len(self.stop.encode())
+        for end in range(self.seen + 1, len(answers[0]) + 1):
+            windows = [tokens[max(0, end - reach) : end] for tokens in answers]
+            for row, text in enumerate(self.tokenizer.batch_decode(windows, skip_special_tokens=True)):
+                if self.stopped_after[row] is None and self.stop in text:
+                    self.stopped_after[row] = end
+        self.seen = len(answers[0])
 
 
 def find_shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:

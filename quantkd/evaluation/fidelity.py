@@ -143,8 +143,7 @@ def _measure_positions(
             "confidence": predictions.confidence,
             "correct": predictions.top_ids == targets[part],
         }
-        stored = entries.select(torch.arange(len(targets), device=targets.device)[part])
-        comparisons = [("", compare_with_entries(logits, predictions, stored))]
+        comparisons = [("", compare_with_entries(logits, predictions, entries.select(part)))]
         if beside is not None:
             comparisons.append(("dense_", compare_with_logits(logits, predictions, beside.logits(part))))
         for prefix, compared in comparisons:

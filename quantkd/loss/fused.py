@@ -102,7 +102,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight and weight is not None else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
         weights = None if weights is None else weights.detach().to(dtype)
-        states = _detach_for_products(states)
+        states = states.map(Tensor.detach).for_products()
         sides = _TeacherSides(teacher, objective.temperature, dtype)
         head = states.head
 
@@ -180,11 +180,11 @@ class _TeacherSides:
         self.dtype = dtype
         self.states: TargetStates | None = None
         if isinstance(teacher, TargetStates):
-            self.states = _detach_for_products(teacher)
+            self.states = teacher.map(Tensor.detach).for_products()
             return
         log_p, p_tail = teacher.at_temperature(temperature)
         self.entries = _Entries(teacher.positions, teacher.token_ids, log_p.to(dtype), p_tail.to(dtype))
-        self.borders: list[int] = teacher.offsets.tolist()  # the one transfer that waits for the device
+        self.borders = teacher.borders
 
     def blocks(self, chunk: slice, logits: Tensor) -> Iterator[tuple[slice, _Entries | Tensor]]:
         """The positions of each block of a chunk, and its entries or logits (n, V)."""
@@ -217,14 +217,6 @@ def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def _detach_for_products(states: TargetStates) -> TargetStates:
-    """The states without their graph, in the dtype of autocast: cast once, where each product would do it."""
-    states, device = states.map(Tensor.detach), states.device.type
-    if states.head is None or states.head.weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return states
-    return states.to(torch.get_autocast_dtype(device))
-
-
 def _differentiate_entries(
     logits: Tensor, labels: Tensor, entries: _Entries, objective: Objective, wants_gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -236,7 +228,8 @@ def _differentiate_entries(
     entry_logits = logits[positions, token_ids]  # (E,)
     logits[positions, token_ids] = -torch.inf  # what remains is the tail
     peak = logits.amax(-1)
-    peak = torch.where(peak.isfinite(), peak, 0)  # k = V leaves nothing
+    # Not `where`, which copies a number to the device and waits. k = V leaves nothing.
+    peak = peak.masked_fill(~peak.isfinite(), 0)
     logits.sub_(peak.unsqueeze(-1))
     if temperature == 1.0:
         soft = logits.exp_()
@@ -274,7 +267,7 @@ def _differentiate_entries(
     grad_entries += hard_weight * (entry_logits - hard_log_z[positions]).exp()
     # Per position: d / d z_v = exp(z_v / T) * soft_factor + exp(z_v) * hard_factor for every v of the tail.
     # q_v / q_tail is exp(z_v / T) / tail_sum: a quotient of two numbers that may both underflow is not formed.
-    share = torch.where(tail_sum > 0, slope_tail / tail_sum, 0)
+    share = (slope_tail / tail_sum).masked_fill(~(tail_sum > 0), 0)
     soft_factor = soft_weight * (share - (peak / temperature - log_z).exp() * mean)
     hard_factor = hard_weight * (peak - hard_log_z).exp()
     if temperature == 1.0:
@@ -334,7 +327,7 @@ def _differentiate_dense(
 def _segment_logsumexp(values: Tensor, segments: Tensor, count: int) -> Tensor:
     """(count,) logsumexp of the values of each segment; -inf for an empty one."""
     peak = values.new_full((count,), -torch.inf).scatter_reduce(0, segments, values, "amax")
-    safe = torch.where(peak.isfinite(), peak, 0)
+    safe = peak.masked_fill(~peak.isfinite(), 0)
     return values.new_zeros(count).index_add(0, segments, (values - safe[segments]).exp()).log() + safe
 
 

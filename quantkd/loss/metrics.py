@@ -16,7 +16,7 @@ from quantkd.hardware import chunk_bytes, wide_dtype
 from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.reference import Objective, PositionTerms, check_positions, compute_divergence, merge_classes
 from quantkd.loss.states import TargetStates
-from quantkd.transfer_set.batch import IGNORE_INDEX
+from quantkd.transfer_set.batch import find_targets
 from quantkd.transfer_set.topk import TopKLogprobs
 
 ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
@@ -121,13 +121,19 @@ def compare_with_logits(logits: Tensor, predictions: Predictions, teacher_logits
 
 
 def compute_row_metrics(
-    states: TargetStates, labels: Tensor, teacher: TopKLogprobs | TargetStates, objective: Objective
+    states: TargetStates,
+    labels: Tensor,
+    teacher: TopKLogprobs | TargetStates,
+    objective: Objective,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Per row: targets, forward KL and cross-entropy at temperature 1 (nats), top-1 agreements, and the training loss.
 
-    Shapes: states (B, T, .), labels (B, T), teacher (N,), returns (B, 5).
+    Shapes: states (B, T, .), labels (B, T), teacher (N,), places (N,) as `find_targets` gives them, returns (B, 5).
     """
-    states, targets = states.at_targets(labels)
+    places = find_targets(labels) if places is None else places
+    states, targets = states.at_targets(labels, places)
+    states, teacher = states.for_products(), teacher.for_products() if isinstance(teacher, TargetStates) else teacher
     wide = wide_dtype(states.device)
     columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=states.device)
     for part in cut_positions(states, dense=isinstance(teacher, TargetStates)):
@@ -136,8 +142,7 @@ def compute_row_metrics(
         if isinstance(teacher, TargetStates):
             compared = compare_with_logits(logits, predictions, teacher.logits(part))
         else:
-            entries = teacher.select(torch.arange(len(targets), device=states.device)[part])
-            compared = compare_with_entries(logits, predictions, entries)
+            compared = compare_with_entries(logits, predictions, teacher.select(part))
         found = [torch.ones_like(compared.kl), compared.kl, predictions.ce, predictions.top_ids == compared.top_ids]
         columns[part, :-1] = torch.stack([column.to(wide) for column in found], dim=-1)
         del logits  # before the next part's are made
@@ -146,8 +151,8 @@ def compute_row_metrics(
     else:
         _, terms = compute_fused_loss(states, targets, teacher, objective)
     columns[:, -1] = terms.mix(objective.alpha, objective.temperature)
-    rows = (labels[:, 1:] != IGNORE_INDEX).nonzero()[:, 0]
-    return columns.new_zeros(len(labels), len(ROW_COLUMNS)).index_add_(0, rows, columns)
+    rows = columns.new_zeros(len(labels), len(ROW_COLUMNS))
+    return rows.index_add_(0, places // labels.shape[1], columns)
 
 
 def summarize_rows(rows: Tensor) -> dict[str, float]:

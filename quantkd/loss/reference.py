@@ -210,9 +210,8 @@ def merge_classes(logits: Tensor, log_z: Tensor, teacher: TopKLogprobs) -> tuple
     log_q = logits[positions, teacher.token_ids] - log_z[positions]
     # Not 1 - sum(q): that loses all digits when the entries hold nearly all mass. A position that stores the whole
     # vocabulary has no tail; its logits stay, because the gradient of a logsumexp over nothing is not a number.
-    has_tail = teacher.counts < logits.shape[1]
-    left_out = has_tail[positions]
-    rest = logits.index_put((positions[left_out], teacher.token_ids[left_out]), logits.new_tensor(-torch.inf))
+    has_tail, entries = teacher.counts < logits.shape[1], (positions, teacher.token_ids)
+    rest = logits.index_put(entries, logits.detach()[entries].masked_fill(has_tail[positions], -torch.inf))
     return log_q, (rest.logsumexp(-1) - log_z).masked_fill(~has_tail, -torch.inf)
 
 
@@ -231,7 +230,7 @@ def compute_divergence(
     """
     p, q, q_tail = log_p.exp(), log_q.exp(), log_q_tail.exp()
     # Where there is no tail its logarithm must be finite, so that its term and its gradient are 0.
-    log_q_tail = torch.where(log_q_tail.isneginf() & (p_tail == 0), 0, log_q_tail)
+    log_q_tail = log_q_tail.masked_fill(log_q_tail.isneginf() & (p_tail == 0), 0)
     if divergence == "forward_kl":
         entries = p * (log_p - log_q)
         tail = torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkd.transfer_set.batch import IGNORE_INDEX
+from quantkd.errors import ConfigError
+from quantkd.transfer_set.batch import find_targets
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,28 @@ class TargetStates:
         wide = _widen(values)
         return wide.clone() if wide is values else wide
 
-    def at_targets(self, labels: Tensor) -> tuple[TargetStates, Tensor]:
-        """Of states (B, T, ·), those that predict a target, and the (N,) targets.
+    def at_targets(self, labels: Tensor, targets: Tensor | None = None) -> tuple[TargetStates, Tensor]:
+        """Of states (B, T, ·), those that predict a target, and the (N,) labels there.
 
         This is the one place where the causal shift happens: position t predicts the label of t + 1.
 
-        Shapes: labels (B, T), unshifted.
+        Shapes: labels (B, T), unshifted; targets (N,), those of `find_targets`, which waits for the device.
         """
-        shifted = labels[:, 1:]
-        is_target = shifted != IGNORE_INDEX
-        return replace(self, values=self.values[:, :-1][is_target]), shifted[is_target]
+        if self.values.shape[:2] != labels.shape:
+            raise ConfigError(
+                f"The model gives states of {tuple(self.values.shape[:2])} positions for labels of "
+                f"{tuple(labels.shape)}; expected one per label. Train adapters that add no tokens, such as LoRA."
+            )
+        targets = find_targets(labels) if targets is None else targets
+        values = self.values.flatten(0, 1).index_select(0, targets - 1)
+        return replace(self, values=values), labels.flatten().index_select(0, targets)
+
+    def for_products(self) -> TargetStates:
+        """The states in the dtype of autocast, if it is on: cast once, where the product of each part would do it."""
+        device = self.device.type
+        if self.head is None or self.head.weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            return self
+        return self.to(torch.get_autocast_dtype(device))
 
     def select(self, index: Tensor | slice) -> TargetStates:
         """The positions named by `index`, in that order."""

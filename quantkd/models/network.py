@@ -11,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from quantkd.hardware import send
 from quantkd.loss.states import Head, TargetStates
 from quantkd.models.weights import is_sharded, whole_parameters
 
@@ -27,7 +28,7 @@ def run_model(
     Inside, a head that processes share is whole. `fused` says whether `why_not_fusable` had no objection; `forward` is
     what is called where something is wrapped around the model (DDP, FSDP, DeepSpeed).
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "teacher", "weights")}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets", "teacher", "weights")}
     if "position_ids" in inputs:
         # With a cache transformers takes position ids for a continued sequence, and packed rows would see each other.
         inputs["use_cache"] = False
@@ -43,9 +44,10 @@ def run_to_targets(model: Any, batch: Mapping[str, Any], *, fused: bool) -> tupl
     For models that no processes share.
     """
     device = model.get_input_embeddings().weight.device
-    moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+    moved = {key: send(value, device) for key, value in batch.items() if isinstance(value, Tensor)}
     with run_model(model, moved, fused=fused) as (states, _):
-        return states.at_targets(moved["labels"].to(states.device))
+        targets = moved["targets"].to(states.device) if "targets" in moved else None
+        return states.at_targets(moved["labels"].to(states.device), targets)
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def why_not_fusable(model: Any, forward: Callable[..., Any] | None = None) -> st
         hook.remove()
     if logits.shape[-1] != vocab_size or not torch.allclose(logits[0].float(), expected, atol=1e-2, rtol=1e-2):
         return "its logits are not what its head makes of the last hidden states"
-    if hidden.shape != inputs[-1].shape or not torch.equal(hidden, inputs[-1]):
+    if hidden.shape != inputs[-1].shape or not torch.equal(hidden.to(inputs[-1].dtype), inputs[-1]):
         return "it changes what its head returns"
     return None
 

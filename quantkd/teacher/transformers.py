@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,12 +24,15 @@ from transformers import (
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
 from quantkd.foreign import commit_of
-from quantkd.hardware import chunk_bytes, wide_dtype
+from quantkd.hardware import chunk_bytes, send, wide_dtype
 from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
+
+# Random numbers are drawn for this many tokens at a time: each copy to a device takes as long as a small kernel.
+_STEPS_PER_DRAW = 64
 
 
 class TransformersTeacher(Teacher):
@@ -77,8 +80,7 @@ class TransformersTeacher(Teacher):
             )
         picks = _stack(recorder.picks)
         rows = []
-        for position, prompt in enumerate(prompts):
-            tokens = output[position, width:].tolist()
+        for position, (prompt, tokens) in enumerate(zip(prompts, output[:, width:].tolist(), strict=True)):
             ends = [place for place, token in enumerate(tokens) if token in self.config.eos_token_id]
             response = tokens[: ends[0] + 1] if ends else tokens
             rows.append(self._row(prompt, response, picks, position, range(len(response)), finished=bool(ends)))
@@ -91,10 +93,11 @@ class TransformersTeacher(Teacher):
         input_ids, mask = self._left_padded(prompts, width)
         answers = [torch.tensor(completion) for completion in completions]
         pad, device = self.config.pad_token_id, input_ids.device
-        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad).to(device)
-        kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in answers], batch_first=True).to(device)
-        input_ids, mask = torch.cat([input_ids, padded], dim=1), torch.cat([mask, kept], dim=1)
-        draws = _Draws(prompts, self.rule, self.settings.seed)
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad)
+        kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in answers], batch_first=True)
+        input_ids = torch.cat([input_ids, send(padded, device)], dim=1)
+        mask = torch.cat([mask, send(kept, device)], dim=1)
+        draws = _entry_draws(prompts, self.rule, self.settings.seed)
         piece = max(1, chunk_bytes(device) // (4 * self.vocab_size * len(prompts)))
         supervised = [_supervised_steps(prompt) for prompt in prompts]
         places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
@@ -114,7 +117,7 @@ class TransformersTeacher(Teacher):
                 logits = (outputs.logits[:, -1:] if start == 0 else outputs.logits)[..., : self.vocab_size]
                 first = 0 if start == 0 else start + 1 - width  # the step that the first of these logits predicts
                 for offset in range(logits.shape[1]):
-                    uniforms = draws.entries(logits.device)  # at every step, so that a row's draws are its own
+                    uniforms = draws.next(logits.device)  # at every step, so that a row's draws are its own
                     if first + offset in places:
                         picks.append(pick_entries(logits[:, offset], self.rule, self.temperatures, uniforms))
                 start, stop = stop, min(stop + piece, width + steps - 1)
@@ -131,7 +134,7 @@ class TransformersTeacher(Teacher):
         rows = [(width - len(prompt.prompt_ids), prompt.prompt_ids) for prompt in prompts]
         input_ids = torch.tensor([[self.config.pad_token_id] * missing + ids for missing, ids in rows])
         mask = torch.tensor([[0] * missing + [1] * len(ids) for missing, ids in rows])
-        return input_ids.to(self.model.device), mask.to(self.model.device)
+        return send(input_ids, self.model.device), send(mask, self.model.device)
 
     def _row(
         self,
@@ -174,25 +177,27 @@ def _supervised_steps(prompt: EncodedPrompt) -> list[int]:
 
 
 class _Draws:
-    """A stream of uniform numbers for each row of a batch, which does not depend on the batch it is in."""
+    """Uniform numbers: each row of a batch has a stream of its own, which does not depend on the batch it is in."""
 
-    def __init__(self, prompts: Sequence[EncodedPrompt], rule: StorageRule, seed: int) -> None:
-        self.count = rule.n if isinstance(rule, Sampled) else 0
-        self.generators = [
-            (_seeded(f"{seed}:{prompt.index}:entries"), _seeded(f"{seed}:{prompt.index}:tokens")) for prompt in prompts
-        ]
+    def __init__(
+        self, prompts: Sequence[EncodedPrompt], seed: int, purpose: str, count: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.generators = [_seeded(f"{seed}:{prompt.index}:{purpose}") for prompt in prompts]
+        self.shape, self.dtype = (_STEPS_PER_DRAW, count), dtype
+        self.steps: Iterator[Tensor] = iter(())
 
-    def entries(self, device: torch.device) -> Tensor | None:
-        """(B, n) for the entries of `Sampled(n)`; None for rules that draw nothing."""
-        if not self.count:
-            return None
-        draws = [torch.rand(self.count, generator=entries) for entries, _ in self.generators]
-        return torch.stack(draws).to(device)
+    def next(self, device: torch.device) -> Tensor:
+        """(B, count) for the next step."""
+        if (step := next(self.steps, None)) is None:
+            drawn = [torch.rand(self.shape, generator=each, dtype=self.dtype) for each in self.generators]
+            self.steps = iter(send(torch.stack(drawn, dim=1).to(wide_dtype(device)), device))
+            step = next(self.steps)
+        return step
 
-    def tokens(self, device: torch.device) -> Tensor:
-        """(B, 1) for the next token."""
-        draws = [torch.rand(1, generator=tokens, dtype=torch.float64) for _, tokens in self.generators]
-        return torch.stack(draws).to(wide_dtype(device)).to(device)
+
+def _entry_draws(prompts: Sequence[EncodedPrompt], rule: StorageRule, seed: int) -> _Draws:
+    """(B, n) for the entries of `Sampled(n)`; other rules draw nothing."""
+    return _Draws(prompts, seed, "entries", rule.n if isinstance(rule, Sampled) else 0)
 
 
 class _Recorder(LogitsProcessor):
@@ -201,7 +206,8 @@ class _Recorder(LogitsProcessor):
     def __init__(self, teacher: Teacher, prompts: Sequence[EncodedPrompt]) -> None:
         settings = self.settings = teacher.settings
         self.vocab_size, self.rule, self.temperatures = teacher.vocab_size, teacher.rule, teacher.temperatures
-        self.draws = _Draws(prompts, teacher.rule, settings.seed)
+        self.entry_draws = _entry_draws(prompts, teacher.rule, settings.seed)
+        self.token_draws = _Draws(prompts, settings.seed, "tokens", 1, torch.float64)
         self.picks: list[PickedEntries] = []
         self.warpers: Any = LogitsProcessorList()
         if settings.generation_temperature != 1.0:
@@ -214,13 +220,14 @@ class _Recorder(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         padded = scores.shape[-1] - self.vocab_size
         logits = scores[:, : self.vocab_size]
-        self.picks.append(pick_entries(logits, self.rule, self.temperatures, self.draws.entries(scores.device)))
+        uniforms = self.entry_draws.next(scores.device)
+        self.picks.append(pick_entries(logits, self.rule, self.temperatures, uniforms))
         if not self.settings.do_sample:
             return torch.nn.functional.pad(logits, (0, padded), value=-torch.inf) if padded else scores
         # The draw is ours, by inverse transform from the row's own stream, and `generate` takes its maximum: so a row
         # samples the same answer in any batch, which torch.multinomial on one global stream cannot give.
         cumulative = self.warpers(input_ids, logits).to(wide_dtype(logits.device)).softmax(-1).cumsum(-1)
-        draws = self.draws.tokens(scores.device) * cumulative[:, -1:]
+        draws = self.token_draws.next(scores.device) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, draws, right=True).clamp_max(self.vocab_size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 

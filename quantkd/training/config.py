@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from quantkd.errors import ConfigError
-from quantkd.hardware import has_accelerator
+from quantkd.foreign import mixed_precision
+from quantkd.hardware import copies_from_pinned_memory, has_accelerator, native_compute_dtype
 from quantkd.loss.reference import Objective
 
 # The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): the steps that a start
@@ -50,7 +52,8 @@ class QuantizedDistillationConfig(TrainingArguments):
             hardware has it, else float32, if it is not given. `trust_remote_code` is off unless set here.
         teacher_model_init_kwargs: the same for the trainer's `teacher_model`, if that is given by name.
 
-    Five defaults differ from `TrainingArguments`: `learning_rate` (3e-5, and 3e-4 where adapters start from zero),
+    Six defaults differ from `TrainingArguments`: `bf16` (on where an accelerator has bfloat16, unless `fp16` is on or
+    `accelerate launch` or DeepSpeed decides), `learning_rate` (3e-5, and 3e-4 where adapters start from zero),
     `logging_steps` (10), `logging_first_step` (on), `remove_unused_columns` (off, because rows carry the teacher's
     entries) and `train_sampling_strategy` (`group_by_length`: rows of similar length share a batch, which reduces
     padding).
@@ -87,6 +90,11 @@ class QuantizedDistillationConfig(TrainingArguments):
         "Peak learning rate; if not given, 3e-5 where adapters start at a correction of the quantization error, and "
         "3e-4 where they start from zero.",
     )
+    bf16: bool | None = _option(  # type: ignore[assignment]  # a bool once the hardware is known
+        None,
+        "Mixed precision in bfloat16; if not given, on where an accelerator has it, unless fp16 is on or `accelerate "
+        "launch` or DeepSpeed decides. On a CPU it is off.",
+    )
     logging_steps: float = _option(10, "Log every this many optimizer steps; below 1, a share of all steps.")
     logging_first_step: bool = _option(True, "Log the first step too, so that curves have a beginning.")
     train_sampling_strategy: str = _option(
@@ -110,6 +118,9 @@ class QuantizedDistillationConfig(TrainingArguments):
             setattr(self, name, parse_options(name, getattr(self, name)) or None)
         # Without it the processes of `torchrun` on CPUs would not find each other.
         self.use_cpu = self.use_cpu or not has_accelerator()
+        if self.bf16 is None:
+            decided = self.fp16 or self.use_cpu or self.deepspeed or mixed_precision("")
+            self.bf16 = not decided and native_compute_dtype(torch.accelerator.current_accelerator()) == torch.bfloat16
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ConfigError(
@@ -126,6 +137,9 @@ class QuantizedDistillationConfig(TrainingArguments):
         self.objective()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch
+        elif copies_from_pinned_memory(self.device):
+            config: Any = self.accelerator_config
+            config.non_blocking |= self.dataloader_pin_memory  # or each batch waits for the steps before it
         if self.init_rows < 1:
             raise ConfigError(f"init_rows must be at least 1, found {self.init_rows}.")
 

@@ -128,7 +128,7 @@ class QuantizedDistillationTrainer(Trainer):
         shared = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self.uses_fused_loss is None and not shared:
             self._try_fused_loss(model, None)
-        self._train_terms = torch.zeros(3)  # summed ce, summed kl, optimizer steps
+        self._train_terms = torch.zeros(3, device=self.args.device)  # summed ce, summed kl, optimizer steps
         self._eval_rows: list[Tensor] = []
 
     def compute_loss(
@@ -151,10 +151,10 @@ class QuantizedDistillationTrainer(Trainer):
         Returns:
             The scalar loss in nats, or `(loss, outputs)`.
         """
+        inputs = self._without_stale_targets(inputs)
         with self._run(model, inputs) as (states, teacher, outputs):
-            loss, terms = compute_fused_loss(
-                *states.at_targets(inputs["labels"]), teacher, self.args.objective(), inputs.get("weights")
-            )
+            found = states.at_targets(inputs["labels"], inputs.get("targets"))
+            loss, terms = compute_fused_loss(*found, teacher, self.args.objective(), inputs.get("weights"))
         if num_items_in_batch is None:
             scale: Tensor | float = 1.0 / max(len(teacher), 1)
         else:
@@ -174,24 +174,37 @@ class QuantizedDistillationTrainer(Trainer):
     def _run(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> Iterator[tuple[TargetStates, TopKLogprobs | TargetStates, Any]]:
-        """The student's states at all positions, the teacher's distributions at the N targets, and all outputs."""
+        """The student's states at all positions, the teacher's distributions at the N targets, and all outputs.
+
+        Everything inside is under autocast, which accelerate puts around the student's forward pass alone.
+        """
         device = inputs["labels"].device
-        if self.live_teacher is not None:
-            with torch.no_grad():
-                computed, _ = run_to_targets(self.live_teacher.model, inputs, fused=self.live_teacher.fused)
-            teacher: TopKLogprobs | TargetStates = computed.to(device)
-        elif "teacher" in inputs:
-            teacher = inputs["teacher"].to(device)
-        else:
+        if self.live_teacher is None and "teacher" not in inputs:
             raise DataError(
                 "The batch holds no teacher entries. Train on a TransferSet, or on rows with a `teacher` each, or pass "
                 "teacher_model= to run the teacher beside the student."
             )
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if self.uses_fused_loss is None:
-            self._try_fused_loss(unwrapped, model)
-        with run_model(unwrapped, inputs, fused=bool(self.uses_fused_loss), forward=model) as (states, outputs):
-            yield states, teacher, outputs
+            with (
+                self.accelerator.autocast()
+            ):  # one of its own: autocast would keep weights that were cast without graph
+                self._try_fused_loss(unwrapped, model)
+        with self.accelerator.autocast():
+            if self.live_teacher is not None:
+                with torch.no_grad():
+                    computed, _ = run_to_targets(self.live_teacher.model, inputs, fused=self.live_teacher.fused)
+                teacher: TopKLogprobs | TargetStates = computed.to(device)
+            else:
+                teacher = inputs["teacher"].to(device)
+            with run_model(unwrapped, inputs, fused=bool(self.uses_fused_loss), forward=model) as (states, outputs):
+                yield states, teacher, outputs
+
+    def _without_stale_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch; without `targets` if somebody else's collator may have changed the labels that they belong to."""
+        if type(self.data_collator) is DistillationCollator:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "targets"}
 
     def _try_fused_loss(self, unwrapped: Any, forward: Any) -> None:
         reason = why_not_fusable(unwrapped, forward)
@@ -255,13 +268,14 @@ class QuantizedDistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One evaluation batch: its loss, logits and labels; sums per row are kept for the metrics of the epoch."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_stale_targets(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             with self._run(model, inputs) as (states, teacher, _):
-                rows = compute_row_metrics(states, inputs["labels"], teacher, self.args.objective())
+                found = inputs["labels"], teacher, self.args.objective(), inputs.get("targets")
+                rows = compute_row_metrics(states, *found)
                 logits = None if prediction_loss_only else states.logits()
             # By row, so that rows that fill up the last batch of the processes are not counted twice.
-            self._eval_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
+            self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
             loss = (rows[:, -1].sum() / rows[:, 0].sum().clamp_min(1)).float()
         return loss, logits, None if prediction_loss_only else inputs["labels"]
 
@@ -281,7 +295,7 @@ class QuantizedDistillationTrainer(Trainer):
                 f"The evaluation data set ({metric_key_prefix}) holds no rows; expected at least one. Give rows, or "
                 "leave eval_dataset out."
             )
-        means = summarize_rows(torch.cat(self._eval_rows))
+        means = summarize_rows(torch.cat(self._eval_rows).cpu())
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 

@@ -17,6 +17,13 @@ from quantkd.transfer_set.topk import TopKLogprobs
 IGNORE_INDEX = -100
 
 
+def find_targets(labels: Tensor) -> Tensor:
+    """(N,) int64 index of each target into the flattened (B, T) labels. Nothing predicts a row's first token."""
+    is_target = labels != IGNORE_INDEX
+    is_target[:, 0] = False
+    return is_target.flatten().nonzero().squeeze(1)
+
+
 @dataclass(frozen=True)
 class RowBatch:
     """B rows of T tokens and R target positions in all, end to end and without padding."""

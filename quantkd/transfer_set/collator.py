@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkd.errors import DataError
 from quantkd.transfer_set import IGNORE_INDEX, RowBatch
+from quantkd.transfer_set.batch import find_targets
 from quantkd.transfer_set.topk import TopKLogprobs
 
 
@@ -26,8 +27,9 @@ class DistillationCollator:
     """Rows to one batch: padded on the right to the longest, or packed end to end.
 
     A call returns `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and
-    `position_ids` (1, T); `teacher`, one `TopKLogprobs` over the targets of all rows in order, if the rows hold one;
-    and `weights` (N,) float32, per target its row's or 1, if some row has a `weight` other than None.
+    `position_ids` (1, T); `targets` (N,) int64, the index of each target into the flattened labels; `teacher`, one
+    `TopKLogprobs` over the targets of all rows in order, if the rows hold one; and `weights` (N,) float32, per target
+    its row's or 1, if some row has a `weight` other than None.
     """
 
     pad_token_id: int
@@ -60,7 +62,7 @@ class DistillationCollator:
             if any(row.get("weight") is not None for row in rows):
                 weights = torch.cat([_row_weights(row) for row in rows])
         batch = self._pack(lengths, input_ids, labels) if self.packing else self._pad(lengths, input_ids, labels)
-        extras = {"teacher": teacher, "weights": weights}
+        extras = {"targets": find_targets(batch["labels"]), "teacher": teacher, "weights": weights}
         return {**batch, **{name: value for name, value in extras.items() if value is not None}}
 
     def _pack(self, lengths: Tensor, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def _draw(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shares = (draws.unsqueeze(-1) == draws.unsqueeze(-2)).sum(-1) / draws.shape[-1]
     first = torch.ones_like(draws, dtype=torch.bool)
     first[:, 1:] = draws[:, 1:] != draws[:, :-1]
-    order = torch.where(first, shares, -1).argsort(dim=-1, descending=True, stable=True)
+    order = shares.masked_fill(~first, -1).argsort(dim=-1, descending=True, stable=True)
     return draws.gather(-1, order), shares.gather(-1, order).log(), first.gather(-1, order)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from quantkd.errors import ConfigError
-from quantkd.hardware import wide_dtype
+from quantkd.hardware import send, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -107,21 +108,23 @@ class TopKLogprobs:
         """(N,) int64: the teacher's most probable token at each position."""
         return self.token_ids[self.offsets[:-1]]
 
-    def select(self, index: Tensor) -> TopKLogprobs:
-        """The positions named by `index` ((M,) int64, or (N,) bool), in that order."""
+    @cached_property
+    def borders(self) -> list[int]:
+        """The offsets as numbers. Reading them waits for the device, so `to` takes along what it knows of them."""
+        return self.offsets.tolist()
+
+    def select(self, index: Tensor | slice) -> TopKLogprobs:
+        """The positions named by `index` ((M,) int64, (N,) bool, or a slice without a step), in that order."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            offsets = self.offsets[start : stop + 1] - self.offsets[start]
+            return self._cut(offsets, slice(self.borders[start], self.borders[stop]), index)
         if index.dtype == torch.bool:
             index = index.nonzero().squeeze(1)
         counts = self.counts[index]
         offsets = offsets_of(counts)
         shift = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)
-        entries = torch.arange(shift.numel(), device=shift.device) + shift
-        return replace(
-            self,
-            offsets=offsets,
-            token_ids=self.token_ids[entries],
-            logprobs=self.logprobs[entries],
-            log_normalizers=self.log_normalizers[index],
-        )
+        return self._cut(offsets, torch.arange(shift.numel(), device=shift.device) + shift, index)
 
     def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the entries, and the mass outside them, at a distillation temperature.
@@ -157,13 +160,24 @@ class TopKLogprobs:
 
         Args:
             device: where to.
-            non_blocking: do not wait for copies from pinned memory.
+            non_blocking: not used; copies to a GPU go through pinned memory, and nobody waits for them.
         """
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda tensor: send(tensor, torch.device(device)))
+        vars(moved)["borders"] = self.borders
+        return moved
 
     def pin_memory(self) -> TopKLogprobs:
         """The same value in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
         return self._map(lambda tensor: tensor.pin_memory())  # pragma: no cover - needs a GPU
+
+    def _cut(self, offsets: Tensor, entries: Tensor | slice, positions: Tensor | slice) -> TopKLogprobs:
+        return replace(
+            self,
+            offsets=offsets,
+            token_ids=self.token_ids[entries],
+            logprobs=self.logprobs[entries],
+            log_normalizers=self.log_normalizers[positions],
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TopKLogprobs:
         return replace(

@@ -89,7 +89,7 @@ def _compare_batch(
     starts = np.append(0, fetched.lengths.cumsum(0).numpy())
     for place, index in enumerate(indices):
         own = slice(*bounds[place : place + 2])
-        stored = teacher.select(torch.arange(len(targets), device=targets.device)[own])
+        stored = teacher.select(own)
         with torch.inference_mode():
             columns = _compare_students(before.select(own), after.select(own), targets[own], stored, alternatives)
         if not (np.isfinite(columns["kl_before"]).all() and np.isfinite(columns["kl_after"]).all()):
@@ -120,7 +120,7 @@ def _compare_students(
     for part in cut_positions(before, dense=False):
         logits = [states.logits(part) for states in (before, after)]
         predicted = [compute_predictions(values, targets[part]) for values in logits]
-        entries = teacher.select(torch.arange(len(targets), device=targets.device)[part])
+        entries = teacher.select(part)
         first_choices = torch.stack([targets[part], *(each.top_ids for each in predicted)], dim=-1)
         found = _choose_alternatives(entries, first_choices.tolist(), num_alternatives)
         positions = torch.from_numpy(np.repeat(np.arange(len(entries)), found["counts"])).to(targets.device)
