@@ -142,8 +142,9 @@ def held_out(tiny_model_path, tmp_path_factory):
 def build_trainer(tiny_model_path, training_set):
     """A trainer of the tiny model in NF4 from a start of zero; options are arguments of the config or the trainer."""
     from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
+    from quantkd.training.curves import TrainingCurves
 
-    def build(output_dir, model=None, **options):
+    def build(output_dir, model=None, curves=False, **options):
         settings = {
             "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "init": "zero",
             "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
@@ -152,9 +153,11 @@ def build_trainer(tiny_model_path, training_set):
         fields = QuantizedDistillationConfig.__dataclass_fields__
         settings |= {name: options.pop(name) for name in list(options) if name in fields}
         args = QuantizedDistillationConfig(str(output_dir), **settings)
-        return QuantizedDistillationTrainer(
-            model or str(tiny_model_path), args, **{"train_dataset": training_set, **options}
-        )
+        options = {"train_dataset": training_set, **options}
+        trainer = QuantizedDistillationTrainer(model or str(tiny_model_path), args, **options)
+        if not curves:  # a picture takes longer than some steps
+            trainer.remove_callback(TrainingCurves)
+        return trainer
 
     return build
 

@@ -15,10 +15,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quantkd import TransferSet
 from quantkd.errors import ConfigError
 from quantkd.models.student import default_quantization_config, load_student
-from tests.conftest import capture_set
+from tests.conftest import capture_set, relative
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "accelerate_configs"
 PROCESS = Path(__file__).with_name("training_process.py")
@@ -43,19 +42,17 @@ def train(student, arguments=TWO_BY_TWO, reshard=False):
 
 
 @pytest.fixture(scope="module")
-def set_path(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("distributed") / "set"
-    capture_set(tiny_model_path, EXAMPLES, path, responses="given")
-    return path
+def given_set(tiny_model_path, tmp_path_factory):
+    return capture_set(tiny_model_path, EXAMPLES, tmp_path_factory.mktemp("given") / "set", responses="given")
 
 
 @pytest.fixture(scope="module")
-def launch(tiny_model_path, set_path, tmp_path_factory):
+def launch(tiny_model_path, given_set, tmp_path_factory):
     """Train one step a job, a student with what is special about it; the report of each job, with the gradient."""
 
     def go(jobs, launcher=(), count=1, fsdp_on_cpu=False):
         folder = tmp_path_factory.mktemp("jobs")
-        common = {"model": str(tiny_model_path), "transfer_set": str(set_path)}
+        common = {"model": str(tiny_model_path), "transfer_set": str(given_set.sources[0])}
         jobs = {name: {**common, "folder": str(folder / name), **job} for name, job in jobs.items()}
         for name in jobs:
             (folder / name).mkdir()
@@ -114,9 +111,9 @@ def accelerate_launch(name, folder, **changes):
 
 def assert_equal(report, expected):
     assert report["gradient"].keys() == expected["gradient"].keys()
-    difference = torch.cat([(report["gradient"][name] - g).flatten() for name, g in expected["gradient"].items()])
-    gradient = torch.cat([g.flatten() for g in expected["gradient"].values()])
-    assert float(difference.norm() / gradient.norm()) < 1e-5
+    names = list(expected["gradient"])
+    found, wanted = (torch.cat([r["gradient"][name].flatten() for name in names]) for r in (report, expected))
+    assert relative(found, wanted) < 1e-5
     for name in ("loss", "ce", "kl"):
         assert math.isclose(report["logs"][name], expected["logs"][name], rel_tol=1e-5, abs_tol=1e-7), name
     for name in ("eval_loss", "eval_kl", "eval_ce", "eval_top1_agreement"):
@@ -151,26 +148,19 @@ def test_a_head_that_fsdp2_shards_again_is_gathered(fsdp2, alone, student):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed package")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(launch, alone, stage, tiny_model_path, tmp_path):
-    settings = {
-        "zero_optimization": {"stage": stage},
-        "gradient_accumulation_steps": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_clipping": "auto",
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    zero = {"stage": stage}
     if stage == 3:
         # All of this model is small enough to be kept everywhere, and then nothing would be tried.
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    automatic = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "gradient_clipping")
+    settings = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, **dict.fromkeys(automatic, "auto")}
     (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
     changes = {
         "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": False},
         "mixed_precision": None,  # in a file of its own DeepSpeed is asked there
     }
-    reports = launch(
-        {student: train(student) for student in STUDENTS},
-        accelerate_launch(f"deepspeed_zero{stage}.yaml", tmp_path, **changes),
-    )
+    launcher = accelerate_launch(f"deepspeed_zero{stage}.yaml", tmp_path, **changes)
+    reports = launch({student: train(student) for student in STUDENTS}, launcher)
     for student, report in reports.items():
         assert report["world_size"] == 2 and report["wrapper"] == "DeepSpeedEngine"
         assert report["fused"] == (stage == 2 or student in ("nf4", "lora"))
@@ -187,9 +177,9 @@ def check_saved_adapter(report, model_path):
             torch.testing.assert_close(loaded[name.removeprefix("module.")], -change, msg=name)
 
 
-def test_without_average_tokens_each_process_averages_its_own(alone, ddp, set_path):
+def test_without_average_tokens_each_process_averages_its_own(alone, ddp, given_set):
     """Documented meaning: the mean over processes of each one's loss by its own count of targets."""
-    counts = [len(TransferSet(set_path)[row]["teacher"]) for row in range(2)]
+    counts = [len(given_set[row]["teacher"]) for row in range(2)]
     assert counts[0] != counts[1], "rows of unequal length, or the test cannot tell"
     first, both = (alone[name]["logs"]["loss"] for name in ("one row", "two rows"))
     second = (both * sum(counts) - first * counts[0]) / counts[1]
@@ -219,9 +209,7 @@ def test_every_configuration_is_one_that_accelerate_reads(path):
 
     config = ClusterConfig.from_yaml_file(str(path))
     assert config.num_processes == 2
-    plugin = {**config.fsdp_config, **config.deepspeed_config}
-    assert ("fsdp" in path.name) == bool(config.fsdp_config) and ("deepspeed" in path.name) == bool(
-        config.deepspeed_config
-    )
-    if "fsdp" in path.name:
-        assert plugin["fsdp_version"] == 2 and plugin["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    fsdp, deepspeed = config.fsdp_config, config.deepspeed_config
+    assert ("fsdp" in path.name, "deepspeed" in path.name) == (bool(fsdp), bool(deepspeed))
+    if fsdp:
+        assert fsdp["fsdp_version"] == 2 and fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"

@@ -69,7 +69,7 @@ def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_sam
             names.update(logs or {})
 
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": training_set}
-    trainer = make_trainer(callbacks=[Tracker()], **evaluated)
+    trainer = make_trainer(curves=True, callbacks=[Tracker()], **evaluated)
     trainer.evaluate()
     assert not (tmp_path / "out" / "training.png").exists()  # nothing was trained
     trainer.train()
@@ -86,5 +86,5 @@ def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_sam
 
 
 def test_a_run_shorter_than_logging_steps_has_its_first_and_last_step(make_trainer, drawn):
-    make_trainer(max_steps=3, logging_steps=10).train()
+    make_trainer(curves=True, max_steps=3, logging_steps=10).train()
     assert [step for step, _ in shown(drawn[0])["loss"]["training"]] == [1, 3]

@@ -4,8 +4,10 @@ The first step's gradient is read off plain SGD with a rate of 1, whatever DDP, 
 is the difference of the parameters.
 """
 
+import gc
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+from quantkd.training.curves import TrainingCurves
 
 ARGUMENTS = {
     "alpha": 0.5,  # both terms
@@ -43,12 +46,12 @@ def read_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        gathered = nullcontext()
         if hasattr(parameter, "ds_shape"):
             import deepspeed
 
-            with deepspeed.zero.GatheredParameters([parameter]):
-                found[name] = parameter.detach().clone()
-        else:
+            gathered = deepspeed.zero.GatheredParameters([parameter])
+        with gathered:
             found[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
     return found
 
@@ -56,29 +59,27 @@ def read_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 class KeepParameters(TrainerCallback):
     """The trainable parameters as the first step finds them; `reshard` lets FSDP2 shard the head after each pass."""
 
-    def __init__(self, reshard: bool) -> None:
-        self.before: dict[str, Tensor] | None = None
+    def __init__(self, reshard):
         self.reshard = reshard
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.reshard:
             model.set_reshard_after_forward(True)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self.before is None:
-            self.before = read_parameters(model)
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before = read_parameters(model)
 
 
 def main(job: dict[str, Any]) -> None:
-    folder, model_path = Path(job["folder"]), job["model"]
+    folder, rows = Path(job["folder"]), TransferSet(job["transfer_set"])
     args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **job["arguments"]})
-    student, peft_config = build_student(job["student"], model_path)
+    student, peft_config = build_student(job["student"], job["model"])
     keeper = KeepParameters(job["reshard"])
-    rows = TransferSet(job["transfer_set"])
     trainer = QuantizedDistillationTrainer(
         student, args, train_dataset=rows, eval_dataset=rows[:3], peft_config=peft_config, callbacks=[keeper],
-        processing_class=AutoTokenizer.from_pretrained(model_path),
+        processing_class=AutoTokenizer.from_pretrained(job["model"]),
     )  # fmt: skip
+    trainer.remove_callback(TrainingCurves)  # a picture takes longer than the step
     trainer.train()
     after = read_parameters(trainer.model)
     metrics = trainer.evaluate()
@@ -88,15 +89,10 @@ def main(job: dict[str, Any]) -> None:
         model = trainer.model_wrapped
         weights = [parameter for name, parameter in model.named_parameters() if name.endswith("base_layer.weight")]
         report = {
-            "logs": first,
-            "metrics": metrics,
-            "world_size": args.world_size,
-            "distributed_type": trainer.accelerator.distributed_type.value,
-            "fused": trainer.uses_fused_loss,
+            "logs": first, "metrics": metrics, "world_size": args.world_size, "fused": trainer.uses_fused_loss,
             "wrapper": type(model).__name__,
             "sharded_base": sum(hasattr(w, "placements") or hasattr(w, "ds_shape") for w in weights),
-        }
-        assert keeper.before is not None, "no step was taken"
+        }  # fmt: skip
         torch.save({name: keeper.before[name] - after[name] for name in after}, folder / "gradient.pt")
         (folder / "report.json").write_text(json.dumps(report))
 
@@ -117,8 +113,11 @@ def use_fsdp_on_cpu() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not searched in the collection at the end of each training
     jobs = json.loads(Path(sys.argv[1]).read_text())
     if jobs["fsdp_on_cpu"]:
         use_fsdp_on_cpu()
     for job in jobs["jobs"]:
         main(job)
+    PartialState().wait_for_everyone()  # gloo may abort a process that ends while another is at work
+    PartialState().destroy_process_group()
