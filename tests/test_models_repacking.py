@@ -30,6 +30,26 @@ def test_evaluation_leaves_gradients_bit_for_bit_as_they_were(tiny_model_path, g
         assert torch.equal(gradient(model, IDS), before)
 
 
+@pytest.mark.parametrize("guards", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_whoever_reads_a_weight_after_an_evaluation_reads_its_own(tiny_model_path, guards):
+    """PEFT's merge and transformers' dequantization know nothing of the inference layout."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    fresh, used = (attach_lora(load_student(str(tiny_model_path), dtype="float32"), config).eval() for _ in range(2))
+    used.load_state_dict(fresh.state_dict(), strict=False)
+    outputs = []
+    for guard in guards:
+        with guard():
+            outputs.append(used(IDS).logits)
+    assert torch.equal(*outputs)
+    for read in (lambda model: model.merge_and_unload(), lambda model: model.dequantize()):
+        found, expected = read(used), read(fresh)
+        with torch.no_grad():
+            torch.testing.assert_close(found(IDS).logits, expected(IDS).logits)
+        fresh, used = (load_student(str(tiny_model_path), dtype="float32").eval() for _ in range(2))
+        with guards[0]():
+            used(IDS)
+
+
 @pytest.mark.parametrize("attach", [attach_lora, get_peft_model])
 def test_dora_is_evaluated_on_the_weight_that_it_was_trained_on(tiny_model_path, tmp_path, attach):
     """In every forward pass DoRA dequantizes the base layer itself; of a repacked one it would get nonsense."""

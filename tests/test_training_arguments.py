@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from quantkd import QuantizedDistillationConfig
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, DataError
+from quantkd.models.network import run_model, why_not_fusable
 
 RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
@@ -17,6 +19,8 @@ RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     [
         ({"remove_unused_columns": True}, "remove_unused_columns is on, and would remove the teacher's entries"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; the teacher's distribution takes the place"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected at least 1"),
+        ({"num_train_epochs": -1}, "Nothing would be trained: num_train_epochs is -1, max_steps -1"),
     ],
 )
 def test_refused_by_the_configuration(tmp_path, options, said):
@@ -31,6 +35,38 @@ def test_dropping_the_last_batch_leaves_one_to_train_on_and_every_row_to_evaluat
     options = {"per_device_eval_batch_size": 5, "eval_dataset": training_set}
     kept, dropped = (make_trainer(dataloader_drop_last=drop, **options).evaluate() for drop in (False, True))
     assert dropped["eval_kl"] == pytest.approx(kept["eval_kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("column", "ids"), [("input_ids", [8, 9, 400]), ("labels", [-100, 400, 9])])
+def test_rows_with_ids_that_the_student_lacks_are_refused(make_trainer, tiny_model_path, column, ids):
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8, 9, 4], "labels": [-100, 9, 4], column: ids},
+    ]
+    with pytest.raises(DataError, match="Row 1 has the token id 400, None, and the model has ids up to 319"):
+        make_trainer(train_dataset=rows, teacher_model=str(tiny_model_path))
+
+
+def test_the_loss_is_not_replaced(make_trainer):
+    with pytest.raises(ConfigError, match="compute_loss_func would take the place of distillation's own loss"):
+        make_trainer(compute_loss_func=lambda *args, **kwargs: None)
+
+
+def test_a_compiled_student_has_no_length(make_trainer, training_set):
+    """`torch_compile` wraps the model in a module whose `len` raises, and so whose truth is not defined."""
+    trainer = make_trainer()
+
+    class Compiled(torch.nn.Module):
+        def forward(self, **inputs):
+            return trainer.model(**inputs)
+
+        def __len__(self):
+            raise TypeError("PeftModelForCausalLM does not support len()")
+
+    batch = trainer.data_collator([training_set[0]])
+    with run_model(trainer.model, batch, fused=True, forward=Compiled()) as (states, _):
+        assert states.values.shape[-1] == 64
+    assert why_not_fusable(trainer.model, Compiled()) is None
 
 
 def lora(**options):

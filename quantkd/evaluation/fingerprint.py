@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkd.models.cpu_repacking import stored_weight
 from quantkd.models.network import base_network
 
 _SAMPLES_PER_WEIGHT = 64
@@ -33,7 +32,7 @@ def compute_model_fingerprint(model: Any) -> str:
     trained = {id(each) for module in adapters for each in _own_parameters(module)}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            values = stored_weight(module) if name == "weight" else parameter.detach()
+            values = parameter.detach()
             digest.update(f"{prefix}.{name} {tuple(values.shape)} {values.dtype}".encode())
             if values.device.type != "meta" and values.numel():
                 whole = parameter.requires_grad or id(parameter) in trained

@@ -2,9 +2,10 @@
 
 On a CPU with AVX512-BF16, `bitsandbytes.nn.Linear4bit` rewrites its weight on the first forward pass in evaluation mode
 and computes through a kernel without gradients from then on, also in training: every gradient below the last layer is
-silently lost (seen with bitsandbytes 0.50). Its own way back rounds the quantization constants. Here the weight is kept
-before it is repacked and put back, bit for bit, when the layer trains. Evaluation still uses the fast kernel, so that
-its results are those of a plainly loaded model.
+silently lost, and whoever dequantizes the weight, such as PEFT's merge, gets nonsense (seen with bitsandbytes 0.50).
+Its own way back rounds the quantization constants. Here a layer has the repacked weight during such a pass alone, and
+its own, bit for bit, outside. Evaluation still uses the fast kernel, so that its results are those of a plainly loaded
+model.
 """
 
 from __future__ import annotations
@@ -20,69 +21,70 @@ from quantkd.foreign import is_repacked, keep_from_repacking, lora_variant_of, r
 
 logger = logging.getLogger(__name__)
 
-_KEPT = "_quantkd_kept_weight"
+# What a layer does not have at the moment: its own weight during a pass, and between passes the repacked one.
+_HELD, _PACKED = "_quantkd_held_weight", "_quantkd_packed_weight"
 _ROW_GROUP = 32  # the inference layout takes whole groups of rows
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:
-    """Let every 4-bit layer of `model` return to its trainable form whenever it is trained. Idempotent."""
+    """Let every 4-bit layer of `model` have its own weight outside of evaluation passes. Idempotent."""
     from bitsandbytes.nn.modules import Linear4bit
 
     layers: list[Any] = list(model.modules())
     for layer in layers:
         if isinstance(layer, LoraLayer) and any(lora_variant_of(layer, each) for each in layer.active_adapters):
-            # DoRA dequantizes the base layer's weight in every forward pass, and cannot read the inference layout.
+            # DoRA scales the base layer's output by its weight's norm, so the two must be of one precision.
             restore_weight(layer.get_base_layer())
             keep_from_repacking(layer.get_base_layer())
     for layer in layers:
-        if not isinstance(layer, Linear4bit) or hasattr(layer, _KEPT) or not repacks_on_cpu(layer):
+        if not isinstance(layer, Linear4bit) or hasattr(layer, _HELD) or not repacks_on_cpu(layer):
             continue
         state: Any = getattr(layer.weight, "quant_state", None)
         if state is not None and (layer.out_features % _ROW_GROUP or layer.in_features % state.blocksize):
             keep_from_repacking(layer)  # it would fail on this shape
             continue
-        setattr(layer, _KEPT, None)
+        setattr(layer, _HELD, None)
+        setattr(layer, _PACKED, None)
         layer.register_forward_pre_hook(_before_forward)
-        # Taking a state dict makes bitsandbytes unpack, in its rounding way: a checkpoint would alter the model.
-        layer.register_state_dict_pre_hook(_before_state_dict)
+        layer.register_forward_hook(_after_forward, always_call=True)
 
 
 def _before_forward(layer: Any, args: tuple[Tensor, ...]) -> None:
     state = getattr(layer.weight, "quant_state", None)  # a layer that FSDP has just gathered keeps it elsewhere
     if state is None or layer.weight.device.type != "cpu":
         return
-    if layer.training or args[0].requires_grad:
-        restore_weight(layer)
-    elif not is_repacked(state):
-        # A shallow copy is enough: repacking gives the state new tensors and leaves the old ones alone.
-        setattr(layer, _KEPT, (layer.weight.data, copy.copy(state)))
-
-
-def _before_state_dict(layer: Any, prefix: str, keep_vars: bool) -> None:
     restore_weight(layer)
+    if layer.training or args[0].requires_grad:
+        return
+    # A shallow copy is enough: repacking gives the state new tensors and leaves the old ones alone.
+    held = layer.weight.data, copy.copy(layer.weight.quant_state)
+    packed = getattr(layer, _PACKED)
+    if packed is not None and packed[0] is layer.weight:
+        layer.weight.data, layer.weight.quant_state = packed[1:]
+    setattr(layer, _HELD, held)
+
+
+def _after_forward(layer: Any, args: tuple[Tensor, ...], output: Any) -> None:
+    if getattr(layer, _HELD) is None:
+        return
+    setattr(layer, _PACKED, (layer.weight, layer.weight.data, layer.weight.quant_state))
+    _put(layer, *getattr(layer, _HELD))
+    setattr(layer, _HELD, None)
 
 
 def restore_weight(layer: Any) -> None:
-    """Put a layer's own weight back if it is repacked; its next forward pass in evaluation mode repacks it."""
+    """Put back the weight of a layer that was evaluated before its model was given to us."""
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if state is None or not is_repacked(state):
         return
-    kept = getattr(layer, _KEPT, None)
-    if kept is None:
-        logger.warning(
-            "The model was evaluated on this CPU before it was given to train, and bitsandbytes had repacked its "
-            "weights. Restoring them rounds their quantization constants. Load the model again to train the exact ones."
-        )
-        kept = unpack_rounded(layer.weight.data, state)
-    layer.weight.data, layer.weight.quant_state = kept
+    logger.warning(
+        "The model was evaluated on this CPU before it was given to train, and bitsandbytes had repacked its "
+        "weights. Restoring them rounds their quantization constants. Load the model again to train the exact ones."
+    )
+    _put(layer, *unpack_rounded(layer.weight.data, state))
+
+
+def _put(layer: Any, data: Tensor, state: Any) -> None:
+    layer.weight.data, layer.weight.quant_state = data, state
     if layer.quant_state is not None:
-        layer.quant_state = kept[1]
-    if hasattr(layer, _KEPT):
-        setattr(layer, _KEPT, None)
-
-
-def stored_weight(layer: Any) -> Tensor:
-    """A layer's own weight, also while it is repacked: bit for bit what was kept."""
-    kept = getattr(layer, _KEPT, None)
-    weight: Tensor = layer.weight.detach() if kept is None else kept[0]
-    return weight
+        layer.quant_state = state

@@ -33,7 +33,7 @@ def run_model(
         # With a cache transformers takes position ids for a continued sequence, and packed rows would see each other.
         inputs["use_cache"] = False
     with hidden_states_as_logits(model) if fused else nullcontext():
-        outputs = (forward or model)(**inputs)
+        outputs = (model if forward is None else forward)(**inputs)
     with gathered_head(model, outputs.logits.dtype) if fused else nullcontext() as head:
         yield TargetStates(outputs.logits, head), outputs
 
@@ -119,7 +119,7 @@ def why_not_fusable(model: Any, forward: Callable[..., Any] | None = None) -> st
         return f"its head is {library}'s {type(head).__name__}, not a plain linear layer"
     if forward is None and (head.weight.device.type == "meta" or head.weight.numel() == 0):
         return "its head's weight is not on this device"
-    forward = forward or model
+    forward = model if forward is None else forward
     inputs: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)

@@ -127,6 +127,14 @@ class QuantizedDistillationConfig(TrainingArguments):
                 f"hub_strategy is {self.hub_strategy}, which uploads optimizer and random states; expected 'end' or "
                 "'every_save', which upload the adapter."
             )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ConfigError(
+                f"Nothing would be trained: num_train_epochs is {self.num_train_epochs}, max_steps {self.max_steps}. "
+                "Set one of them above 0."
+            )
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns is on, and would remove the teacher's entries. Leave it off.")
         if self.label_smoothing_factor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from quantkd.data.encoding import check_ids
 from quantkd.errors import ConfigError
 from quantkd.foreign import use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
@@ -41,6 +43,15 @@ def check_collator(collator: Any, args: QuantizedDistillationConfig) -> None:
             f"packing=True packs with a DistillationCollator, found the data_collator {type(collator).__name__}. "
             "Leave data_collator out, or pack in your own and leave packing off."
         )
+
+
+def check_token_ids(dataset: Any, tokenizer: Any, vocab_size: int) -> None:
+    """Refuse rows with ids that the student lacks; those of a transfer set were checked when it was read."""
+    if isinstance(dataset, TransferSet) or not _can_be_indexed(dataset):
+        return
+    for name in ("input_ids", "labels"):
+        columns = (dataset[row][name] for row in range(len(dataset)))
+        check_ids(tokenizer, [[int(np.max(np.asarray(ids), initial=0))] for ids in columns], vocab_size)
 
 
 def take_one_gpu(args: QuantizedDistillationConfig) -> None:

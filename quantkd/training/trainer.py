@@ -34,7 +34,13 @@ from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig, parse_options
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
-from quantkd.training.preparation import check_collator, find_transfer_sets, prepare_student, take_one_gpu
+from quantkd.training.preparation import (
+    check_collator,
+    check_token_ids,
+    find_transfer_sets,
+    prepare_student,
+    take_one_gpu,
+)
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_transfer_set
@@ -88,6 +94,8 @@ class QuantizedDistillationTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         args = args or QuantizedDistillationConfig("quantkd_output")
+        if trainer_kwargs.get("compute_loss_func") is not None:
+            raise ConfigError("compute_loss_func would take the place of distillation's own loss. Leave it out.")
         take_one_gpu(args)
         student, teacher = plain_name(model), plain_name(teacher_model)
         processing_class = processing_class or load_tokenizer(
@@ -110,6 +118,7 @@ class QuantizedDistillationTrainer(Trainer):
             self.live_teacher = LiveTeacher(teacher, model, **options)
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class, embedding_rows(model))
         check_collator(data_collator, args)
+        check_token_ids(train_dataset, processing_class, embedding_rows(model))
         super().__init__(
             model=model,
             args=args,
