@@ -35,7 +35,11 @@ def test_whoever_reads_a_weight_after_an_evaluation_reads_its_own(tiny_model_pat
     """PEFT's merge and transformers' dequantization know nothing of the inference layout."""
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     fresh, used = (attach_lora(load_student(str(tiny_model_path), dtype="float32"), config).eval() for _ in range(2))
-    used.load_state_dict(fresh.state_dict(), strict=False)
+    with pytest.raises(RuntimeError):
+        used(torch.ones(1, 2, 3, 64, dtype=torch.long))  # a pass that fails changes nothing
+    with torch.no_grad():
+        used(IDS)
+    used.load_state_dict(fresh.state_dict(), strict=False)  # writes into the weights
     outputs = []
     for guard in guards:
         with guard():

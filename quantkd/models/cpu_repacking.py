@@ -14,6 +14,7 @@ import copy
 import logging
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -21,8 +22,7 @@ from quantkd.foreign import is_repacked, keep_from_repacking, lora_variant_of, r
 
 logger = logging.getLogger(__name__)
 
-# What a layer does not have at the moment: its own weight during a pass, and between passes the repacked one.
-_HELD, _PACKED = "_quantkd_held_weight", "_quantkd_packed_weight"
+_FORMS = "_quantkd_weight_forms"
 _ROW_GROUP = 32  # the inference layout takes whole groups of rows
 
 
@@ -37,39 +37,57 @@ def keep_trainable_on_cpu(model: nn.Module) -> None:
             restore_weight(layer.get_base_layer())
             keep_from_repacking(layer.get_base_layer())
     for layer in layers:
-        if not isinstance(layer, Linear4bit) or hasattr(layer, _HELD) or not repacks_on_cpu(layer):
+        if not isinstance(layer, Linear4bit) or hasattr(layer, _FORMS) or not repacks_on_cpu(layer):
             continue
         state: Any = getattr(layer.weight, "quant_state", None)
         if state is not None and (layer.out_features % _ROW_GROUP or layer.in_features % state.blocksize):
             keep_from_repacking(layer)  # it would fail on this shape
             continue
-        setattr(layer, _HELD, None)
-        setattr(layer, _PACKED, None)
+        setattr(layer, _FORMS, _Forms())
         layer.register_forward_pre_hook(_before_forward)
         layer.register_forward_hook(_after_forward, always_call=True)
+        layer.register_load_state_dict_pre_hook(_before_load)  # which writes into the weight that is there
+
+
+class _Forms:
+    """A layer's own weight and state, the repacked ones, and whether a pass has the latter in place."""
+
+    own: tuple[Any, Tensor, Any] = (None, torch.empty(0), None)  # the parameter, its data and state
+    packed: tuple[Tensor, Any] | None = None
+    in_pass = False
 
 
 def _before_forward(layer: Any, args: tuple[Tensor, ...]) -> None:
-    state = getattr(layer.weight, "quant_state", None)  # a layer that FSDP has just gathered keeps it elsewhere
-    if state is None or layer.weight.device.type != "cpu":
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None)  # a layer that FSDP has just gathered keeps it elsewhere
+    if state is None or weight.device.type != "cpu":
         return
     restore_weight(layer)
     if layer.training or args[0].requires_grad:
         return
-    # A shallow copy is enough: repacking gives the state new tensors and leaves the old ones alone.
-    held = layer.weight.data, copy.copy(layer.weight.quant_state)
-    packed = getattr(layer, _PACKED)
-    if packed is not None and packed[0] is layer.weight:
-        layer.weight.data, layer.weight.quant_state = packed[1:]
-    setattr(layer, _HELD, held)
+    forms = getattr(layer, _FORMS)
+    if forms.own[0] is not weight or forms.own[2] is not weight.quant_state:
+        # A shallow copy is enough: repacking gives the state new tensors and leaves the old ones alone.
+        forms.own, forms.packed = (weight, weight.data, copy.copy(weight.quant_state)), None
+    elif forms.packed is not None:
+        weight.data, weight.quant_state = forms.packed
+    forms.in_pass = True
 
 
 def _after_forward(layer: Any, args: tuple[Tensor, ...], output: Any) -> None:
-    if getattr(layer, _HELD) is None:
+    forms = getattr(layer, _FORMS)
+    if not forms.in_pass:
         return
-    setattr(layer, _PACKED, (layer.weight, layer.weight.data, layer.weight.quant_state))
-    _put(layer, *getattr(layer, _HELD))
-    setattr(layer, _HELD, None)
+    forms.in_pass = False
+    if forms.packed is None and is_repacked(layer.weight.quant_state):  # not where the pass failed before
+        forms.packed = layer.weight.data, layer.weight.quant_state
+        if layer.quant_state is not None:
+            layer.quant_state = forms.own[2]
+    layer.weight.data, layer.weight.quant_state = forms.own[1:]
+
+
+def _before_load(layer: Any, *_: Any) -> None:
+    setattr(layer, _FORMS, _Forms())
 
 
 def restore_weight(layer: Any) -> None:
@@ -81,10 +99,6 @@ def restore_weight(layer: Any) -> None:
         "The model was evaluated on this CPU before it was given to train, and bitsandbytes had repacked its "
         "weights. Restoring them rounds their quantization constants. Load the model again to train the exact ones."
     )
-    _put(layer, *unpack_rounded(layer.weight.data, state))
-
-
-def _put(layer: Any, data: Tensor, state: Any) -> None:
-    layer.weight.data, layer.weight.quant_state = data, state
+    layer.weight.data, layer.weight.quant_state = unpack_rounded(layer.weight.data, state)
     if layer.quant_state is not None:
-        layer.quant_state = state
+        layer.quant_state = layer.weight.quant_state
