@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from quantkd import QuantizedDistillationConfig
+from quantkd.loss.states import Head
 from quantkd.training.curves import TrainingCurves
 from tests.conftest import build_tiny_model, loss_and_gradient
 
@@ -24,8 +25,11 @@ LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("name", "in_16_bits"), FORMATS)
 def test_every_format_trains_in_mixed_precision(
-    make_trainer, training_set, tiny_model_path, tiny_tokenizer, tmp_path, name, in_16_bits, precision
+    make_trainer, training_set, tiny_model_path, tiny_tokenizer, tmp_path, monkeypatch, name, in_16_bits, precision
 ):
+    dtypes, product = [], Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, hidden: dtypes.append(hidden.dtype) or product(head, hidden))
+
     def load(dtype):
         if name == "plain":
             return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=dtype)
@@ -41,6 +45,7 @@ def test_every_format_trains_in_mixed_precision(
         trainer.remove_callback(TrainingCurves)
         if mixed and precision == "float16":  # accelerate leaves it off on a CPU, where torch has it
             trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
+        dtypes.clear()
         kl = trainer.evaluate()["eval_kl"]
         loss, gradient = loss_and_gradient(trainer, training_set.__getitems__(range(8)))
         if precision == "bfloat16":
@@ -54,7 +59,7 @@ def test_every_format_trains_in_mixed_precision(
         expected, true_gradient = truth.get(path, truth["fused"])
         found, gradient = run(mixed, path, mixed=True)
         assert torch.allclose(found, expected, rtol=0.05, atol=0), (path, found, expected)
-        assert torch.isfinite(gradient).all()
+        assert torch.isfinite(gradient).all() and set(dtypes) <= {getattr(torch, precision)}
         assert torch.nn.functional.cosine_similarity(gradient, true_gradient, dim=0) > 0.9, path
 
 
