@@ -20,6 +20,7 @@ from quantkd.errors import ConfigError
 from quantkd.models import initialization
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, draw_rows, initialize_from_error
 from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.provenance import Provenance
 from quantkd.models.student import attach_lora, load_student
 from quantkd.models.weights import dequantize_weight
 
@@ -417,6 +418,9 @@ def test_the_learning_rate_follows_the_start_that_was_made(tiny_model_path, tmp_
     ):
         assert build(**{"learning_rate": None, **options}).args.learning_rate == rate, options
     saving = {**stored, "learning_rate": None, "save_strategy": "steps", "save_steps": 1}
-    build(**saving).train()
+    trainer = build(**saving)
+    trainer.train()
+    trainer.save_model()
+    assert Provenance.read(tmp_path / "out").training["init"] == "zero"
     resumed = build(**saving, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert resumed.args.learning_rate == 3e-4
+    assert (resumed.args.learning_rate, resumed.args.start) == (3e-4, "zero")

@@ -280,6 +280,10 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
         ({"prompt": "one?", "completion": "<new>"}, {"responses": "given"}),
         ({"prompt": "one?", "completion": "<new>"}, {"responses": "given", "chat_template": False}),
         ({"prompt": [{"role": "assistant", "content": "<new>"}, {"role": "user", "content": "1?"}]}, {}),
+        (
+            {"prompt": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "<new>"}]},
+            {"responses": "given"},
+        ),
     ],
 )
 def test_a_token_that_the_embedding_lacks_is_refused_by_row(tiny_model, tiny_tokenizer, tmp_path, row, options):

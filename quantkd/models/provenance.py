@@ -52,6 +52,7 @@ class Provenance:
     ) -> Provenance:
         """Of an adapter that was just trained with a Trainer's `args`."""
         values = {name: getattr(args, name, None) for name in _TRAINING_ARGUMENTS}
+        values["init"] = getattr(args, "start", None)  # the one that was made
         plain = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
         sources = [] if transfer_set is None else [str(source) for source in transfer_set.sources if source.is_remote]
         return cls(

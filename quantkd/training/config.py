@@ -111,7 +111,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         if self.init not in STARTS:
             raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
         # A default follows the start that is really made, as `prepare_student` finds it.
-        self.follows_start = self.learning_rate is None
+        self.follows_start, self.start = self.learning_rate is None, self.init
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.init]
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):

@@ -101,24 +101,28 @@ def prepare_student(
         )
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, init_kwargs.get("revision"))
-    if args.follows_start:
-        _follow_start(adapted, args)
+    _note_start(adapted, args)
     return adapted
 
 
-def _follow_start(model: Any, args: QuantizedDistillationConfig) -> None:
-    """Take the learning rate that was measured from the start that was made, whatever was asked for."""
-    factors = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
+def _note_start(model: Any, args: QuantizedDistillationConfig) -> None:
+    """Note the start that was made, whatever was asked for; a learning rate that was not given is the one for it."""
     if not isinstance(model, PeftModel):
         return  # trained whole, from where it is
     # PEFT starts at B = 0. Single layers may have no correction.
-    start = "covariance" if sum(bool(each.detach().any()) for each in factors) > len(factors) / 2 else "zero"
-    args.learning_rate = LEARNING_RATES[start]
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
-    if checkpoint is not None:
-        args.learning_rate = (Provenance.read(checkpoint).training or {}).get("learning_rate", args.learning_rate)
-    elif start == "zero" != args.init:
-        logger.warning("The learning rate is %g, for adapters that start from zero.", args.learning_rate)
+    factors = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
+    is_zero = 2 * sum(bool(each.detach().any()) for each in factors) <= len(factors)
+    facts: dict[str, Any] = {
+        "init": "zero" if is_zero else args.init,
+        "learning_rate": LEARNING_RATES["zero" if is_zero else "loftq"],
+    }
+    if (checkpoint := find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))) is not None:
+        facts |= Provenance.read(checkpoint).training or {}
+    args.start = facts["init"]
+    if args.follows_start:
+        args.learning_rate = facts["learning_rate"]
+    if args.start == "zero" != args.init:
+        logger.warning("The adapters start from zero, and the learning rate is %g.", args.learning_rate)
 
 
 def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: str, revision: str | None) -> None:
