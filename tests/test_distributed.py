@@ -12,6 +12,7 @@ import processes
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import ClusterConfig
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -205,8 +206,6 @@ def test_weights_that_are_sharded_are_stored_so_that_they_can_be(monkeypatch, ti
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_is_one_that_accelerate_reads(path):
-    from accelerate.commands.config.config_args import ClusterConfig
-
     config = ClusterConfig.from_yaml_file(str(path))
     assert config.num_processes == 2
     fsdp, deepspeed = config.fsdp_config, config.deepspeed_config

@@ -1,10 +1,6 @@
 """What the chunks of the loss and of the metrics really hold, copies included, and what float16 keeps of a gradient."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +17,7 @@ N, H, V = 96, 16, 4096
 BUDGET = 12 * 4 * 8 * V  # twelve positions of the loss that holds most
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
+def peak_bytes(run):
     """The most that torch held at once beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
@@ -32,13 +28,13 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return most
 
 
-def make_states(softcap: float | None, dtype: torch.dtype, *shape: int) -> TargetStates:
+def make_states(softcap, dtype, *shape):
     head = Head(torch.randn(V, H, dtype=dtype), softcap=softcap)
     return TargetStates(torch.randn(*shape, H, dtype=dtype), head)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def device(request, monkeypatch):
     for name in ("fused.chunk_bytes", "metrics.chunk_bytes"):
         monkeypatch.setattr(f"quantkd.loss.{name}", lambda device: BUDGET)
     for name in ("fused", "metrics"):
@@ -52,7 +48,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_chunk_of_the_loss_stays_within_its_memory(device, softcap, divergence, dense):
-    found: dict[torch.dtype, int] = {}
+    found = {}
     for temperature, dtype in ((1.0, torch.bfloat16), (2.0, torch.float32), (3.0, torch.float32)):
         states, beside = (make_states(softcap, dtype, N).to(torch.device(device)) for _ in range(2))
         stored = select_entries(beside.logits(), TopK(8), (1.0, temperature))
@@ -86,7 +82,7 @@ def test_float16_keeps_of_a_gradient_what_the_loss_scale_saves():
     teacher = select_entries(torch.randn(4, width) * 3, TopK(8), (1.0, 2.0))
     labels, objective = torch.randint(0, width, (4,)), Objective(1.0, 2.0)
 
-    def gradients(fused: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+    def gradients(fused, dtype):
         leaves = [each.half().to(dtype).requires_grad_() for each in (hidden, weight)]
         if fused:
             loss, _ = compute_fused_loss(TargetStates(leaves[0], Head(leaves[1])), labels, teacher, objective)

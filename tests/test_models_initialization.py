@@ -11,7 +11,8 @@ import torch
 from datasets import IterableDataset
 from packed_checkpoints import load_in
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from peft.utils.loftq_utils import _low_rank_decomposition
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -77,8 +78,6 @@ def test_the_randomized_iteration_in_float32_comes_within_two_percent_of_the_opt
 
 
 def test_without_inputs_it_is_the_decomposition_of_peft_s_loftq():
-    from peft.utils.loftq_utils import _low_rank_decomposition
-
     error, _ = random_problem(12, 9, 1)
     error[:, 0] *= 5  # a spectrum with gaps, so that the leading directions are one answer
     up, down = compute_correction(error, None, 4)
@@ -119,8 +118,10 @@ def products(model):
     }
 
 
-def originals(path, model):
-    return OriginalWeights(str(path), model.get_base_model())
+def correct(model, path, ids=IDS, mask=None):
+    """Start the model's adapters from its error against the checkpoint at `path`; how many were set."""
+    weights = OriginalWeights(str(path), model.get_base_model())
+    return initialize_from_error(model, weights, ids, mask, progress=False)
 
 
 def test_covariance_is_nearer_to_the_teacher_than_loftq_and_zero(build):
@@ -135,7 +136,7 @@ def test_it_is_the_same_every_time_and_draws_nothing_from_the_generators(tiny_mo
     assert all(value.any() for value in first.values())
     model = attach_lora(load_student(str(tiny_model_path), dtype="float32")).train()
     state = torch.get_rng_state()
-    initialize_from_error(model, originals(tiny_model_path, model), torch.ones(1, 3).long())
+    correct(model, tiny_model_path, torch.ones(1, 3).long())
     assert torch.equal(state, torch.get_rng_state()) and model.training
 
 
@@ -154,10 +155,9 @@ def adapted(tiny_model):
 
 def test_each_layer_is_corrected_for_the_inputs_that_the_corrected_layers_before_it_give(tiny_model, tiny_model_path):
     """Layer by layer against a reference that runs the model anew for each layer, up to that layer's inputs."""
-    model = adapted(tiny_model)
-    weights = originals(tiny_model_path, model)
-    ids = torch.arange(60).view(4, 15)
-    assert initialize_from_error(model, weights, ids, progress=False) == 14
+    model, ids = adapted(tiny_model), torch.arange(60).view(4, 15)
+    assert correct(model, tiny_model_path, ids) == 14
+    weights = OriginalWeights(str(tiny_model_path), model.get_base_model())
     found = {name: product.detach() for name, product in products(model).items()}
     layers = {name: layer for name, layer in model.get_base_model().named_modules() if name in found}
     set_to = {name: layer.lora_B["default"].weight.detach().clone() for name, layer in layers.items()}
@@ -178,13 +178,12 @@ def test_each_layer_is_corrected_for_the_inputs_that_the_corrected_layers_before
 
 def test_rows_of_padding_do_not_count(tiny_model, tiny_model_path, training_set):
     model = adapted(tiny_model)
-    weights = originals(tiny_model_path, model)
     ids, mask = draw_rows(training_set, 4, 0)
-    initialize_from_error(model, weights, ids, mask)
+    correct(model, tiny_model_path, ids, mask)
     plain = products(model)
     for parameter in (p for name, p in model.named_parameters() if "lora_B" in name):
         parameter.data.zero_()
-    initialize_from_error(model, weights, *(nn.functional.pad(each, (0, 30)) for each in (ids, mask)))
+    correct(model, tiny_model_path, *(nn.functional.pad(each, (0, 30)) for each in (ids, mask)))
     torch.testing.assert_close(products(model), plain, rtol=1e-3, atol=1e-4)
 
 
@@ -236,7 +235,7 @@ def test_what_cannot_be_done_starts_from_zero_and_says_so(tiny_model_path, tiny_
 def start(model, path, ids=IDS, rank=32):
     """The model with adapters of a high rank, set; how many were."""
     model = attach_lora(model, LoraConfig(r=rank, target_modules="all-linear"))
-    return model, initialize_from_error(model, originals(path, model), ids, progress=False)
+    return model, correct(model, path, ids)
 
 
 def logit_error(model, teacher):
@@ -266,7 +265,7 @@ def test_gpt2_s_weights_lie_the_other_way_round(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     student = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     model = attach_lora(student, LoraConfig(r=64, target_modules="all-linear", fan_in_fan_out=False))
-    assert initialize_from_error(model, originals(tmp_path, model), IDS) == 8
+    assert correct(model, tmp_path) == 8
     for name, product in products(model).items():
         error = teacher.get_submodule(name).weight.T - dequantize_weight(model.get_base_model().get_submodule(name))
         assert (error - product).norm() < 0.1 * error.norm(), name
@@ -279,7 +278,9 @@ def test_an_expert_without_tokens_is_corrected_without_inputs(tiny_model, tmp_pa
     assert count == 15
     name = "model.layers.1.mlp.idle"
     corrected = model.get_base_model().get_submodule(name).get_base_layer().weight + products(model)[name]
-    torch.testing.assert_close(corrected, originals(tmp_path, model).read(name), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        corrected, load_file(tmp_path / "model.safetensors")[f"{name}.weight"], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_tied_head_and_modules_saved_whole_stay_as_they_are(tiny_model, tmp_path):
@@ -290,7 +291,7 @@ def test_a_tied_head_and_modules_saved_whole_stay_as_they_are(tiny_model, tmp_pa
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = attach_lora(student, config)
     head = model.get_output_embeddings().weight.clone()
-    assert initialize_from_error(model, originals(tmp_path, model), IDS) == 4
+    assert correct(model, tmp_path) == 4
     assert torch.equal(model.get_output_embeddings().weight, head)
 
 
@@ -317,7 +318,7 @@ def test_an_exact_layer_keeps_a_start_that_can_be_trained(tiny_model, tiny_model
     model = attach_lora(tiny_model, LoraConfig(r=80, target_modules=["q_proj", "k_proj"]))
     model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight.data.mul_(1.01)
     own = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
-    assert initialize_from_error(model, originals(tiny_model_path, model), IDS) == 4
+    assert correct(model, tiny_model_path) == 4
     for name, parameter in model.named_parameters():
         if "lora_A" in name and "layers.0.self_attn.q_proj" in name:
             assert torch.equal(parameter[64:], own[name][64:]) and not torch.equal(parameter[:64], own[name][:64])
@@ -329,7 +330,7 @@ def test_an_exact_layer_keeps_a_start_that_can_be_trained(tiny_model, tiny_model
 
 def test_dora_is_left_at_its_own_start(tiny_model, tiny_model_path, caplog):
     model = attach_lora(rounded(tiny_model), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
-    assert initialize_from_error(model, originals(tiny_model_path, model), IDS) == 0
+    assert correct(model, tiny_model_path) == 0
     assert "not a plain LoRA" in caplog.text
 
 

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from quantkd.errors import ConfigError
 from quantkd.models.original_weights import OriginalWeights
@@ -38,8 +39,6 @@ def test_the_prefix_of_the_base_model_may_be_missing_or_not(tiny_model, tmp_path
 
 def test_names_follow_the_mapping_of_transformers(tmp_path):
     """A Mixtral checkpoint as Mistral published it: its experts are merged when it is loaded, its attention is not."""
-    from transformers import MixtralConfig
-
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
@@ -68,8 +67,6 @@ def test_without_the_mapping_the_checkpoint_is_loaded_whole(tiny_model, tmp_path
 
 def test_a_weight_that_is_made_of_others_is_refused(tmp_path):
     """transformers 5 splits or permutes some families' linear layers; the mapping's own words say which."""
-    from transformers.core_model_loading import Chunk, WeightConverter
-
     mapping = import_module("transformers.conversion_mapping")
     converter = WeightConverter("qkv_proj.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"], [Chunk(dim=0)])
     model = torch.nn.Module()

@@ -122,13 +122,14 @@ def test_answering_and_scoring_give_the_same_entries_in_float32(tiny_model_path,
         assert_same_entries(made, scored)
 
 
-def test_sampled_answers_do_not_depend_on_the_batch(set_of):
-    sampling = {"do_sample": True, "generation_temperature": 2.0, "seed": 3}
-    alone = set_of("alone", batch_size=1, **sampling)
-    together = set_of("together", batch_size=3, **sampling)
-    other = set_of("other", batch_size=3, **{**sampling, "seed": 4})
-    tokens = [[row["input_ids"].tolist() for row in transfer_set] for transfer_set in (alone, together, other)]
-    assert tokens[0] == tokens[1] != tokens[2]
+def test_sampled_answers_differ_and_do_not_depend_on_the_batch(set_of):
+    sampling = {"do_sample": True, "num_samples": 3}
+    alone, together, other = (
+        [tuple(row["input_ids"].tolist()) for row in set_of(f"{size}-{seed}", batch_size=size, seed=seed, **sampling)]
+        for size, seed in ((2, 3), (9, 3), (9, 4))
+    )
+    assert alone == together != other
+    assert len(alone) == 9 and len(set(alone)) > 6
 
 
 @pytest.mark.parametrize("responses", ["generate", "given"])

@@ -111,20 +111,6 @@ def test_bad_filters_are_refused(tiny_tokenizer, tmp_path):
         ResponseLength(5, 2)
 
 
-def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(tiny_model, tiny_tokenizer, tmp_path):
-    def go(name, batch_size):
-        return capture_set(
-            tiny_model, PROMPTS[:3], tmp_path / name, tokenizer=tiny_tokenizer, num_samples=3, do_sample=True,
-            max_new_tokens=6, batch_size=batch_size,
-        )  # fmt: skip
-
-    one, other = go("a", 2), go("b", 9)
-    assert len(one) == 9
-    rows = [one[row]["input_ids"].tolist() for row in range(9)]
-    assert rows == [other[row]["input_ids"].tolist() for row in range(9)]
-    assert len({tuple(row) for row in rows}) > 6
-
-
 def test_duplicate_prompts_and_answers_are_dropped(tiny_model, tiny_tokenizer, tmp_path):
     kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", [*PROMPTS, *PROMPTS[:5]], filters=[DropDuplicates()])
     assert len(kept) == 12 and kept.info.counters["filtered_duplicate_prompts"] == 5

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from teacher_rows import dense_logprobs
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkd import TopK
 from quantkd.data.encoding import encode_prompts
@@ -35,8 +36,6 @@ def installed():
 
 @pytest.fixture(scope="module")
 def tokenizer(smol_path):
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(smol_path)
 
 
@@ -47,8 +46,6 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope="module")
 def reference(smol_path):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(smol_path, dtype=torch.float32).eval()
 
 

@@ -1,7 +1,5 @@
 """bf16 and fp16: autocast around the whole loss, in every format of a student and every form of the loss."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -12,7 +10,6 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.loss.states import Head
-from quantkd.training.curves import TrainingCurves
 from tests.conftest import build_tiny_model, loss_and_gradient
 
 # The format, and whether what is not quantized has 16 bits too.
@@ -42,7 +39,6 @@ def test_every_format_trains_in_mixed_precision(
             copy.deepcopy(model), processing_class=tiny_tokenizer, eval_dataset=training_set, max_steps=1,
             peft_config=copy.copy(LORA), bf16=mixed and precision == "bfloat16", **PATHS[path], **teacher,
         )  # fmt: skip
-        trainer.remove_callback(TrainingCurves)
         if mixed and precision == "float16":  # accelerate leaves it off on a CPU, where torch has it
             trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
         dtypes.clear()
