@@ -75,6 +75,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     """Run all steps and write the report. Under a launcher, processes share every step."""
     state, run_dir = process_state(), Path(experiment.run_dir)
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    questions = Questions(experiment.test_rows, experiment.few_shot_rows, experiment.shots)
     _log("the teacher answers")
     refuse_quantized(experiment.model, **experiment.model_init_kwargs)
     teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
@@ -91,7 +92,6 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         )
         for name, rows in (("transfer_set", experiment.train_rows), ("held_out", experiment.held_out_rows))
     }
-    questions = Questions(experiment.test_rows, experiment.few_shot_rows, experiment.shots)
 
     def measure(model: Any, arm: str) -> None:
         _log(f"measuring {arm}")

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from quantkd import GenerationSettings, Nucleus, QuantizedDistillationConfig, RunSettings, TransferSet
 from quantkd.cli import demo
 from quantkd.data.arithmetic import generate_problems
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.experiment import Experiment, run_experiment
-from quantkd.models.student import default_quantization_config
+from quantkd.models.student import default_quantization_config, load_student
 from tests.conftest import REPOSITORY
 
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
@@ -111,6 +111,15 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tin
 def test_an_unknown_export_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
         run(tmp_path, tmp_path, exports=("half",))
+
+
+def test_what_would_spoil_the_figures_is_refused_before_the_teacher_answers(tiny_model_path, tmp_path):
+    rows = generate_problems(2, 0)
+    with pytest.raises(DataError, match="Few-shot example 0 is the question of row 0"):
+        run("nowhere", tmp_path, test_rows=rows, few_shot_rows=rows, shots=(1,))
+    load_student(str(tiny_model_path), dtype="float32").save_pretrained(tmp_path / "nf4")
+    with pytest.raises(ConfigError, match="is stored in nf4, and full precision was asked for"):
+        run(tmp_path / "nf4", tmp_path)
 
 
 def test_what_was_measured_of_the_same_model_is_not_measured_again(measured, tiny_model_path, tmp_path):

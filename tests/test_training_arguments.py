@@ -47,6 +47,26 @@ def test_rows_with_ids_that_the_student_lacks_are_refused(make_trainer, tiny_mod
         make_trainer(train_dataset=rows, teacher_model=str(tiny_model_path))
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"), [("eval_kl", min), ("ce", min), ("perplexity", min), ("top1_agreement", max)]
+)
+def test_the_best_checkpoint_is_the_one_nearest_to_the_teacher(make_trainer, training_set, metric, best):
+    trainer = make_trainer(
+        eval_dataset=training_set, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        max_steps=3, load_best_model_at_end=True, metric_for_best_model=metric, learning_rate=0.1,
+    )  # fmt: skip
+    trainer.train()
+    name = "eval_" + metric.removeprefix("eval_")
+    assert trainer.state.best_metric == best(entry[name] for entry in trainer.state.log_history if name in entry)
+
+
+def test_an_unknown_metric_is_refused_before_the_first_evaluation(make_trainer, training_set):
+    with pytest.raises(
+        ConfigError, match="metric_for_best_model is 'foo'; expected one of loss, kl, ce, perplexity, top1"
+    ):
+        make_trainer(eval_dataset=training_set, metric_for_best_model="foo")
+
+
 def test_the_loss_is_not_replaced(make_trainer):
     with pytest.raises(ConfigError, match="compute_loss_func would take the place of distillation's own loss"):
         make_trainer(compute_loss_func=lambda *args, **kwargs: None)

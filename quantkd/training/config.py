@@ -116,6 +116,9 @@ class QuantizedDistillationConfig(TrainingArguments):
             self.learning_rate = LEARNING_RATES[self.init]
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, parse_options(name, getattr(self, name)) or None)
+        # The Trainer takes every metric but a loss for one that should grow.
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("kl", "ce", "perplexity")):
+            self.greater_is_better = False
         # Without it the processes of `torchrun` on CPUs would not find each other.
         self.use_cpu = self.use_cpu or not has_accelerator()
         if self.bf16 is None:

@@ -49,6 +49,9 @@ from quantkd.transfer_set.topk import TopKLogprobs
 logger = logging.getLogger(__name__)
 
 
+_METRICS = ("loss", "kl", "ce", "perplexity", "top1_agreement")
+
+
 class QuantizedDistillationTrainer(Trainer):
     """Distil a stored teacher into a quantized student.
 
@@ -94,6 +97,9 @@ class QuantizedDistillationTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         args = args or QuantizedDistillationConfig("quantkd_output")
+        best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in _METRICS and not isinstance(eval_dataset, dict) and not trainer_kwargs.get("compute_metrics"):
+            raise ConfigError(f"metric_for_best_model is {best!r}; expected one of {', '.join(_METRICS)}.")
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func would take the place of distillation's own loss. Leave it out.")
         take_one_gpu(args)
@@ -118,7 +124,8 @@ class QuantizedDistillationTrainer(Trainer):
             self.live_teacher = LiveTeacher(teacher, model, **options)
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class, embedding_rows(model))
         check_collator(data_collator, args)
-        check_token_ids(train_dataset, processing_class, embedding_rows(model))
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_token_ids(dataset, processing_class, embedding_rows(model))
         super().__init__(
             model=model,
             args=args,
