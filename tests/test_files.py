@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from unittest.mock import Mock
 
 import pytest
 from transfer_sets import FaultyDisk
@@ -12,14 +13,10 @@ from quantkd.files import COMMIT_STEPS, FileLock, FileSystem, new_folder, read_r
 
 
 def test_a_file_is_replaced_whole(tmp_path):
-    steps = []
-
-    class Listening(FileSystem):
-        def reach(self, step):
-            steps.append(step)
-
+    steps, filesystem = [], FileSystem()
+    filesystem.reach = steps.append
     path = tmp_path / "new" / "folder" / "file.json"
-    write_file(path, b"bytes", filesystem=Listening(), what="index")
+    write_file(path, b"bytes", filesystem=filesystem, what="index")
     assert path.read_bytes() == b"bytes" and steps == [f"index:{step}" for step in COMMIT_STEPS]
     write_file(path, "caf\u00e9\n")
     assert path.read_bytes() == b"caf\xc3\xa9\n"
@@ -113,10 +110,6 @@ def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path, monkeypatch
     lock = FileLock(tmp_path / "lock")
     assert lock.acquire() and len(calls) == 3
     assert not FileLock(tmp_path / "lock").acquire()
-
-    def broken(descriptor, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", broken)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
     with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
         FileLock(tmp_path / "other").acquire()

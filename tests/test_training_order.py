@@ -7,34 +7,31 @@ from hypothesis import given, settings, strategies as st
 from quantkd.training.order import LengthGroupedBatches, row_lengths
 
 
+def order_of(lengths, group, seed, epoch=0):
+    sampler = LengthGroupedBatches(lengths, group, seed)
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    assert order == list(sampler) and len(sampler) == len(lengths)
+    return order
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
 def test_every_row_comes_once_and_the_longest_first(lengths, group, epoch):
-    sampler = LengthGroupedBatches(lengths, group, seed=3)
-    sampler.set_epoch(epoch)
-    order = list(sampler)
-    assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
-    assert lengths[order[0]] == max(lengths)
-    assert order == list(sampler)
+    order = order_of(lengths, group, 3, epoch)
+    assert sorted(order) == list(range(len(lengths))) and lengths[order[0]] == max(lengths)
 
 
 def test_epochs_and_seeds_differ_and_a_new_sampler_repeats_them():
     lengths = [(7 * i) % 101 + 1 for i in range(200)]
-    orders = {}
-    for seed in (0, 1):
-        for epoch in (0, 1):
-            sampler = LengthGroupedBatches(lengths, 8, seed)
-            sampler.set_epoch(epoch)
-            orders[seed, epoch] = list(sampler)
-    assert len({tuple(order) for order in orders.values()}) >= 3
-    sampler = LengthGroupedBatches(lengths, 8, 0)
-    sampler.set_epoch(1)
-    assert list(sampler) == orders[0, 1]
+    orders = [order_of(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) >= 3
+    assert order_of(lengths, 8, 0, 1) == orders[1]
 
 
 def test_batches_hold_little_padding():
     lengths = [(37 * i) % 301 + 20 for i in range(400)]
-    order = list(LengthGroupedBatches(lengths, 8, 0))
+    order = order_of(lengths, 8, 0)
     batches = [order[i : i + 8] for i in range(0, 400, 8)]
     padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
     assert sum(lengths) / padded > 0.9

@@ -9,7 +9,6 @@ import torch
 import yaml
 from datasets import Dataset
 
-from quantkd.cli.main import main
 from quantkd.errors import DataError, TransferSetError
 from quantkd.transfer_set import TransferSet, verify
 from quantkd.transfer_set.fingerprint import compute_fingerprint
@@ -27,24 +26,17 @@ def cache(tmp_path, monkeypatch):
 
 def axolotl_rows():
     """Three of five tokens are targets; the second target has one entry, and padding as its collator writes it."""
-    low = -1e9
+    padding, none = [-1e9], [-math.inf, -math.inf]
+    logprobs = [none, none, [math.log(0.75), math.log(0.25)], [0.0, *padding], [math.log(0.4), math.log(0.6)]]
     return [
         {
-            "input_ids": [3, 4, 5, 6, 7],
-            "labels": [-100, -100, 5, 6, 7],
+            "input_ids": [3, 4, 5, 6, 7], "labels": [-100, -100, 5, 6, 7], "target_logprobs": logprobs,
             "target_token_ids": [[0, 1], [0, 1], [5, 9], [6, 0], [8, 7]],
-            "target_logprobs": [
-                [-math.inf, -math.inf], [-math.inf, -math.inf], [math.log(0.75), math.log(0.25)], [0.0, low],
-                [math.log(0.4), math.log(0.6)],
-            ],
             "target_mask": [[0, 0], [0, 0], [1, 1], [1, 0], [1, 1]],
         },
         {
-            "input_ids": [1, 2, 3],
-            "labels": [1, -100, 3],
-            "target_token_ids": [[1, 2], [1, 2], [1, 2]],
-            "target_logprobs": [[math.log(0.5)] * 2] * 3,
-            "target_mask": [[1, 1]] * 3,
+            "input_ids": [1, 2, 3], "labels": [1, -100, 3], "target_logprobs": [[math.log(0.5)] * 2] * 3,
+            "target_token_ids": [[1, 2]] * 3, "target_mask": [[1, 1]] * 3,
         },
     ]  # fmt: skip
 
@@ -231,17 +223,15 @@ def test_layouts_that_make_no_sense(tmp_path, change, found):
 
 
 @pytest.mark.parametrize("toolkit", ["axolotl", "distillkit"])
-def test_convert_from_the_command_line(toolkit, tmp_path, tiny_model_path, tiny_tokenizer, capsys):
+def test_convert_from_the_command_line(toolkit, tmp_path, tiny_model_path, tiny_tokenizer, cli):
     if toolkit == "axolotl":  # a prepared data set, as `save_to_disk` leaves it
         Dataset.from_list(axolotl_rows()).save_to_disk(tmp_path / "table")
     else:
         compressed_folder(tmp_path / "table", [[-0.5, -2.0]], [[4, 99]])
-    words = ["convert", "--from", toolkit, str(tmp_path / "table"), str(tmp_path / "set")]
-    main([*words, "--model", str(tiny_model_path)])
-    assert "topk(k=2)" in capsys.readouterr().out
+    words = ["convert", "--from", toolkit, tmp_path / "table", tmp_path / "set"]
+    assert "topk(k=2)" in cli(*words, "--model", tiny_model_path)[1]
     info = TransferSet(tmp_path / "set").info
     assert (info.teacher_name, info.vocab_size) == (tiny_model_path.name, len(tiny_tokenizer))
     assert info.tokenizer_fingerprint == compute_fingerprint(tiny_tokenizer)
     for wrong in (words, [*words, "--model", "x", "--storage", "topk:1"], ["convert", "a", "b"]):
-        with pytest.raises(SystemExit, match="2"):
-            main(wrong)
+        assert cli(*wrong)[0] == 2

@@ -183,11 +183,6 @@ def private_bytes():
     return int(fields["Anonymous"].split()[0]) * 1024
 
 
-def in_child(function, *args):
-    with ProcessPoolExecutor(1, mp_context=fork) as child:
-        return child.submit(function, *args).result()
-
-
 def write_long_rows(path, rows):
     plan = make_plan(num_prompts=rows, rows_per_shard=16)
     made = [make_row(plan, prompt, tokens=200) for prompt in range(8)]
@@ -208,12 +203,11 @@ def read_epochs(path, epochs):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads the memory of a process from /proc")
 def test_memory_is_flat_and_does_not_follow_the_size(tmp_path):
-    sizes = {}
-    for name, rows in (("small", 32), ("large", 320)):
-        in_child(write_long_rows, tmp_path / name, rows)  # whose freed memory a reader cannot reuse
-        sizes[name] = sum(file.stat().st_size for file in (tmp_path / name).iterdir())
-    small = in_child(read_epochs, tmp_path / "small", 4)
-    (large,) = in_child(read_epochs, tmp_path / "large", 1)
+    paths = tmp_path / "small", tmp_path / "large"
+    with fork.Pool(1, maxtasksperchild=1) as children:  # a reader cannot reuse what a writer has freed
+        for path, rows in zip(paths, (32, 320), strict=True):
+            children.apply(write_long_rows, (path, rows))
+        small, (large,) = (children.apply(read_epochs, each) for each in zip(paths, (4, 1), strict=True))
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in paths]
     assert small[-1] - small[1] < 2**18
-    assert sizes["large"] > 9 * sizes["small"]
-    assert large - small[0] < sizes["large"] / 4
+    assert sizes[1] > 9 * sizes[0] and large - small[0] < sizes[1] / 4
