@@ -58,8 +58,7 @@ def turn(role, content):
 
 def by_hand(tokenizer):
     """ChatML written out, each part tokenised alone: special tokens and newlines keep parts apart."""
-    ids = []
-    spans = []
+    ids, spans = [], []
     for index, message in enumerate(CONVERSATION):
         start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         ids += [start, *tokenizer(message["role"] + "\n", add_special_tokens=False)["input_ids"]]
@@ -79,18 +78,15 @@ def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, ti
 
 
 def test_generation_blocks_decide_what_is_supervised(with_template):
-    tokenizer = with_template(
-        MARKED.replace("<|im_end|>{% endgen", "{% endgen").replace("endgeneration %}", "endgeneration %}<|im_end|>")
-    )
+    marked = MARKED.replace("<|im_end|>{% endgen", "{% endgen")
+    tokenizer = with_template(marked.replace("endgeneration %}", "endgeneration %}<|im_end|>"))
     ids, spans = encode_conversation(tokenizer, CONVERSATION)
     assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == ["She has 7.", "300 miles."]
     assert len(ids) == spans[-1][1]
 
 
 def test_one_turn_is_prompt_and_completion(tiny_tokenizer):
-    one = encode(
-        tiny_tokenizer, Example([turn("user", "How many apples?"), turn("assistant", "She has 7.")]), given=True
-    )
+    one = encode(tiny_tokenizer, Example(CONVERSATION[1:3]), given=True)
     pair = encode(tiny_tokenizer, Example("How many apples?", "She has 7."), given=True)
     assert (one.prompt_ids, one.completion_ids) == (pair.prompt_ids, pair.completion_ids)
     assert one.spans == ((len(one.prompt_ids), len(one.prompt_ids) + len(one.completion_ids)),) and pair.spans is None
@@ -227,9 +223,7 @@ def test_system_prompt_and_few_shot_reach_the_tokens_and_count_as_no_answer(tiny
         tiny_model, with_context([Example("3 + 3?")], system_prompt="Think.", few_shot=shots), tmp_path / "set",
         tokenizer=tiny_tokenizer, max_new_tokens=3,
     )  # fmt: skip
-    row = found[0]
-    prompt = tiny_tokenizer.decode(row["input_ids"][row["labels"] == -100])
-    assert prompt == (
+    assert tiny_tokenizer.decode(found[0]["input_ids"][found[0]["labels"] == -100]) == (
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
         "<|im_start|>user\n3 + 3?<|im_end|>\n<|im_start|>assistant\n"
     )

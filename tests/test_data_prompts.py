@@ -4,6 +4,8 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -54,11 +56,8 @@ def test_values_in_memory():
     messages = [{"role": "user", "content": "hi"}]
     assert load_examples(ROWS) == load_examples(datasets.Dataset.from_list(ROWS)) == EXPECTED
     assert load_examples({"train": ROWS, "test": ROWS[1:]}, split="test") == EXPECTED[1:]
-    assert load_examples(iter(["one", messages, Example("x", "y")])) == [
-        Example("one"),
-        Example(messages),
-        Example("x", "y"),
-    ]
+    rows = iter(["one", messages, Example("x", "y")])
+    assert load_examples(rows) == [Example("one"), Example(messages), Example("x", "y")]
     conversational = [{"prompt": messages, "completion": [{"role": "assistant", "content": "hello"}]}]
     assert load_examples(conversational) == [Example(messages, "hello")]
 
@@ -84,30 +83,23 @@ def test_sources_that_can_be_read_once():
 
 def test_a_name_of_the_library_is_loaded_by_it(tmp_path, monkeypatch):
     # What the Hub would give, from a folder that `datasets` itself reads; its own cache goes to tmp_path as well.
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "owner" / "name" / "train.parquet")
-    real, folder = datasets.load_dataset, str(tmp_path / "owner" / "name")
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda path, *rest, **kw: real(folder, *rest, cache_dir=str(tmp_path), **kw)
-    )
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", ".parquet")
+    load = partial(datasets.load_dataset, str(tmp_path / "data"), cache_dir=str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *rest, **options: load(*rest, **options))
     assert load_examples("owner/name") == EXPECTED
     with pytest.raises(DataError, match="could be loaded with split 'test'"):
         load_examples("owner/name", split="test")
 
 
 def test_a_name_is_split_into_path_and_configuration(monkeypatch):
-    calls = []
-
-    def load(*args, **kwargs):
-        calls.append((*args, kwargs["split"]))
-        if args[0] == "nobody/nothing":
-            raise ConnectionError("offline")
-        return ROWS
-
+    load = Mock(return_value=ROWS)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_examples("openai/gsm8k:main", split="test", limit=1) == EXPECTED[:1]
     load_examples("squad")
+    calls = [(*call.args, call.kwargs["split"]) for call in load.call_args_list]
     assert calls == [("openai/gsm8k", "main", "test"), ("squad", None, "train")]
+    load.side_effect = ConnectionError("offline")
     with pytest.raises(DataError, match=r"'nobody/nothing' is neither a file .*offline"):
         load_examples("nobody/nothing")
 
@@ -171,9 +163,8 @@ def test_tables_are_read_whole(tmp_path):
     path, long = tmp_path / "rows.csv", "x" * 200_000
     before = csv.field_size_limit()
     for mark in ",;\t":
-        path.write_bytes(
-            f'\ufeffprompt{mark}completion\r\n"a{mark} b"{mark}""\r\n\r\n{long}{mark}"say ""1"""\r\n'.encode()
-        )
+        lines = f'\ufeffprompt{mark}completion\r\n"a{mark} b"{mark}""\r\n\r\n{long}{mark}"say ""1"""\r\n'
+        path.write_bytes(lines.encode())
         assert load_examples(path) == [Example(f"a{mark} b", ""), Example(long, 'say "1"')]
     path.write_text("prompt\nHow many; and why?\n")
     assert load_examples(path) == [Example("How many; and why?")] and csv.field_size_limit() == before
@@ -204,12 +195,13 @@ def test_half_a_character_is_refused_by_row(tokenizer, row):
 
 def test_folder_without_the_split_names_its_files(tmp_path):
     write(tmp_path, ".jsonl")
-    with pytest.raises(DataError, match=r"\['train\.jsonl'\]; expected test\.jsonl"):
-        load_examples(tmp_path, split="test")
-    with pytest.raises(DataError, match="There is no"):
-        load_examples(str(tmp_path / "absent"))
-    with pytest.raises(DataError, match="limit is 0"):
-        load_examples(tmp_path, limit=0)
+    for source, options, message in (
+        (tmp_path, {"split": "test"}, r"\['train\.jsonl'\]; expected test\.jsonl"),
+        (str(tmp_path / "absent"), {}, "There is no"),
+        (tmp_path, {"limit": 0}, "limit is 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_examples(source, **options)
 
 
 def test_chat_prompts_use_the_template(tokenizer):
@@ -226,9 +218,8 @@ def test_chat_prompts_use_the_template(tokenizer):
 
 def test_plain_prompts_never_end_in_the_end_token(tokenizer):
     assert encode_prompts(tokenizer, ["one two"], chat_template=False) == [[1, 5, 6]]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 2)]
-    )
+    ended = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = ended
     assert encode_prompts(tokenizer, ["one two", "two one"], chat_template=False) == [[5, 6], [6, 5]]
     with pytest.raises(DataError, match="Row 1: the prompt '' gives no tokens"):
         encode_prompts(tokenizer, ["one", ""], chat_template=False)

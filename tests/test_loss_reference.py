@@ -40,11 +40,8 @@ def reference(teacher, student, labels, ids_per_position, alpha, temperature, di
         p = merged_classes(softmax64(teacher_row, temperature), ids)
         q = merged_classes(softmax64(student_row, temperature), ids)
         m = beta * p + (1 - beta) * q
-        soft = {
-            "forward_kl": lambda p=p, q=q: kl64(p, q),
-            "reverse_kl": lambda p=p, q=q: kl64(q, p),
-            "jsd": lambda p=p, q=q, m=m: beta * kl64(p, m) + (1 - beta) * kl64(q, m),
-        }[divergence]()
+        jsd = beta * kl64(p, m) + (1 - beta) * kl64(q, m)
+        soft = {"forward_kl": kl64(p, q), "reverse_kl": kl64(q, p), "jsd": jsd}[divergence]
         total += (1 - alpha) * -np.log(softmax64(student_row, 1.0)[label]) + alpha * temperature**2 * soft
     return total
 
@@ -123,12 +120,10 @@ def test_teacher_equal_to_student_gives_no_divergence(positions, vocab, data):
 
 def test_tail_survives_where_one_minus_the_sum_would_be_noise():
     """Teacher and student hold all but 1e-9 of their mass in one entry: the tail's gradient keeps its digits."""
-    teacher = torch.full((1, 1000), -25.0, dtype=torch.float64)
-    teacher[0, 0] = 0.0
-    student = torch.full((1, 1000), -20.0)
-    student[0, 0] = 0.0
+    teacher, student = torch.full((1, 1000), -25.0), torch.full((1, 1000), -20.0)
+    teacher[0, 0] = student[0, 0] = 0.0
     student.requires_grad_()
-    entries = select_entries(teacher.float(), TopK(1), (1.0,))
+    entries = select_entries(teacher, TopK(1), (1.0,))
     compute_position_terms(student, torch.tensor([0]), entries).kl.sum().backward()
     q = softmax64(student.detach().numpy()[0], 1.0)
     p_tail = 1 - float(entries.logprobs.double().exp())
