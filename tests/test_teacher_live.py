@@ -70,6 +70,14 @@ def test_it_trains_evaluates_and_starts_from_the_quantization_error(make_live, r
     assert stored["eval_kl"] == pytest.approx(zero["eval_kl"], rel=1e-6)  # entries are not read
 
 
+def test_rows_that_accelerate_cuts_into_batches_of_its_own(make_live, rows):
+    losses = [
+        make_live(train_dataset=each, train_sampling_strategy="sequential", max_steps=1).train().training_loss
+        for each in (rows, rows.to_iterable_dataset())
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_what_cannot_teach_is_refused(make_live, make_trainer, rows, tiny_model_path, tiny_model, monkeypatch):
     tiny_model.resize_token_embeddings(tiny_model.vocab_size + 8)
     for teacher, message in (

@@ -118,13 +118,20 @@ class TopKLogprobs:
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             offsets = self.offsets[start : stop + 1] - self.offsets[start]
-            return self._cut(offsets, slice(self.borders[start], self.borders[stop]), index)
-        if index.dtype == torch.bool:
-            index = index.nonzero().squeeze(1)
-        counts = self.counts[index]
-        offsets = offsets_of(counts)
-        shift = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)
-        return self._cut(offsets, torch.arange(shift.numel(), device=shift.device) + shift, index)
+            entries: Tensor | slice = slice(self.borders[start], self.borders[stop])
+        else:
+            index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
+            counts = self.counts[index]
+            offsets = offsets_of(counts)
+            shift = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)
+            entries = torch.arange(shift.numel(), device=shift.device) + shift
+        return replace(
+            self,
+            offsets=offsets,
+            token_ids=self.token_ids[entries],
+            logprobs=self.logprobs[entries],
+            log_normalizers=self.log_normalizers[index],
+        )
 
     def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the entries, and the mass outside them, at a distillation temperature.
@@ -169,15 +176,6 @@ class TopKLogprobs:
     def pin_memory(self) -> TopKLogprobs:
         """The same value in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
         return self._map(lambda tensor: tensor.pin_memory())  # pragma: no cover - needs a GPU
-
-    def _cut(self, offsets: Tensor, entries: Tensor | slice, positions: Tensor | slice) -> TopKLogprobs:
-        return replace(
-            self,
-            offsets=offsets,
-            token_ids=self.token_ids[entries],
-            logprobs=self.logprobs[entries],
-            log_normalizers=self.log_normalizers[positions],
-        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TopKLogprobs:
         return replace(
