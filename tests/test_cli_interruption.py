@@ -3,29 +3,19 @@
 import json
 import os
 import signal
-import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import processes
 import pytest
 from transformers import Trainer
 
-from quantkd import TransferSet
 from quantkd.errors import ConfigError
 from quantkd.training.checkpoints import find_checkpoint
 from tests.conftest import capture_set
+from tests.transfer_sets import hashes
 
 PROMPTS = [f"What is {number} + 3?" for number in range(32)]
-
-
-@pytest.fixture(autouse=True)
-def heeded():
-    """Ctrl-C as at a terminal; a shell starts what runs in the background with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -35,49 +25,32 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@contextmanager
-def stopped_when(is_time):
-    """Send this process Ctrl-C as soon as something is on the disk."""
-    over = threading.Event()
-
-    def watch():
-        while not over.wait(0.002):
-            if is_time():
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-
-
-def interrupted(cli, words, is_time):
-    """The last line on standard error of a command that a signal stopped."""
-    with stopped_when(is_time):
-        code, _, err = cli(*words)
-    assert code == 130 and "Traceback" not in err
-    return err[err.rindex("quantkd ") :].rstrip()  # a bar may stand before it
-
-
-def test_capture_goes_on_to_the_same_bytes(cli, folder, tiny_model_path):
-    """SIGTERM, which a scheduler sends, ends the program as Ctrl-C does."""
-    words = ["capture", "--model", tiny_model_path, "--prompts", folder / "p.jsonl", "--max_new_tokens", "24",
-             "--dtype", "float32", "--rows_per_shard", "4", "--output_dir"]  # fmt: skip
-    (process,) = processes.start(["-m", "quantkd", *words, folder / "s"], folder / "output")
-    while not Path("s/shard-00001.safetensors").exists():
+def stop(words, seen, sent):
+    """Start a command, and send it a signal as soon as a file is there; its exit code and what it said."""
+    (process,) = processes.start(["-m", "quantkd", *words], "output")
+    while not Path(seen).exists():
         assert process.is_alive(), Path("output").read_text()
-        time.sleep(0.002)
-    process.terminate()
+        time.sleep(0.0005)
+    os.kill(process.pid, sent)
     process.join(60)
-    last = Path("output").read_text().splitlines()[-1]
-    assert process.exitcode == 130 and last == "quantkd capture: interrupted. Run the same command again to go on."
-    assert not Path("s/index.json").exists()
+    return process.exitcode, Path("output").read_text()
+
+
+@pytest.mark.parametrize(("sent", "seen", "words"), [
+    (signal.SIGTERM, "s/shard-00001.safetensors",
+     ["capture", "--rows_per_shard", 4, "--model", "TINY", "--output_dir"]),
+    (signal.SIGINT, "s/evaluation/x-prompts.jsonl",
+     ["evaluate", "--arm", "x", "--batch_size", 1, "--model_name_or_path", "TINY", "--run_dir"]),
+])  # fmt: skip
+def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, tiny_model_path, sent, seen, words):
+    """SIGTERM, which a scheduler sends, ends the program as Ctrl-C does."""
+    name, *words = [tiny_model_path if word == "TINY" else word for word in words]
+    words = [name, "--prompts", "p.jsonl", "--max_new_tokens", 24, "--dtype", "float32", *words]
+    code, said = stop([*words, "s"], seen, sent)
+    assert code == 130 and said.endswith(f"quantkd {name}: interrupted. Run the same command again to go on.\n")
+    stopped = hashes(Path(seen).parent)
     assert cli(*words, "s")[0] == cli(*words, "whole")[0] == 0
-    assert TransferSet.open("s").digest == TransferSet.open("whole").digest
+    assert hashes(Path(seen).parent) == hashes(Path("whole", *Path(seen).parts[1:-1])) != stopped
 
 
 @pytest.fixture
@@ -88,31 +61,19 @@ def train(folder, tiny_model_path):
             "--save_steps", "4", "--output_dir"]  # fmt: skip
 
 
-def test_train_goes_on_to_the_same_weights(cli, train):
-    is_time = Path("o/checkpoint-8/trainer_state.json").exists
-    said = interrupted(cli, [*train, "o"], is_time)
-    assert said.startswith("quantkd train: interrupted. Run the same command with --resume_from_checkpoint true")
-    assert not Path("o/adapter_model.safetensors").exists()
-    assert cli(*train, "o", "--resume_from_checkpoint", "true")[0] == cli(*train, "whole")[0] == 0
+@pytest.mark.parametrize(("sent", "seen"), [(signal.SIGINT, "trainer_state.json"), (signal.SIGKILL, "optimizer.pt")])
+def test_train_goes_on_to_the_same_weights(folder, train, sent, seen):
+    """After Ctrl-C, and killed amid a checkpoint; as many threads in each process, for they decide sums of floats."""
+    code, said = stop([*train, "o"], f"o/checkpoint-8/{seen}", sent)
+    assert code == (130 if sent == signal.SIGINT else -9) and "Traceback" not in said
+    go_on = "quantkd train: interrupted. Run the same command with --resume_from_checkpoint true"
+    assert (go_on in said) == (sent == signal.SIGINT) and not Path("o/adapter_model.safetensors").exists()
+    for words in (["o", "--resume_from_checkpoint", "true"], ["whole"]):
+        processes.run(["-m", "quantkd", *train, *words], folder / "output")
     one, other = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("o", "whole"))
     assert one == other
     # Once more from its configuration, which knows nothing of the checkpoint.
     assert "resume_from_checkpoint" not in Path("o/config.yaml").read_text()
-
-
-def test_a_train_that_is_killed_goes_on_to_the_same_weights_in_another_process(folder, train):
-    """Amid a checkpoint; with as many threads in each process, for the sums of floats depend on them."""
-    words = ["-m", "quantkd", *train]
-    (process,) = processes.start([*words, "o"], folder / "output")
-    while not Path("o/checkpoint-8/optimizer.pt").exists():
-        assert process.is_alive(), Path("output").read_text()
-        time.sleep(0.0005)
-    process.kill()
-    process.join()
-    processes.run([*words, "o", "--resume_from_checkpoint", "true"], folder / "output")
-    processes.run([*words, "whole"], folder / "output")
-    one, other = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("o", "whole"))
-    assert one == other
 
 
 def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, train, monkeypatch):
@@ -138,23 +99,6 @@ def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     said = Path("output").read_text()
     assert family[0].exitcode == 1 and "quantkd train: another process of this launch ended, and its own" in said, said
     assert "Traceback" not in said
-
-
-def test_evaluate_goes_on_to_the_same_answers(cli, folder, tiny_model_path):
-    words = ["evaluate", "--model_name_or_path", tiny_model_path, "--arm", "x", "--prompts", "p.jsonl", "--batch_size",
-             "1", "--max_new_tokens", "24", "--dtype", "float32", "--run_dir"]  # fmt: skip
-    records = Path("r/evaluation/x-prompts.jsonl")
-
-    def is_time():
-        return records.exists() and len(records.read_text().splitlines()) >= 3
-
-    said = interrupted(cli, [*words, "r"], is_time)
-    assert said == "quantkd evaluate: interrupted. Run the same command again to go on."
-    kept = records.read_text().splitlines()
-    assert 3 <= len(kept) < len(PROMPTS)
-    assert cli(*words, "r")[0] == cli(*words, "whole")[0] == 0
-    assert set(kept) <= set(records.read_text().splitlines())  # not answered again
-    assert records.read_text() == Path("whole/evaluation/x-prompts.jsonl").read_text()
 
 
 def test_what_only_reads_says_that_nothing_was_changed(cli, monkeypatch):
