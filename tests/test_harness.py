@@ -187,8 +187,7 @@ def test_a_killed_task_is_run_again(task_dir, tmp_path, measure, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"names": ["sums_one", ""]}, "Expected names of tasks"),
-    ({"names": []}, "Expected names of tasks"),
+    ({"names": ["sums_one", ""]}, "Expected names of tasks"), ({"names": []}, "Expected names of tasks"),
     ({"names": ["gsm8k"], "limit": 0}, "is 0; expected at least 1"),
     ({"names": ["gsm8k"], "include_path": "nowhere"}, "There is no folder nowhere"),
 ])  # fmt: skip

@@ -102,8 +102,7 @@ def test_a_training_that_diverges_is_counted_and_comes_last(student, sets, tmp_p
     (["alpha=0.5,1.5"], "alpha is 1.5"), (["divergence=forward_kl,kl"], "divergence"),
     (["num_train_epochs=1:3"], "max_steps overrides num_train_epochs"),
     (["learning_rate"], "Found 'learning_rate'; expected NAME=LOW:HIGH"),
-    (["rate=1:2"], "Found 'rate' to search; expected each of alpha, "),
-    (["lora_r=8,2.5"], "expected NAME=LOW:HIGH"),
+    (["rate=1:2"], "Found 'rate' to search; expected each of alpha, "), (["lora_r=8,2.5"], "expected NAME=LOW:HIGH"),
     (["alpha=0:1", "alpha=0.5,0.7"], "Found 'alpha' to search; expected .* at most once"),
 ])  # fmt: skip
 def test_what_would_fail_in_a_trial_is_refused_before_the_first(student, sets, tmp_path, space, said):
