@@ -54,10 +54,8 @@ def test_verdicts_are_those_of_the_graders(monkeypatch, evaluate):
 
     answers = [Generated(i, outputs[i], i != 2, 3) for i in (2, 0, 1)]
     monkeypatch.setattr(accuracy, "generate_greedy", lambda *_: [answers])
-    found = [
-        (r.correct_strict, r.correct_flexible, r.finished, r.prediction_strict, r.prediction_flexible)
-        for r in evaluate(ROWS[:3])
-    ]
+    names = ("correct_strict", "correct_flexible", "finished", "prediction_strict", "prediction_flexible")
+    found = [tuple(getattr(record, name) for name in names) for record in evaluate(ROWS[:3])]
     assert found[:2] == [(True, True, True, golds[0], golds[0]), (False, True, True, None, golds[1])]
     assert found[2:] == [(False, False, False, None, None)]
 

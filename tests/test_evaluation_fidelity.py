@@ -199,10 +199,9 @@ def test_arms_with_the_teacher_at_hand_make_a_report(tiny_model_path, tiny_token
     """From the command line to the page: calibration of the teacher too, and the same bytes from the kept records."""
     build_tiny_model(tiny_tokenizer, seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")
-    shared = ["--held_out", str(held_out.sources[0]), "--run_dir", str(tmp_path / "run"), "--full_precision"]
-    shared += ["--teacher", str(tiny_model_path), "--dtype", "float32"]
+    shared = f"--held_out {held_out.sources[0]} --run_dir {tmp_path}/run --teacher {tiny_model_path} --dtype float32"
     for arm, model in (("teacher", tiny_model_path), ("before", tmp_path / "other"), ("after", tiny_model_path)):
-        main(["--arm", arm, "--model_name_or_path", str(model), *shared])
+        main(f"--arm {arm} --model_name_or_path {model} --full_precision {shared}".split())
     page = build_report(tmp_path / "run")
     written = (page.parent / "results.json").read_bytes()
     results = json.loads(written)
@@ -210,7 +209,7 @@ def test_arms_with_the_teacher_at_hand_make_a_report(tiny_model_path, tiny_token
     assert 0 <= teacher["metrics"]["ece"]["value"] == after["metrics"]["ece"]["value"] <= 1
     assert teacher["metrics"]["dense_kl"]["value"] == 0 < before["metrics"]["dense_kl"]["value"]
     assert results["gap_recovered"]["dense_kl"] == 1 and "whole vocabulary: entropy (nats)" in page.read_text()
-    main(["--arm", "after", "--model_name_or_path", str(tiny_model_path), *shared])
+    main(f"--arm after --model_name_or_path {tiny_model_path} --full_precision {shared}".split())
     build_report(tmp_path / "run")
     assert (page.parent / "results.json").read_bytes() == written
     arm = (page.parent / "evaluation" / "before.json").read_text()

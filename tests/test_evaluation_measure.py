@@ -289,8 +289,8 @@ def test_evaluations_that_would_mean_something_else_are_refused(
 
 def test_a_file_of_more_rows_than_are_asked_says_so(tmp_path, tiny_model_path, caplog):
     path, rows = tmp_path / "p.jsonl", "".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(101))
-    words = ["evaluate", "--arm", "x", "--model_name_or_path", str(tiny_model_path), "--full_precision", "--dtype",
-             "float32", "--prompts", str(path), "--max_new_tokens", "1", "--batch_size", "50"]  # fmt: skip
+    words = f"evaluate --arm x --model_name_or_path {tiny_model_path} --full_precision --dtype float32 --prompts {path}"
+    words = f"{words} --max_new_tokens 1 --batch_size 50".split()
     for name, lines, options, count in (
         ("a", 101, [], 100), ("b", 100, [], 100), ("c", 101, ["--limit", "101"], 101), ("d", 101, ["--limit", "3"], 3)
     ):  # fmt: skip
@@ -328,9 +328,9 @@ def test_a_killed_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, ti
     (tmp_path / "data").mkdir()
     rows = generate_problems(24, seed=3)
     (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["evaluate", "--arm", "before", "--model_name_or_path", str(tiny_model_path), "--full_precision", "--dtype",
-             "float32", "--held_out", str(held_out.sources[0]), "--gsm8k", str(tmp_path / "data"), "--shots", "0",
-             "--batch_size", "1", "--max_new_tokens", "100", "--run_dir"]  # fmt: skip
+    words = f"evaluate --arm before --model_name_or_path {tiny_model_path} --full_precision --dtype float32 --gsm8k "
+    words += f"{tmp_path}/data --shots 0 --held_out {held_out.sources[0]} --batch_size 1 --max_new_tokens 100 --run_dir"
+    words = words.split()
     folder = tmp_path / "killed" / "evaluation"
     (process,) = processes.start(["-m", "quantkd", *words, tmp_path / "killed"], tmp_path / "out.txt")
     records, deadline = folder / "before-0-shot.jsonl", time.monotonic() + 120

@@ -57,9 +57,8 @@ def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
     answers[1].write_text("\n".join([*lines[:3], json.dumps(changed)]) + "\n")
     processes.run(words, tmp_path / "again.txt", 2)
     after = [json.loads(line) for line in answers[1].read_text().splitlines()]
-    assert [record["output"] for record in after] == [
-        "kept" if number == 3 else json.loads(line)["output"] for number, line in enumerate(lines)
-    ]
+    outputs = [json.loads(line)["output"] for line in lines]
+    assert [record["output"] for record in after] == [*outputs[:3], "kept", *outputs[4:]]
 
 
 def test_batches_are_dealt_in_turn(monkeypatch):
@@ -96,12 +95,8 @@ raise [ValueError, KeyboardInterrupt][state.process_index]("the end")
 
 def test_processes_leave_their_group_after_an_error_and_after_ctrl_c():
     """In interpreters of their own: a fork ends without what an exit runs."""
-    group = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": processes.free_port(),
-    }
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    group["MASTER_PORT"] = processes.free_port()
     family = [
         subprocess.Popen([sys.executable, "-c", LEAVE], env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -140,18 +140,15 @@ def test_what_was_measured_of_the_same_model_is_not_measured_again(measured, tin
 
 
 def test_the_train_command_makes_a_control_beside_the_student(whole, tiny_model_path, tmp_path, cli):
-    words = [
-        "train", "--model_name_or_path", tiny_model_path, "--transfer_set", whole / "transfer_set",
-        "--output_dir", tmp_path / "s", "--max_steps", "3", "--per_device_train_batch_size", "2",
-        "--learning_rate", "1e-3", "--alpha", "0.7", "--init", "zero", "--save_strategy", "no", "--dtype", "float32",
-        "--lora_alpha", "32", "--control", "ce",
-    ]  # fmt: skip
-    code, out, _ = cli(*words)
+    words = f"train --model_name_or_path {tiny_model_path} --transfer_set {whole}/transfer_set --max_steps 3 "
+    words += f"--output_dir {tmp_path}/s --per_device_train_batch_size 2 --learning_rate 1e-3 --alpha 0.7 --init zero "
+    words += "--save_strategy no --dtype float32 --lora_alpha 32 --control ce"
+    code, out, _ = cli(*words.split())
     assert code == 0 and "s-control" in out and not (tmp_path / "s").exists()
     expected = read_adapter(whole / "student-control")
     for name, tensor in read_adapter(tmp_path / "s-control").items():
         assert tensor.allclose(expected[name], rtol=1e-4, atol=1e-6), name
-    code, _, err = cli(*words, "--push_to_hub", "true")
+    code, _, err = cli(*words.split(), "--push_to_hub", "true")
     assert code and "not to be published" in err
 
 

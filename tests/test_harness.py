@@ -265,15 +265,13 @@ def forms(tmp_path, tiny_model_path, cli):
     found = {"four-bit": tmp_path / "four-bit"}
     for form in ("adapter", "merged", "requantized"):
         found[form] = tmp_path / form
-        words = ["--form", form, "--model_name_or_path", tiny_model_path, "--adapter", tmp_path / "student", "--dtype"]
-        words += ["float32", "--save_dtype", "float32", *["--accept_loss"] * (form == "requantized")]
-        assert cli("export", *words, "--output_dir", found[form])[0] == 0
+        words = f"--model_name_or_path {tiny_model_path} --adapter {tmp_path}/student --save_dtype float32".split()
+        words += ["--output_dir", found[form], "--dtype", "float32", *["--accept_loss"] * (form == "requantized")]
+        assert cli("export", "--form", form, *words)[0] == 0
     return found
 
 
-def test_every_exported_form_has_the_figures_of_the_report_in_the_harness(
-    tmp_path, tiny_model_path, task_dir, forms, evaluate
-):
+def test_every_exported_form_has_the_same_figures_in_the_harness(tmp_path, tiny_model_path, task_dir, forms, evaluate):
     run_dir, four_bit, adapter = tmp_path / "run", str(forms["four-bit"]), str(forms["adapter"])
     arms = {
         "before": ([], {"pretrained": four_bit}),
@@ -296,13 +294,6 @@ def test_every_exported_form_has_the_figures_of_the_report_in_the_harness(
             assert [line["resps"] for line in kept] == json.loads(json.dumps([each["resps"] for each in samples])), arm
         likelihoods[arm] = ours["tasks"]["likely"]["figures"]["likely"]["word_perplexity,none"]["value"]
     assert len(set(likelihoods.values())) == 4  # each form is itself: none stands in for another
-    build_report(run_dir)
-    results = json.loads((run_dir / "results.json").read_text())
-    for arm in arms:
-        arm_file = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())
-        rows = arm_file["tasks"]["sums_one"]["figures"]["sums_one"]["acc,none"]
-        reported = results["arms"][arm]["metrics"]["accuracy_lm_eval_sums_one_0_shot_acc"]
-        assert reported["value"] == pytest.approx(rows["value"], abs=1e-10)
 
 
 class Scripted(LM):

@@ -49,7 +49,6 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
     base = ["--model_name_or_path", tiny_model_path, "--dtype", "float32"]
     held = hub.repositories["dataset", "user/held"].commits[-1].sha
     folder, first = str(run / "student"), hub.repositories["model", "user/student"].commits[1].sha
-
     kl = {}
     for name, commit in ((folder, None), ("user/student", trapped), (f"user/student@{first}", first)):
         place = tmp_path / f"arm{len(kl)}"
@@ -66,7 +65,7 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
 
     for form in ("merged", "adapter"):
         out = tmp_path / form
-        words = ["--form", form, "--adapter", "user/student", "--output_dir", out, "--save_dtype", "float32"]
+        words = f"--form {form} --adapter user/student --output_dir {out} --save_dtype float32".split()
         text = say("export", *base, *words)
         assert f"Adapter user/student at {trapped}" in text
         assert not [file for file in out.iterdir() if file.suffix in (".bin", ".pt", ".py")]
@@ -90,28 +89,26 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
 
 def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, training_set, tmp_path, say):
     commit = hub.repositories["dataset", "user/held"].commits[-1].sha
-    base = ["--model_name_or_path", tiny_model_path, "--dtype", "float32", "--report_to", "none", "--max_steps", 1]
+    base = f"--model_name_or_path {tiny_model_path} --dtype float32 --report_to none --max_steps 1"
     for words in (
-        ["inspect", "user/held", "--rows", "0"],
-        ["verify", f"user/held@{commit}"],
-        ["verify", "user/held", "--teacher", tiny_model_path, "--rows", "2"],
-        ["convert", "user/held", tmp_path / "compact", "--storage", "nucleus:0.9"],
-        ["train", *base, "--transfer_set", "user/held", "--eval_transfer_set", f"user/held@{commit}", "--output_dir",
-         tmp_path / "student"],
-    ):  # fmt: skip
-        assert f"Transfer set user/held at {commit}, digest {training_set.digest}" in say(*words), words
+        "inspect user/held --rows 0",
+        f"verify user/held@{commit}",
+        f"verify user/held --teacher {tiny_model_path} --rows 2",
+        f"convert user/held {tmp_path}/compact --storage nucleus:0.9",
+        f"train {base} --transfer_set user/held --eval_transfer_set user/held@{commit} --output_dir {tmp_path}/student",
+    ):
+        assert f"Transfer set user/held at {commit}, digest {training_set.digest}" in say(*words.split()), words
     facts = json.loads((tmp_path / "student" / "quantkd.json").read_text())
     assert facts["transfer_set"] == f"user/held at {commit}"
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("user/none", "There is no folder 'user/none' here. On the Hub: "),
+    ("user/none", "There is no folder 'user/none' here. On the Hub: "), ("./nowhere", "no folder './nowhere'"),
     ("user/student@v9", "Could not fetch adapter_config.json of user/student at v9"),
-    ("./nowhere", "There is no folder './nowhere'"),
 ])  # fmt: skip
-def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, tmp_path, cli, name, said):
-    words = ["--model_name_or_path", tiny_model_path, "--adapter", name, "--held_out", "user/held"]
-    code, _, error = cli("evaluate", *words, "--arm", "x", "--run_dir", tmp_path)
+def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, cli, name, said):
+    words = f"--model_name_or_path {tiny_model_path} --adapter {name} --held_out user/held --arm x --run_dir r".split()
+    code, _, error = cli("evaluate", *words)
     assert code == 1 and said in error and "Traceback" not in error
 
 
