@@ -168,6 +168,14 @@ def make_trainer(build_trainer, tmp_path):
     return partial(build_trainer, tmp_path / "out")
 
 
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Charts that no test looks at take longer than the rest of a small experiment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkd.report.figures.save_figure", lambda figure, path: path.touch())
+        yield
+
+
 def loss_and_gradient(trainer, rows, *, train=True):
     """The loss of some rows in one batch, and the gradient of all trainable parameters."""
     import torch

@@ -21,6 +21,7 @@ from quantkd.experiment import Experiment, run_experiment
 from quantkd.models.student import default_quantization_config, load_student
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
 
 

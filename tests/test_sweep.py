@@ -15,6 +15,7 @@ from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.models.student import load_student
 from quantkd.training.sweep import parse_space, run_sweep
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SPACE = ("learning_rate=1e-4:1e-2:log", "lora_r=2,4", "temperature=1.0,2.0")
 
 
