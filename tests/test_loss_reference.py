@@ -189,3 +189,5 @@ def test_mismatched_positions_and_vocabularies_are_refused():
         compute_distillation_loss(torch.randn(1, 2, 30), torch.tensor([[-100, 1]]), entries, alpha=0.5)
     with pytest.raises(ConfigError, match="reach id 29, the student's vocabulary ends at 8"):
         compute_distillation_loss(torch.randn(1, 3, 9), torch.tensor([[-100, 1, 2]]), entries, alpha=0.5)
+    with pytest.raises(ConfigError, match=r"states of \(1, 3\) positions for labels of \(1, 2\)"):
+        compute_distillation_loss(torch.randn(1, 3, 30), torch.tensor([[-100, 1]]), entries, alpha=0.5)
