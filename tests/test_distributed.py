@@ -18,21 +18,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError
 from quantkd.models.student import default_quantization_config, load_student
-from tests.conftest import capture_set, relative
+from tests.conftest import TRAINING_PROMPTS, capture_set, relative
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "accelerate_configs"
 PROCESS = Path(__file__).with_name("training_process.py")
 # Answers of unlike length, so that processes and micro-batches hold unlike counts of targets.
-EXAMPLES = [
-    {"prompt": "Two and two?", "completion": "Four."},
-    {"prompt": "Name a colour, and then another one.", "completion": "Red comes first, and then I would say green."},
-    {"prompt": "How many legs?", "completion": "Two or four"},
-    {"prompt": "What is the sum of three and four, in words, please?", "completion": "It is seven, of course."},
-    {"prompt": "Why?", "completion": "No."},
-    {"prompt": "Tell me about the sea.", "completion": "It is wide and deep, and nobody has seen all of it."},
-    {"prompt": "One.", "completion": "Two, three."},
-    {"prompt": "Count from one to nine and back again.", "completion": "1 2 3 4 5 6 7 8 9 8 7 6 5 4 3 2 1"},
-]
+ANSWERS = [
+    "Four.", "Red comes first, and then I would say green.", "Two or four", "It is seven, of course.", "No.",
+    "It is wide and deep, and nobody has seen all of it.", "Two, three.", "1 2 3 4 5 6 7 8 9 8 7 6 5 4 3 2 1",
+]  # fmt: skip
 TWO_BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ONE_ROW = {"per_device_train_batch_size": 1}
 STUDENTS = ["nf4", "lora", "lora, head", "full"]
@@ -44,7 +38,8 @@ def train(student, arguments=TWO_BY_TWO, reshard=False):
 
 @pytest.fixture(scope="module")
 def given_set(tiny_model_path, tmp_path_factory):
-    return capture_set(tiny_model_path, EXAMPLES, tmp_path_factory.mktemp("given") / "set", responses="given")
+    rows = [{"prompt": each[0], "completion": each[1]} for each in zip(TRAINING_PROMPTS, ANSWERS, strict=True)]
+    return capture_set(tiny_model_path, rows, tmp_path_factory.mktemp("given") / "set", responses="given")
 
 
 @pytest.fixture(scope="module")

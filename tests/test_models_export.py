@@ -43,8 +43,8 @@ def save_adapter(base, folder, dtype="float32", **config):
     model = get_peft_model(load_student(str(base), dtype=dtype), LoraConfig(**options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.02, alpha=1.0 if "lora" not in name else 0.0)
+            if parameter.requires_grad and "lora" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder)
     return folder
 

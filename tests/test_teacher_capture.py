@@ -42,21 +42,16 @@ class FakeTeacher(Teacher):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [self.row(prompt) for prompt in prompts]
 
-    def score(self, prompts):
-        return self.answer(prompts)
+    score = answer
 
     def row(self, prompt):
         length = self.lengths[prompt.index % len(self.lengths)]
         ids = [*prompt.prompt_ids, *range(10, 10 + length)]
         return TransferRow(
-            input_ids=np.array(ids),
-            spans=np.array([[len(prompt.prompt_ids), len(ids)]]),
-            counts=np.ones(length, dtype=np.int64),
-            token_ids=np.arange(10, 10 + length),
-            logprobs=np.full(length, -0.25, dtype=np.float32),
-            log_normalizers=np.zeros((length, 1), dtype=np.float32),
-            finished=length != 5,
-        )
+            np.array(ids), spans=np.array([[len(prompt.prompt_ids), len(ids)]]), counts=np.ones(length, np.int64),
+            token_ids=np.arange(10, 10 + length), logprobs=np.full(length, -0.25, np.float32),
+            log_normalizers=np.zeros((length, 1), np.float32), finished=length != 5,
+        )  # fmt: skip
 
 
 def run(teacher, path, prompts=PROMPTS, **kwargs):
@@ -256,7 +251,8 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
     assert np.isfinite(trainer.evaluate()["eval_kl"])
 
 
-# -- ids that the model lacks, and dates -------------------------------------------------------------------------------
+NEW = {"role": "assistant", "content": "<new>"}
+ASKED = {"role": "user", "content": "1?"}
 
 
 @pytest.mark.parametrize(
@@ -265,11 +261,8 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
         ({"prompt": "one <new>?"}, {}),
         ({"prompt": "one?", "completion": "<new>"}, {"responses": "given"}),
         ({"prompt": "one?", "completion": "<new>"}, {"responses": "given", "chat_template": False}),
-        ({"prompt": [{"role": "assistant", "content": "<new>"}, {"role": "user", "content": "1?"}]}, {}),
-        (
-            {"prompt": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "<new>"}]},
-            {"responses": "given"},
-        ),
+        ({"prompt": [NEW, ASKED]}, {}),
+        ({"prompt": [ASKED, NEW]}, {"responses": "given"}),
     ],
 )
 def test_a_token_that_the_embedding_lacks_is_refused_by_row(tiny_model, tiny_tokenizer, tmp_path, row, options):
@@ -296,12 +289,8 @@ def test_a_capture_goes_on_after_midnight(clock, tiny_model, tiny_tokenizer, tmp
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
     options = {"tokenizer": tokenizer, "max_new_tokens": 4, "rows_per_shard": 1, "batch_size": 1}
-
-    def stop(self):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TransferSetWriter, "finalize", stop)
+        patch.setattr(TransferSetWriter, "finalize", Mock(side_effect=KeyboardInterrupt))
         capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)
     clock.day = "2026-01-01"
     for _ in range(2):  # resumed, then complete
@@ -310,9 +299,7 @@ def test_a_capture_goes_on_after_midnight(clock, tiny_model, tiny_tokenizer, tmp
     assert tokenizer.decode(found[1]["input_ids"]).startswith("31 Dec 2025 <|im_start|>")
     new = capture_set(tiny_model, PROMPTS[:2], tmp_path / "new", **options)
     assert tokenizer.decode(new[1]["input_ids"]).startswith("01 Jan 2026 ")
-    plan = read_begun_plan(tmp_path / "s")
+    plan = replace(read_begun_plan(tmp_path / "s"), generation={"date": "soon"})
+    monkeypatch.setattr("quantkd.teacher.plan.read_begun_plan", lambda folder: plan)
     with pytest.raises(DataError, match="the date 'soon'; expected one such as 2025-12-31"):
-        monkeypatch.setattr(
-            "quantkd.teacher.plan.read_begun_plan", lambda _: replace(plan, generation={"date": "soon"})
-        )
         capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)
