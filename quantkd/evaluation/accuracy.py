@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria
 
 from quantkd.data.encoding import at_date, check_context, check_ids, encode_prompts, uses_date
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
@@ -105,26 +105,18 @@ class Questions:
     ) -> Iterator[Arm]:
         """Yield the arm after each number of shots; answers that are in its records are not asked for again."""
         for count in self.shots:
-            records = evaluate_gsm8k(
-                model,
-                tokenizer,
-                self.rows,
-                shots=self.few_shot[:count],
-                settings=settings,
-                records_path=folder / f"{arm.name}-{count}-shot.jsonl",
-                fingerprint=arm.fingerprint,
-            )
-            verdicts = {
-                "correct_flexible": [record.correct_flexible for record in records],
-                "correct_strict": [record.correct_strict for record in records],
-            }
+            path, shots = folder / f"{arm.name}-{count}-shot.jsonl", self.few_shot[:count]
+            given: dict[str, Any] = {"settings": settings, "records_path": path, "fingerprint": arm.fingerprint}
+            records = evaluate_gsm8k(model, tokenizer, self.rows, shots=shots, **given)
+            graders = ("correct_flexible", "correct_strict")
+            verdicts = {grader: [getattr(record, grader) for record in records] for grader in graders}
             asked = {
                 "prompts": compute_digest([record.prompt for record in records]),
                 "golds": compute_digest([record.gold for record in records]),
                 "max_new_tokens": settings.max_new_tokens,
             }
             if settings.chat_template and uses_date(tokenizer):
-                asked["date"] = find_date(folder / f"{arm.name}-{count}-shot.jsonl", settings.share)
+                asked["date"] = find_date(path, settings.share)
             arm = replace(arm, questions={**arm.questions, f"{count}-shot": Accuracy(verdicts, asked)})
             yield arm
 
@@ -223,9 +215,7 @@ def _answer(
     if not task.asked:
         raise DataError("There is nothing to evaluate: 0 rows were given; expected at least one.")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ConfigError(
-            "The model has a prompt-learning adapter; evaluation supports LoRA-like ones. Merge it first."
-        )
+        raise ConfigError("The model has a prompt-learning adapter; evaluation takes LoRA-like ones. Merge it first.")
     network, limit, share = base_network(model), settings.max_new_tokens, settings.share
     is_dated = settings.chat_template and uses_date(tokenizer)
     dated = {"date": find_date(records_path, share)} if is_dated else {}
@@ -271,77 +261,52 @@ def generate_greedy(
     max_new_tokens: int,
     stop: str | None = None,
 ) -> Iterator[list[Generated]]:
-    """Answer prompts greedily, and hand out each batch, a list of places in `prompts`, as it is done.
-
-    The model's own generation settings (sampling, penalties, forced tokens) are set aside, so that two models are
-    compared by their distributions alone; only its end tokens are kept, together with the tokenizer's.
-    """
+    """Answer prompts greedily, and hand out each batch, a list of places in `prompts`, as it is done."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    # Of the model's own settings only the end tokens are kept: two models are compared by their distributions alone.
     settings = build_generation_config(network, tokenizer, max_new_tokens)
-    asked = [prompts[index] for batch in batches for index in batch]
+    pad, asked = settings.pad_token_id, [prompts[index] for batch in batches for index in batch]
     with generation_mode(network, settings):
         prefix = find_shared_prefix(asked) if len(asked) > 1 else []
         cache = _compute_prefix_cache(network, prefix)
+        prefix = prefix if cache is not None else []
         for indices in batches:
-            shared = prefix if cache is not None else []
-            yield _generate_batch(network, tokenizer, settings, prompts, indices, shared, cache, stop)
-
-
-def _generate_batch(
-    network: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: GenerationConfig,
-    prompts: Sequence[Sequence[int]],
-    indices: list[int],
-    prefix: list[int],
-    cache: DynamicCache | None,
-    stop: str | None,
-) -> list[Generated]:
-    """One batch: the shared prefix, padding in the middle, and each answer cut at its end."""
-    # Rows are prefix + padding + rest: the prefix must be at the same slots as in its cache, the end of every prompt
-    # at the right edge. `generate` derives positions from the mask, so padding in the middle shifts none of them.
-    rests = [list(prompts[index][len(prefix) :]) for index in indices]
-    width = max(map(len, rests))
-    pad = settings.pad_token_id
-    rows = [prefix + [pad] * (width - len(rest)) + rest for rest in rests]
-    masks = [[1] * len(prefix) + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
-    shared: dict[str, Any] = {}
-    if cache is not None:
-        shared[cache_argument(network)] = copy.deepcopy(cache)
-        shared[cache_argument(network)].batch_repeat_interleave(len(rows))
-    input_ids = send(torch.tensor(rows), network.device)
-    stopper = _StopText(tokenizer, stop, input_ids) if stop else None
-    with torch.inference_mode():
-        output: Tensor = network.generate(
-            input_ids=input_ids,
-            attention_mask=send(torch.tensor(masks), network.device),
-            generation_config=settings,
-            stopping_criteria=[stopper] if stopper else None,
-            **shared,
-        )
-    written = output[:, len(rows[0]) :].tolist()
-    if stopper:
-        stopper.look(written)
-    answers = []
-    for row, (index, tokens) in enumerate(zip(indices, written, strict=True)):
-        ends = [place for place, token in enumerate(tokens) if token in settings.eos_token_id]
-        stopped = stopper.stopped_after[row] if stopper else None
-        count = stopped if stopped is not None else ends[0] + 1 if ends else len(tokens)
-        text = str(tokenizer.decode(tokens[:count], skip_special_tokens=True))
-        text = text.split(stop)[0] if stopped is not None and stop else text
-        answers.append(Generated(index, text, stopped is not None or bool(ends), count))
-    return answers
+            # Rows are prefix + padding + rest: the prefix must be at the same slots as in its cache, the end of every
+            # prompt at the right edge. `generate` derives positions from the mask, so this padding shifts none.
+            rests = [list(prompts[index][len(prefix) :]) for index in indices]
+            width = max(map(len, rests))
+            rows = [prefix + [pad] * (width - len(rest)) + rest for rest in rests]
+            masks = [[1] * len(prefix) + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
+            ids, mask = (send(torch.tensor(numbers), network.device) for numbers in (rows, masks))
+            stopper = _StopText(tokenizer, stop, ids) if stop else None
+            kwargs: dict[str, Any] = {"stopping_criteria": [stopper] if stopper else None}
+            if cache is not None:
+                kwargs[cache_argument(network)] = repeated = copy.deepcopy(cache)
+                repeated.batch_repeat_interleave(len(rows))
+            with torch.inference_mode():
+                output: Tensor = network.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=settings, **kwargs
+                )
+            written = output[:, len(rows[0]) :].tolist()
+            if stopper:
+                stopper.look(written)
+            answers = []
+            for row, (index, tokens) in enumerate(zip(indices, written, strict=True)):
+                ends = [place for place, token in enumerate(tokens) if token in settings.eos_token_id]
+                stopped = stopper.stopped_after[row] if stopper else None
+                count = stopped if stopped is not None else ends[0] + 1 if ends else len(tokens)
+                text = str(tokenizer.decode(tokens[:count], skip_special_tokens=True))
+                text = text.split(stop)[0] if stopped is not None and stop else text
+                answers.append(Generated(index, text, stopped is not None or bool(ends), count))
+            yield answers
 
 
 class _StopText(StoppingCriteria):
-    """Ends each row of a batch where it first writes the stop text, and keeps after how many tokens that was.
-
-    On an accelerator it looks at several tokens at a time, because reading them waits for the device. A row may then go
-    on for a few tokens, which are cut off; what it and the others write before does not change.
-    """
+    """Ends each row of a batch where it first writes the stop text, and keeps after how many tokens that was."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, prompts: Tensor) -> None:
+        # Reading tokens waits for an accelerator, so several are read at a time; what a row writes beyond is cut off.
         self.tokenizer, self.stop, self.prompt_width = tokenizer, stop, prompts.shape[1]
         self.seen, self.every = 0, 1 if prompts.device.type == "cpu" else _TOKENS_PER_LOOK
         self.stopped_after: list[int | None] = [None] * len(prompts)
@@ -376,10 +341,8 @@ def find_shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 def _compute_prefix_cache(network: Any, prefix: list[int]) -> DynamicCache | None:
     """The key-value cache of the prefix; None without a prefix, or for a cache without one entry per token."""
-    if not prefix:
-        return None
-    cache = DynamicCache(config=network.config.get_text_config())
-    if not is_plain_cache(cache):
+    cache = DynamicCache(config=network.config.get_text_config()) if prefix else None
+    if cache is None or not is_plain_cache(cache):
         return None
     # Logits are of no use here, and over a long prefix they are larger than the cache.
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}

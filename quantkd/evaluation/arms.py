@@ -1,7 +1,4 @@
-"""The arm file: everything that was measured of one model, as `evaluation/<arm>.json` holds it.
-
-`Arm` writes and reads it. Reading checks every field; an error names the file, the field and the value.
-"""
+"""The arm file: everything that was measured of one model, as `evaluation/<arm>.json` holds it."""
 
 from __future__ import annotations
 
@@ -86,12 +83,9 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a model is to its teacher: sums over the held-out rows, in their order.
+    """How near a model is to its teacher: sums over the held-out rows, in their order."""
 
-    `columns` are float64: (R,) such as "kl_sum", (R, bins) such as "position/kl_sum", and the same over the whole
-    vocabulary, such as "dense_kl_sum", where the teacher was at hand.
-    """
-
+    # (R,) such as "kl_sum", or "dense_kl_sum" over the whole vocabulary; (R, bins) such as "position/kl_sum".
     columns: Mapping[str, Floats]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -117,11 +111,8 @@ class Fidelity:
             "reverse_kl": RowSums(sums["reverse_kl_sum"], tokens),
             "ece": CalibrationSums(*(sums[f"confidence/{key}"] for key in ("confidence_sum", "correct", "tokens"))),
         }
-        if DENSE_ROWS[0] in sums:
-            figures["dense_kl"] = RowSums(sums["dense_kl_sum"], tokens)
-            figures["dense_reverse_kl"] = RowSums(sums["dense_reverse_kl_sum"], tokens)
-            figures["dense_top1_agreement"] = RowSums(sums["dense_agree"], tokens)
-        return figures
+        dense = dict(zip(("dense_kl", "dense_reverse_kl", "dense_top1_agreement"), DENSE_ROWS, strict=True))
+        return figures | {name: RowSums(sums[key], tokens) for name, key in dense.items() if key in sums}
 
     @property
     def means(self) -> dict[str, float]:
@@ -175,13 +166,10 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The verdicts on one list of questions: (N,) by grader, such as GSM8K's "correct_flexible" and "correct_strict".
+    """The verdicts on one list of questions."""
 
-    Arms are compared where the settings, which say what was asked and how, are the same.
-    """
-
-    verdicts: Mapping[str, Sequence[bool]]
-    settings: Mapping[str, Any]
+    verdicts: Mapping[str, Sequence[bool]]  # (N,) by grader, such as GSM8K's "correct_flexible" and "correct_strict"
+    settings: Mapping[str, Any]  # what was asked and how; arms are compared where they are the same
 
     @property
     def count(self) -> int:
@@ -197,15 +185,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One name given to lm-evaluation-harness, measured; it is run again if the settings differ.
-
-    `figures` holds, for the task or each of a group's, the harness' metrics by its own key, such as "acc,none". Each
-    metric that is 0 or 1 on every item has `verdicts` under a title such as "lm-eval arc_easy, 0-shot, acc".
-    """
+    """One name given to lm-evaluation-harness, measured; it is run again if the settings differ."""
 
     settings: Mapping[str, Any]
-    figures: Mapping[str, Mapping[str, Mapping[str, float | None]]]
-    verdicts: Mapping[str, Sequence[bool]]
+    figures: Mapping[str, Mapping[str, Mapping[str, float | None]]]  # by task, and by the harness' key, as "acc,none"
+    verdicts: Mapping[str, Sequence[bool]]  # of each metric that is 0 or 1, as "lm-eval arc_easy, 0-shot, acc"
 
 
 @dataclass(frozen=True)
@@ -250,17 +234,12 @@ class Arm:
 
     @classmethod
     def read(cls, path: Path) -> Arm:
-        """Read an arm's file and check everything in it.
-
-        Raises:
-            DataError: a file that is not an arm's; the message names the field and its value.
-        """
+        """Read an arm's file and check everything in it; an error names the field and its value."""
         found = _check(read_json(path), f"{path}, ", _ARM)
         if found["arm"] != path.stem:
             raise _refuse(f"{path}, arm", found["arm"], f"{path.stem!r}, the file's name")
-        fidelity = None
-        if found["fidelity"] is not None:
-            fidelity = Fidelity.from_json(found["fidelity"], f"{path}, fidelity")
+        measured = found["fidelity"]
+        fidelity = None if measured is None else Fidelity.from_json(measured, f"{path}, fidelity")
         questions = {}
         for setting, one in found["questions"].items():
             if len(one["correct_flexible"]) != len(one["correct_strict"]):

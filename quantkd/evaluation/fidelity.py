@@ -1,8 +1,4 @@
-"""Fidelity: how near a model's distribution is to its teacher's, on held-out rows, teacher-forced.
-
-The teacher is what the transfer set stored, over k + 1 classes, and, where it is at hand, the model itself, over the
-whole vocabulary.
-"""
+"""Fidelity: how near a model is to the stored teacher, over k + 1 classes, and to the teacher's own model, over all."""
 
 from __future__ import annotations
 
@@ -53,17 +49,15 @@ class HeldOut:
         teacher = None
         if self.teacher is not None:
             teacher = arm.fingerprint if self.teacher is model else compute_model_fingerprint(self.teacher)
-        facts = {
-            "transfer_set": self.rows.digest,
-            "batch_size": settings.batch_size,
-            "teacher": teacher,
-            "quantkd_version": __version__,
-        }
+        facts: dict[str, Any] = {"transfer_set": self.rows.digest, "teacher": teacher, "quantkd_version": __version__}
+        facts["batch_size"] = settings.batch_size
         if arm.fidelity is None or arm.fidelity.settings != facts:
-            found = evaluate_fidelity(
-                model, self.rows, teacher=self.teacher, batch_size=settings.batch_size, share=settings.share,
-                progress=settings.progress,
-            )  # fmt: skip
+            how: dict[str, Any] = {
+                "batch_size": settings.batch_size,
+                "share": settings.share,
+                "progress": settings.progress,
+            }
+            found = evaluate_fidelity(model, self.rows, teacher=self.teacher, **how)
             arm = replace(arm, fidelity=replace(found, settings=facts))
         yield arm
 
@@ -138,18 +132,13 @@ def _measure_positions(
     for part in cut_positions(states, dense=beside is not None):
         logits = states.logits(part)
         predictions = compute_predictions(logits, targets[part])
-        chunk = {
-            "ce": predictions.ce,
-            "confidence": predictions.confidence,
-            "correct": predictions.top_ids == targets[part],
-        }
+        chunk = {"ce": predictions.ce, "confidence": predictions.confidence}
+        chunk["correct"] = predictions.top_ids == targets[part]
         comparisons = [("", compare_with_entries(logits, predictions, entries.select(part)))]
         if beside is not None:
             comparisons.append(("dense_", compare_with_logits(logits, predictions, beside.logits(part))))
         for prefix, compared in comparisons:
-            chunk[f"{prefix}kl"] = compared.kl
-            chunk[f"{prefix}reverse_kl"] = compared.reverse_kl
-            chunk[f"{prefix}entropy"] = compared.entropy
+            chunk |= {f"{prefix}{name}": getattr(compared, name) for name in ("kl", "reverse_kl", "entropy")}
             chunk[f"{prefix}agree"] = predictions.top_ids == compared.top_ids
         for name, values in chunk.items():
             parts.setdefault(name, []).append(values)
@@ -158,10 +147,7 @@ def _measure_positions(
 
 
 def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floats]:
-    """Figures at target positions, summed per row, and per row and bin.
-
-    Shapes: labels (B, T), positions (N,), returns (B,) and (B, bins).
-    """
+    """Labels (B, T) and figures (N,) at target positions -> their sums per row (B,), and per row and bin (B, bins)."""
     stacked = torch.stack([values.to(wide_dtype(values.device)) for values in positions.values()])
     values = dict(zip(positions, stacked.cpu().double().numpy(), strict=True))  # one wait for the device
     is_target = (labels[:, 1:] != IGNORE_INDEX).numpy()

@@ -17,24 +17,19 @@ _IDLE_CONFIG = ("architectures", "transformers_version", "use_cache", "pad_token
 
 
 def compute_model_fingerprint(model: Any) -> str:
-    """A digest of what decides a model's figures: its weights, config, quantization, dtype and adapters' state.
-
-    Whatever is or was trained is hashed whole. Of the weights below, which can take 16 GB, a few samples each suffice.
-    """
+    """A digest of what decides a model's figures: its weights, config, quantization, dtype and adapters' state."""
     facts = base_network(model).config.to_dict()
     facts = {key: value for key, value in facts.items() if key not in _IDLE_CONFIG and not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    adapters = [
-        module
-        for module in model.modules()
-        if hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
-    ]
+    marks = ("adapter_layer_names", "active_adapters")
+    adapters = [module for module in model.modules() if all(hasattr(module, mark) for mark in marks)]
     trained = {id(each) for module in adapters for each in _own_parameters(module)}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             values = parameter.detach()
             digest.update(f"{prefix}.{name} {tuple(values.shape)} {values.dtype}".encode())
             if values.device.type != "meta" and values.numel():
+                # What is or was trained is hashed whole; of other weights, which can take 16 GB, a few samples suffice.
                 whole = parameter.requires_grad or id(parameter) in trained
                 step = 1 if whole else max(1, values.numel() // _SAMPLES_PER_WEIGHT)
                 digest.update(values.reshape(-1)[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -32,10 +32,7 @@ from quantkd.models.network import evaluation_mode
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """Which tasks to run, and how, in the names of `lm-eval run`; docs/harness.md describes each.
-
-    `limit` takes the first items of each task. The harness keeps the `num_fewshot` of 0 of a task that sets it.
-    """
+    """Which tasks to run, and how, in the names of `lm-eval run`; docs/harness.md describes each."""
 
     names: Sequence[str]
     include_path: str | None = None
@@ -78,11 +75,7 @@ class HarnessTasks:
     def measure(
         self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
     ) -> Iterator[Arm]:
-        """Yield the arm after each task; one that is finished with the same settings is not run again.
-
-        Each item is written to `lm-eval/<arm>/<task>.jsonl`. Of the processes that share the items, the main one gets
-        the results.
-        """
+        """Yield the arm after each task; one that is finished with the same settings is not run again."""
         for name in self.names:
             path = folder / "lm-eval" / arm.name / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
             facts = self._describe(name)

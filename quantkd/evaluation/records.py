@@ -16,11 +16,10 @@ from quantkd.files import write_file
 
 
 class RecordFile:
-    """A JSONL file of records with the key `id`, and `<name>.settings.json` beside it, which names model and items.
+    """A JSONL file of records with the key `id`, and `<name>.settings.json` beside it, which names model and items."""
 
-    Records are taken up only under the same settings: an old file must not pass for the answers of a newly trained
-    model. Each is a flat dataclass of this kind, with an id below `count`; without a kind none are taken up.
-    """
+    # Records are taken up under the same settings alone: an old file must not pass for the answers of another model.
+    # Each is a flat dataclass of this kind, with an id below `count`; without a kind none are taken up.
 
     def __init__(
         self, path: Path, settings: Mapping[str, Any], kind: type[Any] | None = None, count: int = 0, *, share: bool

@@ -1,7 +1,4 @@
-"""Intervals, paired tests and the gap recovered, from sums over rows; docs/statistics.md explains each.
-
-Every figure follows from sums over rows, so that it can be formed again for any draw of rows.
-"""
+"""Intervals, paired tests and the gap recovered, from sums over rows; docs/statistics.md explains each."""
 
 from __future__ import annotations
 
@@ -39,17 +36,11 @@ class RowStatistic(Protocol):
 
 @dataclass(frozen=True)
 class RowSums:
-    """A ratio of sums over rows, such as nats over tokens, or correct answers over questions.
+    """A ratio of sums over rows, such as nats over tokens, or correct answers over questions."""
 
-    Args:
-        numerators: (N,) one sum per row.
-        denominators: (N,) what it is divided by; None counts each row once.
-        transform: "exp" for perplexity, which is exp of a mean.
-    """
-
-    numerators: ArrayLike
-    denominators: ArrayLike | None = None
-    transform: Literal["identity", "exp"] = "identity"
+    numerators: ArrayLike  # (N,) one sum per row
+    denominators: ArrayLike | None = None  # (N,) what it is divided by; None counts each row once
+    transform: Literal["identity", "exp"] = "identity"  # "exp" for perplexity, which is exp of a mean
 
     def to_columns(self) -> Floats:
         """(N, 2): numerators and denominators."""
@@ -69,12 +60,9 @@ class RowSums:
 
 @dataclass(frozen=True)
 class CalibrationSums:
-    """The expected calibration error, `sum over bins of |confidence - correct| / tokens` (Guo et al. 2017, equation 3).
+    """Expected calibration error: `sum over bins of |confidence - correct| / tokens` (Guo et al. 2017, equation 3)."""
 
-    Each argument is (N, M): a row's sums in M bins of confidence.
-    """
-
-    confidences: ArrayLike
+    confidences: ArrayLike  # (N, M), as the others: a row's sums in M bins of confidence
     correct: ArrayLike
     tokens: ArrayLike
 
@@ -195,11 +183,9 @@ def compute_questions_needed(only_a: int, only_b: int, n: int) -> int | None:
 
 
 def bootstrap_interval(statistic: RowStatistic) -> Interval:
-    """The 95% percentile bootstrap interval of a figure, over whole rows.
-
-    Rows are drawn, not tokens: the tokens of one answer depend on each other, and an interval over tokens would be far
-    too narrow (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13).
-    """
+    """The 95% percentile bootstrap interval of a figure, over whole rows."""
+    # Not over tokens, which depend on each other within an answer: the interval would be far too narrow (Efron and
+    # Tibshirani 1993, An Introduction to the Bootstrap, chapter 13).
     return _middle(_resample([statistic], lambda figures: figures[0]))
 
 
@@ -211,10 +197,7 @@ class Difference(NamedTuple):
 
 
 def compute_difference(a: RowStatistic, b: RowStatistic) -> Difference:
-    """`a - b` with its paired bootstrap interval: each draw takes the same rows of both models.
-
-    What makes a row hard for both cancels, so the interval is narrower than those of the two figures suggest.
-    """
+    """`a - b` with its paired bootstrap interval: each draw takes the same rows of both models."""
     value = compute_value(a) - compute_value(b)
     if len(a.to_columns()) < 2 and len(b.to_columns()) < 2:
         return Difference(value, None)
