@@ -81,6 +81,7 @@ RAW_INDEXES = {
     "many-objects": b"[" + b"{}," * 690_000 + b"{}]", "too-large": b" " * (3 * 2**20),
     "duplicate-keys": b'{"digest":"","digest":""}\n', "long-number": b'{"a":' + b"9" * 100_000 + b"}\n",
     "utf-16": '{"a":1}'.encode("utf-16"), "bom": b"\xef\xbb\xbf{}\n", "bad-utf-8": b'{"a":"\xff"}\n',
+    "escaped-quotes": b'{"a":"' + b'\\"' * 1_000_000,
     "raw-escape": b'{"a":"\x1b[31m"}\n', "open-string": b'{"a":"\\\n', "surrogate": b'{"a":"\\ud800"}\n',
     "pickle": b"cos\nsystem\n(S'true'\ntR.", "zeros": bytes(1000),
 }  # fmt: skip

@@ -54,8 +54,18 @@ class FolderSource:
             raise TransferSetError(
                 f"There is no transfer set at {path}: it is not a folder. Capture one, or fix the path."
             )
-        if (path / INDEX_NAME).exists():
-            return read_index(path)
+        index, found = path / INDEX_NAME, None
+        if not index.exists():
+            try:
+                found = self._read_unfinished()
+            except TransferSetError:
+                if not index.exists():
+                    raise
+        # A capture that has ended meanwhile has removed some of its records.
+        return read_index(path) if found is None or index.exists() else found
+
+    def _read_unfinished(self) -> Index:
+        path = self.path
         if not (path / PLAN_NAME).exists():
             raise TransferSetError(
                 f"There is no transfer set at {path}: it has neither {INDEX_NAME} nor {PLAN_NAME}. "
