@@ -267,8 +267,8 @@ def encode_prompts(
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, end: int | None = None) -> list[int]:
-    """Token ids of an answer: the text tokenised alone, then the end token, by default the end-of-sequence token."""
-    end = tokenizer.eos_token_id if end is None else end
+    """Token ids of an answer: the text tokenised alone, then the end token, by default that of the chat template."""
+    end = find_turn_end(tokenizer) if end is None else end
     if end is None:
         raise DataError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token to close answers with. "
@@ -357,26 +357,26 @@ def _render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     own = {"add_generation_prompt": True, "tokenize": False}
     text = str(_render_chat(tokenizer, messages, kwargs, **own))
 
-    def is_read(owner: Mapping[str, Any], key: str, place: int | None) -> bool:
-        """Whether the text is another, or the template fails, without the value or with another one."""
-        value, without = owner[key], {name: each for name, each in owner.items() if name != key}
-        other = {**owner, key: not value if isinstance(value, bool) else _MARK}
-        for changed in (without, *([] if isinstance(value, (list, dict)) else [other])):
+    def is_left_out(owner: Mapping[str, Any], key: str, place: int | None = None) -> bool:
+        """Whether the template gives the same text without the value, and with another one."""
+        changes = [{name: value for name, value in owner.items() if name != key}]
+        if not isinstance(owner[key], (list, dict)):
+            changes.append({**owner, key: not owner[key] if isinstance(owner[key], bool) else _MARK})
+        for changed in changes:
             turns = messages if place is None else [*messages[:place], changed, *messages[place + 1 :]]
-            rendered = None
             with suppress(DataError):
-                rendered = _render_chat(tokenizer, turns, changed if place is None else kwargs, **own)
-            if rendered != text:
-                return True
-        return False
+                if text == _render_chat(tokenizer, turns, changed if place is None else kwargs, **own):
+                    continue
+            return False
+        return True
 
     for key in kwargs:
-        if not is_read(kwargs, key, None):
+        if is_left_out(kwargs, key):
             raise DataError(f"the chat template does not read {key}. Remove it, or use a template that does.")
     for place, message in enumerate(messages):
-        plain = message["role"] in _ROLES and message["content"].strip() in text
-        for key in sorted(message.keys() - {"role", *(["content"] if plain or not message["content"] else [])}):
-            if not is_read(message, key, place):
+        is_plain = message["role"] in _ROLES and message["content"].strip() in text
+        for key in sorted(message.keys() - {"role", "content" if is_plain or not message["content"] else ""}):
+            if is_left_out(message, key, place):
                 where = f"{key!r} of message {place} ({message['role']})"
                 raise DataError(f"the chat template leaves out {where}. Remove it, or use a template that renders it.")
     return text
