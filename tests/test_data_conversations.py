@@ -320,6 +320,12 @@ def test_messages_that_the_template_leaves_out_are_refused_and_plain_prompts_tak
     deaf = with_template(MARKED.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}"))
     with pytest.raises(DataError, match=r"Row 1: .*leaves out 'content' of message 1 \(critic\)"):
         encode_prompts(deaf, [ASKED, [*ASKED, turn("critic", "user"), *ASKED]])
+    parts = with_template(
+        "{% for m in messages %}{{ m.content[0].type }}{% for p in m.content %}{{ p.text }}{% endfor %}"
+    )
+    parts.chat_template += "{% endfor %}<|im_start|>"
+    with pytest.raises(DataError, match=r"Row 0: .*leaves out 'content' of message 0 \(user\)"):
+        encode_prompts(parts, [ASKED])  # of a model for images, which reads lists of parts
     with pytest.raises(DataError, match=r"Row 0: a plain prompt must be text, found 1 chat messages, tools"):
         encode_prompts(deaf, load_examples([{"prompt": "?", "tools": [{"name": "add"}]}]), chat_template=False)
     with pytest.raises(DataError, match=r"Row 0: .*refuses messages of the roles user: .*concatenate"):

@@ -359,7 +359,8 @@ def _render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
 
     def is_left_out(owner: Mapping[str, Any], key: str, place: int | None = None) -> bool:
         """Whether the template gives the same text without the value, and with another one."""
-        changes = [{name: value for name, value in owner.items() if name != key}]
+        # No message is without content, and what a template makes of one says nothing.
+        changes = [{name: value for name, value in owner.items() if name != key}] if key != "content" else []
         if not isinstance(owner[key], (list, dict)):
             changes.append({**owner, key: not owner[key] if isinstance(owner[key], bool) else _MARK})
         for changed in changes:
