@@ -1,5 +1,6 @@
 """Arguments that transformers' Trainer would pass over, or trip over deep inside: honoured, or refused in one line."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,9 @@ RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
         ({"remove_unused_columns": True}, "remove_unused_columns is on, and would remove the teacher's entries"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; the teacher's distribution takes the place"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected at least 1"),
+        ({"weight_decay": math.nan}, "weight_decay is nan; expected at least 0"),
+        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; expected at least 0"),
+        ({"accelerator_config": {"foo": 1}}, "An option cannot be read: .* unexpected keyword argument 'foo'"),
         ({"num_train_epochs": -1}, "Nothing would be trained: num_train_epochs is -1, max_steps -1"),
     ],
 )
@@ -65,6 +69,13 @@ def test_an_unknown_metric_is_refused_before_the_first_evaluation(make_trainer, 
         ConfigError, match="metric_for_best_model is 'foo'; expected one of loss, kl, ce, perplexity, top1"
     ):
         make_trainer(eval_dataset=training_set, metric_for_best_model="foo")
+
+
+def test_options_that_only_a_later_step_reads_are_one_line_too(make_trainer):
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs is .*unexpected keyword argument 'foo'"):
+        make_trainer(lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1}).train()
+    with pytest.raises(ConfigError, match="lora_alpha is 0, with which adapters have no effect"):
+        make_trainer(peft_config=lora(lora_alpha=0))
 
 
 def test_the_loss_is_not_replaced(make_trainer):

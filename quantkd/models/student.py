@@ -281,6 +281,10 @@ def attach_lora(
     A quantized model first goes through PEFT's `prepare_model_for_kbit_training`, which casts norms, embeddings and
     head of bitsandbytes' and AWQ's formats to float32.
     """
+    if getattr(peft_config, "lora_alpha", 1) == 0:
+        raise ConfigError(
+            "lora_alpha is 0, with which adapters have no effect. Set it above 0; twice the rank is usual."
+        )
     if is_quantized(model):
         check_trainable(model)
         model = prepare_model_for_kbit_training(

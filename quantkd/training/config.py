@@ -19,6 +19,8 @@ from quantkd.loss.reference import Objective
 # from zero needs lead a start near the optimum away from it.
 LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}
 STARTS = tuple(LEARNING_RATES)
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_LEAST = {**dict.fromkeys(_COUNTS, 1), **dict.fromkeys(("neftune_noise_alpha", "weight_decay", "max_grad_norm"), 0)}
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -124,15 +126,18 @@ class QuantizedDistillationConfig(TrainingArguments):
         if self.bf16 is None:
             decided = self.fp16 or self.use_cpu or self.deepspeed or mixed_precision("")
             self.bf16 = not decided and native_compute_dtype(torch.accelerator.current_accelerator()) == torch.bfloat16
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except TypeError as error:  # a nested option that is none, as in accelerator_config
+            raise ConfigError(f"An option cannot be read: {error}. Leave it out, or see transformers' docs.") from error
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ConfigError(
                 f"hub_strategy is {self.hub_strategy}, which uploads optimizer and random states; expected 'end' or "
                 "'every_save', which upload the adapter."
             )
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and not value >= least:  # nor NaN
+                raise ConfigError(f"{name} is {value}; expected at least {least}.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise ConfigError(
                 f"Nothing would be trained: num_train_epochs is {self.num_train_epochs}, max_steps {self.max_steps}. "

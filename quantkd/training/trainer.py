@@ -260,6 +260,13 @@ class QuantizedDistillationTrainer(Trainer):
             )
         return loader
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; an argument that the schedule does not take is refused."""
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            raise ConfigError(f"lr_scheduler_kwargs is {self.args.lr_scheduler_kwargs}: {error}.") from error
+
     def get_eval_dataloader(self, eval_dataset: Any | None = None) -> DataLoader[Any]:
         """The Trainer's, of all rows: `dataloader_drop_last` is for training."""
         trainer = self
