@@ -281,7 +281,10 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, end: int | 
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_kwargs: Mapping[str, Any] | None = None,
+    end: int | None = None,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a conversation, and the `[start, stop)` of each assistant turn, its end token included.
 
@@ -290,7 +293,8 @@ def encode_conversation(
     for example by removing their reasoning, the conversation is refused.
     """
     find = _by_generation_blocks if _GENERATION_BLOCK.search(tokenizer.chat_template or "") else _by_prefixes
-    input_ids, spans = find(tokenizer, messages, {find_turn_end(tokenizer)}, template_kwargs or {})
+    ends = {find_turn_end(tokenizer) if end is None else end}
+    input_ids, spans = find(tokenizer, messages, ends, template_kwargs or {})
     if spans[0][0] == 0:
         raise DataError(
             "The conversation's first token belongs to an assistant turn, and nothing predicts it. "
@@ -315,7 +319,7 @@ def _encode_given(
         raise DataError(f"Row {number} is a conversation, and plain prompts were asked for. Use the chat template.")
     with _naming(number):
         _check_text(example)
-        input_ids, spans = encode_conversation(tokenizer, example.messages, example.template_kwargs)
+        input_ids, spans = encode_conversation(tokenizer, example.messages, example.template_kwargs, end)
         _render_prompt(tokenizer, example)
     return input_ids[: spans[0][0]], input_ids[spans[0][0] :], tuple(spans)
 
