@@ -10,6 +10,7 @@ from transfer_sets import make_plan, make_row, storage_order, write_set
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set import TransferSet, TransferSetWriter, store, verify
+from quantkd.transfer_set.index import read_record
 from quantkd.transfer_set.rules import Sampled, parse_storage_rule, select_entries
 from quantkd.transfer_set.topk import TopKLogprobs
 
@@ -183,7 +184,7 @@ def test_wrong_arguments_and_missing_sets(path, tmp_path):
             TransferSet.open(source, **options)
 
 
-def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
+def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path, monkeypatch):
     plan = make_plan()
     with TransferSetWriter.open(tmp_path / "set", plan) as writer:
         tasks = [*writer.claim()]
@@ -199,5 +200,12 @@ def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
         writer.commit(tasks[1], [make_row(plan, prompt) for prompt in range(4, 8)])
         whole = TransferSet(tmp_path / "set", allow_incomplete=True)
         assert whole.info.num_bytes == sum(f.stat().st_size for f in (tmp_path / "set").glob("shard-*[s0-9]*.*s*"))
-        assert writer.finalize() == whole.digest == TransferSet(tmp_path / "set").digest
+        ended = []
+
+        def end_after_reading(*args):
+            return read_record(*args), ended.append(writer.finalize())
+
+        monkeypatch.setattr("quantkd.transfer_set.source.read_record", lambda *args: end_after_reading(*args)[0])
+        assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == len(whole) == 10
+        assert ended == [whole.digest] == [TransferSet(tmp_path / "set").digest]
     assert prefix.digest != whole.digest

@@ -169,7 +169,7 @@ def load_student(
 
 
 def _say_share(model: Any, what: str) -> None:
-    """Say how many weights are quantized or adapted: experts in one 3-D parameter are neither, for example."""
+    """Say how many weights are quantized or adapted; bitsandbytes leaves experts in 3-D parameters out, for example."""
     network, sizes, adapted = base_network(model), dict[bool, dict[str, int]]({True: {}, False: {}}), set[nn.Module]()
     apart = {network.get_input_embeddings(), network.get_output_embeddings()}
     for name, layer in network.named_modules():
@@ -179,7 +179,8 @@ def _say_share(model: Any, what: str) -> None:
             is_packed = is_quantized_layer(layer)
             counts = is_packed if what == "are quantized" else layer in adapted
             plain = sum(math.prod(shape_of(parameter)) for parameter in layer.parameters(recurse=False))
-            sizes[counts][name] = layer.in_features * layer.out_features if is_packed else plain
+            is_linear = is_packed and hasattr(layer, "in_features")
+            sizes[counts][name] = layer.in_features * layer.out_features if is_linear else plain
     count, rest = sum(sizes[True].values()), sizes[False]
     share = count / max(count + sum(rest.values()), 1)
     text, level = f"{share:.0%} of the student's weights, embeddings and head aside, {what}", logging.INFO
