@@ -1,5 +1,6 @@
 """Export: the merged weights are the student's own, every form loads in plain transformers and PEFT, a loss is said."""
 
+import copy
 import json
 import os
 import shutil
@@ -174,6 +175,17 @@ def test_what_an_exported_folder_holds(tiny_model_path, tiny_tokenizer, tmp_path
     facts_of_m = json.loads((tmp_path / "out" / "m" / "quantkd.json").read_text())
     assert facts_of_m["teacher"] == "T" and facts_of_m["export"]["form"] == "merged"
     assert facts_of_m["export"]["dequantized_from"]["bnb_4bit_quant_type"] == "nf4"
+
+
+@pytest.mark.parametrize("form", ["merged", "requantized"])
+def test_an_exported_model_stops_where_the_chat_template_ends_a_turn(tiny_tokenizer, tmp_path, load, form):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = "<|bos|>"  # as base models have an end of text beside ChatML
+    model = load()
+    model.get_base_model().generation_config.eos_token_id = tokenizer.eos_token_id
+    folder = export_checkpoint(model, tokenizer, tmp_path / form, form=form)
+    ends = tokenizer.convert_tokens_to_ids(["<|bos|>", "<|im_end|>"])
+    assert load_exported(folder).generation_config.eos_token_id == sorted(ends)
 
 
 def test_provenance_is_read_as_it_was_written(tmp_path):

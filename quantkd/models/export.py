@@ -20,6 +20,7 @@ from quantkd.files import new_folder
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
 from quantkd.models.adapter_files import CONFIG, WEIGHTS, check_adapter
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.generation import find_end_tokens
 from quantkd.models.merging import merge_adapters
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.student import default_quantization_config, describe_quantization
@@ -64,6 +65,9 @@ def export_checkpoint(
     with new_folder(path) as folder:
         merged = folder / "merged" if form == "requantized" else folder
         network: Any = merge_adapters(model, dtype)
+        own = network.generation_config
+        if own is not None and len(ends := find_end_tokens(tokenizer, own.eos_token_id)) > 1:
+            own.eos_token_id = ends  # wherever it is loaded, it stops where the answers that it learned end
         network.save_pretrained(merged, max_shard_size=_SHARD_SIZE)
         if form == "requantized":
             network.to("meta")  # the caller's reference would keep its weights in memory beside the next model's
