@@ -25,6 +25,7 @@ from quantkd.models.export import export_adapter
 from quantkd.models.provenance import Provenance
 from quantkd.names import load_tokenizer
 from quantkd.report import format_table
+from quantkd.training.checkpoints import find_checkpoint
 from quantkd.view import render_page
 from tests.conftest import build_tiny_model
 from tests.divergence_pages import Reader, make_divergence, make_page_divergence
@@ -271,3 +272,13 @@ def test_tokenizer_files_that_are_none(tiny_tokenizer, tmp_path, file, content):
     with pytest.raises((ConfigError, ValueError, OSError)) as error:
         load_tokenizer(str(tmp_path))
     assert isinstance(error.value, ConfigError) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"{"])
+def test_json_beside_an_adapter_that_is_none(tmp_path, content):
+    for name in ("quantkd.json", "trainer_state.json"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="is not JSON"):
+        Provenance.read(tmp_path)
+    with pytest.raises(ConfigError, match="is not a complete checkpoint"):
+        find_checkpoint(str(tmp_path), tmp_path)

@@ -80,6 +80,6 @@ def _is_whole(checkpoint: Path) -> bool:
     """Whether the file that the Trainer writes last is there and can be read."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True
