@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Trainer
 from quantkd import QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
+from tests.report_arms import read_tables
 
 pytest_plugins = ["hub_runs"]
 
@@ -182,6 +183,7 @@ def test_the_page(hub, run, training_set):
     facts = [training_set.digest, "learning_rate", "0.01", "alpha", "gap recovered", "](gap.png)", "BitsAndBytesConfig"]
     facts += ['bnb_4bit_compute_dtype="float32"', 'PeftModel.from_pretrained(base, "user/student")', "## Limits"]
     assert [fact for fact in facts if fact not in text] == []
+    assert [len(cells) for cells in read_tables(text)] == [1, 1]  # the lines of a table are equally long
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "maker/base"
 
 

@@ -82,4 +82,4 @@ def test_text_for_people_goes_through_one_place_for_each_destination() -> None:
         return find(lambda node: isinstance(node, ast.Call) and ast.unparse(node.func) == name)
 
     assert calls("print") == {"cli/format.py"} and calls("figure.savefig") == {"report/figures.py"}
-    assert calls("Environment") == {"report/page.py", "view/page.py"}
+    assert calls("Environment") == {"report/page.py"}

@@ -14,7 +14,7 @@ from quantkd.errors import ConfigError, printable
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import bits_of
 from quantkd.names import is_repository_name, public_name
-from quantkd.report.page import describe_held_out, list_measured, list_notes, markdown_environment, tabulate
+from quantkd.report.page import describe_held_out, list_measured, list_notes, make_environment, tabulate
 from quantkd.transfer_set.info import TransferSetInfo
 
 CARD_NAME = "README.md"
@@ -117,7 +117,7 @@ def _list_measured(results: dict[str, Any]) -> list[EvalResult]:
 
 
 def _render(template: str, card: ModelCardData | DatasetCardData, **values: Any) -> str:
-    environment = markdown_environment("hub")
+    environment = make_environment("hub")
     environment.filters.update(code=_to_code, public_name=public_name)
     metadata = Markup(printable(card.to_yaml(), lines=True))
     return environment.get_template(f"{template}.md.j2").render(metadata=metadata, **values)

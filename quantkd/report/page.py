@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,18 +61,18 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *map(printable, list_notes(results))])
 
 
-def markdown_environment(package: str) -> Environment:
-    """The templates of a package of quantkd as Markdown, into which every value goes as text, unless it is `Markup`."""
+def make_environment(package: str, finalize: Callable[[Any], Any] | None = None) -> Environment:
+    """The templates of a package of quantkd; every value but `Markup` goes in as text, by default that of Markdown."""
     environment = Environment(
         loader=PackageLoader("quantkd", package),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=True,  # which leaves `Markup` alone; all else is that once `_escape` has seen it
-        finalize=_escape,
+        autoescape=True,  # which leaves `Markup` alone
+        finalize=finalize or _escape,
     )
-    environment.filters.update(escape=_escape, text=_to_code_span)
+    environment.filters.update(text=_to_code_span, table=_to_table)
     return environment
 
 
@@ -84,23 +84,37 @@ def _to_code_span(value: Any) -> Markup:
     return Markup(code_span(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)))
 
 
+def _to_table(rows: Sequence[Sequence[Any]]) -> Markup:
+    """A table, whose first row is its head."""
+    head, *lines = (f"| {' | '.join(map(_escape, cells))} |" for cells in rows)
+    return Markup("\n".join([head, "|" + "---|" * len(rows[0]), *lines]))
+
+
 def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None) -> str:
     """The Markdown page of a report."""
-    environment = markdown_environment("report")
-    environment.filters.update(
-        measured=_format_figure,
-        share=_format_share,
-        memory=_format_memory,
-        difference=partial(_format_figure, sign="+"),
-    )
+    environment = make_environment("report")
+    environment.filters["share"] = _format_share
+    arms = results["arms"]
+    every = [cells[:-1] for cells in tabulate(results)]
+    every[-1][0] += " (of the teacher's)" * ("teacher" in arms)
+    every.append(["Model", *(arm["model"] for arm in arms.values())])
+    students = [(arm["title"], arm["gap_recovered"]) for name, arm in arms.items() if name not in ("teacher", "before")]
     return environment.get_template("report.md.j2").render(
         results,
         figure_name=figure_name,
         breakdown_name=breakdown_name,
-        breakdowns=[table for key in ("position", "entropy") if (table := tabulate_breakdown(results, key))],
+        every=every,
+        shares=_tabulate_metrics(results, students, lambda _, share: _format_share(share)),
+        breakdowns=[_tabulate_bins(arms, found) for kind in _TITLES if (found := tabulate_breakdown(results, kind))],
         differences=_tabulate_differences(results),
-        tests=_list_tests(results),
+        tests=_tabulate_tests(results),
     )
+
+
+def _tabulate_metrics(results: dict[str, Any], columns: Sequence[tuple[str, Any]], form: Any) -> list[list[str]]:
+    """A line a metric; a column a pair of its title and the figures by metric, which `form` writes."""
+    lines = [[title, *(form(key, found.get(key)) for _, found in columns)] for key, title in results["metrics"].items()]
+    return [["", *(title for title, _ in columns)], *lines]
 
 
 def tabulate_breakdown(results: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
@@ -137,30 +151,40 @@ def _name_bin(found: Mapping[str, Any], *, whole: bool) -> str:
     return f"{start:g} and above" if stop is None else f"{start:g} to {stop:g}"
 
 
-def _tabulate_differences(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _tabulate_bins(arms: dict[str, Any], table: dict[str, Any]) -> list[list[Any]]:
+    rows = [[f"{table['title']}: {table['label'].lower()}", "Tokens", *(arms[name]["title"] for name in table["arms"])]]
+    for found in table["bins"]:
+        rows.append([found["name"], found["tokens"], *(_format_figure("kl", one) for one in found["arms"].values())])
+    return rows
+
+
+def _tabulate_differences(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """The subject less each other arm, and each further arm less "after": what an export cost."""
     arms, after = results["arms"], results["arms"].get("after")
     shown = arms.get(results["subject"] or "before")
     sections = []
     if shown and shown["differences"]:
         columns = [(f"less {arms[other]['title']}", found) for other, found in shown["differences"].items()]
-        sections.append({"caption": f'"{shown["title"]}" less another arm:', "columns": columns})
+        sections.append((f'"{shown["title"]}" less another arm:', columns))
     further = [(arm["title"], arm["differences"]["after"]) for arm in arms.values() if "after" in arm["differences"]]
     if further:
         what = "of an exported form, this is what the change of form cost"
-        sections.append({"caption": f'Another arm less "{after["title"]}"; {what}:', "columns": further})
-    return sections
+        sections.append((f'Another arm less "{after["title"]}"; {what}:', further))
+    form = partial(_format_figure, sign="+")
+    return [(caption, _tabulate_metrics(results, columns, form)) for caption, columns in sections]
 
 
-def _list_tests(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _tabulate_tests(results: dict[str, Any]) -> list[list[Any]]:
     """Every paired test once: the teacher's is that of "before" the other way round."""
-    return [
-        {"metric": title, "arm": arm["title"], "other": results["arms"][other]["title"], **test}
-        for key, title in results["metrics"].items()
-        for name, arm in results["arms"].items()
-        if name != "teacher"
-        for other, test in arm["mcnemar"].get(key, {}).items()
-    ]
+    rows = [["Metric", "Arm", "Against", "Only the arm", "Only the other", "p", "Questions needed"]]
+    for key, title in results["metrics"].items():
+        for name, arm in results["arms"].items():
+            for other, test in arm["mcnemar"].get(key, {}).items() if name != "teacher" else ():
+                p = Markup("< 0.0001") if test["p_value"] < 0.0001 else f"{test['p_value']:.4f}"
+                needed = f"{test['questions_needed']:,}" if test["questions_needed"] else "no difference"
+                titles = (title, arm["title"], results["arms"][other]["title"])
+                rows.append([*titles, test["only_this"], test["only_other"], p, needed])
+    return rows
 
 
 def _format_figure(key: str, found: dict[str, Any] | None, sign: str = "") -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkd.errors import ConfigError, printable
 from quantkd.files import write_file
+from quantkd.report.page import make_environment
 from quantkd.view.divergence import KL_EDGES, Divergence, count_classes, encode_divergence, escape_script_json
 
 _SCRIPTS = ("data.js", "details.js", "rows.js", "page.js")
@@ -30,15 +30,11 @@ def write_page(divergence: Divergence, path: str | Path) -> Path:
 
 
 def render_page(divergence: Divergence) -> str:
-    """The page's text.
-
-    Its policy names the digests of the one script and the one style and forbids everything else: nothing is fetched,
-    and nothing in a token could run even if it were not escaped.
-    """
+    """The page's text."""
     folder = files("quantkd.view")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
     script = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
-    policy = {
+    policy = {  # nothing is fetched, and nothing in a token could run even if it were not escaped
         "default-src": "'none'",
         "script-src": _digest(script),
         "style-src": _digest(style),
@@ -46,15 +42,7 @@ def render_page(divergence: Divergence) -> str:
         "base-uri": "'none'",
         "form-action": "'none'",
     }
-    loader = PackageLoader("quantkd", "view")
-    environment = Environment(
-        loader=loader,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
-    )
+    environment = make_environment("view", lambda value: value if isinstance(value, Markup) else printable(value))
     return environment.get_template("page.html.j2").render(
         divergence=divergence,
         policy="; ".join(f"{name} {source}" for name, source in policy.items()),
