@@ -1,7 +1,4 @@
-"""The errors that quantkd raises, and text from elsewhere (models, data, servers) made safe for where it is shown.
-
-An error says what was found, what was expected and what to do.
-"""
+"""The errors that quantkd raises, and text from elsewhere (models, data, servers) made safe for where it is shown."""
 
 from __future__ import annotations
 

@@ -128,10 +128,8 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         if own.push_to_hub:
             trainer.push_to_hub()
 
-    # One model is in memory at a time: each is dropped before the next is loaded.
     measure(teacher, "teacher")
     del teacher
-    clear_device_cache(garbage_collection=True)
     measure(_load_student(experiment), "before")
     arms = {"after": args}
     if experiment.control:
@@ -140,14 +138,11 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         control.output_dir = f"{args.output_dir}-control"
         arms = {"control": control, **arms}
     for arm, own in arms.items():
-        clear_device_cache(garbage_collection=True)
         _log("training the control, by cross-entropy alone" if arm == "control" else "distillation")
         train(own)
-        clear_device_cache(garbage_collection=True)
         measure(_load_trained(experiment, str(own.output_dir)), arm)
     for form in experiment.exports:
         folder = run_dir / form
-        clear_device_cache(garbage_collection=True)
         if state.is_main_process:
             _log(f"exporting {form}")
             if Provenance.read(folder).export is not None:  # that of an earlier run of the same experiment
@@ -165,6 +160,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
 
 
 def _load_student(experiment: Experiment, **kwargs: Any) -> Any:
+    clear_device_cache(garbage_collection=True)  # one model is in memory at a time
     return load_student(
         experiment.model,
         quantization_config=copy.deepcopy(experiment.quantization_config),

@@ -1,8 +1,4 @@
-"""Files and folders that are written whole or not at all, plain files that are read within a limit, and file locks.
-
-Everything that quantkd writes for later goes through `write_file` or `new_folder`: a reader, or the next start after a
-crash or a power cut, finds all of it or none.
-"""
+"""Files and folders that are written whole or not at all, plain files that are read within a limit, and file locks."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from quantkd.errors import DataError, QuantKDError
 
@@ -61,10 +56,7 @@ DISK = FileSystem()
 
 
 def write_file(path: Path, data: bytes | str, *, filesystem: FileSystem = DISK, what: str = "file") -> None:
-    """Write `path` whole: a temporary file beside it, fsync, rename, fsync of the folder, which is made if need be.
-
-    Text is written as UTF-8. After an error the old file is still there, and the temporary one is gone.
-    """
+    """Write `path` whole, text as UTF-8; after an error the old file is still there, and the temporary one is gone."""
     rest = memoryview(data.encode() if isinstance(data, str) else data)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -94,10 +86,7 @@ def write_file(path: Path, data: bytes | str, *, filesystem: FileSystem = DISK, 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name at the end of the `with`, when all in it is on the disk.
-
-    After an error it is removed. `path` may be an empty folder; the system refuses to replace any other (OSError).
-    """
+    """A temporary folder that takes the name `path` when all in it is on the disk; after an error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     temporary.mkdir()
@@ -105,7 +94,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             DISK.sync(entry)
-        os.rename(temporary, path)
+        os.rename(temporary, path)  # over an empty folder; the system refuses to replace any other
         DISK.sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -134,11 +123,7 @@ def read_regular(path: Path, max_bytes: int, *, error: type[QuantKDError] = Data
 
 
 class FileLock:
-    """An exclusive advisory lock on a file of its own. The kernel releases it when the process ends, however it ends.
-
-    Args:
-        path: the lock file; created if it is not there.
-    """
+    """An exclusive advisory lock on a file of its own, which the kernel releases however the process ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -169,11 +154,3 @@ class FileLock:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
-
-    def __enter__(self) -> FileLock:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()

@@ -1,7 +1,4 @@
-"""What quantkd uses of other libraries that they do not document: a function for each name, sorted by library.
-
-Where a name has moved, there is a fallback, or an error that says which release had it (`tests/test_foreign.py`).
-"""
+"""What quantkd uses of other libraries that they do not document: a function for each name, sorted by library."""
 
 from __future__ import annotations
 
@@ -97,10 +94,7 @@ def float32_modules(model: Any) -> set[str]:
 
 
 def map_checkpoint(keys: Sequence[str], model: Any) -> tuple[dict[str, str], set[str]]:
-    """The key of a checkpoint for each weight of a model, and the weights that are converted while loading.
-
-    transformers renames, splits and merges what it loads; nothing public tells which tensor a weight comes from.
-    """
+    """The key of a checkpoint for each weight of a model, and the weights that are split or merged while loading."""
     need = "reading a checkpoint's weights one at a time"
     names = ("WeightRenaming", "WeightConverter", "rename_source_key")
     renaming, converter, rename = (_find("transformers.core_model_loading", name, need) for name in names)

@@ -53,11 +53,9 @@ def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Memory for the logits of one chunk, with every copy that exists beside them.
-
-    Larger chunks cost memory, smaller ones read the head more often. A CPU's products with 128,256 tokens slow down
-    below some 250 rows, and an accelerator needs several hundred to be as busy with arithmetic as with reading.
-    """
+    """Memory for the logits of one chunk, with every copy that exists beside them."""
+    # Smaller chunks read the head more often: a CPU's products with 128,256 tokens slow down below some 250 rows, and
+    # an accelerator needs several hundred to be as busy with arithmetic as with reading.
     return (192 if device.type == "cpu" else 512) * 2**20
 
 

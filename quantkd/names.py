@@ -70,8 +70,7 @@ def split_revision(place: str, revision: str | None = None) -> tuple[str | None,
 
 def require_folder(name_or_path: str) -> None:
     """Refuse a path where nothing is; a name that may be on the Hub passes."""
-    is_path = not name_or_path or name_or_path.startswith(_PATH_STARTS)
-    if is_path and not Path(name_or_path).expanduser().exists():
+    if (not name_or_path or name_or_path.startswith(_PATH_STARTS)) and not Path(name_or_path).expanduser().exists():
         raise ConfigError(f"There is no folder {name_or_path!r}. Give a folder that exists, or a name on the Hub.")
 
 

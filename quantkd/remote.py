@@ -166,14 +166,9 @@ class RemoteFiles:
 
     def _find_cached(self, name: str) -> DryRunFileInfo | None:
         try:
-            return hf_hub_download(
-                self.repo_id,
-                name,
-                revision=self.revision,
-                repo_type=self.repo_type,
-                local_files_only=True,
-                dry_run=True,
-            )
+            where: dict[str, Any] = {"repo_id": self.repo_id, "revision": self.revision, "repo_type": self.repo_type}
+            found: DryRunFileInfo = hf_hub_download(filename=name, local_files_only=True, dry_run=True, **where)
+            return found
         except (errors.LocalEntryNotFoundError, errors.HFValidationError):
             return None
 

@@ -87,8 +87,8 @@ def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path):
     assert first.acquire() and not second.acquire()
     first.release()
     assert not (tmp_path / "lock").exists()
-    with second:
-        assert second.acquire() and not first.acquire()
+    assert second.acquire() and not first.acquire()
+    second.release()
     second.release()  # a second time does nothing
     assert first.acquire()
     first.release()

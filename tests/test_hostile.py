@@ -90,8 +90,7 @@ def test_reports(tmp_path):
         arm["questions"][ALL] = make_verdicts(90)
         arm["questions"][ALL]["settings"]["shots"] = ALL
         arm["fidelity"]["settings"]["transfer_set"] = ALL
-    results = build(tmp_path, arms)
-    page = (tmp_path / "report.md").read_text()
+    results, page = build(tmp_path, arms)
     tags, _ = render(page)
     assert set(tags) <= PAGE
     assert re.findall(r"<img[^>]*src=\"([^\"]*)", render(page)[1]) == ["gap.png", "kl_bins.png"]
@@ -99,7 +98,7 @@ def test_reports(tmp_path):
 
 
 def test_cards(tmp_path, small_set):
-    results = build(tmp_path, make_arms())
+    results, _ = build(tmp_path, make_arms())
     results["arms"]["after"]["title"] = results["transfer_set_digest"] = ALL
     results["metrics"] = {key: f"{title}{ALL}" for key, title in results["metrics"].items()}
     recorded = {"load_in_4bit": True, "bnb_4bit_quant_type": ALL, "bnb_4bit_x\n": 1, "quant_method": ALL}

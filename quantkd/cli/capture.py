@@ -116,13 +116,11 @@ def _filters(args: CaptureArguments) -> list[Filter]:
             f"--answer_column {args.answer_column} names the reference of --correct_only, which is off. Give both; a "
             "given answer's column is --completion_column."
         )
-    filters: list[Filter] = []
-    if args.finished_only:
-        filters.append(FinishedOnly())
-    if args.min_response_tokens != 1 or args.max_response_tokens is not None:
-        filters.append(ResponseLength(args.min_response_tokens, args.max_response_tokens))
-    if args.correct_only:
-        filters.append(CorrectOnly())
-    if args.drop_duplicates:
-        filters.append(DropDuplicates())
-    return filters
+    bounds = (args.min_response_tokens, args.max_response_tokens)
+    kinds: list[tuple[bool, Filter]] = [
+        (args.finished_only, FinishedOnly()),
+        (bounds != (1, None), ResponseLength(*bounds)),
+        (args.correct_only, CorrectOnly()),
+        (args.drop_duplicates, DropDuplicates()),
+    ]
+    return [each for is_wanted, each in kinds if is_wanted]

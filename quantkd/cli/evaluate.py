@@ -83,14 +83,9 @@ def main(argv: Sequence[str]) -> None:
     tasks: HarnessTasks | None = None
     questions: Questions | None = None
     if args.tasks:
-        tasks = HarnessTasks(
-            [name.strip() for name in args.tasks.split(",")],
-            include_path=args.include_path,
-            num_fewshot=args.num_fewshot,
-            limit=args.task_limit,
-            apply_chat_template=args.apply_chat_template,
-            rerun=args.rerun_tasks,
-        )
+        names = [name.strip() for name in args.tasks.split(",")]
+        how = (args.include_path, args.num_fewshot, args.task_limit, args.apply_chat_template, args.rerun_tasks)
+        tasks = HarnessTasks(names, *how)
         tasks.manager  # noqa: B018
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     columns = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}

@@ -98,7 +98,13 @@ def main(argv: Sequence[str]) -> None:
         figures = ", ".join(f"{names[arm]} {value:.6f}" for arm, value in kl.items())
         say(f"KL to the teacher on {len(held_out)} rows, nats per token: {figures}.")
     if args.form == "requantized":
-        _warn(kl)
+        cost = "what the second rounding costs was not measured."
+        if kl:
+            cost = (
+                f"the second rounding took part of what was learned away: KL {kl['after']:.4f} with the adapter, "
+                f"{kl['requantized']:.4f} in this checkpoint. --form merged and --form adapter do without it."
+            )
+        say(f"quantkd export: warning: {cost}", file=sys.stderr)
 
 
 def _check(args: ExportArguments) -> None:
@@ -112,14 +118,3 @@ def _check(args: ExportArguments) -> None:
             "to see how much, or --accept_loss to take it unseen; --form merged and --form adapter lose next to none."
         )
     check_output_dir(args.output_dir)
-
-
-def _warn(kl: dict[str, float]) -> None:
-    """Say what the second rounding costs."""
-    cost = "what the second rounding costs was not measured."
-    if kl:
-        cost = (
-            f"the second rounding took part of what was learned away: KL {kl['after']:.4f} with the adapter, "
-            f"{kl['requantized']:.4f} in this checkpoint. --form merged and --form adapter do without it."
-        )
-    say(f"quantkd export: warning: {cost}", file=sys.stderr)

@@ -62,15 +62,10 @@ def _print_histograms(histograms: Histograms) -> None:
     entries, quarters = histograms.entries, histograms.entropy  # of a nat
     entropy = np.add.reduceat(quarters, np.arange(0, len(quarters), 4))
     pairs = [pair for pair in pairwise([1, 2, 3, 5, 9, 17, 33, len(entries)]) if pair[0] < pair[1]]
-    kinds = {
-        "entries per token": {
-            f"{low}" if high == low + 1 else f"{low}-{high - 1}": entries[low:high].sum() for low, high in pairs
-        },
-        "the teacher's entropy, the tail counted as one token": {
-            f"{low}-{low + 1} nats": count for low, count in enumerate(entropy) if count
-        },
-    }
-    for title, counts in kinds.items():
+    kept = {f"{low}" if high == low + 1 else f"{low}-{high - 1}": entries[low:high].sum() for low, high in pairs}
+    nats = {f"{low}-{low + 1} nats": count for low, count in enumerate(entropy) if count}
+    kinds = (("entries per token", kept), ("the teacher's entropy, the tail counted as one token", nats))
+    for title, counts in kinds:
         say(f"  {title}")
         for name, count in counts.items():
             share = count / max(sum(counts.values()), 1)
@@ -87,13 +82,8 @@ def _describe(row: dict[str, Any], decode: Any, tokens: int, alternatives: int) 
         entries = slice(int(teacher.offsets[place]), int(teacher.offsets[place + 1]))
         pairs = zip(teacher.token_ids[entries].tolist(), logprobs[entries].exp().tolist(), strict=True)
         likely = sorted(pairs, key=lambda pair: -pair[1])[:alternatives]
-        shown.append(
-            {
-                "token": decode([token]),
-                "entries": [{"token": decode([i]), "id": i, "probability": p} for i, p in likely],
-                "tail": float(tail[place]),
-            }
-        )
+        alike = [{"token": decode([i]), "id": i, "probability": p} for i, p in likely]
+        shown.append({"token": decode([token]), "entries": alike, "tail": float(tail[place])})
     return {
         "prompt": decode(row["input_ids"][~is_target].tolist()),
         "response": decode(response),

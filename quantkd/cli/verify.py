@@ -47,11 +47,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _compute_again(transfer_set: TransferSet, args: Namespace) -> None:
-    """Compare a random sample of the rows with what the teacher says now, and exit with 1 if they differ.
-
-    n rows without a difference say, with 95% confidence, that at most 3 / n of all rows are wrong (the rule of three,
-    Hanley and Lippman-Hand 1983).
-    """
+    """Compare a random sample of the rows with what the teacher says now, and exit with 1 if they differ."""
+    # n rows without a difference: with 95% confidence at most 3 / n of all are wrong (Hanley and Lippman-Hand 1983).
     import numpy as np
 
     from quantkd.evaluation.fidelity import evaluate_fidelity

@@ -217,12 +217,9 @@ class Arm:
 
     def write(self, folder: Path) -> None:
         """Write `<folder>/<name>.json`, all of it or nothing."""
-        content = {
+        content: dict[str, Any] = {key: getattr(self, key) for key in ("title", "model", "fingerprint", "memory_bytes")}
+        content |= {
             "arm": self.name,
-            "title": self.title,
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "memory_bytes": self.memory_bytes,
             "fidelity": self.fidelity and self.fidelity.to_json(),
             "questions": {key: {"settings": one.settings, **one.verdicts} for key, one in self.questions.items()},
             "tasks": {name: vars(one) for name, one in self.tasks.items()},

@@ -41,6 +41,11 @@ class HarnessTasks:
     apply_chat_template: bool = False
     rerun: bool = False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that the harness takes by the same name."""
+        return {name: getattr(self, name) for name in ("num_fewshot", "limit", "apply_chat_template")}
+
     @cached_property
     def manager(self) -> Any:
         """The harness' list of tasks, read once; every name is looked up, so asking for it is a check."""
@@ -109,9 +114,7 @@ class HarnessTasks:
             "task": name,
             "versions": {leaf: str(task.VERSION) for leaf, task in leaves.items()},
             "items": digest.hexdigest()[:16],
-            "num_fewshot": self.num_fewshot,
-            "limit": self.limit,
-            "apply_chat_template": self.apply_chat_template,
+            **self.options,
             "lm_eval": version("lm_eval"),
         }
 
@@ -127,16 +130,8 @@ def _run(
         harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
         if settings.share and process_state().num_processes > 1:
             spread_harness(harnessed, Accelerator(cpu=not has_accelerator()))
-        found: dict[str, Any] | None = simple_evaluate(
-            harnessed,
-            tasks=[name],
-            num_fewshot=tasks.num_fewshot,
-            limit=tasks.limit,
-            apply_chat_template=tasks.apply_chat_template,
-            fewshot_as_multiturn=tasks.apply_chat_template,
-            task_manager=tasks.manager,
-            log_samples=True,
-        )
+        how = {**tasks.options, "fewshot_as_multiturn": tasks.apply_chat_template, "task_manager": tasks.manager}
+        found: dict[str, Any] | None = simple_evaluate(harnessed, tasks=[name], log_samples=True, **how)
     return found
 
 

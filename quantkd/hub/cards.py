@@ -102,17 +102,8 @@ def _list_measured(results: dict[str, Any]) -> list[EvalResult]:
     """The metrics of the distilled arm as the Hub reads them."""
     held_out, found = describe_held_out(results), []
     for key, name, value in list_measured(results, "after"):
-        is_accuracy = key.startswith("accuracy_")
-        found.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="quantkd",
-                dataset_name="questions of the evaluation" if is_accuracy else held_out,
-                metric_type="accuracy" if is_accuracy else key,
-                metric_name=name,
-                metric_value=value,
-            )
-        )
+        data, kind = ("questions of the evaluation", "accuracy") if key.startswith("accuracy_") else (held_out, key)
+        found.append(EvalResult("text-generation", "quantkd", data, kind, value, metric_name=name))
     return found
 
 

@@ -1,9 +1,4 @@
-"""Push a transfer set so that every commit on the way is a whole set, or says that it is incomplete.
-
-The index is added last, and is deleted first where its shards change. Each step is decided on the newest commit, also
-after a failure, so a push that was cut off goes on where it stopped. The Hub refuses a step if somebody else has
-committed since.
-"""
+"""Push a transfer set so that every commit on the way is a whole set, or says that it is incomplete."""
 
 from __future__ import annotations
 
@@ -99,7 +94,7 @@ def _advance(
     repository: HubRepository, wanted: dict[str, CommitOperationAdd], max_bytes: int
 ) -> PushedRepository | None:
     """Commit the next step; the repository as it is pushed, if it holds the set already."""
-    # The files are listed anew each time: what the Hub holds decides, not what this process has sent.
+    # Files are listed anew each time: what the Hub holds decides, so a push that was cut off goes on where it stopped.
     commit, there = repository.read(_is_shard, "transfer set")
     message, operations = _next_step(there, wanted, max_bytes)
     if not operations:

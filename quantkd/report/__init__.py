@@ -27,13 +27,17 @@ def build_report(run_dir: str | Path) -> Path:
     Raises:
         DataError: no arms, a malformed one, or arms evaluated on different items.
     """
-    from quantkd.report.figures import draw_bars, draw_breakdown  # matplotlib takes a second to import
+    from quantkd.report.figures import draw_bars, draw_breakdown, save_figure  # matplotlib takes a second to import
 
     run_dir = Path(run_dir)
     results = compute_results(load_arms(run_dir / "evaluation"))
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     write_file(run_dir / "results.json", text + "\n")
-    charts = [("gap.png", draw_bars), ("kl_bins.png", draw_breakdown)]
-    drawn = [name if draw(results, run_dir / name) else None for name, draw in charts]
-    write_file(run_dir / "report.md", render_page(results, *drawn))
+    charts = {"gap.png": draw_bars(results), "kl_bins.png": draw_breakdown(results)}
+    for name, figure in charts.items():
+        if figure is None:
+            (run_dir / name).unlink(missing_ok=True)  # an older one
+        else:
+            save_figure(figure, run_dir / name)
+    write_file(run_dir / "report.md", render_page(results, *(name if charts[name] else None for name in charts)))
     return run_dir / "report.md"

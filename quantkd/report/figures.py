@@ -28,16 +28,15 @@ _WIDEST = 14.0  # inches
 _WIDE_BARS = 10  # so many bars of accuracy have room for a decimal each
 
 
-def draw_bars(results: dict[str, Any], path: Path) -> bool:
-    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
+def draw_bars(results: dict[str, Any]) -> Figure | None:
+    """Accuracy and KL per arm; None where there is nothing to draw."""
     arms = results["arms"]
     settings = [key for key in results["metrics"] if key.startswith("accuracy_") and not key.endswith("_strict")]
     with_kl = [name for name, arm in arms.items() if "kl" in arm["metrics"] and name != "teacher"]
     widths = [max(1.9, 0.36 * len(settings) * len(arms))] if settings else []
     widths += [max(1.9, 0.95 * len(with_kl))] if with_kl else []
     if not widths:
-        path.unlink(missing_ok=True)
-        return False
+        return None
     figure, panels = _make_panels(min(_WIDEST, max(5.6, 1.0 * len(widths) + 1.15 * sum(widths))), widths)
     if settings:
         _draw_accuracy(panels[0], results, settings)
@@ -48,23 +47,20 @@ def draw_bars(results: dict[str, Any], path: Path) -> bool:
     _add_legend(figure, handles, [arms[name]["title"] for name in shown])
     sources = ["Wilson's for accuracy"] * bool(settings) + ["bootstrap over rows for KL"] * bool(with_kl)
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals ({', '.join(sources)})", fontsize=8, color=_INK)
-    save_figure(figure, path)
-    return True
+    return figure
 
 
-def draw_breakdown(results: dict[str, Any], path: Path) -> bool:
-    """Draw the chart and write it as a PNG; an older one is removed where there is nothing to draw."""
+def draw_breakdown(results: dict[str, Any]) -> Figure | None:
+    """KL by position and by the teacher's entropy; None where there is nothing to draw."""
     tables = [table for kind in ("position", "entropy") if (table := tabulate_breakdown(results, kind))]
     if not tables:
-        path.unlink(missing_ok=True)
-        return False
+        return None
     figure, panels = _make_panels(10.0, [1] * len(tables))
     for panel, table in zip(panels, tables, strict=True):
         _draw_lines(panel, results["arms"], table)
     _add_legend(figure, panels[0].containers, [results["arms"][name]["title"] for name in tables[0]["arms"]])
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals (bootstrap over rows)", fontsize=8)
-    save_figure(figure, path)
-    return True
+    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -15,15 +15,11 @@ _NATS_PER_BIN = 0.25
 
 @dataclass(frozen=True)
 class Histograms:
-    """Counts of target positions: by their number of entries, and by the teacher's entropy.
-
-    `entropy[b]` targets are in `[entropy_edges[b], entropy_edges[b + 1])` nats, the last edge open. The tail counts as
-    one class, so it is a lower bound of the teacher's own entropy.
-    """
+    """Counts of target positions: by their number of entries, and by the teacher's entropy."""
 
     entries: NDArray[np.int64]
-    entropy: NDArray[np.int64]
-    entropy_edges: NDArray[np.float64]
+    entropy: NDArray[np.int64]  # the tail counts as one class: a lower bound of the teacher's own entropy
+    entropy_edges: NDArray[np.float64]  # nats; bin b is from edge b to below edge b + 1, and the last edge is infinite
 
 
 def compute_histograms(transfer_set: TransferSet) -> Histograms:

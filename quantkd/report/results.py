@@ -11,23 +11,8 @@ from typing import Any
 import numpy as np
 
 from quantkd.errors import DataError
+from quantkd.evaluation import stats
 from quantkd.evaluation.arms import Arm
-from quantkd.evaluation.stats import (
-    CONFIDENCE,
-    RESAMPLES,
-    SEED,
-    Floats,
-    GapRecovered,
-    RowStatistic,
-    RowSums,
-    bootstrap_interval,
-    compute_difference,
-    compute_gap_recovered,
-    compute_questions_needed,
-    compute_value,
-    mcnemar_exact,
-    wilson_interval,
-)
 
 # More digits would differ between processors by the order of their sums.
 _SIGNIFICANT_DIGITS = 10
@@ -54,7 +39,7 @@ class Metric:
     setting: str | None = None
     grader: str = ""
 
-    def find(self, arm: Arm) -> RowStatistic | None:
+    def find(self, arm: Arm) -> stats.RowStatistic | None:
         """One arm's figure; None if it was not evaluated."""
         if self.setting is None:
             return arm.fidelity.statistics.get(self.key) if arm.fidelity else None
@@ -152,8 +137,8 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
     results: dict[str, Any] = _round(
         {
             "format_version": 1,
-            "confidence": CONFIDENCE,
-            "bootstrap": {"seed": SEED, "resamples": RESAMPLES},
+            "confidence": stats.CONFIDENCE,
+            "bootstrap": {"seed": stats.SEED, "resamples": stats.RESAMPLES},
             "transfer_set_digest": next((arm.fidelity.transfer_set for arm in arms if arm.fidelity), None),
             "arm_order": [arm.name for arm in arms],
             "metric_order": [metric.key for metric in metrics],
@@ -202,7 +187,7 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
             theirs = metric.find(other)
             if own is None or theirs is None:
                 continue
-            description["differences"][other.name][metric.key] = compute_difference(own, theirs)._asdict()
+            description["differences"][other.name][metric.key] = stats.compute_difference(own, theirs)._asdict()
             if metric.setting is not None:
                 description["mcnemar"][metric.key][other.name] = _compare(own, theirs)
         if arm.name not in ("teacher", "before"):
@@ -219,30 +204,30 @@ def name_breakdown(kind: str) -> str:
     return f"dense_kl_by_{kind.removeprefix('dense_')}" if kind.startswith("dense_") else f"kl_by_{kind}"
 
 
-def _describe_bin(start: float, stop: float | None, kl: Floats, tokens: Floats) -> dict[str, Any]:
+def _describe_bin(start: float, stop: float | None, kl: stats.Floats, tokens: stats.Floats) -> dict[str, Any]:
     """KL per token in one bin."""
     held = tokens > 0  # or a draw could hold no token of this bin at all
-    statistic = RowSums(kl[held], tokens[held])
-    value = compute_value(statistic) if held.any() else None
-    interval = bootstrap_interval(statistic) if held.sum() > 1 else None
+    statistic = stats.RowSums(kl[held], tokens[held])
+    value = stats.compute_value(statistic) if held.any() else None
+    interval = stats.bootstrap_interval(statistic) if held.sum() > 1 else None
     return {"from": start, "to": stop, "tokens": int(tokens.sum()), "value": value, "interval": interval}
 
 
-def _measure(metric: Metric, statistic: RowStatistic) -> dict[str, Any]:
+def _measure(metric: Metric, statistic: stats.RowStatistic) -> dict[str, Any]:
     columns = statistic.to_columns()
     interval = None
     if metric.setting is not None:
-        interval = wilson_interval(int(columns[:, 0].sum()), len(columns))
+        interval = stats.wilson_interval(int(columns[:, 0].sum()), len(columns))
     elif len(columns) > 1:
-        interval = bootstrap_interval(statistic)
-    return {"value": compute_value(statistic), "interval": interval, "n": len(columns)}
+        interval = stats.bootstrap_interval(statistic)
+    return {"value": stats.compute_value(statistic), "interval": interval, "n": len(columns)}
 
 
-def _compare(own: RowStatistic, others: RowStatistic) -> dict[str, Any]:
+def _compare(own: stats.RowStatistic, others: stats.RowStatistic) -> dict[str, Any]:
     """McNemar's test of two arms' verdicts."""
     verdicts = [statistic.to_columns()[:, 0] > 0.5 for statistic in (own, others)]
-    only_this, only_other, p_value = mcnemar_exact(*verdicts)
-    needed = compute_questions_needed(only_this, only_other, len(verdicts[0]))
+    only_this, only_other, p_value = stats.mcnemar_exact(*verdicts)
+    needed = stats.compute_questions_needed(only_this, only_other, len(verdicts[0]))
     return {"only_this": only_this, "only_other": only_other, "p_value": p_value, "questions_needed": needed}
 
 
@@ -252,8 +237,8 @@ def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, 
     teacher, before, after = found.values()
     if teacher is None or before is None or after is None:
         lacking = [name for name, statistic in found.items() if statistic is None]
-        return GapRecovered(None, f"not evaluated for {', '.join(lacking)}")._asdict()
-    return compute_gap_recovered(
+        return stats.GapRecovered(None, f"not evaluated for {', '.join(lacking)}")._asdict()
+    return stats.compute_gap_recovered(
         teacher, before, after, higher_is_better=metric.higher_is_better, binary=metric.setting is not None
     )._asdict()
 

@@ -21,7 +21,7 @@ from quantkd.loss.states import TargetStates
 from quantkd.models.network import evaluation_mode, run_to_targets, why_not_fusable
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
-from quantkd.transfer_set.batch import IGNORE_INDEX
+from quantkd.transfer_set.batch import IGNORE_INDEX, RowBatch
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.fingerprint import check_fingerprint
 from quantkd.transfer_set.topk import TopKLogprobs
@@ -53,9 +53,8 @@ def collect_divergence(
     batches = deal_batches(shown.lengths.tolist(), batch_size, share=False)
     found: list[RowDivergence] = []
     with _evaluating(model):
-        fused = why_not_fusable(model) is None
         for indices in tqdm(batches, desc="view", unit="batch", disable=None):
-            found += _compare_batch(model, shown, indices, tokenizer, alternatives, fused)
+            found += _compare_batch(model, shown.__getitems__(indices), indices, tokenizer, alternatives)
     found.sort(key=lambda row: row.index)
     ids = np.concatenate([part for row in found for part in (row.token_ids, row.alternatives.token_ids)])
     return Divergence(
@@ -70,15 +69,10 @@ def collect_divergence(
 
 
 def _compare_batch(
-    model: PeftModel,
-    shown: TransferSet,
-    indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    alternatives: int,
-    fused: bool,
+    model: PeftModel, fetched: RowBatch, indices: list[int], tokenizer: PreTrainedTokenizerBase, alternatives: int
 ) -> Iterator[RowDivergence]:
     """The rows of one batch."""
-    fetched = shown.__getitems__(indices)
+    fused = why_not_fusable(model) is None
     batch = DistillationCollator(pad_token_id=0)(fetched)  # padding is masked and never a target, whatever its id
     with model.disable_adapter(), torch.inference_mode():
         before, targets = run_to_targets(model, batch, fused=fused)

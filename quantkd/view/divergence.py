@@ -83,11 +83,7 @@ class Divergence:
 
 
 def encode_divergence(divergence: Divergence) -> dict[str, Any]:
-    """The JSON that the page's script reads.
-
-    KL has 3 significant digits. A log-probability is an integer in ten-thousandths of a nat, negated, which is exact to
-    0.005% of the probability. `strings` holds each token's text once, as a list of numbers if it is bytes.
-    """
+    """The JSON that the page's script reads; `strings` holds each token's text once, as numbers if it is bytes."""
     places: dict[int, int] = {}
     rows = [_encode_row(row, places) for row in divergence.rows]
     spelled = [divergence.tokens[token] for token in places]
@@ -126,6 +122,7 @@ def _encode_row(row: RowDivergence, places: dict[int, int]) -> dict[str, Any]:
 
 
 def _encode_logprobs(logprobs: NDArray[np.float64]) -> list[int]:
+    """Ten-thousandths of a nat, negated, which is exact to 0.005% of the probability."""
     # The rounding of half-precision teachers can give a probability a little above 1, which is encoded as 1.
     numbers = np.maximum(np.rint(-10_000 * logprobs), 0)
     encoded: list[int] = np.where(np.isnan(logprobs), NOT_STORED, numbers).astype(np.int64).tolist()
