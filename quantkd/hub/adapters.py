@@ -18,18 +18,8 @@ from quantkd.errors import DataError
 from quantkd.files import write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
-from quantkd.models.adapter_files import (
-    CONFIG,
-    MAX_CONFIG_BYTES,
-    PICKLE,
-    WEIGHTS,
-    check_files,
-    is_pattern,
-    list_adapted,
-    read_plain_lora,
-    read_weights,
-    warn_of_another_base,
-)
+from quantkd.models import adapter_files
+from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance, read_object
 from quantkd.models.student import load_student
@@ -204,16 +194,12 @@ def load_adapter(
     without remote code.
     """
     place, folder, _ = _find(str(adapter), revision, token)
-    config, named = read_plain_lora(folder / CONFIG, place)
-    weights = read_weights(folder / WEIGHTS, place, config)
+    config, weights, named = adapter_files.read_plain_lora(folder, place)
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base
     own = public_name(model.config.name_or_path or "")
-    warn_of_another_base(place, named, own)
+    adapter_files.warn_of_another_base(place, named, own)
     config.inference_mode = not is_trainable
     try:
-        if is_pattern(config.target_modules):  # the weights say as well which modules it means
-            config.target_modules = list_adapted(weights)
-            config.exclude_modules = None
         loaded: Any = get_peft_model(model, config)
         result: Any = set_peft_model_state_dict(loaded, weights)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -237,7 +223,7 @@ def fetch_adapter(adapter: str) -> Path:
     _, folder, files = _find(adapter, None, None)
     if files is not None:
         for name in (CARD_NAME, PROVENANCE_NAME):
-            files.fetch(name, MAX_CONFIG_BYTES)
+            files.fetch(name, adapter_files.MAX_CONFIG_BYTES)
     return folder
 
 
@@ -251,7 +237,7 @@ def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, P
         return adapter, folder, None
     files = RemoteFiles(name, "model", revision, token)
     # Files of one commit share a folder of the cache.
-    limits = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: _MAX_WEIGHTS_BYTES}
+    limits = {CONFIG: adapter_files.MAX_CONFIG_BYTES, WEIGHTS: _MAX_WEIGHTS_BYTES}
     fetched = {file: path for file, limit in limits.items() if (path := files.fetch(file, limit)) is not None}
     check_files(str(files), lambda file: file in fetched or (file == PICKLE and files.holds(file)))
     revisions.info("Adapter %s", files)

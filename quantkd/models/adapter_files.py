@@ -96,16 +96,20 @@ def check_adapter(folder: Path, base: str) -> None:
     warn_of_another_base(str(folder), public_name(fields.get("base_model_name_or_path") or ""), public_name(base))
 
 
-def read_plain_lora(path: Path, place: str) -> tuple[LoraConfig, str]:
-    """Plain LoRA from checked fields, and the base model that the adapter names."""
-    fields = _read_fields(path, place)
+def read_plain_lora(folder: Path, place: str) -> tuple[LoraConfig, dict[str, Tensor], str]:
+    """Plain LoRA from checked fields, its weights, and the base model that the adapter names."""
+    fields = _read_fields(folder / CONFIG, place)
     if problem := _find_problem(fields):
         raise DataError(f"{CONFIG} of {place} {problem}. Load it with PEFT, if you trust it.")
     try:
         config = LoraConfig(**{name: fields[name] for name in _FIELDS if name in fields})
     except (TypeError, ValueError) as error:
         raise DataError(f"{CONFIG} of {place} is not a LoRA configuration: {error}. Get the adapter anew.") from error
-    return config, public_name(fields.get("base_model_name_or_path") or "")
+    weights = read_weights(folder / WEIGHTS, place, config)
+    if _is_pattern(config.target_modules):  # the weights say as well which modules it means
+        config.target_modules = sorted({match[1] for name in weights if (match := _ADAPTED.fullmatch(name))})
+        config.exclude_modules = None
+    return config, weights, public_name(fields.get("base_model_name_or_path") or "")
 
 
 def read_weights(path: Path, place: str, config: LoraConfig | None = None) -> dict[str, Tensor]:
@@ -134,11 +138,6 @@ def read_weights(path: Path, place: str, config: LoraConfig | None = None) -> di
     return weights
 
 
-def list_adapted(weights: dict[str, Tensor]) -> list[str]:
-    """The modules that some weights belong to."""
-    return sorted({match[1] for name in weights if (match := _ADAPTED.fullmatch(name))})
-
-
 def warn_of_another_base(place: str, named: str, own: str) -> None:
     """Say that an adapter names another base model than the one it is used with; folders have a last name alone."""
     names = [named, own]
@@ -149,7 +148,7 @@ def warn_of_another_base(place: str, named: str, own: str) -> None:
         logger.warning(told, place, named, own)
 
 
-def is_pattern(modules: Any) -> bool:
+def _is_pattern(modules: Any) -> bool:
     """Whether modules are named by a regular expression. It is never run: one can be written that never ends."""
     return isinstance(modules, str) and not _MODULE_NAME.fullmatch(modules)
 
@@ -180,7 +179,7 @@ def _find_problem(fields: dict[str, Any]) -> str | None:
     if start not in _STARTS_THAT_LEAVE_THE_BASE:
         return f"started with {str(start)[:80]!r}, which changes the base model's weights; expected another start"
     names = [fields.get(name) for name in ("modules_to_save", "layers_pattern", "target_parameters")]
-    if not is_pattern(fields.get("target_modules")):
+    if not _is_pattern(fields.get("target_modules")):
         names += [fields.get("target_modules"), fields.get("exclude_modules")]
     names += [list(fields.get(pattern) or ()) for pattern in ("rank_pattern", "alpha_pattern")]
     for each in names:
