@@ -35,10 +35,6 @@ logger = logging.getLogger(__name__)
 Row = Mapping[str, str]
 
 
-def _prompt_of_question(row: Row) -> Any:
-    return build_prompt(row["question"])
-
-
 @dataclass(frozen=True)
 class Experiment:
     """What an experiment is run on; everything is written below `run_dir`."""
@@ -50,7 +46,7 @@ class Experiment:
     test_rows: Sequence[Row] = ()  # for the accuracy, in GSM8K's format
     few_shot_rows: Sequence[Row] = ()  # in the same format, disjoint from the test rows
     shots: Sequence[int] = (0,)
-    make_prompt: Callable[[Row], Any] = _prompt_of_question  # of a training or held-out row
+    make_prompt: Callable[[Row], Any] = lambda row: build_prompt(row["question"])  # of a training or held-out row
     storage: StorageRule | None = None
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -93,25 +89,14 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         for name, rows in (("transfer_set", experiment.train_rows), ("held_out", experiment.held_out_rows))
     }
 
+    how = (experiment.eval_batch_size, experiment.generation.max_new_tokens, experiment.chat_template, experiment.force)
+    # Replaced are the figures and answers of an adapter that was trained before.
+    given: dict[str, Any] = {"settings": EvaluationSettings(*how, replace_other=True, share=True)}
+    given |= {"model_name": experiment.model, "questions": questions if questions.rows else None}
+
     def measure(model: Any, arm: str) -> None:
         _log(f"measuring {arm}")
-        evaluate_arm(
-            model,
-            tokenizer,
-            run_dir,
-            arm=arm,
-            model_name=experiment.model,
-            held_out=sets["held_out"],
-            questions=questions if questions.rows else None,
-            settings=EvaluationSettings(
-                experiment.eval_batch_size,
-                experiment.generation.max_new_tokens,
-                experiment.chat_template,
-                force=experiment.force,
-                replace_other=True,  # figures and answers of an adapter that was trained before
-                share=True,
-            ),
-        )
+        evaluate_arm(model, tokenizer, run_dir, arm=arm, held_out=sets["held_out"], **given)
         state.wait_for_everyone()
 
     def train(own: QuantizedDistillationConfig) -> None:

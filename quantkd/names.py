@@ -59,9 +59,7 @@ def split_revision(place: str, revision: str | None = None) -> tuple[str | None,
     name, mark, behind = place.partition("@")
     if Path(place).exists() or not is_repository_name(name) or (mark and not behind):
         if revision is not None:
-            raise ConfigError(
-                f"revision is {revision!r}; only a repository on the Hub has one, and {place} is a folder."
-            )
+            raise ConfigError(f"revision is {revision!r}; only a repository on the Hub has one, and {place} is local.")
         return None, None
     if mark and revision not in (None, behind):
         raise ConfigError(f"{place} names one revision, and revision={revision!r} another. Leave one of them out.")
@@ -104,9 +102,7 @@ def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
     """Turn what transformers and PEFT say of a model that they cannot find into one line that names it."""
     require_folder(name_or_path)
     if (path := Path(name_or_path).expanduser()).exists() and not (path / file).is_file():
-        raise ConfigError(
-            f"{name_or_path} holds no {file}; expected what `save_pretrained` wrote, or a name on the Hub."
-        )
+        raise ConfigError(f"{name_or_path} holds no {file}; expected what `save_pretrained` wrote, or a Hub name.")
     try:
         yield
     except OSError as error:

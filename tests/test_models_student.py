@@ -143,7 +143,7 @@ def test_a_format_by_name_on_the_command_line(tiny_model_path):
     for name in ("fp4", "int8"):
         args = StudentArguments(str(tiny_model_path), student_format=name, dtype="float32")
         assert format_of(load_student_from(args).config.quantization_config) == name
-    with pytest.raises(ConfigError, match=r"load_in_8bit means int8, and student_format is fp4. Set one of the two"):
+    with pytest.raises(ConfigError, match=r"load_in_8bit means int8, and student_format is fp4. Set one of them"):
         StudentArguments(str(tiny_model_path), student_format="fp4", load_in_8bit=True)
 
 

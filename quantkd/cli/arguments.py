@@ -23,9 +23,7 @@ class StudentArguments(ModelConfig):
     """TRL's ModelConfig; by default NF4 with double quantization and LoRA on all linear layers."""
 
     model_name_or_path: str = option("The teacher's own checkpoint: a Hub name or a folder.")
-    dtype: str | None = option(
-        "Compute dtype; auto is bfloat16 where it is native, else float32.", "auto", choices=_DTYPES
-    )
+    dtype: str | None = option("Compute dtype; auto: bfloat16 where native, else float32.", "auto", choices=_DTYPES)
     use_peft: bool = option("Attach LoRA adapters.", True)
     lora_dropout: float = option("LoRA dropout.", 0.0)
     lora_target_modules: list[str] | None = option("LoRA target modules.", ["all-linear"])
@@ -38,9 +36,7 @@ class StudentArguments(ModelConfig):
 
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.student_format not in (None, "int8"):
-            raise ConfigError(
-                f"load_in_8bit means int8, and student_format is {self.student_format}. Set one of the two."
-            )
+            raise ConfigError(f"load_in_8bit means int8, and student_format is {self.student_format}. Set one of them.")
         if self.student_format == "int8":
             self.load_in_8bit = True
         elif self.student_format is not None:

@@ -115,9 +115,7 @@ def main(argv: Sequence[str]) -> None:
     if args.teacher:
         is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
         teacher = model if is_teacher else _load_teacher(student, args.teacher)
-    settings = EvaluationSettings(
-        args.batch_size, args.max_new_tokens, not args.plain_prompts, force=args.force, share=True
-    )
+    settings = EvaluationSettings(args.batch_size, args.max_new_tokens, not args.plain_prompts, args.force, share=True)
     folder, is_main = Path(args.run_dir) / "evaluation", process_state().is_main_process
     if args.held_out or args.gsm8k or args.tasks:
         arm = evaluate_arm(

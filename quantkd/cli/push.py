@@ -38,9 +38,7 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(args.path)
     is_set = (folder / INDEX_NAME).is_file() or (folder / PLAN_NAME).is_file()
     if is_set and (args.base_model or args.run_dir):
-        raise ConfigError(
-            f"{folder} is a transfer set; --base_model and --run_dir describe an adapter. Leave them out."
-        )
+        raise ConfigError(f"{folder} is a transfer set; --base_model and --run_dir describe adapters. Leave them out.")
     private, options = args.private, {"license": args.license, "revision": args.revision}
     described = {"base_model": args.base_model, "run_dir": args.run_dir}
     if is_set:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
 from quantkd.cli.format import say
@@ -49,13 +50,9 @@ def main(argv: Sequence[str]) -> None:
         config.alpha, config.output_dir = 0.0, f"{config.output_dir}-control"
     config.resume_from_checkpoint = find_checkpoint(config.resume_from_checkpoint, str(config.output_dir))
     rows, held_out = open_rows(data, config)
-    trainer = QuantizedDistillationTrainer(
-        load_student_from(student),
-        config,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        peft_config=peft_config_from(student),
-    )
+    model, lora = load_student_from(student), peft_config_from(student)
+    sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out}
+    trainer = QuantizedDistillationTrainer(model, config, peft_config=lora, **sets)
     if trainer.is_world_process_zero():
         save_options(kinds, argv, Path(config.output_dir) / "config.yaml", prog="quantkd train")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

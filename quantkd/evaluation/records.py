@@ -87,9 +87,7 @@ def read_json(path: Path) -> Any:
 
 def _check_settings(path: Path, settings_path: Path, settings: Mapping[str, Any]) -> None:
     if not settings_path.exists():
-        raise DataError(
-            f"{path} holds records of unknown settings: {settings_path.name} beside it is missing. Remove it."
-        )
+        raise DataError(f"{path} is of unknown settings: {settings_path.name} beside it is missing. Remove it.")
     try:
         found = _parse(settings_path.read_bytes())
         if not isinstance(found, dict):
@@ -99,9 +97,7 @@ def _check_settings(path: Path, settings_path: Path, settings: Mapping[str, Any]
     differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if differing:
         pairs = ", ".join(f"{key} is {found.get(key)!r:.200}, not {settings.get(key)!r:.200}" for key in differing)
-        raise DataError(
-            f"{path} holds records of another evaluation: {pairs}. Evaluate with --force, or choose another arm."
-        )
+        raise DataError(f"{path} holds records of another evaluation: {pairs}. Use --force, or choose another arm.")
 
 
 def _read_lines(path: Path, content: bytes, kind: type[Any], count: int) -> list[Any]:

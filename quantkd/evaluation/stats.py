@@ -280,9 +280,8 @@ def _resample(statistics: Sequence[RowStatistic], combine: Callable[[list[Floats
         places = rows.reshape(-1, num_rows) + num_rows * np.arange(rows.size // num_rows)[:, None]
         counts = np.bincount(places.ravel(), minlength=rows.size).reshape(-1, num_rows)
         parts = np.split(counts.astype(np.float64) @ stacked, ends[:-1], axis=1)
-        return combine([one.compute(part) for one, part in zip(statistics, parts, strict=True)]).reshape(
-            rows.shape[:-1]
-        )
+        figures = [one.compute(part) for one, part in zip(statistics, parts, strict=True)]
+        return combine(figures).reshape(rows.shape[:-1])
 
     # Only its draws are used: where one has no figure, scipy warns and gives no interval.
     with warnings.catch_warnings():

@@ -32,9 +32,7 @@ _NF4 = {
 def check_license(license: str | None) -> None:
     """Refuse a license that the Hub would not accept."""
     if license is not None and not _LICENSE.fullmatch(license):
-        raise ConfigError(
-            f"license is {license!r}; expected a short name of the Hub's list, such as apache-2.0 or mit."
-        )
+        raise ConfigError(f"license is {license!r}; expected a short name of the Hub's list, such as apache-2.0.")
 
 
 def render_set_card(info: TransferSetInfo, num_shards: int, *, repo_id: str, license: str | None) -> str:

@@ -64,9 +64,7 @@ def _wanted_files(
     check_license(license)
     store = transfer_set.whole_store
     if store is None:
-        raise ConfigError(
-            "A view or several joined sets cannot be pushed: a repository holds one whole set. Push them one by one."
-        )
+        raise ConfigError("A view or joined sets cannot be pushed: a repository holds one whole set. Push one by one.")
     if not store.index.complete:
         raise TransferSetError(f"The transfer set at {store.source} is unfinished. Finish its capture first.")
     index = store.index.to_bytes()

@@ -107,7 +107,7 @@ def _compare_batch(
 
 
 def _compare_students(
-    before: TargetStates, after: TargetStates, targets: Tensor, teacher: TopKLogprobs, num_alternatives: int
+    before: TargetStates, after: TargetStates, targets: Tensor, teacher: TopKLogprobs, limit: int
 ) -> dict[str, NDArray[Any]]:
     """The columns of a row, a chunk of both students' logits at a time."""
     chunks: list[dict[str, NDArray[Any]]] = []
@@ -116,7 +116,7 @@ def _compare_students(
         predicted = [compute_predictions(values, targets[part]) for values in logits]
         entries = teacher.select(part)
         first_choices = torch.stack([targets[part], *(each.top_ids for each in predicted)], dim=-1)
-        found = _choose_alternatives(entries, first_choices.tolist(), num_alternatives)
+        found = _choose_alternatives(entries, first_choices.tolist(), limit)
         positions = torch.from_numpy(np.repeat(np.arange(len(entries)), found["counts"])).to(targets.device)
         chosen = torch.from_numpy(found["token_ids"]).to(targets.device)
         for name, values, each in zip(("before", "after"), logits, predicted, strict=True):
@@ -129,9 +129,7 @@ def _compare_students(
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def _choose_alternatives(
-    entries: TopKLogprobs, extras: list[list[int]], num_alternatives: int
-) -> dict[str, NDArray[Any]]:
+def _choose_alternatives(entries: TopKLogprobs, extras: list[list[int]], limit: int) -> dict[str, NDArray[Any]]:
     """How many at each target, their ids, and the teacher's log-probabilities, nan where it stored none."""
     offsets, ids, logprobs = entries.offsets.tolist(), entries.token_ids.tolist(), entries.logprobs.tolist()
     kept: list[list[int]] = []
@@ -139,7 +137,7 @@ def _choose_alternatives(
     for (start, stop), extra in zip(itertools.pairwise(offsets), extras, strict=True):
         stored = dict(zip(ids[start:stop], logprobs[start:stop], strict=True))
         ranked = sorted(stored, key=lambda token: -stored[token])  # stable: the stored first one stays the first
-        kept.append(list(dict.fromkeys([*ranked[:num_alternatives], *extra])))
+        kept.append(list(dict.fromkeys([*ranked[:limit], *extra])))
         known += [stored.get(token, np.nan) for token in kept[-1]]
     return {
         "counts": np.array([len(tokens) for tokens in kept], dtype=np.int64),
@@ -148,9 +146,7 @@ def _choose_alternatives(
     }
 
 
-def _read_contexts(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], is_target: list[bool]
-) -> tuple[tuple[int, str], ...]:
+def _read_contexts(tokenizer: Any, ids: list[int], is_target: list[bool]) -> tuple[tuple[int, str], ...]:
     """Each run of tokens that are not targets, as text, with the number of targets before it."""
     contexts: list[tuple[int, str]] = []
     targets = 0
