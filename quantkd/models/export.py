@@ -18,18 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from quantkd.errors import ConfigError
 from quantkd.files import new_folder
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype
-from quantkd.models.adapter_files import CONFIG, WEIGHTS, check_adapter
+from quantkd.models.adapter_files import CONFIG, WEIGHTS, check_adapter, check_files
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.generation import find_end_tokens
 from quantkd.models.merging import merge_adapters
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.student import default_quantization_config, describe_quantization
-from quantkd.names import __version__, find_file, naming
+from quantkd.names import __version__, naming
 
 CHECKPOINT_FORMS = ("merged", "requantized")
 FORMS = (*CHECKPOINT_FORMS, "adapter")
 _SHARD_SIZE = "5GB"
-_ADAPTER_FILES = (CONFIG, WEIGHTS)
 
 
 def check_output_dir(output_dir: str | Path) -> Path:
@@ -84,19 +83,13 @@ def export_checkpoint(
 def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir: str | Path, *, base: str) -> Path:
     """Write the adapter as PEFT reads it, and its tokenizer; no optimizer, no training state."""
     path = check_output_dir(output_dir)
-    with naming(adapter, _ADAPTER_FILES[0]):
-        files = {name: find_file(adapter, name) for name in (*_ADAPTER_FILES, "README.md")}
-    missing = [name for name in _ADAPTER_FILES if files[name] is None]
-    if missing:
-        raise ConfigError(
-            f"{adapter} holds no {' and no '.join(missing)}; expected what `quantkd train` saves. Weights in a pickle "
-            "are not copied: load the adapter with PEFT and save it again."
-        )
-    check_adapter(Path(str(files[CONFIG])).parent, base)
+    source = Path(adapter)
+    check_files(adapter, lambda name: (source / name).is_file())
+    check_adapter(source, base)
     with new_folder(path) as folder:
-        for name, source in files.items():
-            if source is not None:
-                shutil.copyfile(source, folder / name)
+        for name in (CONFIG, WEIGHTS, "README.md"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         name_base_model(folder, base)
         _finish(folder, tokenizer, Provenance.read(adapter), {"form": "adapter"})
     return path
