@@ -33,18 +33,14 @@ def format_lines(lines: Mapping[str, str]) -> str:
 def format_info(info: TransferSetInfo) -> str:
     """What a transfer set holds, a line each."""
     counters = {"cut by the length limit": info.counters.get("responses_cut", 0)}
-    counters |= {
-        f"{name.removeprefix('filtered_')} left out": count
-        for name, count in info.counters.items()
-        if name.startswith("filtered_")
-    }
+    filters = [name.removeprefix("filtered_") for name in info.counters if name.startswith("filtered_")]
+    counters |= {f"{name} left out": info.counters[f"filtered_{name}"] for name in filters}
+    kept = [f"{info.num_rows} of {info.num_prompts} prompts", *(f"{n} {what}" for what, n in counters.items() if n)]
     revision = f" @ {info.teacher_revision[:12]}" if info.teacher_revision else ""
     rescaled = info.counters.get("targets_rescaled", 0)
     lines = {
         "teacher": f"{info.teacher_name}{revision} ({', '.join(filter(None, (info.teacher_dtype, info.engine)))})",
-        "rows": ", ".join(
-            [f"{info.num_rows} of {info.num_prompts} prompts", *(f"{n} {what}" for what, n in counters.items() if n)]
-        ),
+        "rows": ", ".join(kept),
         "tokens": f"{info.num_tokens}, of which {info.num_response_tokens} in responses",
         "storage": f"{info.storage['kind']}({_join(info.storage)})",
         "entries": f"{info.mean_entries:.2f} per response token"

@@ -100,12 +100,10 @@ class Questions:
         shown = self.few_shot[: max(self.shots, default=0)]
         check_shots([row["question"] for row in self.rows], [shot["question"] for shot in shown])
 
-    def measure(
-        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
-    ) -> Iterator[Arm]:
+    def measure(self, model: Any, tokenizer: Any, arm: Arm, place: Path, settings: EvaluationSettings) -> Iterator[Arm]:
         """Yield the arm after each number of shots; answers that are in its records are not asked for again."""
         for count in self.shots:
-            path, shots = folder / f"{arm.name}-{count}-shot.jsonl", self.few_shot[:count]
+            path, shots = place / f"{arm.name}-{count}-shot.jsonl", self.few_shot[:count]
             given: dict[str, Any] = {"settings": settings, "records_path": path, "fingerprint": arm.fingerprint}
             records = evaluate_gsm8k(model, tokenizer, self.rows, shots=shots, **given)
             graders = ("correct_flexible", "correct_strict")
@@ -285,10 +283,8 @@ def generate_greedy(
                 kwargs[cache_argument(network)] = repeated = copy.deepcopy(cache)
                 repeated.batch_repeat_interleave(len(rows))
             with torch.inference_mode():
-                output: Tensor = network.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=settings, **kwargs
-                )
-            written = output[:, len(rows[0]) :].tolist()
+                out: Tensor = network.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **kwargs)
+            written = out[:, len(rows[0]) :].tolist()
             if stopper:
                 stopper.look(written)
             answers = []

@@ -42,9 +42,7 @@ class HeldOut:
     rows: TransferSet
     teacher: Any = None
 
-    def measure(
-        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
-    ) -> Iterator[Arm]:
+    def measure(self, model: Any, tokenizer: Any, arm: Arm, place: Path, settings: EvaluationSettings) -> Iterator[Arm]:
         """Yield the arm with its fidelity, which is kept if it was measured in the same way."""
         teacher = None
         if self.teacher is not None:

@@ -77,12 +77,10 @@ class HarnessTasks:
                 )
         return manager
 
-    def measure(
-        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
-    ) -> Iterator[Arm]:
+    def measure(self, model: Any, tokenizer: Any, arm: Arm, place: Path, settings: EvaluationSettings) -> Iterator[Arm]:
         """Yield the arm after each task; one that is finished with the same settings is not run again."""
         for name in self.names:
-            path = folder / "lm-eval" / arm.name / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
+            path = place / "lm-eval" / arm.name / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
             facts = self._describe(name)
             if self.rerun and is_writer(settings.share):
                 path.unlink(missing_ok=True)
@@ -90,7 +88,7 @@ class HarnessTasks:
             if not self.rerun and name in arm.tasks and arm.tasks[name].settings == facts:
                 yield arm
                 continue
-            found = _run(model, tokenizer, name, self, settings)
+            found = self._run(model, tokenizer, name, settings)
             if found is not None:  # otherwise another process has the result
                 items = _number_items(found["samples"])
                 file.replace(items)
@@ -118,21 +116,18 @@ class HarnessTasks:
             "lm_eval": version("lm_eval"),
         }
 
+    def _run(self, model: Any, tokenizer: Any, name: str, settings: EvaluationSettings) -> dict[str, Any] | None:
+        """What the harness gives for one name; None in other processes than the main one."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
 
-def _run(
-    model: Any, tokenizer: Any, name: str, tasks: HarnessTasks, settings: EvaluationSettings
-) -> dict[str, Any] | None:
-    """What the harness gives for one name; None in other processes than the main one."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    with evaluation_mode(model), _quiet():
-        harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
-        if settings.share and process_state().num_processes > 1:
-            spread_harness(harnessed, Accelerator(cpu=not has_accelerator()))
-        how = {**tasks.options, "fewshot_as_multiturn": tasks.apply_chat_template, "task_manager": tasks.manager}
-        found: dict[str, Any] | None = simple_evaluate(harnessed, tasks=[name], log_samples=True, **how)
-    return found
+        with evaluation_mode(model), _quiet():
+            harnessed = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
+            if settings.share and process_state().num_processes > 1:
+                spread_harness(harnessed, Accelerator(cpu=not has_accelerator()))
+            how = {**self.options, "fewshot_as_multiturn": self.apply_chat_template, "task_manager": self.manager}
+            found: dict[str, Any] | None = simple_evaluate(harnessed, tasks=[name], log_samples=True, **how)
+        return found
 
 
 def _number_items(samples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

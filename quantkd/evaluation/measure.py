@@ -37,9 +37,7 @@ _TITLES = {
 class Part(Protocol):
     """One kind of figure: held-out rows, questions, or tasks of lm-evaluation-harness."""
 
-    def measure(
-        self, model: Any, tokenizer: Any, arm: Arm, folder: Path, settings: EvaluationSettings
-    ) -> Iterator[Arm]:
+    def measure(self, model: Any, tokenizer: Any, arm: Arm, place: Path, settings: EvaluationSettings) -> Iterator[Arm]:
         """Yield the arm after each figure; what it holds of the same data and settings is not measured again."""
 
 

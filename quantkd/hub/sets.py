@@ -88,18 +88,16 @@ def _card(transfer_set: TransferSet, repo_id: str, license: str | None) -> Commi
     return CommitOperationAdd(CARD_NAME, text.encode())
 
 
-def _advance(
-    repository: HubRepository, wanted: dict[str, CommitOperationAdd], max_bytes: int
-) -> PushedRepository | None:
+def _advance(target: HubRepository, wanted: dict[str, CommitOperationAdd], max_bytes: int) -> PushedRepository | None:
     """Commit the next step; the repository as it is pushed, if it holds the set already."""
     # Files are listed anew each time: what the Hub holds decides, so a push that was cut off goes on where it stopped.
-    commit, there = repository.read(_is_shard, "transfer set")
+    commit, there = target.read(_is_shard, "transfer set")
     message, operations = _next_step(there, wanted, max_bytes)
     if not operations:
-        return repository.pushed(commit)
-    if repository.commit(operations, message, commit).commit == commit:
+        return target.pushed(commit)
+    if target.commit(operations, message, commit).commit == commit:
         names = ", ".join(operation.path_in_repo for operation in operations[:3])
-        raise HubError(f"{repository.repo_id} did not take {names}; a .gitignore there may name them. Remove it.")
+        raise HubError(f"{target.repo_id} did not take {names}; a .gitignore there may name them. Remove it.")
     return None
 
 

@@ -134,6 +134,7 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
     subject = students[0] if students else None
     shares = compared[subject]["gap_recovered"] if subject else {}
     gaps = compared["before"]["mcnemar"] if "before" in compared else {}
+    needed = {key: tests["teacher"]["questions_needed"] for key, tests in gaps.items() if "teacher" in tests}
     results: dict[str, Any] = _round(
         {
             "format_version": 1,
@@ -148,9 +149,7 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
             "gap_recovered": {key: share["value"] for key, share in shares.items()},
             "gap_recovered_interval": {key: share["interval"] for key, share in shares.items()},
             "not_measurable": {key: share["reason"] for key, share in shares.items() if share["reason"]},
-            "questions_needed": {
-                key: tests["teacher"]["questions_needed"] for key, tests in gaps.items() if "teacher" in tests
-            },
+            "questions_needed": needed,
             "missing": _list_missing(arms, metrics),
         }
     )

@@ -17,12 +17,9 @@ NOT_STORED = -1
 
 @dataclass(frozen=True)
 class Alternatives:
-    """The candidates at each target of a row: the teacher's most probable tokens, the token of the text, first choices.
+    """At each target of a row the teacher's most probable tokens, in that order, the text's own, and first choices."""
 
-    Target j owns the entries `offsets[j]:offsets[j + 1]`, the teacher's most probable first; no token occurs twice.
-    """
-
-    offsets: NDArray[np.int64]  # (R + 1,)
+    offsets: NDArray[np.int64]  # (R + 1,); target j owns the entries `offsets[j]:offsets[j + 1]`, no token twice
     token_ids: NDArray[np.int64]  # (A,)
     teacher: NDArray[np.float64]  # (A,) nats; nan where the transfer set did not store this token
     before: NDArray[np.float64]  # (A,) nats, of the student without its adapter
