@@ -80,14 +80,14 @@ def main(argv: Sequence[str]) -> None:
     if args.teacher and not args.held_out:
         raise ConfigError("--teacher is compared with on the rows of --held_out; give those, too.")
     # Errors in the data are reported before a model is loaded.
-    tasks: HarnessTasks | None = None
-    questions: Questions | None = None
+    given: dict[str, Any] = {"model_name": student.model_name_or_path, "title": args.title}
     if args.tasks:
         names = [name.strip() for name in args.tasks.split(",")]
         how = (args.include_path, args.num_fewshot, args.task_limit, args.apply_chat_template, args.rerun_tasks)
-        tasks = HarnessTasks(names, *how)
-        tasks.manager  # noqa: B018
-    held_out = TransferSet.open(args.held_out) if args.held_out else None
+        given["tasks"] = HarnessTasks(names, *how)
+        given["tasks"].manager  # noqa: B018
+    if args.held_out:
+        given["held_out"] = TransferSet.open(args.held_out)
     columns = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
     if args.split and not args.prompts:
         raise ConfigError(f"--split {args.split} is of --prompts, and none are given. Leave it out, or give both.")
@@ -106,31 +106,18 @@ def main(argv: Sequence[str]) -> None:
             )
         few_shot = load_gsm8k(source, "train", most) if most else ()
         asked = load_gsm8k(source, None if is_file else "test", limit)
-        questions = Questions(_cut(asked, args, args.gsm8k), few_shot, args.shots)
+        given["questions"] = Questions(_cut(asked, args, args.gsm8k), few_shot, args.shots)
     tokenizer = load_tokenizer_from(student)
     model: Any = _load_teacher(student) if args.full_precision else load_student_from(student)
     if args.adapter:
         model = load_adapter(model, args.adapter)
-    teacher = None
     if args.teacher:
         is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
-        teacher = model if is_teacher else _load_teacher(student, args.teacher)
+        given["teacher"] = model if is_teacher else _load_teacher(student, args.teacher)
     settings = EvaluationSettings(args.batch_size, args.max_new_tokens, not args.plain_prompts, args.force, share=True)
     folder, is_main = Path(args.run_dir) / "evaluation", process_state().is_main_process
     if args.held_out or args.gsm8k or args.tasks:
-        arm = evaluate_arm(
-            model,
-            tokenizer,
-            args.run_dir,
-            arm=args.arm,
-            title=args.title,
-            model_name=student.model_name_or_path,
-            held_out=held_out,
-            teacher=teacher,
-            questions=questions,
-            tasks=tasks,
-            settings=settings,
-        )
+        arm = evaluate_arm(model, tokenizer, args.run_dir, arm=args.arm, settings=settings, **given)
         said = ""
         if arm.fidelity is not None:
             found, rows = arm.fidelity.means, len(arm.fidelity.tokens)

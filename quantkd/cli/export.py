@@ -62,20 +62,14 @@ def main(argv: Sequence[str]) -> None:
         what = f"The held-out set of teacher {held_out.info.teacher_name}"
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
     kl: dict[str, float] = {}
+    given: dict[str, Any] = {"model_name": student.model_name_or_path, "held_out": held_out}
+    given["settings"] = EvaluationSettings(args.batch_size)
 
     def score(arm: str, model: Any) -> None:
         if held_out is None:
             return
         with TemporaryDirectory() as scratch:
-            fidelity: Any = evaluate_arm(
-                model,
-                tokenizer,
-                args.run_dir or scratch,
-                arm=arm,
-                model_name=student.model_name_or_path,
-                held_out=held_out,
-                settings=EvaluationSettings(args.batch_size),
-            ).fidelity
+            fidelity: Any = evaluate_arm(model, tokenizer, args.run_dir or scratch, arm=arm, **given).fidelity
         kl[arm] = fidelity.means["kl"]
 
     if args.form == "adapter":

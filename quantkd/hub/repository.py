@@ -76,15 +76,8 @@ class HubRepository:
     def commit(self, operations: Sequence[Operation], message: str, parent: str) -> PushedRepository:
         """Commit on top of `parent`, or fail if the branch has moved on."""
         with hub_errors(f"commit to {self.repo_id}", self._token):
-            done = self._api.create_commit(
-                self.repo_id,
-                operations=list(operations),
-                commit_message=message,
-                revision=self._branch,
-                parent_commit=parent,
-                num_threads=2,
-                **self._kind,
-            )
+            where = {**self._kind, "revision": self._branch, "parent_commit": parent, "num_threads": 2}
+            done = self._api.create_commit(self.repo_id, list(operations), commit_message=message, **where)
         return self.pushed(done.oid)
 
     def pushed(self, commit: str) -> PushedRepository:
