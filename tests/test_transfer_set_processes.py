@@ -60,7 +60,7 @@ def test_sigkill_at_random_moments(tmp_path, reference, kills):
         folder.mkdir()
         logs = folder / "first", folder / "second"
         capture = start(folder / "set", logs[0], 0.002)
-        time.sleep(rng.uniform(0.0, 0.09))
+        time.sleep(rng.uniform(0.0, 0.06))
         kill(capture)
         landed += capture[0].exitcode == -signal.SIGKILL
         assert capture_slowly(folder / "set", logs[1]) == reference == verify(folder / "set").digest
