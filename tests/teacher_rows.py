@@ -23,6 +23,14 @@ def dense_logprobs(model, row) -> torch.Tensor:
         return model(input_ids=ids[None]).logits[0, targets - 1].double().log_softmax(-1)
 
 
+def add_noise(model):
+    """Noise on every weight, which stands for quantization."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 def sparse_divergences(teacher, log_q) -> np.ndarray:
     """(2, R) forward and reverse KL to `log_q` (R, V) over a row's stored entries, and the rest as one class."""
     found = []

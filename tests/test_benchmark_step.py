@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 RANK, HIDDEN, INNER, KEYS, LAYERS, VOCABULARY = 16, 64, 128, 32, 2, 320
 
 

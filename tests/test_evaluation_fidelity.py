@@ -16,17 +16,12 @@ from quantkd.loss.metrics import compare_with_entries, compare_with_logits, comp
 from quantkd.report import build_report
 from quantkd.transfer_set.topk import TopKLogprobs
 from tests.conftest import build_tiny_model
-from tests.teacher_rows import dense_logprobs, sparse_divergences
+from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
 
 
 @pytest.fixture
 def student(tiny_model):
-    """The teacher with noise on every weight."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return tiny_model
+    return add_noise(tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -177,9 +177,8 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path, tiny_model, tiny_tokeni
     vocabulary = described["model"]["vocab"]
     first, second = list(vocabulary)[10:12]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    other = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(described)), bos_token="<|bos|>", eos_token="<|im_end|>"
-    )
+    special = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>"}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), **special)
     with pytest.raises(TransferSetError, match=r"held-out set of teacher .* the vocabulary differ"):
         evaluate_model(tiny_model, other, tmp_path, held_out=held_out)
     assert not (tmp_path / "evaluation").exists()
@@ -265,25 +264,22 @@ def stored_in_nf4(tiny_model_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--gsm8k", "test.jsonl", "--shots", "2"], "test.jsonl is one file, and 2 shots would be its own questions"),
-    (["--gsm8k", "same", "--shots", "2"], "Few-shot example 0 is the question of row 0 with its answer"),
-    (["--gsm8k", "test.jsonl", "--shots", "0", "--split", "train"], "--split train is of --prompts, and none are"),
-    (["--prompts", "p.jsonl", "--split", "train"], "p.jsonl has no splits, and the split 'train' was asked for"),
-    (["--prompts", "p.jsonl", "--full_precision"], "is stored in nf4, and full precision was asked for. Name the"),
-    (["--held_out", "HELD", "--teacher", "NF4"], "is stored in nf4, and full precision was asked for. Name the"),
+    ("--gsm8k test.jsonl --shots 2", "test.jsonl is one file, and 2 shots would be its own questions"),
+    ("--gsm8k same --shots 2", "Few-shot example 0 is the question of row 0 with its answer"),
+    ("--gsm8k test.jsonl --shots 0 --split train", "--split train is of --prompts, and none are"),
+    ("--prompts p.jsonl --split train", "p.jsonl has no splits, and the split 'train' was asked for"),
+    ("--prompts p.jsonl --full_precision", "is stored in nf4, and full precision was asked for. Name the"),
+    ("--held_out HELD --teacher NF4", "is stored in nf4, and full precision was asked for. Name the"),
 ])  # fmt: skip
-def test_evaluations_that_would_mean_something_else_are_refused(
-    tmp_path, monkeypatch, cli, stored_in_nf4, held_out, words, said
-):
+def test_what_would_mean_something_else_is_refused(tmp_path, monkeypatch, cli, stored_in_nf4, held_out, words, said):
     monkeypatch.chdir(tmp_path)
     Path("same").mkdir()
-    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
     for name in ("test.jsonl", "same/test.jsonl", "same/train.jsonl"):
-        Path(name).write_text(rows)
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     Path("p.jsonl").write_text('{"prompt": "One?"}\n')
-    words = [{"HELD": held_out.sources[0], "NF4": stored_in_nf4}.get(word, word) for word in words]
-    options = ["--model_name_or_path", stored_in_nf4, "--dtype", "float32", "--run_dir", "r", *words]
-    code, _, err = cli("evaluate", "--arm", "x", *options)
+    words = words.replace("HELD", str(held_out.sources[0])).replace("NF4", str(stored_in_nf4))
+    options = f"--arm x --model_name_or_path {stored_in_nf4} --dtype float32 --run_dir r {words}"
+    code, _, err = cli("evaluate", *options.split())
     assert code and said in err and not list(Path("r").rglob("*.jsonl"))
 
 

@@ -22,7 +22,7 @@ from quantkd.view.divergence import KL_EDGES
 from quantkd.view.spelling import decode_text, spell_tokens
 from tests.conftest import build_tiny_model, build_tiny_tokenizer
 from tests.divergence_pages import Reader
-from tests.teacher_rows import dense_logprobs, sparse_divergences
+from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
 from tests.transfer_sets import make_plan, make_row, write_rows
 
 BYTE_LEVEL = build_tiny_tokenizer()
@@ -31,13 +31,10 @@ BYTE_LEVEL = build_tiny_tokenizer()
 @pytest.fixture
 def student():
     """The teacher with noise on its weights, which stands for quantization, and an adapter that does something."""
-    model = build_tiny_model(BYTE_LEVEL)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape)
-        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        return get_peft_model(model, lora)
+        return get_peft_model(add_noise(build_tiny_model(BYTE_LEVEL)), lora)
 
 
 def stored_at(teacher):
