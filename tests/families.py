@@ -65,14 +65,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "RecurrentGemma": ("RecurrentGemmaConfig", {**_LLAMA, "lru_width": 32, "num_hidden_layers": 3, "head_dim": 8}),
     "LFM 2": ("Lfm2Config", {**_LLAMA, "layer_types": ["conv", "full_attention"]}),
     "gpt-oss": ("GptOssConfig", {**_LLAMA, **_EXPERTS, "head_dim": 8}),
-    "DeepSeek-V3": (
-        "DeepseekV3Config",
-        {
-            **_LLAMA, **_HEADS, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-            "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
-        },
-    ),
+    "DeepSeek-V3": ("DeepseekV3Config", {
+        **_LLAMA, **_HEADS, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+    }),
     "BitNet": ("BitNetConfig", _LLAMA),
     "Llama 4": ("Llama4TextConfig", {**_LLAMA, **_EXPERTS, "head_dim": 8, "intermediate_size_mlp": 48}),
 }  # fmt: skip

@@ -16,24 +16,19 @@ PROMPTS = 40
 DEADLINE = 240
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "Add one to " + "9" * (n % 7 + 1)}) + "\n" for n in range(PROMPTS)))
-    return path
-
-
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "s"
 
 
 @pytest.fixture(scope="module")
-def start(tiny_model_path, prompts):
+def start(tiny_model_path, tmp_path_factory):
     """Starts the command, each of whose processes computes in one thread."""
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "Add one to " + "9" * (n % 7 + 1)}) + "\n" for n in range(PROMPTS)))
 
     def go(out, count=1):
-        options = ["--model", tiny_model_path, "--prompts", prompts, "--output_dir", out, "--dtype", "float32"]
+        options = ["--model", tiny_model_path, "--prompts", path, "--output_dir", out, "--dtype", "float32"]
         options += ["--max_new_tokens", "60", "--rows_per_shard", "2", "--batch_size", "2"]
         return processes.start(["-m", "quantkd", "capture", *options], out.with_suffix(".txt"), count)
 

@@ -62,14 +62,12 @@ def launch(tiny_model_path, given_set, tmp_path_factory):
             assert result.returncode == 0, result.stderr[-4000:]
         else:
             processes.run(words, folder / "output.txt", count)
-        return {name: read_report(folder / name) for name in jobs}
+        reports = {name: json.loads((folder / name / "report.json").read_text()) for name in jobs}
+        for name, report in reports.items():
+            report |= {"gradient": torch.load(folder / name / "gradient.pt"), "folder": folder / name}
+        return reports
 
     return go
-
-
-def read_report(folder):
-    gradient = torch.load(folder / "gradient.pt", weights_only=True)
-    return {**json.loads((folder / "report.json").read_text()), "gradient": gradient, "folder": folder}
 
 
 @pytest.fixture(scope="module")

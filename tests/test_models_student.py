@@ -147,16 +147,13 @@ def test_a_format_by_name_on_the_command_line(tiny_model_path):
         StudentArguments(str(tiny_model_path), student_format="fp4", load_in_8bit=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
+def test_a_format_that_is_not_offered_is_refused(tiny_model_path):
+    for config, message in (
         ("int3", "student's format is 'int3'; expected one of nf4, fp4, int8. Pass a quantization config"),
         (HqqConfig(nbits=4), "in HQQ, which transformers 5 neither quantizes nor reads.*hqq's own library and pass it"),
-    ],
-)
-def test_a_format_that_is_not_offered_is_refused(config, message, tiny_model_path):
-    with pytest.raises(ConfigError, match=message):
-        load_student(str(tiny_model_path), quantization_config=config)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_student(str(tiny_model_path), quantization_config=config)
 
 
 @pytest.mark.parametrize(

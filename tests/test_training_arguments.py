@@ -116,11 +116,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(make_trainer, tmp_path):
         with pytest.raises(ConfigError, match=said):
             make_trainer(**RESUMED, peft_config=lora(**options)).train(resume_from_checkpoint=str(checkpoint))
     trainer = make_trainer(**RESUMED, peft_config=lora())
-    for name, file in (
-        ("optimizer", "optimizer.pt"),
-        ("scheduler", "scheduler.pt"),
-        ("random numbers", "rng_state.pth"),
-    ):
+    files = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "random numbers": "rng_state.pth"}
+    for name, file in files.items():
         shutil.copytree(checkpoint, tmp_path / name)
         (tmp_path / name / file).unlink()
         with pytest.raises(ConfigError, match=f"{name} lacks the state of {name}, so training would not"):

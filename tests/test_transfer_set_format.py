@@ -49,14 +49,12 @@ def golden_rows(plan):
     def row(input_ids, spans, targets, finished):
         chosen = probabilities[targets]
         return TransferRow(
-            input_ids=np.array(input_ids),
-            spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
-            counts=np.array([len(part) for part in chosen], dtype=np.int64),
-            token_ids=np.array([i for part in ids[targets] for i in part], dtype=np.int64),
-            logprobs=np.array([math.log(p) for part in chosen for p in part], dtype=np.float32),
-            log_normalizers=normalizers[targets],
-            finished=finished,
-        )
+            np.array(input_ids), spans=np.array(spans, np.int64).reshape(-1, 2),
+            counts=np.array([len(part) for part in chosen], np.int64),
+            token_ids=np.array([i for part in ids[targets] for i in part], np.int64),
+            logprobs=np.array([math.log(p) for part in chosen for p in part], np.float32),
+            log_normalizers=normalizers[targets], finished=finished,
+        )  # fmt: skip
 
     return [
         row([10, high, 0, 5, 200, 3], [[1, 2], [3, 5]], slice(0, 3), True),
