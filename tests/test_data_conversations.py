@@ -158,16 +158,15 @@ def test_columns_of_conversations(tmp_path):
     both = {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:3]}
     (example,) = load_examples([both])
     assert example.completion == "She has 7." and example.messages is None
-    with pytest.raises(DataError, match=r"row 0: found the message .*'content'. Join the text of a list of parts"):
-        load_examples([{"messages": [turn("user", [{"type": "text", "text": "hi"}])]}])
-    with pytest.raises(DataError, match="row 0: the completion has reasoning_content beside its content"):
-        load_examples(
-            [{"prompt": "1 + 1?", "completion": [{**turn("assistant", "2"), "reasoning_content": "1 and 1"}]}]
-        )
-    with pytest.raises(DataError, match="row 0: tools is 'add'; expected a list, or one as JSON"):
-        load_examples([{"prompt": "1 + 1?", "tools": "add"}])
-    with pytest.raises(DataError, match="calls tools"):
-        load_examples([{"messages": [{**CONVERSATION[1], "tool_calls": [{"name": "f"}]}]}])
+    thought = {**turn("assistant", "2"), "reasoning_content": "1 and 1"}
+    for row, message in (
+        ({"messages": [turn("user", [{"text": "hi"}])]}, r"row 0: found .*'content'. Join the text of a list of parts"),
+        ({"prompt": "?", "completion": [thought]}, "row 0: the completion has reasoning_content beside its content"),
+        ({"prompt": "?", "tools": "add"}, "row 0: tools is 'add'; expected a list, or one as JSON"),
+        ({"messages": [{**CONVERSATION[1], "tool_calls": [{"name": "f"}]}]}, "calls tools"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_examples([row])
     with pytest.raises(DataError, match=r"\['messages'\]; 'question' was asked for"):
         load_examples(rows, prompt_column="question")
 

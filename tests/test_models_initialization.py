@@ -360,6 +360,7 @@ def test_one_layer_is_held_at_a_time(tiny_model_path, monkeypatch):
 
 PROCESS = """
 import sys
+from unittest.mock import Mock
 import torch
 from quantkd import TransferSet
 from quantkd.hardware import process_state
@@ -370,9 +371,7 @@ from quantkd.models.weights import dequantize_weight
 model_path, set_path, folder = sys.argv[1:]
 rank = process_state().process_index
 if rank:  # only the main process may compute
-    def refuse(*args, **kwargs):
-        raise AssertionError("a second process computed the start")
-    initialization.initialize_from_error = refuse
+    initialization.initialize_from_error = Mock(side_effect=AssertionError("a second process computed the start"))
 torch.manual_seed(rank)
 model = attach_lora(load_student(model_path, dtype="float32"))
 initialization.initialize_from_rows(model, TransferSet.open(set_path), model_path)

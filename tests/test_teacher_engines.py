@@ -34,10 +34,9 @@ def test_what_no_engine_of_log_probabilities_can_give(connect, tiny_tokenizer):
 
 def row_of(pairs, rule, vocab_size=10, targets=None, first=0):
     length = 1 + (targets or len(pairs))
+    ids, spans = [first] + [0] * (length - 1), np.array([[1, length]])
     builder = RowBuilder("The engine", rule, vocab_size, 10)
-    return builder.build(
-        4, [first] + [0] * (length - 1), np.asarray([[1, length]]), TopLogprobs.from_pairs(pairs), finished=True
-    )
+    return builder.build(4, ids, spans, TopLogprobs.from_pairs(pairs), finished=True)
 
 
 def test_candidates_are_sorted_joined_and_cut():

@@ -118,14 +118,11 @@ def test_models_that_mix_packed_rows_are_found(family):
     assert (reason is None) == (family not in ("Bloom", "Mamba")), reason
 
 
-def test_they_are_refused_before_the_first_step(make_trainer, tiny_tokenizer):
+def test_what_cannot_be_packed_is_refused_before_the_first_step(make_trainer, tiny_tokenizer):
     torch.manual_seed(0)
     config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=len(tiny_tokenizer))
     model = AutoModelForCausalLM.from_config(config)  # of small weights: that a row changes at all must be enough
     with pytest.raises(ConfigError, match=r"packing=True would let rows see each other.*group_by_length"):
         make_trainer(model, packing=True, processing_class=tiny_tokenizer)
-
-
-def test_packing_needs_our_collator(make_trainer):
     with pytest.raises(ConfigError, match="packs with a DistillationCollator, found the data_collator function"):
         make_trainer(packing=True, data_collator=lambda rows: rows)
