@@ -21,11 +21,6 @@ from quantkd.loss.states import TargetStates
 from tests.conftest import TRAINING_PROMPTS
 
 
-@pytest.fixture
-def set_path(training_set):
-    return training_set.sources[0].path
-
-
 def test_usage(cli):
     assert cli()[0] == 2
     code, out, _ = cli("--help")
@@ -68,19 +63,19 @@ def test_a_command_shows_examples_that_it_takes(name, cli):
         assert flags - set(re.findall(r"--[\w-]+", options)) == set(), line
 
 
-def test_called_from_python_main_leaves_the_process_as_it_is(cli, set_path):
+def test_called_from_python_main_leaves_the_process_as_it_is(cli, training_set):
     before = dict(os.environ), signal.getsignal(signal.SIGTERM), logging.getLogger("quantkd.experiment").level
-    assert cli("verify", set_path)[:2] == (0, cli("verify", set_path)[1])
+    assert cli("verify", training_set.sources[0])[:2] == (0, cli("verify", training_set.sources[0])[1])
     after = dict(os.environ), signal.getsignal(signal.SIGTERM), logging.getLogger("quantkd.experiment").level
     assert after == before
 
 
-def test_inspect_shows_facts_and_alternatives(cli, set_path, tiny_model_path):
-    code, out, _ = cli("inspect", set_path, "--tokenizer", tiny_model_path, "--rows", 1)
+def test_inspect_shows_facts_and_alternatives(cli, training_set, tiny_model_path):
+    code, out, _ = cli("inspect", training_set.sources[0], "--tokenizer", tiny_model_path, "--rows", 1)
     expected = ("teacher", tiny_model_path.name, "bytes per response token", "entries per token", " nats ", "tail")
     assert code == 0 and [piece for piece in (*expected, TRAINING_PROMPTS[0]) if piece not in out] == []
-    assert "--tokenizer" in cli("inspect", set_path, "--rows", 1)[1]
-    code, out, _ = cli("inspect", set_path, "--json", "--rows", 2)
+    assert "--tokenizer" in cli("inspect", training_set.sources[0], "--rows", 1)[1]
+    code, out, _ = cli("inspect", training_set.sources[0], "--json", "--rows", 2)
     found = json.loads(out)
     assert code == 0 and found["num_rows"] == 8 and len(found["sample"]) == 2
     assert sum(found["histograms"]["entries"]) == found["num_response_tokens"]
@@ -88,18 +83,18 @@ def test_inspect_shows_facts_and_alternatives(cli, set_path, tiny_model_path):
     assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_evaluate_prints_what_it_measured(cli, set_path, tiny_model_path, tmp_path):
-    words = ["--model_name_or_path", tiny_model_path, "--held_out", set_path, "--run_dir", tmp_path]
+def test_evaluate_prints_what_it_measured(cli, training_set, tiny_model_path, tmp_path):
+    words = ["--model_name_or_path", tiny_model_path, "--held_out", training_set.sources[0], "--run_dir", tmp_path]
     code, out, _ = cli("evaluate", "--arm", "before", *words, "--dtype", "float32")
     found = json.loads((tmp_path / "evaluation" / "before.json").read_text())["fidelity"]["means"]
     assert code == 0 and f"before.json: KL {found['kl']:.4f} nats per token, perplexity " in out
     assert f"{100 * found['top1_agreement']:.1f}% on 8 rows" in out
 
 
-def test_verify_and_convert(cli, set_path, tmp_path):
-    code, out, _ = cli("verify", set_path)
+def test_verify_and_convert(cli, training_set, tmp_path):
+    code, out, _ = cli("verify", training_set.sources[0])
     assert code == 0 and "8 rows" in out
-    code, out, _ = cli("convert", set_path, tmp_path / "small", "--storage", "nucleus:0.9")
+    code, out, _ = cli("convert", training_set.sources[0], tmp_path / "small", "--storage", "nucleus:0.9")
     assert code == 0 and "nucleus(max_k=64, p=0.9)" in out
     shard = next((tmp_path / "small").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -165,19 +160,20 @@ def test_a_config_file_and_flags_mix(cli, tmp_path, tiny_model_path):
     ("evaluate --model_name_or_path no --run_dir r --arm x --prompts p.txt", 1, "'p.txt' is neither a file"),
     ("selftest empty", 1, "empty holds no config.json"),
 ])  # fmt: skip
-def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, set_path, tiny_model_path, words, code, said):
+def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, training_set, tiny_model_path, words, code, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "bad.yaml").write_text("model: [\n")
     (tmp_path / "text.yaml").write_text("hello\n")
     (tmp_path / "unknown.yaml").write_text("model: m\nprompts: p\ncolour: blue\n")
+    student = ["--model_name_or_path", tiny_model_path]
     stands_for = {
-        "SET": [set_path],
+        "SET": training_set.sources,
         "OUT": ["--model", "no", "--prompts", "p.jsonl", "--output_dir"],
         "TEACHER": ["--model", tiny_model_path, "--output_dir", "o", "--prompts"],
-        "TRAIN": ["--model_name_or_path", tiny_model_path, "--transfer_set", set_path, "--output_dir", "o"],
-        "EVALUATE": ["--model_name_or_path", tiny_model_path, "--run_dir", "r"],
+        "TRAIN": [*student, "--transfer_set", training_set.sources[0], "--output_dir", "o"],
+        "EVALUATE": [*student, "--run_dir", "r"],
     }
     found, out, err = cli(*(part for word in words.split() for part in stands_for.get(word, [word])))
     last = [line for line in err.splitlines() if "quantkd " in line][-1]

@@ -85,9 +85,8 @@ def test_relative_links_resolve(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def read_messages():
-    """Every string in the package's source, with ... for what is filled in."""
-    messages = []
+def test_troubleshooting_quotes_messages_that_exist():
+    messages = []  # every string in the package's source, with ... for what is filled in
     for path in sorted((REPOSITORY / "quantkd").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
@@ -95,12 +94,7 @@ def read_messages():
                 messages.append("".join(str(part) for part in parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 messages.append(re.sub(r"%[sdr]", "...", node.value))
-    return messages
-
-
-def test_troubleshooting_quotes_messages_that_exist():
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
-    messages = read_messages()
     assert quoted
     assert [quote for quote in quoted if not any(quote.strip(". ") in message for message in messages)] == []
