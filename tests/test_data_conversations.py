@@ -8,7 +8,7 @@ import torch
 from teacher_rows import assert_stored, dense_logprobs
 
 from quantkd import TopK
-from quantkd.data.encoding import encode_conversation, encode_examples, encode_prompts, find_turn_end
+from quantkd.data.encoding import at_date, encode_conversation, encode_examples, encode_prompts, find_turn_end
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
 from quantkd.models.generation import build_generation_config
@@ -264,6 +264,15 @@ def test_every_answer_has_one_end_and_generation_stops_at_it(tiny_tokenizer, tin
     config = build_generation_config(tiny_model, tokenizer, 4)
     assert {find_turn_end(tokenizer), tokenizer.eos_token_id} <= set(config.eos_token_id)
     assert find_turn_end(tokenizer) == last
+
+
+def test_of_several_templates_the_default_is_used_and_dated(with_template, tiny_tokenizer):
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b') }} {% endif %}" + tiny_tokenizer.chat_template
+    tokenizer = at_date(with_template({"default": dated, "tool_use": "none"}), "2025-12-31")
+    (prompt,) = encode_prompts(tokenizer, ["Why?"])
+    assert tokenizer.decode(prompt).startswith("31 Dec <|im_start|>user\nWhy?<|im_end|>")
+    ids, spans = encode_conversation(tokenizer, CONVERSATION)
+    assert tokenizer.decode(ids[slice(*spans[0])]) == "She has 7.<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])

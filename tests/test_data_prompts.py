@@ -116,6 +116,7 @@ def test_a_name_is_split_into_path_and_configuration(monkeypatch):
         ([[{"role": "user"}]], "expected text under 'role' and 'content'"),
         ([{"prompt": "one", "completion": 4}], "the completion is a int"),
         ([3], "is a int; expected text"),
+        ([{"prompt": "x", "completion": [{"role": "user", "content": "y"}]}], "is by 'user'; expected the assistant"),
     ],
 )
 def test_bad_rows(rows, message):
@@ -134,6 +135,9 @@ def test_bad_rows(rows, message):
         ("rows.json", "[", "cannot be parsed"),
         ("rows.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
         ("rows.parquet", "PAR1", "is not a Parquet file"),
+        ("rows.jsonl", '{"prompt": "x", "n": ' + "[" * 10**5 + "}", "line 1 is not JSON"),
+        ("rows.jsonl", '{"prompt": "x", "n": ' + "1" * 5000 + "}", "line 1 is not JSON"),
+        ("rows.json", "[" * 10**5, "cannot be parsed"),
         ("rows.jsonl", "", "holds no rows"),
         (
             "rows.csv",

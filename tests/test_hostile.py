@@ -273,7 +273,7 @@ def test_tokenizer_files_that_are_none(tiny_tokenizer, tmp_path, file, content):
     assert isinstance(error.value, ConfigError) and len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("content", [b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"{"])
+@pytest.mark.parametrize("content", [b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"{", b'{"a": ' + b"1" * 5000 + b"}"])
 def test_json_beside_an_adapter_that_is_none(tmp_path, content):
     for name in ("quantkd.json", "trainer_state.json"):
         (tmp_path / name).write_bytes(content)

@@ -24,7 +24,10 @@ def list_imports(path: Path) -> Iterator[str]:
     """The modules of quantkd that a module imports, at its top or inside a function, for types or to run."""
     for node in ast.walk(TREES[path]):
         names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [each.value for each in node.args if isinstance(each, ast.Constant)]
         if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}, line {node.lineno}: an import from quantkd names it"
             whole = [f"{node.module}.{each.name}" for each in node.names]
             names = [name if name.removeprefix("quantkd.") in NAMES else str(node.module) for name in whole]
         yield from (name.removeprefix("quantkd.") for name in names if re.match(r"quantkd\b", name))

@@ -52,6 +52,25 @@ def test_rows_with_ids_that_the_student_lacks_are_refused(make_trainer, tiny_mod
 
 
 @pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"input_ids": [5, -3, 7]}, "the token id -3; expected numbers from 0 on"),
+        ({"labels": [-100, -1, 7]}, "the token id -1"),
+        ({"labels": [-100, 7]}, r"labels of int64 \(2,\); expected whole numbers, at least one, and a label for each"),
+        ({"labels": None}, "expected whole numbers"),
+        ({"input_ids": [], "labels": []}, "at least one"),
+        ({"input_ids": [5.5, 6.0, 7.0]}, "input_ids of float64"),
+        ({"weight": float("nan")}, "the weight nan; expected a finite number of at least 0"),
+        ({"weight": -3.0}, "the weight -3.0"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused(make_trainer, tiny_model_path, changed, said):
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    with pytest.raises(DataError, match=f"Row 1 has .*{said}"):
+        make_trainer(train_dataset=[row, {**row, **changed}], teacher_model=str(tiny_model_path))
+
+
+@pytest.mark.parametrize(
     ("metric", "best"), [("eval_kl", min), ("ce", min), ("perplexity", min), ("top1_agreement", max)]
 )
 def test_the_best_checkpoint_is_the_one_nearest_to_the_teacher(make_trainer, training_set, metric, best):

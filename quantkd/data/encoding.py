@@ -187,6 +187,8 @@ def check_context(
 def check_ids(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], vocab_size: int, numbers: Any = None) -> None:
     """Refuse token ids that the model's embedding has no row for; `numbers` are the rows' own."""
     for number, ids in zip(numbers or range(len(rows)), rows, strict=True):
+        if min(ids, default=0) < 0:
+            raise DataError(f"Row {number} has the token id {min(ids)}; expected numbers from 0 on. Encode it anew.")
         if (largest := max(ids, default=0)) >= vocab_size:
             raise DataError(
                 f"Row {number} has the token id {largest}, {tokenizer.convert_ids_to_tokens(largest)!r}, and the model "
@@ -229,7 +231,9 @@ def at_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizer
     # transformers hands no function to a template, so the template gets one of its own in place of transformers'.
     parts = (f" | replace('%{part}', {json.dumps(now.strftime(f'%{part}'))})" for part in _DATE_PARTS)
     macro = "{%- macro strftime_now(format) -%}{{ format" + "".join(parts) + " }}{%- endmacro -%}"
-    dated.chat_template = macro + str(tokenizer.chat_template)
+    given: Any = tokenizer.chat_template
+    named = {name: macro + each for name, each in given.items()} if isinstance(given, dict) else macro + str(given)
+    dated.chat_template = named
     return dated
 
 
@@ -292,7 +296,11 @@ def encode_conversation(
     adds to the prompt that the model would have seen there. Where a template changes earlier turns as later ones come,
     for example by removing their reasoning, the conversation is refused.
     """
-    find = _by_generation_blocks if _GENERATION_BLOCK.search(tokenizer.chat_template or "") else _by_prefixes
+    # Of several templates transformers takes the one named default, or tool_use.
+    template = (
+        tokenizer.get_chat_template(tools=(template_kwargs or {}).get("tools")) if tokenizer.chat_template else ""
+    )
+    find = _by_generation_blocks if _GENERATION_BLOCK.search(template) else _by_prefixes
     ends = {find_turn_end(tokenizer) if end is None else end}
     input_ids, spans = find(tokenizer, messages, ends, template_kwargs or {})
     if spans[0][0] == 0:

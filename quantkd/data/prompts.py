@@ -157,6 +157,8 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
                 f"{where}: the completion has {', '.join(unread)} beside its content, which no template renders there. "
                 "Give the row as one conversation of messages, or remove the key."
             )
+        if completion[0].get("role", "assistant") != "assistant":
+            raise DataError(f"{where}: the completion is by {completion[0]['role']!r:.80}; expected the assistant.")
         completion = completion[0].get("content")
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"{where}: the completion is a {type(completion).__name__}; expected text or one message.")
@@ -182,7 +184,7 @@ _TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "chat_template_kwargs": dic
 
 def _read_json(value: Any, name: str, kind: type, where: str) -> Any:
     """A column of this kind, which may also be given as JSON or left empty."""
-    with suppress(json.JSONDecodeError):
+    with suppress(ValueError, RecursionError):
         value = (json.loads(value) if isinstance(value, str) and value else value) or kind()
     if not isinstance(value, kind):
         raise DataError(f"{where}: {name} is {value!r:.80}; expected a {kind.__name__}, or one as JSON.")
@@ -228,7 +230,7 @@ def _read_file(path: Path) -> Iterator[Any]:
 
         try:
             yield from pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path} is not a Parquet file that can be read: {error}.") from error
         return
     if path.suffix not in _FILE_SUFFIXES:
@@ -247,9 +249,11 @@ def _read_file(path: Path) -> Iterator[Any]:
                     if line.strip():
                         try:
                             yield json.loads(line)
-                        except json.JSONDecodeError as error:
+                        except (ValueError, RecursionError) as error:
                             raise DataError(f"{path}, line {number} is not JSON: {error}.") from error
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (csv.Error, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path} cannot be parsed: {error}. Expected UTF-8 text in {path.suffix} format.") from error
 
 

@@ -150,7 +150,8 @@ class Fidelity:
             _check(part, where, dict.fromkeys((*keys, "edges") if kind else keys, Any))
             if kind and part["edges"] != list(EDGES[kind]):
                 raise _refuse(f"{where}/edges", part["edges"], f"{list(EDGES[kind])}")
-            shape = (len(columns["tokens"]), len(EDGES[kind])) if kind else (np.size(part["tokens"]),)
+            count = len(part["tokens"]) if isinstance(part["tokens"], list) else 1
+            shape = (len(columns["tokens"]), len(EDGES[kind])) if kind else (count,)
             tokens = _read_numbers(part["tokens"], f"{where}/tokens", np.zeros(shape), np.full(shape, _LARGEST))
             if not tokens.sum() > 0:
                 raise _refuse(f"{where}/tokens", "no target token", "rows with answers")

@@ -93,7 +93,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that stands beside an adapter."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}. Remove it, or write it anew.") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__}; expected an object. Remove it, or write it anew.")

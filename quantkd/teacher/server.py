@@ -106,8 +106,9 @@ class ServerTeacher(Teacher):
         self._concurrency = concurrency
         self._client = _Client(base_url, timeout_seconds, max_retries, backoff_seconds)
         card = self._find_model()
-        context = card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx_train")
-        self.max_context = context if isinstance(context, int) and context > 0 else None
+        meta = card.get("meta")
+        context = card.get("max_model_len") or (meta.get("n_ctx_train") if isinstance(meta, dict) else None)
+        self.max_context = context if type(context) is int and context > 0 else None
         self._dialect: Dialect = DIALECTS[dialect or _OWNERS.get(str(card.get("owned_by")), "vllm")]
         self._dialect.check(settings)
         # One token, before any work is spent: does it give ids, and as many log-probabilities as the rule needs?
@@ -132,7 +133,7 @@ class ServerTeacher(Teacher):
         for card in cards:
             if card.get("id") == self.name:
                 return card
-        names = ", ".join(repr(card.get("id")) for card in cards[:8]) or "none"
+        names = ", ".join(f"{card.get('id')!r:.80}" for card in cards[:8]) or "none"
         raise ConfigError(
             f"{self._client.where} serves {names}, and {self.name!r} was asked for. Name one of those, or start the "
             "server with that name (vLLM and SGLang: --served-model-name, llama.cpp: --alias)."
@@ -154,6 +155,11 @@ class ServerTeacher(Teacher):
         ends = [place for place, token in enumerate(tokens) if token in self.ends]
         if ends:  # a server may go on to an end token of its own
             tokens, reason = tokens[: ends[0] + 1], "end"
+        if len(tokens) > settings.max_new_tokens:
+            raise TeacherError(
+                f"{self._client.where} gave {len(tokens)} tokens for prompt {prompt.index}, and at most "
+                f"{settings.max_new_tokens} were asked for. Look at the server's settings."
+            )
         if not tokens or reason == "stop":
             raise TeacherError(
                 f"{self._client.where} ended the answer to prompt {prompt.index} without one of the end tokens "

@@ -95,9 +95,10 @@ class VLLM(Dialect):
 
     @staticmethod
     def _id(token: str) -> int:
-        if not token.startswith(_TOKEN_ID):
-            raise TeacherError(f"it names tokens by their text ({token!r}), which cannot be mapped to ids safely")
-        return int(token[len(_TOKEN_ID) :])
+        number = token.removeprefix(_TOKEN_ID)
+        if number == token or not (number.isascii() and number.isdecimal()):
+            raise TeacherError(f"it names tokens by their text ({token!r:.80}), which cannot be mapped to ids safely")
+        return int(number)
 
 
 class SGLang(Dialect):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from quantkd.data.encoding import check_ids
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, DataError
 from quantkd.foreign import use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.generation import context_length
@@ -23,7 +24,7 @@ from quantkd.models.student import attach_lora, is_quantized, load_student
 from quantkd.models.weights import head_width
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig, parse_options
-from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
 
@@ -45,13 +46,23 @@ def check_collator(collator: Any, args: QuantizedDistillationConfig) -> None:
         )
 
 
-def check_token_ids(dataset: Any, tokenizer: Any, vocab_size: int) -> None:
-    """Refuse rows with ids that the student lacks; those of a transfer set were checked when it was read."""
+def check_rows(dataset: Any, tokenizer: Any, vocab_size: int) -> None:
+    """Refuse rows that cannot be trained on; those of a transfer set were checked when it was read."""
     if isinstance(dataset, TransferSet) or not _can_be_indexed(dataset):
         return
-    for name in ("input_ids", "labels"):
-        columns = (dataset[row][name] for row in range(len(dataset)))
-        check_ids(tokenizer, [[int(np.max(np.asarray(ids), initial=0))] for ids in columns], vocab_size)
+    for number in range(len(dataset)):
+        row = dataset[number]
+        ids, labels = (np.asarray(row.get(name, ())) for name in ("input_ids", "labels"))
+        if ids.dtype.kind not in "iu" or not len(ids) or labels.shape != ids.shape or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"Row {number} has input_ids of {ids.dtype} {ids.shape} and labels of {labels.dtype} {labels.shape}; "
+                "expected whole numbers, at least one, and a label for each token. Encode it anew."
+            )
+        targets = labels[labels != IGNORE_INDEX]
+        check_ids(tokenizer, [ids.tolist(), targets.tolist()], vocab_size, [number, number])
+        weight = row.get("weight")
+        if weight is not None and not 0 <= weight < math.inf:
+            raise DataError(f"Row {number} has the weight {weight!r:.80}; expected a finite number of at least 0.")
 
 
 def take_one_gpu(args: QuantizedDistillationConfig) -> None:
@@ -118,6 +129,12 @@ def _note_start(model: Any, args: QuantizedDistillationConfig) -> None:
     }
     if (checkpoint := find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))) is not None:
         facts |= Provenance.read(checkpoint).training or {}
+    rate = facts["learning_rate"]
+    if facts["init"] not in LEARNING_RATES or type(rate) not in (int, float) or not 0 <= rate < math.inf:
+        found = f"the start {facts['init']!r:.80} and the learning rate {rate!r:.80}"
+        raise ConfigError(
+            f"quantkd.json in {checkpoint} has {found}, which no run has. Resume from another checkpoint."
+        )
     args.start = facts["init"]
     if args.follows_start:
         args.learning_rate = facts["learning_rate"]

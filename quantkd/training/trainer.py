@@ -36,7 +36,7 @@ from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
 from quantkd.training.preparation import (
     check_collator,
-    check_token_ids,
+    check_rows,
     find_transfer_sets,
     prepare_student,
     take_one_gpu,
@@ -126,7 +126,7 @@ class QuantizedDistillationTrainer(Trainer):
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class, embedding_rows(model))
         check_collator(data_collator, args)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            check_token_ids(dataset, processing_class, embedding_rows(model))
+            check_rows(dataset, processing_class, embedding_rows(model))
         super().__init__(
             model=model,
             args=args,
