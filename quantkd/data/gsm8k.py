@@ -61,21 +61,15 @@ def remove_calculator_marks(answer: str) -> str:
 
 
 def extract_strict(text: str) -> str | None:
-    """The number after the first `#### ` that a number follows, as the official grader takes it.
-
-    Reference: `extract_answer` in openai/grade-school-math, and the `strict-match` filter of lm-evaluation-harness'
-    gsm8k task: one space after `####`, no dollar sign.
-    """
+    """The number after the first `#### ` that a number follows, as the official grader takes it."""
+    # `extract_answer` in openai/grade-school-math, and the `strict-match` filter of lm-evaluation-harness' gsm8k task.
     match = _STRICT.search(text)
     return normalize_number(match.group(1)) if match else None
 
 
 def extract_flexible(text: str) -> str | None:
-    """The last number in the text.
-
-    Reference: the `flexible-extract` filter of lm-evaluation-harness' gsm8k task, faults included: the last run of
-    digits, dots, commas and dollar signs counts, so an ellipsis at the end hides the number before it.
-    """
+    """The last number in the text."""
+    # The `flexible-extract` filter of lm-evaluation-harness' gsm8k, faults included: a final ellipsis counts.
     matches = _FLEXIBLE.findall(text)
     return normalize_number(matches[-1]) if matches else None
 

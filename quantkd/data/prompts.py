@@ -24,11 +24,7 @@ _MAX_CELL = 2**31 - 1  # characters of a CSV cell, instead of Python's 131,072
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt in text or chat messages, and the data set's own answer, if there is one.
-
-    Messages that end in an assistant turn are a whole conversation, whose answers are its assistant turns.
-    `template_kwargs` go to the chat template, such as `tools` and `enable_thinking`.
-    """
+    """A prompt in text or messages, and the data set's own answer; messages may be a whole conversation."""
 
     prompt: str | list[Message]
     completion: str | None = None
@@ -55,10 +51,7 @@ def load_examples(
     split: str | None = None,
     limit: int | None = None,
 ) -> list[Example]:
-    """Read prompts, and completions where there are any, from a file, a folder, the Hub or memory.
-
-    `split` is of a folder, a `DatasetDict` or a set on the Hub, "train" if None; what has no splits takes None alone.
-    """
+    """Read prompts, and completions where there are any, from a file, a folder, the Hub or memory."""
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; expected at least 1, or None for all rows.")
     name = str(source) if isinstance(source, (str, Path)) else f"The given {type(source).__name__}"

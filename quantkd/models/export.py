@@ -51,11 +51,7 @@ def export_checkpoint(
     dtype: str | torch.dtype = torch.bfloat16,
     provenance: Provenance | None = None,
 ) -> Path:
-    """Write a checkpoint of the dequantized weights with the adapter merged into them. The model is used up.
-
-    `merged` stores them in 16 bit. `requantized` quantizes the merged weights again, to the student's own 4-bit format
-    or else NF4; this second rounding loses some of what was learned: measure it, see docs/export.md.
-    """
+    """Write the adapter merged into the dequantized weights, in 16 bit or quantized again. The model is used up."""
     if form not in CHECKPOINT_FORMS:
         raise ConfigError(f"form is {form!r}; expected one of {', '.join(CHECKPOINT_FORMS)}.")
     path, dtype = check_output_dir(output_dir), parse_dtype(dtype)

@@ -34,11 +34,7 @@ def build_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_
     ids = (tokenizer.pad_token_id, *ends, 0)
     pad = next(each for each in ids if each is not None and each < embedding_rows(model))
     return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        use_cache=True,
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
     )
 
 

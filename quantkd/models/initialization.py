@@ -40,12 +40,9 @@ _MAX_TOKENS, _MAX_INPUTS = 16384, 4096
 def compute_correction(
     error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the rank-r matrix D = B A that minimises `trace((E - D) C (E - D)^T)`.
-
-    C is the inputs' second moment X^T X / N, plus a share of its mean eigenvalue on the diagonal: where tokens are
-    fewer than dimensions, directions that no token took count a little. The leading eigenvectors come from a
-    randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
-    """
+    """Factors of the rank-r matrix D = B A that minimises `trace((E - D) C (E - D)^T)`."""
+    # C is X^T X / N plus a share of its mean eigenvalue on the diagonal, for directions that no token took. The leading
+    # eigenvectors come from randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
 
     def apply(block: Tensor) -> Tensor:  # E C E^T, on (out, q)
@@ -79,12 +76,7 @@ def initialize_from_error(
     shrinkage: float = SHRINKAGE,
     progress: bool = True,
 ) -> int:
-    """Set every LoRA adapter of a quantized model to the best correction of its layer's quantization error.
-
-    A layer that the rows do not reach, such as an expert without tokens, gets the correction without inputs.
-
-    Shapes: input_ids (B, T), attention_mask (B, T).
-    """
+    """Set every LoRA adapter to the best correction of its layer's error, without inputs where no row reaches it."""
     network = base_network(model)
     adapted = [(name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer)]
     waiting: dict[Any, str] = {module: name for name, module in adapted}
@@ -154,10 +146,7 @@ def initialize_from_rows(
     rows: int = 16,
     seed: int = 0,
 ) -> None:
-    """`initialize_from_error` on rows of a data set; where it cannot be done, the zero start stays, with a warning.
-
-    Under a launcher the main process computes and all processes take its adapters.
-    """
+    """`initialize_from_error` on rows of a data set, by the main process; where that cannot be done, from zero."""
     adapters = [p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
     if any(is_sharded(parameter) for parameter in model.parameters()):
         logger.warning("The adapters start from zero: the weights are shared out over processes already.")

@@ -17,22 +17,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkd.errors import ConfigError
-from quantkd.foreign import (
-    float32_modules,
-    merge_lora,
-    remove_quantization,
-    untie_weights,
-    unwrap_trained_module,
-)
+from quantkd.foreign import float32_modules, merge_lora, remove_quantization, untie_weights, unwrap_trained_module
 from quantkd.models.weights import dequantize_weight, is_quantized_layer
 
 
 def merge_adapters(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """Merge the active adapter into the dequantized weights, layer by layer, and remove the quantization.
-
-    The sum is computed in float32 and rounded once. Each layer's quantized form is freed as soon as its merged one
-    exists, so no more than one layer is held in float32. The model that was given is used up.
-    """
+    """Merge the active adapter into the dequantized weights, layer by layer. The model is used up."""
+    # The sum is computed in float32 and rounded once; no more than one layer is held in float32.
     network: Any = model.get_base_model()
     _check_mergeable(model, network)
     done: tuple[str, ...] = ()

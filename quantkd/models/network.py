@@ -23,11 +23,7 @@ _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale
 def run_model(
     model: Any, batch: Mapping[str, Any], *, fused: bool, forward: Callable[..., Any] | None = None
 ) -> Iterator[tuple[TargetStates, Any]]:
-    """Run a model on a batch: its states at all (B, T) positions, and its outputs.
-
-    Inside, a head that processes share is whole. `fused` says whether `why_not_fusable` had no objection; `forward` is
-    what is called where something is wrapped around the model (DDP, FSDP, DeepSpeed).
-    """
+    """Run a model, or `forward`, what is wrapped around it: its states at all (B, T) positions, and its outputs."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets", "teacher", "weights")}
     if "position_ids" in inputs:
         # With a cache transformers takes position ids for a continued sequence, and packed rows would see each other.
@@ -39,10 +35,7 @@ def run_model(
 
 
 def run_to_targets(model: Any, batch: Mapping[str, Any], *, fused: bool) -> tuple[TargetStates, Tensor]:
-    """A model's states at the N targets of a batch, and the (N,) targets, on the model's device.
-
-    For models that no processes share.
-    """
+    """The states of a model that no processes share at a batch's N targets, and the (N,) targets, on its device."""
     device = model.get_input_embeddings().weight.device
     moved = {key: send(value, device) for key, value in batch.items() if isinstance(value, Tensor)}
     with run_model(model, moved, fused=fused) as (states, _):
@@ -52,11 +45,8 @@ def run_to_targets(model: Any, batch: Mapping[str, Any], *, fused: bool) -> tupl
 
 @contextmanager
 def gathered_head(model: Any, dtype: torch.dtype | None = None) -> Iterator[Head]:
-    """The head with its family's scale and soft-capping; inside, its weights are whole and in floating point.
-
-    Every process must enter, because gathering takes them all. What FSDP2 or ZeRO-3 has sharded again after the forward
-    pass is gathered without a gradient: right for a frozen head, and `why_not_fusable` refuses a trainable one.
-    """
+    """The head with its family's scale and soft-capping, whole and in floating point; every process must enter."""
+    # Gathered without a gradient: right for a frozen head, and `why_not_fusable` refuses a trainable one.
     module, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
     scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -72,11 +62,8 @@ def gathered_head(model: Any, dtype: torch.dtype | None = None) -> Iterator[Head
 
 @contextmanager
 def hidden_states_as_logits(model: Any) -> Iterator[None]:
-    """Inside, the model's `logits` are the last hidden states: the head passes its input through.
-
-    The forward pass is the model's own, so whatever wraps it (DDP, FSDP, DeepSpeed, hooks) works as always, and its
-    output still carries the gradient.
-    """
+    """Inside, the model's `logits` are the last hidden states: the head passes its input through."""
+    # The forward pass is the model's own, so whatever wraps it (DDP, FSDP, DeepSpeed, hooks) works as always.
     head, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
     places = [(config, "final_logit_softcapping"), (config, "logits_scaling"), (network, "logit_scale")]
@@ -106,11 +93,7 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
 
 
 def why_not_fusable(model: Any, forward: Callable[..., Any] | None = None) -> str | None:
-    """Why the loss of this model cannot be taken from its hidden states; None if it can.
-
-    Tries it: on two tokens, the model's logits must be what `gathered_head` makes of the head's input, and
-    `hidden_states_as_logits` must hand out that input. Modes, random state and packed weights are left as they were.
-    """
+    """Why the loss of this model cannot be taken from its hidden states, tried on two tokens; None if it can."""
     head = _head_module(model)
     if head is None:
         return "the model names no output embeddings"
@@ -179,10 +162,8 @@ class _PassThrough(torch.autograd.Function):
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each layer's own mode returns, and the random state is what it was.
-
-    4-bit layers go in training mode meanwhile, for on some CPUs bitsandbytes repacks their weights in the other.
-    """
+    """Evaluation mode inside; afterwards each layer's own mode returns, and the random state is what it was."""
+    # 4-bit layers go in training mode meanwhile, for on some CPUs bitsandbytes repacks their weights in the other.
     modes = {module: module.training for module in model.modules()}
     for module in modes:
         module.training = hasattr(module, "quant_state")

@@ -20,20 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 class OriginalWeights:
-    """The weights of a checkpoint's linear layers, by the names of the model's modules.
+    """The full-precision weights of a checkpoint's linear layers, by the names of the model's modules."""
 
-    transformers renames, and for some families converts, what it loads; the same mapping is used here. A weight that
-    it converts (splits, merges, permutes) is not read. Where a release has no such mapping, the checkpoint is loaded
-    whole.
-
-    Args:
-        name_or_path: a checkpoint folder, or a Hub name that `from_pretrained` has loaded.
-        model: the model of transformers that the names belong to, with or without adapters inside.
-        revision: of a Hub name.
-
-    Raises:
-        ConfigError: the checkpoint has no safetensors files.
-    """
+    # Named as transformers renames what it loads. A weight that it converts (splits, merges, permutes) is not read.
 
     def __init__(self, name_or_path: str, model: Any, revision: str | None = None) -> None:
         self.name_or_path, self.revision = name_or_path, revision

@@ -11,11 +11,8 @@ from quantkd.transfer_set.collator import position_ids_of
 
 
 def why_not_packable(model: Any) -> str | None:
-    """Why rows packed into one sequence would not stay apart in this model; None if they do.
-
-    Tries it: the second of two packed rows must give the same logits whatever the first one says, and those that it
-    gives alone. Attention follows the position ids in transformers; recurrent layers, ALiBi and some others do not.
-    """
+    """Why rows packed into one sequence would not stay apart in this model, tried on two; None if they do."""
+    # Attention follows the position ids in transformers; recurrent layers, ALiBi and some others do not.
     device = model.get_input_embeddings().weight.device
     lengths = torch.tensor([5, 6], device=device)
     positions = position_ids_of(lengths).unsqueeze(0)

@@ -19,12 +19,9 @@ ROW_ATTENTION = "quantkd_rows"
 
 @contextmanager
 def row_attention(model: Any) -> Iterator[None]:
-    """Inside, a model with SDPA attends by row where its batches are packed, if it can.
-
-    On a CPU it can through SDPA to everything before a token: packed batches in `benchmarks/step.py` gain 1.7 times in
-    tokens per second. On a GPU FlashAttention 2 does it, where it is installed. With gradient checkpointing the
-    backward pass runs the attention again, so it belongs inside too.
-    """
+    """Inside, a model with SDPA attends by row where its batches are packed, if it can."""
+    # On a CPU packed batches in `benchmarks/step.py` gain 1.7 times in tokens per second. With checkpointing the
+    # backward pass runs the attention again, so it belongs inside too.
     network = base_network(model)
     chosen = _choose_attention(network)
     with registered_attention(ROW_ATTENTION, attend_by_row) if chosen == ROW_ATTENTION else nullcontext():
@@ -65,10 +62,7 @@ def attend_by_row(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, or one causal call per row where `position_ids` tell packed rows apart.
-
-    Shapes: returns (B, T, heads, D).
-    """
+    """transformers' SDPA attention, or a causal call per packed row that `position_ids` tell: (B, T, heads, D)."""
     lengths = None
     if sliding_window is None and position_ids is not None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
         lengths = _row_lengths(position_ids[0])

@@ -45,11 +45,7 @@ def default_lora_config(r: int = 16) -> LoraConfig:
 
 
 def default_quantization_config(compute_dtype: torch.dtype | None = None, name: str = "nf4") -> BitsAndBytesConfig:
-    """The config of transformers for a format's name: `nf4`, `fp4` or `int8`.
-
-    4 bits come with double quantization (Dettmers et al. 2023, arXiv:2305.14314). Under FSDP or ZeRO-3 the packed
-    weights are stored in tensors of `shard_dtype`, so that they can be sharded.
-    """
+    """The config for `nf4`, `fp4` (double quantization, Dettmers et al. 2023, arXiv:2305.14314) or `int8`."""
     if name not in STUDENT_FORMATS:
         raise ConfigError(
             f"The student's format is {name!r}; expected one of {', '.join(STUDENT_FORMATS)}. Pass a quantization "
@@ -68,11 +64,8 @@ def default_quantization_config(compute_dtype: torch.dtype | None = None, name: 
 
 
 def shard_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """What packed 4-bit weights must be stored in where they are sharded: the dtype of the parameters beside them.
-
-    FSDP shards floating-point parameters only, and mixed precision casts them when it gathers them. Packed bits survive
-    only a cast to the dtype that they are stored in already.
-    """
+    """What packed 4-bit weights must be stored in where they are sharded: the dtype of the parameters beside them."""
+    # FSDP shards floating-point parameters only, and packed bits survive no cast to another dtype when it gathers them.
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(), compute_dtype)
 
 
@@ -145,11 +138,7 @@ def load_student(
     dtype: str | torch.dtype | None = None,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model quantized, on this process's own device.
-
-    `quantization_config` is one of transformers, a name of `STUDENT_FORMATS`, or None for the checkpoint's own format,
-    else NF4.
-    """
+    """Load a model quantized, on this process's own device: as stored, by a config or a name of `STUDENT_FORMATS`."""
     compute_dtype = parse_dtype(dtype)
     refuse_adapter(name_or_path, **model_init_kwargs)
     stored = stored_quantization(name_or_path, **model_init_kwargs)
@@ -208,12 +197,9 @@ def _choose_config(name_or_path: str, wanted: Any, stored: dict[str, Any] | None
 
 
 def choose_kernel(stored: dict[str, Any], device: torch.device) -> GPTQConfig | AwqConfig | None:
-    """The config with which a GPTQ or AWQ checkpoint can be trained.
-
-    Most of gptqmodel's kernels for a CPU have no gradient, or lose it for good at the first pass without one; among
-    them is what "auto_trainable" chooses there (gptqmodel 7.7). Evaluation uses the kernel of training too, so that
-    figures are those of the student that is trained.
-    """
+    """The config with which a GPTQ or AWQ checkpoint can be trained, and is evaluated, too."""
+    # Most of gptqmodel's kernels for a CPU have no gradient, or lose it for good at the first pass without one; among
+    # them is what "auto_trainable" chooses there (gptqmodel 7.7).
     method, bits = format_of(stored), stored.get("bits", 4)
     kernel: Any = {"gptq": "torch", "awq": "torch_awq"}.get(method) if device.type == "cpu" else "auto_trainable"
     if method == "gptq":
@@ -277,11 +263,7 @@ def attach_lora(
     gradient_checkpointing: bool = False,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> PeftModel:
-    """Freeze the model and attach trainable adapters.
-
-    A quantized model first goes through PEFT's `prepare_model_for_kbit_training`, which casts norms, embeddings and
-    head of bitsandbytes' and AWQ's formats to float32.
-    """
+    """Freeze the model and attach trainable adapters; a quantized one is prepared by PEFT first."""
     if getattr(peft_config, "lora_alpha", 1) == 0:
         raise ConfigError(
             "lora_alpha is 0, with which adapters have no effect. Set it above 0; twice the rank is usual."

@@ -39,11 +39,7 @@ def head_width(model: Any) -> int:
 
 @contextmanager
 def whole_parameters(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The layer's weight and bias whole; what was gathered is released at the end.
-
-    All processes that share the layer must enter together. Sharded parameters are gathered without a gradient; those
-    that are whole already are handed out themselves.
-    """
+    """The layer's weight and bias whole, without a gradient if gathered. All that share the layer enter together."""
     with ExitStack() as stack:
         partitioned = [parameter for parameter in layer.parameters(recurse=False) if _is_partitioned(parameter)]
         if partitioned:

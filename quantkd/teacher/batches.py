@@ -54,10 +54,8 @@ def _probe(score: Callable[[int], object]) -> int:
 
 
 def retry_out_of_memory(run: Run, batch_invariant: bool) -> Run:
-    """`run`, tried again where memory runs out, and in halves if that does not change the bytes.
-
-    The shape of a batch changes the last bits of the logits, and with them stored codes and, at times, tokens.
-    """
+    """`run`, tried again where memory runs out, and in halves if that does not change the bytes."""
+    # The shape of a batch changes the last bits of the logits, and with them stored codes and, at times, tokens.
 
     def run_batch(batch: Sequence[EncodedPrompt]) -> list[TransferRow]:
         half = len(batch) // 2

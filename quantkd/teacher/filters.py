@@ -170,10 +170,7 @@ def sift(
     rows: Sequence[TransferRow],
     examples: Sequence[Example],
 ) -> tuple[list[TransferRow], Counter[str]]:
-    """The rows that pass every filter, and how many did not, by the first reason that each met.
-
-    Samples of one prompt come one after another, each with the same `Example` object.
-    """
+    """The rows that pass every filter, and how many did not, by first reason; a prompt's samples share an `Example`."""
     kept: list[TransferRow] = []
     earlier: list[TransferRow] = []  # of the same prompt
     counts: Counter[str] = Counter()

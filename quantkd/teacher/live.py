@@ -18,16 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class LiveTeacher:
-    """A teacher whose distributions over the whole vocabulary are computed for each batch.
-
-    Args:
-        model: a Hub name or checkpoint folder, loaded in bfloat16 where the hardware has it, else float32; or a model.
-        student: whose vocabulary it must have.
-        **model_init_kwargs: passed to `from_pretrained`. `trust_remote_code` stays off unless it is given here.
-
-    Raises:
-        ConfigError: "adapter_disabled", a quantized teacher, one of another vocabulary, or DeepSpeed ZeRO-3.
-    """
+    """A teacher whose distributions over the whole vocabulary, that of the `student`, are computed for each batch."""
 
     def __init__(self, model: str | PreTrainedModel, student: Any, **model_init_kwargs: Any) -> None:
         if isinstance(model, str) and model == "adapter_disabled":

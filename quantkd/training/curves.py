@@ -70,10 +70,7 @@ def _series(log_history: Sequence[dict[str, Any]], name: str) -> dict[int, float
 
 
 class TrainingCurves(TrainerCallback):
-    """Writes `training.png` to the output folder when training ends, and at every evaluation in it and after it.
-
-    The last step is always logged. An evaluation before training, as of `trainer.evaluate()`, is drawn at step 0.
-    """
+    """Writes `training.png` when training ends, and at every evaluation in it and after it; before it is step 0."""
 
     def __init__(self) -> None:
         self._before: list[dict[str, Any]] = []

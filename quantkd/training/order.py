@@ -25,16 +25,10 @@ def row_lengths(dataset: Any) -> list[int] | None:
 
 
 class LengthGroupedBatches(Sampler[int]):
-    """Rows in groups of similar length: the one with the longest row first, the others in random order.
+    """Rows in groups of similar length: the one with the longest row first, the others in random order."""
 
-    transformers' own sampler leaves a run of groups sorted from long to short, and draws from a random state that a
-    resumed run does not have in a later epoch.
-
-    Args:
-        lengths: tokens per row.
-        group: rows that belong together: those of one optimizer step over all processes.
-        seed: with the epoch, determines the order.
-    """
+    # transformers' own sampler leaves a run of groups sorted from long to short, and draws from a random state that a
+    # resumed run does not have in a later epoch.
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
         self._lengths, self._group, self._seed, self._epoch = list(lengths), group, seed, 0

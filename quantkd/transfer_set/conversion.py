@@ -24,10 +24,7 @@ _NORMALIZER_BYTES = 1.7
 
 
 def convert(source: str | Path | TransferSet, destination: str | Path, storage: StorageRule | None = None) -> str:
-    """Write a set or view as a new set, with the entries that `storage` keeps, or all. Returns the root digest.
-
-    A conversion that was cut off resumes.
-    """
+    """Write a set or view as a new set, with the entries that `storage` keeps, or all; resumable. The root digest."""
     transfer_set = source if isinstance(source, TransferSet) else TransferSet.open(source)
     old = transfer_set.plan
     rule = narrow(old.rule, storage or old.rule)

@@ -18,10 +18,7 @@ _PARTS = {"vocabulary": slice(0, 24), "special tokens": slice(24, 40), "chat tem
 
 
 def compute_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of the token ids and strings, the special tokens, and the chat template.
-
-    The padding token is left out: trainers move it freely, and no target is ever a padding position.
-    """
+    """Digest of ids and strings, special tokens and chat template; not of the padding token, which trainers move."""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     specials = {
         "added": sorted(
@@ -35,11 +32,7 @@ def compute_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def count_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the greatest id that the tokenizer knows.
-
-    A model's head is often padded beyond it, and by another number in each size of a family: Qwen2.5-7B has 152,064
-    rows and Qwen2.5-0.5B 151,936 for the same 151,665 ids.
-    """
+    """One more than the greatest id that the tokenizer knows; a head is often padded beyond it, by model size."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

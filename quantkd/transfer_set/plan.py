@@ -23,16 +23,7 @@ _LIMITS = {"vocab_size": MAX_VOCAB_SIZE, "num_prompts": 2**40, "rows_per_shard":
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a transfer set's bytes, fixed before the first token. Same plan, same bytes.
-
-    Shard i holds the prompts `[i * rows_per_shard, (i + 1) * rows_per_shard)`. `teacher_revision` is "" if there is
-    none. `storage` is a rule as `storage_rule_to_dict` writes it; `temperatures` ascend; `responses` is "generate" if
-    the teacher wrote them, "given" if they came with the prompts; `batch_size` belongs to the plan, for it can change
-    low bits of the logits; `generation` and `extra` are any JSON.
-
-    Raises:
-        TransferSetError: a field of the wrong type or outside its range.
-    """
+    """Everything that decides a transfer set's bytes, fixed before the first token. Same plan, same bytes."""
 
     teacher_name: str
     teacher_revision: str

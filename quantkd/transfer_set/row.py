@@ -18,11 +18,7 @@ MASS_SLACK = 1e-3
 
 @dataclass(frozen=True)
 class TransferRow:
-    """One sequence with the teacher's distribution at each target position.
-
-    Target j, counted over all spans in order, is a position t of `input_ids`; its `counts[j]` entries are the
-    teacher's distribution of `input_ids[t]`, read from the logits at t - 1.
-    """
+    """One sequence with the teacher's distribution of each target token, read from the logits one position before."""
 
     input_ids: NDArray[Any]  # (L,) integers, the whole sequence
     spans: NDArray[Any]  # (S, 2) ascending and disjoint `[start, stop)`, `start >= 1`; usually `[[prompt_length, L]]`

@@ -141,10 +141,7 @@ def in_nucleus(mass: Any, p: float) -> Any:
 
 
 def keep_entries(logprobs: NDArray[Any], counts: NDArray[np.int64], rule: StorageRule) -> NDArray[np.bool_]:
-    """(E,) which ragged entries `rule` keeps, those of each position in descending order. `Sampled` keeps all.
-
-    Shapes: logprobs (E,), counts (N,).
-    """
+    """(E,) which entries `rule` keeps, those of each of (N,) positions in descending order. `Sampled` keeps all."""
     owners = np.repeat(np.arange(len(counts)), counts)
     rank = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
     if isinstance(rule, TopK):
@@ -183,12 +180,8 @@ class PickedEntries:
 def pick_entries(
     logits: Tensor, rule: StorageRule, temperatures: Sequence[float], uniforms: Tensor | None = None
 ) -> PickedEntries:
-    """Pick the entries that `rule` keeps from raw logits, with the log-normalizers of the whole vocabulary.
-
-    Nothing here waits for the device, so it can run after every generated token.
-
-    Shapes: logits (N, V), uniforms (N, n).
-    """
+    """Pick the entries that `rule` keeps from (N, V) logits, with the whole vocabulary's log-normalizers."""
+    # Nothing here waits for the device, so it can run after every generated token.
     logits = logits.float()
     vocab_size = logits.shape[-1]
     log_z = logits.logsumexp(-1)  # (N,)

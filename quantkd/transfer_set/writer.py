@@ -47,11 +47,10 @@ class ShardTask:
 
 
 class TransferSetWriter:
-    """Writes one transfer set, alone or as one of several processes. Use `open`, and close it or use `with`.
+    """Writes one transfer set, alone or as one of several processes. Use `open`, and close it or use `with`."""
 
-    Shard i belongs to process i mod n. It is committed by its record, which is written after it. When every record is
-    there, process 0 writes the index, and the set is complete. Any number of processes resume a pass that ended early.
-    """
+    # Shard i belongs to process i mod n. Its record, written after it, commits it. When all records exist, process 0
+    # writes the index, and the set is complete. Any number of processes resume a pass that ended early.
 
     def __init__(self, path: Path, plan: Plan, process: tuple[int, int], filesystem: FileSystem) -> None:
         self.path = path
