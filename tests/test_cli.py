@@ -147,7 +147,7 @@ def test_a_config_file_and_flags_mix(cli, tmp_path, tiny_model_path):
     ("train TRAIN --gradient_accumulation_steps 0", 1, "accumulation_steps is 0"),
     ("train TRAIN --alpha 2", 1, "alpha is 2.0"),
     ("train TRAIN --resume_from_checkpoint true", 1, "no checkpoint to resume"),
-    ("train TRAIN --resume_from_checkpoint r", 1, "not a complete checkpoint"),
+    ("train TRAIN --resume_from_checkpoint r", 1, "is no checkpoint"),
     ("train TRAIN --eval_strategy steps", 1, "didn't pass an `eval_dataset`"),
     ("train TRAIN --report_to notrack", 1, "names notrack; installed"),
     ("train TRAIN --bf16 true --fp16 true", 1, "but not both. `quantkd train --help` lists the"),

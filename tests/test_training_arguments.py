@@ -141,7 +141,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(make_trainer, tmp_path):
         (tmp_path / name / file).unlink()
         with pytest.raises(ConfigError, match=f"{name} lacks the state of {name}, so training would not"):
             trainer.train(resume_from_checkpoint=str(tmp_path / name))
-    with pytest.raises(ConfigError, match="which is not a complete checkpoint"):
+    with pytest.raises(ConfigError, match="which is no checkpoint; expected true"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
     assert trainer.train(resume_from_checkpoint=True).global_step == 2
     assert Path(trainer.args.output_dir).is_dir()
