@@ -290,12 +290,8 @@ def encode_conversation(
     template_kwargs: Mapping[str, Any] | None = None,
     end: int | None = None,
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a conversation, and the `[start, stop)` of each assistant turn, its end token included.
-
-    A chat template with `{% generation %}` blocks marks the turns itself. With any other, a turn is what the template
-    adds to the prompt that the model would have seen there. Where a template changes earlier turns as later ones come,
-    for example by removing their reasoning, the conversation is refused.
-    """
+    """Token ids of a conversation, and the `[start, stop)` of each assistant turn, its end token included."""
+    # Without `{% generation %}` blocks a turn is what the template adds to the prompt that the model would have seen.
     # Of several templates transformers takes the one named default, or tool_use.
     template = (
         tokenizer.get_chat_template(tools=(template_kwargs or {}).get("tools")) if tokenizer.chat_template else ""

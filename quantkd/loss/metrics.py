@@ -27,36 +27,22 @@ _CPU_BLOCK_BYTES = 2 * 2**20
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model alone.
+    """A model alone, each (N,)."""
 
-    Args:
-        log_z: (N,) the log-normalizer of its logits.
-        ce: (N,) cross-entropy of the targets.
-        confidence: (N,) probability of its most probable token.
-        top_ids: (N,) int64, that token.
-    """
-
-    log_z: Tensor
-    ce: Tensor
-    confidence: Tensor
-    top_ids: Tensor
+    log_z: Tensor  # the log-normalizer of its logits
+    ce: Tensor  # cross-entropy of the targets
+    confidence: Tensor  # probability of its most probable token
+    top_ids: Tensor  # int64, that token
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside its teacher.
+    """A model beside its teacher, each (N,)."""
 
-    Args:
-        kl: (N,) forward KL, teacher to model.
-        reverse_kl: (N,) model to teacher.
-        entropy: (N,) the teacher's, over the same classes.
-        top_ids: (N,) int64, the teacher's most probable token.
-    """
-
-    kl: Tensor
-    reverse_kl: Tensor
-    entropy: Tensor
-    top_ids: Tensor
+    kl: Tensor  # forward: teacher to model
+    reverse_kl: Tensor  # model to teacher
+    entropy: Tensor  # the teacher's, over the same classes
+    top_ids: Tensor  # int64, the teacher's most probable token
 
 
 def cut_positions(states: TargetStates, *, dense: bool) -> list[slice]:
@@ -67,10 +53,7 @@ def cut_positions(states: TargetStates, *, dense: bool) -> list[slice]:
 
 
 def compute_predictions(logits: Tensor, targets: Tensor) -> Predictions:
-    """What a model says.
-
-    Shapes: logits (N, V), targets (N,).
-    """
+    """What a model with logits (N, V) says of targets (N,)."""
     log_z = logits.logsumexp(-1)
     top, top_ids = logits.max(-1)
     ce = log_z - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -78,10 +61,7 @@ def compute_predictions(logits: Tensor, targets: Tensor) -> Predictions:
 
 
 def compare_with_entries(logits: Tensor, predictions: Predictions, teacher: TopKLogprobs) -> Comparison:
-    """Compare over the k + 1 classes of stored entries and the tail.
-
-    Shapes: logits (N, V).
-    """
+    """Compare logits (N, V) over the k + 1 classes of stored entries and the tail."""
     check_positions(len(logits), logits.shape[1], predictions.ce, teacher)
     wide = wide_dtype(logits.device)
     positions = teacher.positions
@@ -97,10 +77,7 @@ def compare_with_entries(logits: Tensor, predictions: Predictions, teacher: TopK
 
 
 def compare_with_logits(logits: Tensor, predictions: Predictions, teacher_logits: Tensor) -> Comparison:
-    """Compare over the whole vocabulary.
-
-    Shapes: logits (N, V), teacher_logits (N, V).
-    """
+    """Compare two models' logits (N, V) over the whole vocabulary."""
     rows = len(logits)
     if logits.device.type == "cpu":  # pragma: no branch  # the tests run without a GPU
         rows = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
@@ -156,10 +133,7 @@ def compute_row_metrics(
 
 
 def summarize_rows(rows: Tensor) -> dict[str, float]:
-    """Means over all target tokens of `rows`.
-
-    Shapes: rows (R, 5).
-    """
+    """Means over all target tokens of `rows` (R, 5)."""
     tokens, kl, ce, agree, loss = (float(value) for value in rows.sum(0))
     tokens = max(tokens, 1.0)
     return {

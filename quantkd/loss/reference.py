@@ -202,10 +202,7 @@ def compute_distillation_loss(
 
 
 def merge_classes(logits: Tensor, log_z: Tensor, teacher: TopKLogprobs) -> tuple[Tensor, Tensor]:
-    """The student's log-probabilities over the teacher's classes: (E,) of the entries, and (N,) of the tail.
-
-    Shapes: logits (N, V) and their normalizers log_z (N,), at one temperature.
-    """
+    """The log-probabilities of logits (N, V) over the teacher's classes: (E,) of the entries, and (N,) of the tail."""
     positions = teacher.positions
     log_q = logits[positions, teacher.token_ids] - log_z[positions]
     # Not 1 - sum(q): that loses all digits when the entries hold nearly all mass. A position that stores the whole

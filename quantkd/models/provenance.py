@@ -24,27 +24,16 @@ _TRAINING_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """The content of `quantkd.json`. What is not known is None.
+    """The content of `quantkd.json`. What is not known is None."""
 
-    Args:
-        quantkd_version: that trained the adapter.
-        transfer_set: of a set on the Hub its repository and commit.
-        transfer_set_digest: of the set's rows.
-        teacher: the teacher's name.
-        objective: alpha, temperature, divergence and beta.
-        training: the arguments that decide what is learned, and the number of processes.
-        quantization: of the base model that the adapter was trained on, as its config names it.
-        export: form, dtype and quantkd's version of a checkpoint that was made from the adapter.
-    """
-
-    quantkd_version: str | None = None
-    transfer_set: str | None = None
-    transfer_set_digest: str | None = None
-    teacher: str | None = None
-    objective: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
-    quantization: dict[str, Any] | None = None
-    export: dict[str, Any] | None = None
+    quantkd_version: str | None = None  # that trained the adapter
+    transfer_set: str | None = None  # of a set on the Hub its repository and commit
+    transfer_set_digest: str | None = None  # of the set's rows
+    teacher: str | None = None  # its name
+    objective: dict[str, Any] | None = None  # alpha, temperature, divergence and beta
+    training: dict[str, Any] | None = None  # the arguments that decide what is learned, and the number of processes
+    quantization: dict[str, Any] | None = None  # of the base model that was trained on, as its config names it
+    export: dict[str, Any] | None = None  # form, dtype and version of a checkpoint that was made from the adapter
 
     @classmethod
     def of_training(
