@@ -10,7 +10,7 @@ from transfer_sets import make_plan, make_row, storage_order, write_set
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set import TransferSet, TransferSetWriter, store, verify
-from quantkd.transfer_set.index import read_record
+from quantkd.transfer_set.index import read_plan, read_record
 from quantkd.transfer_set.rules import Sampled, parse_storage_rule, select_entries
 from quantkd.transfer_set.topk import TopKLogprobs
 
@@ -184,7 +184,7 @@ def test_wrong_arguments_and_missing_sets(path, tmp_path):
             TransferSet.open(source, **options)
 
 
-def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path, monkeypatch):
+def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
     plan = make_plan()
     with TransferSetWriter.open(tmp_path / "set", plan) as writer:
         tasks = [*writer.claim()]
@@ -200,12 +200,21 @@ def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path, monkeypatch):
         writer.commit(tasks[1], [make_row(plan, prompt) for prompt in range(4, 8)])
         whole = TransferSet(tmp_path / "set", allow_incomplete=True)
         assert whole.info.num_bytes == sum(f.stat().st_size for f in (tmp_path / "set").glob("shard-*[s0-9]*.*s*"))
-        ended = []
-
-        def end_after_reading(*args):
-            return read_record(*args), ended.append(writer.finalize())
-
-        monkeypatch.setattr("quantkd.transfer_set.source.read_record", lambda *args: end_after_reading(*args)[0])
-        assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == len(whole) == 10
-        assert ended == [whole.digest] == [TransferSet(tmp_path / "set").digest]
     assert prefix.digest != whole.digest
+
+
+@pytest.mark.parametrize("read", [read_plan, read_record])
+def test_a_set_that_is_finished_while_it_is_opened_is_read_whole(tmp_path, monkeypatch, read):
+    plan, ended = make_plan(), []
+    with TransferSetWriter.open(tmp_path / "set", plan) as writer:
+        for task in writer.claim():
+            writer.commit(task, [make_row(plan, prompt) for prompt in range(task.start, task.stop)])
+
+        def end(*args):  # the plan goes at the end, so it cannot be read after it, and a record before it can
+            found = read(*args) if read is read_record else None
+            ended.append(writer.finalize())
+            return found or read(*args)
+
+        monkeypatch.setattr(f"quantkd.transfer_set.source.{read.__name__}", end)
+        assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == 10
+    assert ended == [TransferSet(tmp_path / "set").digest]
