@@ -20,7 +20,7 @@ ROW_ATTENTION = "quantkd_rows"
 @contextmanager
 def row_attention(model: Any) -> Iterator[None]:
     """Inside, a model with SDPA attends by row where its batches are packed, if it can."""
-    # On a CPU packed batches in `benchmarks/step.py` gain 1.7 times in tokens per second. With checkpointing the
+    # On a CPU packed batches in `benchmarks/step.py` gain 1.4 to 1.7 times in tokens per second. With checkpointing the
     # backward pass runs the attention again, so it belongs inside too.
     network = base_network(model)
     chosen = _choose_attention(network)
