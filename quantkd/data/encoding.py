@@ -29,7 +29,7 @@ Spans = tuple[tuple[int, int], ...]
 EncodedRow = tuple[list[int], list[int] | None, Spans | None]
 
 _CHUNK = 1024  # prompts tokenised in one call
-# What a template can raise besides its own errors, by what it computes.
+# Errors that a template can raise, in addition to jinja2's own.
 _TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 # The block that marks an assistant's turn in a chat template, as transformers looks for it.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")

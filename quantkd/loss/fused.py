@@ -138,8 +138,9 @@ class _FusedLoss(torch.autograd.Function):
                 grad_values[chunk] = _unscale(gradient @ head.weight, scale)
             if grad_weight is not None:
                 hidden = states.values[chunk]
-                count = 1 if scale is None else len(hidden)  # a sum over this many must not overflow either
-                grad_weight.add_(_unscale(gradient.T @ (hidden / count), scale, count))
+                count = len(hidden)  # in float16 a sum over this many must not overflow either
+                hidden = hidden if scale is None else hidden / count
+                grad_weight.add_(_unscale(gradient.T @ hidden, scale, count))
 
         with torch.autocast(states.device.type, enabled=False):
             for part in _cut(0, len(states), rows):
