@@ -28,8 +28,6 @@ Answer = tuple[int, Any, dict[str, str]]
 
 @dataclass
 class Commit:
-    """One revision with all its files."""
-
     sha: str
     title: str
     files: dict[str, bytes]
@@ -43,10 +41,6 @@ class Repository:
     private: bool
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, Commit] = field(default_factory=dict)
-
-    def at(self, revision: str) -> Commit | None:
-        named = (commit for commit in self.commits if commit.sha == revision)
-        return self.branches.get(revision) or next(named, None)
 
     def add(self, title: str, files: dict[str, bytes], branch: str = "main") -> Commit:
         tree = sorted((path, git_hash(data)) for path, data in files.items())
@@ -81,23 +75,19 @@ class FakeHub:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.killed, self.pid = False, None
-        self.mend()
-
-    def mend(self) -> None:
-        self.fault: Callable[[int, str, str], str | None] = lambda number, method, path: None
+        self.fail()
 
     def fail(self, *faults: str | None) -> None:
-        """The next requests meet these faults, one each."""
+        """The next requests meet these faults, one each, and those after them none."""
         rest = iter(faults)
-        self.fault = lambda number, method, path: next(rest, None)
+        self.fault: Callable[[int, str, str], str | None] = lambda number, method, path: next(rest, None)
 
-    def make(self, kind: str, name: str, files: dict[str, bytes], *, private: bool = True) -> Repository:
+    def make(self, kind: str, name: str, files: dict[str, bytes], *, private: bool = False) -> Repository:
         """A repository that somebody else has made."""
-        repository = Repository(name, private)
+        repository = self.repositories[kind, name] = Repository(name, private)
         repository.add("initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         if files:
             repository.add("upload", {**repository.commits[-1].files, **files})
-        self.repositories[kind, name] = repository
         return repository
 
     def files(self, kind: str, name: str) -> dict[str, bytes]:
@@ -124,14 +114,10 @@ def running_hub(monkeypatch: Any, cache: Any, *, seconds: float | None = None) -
 
     hub = FakeHub()
     settings = {
-        "ENDPOINT": hub.endpoint,
+        "ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(cache),
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(cache),
-        "HF_TOKEN_PATH": str(cache / "no-token"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    }
+        "HF_TOKEN_PATH": str(cache / "no-token"), "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # the instance behind `file_exists`, which PEFT calls
@@ -171,17 +157,16 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append((self.command, path))
             self.hub.received.append(self.path.encode() + b"\n" + body)
-            fault = self.hub.fault(len(self.hub.requests), self.command, path)
+            fault = self.hub.fault(len(self.hub.requests), self.command, path) or ""
+        if fault == "hold":
+            time.sleep(HOLD_SECONDS)
         if fault in ("reset", "kill", "hold"):
-            if fault == "hold":
-                time.sleep(HOLD_SECONDS)
-            self._die(fault)
-        elif fault is not None and fault.isdigit():
-            self._answer(int(fault), {"error": f"no luck {self.hub.echo}"})
-        else:
-            with self.hub.lock:
-                answer = self._respond(path, body)
-            self._die(fault) if fault in ("lost", "kill after") else self._answer(*answer)
+            return self._die(fault)
+        if fault.isdigit():
+            return self._answer(int(fault), {"error": f"no luck {self.hub.echo}"}, {})
+        with self.hub.lock:
+            answer = self._respond(path, body)
+        return self._die(fault) if fault else self._answer(*answer)
 
     do_HEAD = do_POST = do_PUT = do_GET
 
@@ -196,20 +181,18 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _die(self, fault: str) -> None:
-        if fault.startswith("kill"):
-            if self.hub.pid is not None:
-                os.kill(self.hub.pid, signal.SIGKILL)
-            else:
-                self.hub.killed = True
+        if fault.startswith("kill") and self.hub.pid is not None:
+            os.kill(self.hub.pid, signal.SIGKILL)
+        elif fault.startswith("kill"):
+            self.hub.killed = True
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+    def _answer(self, status: int, content: Any, headers: dict[str, str]) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
@@ -220,8 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"errors": [], "warnings": []}, {}
         if path == "/api/repos/create":
             return self._create(json.loads(body)) if is_known else refuse(401, "who?")
-        if blob := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path):
-            return self._take_blob(blob[1], body, verify=bool(blob[2]))
+        if path.startswith("/lfs/"):
+            if hashlib.sha256(body).hexdigest() != path.removeprefix("/lfs/"):
+                return refuse(400, "sha256 mismatch")
+            self.hub.blobs[path.removeprefix("/lfs/")] = body
+            return 200, {}, {}
         api = re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|preupload|commit|branch)/(.+))?", path)
         page = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+?)(\.git/info/lfs/objects/batch|/resolve/([^/]+)/(.+))", path)
         if api:
@@ -241,7 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "branch":
             repository.branches[revision] = repository.branches["main"]
             return 200, {}, {}
-        commit = repository.at(revision or "main")
+        shas = {commit.sha: commit for commit in repository.commits}
+        commit = {**shas, **repository.branches}.get(revision or "main")
         if commit is None:
             return refuse(404, "Invalid rev id", "RevisionNotFound")
         if action == "resolve":
@@ -249,8 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "preupload":
             return 200, {"files": [upload_mode(commit, file["path"]) for file in json.loads(body)["files"]]}, {}
         if action == "batch":
-            objects = [self._offer(each) for each in json.loads(body)["objects"]]
-            return 200, {"transfer": "basic", "objects": objects}, {}
+            offers = [self._offer(each) for each in json.loads(body)["objects"]]
+            return 200, {"transfer": "basic", "objects": offers}, {}
         if action == "commit":
             return self._commit(repository, revision, f"{'datasets/' if kind == 'dataset' else ''}{name}", body)
         files = [describe_file(file, data) for file, data in commit.files.items()]
@@ -261,23 +248,12 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
         if (kind, name) in self.hub.repositories:
             return 409, {"error": "You already created this repo", "url": url}, {}
-        private = asked.get("visibility") == "private" or asked.get("private") is True
-        self.hub.make(kind, name, {}, private=private)
+        self.hub.make(kind, name, {}, private=asked.get("visibility") == "private" or asked.get("private") is True)
         return 200, {"url": url}, {}
 
-    def _take_blob(self, oid: str, body: bytes, *, verify: bool) -> Answer:
-        if verify:
-            return (200, {}, {}) if oid in self.hub.blobs else refuse(404, "not uploaded")
-        if hashlib.sha256(body).hexdigest() != oid:
-            return refuse(400, "sha256 mismatch")
-        self.hub.blobs[oid] = body
-        return 200, {}, {}
-
     def _offer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        href = f"{self.hub.endpoint}/lfs/{asked['oid']}"
-        actions = {"upload": {"href": href}, "verify": {"href": href + "/verify"}}
-        known = asked["oid"] in self.hub.blobs
-        return {"oid": asked["oid"], "size": asked["size"], **({} if known else {"actions": actions})}
+        actions = {"upload": {"href": f"{self.hub.endpoint}/lfs/{asked['oid']}"}}
+        return {**asked, **({} if asked["oid"] in self.hub.blobs else {"actions": actions})}
 
     def _commit(self, repository: Repository, branch: str, page: str, body: bytes) -> Answer:
         if branch not in repository.branches:
@@ -315,7 +291,6 @@ def refuse(status: int, error: str, code: str | None = None) -> Answer:
 
 
 def is_lfs(path: str) -> bool:
-    """As the .gitattributes of a new repository has it."""
     return path.endswith((".safetensors", ".bin", ".model"))
 
 

@@ -1,4 +1,4 @@
-"""Strangers' text, adapters, templates and tokenizers: a table of each, and what none of them may do."""
+"""Strangers' text, templates and tokenizers: a table of each, and what none of them may do."""
 
 from __future__ import annotations
 
@@ -6,29 +6,20 @@ import json
 import logging
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from hypothesis import given, strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 
 from quantkd.cli.format import format_info, say
 from quantkd.cli.main import _Printable
 from quantkd.data.encoding import encode_prompts
 from quantkd.errors import ConfigError, DataError, HubError, code_span, markdown, printable
-from quantkd.hub import load_adapter
 from quantkd.hub.cards import render_adapter_card, render_set_card
-from quantkd.models.export import export_adapter
 from quantkd.models.provenance import Provenance
 from quantkd.names import load_tokenizer
 from quantkd.report import format_table
 from quantkd.training.checkpoints import find_checkpoint
-from quantkd.view import render_page
-from tests.conftest import build_tiny_model
-from tests.divergence_pages import Reader, make_divergence, make_page_divergence
 from tests.report_arms import build, make_arms, make_verdicts
 
 MarkdownIt = pytest.importorskip("markdown_it", reason="no markdown-it-py; it comes with rich").MarkdownIt
@@ -121,113 +112,6 @@ def test_cards(tmp_path, small_set):
     assert is_shown_as_it_is(format_info(info))
 
 
-def test_the_divergence_page():
-    rows = make_page_divergence().rows[:1]
-    names = dict.fromkeys(("teacher", "student", "adapter", "digest"), ALL)
-    pages = [render_page(make_divergence(rows, ["a"] * 40, **each)) for each in (names, dict.fromkeys(names, "x"))]
-    hostile, harmless = ([tag for tag, _ in Reader(page).tags] for page in pages)
-    assert hostile == harmless and not re.search("[\u202e\x1b\u200b\u3164]", pages[0])
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(tiny_tokenizer, tmp_path_factory):
-    """A small, honest adapter."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(build_tiny_model(tiny_tokenizer), config).save_pretrained(folder)
-    return folder
-
-
-def change(source, folder, name=None, value=None, weight=None):
-    """A copy of an adapter with another value in a field, or another tensor in place of its first one."""
-    fields = json.loads((source / "adapter_config.json").read_text())
-    fields |= {"base_model_name_or_path": "maker/tiny"} | ({name: value} if name else {})
-    weights = load_file(source / "adapter_model.safetensors")
-    if weight is not None:
-        weights[min(weights)] = weight(weights[min(weights)])
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-    save_file(weights, folder / "adapter_model.safetensors")
-    return folder
-
-
-FIELDS = [
-    ("lora_alpha", 1e308), ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", "16"),
-    ("lora_alpha", True), ("lora_alpha", [16]), ("lora_alpha", None), ("lora_dropout", -0.1), ("lora_dropout", 1),
-    ("lora_dropout", {"a": 1}), ("r", True), ("r", 0), ("r", 2**40), ("r", -1), ("r", 2.0), ("r", [2]), ("r", "2"),
-    ("rank_pattern", {"q_proj": True}), ("rank_pattern", {"q_proj": {"a": 1}}), ("rank_pattern", [["q_proj", 2]]),
-    ("alpha_pattern", {"q_proj": float("nan")}), ("alpha_pattern", "q_proj"), ("bias", ["all"]), ("bias", "some"),
-    ("use_dora", "yes"), ("use_rslora", 1), ("fan_in_fan_out", {}), ("layers_to_transform", [[0]]),
-    ("layers_to_transform", {"0": 1}), ("task_type", {"a": 1}), ("base_model_name_or_path", ["a"]),
-]  # fmt: skip
-WEIGHTS = {
-    "nan": lambda w: w.index_fill(0, torch.tensor(0), torch.nan),
-    "inf": lambda w: w * torch.inf,
-    "1048576.0": lambda w: torch.full_like(w, 2.0**20),
-    "torch.int64": lambda w: w.long(),
-    "nothing": lambda w: w[:0],
-}
-
-
-@pytest.mark.parametrize(("name", "value"), FIELDS)
-def test_a_field_that_cannot_be_is_refused_by_name_and_value(adapter_folder, tiny_model, tmp_path, name, value):
-    folder = change(adapter_folder, tmp_path / "adapter", name, value)
-    said = rf"{name} in adapter_config.json of .* is {re.escape(repr(value)[:80])}; expected"
-    with pytest.raises(DataError, match=said):
-        load_adapter(tiny_model, folder)
-    assert not isinstance(tiny_model, PeftModel) and not any("lora" in key for key in tiny_model.state_dict())
-
-
-@pytest.mark.parametrize("found", WEIGHTS)
-def test_weights_that_cannot_be_are_refused(adapter_folder, tiny_model, tiny_tokenizer, tmp_path, found, hub):
-    folder = change(adapter_folder, tmp_path / "adapter", weight=WEIGHTS[found])
-    said = rf"lora_A.weight of .* holds {re.escape(found)}; expected floating-point numbers"
-    hub.make("model", "user/adapter", {path.name: path.read_bytes() for path in folder.iterdir()}, private=False)
-    for place in (folder, "user/adapter"):
-        with pytest.raises(DataError, match=said):
-            load_adapter(tiny_model, place)
-    with pytest.raises(DataError, match=said):
-        export_adapter(str(folder), tiny_tokenizer, tmp_path / "export", base="maker/tiny")
-    assert not (tmp_path / "export").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [("r", 3, "has rank 2, and adapter_config.json says 3"), ("rank_pattern", {"q_proj": 2**14}, "says 16384"),
-     ("target_modules", [f"m{number}" for number in range(20_000)], "names 20000 modules in one list"),
-     ("target_modules", [["q_proj"]], "expected plain names"), ("exclude_modules", {"a": 1}, "expected plain names")],
-)  # fmt: skip
-def test_an_adapter_that_does_not_fit_itself(adapter_folder, tiny_model, tmp_path, name, value, said):
-    with pytest.raises(DataError, match=said):
-        load_adapter(tiny_model, change(adapter_folder, tmp_path / "adapter", name, value))
-
-
-@pytest.mark.parametrize(
-    ("own", "is_said"), [("maker/tiny", False), ("other/tiny", True), ("/models/tiny", False), ("/models/big", True)]
-)
-def test_another_base_model_is_said(adapter_folder, tiny_model, tiny_tokenizer, tmp_path, caplog, own, is_said):
-    folder = change(adapter_folder, tmp_path / "adapter")
-    tiny_model.config.name_or_path = own
-    load_adapter(tiny_model, folder)
-    export_adapter(str(folder), tiny_tokenizer, tmp_path / "export", base=own)
-    assert caplog.text.count("says that it was trained on 'maker/tiny'") == 2 * is_said
-
-
-def test_a_checkpoint_is_checked_before_it_is_resumed(make_trainer, caplog):
-    make_trainer(save_strategy="steps", save_steps=1).train()
-    checkpoint = Path(make_trainer().args.output_dir) / "checkpoint-1"
-    change(checkpoint, checkpoint)
-    make_trainer(max_steps=3).train(resume_from_checkpoint=str(checkpoint))
-    assert "says that it was trained on 'maker/tiny'" in caplog.text
-    for options, said in (
-        ({"name": "lora_alpha", "value": "x"}, "lora_alpha in"),
-        ({"name": "lora_alpha", "value": 32, "weight": WEIGHTS["nan"]}, "nan"),
-    ):
-        change(checkpoint, checkpoint, **options)
-        with pytest.raises(DataError, match=said):
-            make_trainer(max_steps=3).train(resume_from_checkpoint=str(checkpoint))
-
-
 TEMPLATES = {
     "{{ ''.__class__.__mro__ }}": "unsafe|undefined",
     "{{ messages.append(1) }}": "not safely callable|unsafe",
@@ -250,27 +134,17 @@ def test_a_chat_template_that_fails_is_one_refusal(tiny_tokenizer, monkeypatch, 
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "5",
-        "{",
-        '{"added_tokens_decoder": {"0": 1}}',
-        "[" * 10**5,
-        '{"a":' * 10**5,
-        '{"tokenizer_class": [1]}',
-        "\ud800",
-    ],
-)
+@pytest.mark.parametrize("content", [
+    "", "[]", "5", "{", '{"added_tokens_decoder": {"0": 1}}', "[" * 10**5, '{"a":' * 10**5,
+    '{"tokenizer_class": [1]}', "\ud800",
+])  # fmt: skip
 def test_tokenizer_files_that_are_none(tiny_tokenizer, tmp_path, file, content):
     tiny_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / file).write_bytes(content.encode(errors="surrogatepass"))
-    with pytest.raises((ConfigError, ValueError, OSError)) as error:
+    with pytest.raises(ConfigError) as error:
         load_tokenizer(str(tmp_path))
-    assert isinstance(error.value, ConfigError) and len(str(error.value)) < 1000
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("content", [b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"{", b'{"a": ' + b"1" * 5000 + b"}"])

@@ -67,9 +67,9 @@ def test_failures_on_the_way(hub, run):
 def test_a_repository_that_holds_something_else_is_left_alone(hub, run, small_set):
     files = {"README.md": b"mine", "config.json": b"{}", "data/x.bin": b"1"}
     for kind in ("model", "dataset"):
-        hub.make(kind, "user/other", files)
-        hub.make(kind, "user/blank", {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"})
-    hub.make("dataset", "user/folder", {"data/x.parquet": b"1"})
+        hub.make(kind, "user/other", files, private=True)
+        hub.make(kind, "user/blank", {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"}, private=True)
+    hub.make("dataset", "user/folder", {"data/x.parquet": b"1"}, private=True)
     held = "user/other holds config.json, data/x.bin, and no"
     with pytest.raises(ConfigError, match=f"{held} adapter; .*Choose another name"):
         push_adapter(run, "user/other")
@@ -90,54 +90,56 @@ def test_a_pickled_adapter_is_not_pushed(hub, run):
     assert hub.requests == []
 
 
-def test_the_trainer_pushes_by_name_and_into_a_private_repository(hub, build_trainer, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    trainer = build_trainer(tmp_path / "student", push_to_hub=True, hub_model_id="user/student", **saving)
-    assert hub.repositories["model", "user/student"].private  # made when the trainer was
+def test_the_trainer_pushes_by_name_and_into_a_private_repository(hub, build_trainer, training_set, tmp_path, caplog):
+    commit = push_transfer_set(training_set, "user/set").commit
+    options = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_model_id": "user/student"}
+    trainer = build_trainer(tmp_path / "student", train_dataset=TransferSet.open("user/set"), **options)
+    repository = hub.repositories["model", "user/student"]
+    assert repository.private  # made when the trainer was
     trainer.train()
     with pytest.raises(TypeError, match="unexpected keyword argument 'dataset_name'"):
         trainer.push_to_hub(dataset_name="gsm8k")
     pushed = trainer.push_to_hub(license="mit")
-    repository = hub.repositories["model", "user/student"]
     steps = [f"Training in progress, step {step}" for step in (1, 2)]
-    assert [commit.title for commit in repository.commits] == ["initial commit", *steps, "End of training"]
+    assert [each.title for each in repository.commits] == ["initial commit", *steps, "End of training"]
     assert pushed.commit == repository.commits[-1].sha
-    assert set().union(*(commit.files for commit in repository.commits)) <= {*PUSHED, ".gitattributes"}
-    assert read_page(hub.files("model", "user/student"))[0]["license"] == "mit"
+    assert set().union(*(each.files for each in repository.commits)) <= {*PUSHED, ".gitattributes"}
+    files = hub.files("model", "user/student")
+    metadata, _ = read_page(files)
+    assert json.loads(files["quantkd.json"])["transfer_set"] == f"user/set at {commit}"
+    assert (metadata["license"], metadata["datasets"]) == ("mit", ["user/set"])
     trainer.create_model_card(license="apache-2.0")
     assert "license: apache-2.0" in (tmp_path / "student" / "README.md").read_text()
-
-
-def test_a_failed_push_does_not_end_the_training(hub, build_trainer, tmp_path, caplog):
-    trainer = build_trainer(tmp_path / "student", push_to_hub=True, save_strategy="steps", save_steps=1)
+    # A push that fails does not end the training.
+    trainer = build_trainer(tmp_path / "other", **options)
     hub.fault = lambda number, method, path: "503"
     trainer.train()
-    assert trainer.state.global_step == 2
-    assert "Training goes on" in caplog.text
+    assert trainer.state.global_step == 2 and "Training goes on" in caplog.text
 
 
-def test_nothing_becomes_public_by_mistake(hub, run, build_trainer, tmp_path):
-    hub.make("model", "user/open", {}, private=False)
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_nothing_becomes_public_by_mistake(hub, run, small_set, kind):
+    def push(name, **options):
+        return push_adapter(run, name, **options) if kind == "model" else push_transfer_set(small_set, name, **options)
+
+    hub.make(kind, "user/open", {})
     with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
-        push_adapter(run, "user/open")
+        push("user/open")
+    assert len(hub.repositories[kind, "user/open"].commits) == 1
+    for name in ("user/open", "user/new"):
+        assert not push(name, private=False).private and not hub.repositories[kind, name].private
+    push("user/closed")
+    assert push("user/closed", private=False).private  # stays as it is
+
+
+def test_the_trainer_makes_nothing_public_by_mistake(hub, build_trainer, tmp_path):
+    hub.make("model", "user/open", {})
     with pytest.raises(ConfigError, match="is public"):
         build_trainer(tmp_path / "s", push_to_hub=True, hub_model_id="user/open")
-    assert len(hub.repositories["model", "user/open"].commits) == 1
-    assert not push_adapter(run, "user/open", private=False).private
     trainer = build_trainer(tmp_path / "s", hub_model_id="user/open", hub_private_repo=False)
     assert not trainer.push_to_hub().private
     with pytest.raises(ConfigError, match="optimizer and random states"):
         build_trainer(tmp_path / "s", push_to_hub=True, hub_strategy="all_checkpoints")
-
-
-def test_a_set_on_the_hub_is_named_with_its_commit(hub, build_trainer, training_set, tmp_path):
-    commit = push_transfer_set(training_set, "user/set").commit
-    trainer = build_trainer(tmp_path / "student", train_dataset=TransferSet.open("user/set"))
-    trainer.train()
-    trainer.push_to_hub()
-    files = hub.files("model", "user/student")
-    assert json.loads(files["quantkd.json"])["transfer_set"] == f"user/set at {commit}"
-    assert read_page(files)[0]["datasets"] == ["user/set"]
 
 
 def test_every_saved_folder_has_its_own_page_and_no_pickle(build_trainer, training_set, tmp_path, monkeypatch):

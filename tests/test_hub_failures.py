@@ -96,30 +96,27 @@ def _push(opened):
     push_transfer_set(opened, NAME, max_commit_bytes=SMALL_COMMIT)
 
 
-def push_in_processes(hub, opened):
-    """As `push_until_done`, each start in a process that the Hub may end by SIGKILL; returns how many were killed."""
+def push_until_done(hub, opened, in_processes=False):
+    """Start the push again whenever it died or gave up; the exit codes, -9 of a real process that was killed."""
     codes = []
     while codes[-1:] != [0]:
         assert len(codes) < 60, "the push does not converge"
-        process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,))
-        with hub.lock:  # no request is looked at before the Hub knows whom to kill
-            process.start()
-            hub.pid = process.pid
-        process.join(60)
-        hub.pid = None
-        codes.append(process.exitcode)
-    return codes.count(-9)
-
-
-def push_until_done(hub, opened):
-    """Start the push again whenever it died or gave up; returns how often it was started."""
-    for start in range(1, 60):
+        if in_processes:
+            process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,))
+            with hub.lock:  # no request is looked at before the Hub knows whom to kill
+                process.start()
+                hub.pid = process.pid
+            process.join(60)
+            hub.pid = None
+            codes.append(process.exitcode)
+            continue
         try:
             _push(opened)
-            return start
+            codes.append(0)
         except (Killed, HubError):
             hub.killed = False
-    raise AssertionError("the push does not converge")
+            codes.append(1)
+    return codes
 
 
 @pytest.mark.parametrize("block", range(10))  # the first of them in processes of their own
@@ -136,11 +133,8 @@ def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is
         if target != "old":
             push_transfer_set(sets["old"], NAME)
         fresh.fault = schedule(seed)
-        if block == 0:
-            kills += push_in_processes(fresh, sets[target])
-        else:
-            push_until_done(fresh, sets[target])
-        fresh.mend()
+        kills += push_until_done(fresh, sets[target], in_processes=block == 0).count(-9)
+        fresh.fail()
         repository = fresh.repositories["dataset", NAME]
         assert repository.private
         assert read(repository) == path, (seed, [commit.title for commit in repository.commits])
@@ -160,9 +154,9 @@ def test_a_resumed_push_sends_no_shard_twice(fresh, sets):
         return "kill after" if number % 9 == 0 or "/commit/" in path else None
 
     fresh.fault = fault
-    assert push_until_done(fresh, sets["larger"]) > 5
+    assert len(push_until_done(fresh, sets["larger"])) > 5
     assert sorted(sent.values())[-6:] == [0, 1, 1, 1, 1, 1]  # each of five shards once
-    fresh.mend()
+    fresh.fail()
     assert TransferSet.open(NAME).digest == sets["larger"].digest
 
 
@@ -170,15 +164,13 @@ def test_somebody_else_commits_in_between(fresh, sets, read):
     """A step that was decided on an old listing is refused by the Hub and decided anew."""
     push_transfer_set(sets["old"], NAME)
     repository = fresh.repositories["dataset", NAME]
-    meddled = False
+    meddled = []
 
     def fault(number, method, path):
-        nonlocal meddled
         if "/commit/" in path and not meddled and len(repository.commits) > 3:
-            meddled = True
             # Another process has finished the old set once more.
-            whole = next(c for c in reversed(repository.commits) if "index.json" in c.files)
-            repository.add("meddle", dict(whole.files))
+            meddled.append(next(c for c in reversed(repository.commits) if "index.json" in c.files))
+            repository.add("meddle", dict(meddled[0].files))
         return None
 
     fresh.fault = fault
@@ -191,7 +183,7 @@ def test_a_push_gives_up_and_goes_on_later_and_a_refusal_is_not_tried_again(fres
     fresh.fault = lambda number, method, path: "503" if method == "PUT" else None
     with pytest.raises(HubError, match=r"failed 8 times in a row; the same call goes on"):
         push_transfer_set(sets["old"], NAME)
-    fresh.mend()
+    fresh.fail()
     push_transfer_set(sets["old"], NAME)
     assert TransferSet.open(NAME).digest == sets["old"].digest
     fresh.requests.clear()

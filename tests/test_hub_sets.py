@@ -117,18 +117,6 @@ def test_a_folder_wins_over_the_hub_and_has_no_revision(hub, small_set, tmp_path
         TransferSet.open("user/set", digest="0" * 64)
 
 
-def test_nothing_becomes_public_by_mistake(hub, small_set):
-    hub.make("dataset", "user/open", {}, private=False)
-    with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
-        push_transfer_set(small_set, "user/open")
-    assert len(hub.repositories["dataset", "user/open"].commits) == 1
-    for name in ("user/open", "user/new"):
-        assert not push_transfer_set(small_set, name, private=False).private
-        assert not hub.repositories["dataset", name].private
-    push_transfer_set(small_set, "user/closed")
-    assert push_transfer_set(small_set, "user/closed", private=False).private  # stays as it is
-
-
 def test_the_page(hub, small_set):
     push_transfer_set(small_set, "user/set")
     repository = hub.repositories["dataset", "user/set"]
@@ -163,12 +151,12 @@ def test_only_whole_and_sound_sets_are_pushed(hub, small_set, tmp_path):
     assert hub.requests == []
 
 
-# What a stranger's repository may hold.
+SHARD = "shard-0000{}.safetensors"
 
 
 def test_a_shard_that_is_not_the_index_s_is_refused_when_it_is_touched(hub, small_set):
-    name, files = "shard-00001.safetensors", files_of(small_set)
-    hub.make("dataset", "user/bad", {**files, name: damage(files[name])}, private=False)
+    name, files = SHARD.format(1), files_of(small_set)
+    hub.make("dataset", "user/bad", {**files, name: damage(files[name])})
     opened = TransferSet.open("user/bad", verify="off")
     opened[0]
     for touch in (lambda: verify("user/bad"), lambda: opened[5], lambda: TransferSet.open("user/bad", verify="full")):
@@ -176,29 +164,26 @@ def test_a_shard_that_is_not_the_index_s_is_refused_when_it_is_touched(hub, smal
             touch()
 
 
-def test_what_is_too_large_is_not_fetched(hub, small_set):
-    hub.make("dataset", "user/index", {"index.json": b" " * (2**21 + 1)}, private=False)
-    with pytest.raises(HubError, match="expected at most 2097152"):
-        TransferSet.open("user/index")
-    hub.make("dataset", "user/shard", {**files_of(small_set), "shard-00001.safetensors": bytes(10**6)}, private=False)
-    with pytest.raises(HubError, match=r"has 1000000 bytes; expected at most 1\d\d\d\."):
-        TransferSet.open("user/shard")[5]
-    assert hub.count("GET", "user/index/.*index.json|shard-00001") == 0
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"index.json": b" " * (2**21 + 1)}, HubError, "expected at most 2097152"),
+    ({SHARD.format(1): bytes(10**6)}, HubError, r"has 1000000 bytes; expected at most 1\d\d\d\."),
+    ({SHARD.format(2): None}, TransferSetError, "holds no shard-00002.safetensors, which its index lists"),
+    ({"index.json": None}, TransferSetError, "user/bad at main is incomplete"),
+])  # fmt: skip
+def test_what_is_too_large_is_not_fetched_and_what_is_missing_is_named(hub, small_set, changes, error, message):
+    files = {**files_of(small_set), **changes}
+    hub.make("dataset", "user/bad", {name: data for name, data in files.items() if data is not None})
+    with pytest.raises(error, match=message):
+        list(TransferSet.open("user/bad"))
+    assert hub.count("GET", next(iter(changes))) == 0
 
 
-def test_missing_parts_are_named(hub, small_set):
-    lacking = {name: data for name, data in files_of(small_set).items() if name != "shard-00002.safetensors"}
-    hub.make("dataset", "user/lacking", lacking, private=False)
-    with pytest.raises(TransferSetError, match=r"holds no shard-00002.safetensors, which its index lists"):
-        TransferSet.open("user/lacking")[9]
-    del lacking["index.json"]
-    hub.make("dataset", "user/begun", lacking, private=False)
-    with pytest.raises(TransferSetError, match="user/begun at main is incomplete"):
-        TransferSet.open("user/begun")
+def test_a_repository_or_a_revision_that_is_not_there(hub, small_set):
+    hub.make("dataset", "user/set", files_of(small_set))
     with pytest.raises(HubError, match=r"no folder 'user/absent' here. On the Hub"):
         TransferSet.open("user/absent")
     with pytest.raises(HubError, match="Revision"):
-        TransferSet.open("user/lacking", revision="v9")
+        TransferSet.open("user/set", revision="v9")
 
 
 def test_a_changed_index_is_refused(hub, small_set):
@@ -206,11 +191,11 @@ def test_a_changed_index_is_refused(hub, small_set):
     index = json.loads(files["index.json"])
     index["counters"]["responses_cut"] = 0
     plain = json.dumps(index, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    hub.make("dataset", "user/changed", {**files, "index.json": plain}, private=False)
+    hub.make("dataset", "user/changed", {**files, "index.json": plain})
     with pytest.raises(TransferSetError, match="changed or damaged"):
         TransferSet.open("user/changed")
     # A forger puts the digest right, too; only who knows the digest notices.
-    hub.make("dataset", "user/forged", {**files, "index.json": seal(index)}, private=False)
+    hub.make("dataset", "user/forged", {**files, "index.json": seal(index)})
     assert TransferSet.open("user/forged").digest != small_set.digest
     with pytest.raises(TransferSetError, match=f"expected {small_set.digest}"):
         TransferSet.open("user/forged", digest=small_set.digest)

@@ -2,17 +2,20 @@
 
 import json
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, save
 from transfer_sets import write_set
 
 from quantkd import TransferSet
 from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter
+from quantkd.models.export import export_adapter
 from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
 from tests.conftest import build_tiny_model
@@ -58,14 +61,29 @@ def files(tiny_tokenizer, tmp_path_factory):
     return {"adapter_config.json": config, "adapter_model.safetensors": weights}
 
 
+def alter(files, weight=None, **changes):
+    """The files with other fields in the configuration, and another tensor in place of the first one."""
+    weights = load(files["adapter_model.safetensors"])
+    if weight is not None:
+        weights[min(weights)] = weight(weights[min(weights)])
+    config = json.dumps({**json.loads(files["adapter_config.json"]), **changes})
+    return {"adapter_config.json": config.encode(), "adapter_model.safetensors": save(weights)}
+
+
+def write(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
 @pytest.fixture
 def attach(hub, files, tiny_model):
     """Put an adapter on the Hub, with changes to its configuration or its files, and load it."""
     tiny_model.config.name_or_path = "/models/tiny"
 
     def attach(changed=None, **changes):
-        config = {"adapter_config.json": json.dumps({**json.loads(files["adapter_config.json"]), **changes}).encode()}
-        hub.make("model", "user/adapter", {**files, **config, **(changed or {})}, private=False)
+        hub.make("model", "user/adapter", {**files, **alter(files, **changes), **(changed or {})})
         return load_adapter(tiny_model, "user/adapter")
 
     return attach
@@ -96,7 +114,7 @@ def test_no_pickle_is_opened(hub, files, attach, watch, tmp_path):
     assert watch.found  # the watch sees one
     write_set(tmp_path / "set")
     folder = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
-    hub.make("dataset", "user/trap", {**folder, **TRAPS, "set.py": b"raise AssertionError"}, private=False)
+    hub.make("dataset", "user/trap", {**folder, **TRAPS, "set.py": b"raise AssertionError"})
     with watch:
         loaded = attach(TRAPS)
         rows = list(TransferSet.open("user/trap"))
@@ -107,8 +125,8 @@ def test_no_pickle_is_opened(hub, files, attach, watch, tmp_path):
 
 @pytest.mark.parametrize("load_model", [load_teacher, load_student])
 def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load_model):
-    hub.make("model", "user/adapter", files, private=False)
-    hub.make("model", "maker/tiny", {"config.json": b"{}"}, private=False)
+    hub.make("model", "user/adapter", files)
+    hub.make("model", "maker/tiny", {"config.json": b"{}"})
     with pytest.raises(ConfigError, match="user/adapter holds an adapter and no model"):
         load_model("user/adapter")
     assert not [path for verb, path in hub.requests if "maker/tiny" in path]
@@ -117,24 +135,30 @@ def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load_model):
 @pytest.mark.parametrize("place", ["hub", "folder"])
 def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, tmp_path, place):
     trapped = {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": PICKLE}
-    hub.make("model", "user/trap", trapped, private=False)
-    for name, data in trapped.items():
-        (tmp_path / name).write_bytes(data)
+    hub.make("model", "user/trap", trapped)
+    write(tmp_path, trapped)
     with watch, pytest.raises(DataError, match=r"adapter_model.bin, a pickle, which can run any code"):
         load_adapter(tiny_model, "user/trap" if place == "hub" else tmp_path)
     assert watch.found == []
     assert hub.count("GET", r"\.bin$") == 0
 
 
-@pytest.mark.parametrize(("named", "warned"), [
-    ("evil/model", "it was trained on 'evil/model'; it is attached to 'tiny'"), ("maker/tiny", ""), ("", ""),
-    ("m\x1b[31m\r\nred", "it was trained on 'm\\x1b[31m\\r\\nred'"),
+@pytest.mark.parametrize(("named", "own", "warned"), [
+    ("evil/model", "/models/tiny", "it was trained on 'evil/model'; it is attached to 'tiny'"),
+    ("m\x1b[31m\r\nred", "/models/tiny", "it was trained on 'm\\x1b[31m\\r\\nred'"), ("maker/tiny", "/models/tiny", ""),
+    ("maker/tiny", "maker/tiny", ""), ("maker/tiny", "other/tiny", "says that it was trained on 'maker/tiny'"),
+    ("maker/tiny", "/models/big", "says that it was trained on 'maker/tiny'"), ("", "/models/tiny", ""),
 ])  # fmt: skip
-def test_the_base_model_that_it_names_is_compared_and_never_loaded(hub, attach, caplog, named, warned):
+def test_the_base_model_that_it_names_is_compared_and_never_loaded(
+    hub, attach, files, tiny_model, tiny_tokenizer, tmp_path, caplog, named, own, warned
+):
+    tiny_model.config.name_or_path = own
     loaded = attach(base_model_name_or_path=named)
-    assert ("trained on" in caplog.text) == bool(warned) and warned in caplog.text
     assert loaded.hub_revision.startswith("user/adapter at ")
     assert not [path for verb, path in hub.requests if "evil" in path or "maker" in path]
+    folder = write(tmp_path / "adapter", alter(files, base_model_name_or_path=named))
+    export_adapter(str(folder), tiny_tokenizer, tmp_path / "export", base=own)
+    assert caplog.text.count("trained on") == 2 * bool(warned) and warned in caplog.text
 
 
 def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, monkeypatch):
@@ -145,7 +169,7 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr("quantkd.hub.adapters.load_student", load_base)
-    hub.make("model", "user/fine", files, private=False)
+    hub.make("model", "user/fine", files)
     with pytest.raises(KeyboardInterrupt):
         load_adapter(str(tiny_model_path), "user/fine")
     assert asked == {"name": str(tiny_model_path), "trust_remote_code": False}
@@ -163,11 +187,66 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
     ({"target_modules": ["q_proj"]}, "fit"),
     ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "does not fit its own configuration: 4 weights"),
     ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
+    ({"r": 3}, "has rank 2, and adapter_config.json says 3"), ({"rank_pattern": {"q_proj": 2**14}}, "says 16384"),
+    ({"target_modules": [f"m{number}" for number in range(20_000)]}, "names 20000 modules in one list"),
+    ({"target_modules": [["q_proj"]]}, "plain names"), ({"exclude_modules": {"a": 1}}, "plain names"),
 ])  # fmt: skip
 def test_configurations_that_ask_for_more_or_for_what_cannot_be(attach, watch, changes, message):
     with watch, pytest.raises(DataError, match=message):
         attach(**changes)
     assert watch.found == []
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("lora_alpha", 1e308), ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", "16"),
+    ("lora_alpha", True), ("lora_alpha", [16]), ("lora_alpha", None), ("lora_dropout", -0.1), ("lora_dropout", 1),
+    ("lora_dropout", {"a": 1}), ("r", True), ("r", 0), ("r", 2**40), ("r", -1), ("r", 2.0), ("r", [2]), ("r", "2"),
+    ("rank_pattern", {"q_proj": True}), ("rank_pattern", {"q_proj": {"a": 1}}), ("rank_pattern", [["q_proj", 2]]),
+    ("alpha_pattern", {"q_proj": float("nan")}), ("alpha_pattern", "q_proj"), ("bias", ["all"]), ("bias", "some"),
+    ("use_dora", "yes"), ("use_rslora", 1), ("fan_in_fan_out", {}), ("layers_to_transform", [[0]]),
+    ("layers_to_transform", {"0": 1}), ("task_type", {"a": 1}), ("base_model_name_or_path", ["a"]),
+])  # fmt: skip
+def test_a_field_that_cannot_be_is_refused_by_name_and_value(attach, tiny_model, name, value):
+    said = rf"{name} in adapter_config.json of .* is {re.escape(repr(value)[:80])}; expected"
+    with pytest.raises(DataError, match=said):
+        attach(**{name: value})
+    assert not isinstance(tiny_model, PeftModel) and not any("lora" in key for key in tiny_model.state_dict())
+
+
+WEIGHTS = {
+    "nan": lambda w: w.index_fill(0, torch.tensor(0), torch.nan),
+    "inf": lambda w: w * torch.inf,
+    "1048576.0": lambda w: torch.full_like(w, 2.0**20),
+    "torch.int64": lambda w: w.long(),
+    "nothing": lambda w: w[:0],
+}
+
+
+@pytest.mark.parametrize("found", WEIGHTS)
+def test_weights_that_cannot_be_are_refused(attach, files, tiny_model, tiny_tokenizer, tmp_path, found):
+    folder = write(tmp_path / "adapter", alter(files, weight=WEIGHTS[found]))
+    for load_or_export in (
+        lambda: attach(weight=WEIGHTS[found]),
+        lambda: load_adapter(tiny_model, folder),
+        lambda: export_adapter(str(folder), tiny_tokenizer, tmp_path / "export", base="maker/tiny"),
+    ):
+        with pytest.raises(DataError, match=rf"lora_A.weight of .* holds {found}; expected floating-point numbers"):
+            load_or_export()
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_checkpoint_is_checked_before_it_is_resumed(make_trainer, caplog):
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    trainer = make_trainer(max_steps=3)
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-1"
+    saved = {name: (checkpoint / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    write(checkpoint, alter(saved, base_model_name_or_path="maker/tiny"))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert "says that it was trained on 'maker/tiny'" in caplog.text
+    for changes, said in (({"lora_alpha": "x"}, "lora_alpha in"), ({"weight": WEIGHTS["nan"]}, "nan")):
+        write(checkpoint, alter(saved, **changes))
+        with pytest.raises(DataError, match=said):
+            make_trainer(max_steps=3).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_the_class_that_an_adapter_names_is_not_imported(attach, files, watch):
@@ -204,7 +283,7 @@ def test_files_that_are_missing_or_huge(hub, files, attach, tiny_model, tmp_path
     with pytest.raises(HubError, match="expected at most 1048576"):
         attach({"adapter_config.json": b" " * (2**20 + 1)})
     assert hub.count("GET", "user/adapter/.*json") == 0
-    hub.make("model", "user/empty", {"README.md": b"hello"}, private=False)
+    hub.make("model", "user/empty", {"README.md": b"hello"})
     with pytest.raises(DataError, match=r"holds no adapter_config.json"):
         load_adapter(tiny_model, "user/empty")
     with pytest.raises(DataError, match="expected an adapter that PEFT saved"):

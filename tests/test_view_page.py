@@ -32,21 +32,21 @@ def test_the_page_needs_nothing_from_outside():
 
 
 def test_hostile_tokens_and_names_stay_text():
-    rng = np.random.default_rng(0)
     tokens = [*HOSTILE, *(f"word{number}" for number in range(20))]
-    names = {name: f"{HOSTILE[1]}{name}" for name in ("teacher", "student", "adapter")}
 
-    def render(row_tokens, **names):
-        row = make_row(rng, 0, list(range(len(HOSTILE))), len(tokens), prompt=row_tokens[0])
-        return Reader(render_page(make_divergence([row], row_tokens, **names)))
+    def render(row_tokens, name):
+        row = make_row(np.random.default_rng(0), 0, range(len(HOSTILE)), len(tokens), prompt=row_tokens[0])
+        names = dict.fromkeys(("teacher", "student", "adapter", "digest"), name)
+        return render_page(make_divergence([row], row_tokens, **names))
 
-    hostile, harmless = render(tokens, **names), render([f"word{number}" for number in range(len(tokens))])
+    page = render(tokens, "".join(HOSTILE) + "\u200b")
+    hostile, harmless = Reader(page), Reader(render([f"word{number}" for number in range(len(tokens))], "x"))
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
     assert hostile.texts["script"][1] == harmless.texts["script"][1]
     strings = hostile.data["strings"]
     assert set(HOSTILE) <= set(strings) and hostile.data["rows"][0]["contexts"] == [[0, HOSTILE[0]]]
     raw = hostile.texts["script"][0]
-    assert raw.isascii() and not set("<>&") & set(raw)
+    assert raw.isascii() and not set("<>&") & set(raw) and not re.search("[\u202e\x1b\u200b\u3164]", page)
 
 
 def test_fifty_rows_of_two_hundred_tokens_stay_below_five_megabytes(tmp_path):
