@@ -36,17 +36,12 @@ def make_row(
     places = np.arange(count)
     columns = [each.ravel() for each in (tokens, teacher, before, after)]
     return RowDivergence(
-        index=index,
-        finished=index % 2 == 0,
-        token_ids=np.array(ids, dtype=np.int64),
-        contexts=((0, prompt or f"What is {index} + 2?"),),
-        kl_before=kl_before,
-        kl_after=kl_before * rng.uniform(0, 0.2, size=count),
-        top_teacher=tokens[:, 0],
-        top_before=tokens[places, before.argmax(1)],
-        top_after=tokens[places, after.argmax(1)],
+        index=index, finished=index % 2 == 0, token_ids=np.array(ids, dtype=np.int64),
+        contexts=((0, prompt or f"What is {index} + 2?"),), kl_before=kl_before,
+        kl_after=kl_before * rng.uniform(0, 0.2, size=count), top_teacher=tokens[:, 0],
+        top_before=tokens[places, before.argmax(1)], top_after=tokens[places, after.argmax(1)],
         alternatives=Alternatives(np.arange(count + 1) * width, *columns),
-    )
+    )  # fmt: skip
 
 
 def make_divergence(rows: Sequence[RowDivergence], tokens: Sequence[str | bytes], **names: str) -> Divergence:
@@ -76,28 +71,21 @@ class Reader(HTMLParser):
     """The tags of a page with their attributes, and the text of its scripts and styles."""
 
     def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
+        super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: dict[str, list[str]] = {"script": [], "style": []}
-        self.inside = ""
         self.feed(page)
-        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        self.inside = tag
         if tag in self.texts:
             self.texts[tag].append("")
 
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
     def handle_data(self, data: str) -> None:
-        if self.inside in self.texts:
-            self.texts[self.inside][-1] += data
+        if self.cdata_elem:  # inside one of the two
+            self.texts[self.cdata_elem][-1] += data
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self) -> Any:
         """What the page's script reads."""
-        loaded: dict[str, Any] = json.loads(self.texts["script"][0])
-        return loaded
+        return json.loads(self.texts["script"][0])
