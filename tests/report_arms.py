@@ -36,15 +36,10 @@ def make_fidelity(
     columns = {key: np.asarray(values, dtype=np.float64) for key, values in rows.items()}
     for kind, keys in BINNED.items():
         plain = kind.removeprefix("dense_")
-        if kind != plain and not dense:
-            continue
-        for key in keys:
+        for key in keys if kind == plain or dense else ():
             sums = np.zeros((len(columns["tokens"]), len(EDGES[kind])))
-            given = bins.get(f"{plain}_{key}")
-            if given is None:
-                sums[:, 0] = columns["kl_sum" if key == "kl_sum" else "tokens"]
-            else:
-                sums[:, : np.shape(given)[1]] = given
+            given = np.asarray(bins.get(f"{plain}_{key}", columns["kl_sum" if key == "kl_sum" else "tokens"][:, None]))
+            sums[:, : given.shape[1]] = given
             columns[f"{kind}/{key}"] = sums * (1.1 if kind != plain and key == "kl_sum" else 1)
     return Fidelity(columns, {"transfer_set": "abc"}).to_json()
 
@@ -62,15 +57,11 @@ def make_arm(name: str, level: float, solved: int) -> dict[str, Any]:
     tokens = np.array(TOKENS)
     kl = tokens * level * (1 + 0.1 * np.arange(4))
     return {
-        "arm": name,
-        "title": f"The {name} | arm",
-        "model": "tiny",
-        "fingerprint": name,
+        "arm": name, "title": f"The {name} | arm", "model": "tiny", "fingerprint": name, "tasks": {},
         "memory_bytes": 4_000_000 if name == "teacher" else 1_000_000,
         "fidelity": make_fidelity(tokens, kl, tokens * (0.3 + level), np.round(tokens * (1 - level / 2))),
         "questions": {setting: make_verdicts(solved, solved - 5) for setting in ("8-shot", "0-shot")},
-        "tasks": {},
-    }
+    }  # fmt: skip
 
 
 def make_arms() -> dict[str, dict[str, Any]]:

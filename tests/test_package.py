@@ -44,36 +44,27 @@ def test_public_names():
     assert [name for name in PUBLIC_NAMES if getattr(quantkd, name).__name__ != name] == []
     with pytest.raises(AttributeError, match="no_such_name"):
         quantkd.no_such_name  # noqa: B018
-
-
-@pytest.mark.parametrize("page", ["docs/api.md", "docs/design.md"])
-def test_page_names_every_public_name(page):
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
-    assert {name for name in PUBLIC_NAMES if not re.search(rf"\b{name}\b", text)} == set()
+    for page in ("docs/api.md", "docs/design.md"):
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        assert {name for name in PUBLIC_NAMES if not re.search(rf"\b{name}\b", text)} == set(), page
 
 
 def test_version_is_the_one_in_setup_cfg():
     assert importlib.metadata.version("quantkd") == SETUP["metadata"]["version"] == quantkd.__version__
 
 
-def test_every_data_file_of_the_package_is_shipped():
+def test_every_file_of_the_package_is_shipped():
     package = REPOSITORY / "quantkd"
     patterns = SETUP["options.package_data"]["quantkd"].split()
-    files = [path for path in list_checkout() if path.is_relative_to(package) and path.suffix != ".py"]
-    data = [path.relative_to(package).as_posix() for path in files]
+    files = [path for path in list_checkout() if path.is_relative_to(package)]
+    data = [path.relative_to(package).as_posix() for path in files if path.suffix != ".py"]
     assert "py.typed" in data
     assert [name for name in data if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
-
-
-def test_every_folder_of_the_package_is_a_package():
-    folders = {path.parent for path in (REPOSITORY / "quantkd").rglob("*.py")}
+    folders = {path.parent for path in package.rglob("*.py")}
     assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
-def test_no_file_is_too_large_for_the_repository():
-    assert [path.name for path in list_checkout() if path.stat().st_size > MAX_FILE_BYTES] == []
-
-
-def test_no_file_names_a_home_folder():
+def test_no_file_is_too_large_for_the_repository_or_names_a_home_folder():
     home = re.compile(rb"/(?:home|Users)/\w|/roo" + rb"t/|[A-Z]:\\Users\\")
-    assert [path.name for path in list_checkout() if home.search(path.read_bytes())] == []
+    files = [(path.name, path.read_bytes()) for path in list_checkout()]
+    assert [name for name, data in files if len(data) > MAX_FILE_BYTES or home.search(data)] == []

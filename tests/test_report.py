@@ -56,17 +56,17 @@ def test_noise_is_not_measurable(tmp_path, arms):
     assert "not measurable" in format_table(results)
 
 
-@pytest.mark.parametrize("part", ["fidelity", "questions"])
-def test_a_missing_part_is_said(tmp_path, arms, part):
-    arms["after"][part] = None if part == "fidelity" else {}
+@pytest.mark.parametrize(("part", "none", "key", "expected"), [
+    ("fidelity", None, "kl", "fidelity to the teacher was not"),
+    ("questions", {}, "accuracy_0_shot", "accuracy, 0-shot, was not evaluated"),
+])  # fmt: skip
+def test_a_missing_part_is_said(tmp_path, arms, part, none, key, expected):
+    arms["after"][part] = none
     results, page = build(tmp_path, arms)
-    key = "kl" if part == "fidelity" else "accuracy_0_shot"
-    assert results["gap_recovered"][key] is None
-    assert results["not_measurable"][key] == "not evaluated for after"
-    expected = "fidelity to the teacher was not" if part == "fidelity" else "accuracy, 0-shot, was not evaluated"
+    assert results["gap_recovered"][key] is None and results["not_measurable"][key] == "not evaluated for after"
     assert f"The after \\| arm: {expected}" in page and "not evaluated" in format_table(results)
     for arm in arms.values():
-        arm[part] = arms["after"][part]
+        arm[part] = none
     assert "not evaluated" in build(tmp_path, arms)[1]
 
 

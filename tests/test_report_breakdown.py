@@ -56,8 +56,7 @@ def test_divergences_and_calibration(tmp_path, arms):
     assert "Calibration error (ECE)" in format_table(results)
 
 
-def test_calibration_interval_is_a_bootstrap_over_rows(tmp_path, arms):
-    """Against scipy's own paired bootstrap, the bins handed over one by one."""
+def test_the_calibration_interval_is_scipy_s_paired_bootstrap_over_rows(tmp_path, arms):
     bins = arms["before"]["fidelity"]["bins"]["confidence"]
     columns = [np.array(bins[key])[:, b] for key in ("confidence_sum", "correct", "tokens") for b in (0, 1)]
 

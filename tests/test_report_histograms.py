@@ -13,16 +13,13 @@ def test_histograms(tmp_path, temperatures):
     write_set(tmp_path / "set", make_plan(num_prompts=12, temperatures=temperatures))
     transfer_set = TransferSet(tmp_path / "set")
     found = compute_histograms(transfer_set)
-    entries = [count for row in transfer_set.rows(range(12)) for count in row.counts.tolist()]
-    assert found.entries.tolist() == [entries.count(n) for n in range(max(entries) + 1)]
-    entropies = []
+    sizes, entropies = [], []
     for row in transfer_set.rows(range(12)):
-        start = 0
-        for count in row.counts.tolist():
-            p = np.exp(row.logprobs[start : start + count].astype(np.float64))
-            p = np.append(p, max(1 - p.sum(), 0))
+        sizes += row.counts.tolist()
+        for logprobs in np.split(row.logprobs.astype(np.float64), np.cumsum(row.counts)[:-1]):
+            p = np.append(np.exp(logprobs), max(1 - np.exp(logprobs).sum(), 0))
             entropies.append(float(-(p[p > 0] * np.log(p[p > 0])).sum()))
-            start += count
+    assert found.entries.tolist() == np.bincount(sizes).tolist()
     wanted = np.histogram(entropies, bins=np.append(found.entropy_edges[:-1], 1e9))[0]
     assert found.entropy.tolist() == wanted.tolist()
     assert compute_histograms(transfer_set[:0]).entropy.sum() == 0
