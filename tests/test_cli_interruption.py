@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import processes
 import pytest
@@ -25,12 +26,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def wait_for(file, *processes):
+    while not Path(file).exists():
+        assert all(process.is_alive() for process in processes), Path("output").read_text()
+        time.sleep(0.0005)
+
+
 def stop(words, seen, sent):
     """Start a command, and send it a signal as soon as a file is there; its exit code and what it said."""
     (process,) = processes.start(["-m", "quantkd", *words], "output")
-    while not Path(seen).exists():
-        assert process.is_alive(), Path("output").read_text()
-        time.sleep(0.0005)
+    wait_for(seen, process)
     os.kill(process.pid, sent)
     process.join(60)
     return process.exitcode, Path("output").read_text()
@@ -80,10 +85,7 @@ def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, tra
     assert cli(*train, "o", "--max_steps", "4")[0] == 0
     assert find_checkpoint("true", "o") == "o/checkpoint-4"
 
-    def die(*_):
-        raise SystemExit(9)
-
-    monkeypatch.setattr(Trainer, "_save_rng_state", die)
+    monkeypatch.setattr(Trainer, "_save_rng_state", Mock(side_effect=SystemExit(9)))
     assert cli(*train, "o", "--max_steps", "4", "--seed", "1")[0] == 9
     with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
         find_checkpoint("true", "o")
@@ -91,9 +93,7 @@ def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, tra
 
 def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     family = processes.start(["-m", "quantkd", *train, "o", "--num_train_epochs", "200"], folder / "output", 2)
-    while not Path("o/checkpoint-4/trainer_state.json").exists():
-        assert family[0].is_alive() and family[1].is_alive(), Path("output").read_text()
-        time.sleep(0.01)
+    wait_for("o/checkpoint-4/trainer_state.json", *family)
     family[1].kill()
     family[0].join(60)
     said = Path("output").read_text()
@@ -102,10 +102,7 @@ def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
 
 
 def test_what_only_reads_says_that_nothing_was_changed(cli, monkeypatch):
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("quantkd.cli.verify.main", interrupted)
+    monkeypatch.setattr("quantkd.cli.verify.main", Mock(side_effect=KeyboardInterrupt))
     code, _, err = cli("verify", "s")
     assert code == 130 and err == "quantkd verify: interrupted. Nothing was changed.\n"
 

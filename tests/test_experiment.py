@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,13 +96,9 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tin
         return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, **options)
 
     four_bit = {"quantization_config": default_quantization_config(torch.float32)}
-    plainly = {
-        "teacher": load(),
-        "before": load(**four_bit),
-        "after": PeftModel.from_pretrained(load(**four_bit), whole / "student"),
-        "merged": AutoModelForCausalLM.from_pretrained(whole / "merged"),
-        "requantized": AutoModelForCausalLM.from_pretrained(whole / "requantized"),
-    }
+    plainly = {"teacher": load(), "before": load(**four_bit)}
+    plainly["after"] = PeftModel.from_pretrained(load(**four_bit), whole / "student")
+    plainly |= {form: AutoModelForCausalLM.from_pretrained(whole / form) for form in ("merged", "requantized")}
     held_out = TransferSet.open(whole / "held_out")
     for name, model in plainly.items():
         found = evaluate_fidelity(model, held_out, progress=False)
@@ -109,13 +106,10 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tin
         assert reported["rows"] == found.to_json()["rows"] and reported["means"] == found.means, name
 
 
-def test_an_unknown_export_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
-        run(tmp_path, tmp_path, exports=("half",))
-
-
 def test_what_would_spoil_the_figures_is_refused_before_the_teacher_answers(tiny_model_path, tmp_path):
     rows = generate_problems(2, 0)
+    with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
+        run("nowhere", tmp_path, exports=("half",))
     with pytest.raises(DataError, match="Few-shot example 0 is the question of row 0"):
         run("nowhere", tmp_path, test_rows=rows, few_shot_rows=rows, shots=(1,))
     load_student(str(tiny_model_path), dtype="float32").save_pretrained(tmp_path / "nf4")
@@ -175,25 +169,20 @@ def test_the_demo_runs_what_it_was_asked_for(control, tiny_model_path, tmp_path,
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The experiments that would be run; the first one stops."""
-    asked = []
-
-    def stop(experiment, args):
-        asked.append(experiment)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "run_experiment", stop)
-    monkeypatch.setattr("quantkd.experiment.run_experiment", stop)
-    return asked
+def asked(monkeypatch, tmp_path):
+    """What would be run: the experiment and the training's configuration; nothing is."""
+    runner = Mock(side_effect=KeyboardInterrupt)
+    for place in ("cli.demo", "experiment"):
+        monkeypatch.setattr(f"quantkd.{place}.run_experiment", runner)
+    monkeypatch.setattr(demo, "load_demo_model", lambda: tmp_path)
+    return lambda: runner.call_args.args[0]
 
 
 @pytest.mark.parametrize("seed", ["0", "5"])
-def test_no_problem_of_the_demo_is_in_two_sets(monkeypatch, asked, tmp_path, seed):
-    monkeypatch.setattr(demo, "load_demo_model", lambda: tmp_path)
+def test_no_problem_of_the_demo_is_in_two_sets(asked, tmp_path, seed):
     with pytest.raises(KeyboardInterrupt):
         demo.main(["--output_dir", str(tmp_path), "--seed", seed, "--train_rows", "400", "--test_rows", "300"])
-    sets = [asked[0].train_rows, asked[0].held_out_rows, asked[0].test_rows]
+    sets = [asked().train_rows, asked().held_out_rows, asked().test_rows]
     assert [len(rows) for rows in sets] == [400, 32, 300]
     assert len({row["question"] for rows in sets for row in rows}) == 732
 
@@ -203,5 +192,5 @@ def test_the_example_passes_its_options_on(monkeypatch, asked, gsm8k_dir):
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(KeyboardInterrupt):
         runpy.run_path(str(REPOSITORY / "examples" / "gsm8k.py"), run_name="__main__")
-    assert (asked[0].model, asked[0].generation.max_new_tokens) == ("meta-llama/Llama-3.1-8B-Instruct", 512)
-    assert asked[0].run.batch_size == 3 and asked[0].storage == Nucleus(0.95, 64)
+    assert (asked().model, asked().generation.max_new_tokens) == ("meta-llama/Llama-3.1-8B-Instruct", 512)
+    assert asked().run.batch_size == 3 and asked().storage == Nucleus(0.95, 64)

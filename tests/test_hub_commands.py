@@ -55,7 +55,10 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
         text = say("evaluate", *base, "--adapter", name, "--held_out", "user/held", "--arm", "x", "--run_dir", place)
         assert f"Transfer set user/held at {held}, digest {training_set.digest}" in text
         assert (f"Adapter user/student at {commit}" in text) == (commit is not None)
-        kl[name] = Arm.read(place / "evaluation" / "x.json").fidelity.means["kl"]
+        means = Arm.read(place / "evaluation" / "x.json").fidelity.means
+        kl[name] = means["kl"]
+        assert f"x.json: KL {kl[name]:.4f} nats per token, perplexity {means['perplexity']:.2f}, " in text
+        assert f"{100 * means['top1_agreement']:.1f}% on 8 rows" in text
     assert len(set(kl.values())) == 1 and kl[folder] > 0
 
     base += ["--held_out", "user/held"]

@@ -6,6 +6,7 @@ import socket
 import traceback
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -23,15 +24,13 @@ from quantkd.names import public_name
 from quantkd.remote import find_secrets
 
 pytest_plugins = ["hub_runs"]
+HOME = str(Path.home())
 
 
 @pytest.mark.parametrize(("name", "text"), [
-    ("tokenizer_config.json", json.dumps({"note": TOKEN})),
-    ("tokenizer_config.json", json.dumps({"note": "hf_" + "x" * 34})),
-    ("tokenizer_config.json", json.dumps({"note": str(Path.home() / "models")})),
-    ("chat_template.jinja", f"{{# {TOKEN} #}}"),
-    ("quantkd.json", json.dumps({"training": {"token": TOKEN}})),
+    ("chat_template.jinja", f"{{# {TOKEN} #}}"), ("quantkd.json", json.dumps({"training": {"token": TOKEN}})),
     ("adapter_config.json", json.dumps({"base_model_name_or_path": "b", "peft_type": "LORA", "x": TOKEN})),
+    *(("tokenizer_config.json", json.dumps({"note": note})) for note in (TOKEN, "hf_" + "x" * 34, HOME + "/models")),
 ])  # fmt: skip
 def test_a_file_that_holds_a_secret_stays_here(hub, run, name, text):
     (run / "student" / name).write_text(text)
@@ -85,7 +84,7 @@ def test_a_canary_token_is_found_nowhere(
     assert len(sent) > 10**5
     secrets, host = [TOKEN, "canary-0123456789-canary"], socket.gethostname()
     assert [secret for secret in secrets if secret in printed] == []
-    secrets += [str(Path.home()) + "/", str(tmp_path), str(tiny_model_path.parent), *([host] if len(host) > 5 else [])]
+    secrets += [HOME + "/", str(tmp_path), str(tiny_model_path.parent), *([host] if len(host) > 5 else [])]
     assert [secret for secret in secrets if secret.encode() in sent] == []
 
 
@@ -97,11 +96,9 @@ def test_a_broken_file_of_options_is_not_quoted_with_its_token(tmp_path, cli):
 
 
 def test_an_exception_s_secret_is_not_printed(monkeypatch, cli):
-    def fail(argv):
-        raise OSError(f"cannot reach https://me:{TOKEN}@host with wordsandwordsandwords")
-
+    error = OSError(f"cannot reach https://me:{TOKEN}@host with wordsandwordsandwords")
     monkeypatch.setenv("MY_PASSPHRASE", "wordsandwordsandwords")
-    monkeypatch.setattr("quantkd.cli.verify.main", fail)
+    monkeypatch.setattr("quantkd.cli.verify.main", Mock(side_effect=error))
     assert "cannot reach https://me:[secret]@host with [secret]." in cli("verify", "x")[2]
 
 
