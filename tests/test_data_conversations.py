@@ -292,23 +292,20 @@ ASKED = [turn("user", "one and one?")]
 THOUGHT = {"role": "assistant", "content": "two", "reasoning_content": "one and one"}
 
 
-@pytest.mark.parametrize(
-    ("row", "seen", "key"),
-    [
-        ({"messages": [*ASKED, THOUGHT]}, "<think>one and one</think>two", r"'reasoning_content' of message 1 \(assis"),
-        ({"messages": [*ASKED, THOUGHT, *ASKED]}, "<think>one and one</think>two", "'reasoning_content' of message 1"),
-        ({"messages": [{**ASKED[0], "name": "Ann"}]}, "<|im_start|>Ann", r"'name' of message 0 \(user\)"),
-        ({"messages": [{**ASKED[0], "name": "user"}]}, "<|im_start|>user", "'name' of message 0"),
-        ({"messages": [*ASKED, {**turn("tool", "2"), "tool_call_id": "c7"}, *ASKED]}, "toolc7", "'tool_call_id' of"),
-        ({"prompt": "one?", "tools": [{"name": "add"}]}, '[{"name": "add"}]', "does not read tools"),
-        ({"prompt": "one?", "tools": '[{"name": "add"}]'}, '[{"name": "add"}]', "does not read tools"),
-        ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}}, "<think></think>", "enable_thinking"),
-        ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": True}}, "?<|im_end|>", "enable_thinking"),
-        ({"messages": [{**ASKED[0], "weight": 3}]}, None, "'weight' of message 0"),
-        ({"prompt": "?", "chat_template_kwargs": {"tokenize": False}}, None, "holds tokenize, which no template reads"),
-        ({"messages": [*ASKED, {**THOUGHT, "reasoning_content": None, "name": "", "tool_calls": []}]}, "two", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("row", "seen", "key"), [
+    ({"messages": [*ASKED, THOUGHT]}, "<think>one and one</think>two", r"'reasoning_content' of message 1 \(assis"),
+    ({"messages": [*ASKED, THOUGHT, *ASKED]}, "<think>one and one</think>two", "'reasoning_content' of message 1"),
+    ({"messages": [{**ASKED[0], "name": "Ann"}]}, "<|im_start|>Ann", r"'name' of message 0 \(user\)"),
+    ({"messages": [{**ASKED[0], "name": "user"}]}, "<|im_start|>user", "'name' of message 0"),
+    ({"messages": [*ASKED, {**turn("tool", "2"), "tool_call_id": "c7"}, *ASKED]}, "toolc7", "'tool_call_id' of"),
+    ({"prompt": "one?", "tools": [{"name": "add"}]}, '[{"name": "add"}]', "does not read tools"),
+    ({"prompt": "one?", "tools": '[{"name": "add"}]'}, '[{"name": "add"}]', "does not read tools"),
+    ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}}, "<think></think>", "enable_thinking"),
+    ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": True}}, "?<|im_end|>", "enable_thinking"),
+    ({"messages": [{**ASKED[0], "weight": 3}]}, None, "'weight' of message 0"),
+    ({"prompt": "?", "chat_template_kwargs": {"tokenize": False}}, None, "holds tokenize, which no template reads"),
+    ({"messages": [*ASKED, {**THOUGHT, "reasoning_content": None, "name": "", "tool_calls": []}]}, "two", None),
+])  # fmt: skip
 def test_what_a_row_hands_to_the_template_is_rendered_or_refused(with_template, row, seen, key):
     (example,) = load_examples([row])
     given = example.messages is not None

@@ -21,17 +21,14 @@ def test_prompt_shows_shots_in_order_and_without_calculator_marks():
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "strict", "flexible"),
-    [
-        ("She makes 9 * 2 = $18.\n#### 18", "18", "18"), ("#### 1,250.", "1250", "1250"),
-        ("#### $1,250.00", None, "1250.00"), ("####18", None, "18"), ("#### -3", "-3", "-3"), ("#### 25%", "25", "25"),
-        ("#### 18\nThe end, 2024.", "18", "2024"), ("#### 5\n\n#### 7", "5", "7"), ("####\n18", None, "18"),
-        ("#### Step one\nso\n#### 4", "4", "4"), ("The answer is 18.", None, "18"), ("That is 10-2", None, "-2"),
-        ("Change of -$2.50 for you", None, "-2.50"), ("costs $.75", None, ".75"), ("in 3,4 and 5.", None, "5"),
-        ("It is 18, I guess...", None, ".."), ("#### ,", None, None), ("I do not know.", None, None), ("", None, None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "strict", "flexible"), [
+    ("She makes 9 * 2 = $18.\n#### 18", "18", "18"), ("#### 1,250.", "1250", "1250"),
+    ("#### $1,250.00", None, "1250.00"), ("####18", None, "18"), ("#### -3", "-3", "-3"), ("#### 25%", "25", "25"),
+    ("#### 18\nThe end, 2024.", "18", "2024"), ("#### 5\n\n#### 7", "5", "7"), ("####\n18", None, "18"),
+    ("#### Step one\nso\n#### 4", "4", "4"), ("The answer is 18.", None, "18"), ("That is 10-2", None, "-2"),
+    ("Change of -$2.50 for you", None, "-2.50"), ("costs $.75", None, ".75"), ("in 3,4 and 5.", None, "5"),
+    ("It is 18, I guess...", None, ".."), ("#### ,", None, None), ("I do not know.", None, None), ("", None, None),
+])  # fmt: skip
 def test_extraction(text, strict, flexible):
     assert (gsm8k.extract_strict(text), gsm8k.extract_flexible(text)) == (strict, flexible)
 

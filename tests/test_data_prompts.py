@@ -104,21 +104,15 @@ def test_a_name_is_split_into_path_and_configuration(monkeypatch):
         load_examples("nobody/nothing")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "holds no rows"),
-        ([{"question": "one"}], r"has the columns \['question'\]; 'prompt' was asked for"),
-        ([{"prompt": 7}], "the prompt is 7; expected text"),
-        ([{"prompt": None}], "the prompt is None"),
-        (["one", "  "], "row 1: the prompt is '  '; expected text that is not empty"),
-        ([[]], r"the prompt is \[\]"),
-        ([[{"role": "user"}]], "expected text under 'role' and 'content'"),
-        ([{"prompt": "one", "completion": 4}], "the completion is a int"),
-        ([3], "is a int; expected text"),
-        ([{"prompt": "x", "completion": [{"role": "user", "content": "y"}]}], "is by 'user'; expected the assistant"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "message"), [
+    ([], "holds no rows"),
+    ([{"question": "one"}], r"has the columns \['question'\]; 'prompt' was asked for"),
+    ([{"prompt": 7}], "the prompt is 7; expected text"), ([{"prompt": None}], "the prompt is None"),
+    (["one", "  "], "row 1: the prompt is '  '; expected text that is not empty"), ([[]], r"the prompt is \[\]"),
+    ([[{"role": "user"}]], "expected text under 'role' and 'content'"),
+    ([{"prompt": "one", "completion": 4}], "the completion is a int"), ([3], "is a int; expected text"),
+    ([{"prompt": "x", "completion": [{"role": "user", "content": "y"}]}], "is by 'user'; expected the assistant"),
+])  # fmt: skip
 def test_bad_rows(rows, message):
     with pytest.raises(DataError, match=message):
         load_examples(rows)

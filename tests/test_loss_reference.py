@@ -167,16 +167,13 @@ def test_sampled_entries_estimate_the_dense_gradient_without_bias():
     assert (mean - expected).abs().max() < 6e-3  # 400 * 50 draws: a standard error of about 3e-3 at most
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"alpha": 1.5}, r"alpha is 1.5; expected .*\[0, 1\]"),
-        ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
-        ({"temperature": 4.0}, r"known for temperatures \[1.0, 2.0\]; 4.0 was asked for.*--temperatures 4.0"),
-        ({"divergence": "kl"}, "forward_kl, reverse_kl, jsd"),
-        ({"divergence": "jsd", "beta": 1.0}, "beta is 1.0; jsd needs 0 < beta < 1"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"alpha": 1.5}, r"alpha is 1.5; expected .*\[0, 1\]"),
+    ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
+    ({"temperature": 4.0}, r"known for temperatures \[1.0, 2.0\]; 4.0 was asked for.*--temperatures 4.0"),
+    ({"divergence": "kl"}, "forward_kl, reverse_kl, jsd"),
+    ({"divergence": "jsd", "beta": 1.0}, "beta is 1.0; jsd needs 0 < beta < 1"),
+])  # fmt: skip
 def test_refusals_say_what_to_do(change, message):
     entries = select_entries(torch.randn(1, 9), TopK(3), (1.0, 2.0))
     with pytest.raises(ConfigError, match=message):

@@ -295,13 +295,10 @@ def test_a_tied_head_and_modules_saved_whole_stay_as_they_are(tiny_model, tmp_pa
     assert torch.equal(model.get_output_embeddings().weight, head)
 
 
-@pytest.mark.parametrize(
-    ("part", "change", "kept", "reason"),
-    [
-        ("proj", torch.randn_like, 0, "it was not quantized from it"),
-        ("down_proj", lambda value: value[..., :-1].contiguous(), 12, r"\(64, 127\), and its own \(64, 128\)"),
-    ],
-)
+@pytest.mark.parametrize(("part", "change", "kept", "reason"), [
+    ("proj", torch.randn_like, 0, "it was not quantized from it"),
+    ("down_proj", lambda value: value[..., :-1].contiguous(), 12, r"\(64, 127\), and its own \(64, 128\)"),
+])  # fmt: skip
 def test_a_checkpoint_of_another_model_is_noticed(
     tiny_model, tiny_model_path, tmp_path, caplog, part, change, kept, reason
 ):

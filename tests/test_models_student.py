@@ -156,15 +156,11 @@ def test_a_format_that_is_not_offered_is_refused(tiny_model_path):
             load_student(str(tiny_model_path), quantization_config=config)
 
 
-@pytest.mark.parametrize(
-    ("stored", "wanted", "found"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "nf4", "gptq"),
-        ({"quant_method": "awq", "bits": 4}, "int8", "awq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "fp4", "nf4"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, BitsAndBytesConfig(load_in_4bit=True), "int8"),
-    ],
-)
+@pytest.mark.parametrize(("stored", "wanted", "found"), [
+    ({"quant_method": "gptq", "bits": 4}, "nf4", "gptq"), ({"quant_method": "awq", "bits": 4}, "int8", "awq"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "fp4", "nf4"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, BitsAndBytesConfig(load_in_4bit=True), "int8"),
+])  # fmt: skip
 def test_another_format_than_the_stored_one_is_refused(stored, wanted, found, tmp_path):
     path = write_config(tmp_path / "stored", stored)
     assert student.stored_quantization(path) == stored

@@ -128,16 +128,12 @@ def test_a_batch_is_halved_only_where_the_bytes_stay(tiny_tokenizer, tmp_path):
         run(invariant, tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "CUDA error: out of memory",
-        "MPS backend out of memory (MPS allocated: 7 GB)",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
-    ],
-)
+@pytest.mark.parametrize("message", [
+    "CUDA error: out of memory", "MPS backend out of memory (MPS allocated: 7 GB)",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
+])  # fmt: skip
 def test_an_unlucky_batch_is_tried_again(tiny_tokenizer, tmp_path, message):
     class Unlucky(FakeTeacher):
         def answer(self, prompts):
@@ -255,16 +251,11 @@ NEW = {"role": "assistant", "content": "<new>"}
 ASKED = {"role": "user", "content": "1?"}
 
 
-@pytest.mark.parametrize(
-    ("row", "options"),
-    [
-        ({"prompt": "one <new>?"}, {}),
-        ({"prompt": "one?", "completion": "<new>"}, {"responses": "given"}),
-        ({"prompt": "one?", "completion": "<new>"}, {"responses": "given", "chat_template": False}),
-        ({"prompt": [NEW, ASKED]}, {}),
-        ({"prompt": [ASKED, NEW]}, {"responses": "given"}),
-    ],
-)
+@pytest.mark.parametrize(("row", "options"), [
+    ({"prompt": "one <new>?"}, {}), ({"prompt": "one?", "completion": "<new>"}, {"responses": "given"}),
+    ({"prompt": "one?", "completion": "<new>"}, {"responses": "given", "chat_template": False}),
+    ({"prompt": [NEW, ASKED]}, {}), ({"prompt": [ASKED, NEW]}, {"responses": "given"}),
+])  # fmt: skip
 def test_a_token_that_the_embedding_lacks_is_refused_by_row(tiny_model, tiny_tokenizer, tmp_path, row, options):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.add_tokens("<new>")

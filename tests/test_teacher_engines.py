@@ -58,20 +58,14 @@ def test_candidates_are_sorted_joined_and_cut():
     assert row_of([[(1, 5e-4)]], TopK(1)).logprobs.tolist() == [0.0]  # a float16 teacher's rounding
 
 
-@pytest.mark.parametrize(
-    ("pairs", "options", "message"),
-    [
-        ([[(1, float("nan"))]], {}, "prompt 4 with the log-probability nan"),
-        ([[(1, 0.5)]], {}, "log-probability 0.5"),
-        ([[(10, -1.0)]], {}, "token id 10, and the vocabulary ends at 10"),
-        ([[(-1, -1.0)]], {}, "token id -1"),
-        ([[]], {}, "0 log-probabilities at token 0"),
-        ([[(1, -1.0)], [(1, -9999.0)]], {}, "at token 1"),
-        ([[(1, -1.0)]], {"targets": 2}, "1 tokens; expected 2"),
-        ([[(1, -1.0)]], {"first": 10}, "token id 10, and the vocabulary ends"),
-        ([[(1, -0.1), (2, -0.1)]], {}, r"answer to prompt 4: The entries of target 0 hold a mass of 1\.8"),
-    ],
-)
+@pytest.mark.parametrize(("pairs", "options", "message"), [
+    ([[(1, float("nan"))]], {}, "prompt 4 with the log-probability nan"), ([[(1, 0.5)]], {}, "log-probability 0.5"),
+    ([[(10, -1.0)]], {}, "token id 10, and the vocabulary ends at 10"), ([[(-1, -1.0)]], {}, "token id -1"),
+    ([[]], {}, "0 log-probabilities at token 0"), ([[(1, -1.0)], [(1, -9999.0)]], {}, "at token 1"),
+    ([[(1, -1.0)]], {"targets": 2}, "1 tokens; expected 2"),
+    ([[(1, -1.0)]], {"first": 10}, "token id 10, and the vocabulary ends"),
+    ([[(1, -0.1), (2, -0.1)]], {}, r"answer to prompt 4: The entries of target 0 hold a mass of 1\.8"),
+])  # fmt: skip
 def test_what_cannot_be_stored(pairs, options, message):
     with pytest.raises(TeacherError, match=message):
         row_of(pairs, TopK(len(pairs[0]) or 1), **options)

@@ -74,21 +74,18 @@ def test_bodies_are_bounded_in_bytes_depth_and_time(serve, connect, prompts, mon
         teacher.answer(prompts[:1])
 
 
-@pytest.mark.parametrize(
-    ("kind", "mangle", "message"),
-    [
-        ("other", None, "names tokens by their text"),
-        ("vllm", lambda body: {"choices": [{**body["choices"][0], "logprobs": None}]}, "no log-probabilities"),
-        ("vllm", lambda body: {"error": "what"}, "another shape than expected"),
-        ("vllm", lambda body: [], "another shape than expected"),
-        ("vllm", lambda body: put(body, "token_id:" + "9" * 30), "another shape than expected"),
-        ("vllm", lambda body: put(body, "token_id:1_0"), "names tokens by their text"),
-        ("llama.cpp", lambda body: {**body, "tokens": [5] * 50}, "gave 50 tokens|another shape"),
-        ("vllm", lambda body: put(body, "token_id:5000"), "the token id 5000, and the vocabulary ends at 320"),
-        ("sglang", lambda body: {"text": "hello"}, "another shape than expected"),
-        ("llama.cpp", lambda body: {**body, "tokens": []}, "another shape than expected"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "mangle", "message"), [
+    ("other", None, "names tokens by their text"),
+    ("vllm", lambda body: {"choices": [{**body["choices"][0], "logprobs": None}]}, "no log-probabilities"),
+    ("vllm", lambda body: {"error": "what"}, "another shape than expected"),
+    ("vllm", lambda body: [], "another shape than expected"),
+    ("vllm", lambda body: put(body, "token_id:" + "9" * 30), "another shape than expected"),
+    ("vllm", lambda body: put(body, "token_id:1_0"), "names tokens by their text"),
+    ("llama.cpp", lambda body: {**body, "tokens": [5] * 50}, "gave 50 tokens|another shape"),
+    ("vllm", lambda body: put(body, "token_id:5000"), "the token id 5000, and the vocabulary ends at 320"),
+    ("sglang", lambda body: {"text": "hello"}, "another shape than expected"),
+    ("llama.cpp", lambda body: {**body, "tokens": []}, "another shape than expected"),
+])  # fmt: skip
 def test_answers_that_cannot_be_stored_are_refused_before_any_work(serve, connect, kind, mangle, message):
     with pytest.raises(TeacherError, match=message):
         connect(serve(kind=kind, mangle=mangle))

@@ -15,18 +15,15 @@ from quantkd.models.network import run_model, why_not_fusable
 RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"remove_unused_columns": True}, "remove_unused_columns is on, and would remove the teacher's entries"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; the teacher's distribution takes the place"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected at least 1"),
-        ({"weight_decay": math.nan}, "weight_decay is nan; expected at least 0"),
-        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; expected at least 0"),
-        ({"accelerator_config": {"foo": 1}}, "An option cannot be read: .* unexpected keyword argument 'foo'"),
-        ({"num_train_epochs": -1}, "Nothing would be trained: num_train_epochs is -1, max_steps -1"),
-    ],
-)
+@pytest.mark.parametrize(("options", "said"), [
+    ({"remove_unused_columns": True}, "remove_unused_columns is on, and would remove the teacher's entries"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; the teacher's distribution takes the place"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected at least 1"),
+    ({"weight_decay": math.nan}, "weight_decay is nan; expected at least 0"),
+    ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; expected at least 0"),
+    ({"accelerator_config": {"foo": 1}}, "An option cannot be read: .* unexpected keyword argument 'foo'"),
+    ({"num_train_epochs": -1}, "Nothing would be trained: num_train_epochs is -1, max_steps -1"),
+])  # fmt: skip
 def test_refused_by_the_configuration(tmp_path, options, said):
     with pytest.raises(ConfigError, match=said):
         QuantizedDistillationConfig(str(tmp_path), **options)
@@ -51,19 +48,15 @@ def test_rows_with_ids_that_the_student_lacks_are_refused(make_trainer, tiny_mod
         make_trainer(train_dataset=rows, teacher_model=str(tiny_model_path))
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"input_ids": [5, -3, 7]}, "the token id -3; expected numbers from 0 on"),
-        ({"labels": [-100, -1, 7]}, "the token id -1"),
-        ({"labels": [-100, 7]}, r"labels of int64 \(2,\); expected whole numbers, at least one, and a label for each"),
-        ({"labels": None}, "expected whole numbers"),
-        ({"input_ids": [], "labels": []}, "at least one"),
-        ({"input_ids": [5.5, 6.0, 7.0]}, "input_ids of float64"),
-        ({"weight": float("nan")}, "the weight nan; expected a finite number of at least 0"),
-        ({"weight": -3.0}, "the weight -3.0"),
-    ],
-)
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"input_ids": [5, -3, 7]}, "the token id -3; expected numbers from 0 on"),
+    ({"labels": [-100, -1, 7]}, "the token id -1"),
+    ({"labels": [-100, 7]}, r"labels of int64 \(2,\); expected whole numbers, at least one, and a label for each"),
+    ({"labels": None}, "expected whole numbers"), ({"input_ids": [], "labels": []}, "at least one"),
+    ({"input_ids": [5.5, 6.0, 7.0]}, "input_ids of float64"),
+    ({"weight": float("nan")}, "the weight nan; expected a finite number of at least 0"),
+    ({"weight": -3.0}, "the weight -3.0"),
+])  # fmt: skip
 def test_rows_that_cannot_be_trained_on_are_refused(make_trainer, tiny_model_path, changed, said):
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
     with pytest.raises(DataError, match=f"Row 1 has .*{said}"):

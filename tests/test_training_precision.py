@@ -59,17 +59,10 @@ def test_every_format_trains_in_mixed_precision(
         assert torch.nn.functional.cosine_similarity(gradient, true_gradient, dim=0) > 0.9, path
 
 
-@pytest.mark.parametrize(
-    ("options", "environment", "native", "expected"),
-    [
-        ({}, {}, True, True),
-        ({}, {}, False, False),
-        ({"bf16": False}, {}, True, False),
-        ({"fp16": True}, {}, True, False),
-        ({"use_cpu": True}, {}, True, False),
-        ({}, {"ACCELERATE_MIXED_PRECISION": "no"}, True, False),
-    ],
-)
+@pytest.mark.parametrize(("options", "environment", "native", "expected"), [
+    ({}, {}, True, True), ({}, {}, False, False), ({"bf16": False}, {}, True, False), ({"fp16": True}, {}, True, False),
+    ({"use_cpu": True}, {}, True, False), ({}, {"ACCELERATE_MIXED_PRECISION": "no"}, True, False),
+])  # fmt: skip
 def test_bf16_is_on_where_an_accelerator_has_it(monkeypatch, tmp_path, options, environment, native, expected):
     monkeypatch.setattr("quantkd.training.config.has_accelerator", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)

@@ -189,30 +189,26 @@ VALID = TransferRow(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"input_ids": np.array([5.0, 6, 7, 8])}, "`input_ids` must be an integer array"),
-        ({"spans": np.array([1, 2])}, "`spans` must be an integer array of 2"),
-        ({"spans": np.array([[1, 2, 3]])}, r"shape \(S, 2\)"),
-        ({"input_ids": np.zeros(0, int)}, "holds 1 to"),
-        ({"spans": np.array([[0, 2]])}, "ascending, disjoint"),
-        ({"spans": np.array([[1, 2], [4, 5]])}, "ascending, disjoint"),
-        ({"spans": np.array([[1, 2]])}, "cover 1 targets, but `counts` has 2"),
-        ({"logprobs": np.zeros(3, int)}, "`logprobs` must be a float array"),
-        ({"logprobs": np.zeros(2, np.float32)}, "`logprobs` must be a float array"),
-        ({"log_normalizers": np.zeros((2, 1), np.float32)}, "`log_normalizers` must be a float array"),
-        ({"input_ids": np.array([5, 6, 7, 10])}, "holds 10 at 3; the vocabulary ends at 10"),
-        ({"input_ids": np.array([-1, 6, 7, 8])}, "`input_ids` holds -1 at 0"),
-        ({"token_ids": np.array([6, 9, -1])}, "`token_ids` holds -1 at 2"),
-        ({"token_ids": np.array([9, 9, 8])}, "Token 9 occurs twice among the entries of target 0"),
-        ({"logprobs": np.array([0.0, -math.inf, 0.0], np.float32)}, "must be finite"),
-        ({"logprobs": np.array([-1.0, -1.0, 0.1], np.float32)}, "at most 0"),
-        ({"logprobs": np.array([-0.1, -0.1, 0.0], np.float32)}, "target 0 hold a mass of 1.8"),
-        ({"log_normalizers": np.array([[0.1, 1.5], [0, 1]], np.float32)}, "temperature 1 must be 0"),
-        ({"log_normalizers": np.array([[0, math.inf], [0, 1]], np.float32)}, "`log_normalizers` must be finite"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"input_ids": np.array([5.0, 6, 7, 8])}, "`input_ids` must be an integer array"),
+    ({"spans": np.array([1, 2])}, "`spans` must be an integer array of 2"),
+    ({"spans": np.array([[1, 2, 3]])}, r"shape \(S, 2\)"), ({"input_ids": np.zeros(0, int)}, "holds 1 to"),
+    ({"spans": np.array([[0, 2]])}, "ascending, disjoint"),
+    ({"spans": np.array([[1, 2], [4, 5]])}, "ascending, disjoint"),
+    ({"spans": np.array([[1, 2]])}, "cover 1 targets, but `counts` has 2"),
+    ({"logprobs": np.zeros(3, int)}, "`logprobs` must be a float array"),
+    ({"logprobs": np.zeros(2, np.float32)}, "`logprobs` must be a float array"),
+    ({"log_normalizers": np.zeros((2, 1), np.float32)}, "`log_normalizers` must be a float array"),
+    ({"input_ids": np.array([5, 6, 7, 10])}, "holds 10 at 3; the vocabulary ends at 10"),
+    ({"input_ids": np.array([-1, 6, 7, 8])}, "`input_ids` holds -1 at 0"),
+    ({"token_ids": np.array([6, 9, -1])}, "`token_ids` holds -1 at 2"),
+    ({"token_ids": np.array([9, 9, 8])}, "Token 9 occurs twice among the entries of target 0"),
+    ({"logprobs": np.array([0.0, -math.inf, 0.0], np.float32)}, "must be finite"),
+    ({"logprobs": np.array([-1.0, -1.0, 0.1], np.float32)}, "at most 0"),
+    ({"logprobs": np.array([-0.1, -0.1, 0.0], np.float32)}, "target 0 hold a mass of 1.8"),
+    ({"log_normalizers": np.array([[0.1, 1.5], [0, 1]], np.float32)}, "temperature 1 must be 0"),
+    ({"log_normalizers": np.array([[0, math.inf], [0, 1]], np.float32)}, "`log_normalizers` must be finite"),
+])  # fmt: skip
 def test_rows_that_are_refused(fields, message):
     with pytest.raises(TransferSetError, match=message):
         dataclasses.replace(VALID, **fields).validate(10, (1.0, 2.0))

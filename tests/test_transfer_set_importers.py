@@ -69,15 +69,11 @@ def test_distillkit(tmp_path):
     assert TransferSet(tmp_path / "labels").row(0).spans.tolist() == [[2, 3]]
 
 
-@pytest.mark.parametrize(
-    ("column", "values", "found"),
-    [
-        ("labels", [-100] * 3, "None of the 1 rows has a target"),
-        ("target_logprobs", [[0.0, -0.1]] * 3, "hold a mass of"),
-        ("target_mask", [[1, 1]], "Row 0 has lists that do not fit together"),
-        ("target_mask", None, r"lacks the columns \['target_mask'\]"),
-    ],
-)
+@pytest.mark.parametrize(("column", "values", "found"), [
+    ("labels", [-100] * 3, "None of the 1 rows has a target"), ("target_logprobs", [[0.0, -0.1]] * 3, "hold a mass of"),
+    ("target_mask", [[1, 1]], "Row 0 has lists that do not fit together"),
+    ("target_mask", None, r"lacks the columns \['target_mask'\]"),
+])  # fmt: skip
 def test_tables_that_cannot_be_imported(tmp_path, column, values, found):
     row = {name: value for name, value in {**axolotl_rows()[1], column: values}.items() if value is not None}
     with pytest.raises((DataError, TransferSetError), match=found):
@@ -200,18 +196,11 @@ def test_distillkit_tables_that_cannot_be_imported(tmp_path):
             distillkit(source, tmp_path / "set")
 
 
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        ({"exact_k": 3}, "exact_k 3"),
-        ({"k": True}, "k is True"),
-        ({"exact_dtype": "int8"}, "int8"),
-        ({"residual_bins": [{"scale_dtype": "float32", "element_bits": 4, "num_elements": 1}]}, "with 1 residuals"),
-        ({"residual_bins": [{"bits": 4}]}, "scale_dtype"),
-        ({"colour": 1}, "colour"),
-        (None, "argument after"),
-    ],
-)
+@pytest.mark.parametrize(("change", "found"), [
+    ({"exact_k": 3}, "exact_k 3"), ({"k": True}, "k is True"), ({"exact_dtype": "int8"}, "int8"),
+    ({"residual_bins": [{"scale_dtype": "float32", "element_bits": 4, "num_elements": 1}]}, "with 1 residuals"),
+    ({"residual_bins": [{"bits": 4}]}, "scale_dtype"), ({"colour": 1}, "colour"), (None, "argument after"),
+])  # fmt: skip
 def test_layouts_that_make_no_sense(tmp_path, change, found):
     file = tmp_path / "compression_config.yaml"
     file.write_text(yaml.safe_dump({"d": 9, "k": 2, "exact_k": 2, "residual_bins": [], **change} if change else [1]))

@@ -193,20 +193,12 @@ def test_convert_to_fewer_entries(tmp_path):
     np.testing.assert_array_equal(view.row(0).input_ids, source.row(2).input_ids)
 
 
-@pytest.mark.parametrize(
-    ("stored", "wanted", "result"),
-    [
-        (TopK(50), TopK(8), TopK(8)),
-        (TopK(5), TopK(8), TopK(5)),
-        (TopK(50), Nucleus(0.9, 64), Nucleus(0.9, 50)),
-        (Nucleus(0.8, 10), TopK(20), Nucleus(0.8, 10)),
-        (Nucleus(0.8, 10), Nucleus(0.9, 5), Nucleus(0.8, 5)),
-        (Sampled(9), Sampled(9), Sampled(9)),
-        (Sampled(9), Sampled(8), None),
-        (Sampled(9), TopK(3), None),
-        (TopK(3), Sampled(9), None),
-    ],
-)
+@pytest.mark.parametrize(("stored", "wanted", "result"), [
+    (TopK(50), TopK(8), TopK(8)), (TopK(5), TopK(8), TopK(5)), (TopK(50), Nucleus(0.9, 64), Nucleus(0.9, 50)),
+    (Nucleus(0.8, 10), TopK(20), Nucleus(0.8, 10)), (Nucleus(0.8, 10), Nucleus(0.9, 5), Nucleus(0.8, 5)),
+    (Sampled(9), Sampled(9), Sampled(9)), (Sampled(9), Sampled(8), None), (Sampled(9), TopK(3), None),
+    (TopK(3), Sampled(9), None),
+])  # fmt: skip
 def test_narrow(stored, wanted, result):
     if result is None:
         with pytest.raises(ConfigError, match="draws would lose their balance"):
