@@ -13,8 +13,12 @@ from quantkd.errors import DataError
 EQUATION = re.compile(r"(\d+(?: [-+*/] \d+)+) = \$?(\d+)")
 
 
-def test_every_step_is_right_and_leads_to_the_answer():
-    for row in generate_problems(3_000, seed=0):
+def test_every_step_is_right_and_leads_to_the_answer_of_a_row_that_never_repeats():
+    rows = generate_problems(5_000, seed=2)
+    assert len({row["question"] for row in rows}) == 5_000
+    assert len({re.sub(r"\d+", "0", row["answer"].split("\n")[0]) for row in rows[:2_000]}) > 100
+    for row in rows:
+        assert set(row) == {"question", "answer"} and extract_strict(row["answer"])
         *steps, last = row["answer"].split("\n")
         assert 1 <= len(steps) <= 3, row
         known = set(re.findall(r"\d+", row["question"])) | {"2", "12", "100"}
@@ -28,20 +32,9 @@ def test_every_step_is_right_and_leads_to_the_answer():
         assert last == f"#### {equation[2]}" and int(equation[2]) >= 0, row
 
 
-def test_rows_are_in_gsm8k_format_of_many_templates_and_never_repeat():
-    rows = generate_problems(5_000, seed=2)
-    assert len({row["question"] for row in rows}) == 5_000
-    assert all(set(row) == {"question", "answer"} and extract_strict(row["answer"]) for row in rows)
-    assert len({re.sub(r"\d+", "0", row["answer"].split("\n")[0]) for row in rows[:2_000]}) > 100
-
-
-def test_the_seed_decides_and_a_longer_list_begins_with_the_shorter():
-    assert generate_problems(50, seed=3) == generate_problems(80, seed=3)[:50]
-    assert generate_problems(50, seed=3) != generate_problems(50, seed=4)
-
-
-def test_excluded_questions_do_not_appear_even_under_the_same_seed():
+def test_the_seed_decides_and_excluded_questions_do_not_appear_even_under_the_same_one():
     train = generate_problems(500, seed=6)
+    assert train[:50] == generate_problems(50, seed=6) != generate_problems(50, seed=7)
     test = generate_problems(500, seed=6, exclude=train)
     assert not {row["question"] for row in train} & {row["question"] for row in test}
 

@@ -12,7 +12,7 @@ from quantkd.data.encoding import at_date, encode_conversation, encode_examples,
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
 from quantkd.models.generation import build_generation_config
-from tests.conftest import capture_set
+from tests.conftest import CHAT_TEMPLATE, capture_set
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -59,21 +59,19 @@ def turn(role, content):
 def by_hand(tokenizer):
     """ChatML written out, each part tokenised alone: special tokens and newlines keep parts apart."""
     ids, spans = [], []
-    for index, message in enumerate(CONVERSATION):
-        start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        ids += [start, *tokenizer(message["role"] + "\n", add_special_tokens=False)["input_ids"]]
+    start, end, newline = tokenizer.encode("<|im_start|><|im_end|>\n")
+    for message in CONVERSATION:
+        ids += [start, *tokenizer.encode(message["role"] + "\n")]
         first = len(ids)
-        ids += [*tokenizer(message["content"], add_special_tokens=False)["input_ids"], end]
+        ids += [*tokenizer.encode(message["content"]), end, newline]
         if message["role"] == "assistant":
-            spans.append((first, len(ids)))
-        if index < len(CONVERSATION) - 1:
-            ids += tokenizer("\n", add_special_tokens=False)["input_ids"]
-    return ids, spans
+            spans.append((first, len(ids) - 1))
+    return ids[:-1], spans
 
 
-@pytest.mark.parametrize("template", ["own", MARKED])
-def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, tiny_tokenizer, template):
-    tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
+def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, template):
+    tokenizer = with_template(template)
     assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
 
 
@@ -105,29 +103,24 @@ def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_temp
 
 
 SILENT = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+NO_ROLES = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 
 
-@pytest.mark.parametrize(
-    ("template", "example", "message"),
-    [
-        (None, Example(CONVERSATION), r"Row 0: The tokenizer of .* has no chat template"),
-        (None, Example("One?", "1"), r"Row 0: The tokenizer of .* has no chat template"),
-        (MARKED, Example(CONVERSATION[:-1]), "Row 0 has no completion"),
-        (MARKED.replace("== 'assistant'", "== 'model'"), Example(CONVERSATION), "mark no token of the conversation"),
-        (
-            FORGETFUL.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), Example(CONVERSATION),
-            "assistant turn 1 differently",
-        ),
-        (NO_SYSTEM, Example(CONVERSATION), r"Row 0: .*refuses messages of the roles system, user, .*: no system here"),
-        (NO_SYSTEM, Example(CONVERSATION[:2], "7"), r"Row 0: .*refuses messages of the roles system, user: no system"),
-        (SILENT, Example(CONVERSATION), "adds nothing for assistant turn 1"),
-        (
-            "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", Example([turn("assistant", "Hello")]),
-            "first token belongs to an assistant turn",
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("template", "example", "message"), [
+    (None, Example(CONVERSATION), r"Row 0: The tokenizer of .* has no chat template"),
+    (None, Example("One?", "1"), r"Row 0: The tokenizer of .* has no chat template"),
+    (MARKED, Example(CONVERSATION[:-1]), "Row 0 has no completion"),
+    (MARKED.replace("== 'assistant'", "== 'model'"), Example(CONVERSATION), "mark no token of the conversation"),
+    (
+        FORGETFUL.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), Example(CONVERSATION),
+        "assistant turn 1 differently",
+    ),
+    (NO_SYSTEM, Example(CONVERSATION), r"Row 0: .*refuses messages of the roles system, user, .*: no system here"),
+    (NO_SYSTEM, Example(CONVERSATION[:2], "7"), r"Row 0: .*refuses messages of the roles system, user: no system"),
+    (SILENT, Example(CONVERSATION), "adds nothing for assistant turn 1"),
+    (NO_ROLES, Example([turn("assistant", "Hello")]), "first token belongs to an assistant turn"),
+])  # fmt: skip
 def test_given_answers_that_cannot_be_taken_are_refused_by_row(with_template, template, example, message):
     with pytest.raises(DataError, match=message):
         encode(with_template(template), example, given=True)
@@ -190,13 +183,11 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt():
         with_context([plain], few_shot=[shots[0], plain.__class__("no answer")])
 
 
-@pytest.mark.parametrize("template", ["own", MARKED])
-def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
-    with_template, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, template
-):
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
+def test_stored_entries_are_those_of_a_plain_pass(with_template, tiny_model, tmp_path, monkeypatch, template):
     # Pieces of three tokens.
     monkeypatch.setattr("quantkd.teacher.transformers.chunk_bytes", lambda device: 4 * 320 * 2 * 3)
-    tokenizer = with_template(tiny_tokenizer.chat_template if template == "own" else template)
+    tokenizer = with_template(template)
     short = [turn("user", "Why?"), turn("assistant", "The sea.")]
     found = capture_set(
         tiny_model, [{"messages": CONVERSATION}, {"messages": short}], tmp_path / "set", responses="given",
@@ -216,18 +207,6 @@ def test_stored_entries_of_every_turn_are_those_of_a_plain_pass(
         torch.testing.assert_close(teacher.log_normalizers[:, 1].double(), normalizers, atol=2e-3, rtol=0)
 
 
-def test_system_prompt_and_few_shot_reach_the_tokens_and_count_as_no_answer(tiny_model, tiny_tokenizer, tmp_path):
-    shots = [Example("1 + 1?", "2")]
-    found = capture_set(
-        tiny_model, with_context([Example("3 + 3?")], system_prompt="Think.", few_shot=shots), tmp_path / "set",
-        tokenizer=tiny_tokenizer, max_new_tokens=3,
-    )  # fmt: skip
-    assert tiny_tokenizer.decode(found[0]["input_ids"][found[0]["labels"] == -100]) == (
-        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
-        "<|im_start|>user\n3 + 3?<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
 def chat(role: str, end: str, close: str = "") -> str:
     """A template that trims, with the text before and after each turn, and what it writes where no answer follows."""
     turns = "{% for m in messages %}" + role + "{{ m['content'] | trim }}" + end + "{% endfor %}"
@@ -235,18 +214,15 @@ def chat(role: str, end: str, close: str = "") -> str:
     return turns + "{% if add_generation_prompt %}" + header + "{% else %}" + close + "{% endif %}"
 
 
-@pytest.mark.parametrize(
-    ("template", "eos", "end"),
-    [
-        (chat("<start>{{ m['role'] }}\n", "<end_of_turn>\n"), "<eos>", "<end_of_turn>"),  # Gemma
-        (chat("<|im_start|>{{ m['role'] }}\n", "<|im_end|>\n"), "<|endoftext|>", "<|im_end|>"),  # Qwen's base models
-        (chat("<start>{{ m['role'] }}\n\n", "<|eot_id|>"), "<|end_of_text|>", "<|eot_id|>"),  # Llama 3
-        (chat("<start>{{ m['role'] }}\n", "<|end|>\n", "{{ eos_token }}"), "<|endoftext|>", "<|end|>"),  # Phi 3
-        (chat("<start>{{ m['role'] }}\n", "<|im_end|>\n{{ eos_token }}"), "</s>", "<|im_end|>"),
-        (chat("<start>{{ m['role'] }}\n", "{{ eos_token }}\n"), "</s>", "</s>"),
-        (MARKED.replace("{% endgen", "\n{{ eos_token }}{% endgen"), "</s>", "<|im_end|>"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("template", "eos", "end"), [
+    (chat("<start>{{ m['role'] }}\n", "<end_of_turn>\n"), "<eos>", "<end_of_turn>"),  # Gemma
+    (chat("<|im_start|>{{ m['role'] }}\n", "<|im_end|>\n"), "<|endoftext|>", "<|im_end|>"),  # Qwen's base models
+    (chat("<start>{{ m['role'] }}\n\n", "<|eot_id|>"), "<|end_of_text|>", "<|eot_id|>"),  # Llama 3
+    (chat("<start>{{ m['role'] }}\n", "<|end|>\n", "{{ eos_token }}"), "<|endoftext|>", "<|end|>"),  # Phi 3
+    (chat("<start>{{ m['role'] }}\n", "<|im_end|>\n{{ eos_token }}"), "</s>", "<|im_end|>"),
+    (chat("<start>{{ m['role'] }}\n", "{{ eos_token }}\n"), "</s>", "</s>"),
+    (MARKED.replace("{% endgen", "\n{{ eos_token }}{% endgen"), "</s>", "<|im_end|>"),
+])  # fmt: skip
 def test_every_answer_has_one_end_and_generation_stops_at_it(tiny_tokenizer, tiny_model, template, eos, end):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": ["<start>", end]})
@@ -277,8 +253,7 @@ def test_of_several_templates_the_default_is_used_and_dated(with_template, tiny_
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])
 def test_without_an_end_in_the_template_it_is_the_end_of_the_sequence(with_template, template):
-    tokenizer = with_template(template)
-    assert find_turn_end(tokenizer) == tokenizer.eos_token_id
+    assert find_turn_end(with_template(template)) == with_template(template).eos_token_id
 
 
 # What it reads beside roles and texts; another template reads none of it.
@@ -325,12 +300,9 @@ def test_messages_that_the_template_leaves_out_are_refused_and_plain_prompts_tak
     deaf = with_template(MARKED.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}"))
     with pytest.raises(DataError, match=r"Row 1: .*leaves out 'content' of message 1 \(critic\)"):
         encode_prompts(deaf, [ASKED, [*ASKED, turn("critic", "user"), *ASKED]])
-    parts = with_template(
-        "{% for m in messages %}{{ m.content[0].type }}{% for p in m.content %}{{ p.text }}{% endfor %}"
-    )
-    parts.chat_template += "{% endfor %}<|im_start|>"
+    parts = "{% for m in messages %}{{ m.content[0].type }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"Row 0: .*leaves out 'content' of message 0 \(user\)"):
-        encode_prompts(parts, [ASKED])  # of a model for images, which reads lists of parts
+        encode_prompts(with_template(parts + "<|im_start|>"), [ASKED])  # of a model for images, which reads parts
     with pytest.raises(DataError, match=r"Row 0: a plain prompt must be text, found 1 chat messages, tools"):
         encode_prompts(deaf, load_examples([{"prompt": "?", "tools": [{"name": "add"}]}]), chat_template=False)
     with pytest.raises(DataError, match=r"Row 0: .*refuses messages of the roles user: .*concatenate"):

@@ -81,24 +81,19 @@ def test_sources_that_can_be_read_once():
     assert load_examples(map(str, ["one", "two"])) == [Example("one"), Example("two")]
 
 
-def test_a_name_of_the_library_is_loaded_by_it(tmp_path, monkeypatch):
+def test_a_name_is_split_into_path_and_configuration_and_loaded_by_the_library(tmp_path, monkeypatch):
     # What the Hub would give, from a folder that `datasets` itself reads; its own cache goes to tmp_path as well.
     (tmp_path / "data").mkdir()
     write(tmp_path / "data", ".parquet")
-    load = partial(datasets.load_dataset, str(tmp_path / "data"), cache_dir=str(tmp_path))
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, *rest, **options: load(*rest, **options))
-    assert load_examples("owner/name") == EXPECTED
-    with pytest.raises(DataError, match="could be loaded with split 'test'"):
-        load_examples("owner/name", split="test")
-
-
-def test_a_name_is_split_into_path_and_configuration(monkeypatch):
-    load = Mock(return_value=ROWS)
+    library = partial(datasets.load_dataset, str(tmp_path / "data"), cache_dir=str(tmp_path))
+    load = Mock(side_effect=lambda path, *rest, **options: library(None, **options))
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert load_examples("openai/gsm8k:main", split="test", limit=1) == EXPECTED[:1]
-    load_examples("squad")
+    assert load_examples("openai/gsm8k:main", split="train", limit=1) == EXPECTED[:1]
+    assert load_examples("squad") == EXPECTED
+    with pytest.raises(DataError, match="could be loaded with split 'test'"):
+        load_examples("squad", split="test")
     calls = [(*call.args, call.kwargs["split"]) for call in load.call_args_list]
-    assert calls == [("openai/gsm8k", "main", "test"), ("squad", None, "train")]
+    assert calls == [("openai/gsm8k", "main", "train"), ("squad", None, "train"), ("squad", None, "test")]
     load.side_effect = ConnectionError("offline")
     with pytest.raises(DataError, match=r"'nobody/nothing' is neither a file .*offline"):
         load_examples("nobody/nothing")
@@ -120,34 +115,24 @@ def test_bad_rows(rows, message):
         load_examples(ROWS, completion_column="answer")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.jsonl", None, "There is no file"),
-        ("rows.txt", "one", r"ends in '\.txt'"),
-        ("rows.json", '{"prompt": "one"}', "holds a JSON dict"),
-        ("rows.json", "[", "cannot be parsed"),
-        ("rows.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
-        ("rows.parquet", "PAR1", "is not a Parquet file"),
-        ("rows.jsonl", '{"prompt": "x", "n": ' + "[" * 10**5 + "}", "line 1 is not JSON"),
-        ("rows.jsonl", '{"prompt": "x", "n": ' + "1" * 5000 + "}", "line 1 is not JSON"),
-        ("rows.json", "[" * 10**5, "cannot be parsed"),
-        ("rows.jsonl", "", "holds no rows"),
-        (
-            "rows.csv",
-            "prompt\nHow many pens, if there are 12 boxes of 13?\n",
-            "row 0 .*line 2.* has 2 cells, .*names 1: p",
-        ),
-        ("rows.csv", "prompt,completion\na,1\n\nb\n", r"row 1 \(it ends at line 4\) has 1 cells, .*names 2"),
-        ("rows.csv", 'prompt,completion\n"a\nb",1\nc,2,3\n', r"row 1 \(it ends at line 4\) has 3 cells"),
-        ("rows.csv", "prompt;completion\na;b;c\n", "Put a cell that holds ';' into double quotes"),
-        ("rows.csv", 'prompt\n"a\nb\n', "line 3: unexpected end of data"),
-        ("rows.csv", 'prompt\n"a" b\n', "line 2: .*Write a quotation mark in a cell twice"),
-        ("rows.csv", "prompt,prompt\na,b\n", r"the columns \['prompt', 'prompt'\]; expected each name once"),
-        ("rows.csv", "prompt|completion\na|b\n", r"has the columns \['prompt\|completion'\]"),
-        ("rows.csv", "", "holds no rows"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("missing.jsonl", None, "There is no file"), ("rows.txt", "one", r"ends in '\.txt'"),
+    ("rows.json", '{"prompt": "one"}', "holds a JSON dict"), ("rows.json", "[", "cannot be parsed"),
+    ("rows.jsonl", '{"prompt": "one"}\nnot json\n', "line 2 is not JSON"),
+    ("rows.parquet", "PAR1", "is not a Parquet file"),
+    ("rows.jsonl", '{"prompt": "x", "n": ' + "[" * 10**5 + "}", "line 1 is not JSON"),
+    ("rows.jsonl", '{"prompt": "x", "n": ' + "1" * 5000 + "}", "line 1 is not JSON"),
+    ("rows.json", "[" * 10**5, "cannot be parsed"), ("rows.jsonl", "", "holds no rows"),
+    ("rows.csv", "prompt\nHow many, if there are 12?\n", "row 0 .*line 2.* has 2 cells, .*names 1: p"),
+    ("rows.csv", "prompt,completion\na,1\n\nb\n", r"row 1 \(it ends at line 4\) has 1 cells, .*names 2"),
+    ("rows.csv", 'prompt,completion\n"a\nb",1\nc,2,3\n', r"row 1 \(it ends at line 4\) has 3 cells"),
+    ("rows.csv", "prompt;completion\na;b;c\n", "Put a cell that holds ';' into double quotes"),
+    ("rows.csv", 'prompt\n"a\nb\n', "line 3: unexpected end of data"),
+    ("rows.csv", 'prompt\n"a" b\n', "line 2: .*Write a quotation mark in a cell twice"),
+    ("rows.csv", "prompt,prompt\na,b\n", r"the columns \['prompt', 'prompt'\]; expected each name once"),
+    ("rows.csv", "prompt|completion\na|b\n", r"has the columns \['prompt\|completion'\]"),
+    ("rows.csv", "", "holds no rows"),
+])  # fmt: skip
 def test_bad_files(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -170,13 +155,20 @@ def test_tables_are_read_whole(tmp_path):
     assert load_examples(path, limit=1) == [Example("a")]
 
 
-@pytest.mark.parametrize("source", ["rows.jsonl", ROWS, datasets.Dataset.from_list(ROWS)])
-def test_a_split_of_what_has_none_is_refused(tmp_path, source, monkeypatch):
+def test_splits_and_limits_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert load_examples(source) == EXPECTED
-    with pytest.raises(DataError, match=r"has no splits, and the split 'train' was asked for. Leave split out"):
-        load_examples(source, split="train")
+    write(tmp_path, ".jsonl")
+    for source in ("train.jsonl", ROWS, datasets.Dataset.from_list(ROWS)):
+        assert load_examples(source) == EXPECTED
+        with pytest.raises(DataError, match=r"has no splits, and the split 'train' was asked for. Leave split out"):
+            load_examples(source, split="train")
+    for source, options, message in (
+        (tmp_path, {"split": "test"}, r"\['train\.jsonl'\]; expected test\.jsonl"),
+        (str(tmp_path / "absent"), {}, "There is no"),
+        (tmp_path, {"limit": 0}, "limit is 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_examples(source, **options)
 
 
 @pytest.mark.parametrize(
@@ -191,17 +183,6 @@ def test_half_a_character_is_refused_by_row(tokenizer, row):
         encode_examples([Example("one", "two"), example], tokenizer, given="messages" in row)
 
 
-def test_folder_without_the_split_names_its_files(tmp_path):
-    write(tmp_path, ".jsonl")
-    for source, options, message in (
-        (tmp_path, {"split": "test"}, r"\['train\.jsonl'\]; expected test\.jsonl"),
-        (str(tmp_path / "absent"), {}, "There is no"),
-        (tmp_path, {"limit": 0}, "limit is 0"),
-    ):
-        with pytest.raises(DataError, match=message):
-            load_examples(source, **options)
-
-
 def test_chat_prompts_use_the_template(tokenizer):
     tokenizer.chat_template = TEMPLATE
     turns = [{"role": "assistant", "content": "one"}]
@@ -210,22 +191,19 @@ def test_chat_prompts_use_the_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"Row 0: .* no chat template.*chat_template=False"):
         encode_prompts(tokenizer, ["one"])
-    with pytest.raises(DataError, match="Row 1: a plain prompt must be text, found 1 chat messages"):
-        encode_prompts(tokenizer, ["one", turns], chat_template=False)
 
 
-def test_plain_prompts_never_end_in_the_end_token(tokenizer):
-    assert encode_prompts(tokenizer, ["one two"], chat_template=False) == [[1, 5, 6]]
+def test_plain_prompts_never_end_in_the_end_token_and_completions_do(tokenizer):
+    assert encode_completion(tokenizer, "one two") == [5, 6, 2] and encode_completion(tokenizer, "") == [2]
+    plain = partial(encode_prompts, tokenizer, chat_template=False)
+    assert plain(["one two"]) == [[1, 5, 6]]
     ended = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     tokenizer.backend_tokenizer.post_processor = ended
-    assert encode_prompts(tokenizer, ["one two", "two one"], chat_template=False) == [[5, 6], [6, 5]]
-    with pytest.raises(DataError, match="Row 1: the prompt '' gives no tokens"):
-        encode_prompts(tokenizer, ["one", ""], chat_template=False)
-
-
-def test_completion_is_the_text_alone_and_the_end_token(tokenizer):
-    assert encode_completion(tokenizer, "one two") == [5, 6, 2]
-    assert encode_completion(tokenizer, "") == [2]
+    assert plain(["one two", "two one"]) == [[5, 6], [6, 5]]
+    turns = [{"role": "user", "content": "one"}]
+    for wrong, message in (("", "the prompt '' gives no tokens"), (turns, "a plain prompt must be text, found 1 chat")):
+        with pytest.raises(DataError, match=f"Row 1: {message}"):
+            plain(["one", wrong])
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
         encode_completion(tokenizer, "one")

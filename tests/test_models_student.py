@@ -101,19 +101,16 @@ def test_torchao_s_4_bit_config_is_evaluated_and_not_trained(tiny_model_path):
         attach_lora(model)
 
 
-@pytest.mark.parametrize(
-    ("config", "name", "bits"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8", 8),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", 4),  # of old, without its method
-        ({"load_in_4bit": True}, "fp4", 4),  # bitsandbytes' default
-        (BitsAndBytesConfig(load_in_4bit=True), "fp4", 4),
-        ({"quant_method": "hqq", "nbits": 2}, "hqq", 2),
-        ({"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao", None),
-        ({"quant_method": "gptq", "bits": 3}, "gptq", 3),
-        ({"quant_method": "fp8"}, "fp8", None),
-    ],
-)
+@pytest.mark.parametrize(("config", "name", "bits"), [
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8", 8),
+    ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", 4),  # of old, without its method
+    ({"load_in_4bit": True}, "fp4", 4),  # bitsandbytes' default
+    (BitsAndBytesConfig(load_in_4bit=True), "fp4", 4),
+    ({"quant_method": "hqq", "nbits": 2}, "hqq", 2),
+    ({"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao", None),
+    ({"quant_method": "gptq", "bits": 3}, "gptq", 3),
+    ({"quant_method": "fp8"}, "fp8", None),
+])  # fmt: skip
 def test_a_quantization_has_a_name_and_a_number_of_bits(config, name, bits):
     assert format_of(config) == name and student.bits_of(config) == bits
 
