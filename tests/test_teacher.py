@@ -29,9 +29,7 @@ def set_of(tiny_model, tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("storage", [TopK(5), Nucleus(0.7, max_k=40)])
-@pytest.mark.parametrize(
-    "sampling", [{}, {"do_sample": True, "generation_temperature": 1.5, "top_p": 0.9, "top_k": 50}]
-)
+@pytest.mark.parametrize("sampling", [{}, dict(do_sample=True, generation_temperature=1.5, top_p=0.9, top_k=50)])
 def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storage, sampling):
     transfer_set = set_of(storage=storage, temperatures=(1.0, 2.0, 4.0), **sampling)
     assert len(transfer_set) == 3
@@ -60,8 +58,7 @@ def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storag
 @pytest.mark.parametrize(("bias", "limit"), [(1, 6), (60, 40)])
 def test_the_end_token_closes_an_answer_and_cut_answers_are_counted(tiny_model, tiny_tokenizer, set_of, bias, limit):
     end = tiny_tokenizer.eos_token_id
-    with torch.no_grad():
-        tiny_model.get_output_embeddings().weight[end] *= bias
+    tiny_model.lm_head.weight.data[end] *= bias
     transfer_set = set_of(max_new_tokens=limit, prompts=PROMPTS * 4)
     finished = []
     for row in transfer_set:
@@ -75,17 +72,13 @@ def test_the_end_token_closes_an_answer_and_cut_answers_are_counted(tiny_model, 
 
 def test_given_answers_are_scored_like_a_dense_pass(tiny_model, tiny_tokenizer, set_of, monkeypatch):
     monkeypatch.setattr("quantkd.teacher.transformers.chunk_bytes", lambda device: 1)  # pieces of one token
-    rows = [
-        {"prompt": "One and one?", "completion": "two"},
-        {"prompt": "A longer question with many words in it?", "completion": "a longer answer, which goes on and on"},
-    ]
-    transfer_set = set_of(prompts=rows, responses="given", storage=TopK(7))
-    for row, given in zip(transfer_set, rows, strict=True):
+    long = {"prompt": "A longer question with many words in it?", "completion": "a longer answer, which goes on and on"}
+    rows = [{"prompt": "One and one?", "completion": "two"}, long]
+    for row, given in zip(set_of(prompts=rows, responses="given", storage=TopK(7)), rows, strict=True):
         response = row["input_ids"][row["labels"] != -100]
         assert tiny_tokenizer.decode(response[:-1]) == given["completion"]
         assert int(response[-1]) == tiny_tokenizer.eos_token_id and row["finished"]
-        dense = dense_logprobs(tiny_model, row)
-        teacher = row["teacher"]
+        dense, teacher = dense_logprobs(tiny_model, row), row["teacher"]
         torch.testing.assert_close(teacher.top_ids, dense.argmax(-1))
         kept = teacher.logprobs.view(-1, 7).sort(descending=True).values  # stored: the first, then by id
         for stored, exact in zip(kept, dense.topk(7).values, strict=True):
@@ -114,22 +107,17 @@ def test_answering_and_scoring_give_the_same_entries_in_float32(tiny_model_path,
     teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens=40))
     prompts = [EncodedPrompt(index, ids) for index, ids in enumerate(encode_prompts(tokenizer, PROMPTS))]
     answers = teacher.answer(prompts)
-    given = [
-        replace(prompt, completion_ids=row.input_ids[row.spans[0, 0] :].tolist())
-        for prompt, row in zip(prompts, answers, strict=True)
-    ]
+    texts = [row.input_ids[row.spans[0, 0] :].tolist() for row in answers]
+    given = [replace(prompt, completion_ids=ids) for prompt, ids in zip(prompts, texts, strict=True)]
     for made, scored in zip(answers, teacher.score(given), strict=True):
         assert_same_entries(made, scored)
 
 
 def test_sampled_answers_differ_and_do_not_depend_on_the_batch(set_of):
     sampling = {"do_sample": True, "num_samples": 3}
-    alone, together, other = (
-        [tuple(row["input_ids"].tolist()) for row in set_of(f"{size}-{seed}", batch_size=size, seed=seed, **sampling)]
-        for size, seed in ((2, 3), (9, 3), (9, 4))
-    )
-    assert alone == together != other
-    assert len(alone) == 9 and len(set(alone)) > 6
+    sets = [set_of(f"{size}-{seed}", batch_size=size, seed=seed, **sampling) for size, seed in ((2, 3), (9, 3), (9, 4))]
+    alone, together, other = ([tuple(row["input_ids"].tolist()) for row in each] for each in sets)
+    assert alone == together != other and len(alone) == 9 and len(set(alone)) > 6
 
 
 @pytest.mark.parametrize("responses", ["generate", "given"])
@@ -165,9 +153,7 @@ def test_draws_are_on_the_device_of_the_logits(tiny_model, tiny_tokenizer):
 
 def test_the_checkpoints_own_generation_settings_change_nothing(tiny_model, tiny_tokenizer, set_of):
     plain = set_of("plain")
-    tiny_model.generation_config.repetition_penalty = 5.0
-    tiny_model.generation_config.do_sample = True
-    tiny_model.generation_config.temperature = 3.0
+    tiny_model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=3.0)
     assert set_of("again").digest == plain.digest
     assert tiny_model.generation_config.repetition_penalty == 5.0  # the model gets its own back
 
@@ -179,8 +165,7 @@ def test_a_complete_set_is_opened_and_another_plan_is_refused(set_of, caplog):
 
 
 def test_a_teacher_that_emits_nan_is_named_with_prompt_and_position(tiny_model, set_of):
-    with torch.no_grad():
-        tiny_model.get_output_embeddings().weight[3] = float("nan")
+    tiny_model.lm_head.weight.data[3] = float("nan")
     with pytest.raises(TeacherError, match=r"prompt \d+ are not finite at response position 0.*--dtype"):
         set_of()
 
@@ -200,7 +185,6 @@ def test_no_local_path_is_written(tiny_model_path, tmp_path):
 
 
 def test_a_teacher_from_the_hub_has_its_commit(tiny_model_path, tmp_path, monkeypatch):
-    """transformers 5.24 no longer keeps it; a set whose teacher is not known to the commit cannot be made again."""
     commit = "c0ffee" + "0" * 34
     cached = tmp_path / "models--user--model"
     shutil.copytree(tiny_model_path, cached / "snapshots" / commit)

@@ -3,12 +3,13 @@
 import copy
 from collections import Counter
 from dataclasses import replace
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from teacher_rows import dense_logprobs
 from transformers import AutoModelForCausalLM
 
 from quantkd import Nucleus, TopK, TransferSet
@@ -60,10 +61,9 @@ def run(teacher, path, prompts=PROMPTS, **kwargs):
 
 def padded(model, rows):
     """The model with rows of its head, and embeddings, that no token of the tokenizer has, and that say much."""
-    old = model.get_output_embeddings().weight.shape[0]
+    old = model.vocab_size
     model.resize_token_embeddings(old + rows, mean_resizing=False)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[old:] = 2 * model.get_output_embeddings().weight[:rows]
+    model.lm_head.weight.data[old:] = 2 * model.lm_head.weight.data[:rows]
     return model
 
 
@@ -82,16 +82,13 @@ def test_what_is_left_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_pat
         run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
 
 
-def test_a_set_may_end_up_empty_and_says_so(tiny_tokenizer, tmp_path, caplog):
-    transfer_set = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=[ResponseLength(9)])
-    assert len(transfer_set) == 0 and "No row passed the filters" in caplog.text
-
-
-def test_correct_answers_alone(tiny_tokenizer, tmp_path):
+def test_correct_answers_alone_and_a_set_that_ends_up_empty(tiny_tokenizer, tmp_path, caplog):
     rows = [{"prompt": p, "completion": "#### 1" if i % 2 else "#### 2"} for i, p in enumerate(PROMPTS)]
     is_odd = CorrectOnly(verifier=lambda text, reference: reference.endswith("1"))
     kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", rows, filters=[is_odd])
-    assert len(kept) == 6 and kept.info.counters["filtered_incorrect"] == 6
+    assert len(kept) == 6 and kept.info.counters["filtered_incorrect"] == 6 and not caplog.text
+    assert len(run(FakeTeacher(tiny_tokenizer), tmp_path / "t", filters=[ResponseLength(9)])) == 0
+    assert "No row passed the filters" in caplog.text
 
 
 def test_bad_filters_are_refused(tiny_tokenizer, tmp_path):
@@ -134,22 +131,13 @@ def test_a_batch_is_halved_only_where_the_bytes_stay(tiny_tokenizer, tmp_path):
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
 ])  # fmt: skip
-def test_an_unlucky_batch_is_tried_again(tiny_tokenizer, tmp_path, message):
-    class Unlucky(FakeTeacher):
-        def answer(self, prompts):
-            if not self.failures:
-                self.failures += 1
-                raise RuntimeError(message)
-            return super().answer(prompts)
-
-    expected = run(FakeTeacher(tiny_tokenizer), tmp_path / "t").digest
-    assert run(Unlucky(tiny_tokenizer), tmp_path / "s").digest == expected
-
-
-def test_other_errors_pass_through(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(FakeTeacher, "answer", Mock(side_effect=RuntimeError("shapes do not match")))
+def test_an_unlucky_batch_is_tried_again_and_other_errors_pass_through(tiny_tokenizer, tmp_path, message):
+    expected, unlucky = run(FakeTeacher(tiny_tokenizer), tmp_path / "t").digest, FakeTeacher(tiny_tokenizer)
+    unlucky.answer = Mock(side_effect=[RuntimeError(message), *[DEFAULT] * 3], wraps=unlucky.answer)
+    assert run(unlucky, tmp_path / "s").digest == expected
+    unlucky.answer = Mock(side_effect=RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
+        run(unlucky, tmp_path / "u")
 
 
 def test_the_probe_stays_below_what_fits_and_is_asked_once(tiny_tokenizer, tmp_path):
@@ -215,22 +203,17 @@ def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
     scored = capture_set(teacher, given, tmp_path / "g", storage=Nucleus(0.9, 16), responses="given", **options)
     for row in (*generated, *scored):
         assert int(row["input_ids"].max()) < ids and int(row["teacher"].token_ids.max()) < ids
-        with torch.inference_mode():
-            logits = teacher(input_ids=row["input_ids"].unsqueeze(0)).logits[0, :, :ids].double()
-        targets = (row["labels"] != -100).nonzero().squeeze(1)
-        assert torch.equal(row["teacher"].top_ids, logits[targets - 1].argmax(-1))
-        expected = logits[targets - 1].log_softmax(-1).max(-1).values.exp()
-        first = row["teacher"].logprobs[row["teacher"].offsets[:-1]].double().exp()
-        torch.testing.assert_close(first, expected, atol=4e-4, rtol=0)  # twice p |log p| / 2048
-        log_z = (logits[targets - 1] / 2).logsumexp(-1) - logits[targets - 1].logsumexp(-1) / 2
-        if len(row["teacher"].temperatures) == 2:
-            torch.testing.assert_close(row["teacher"].log_normalizers[:, 1].double(), log_z, atol=2e-3, rtol=0)
+        exact, entries = dense_logprobs(teacher, row)[:, :ids].log_softmax(-1), row["teacher"]
+        assert torch.equal(entries.top_ids, exact.argmax(-1))
+        first = entries.logprobs[entries.offsets[:-1]].double().exp()
+        torch.testing.assert_close(first, exact.amax(-1).exp(), atol=4e-4, rtol=0)  # twice p |log p| / 2048
+        if len(entries.temperatures) == 2:
+            log_z = entries.log_normalizers[:, 1].double()
+            torch.testing.assert_close(log_z, (exact / 2).logsumexp(-1), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("teachers", "students"), [(8, 3), (0, 8)])
-def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
-    make_trainer, tiny_tokenizer, tmp_path, teachers, students
-):
+def test_a_bigger_teacher_teaches_a_smaller_student(make_trainer, tiny_tokenizer, tmp_path, teachers, students):
     """As Qwen2.5-7B, with 152,064 rows, does Qwen2.5-0.5B, with 151,936, of 151,665 ids."""
     config = build_tiny_model(tiny_tokenizer).config
     config.hidden_size, config.num_hidden_layers, config.head_dim = 128, 3, 32
@@ -238,9 +221,9 @@ def test_a_bigger_teacher_of_the_tokenizer_teaches_a_smaller_quantized_student(
     teacher = padded(AutoModelForCausalLM.from_config(config).eval(), teachers)
     padded(build_tiny_model(tiny_tokenizer), students).save_pretrained(tmp_path / "student")
     tiny_tokenizer.save_pretrained(tmp_path / "student")
-    transfer_set = capture_set(teacher, PROMPTS[:4], tmp_path / "s", max_new_tokens=8, tokenizer=tiny_tokenizer)
-    sets = {"train_dataset": transfer_set, "eval_dataset": transfer_set}
-    trainer = make_trainer(tmp_path / "student", max_steps=3, init="covariance", **sets)  # a path is taken as its text
+    made = capture_set(teacher, PROMPTS[:4], tmp_path / "s", max_new_tokens=8, tokenizer=tiny_tokenizer)
+    options = {"max_steps": 3, "init": "covariance", "train_dataset": made, "eval_dataset": made}
+    trainer = make_trainer(tmp_path / "student", **options)  # a path is taken as its text
     trainer.train()
     losses = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert len(losses) == 3 and losses[2] < losses[0]

@@ -1,6 +1,7 @@
 """Engines that give log-probabilities: from these to rows, what they cannot give, and vLLM's interface."""
 
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -20,14 +21,11 @@ pytest_plugins = ["teacher_servers"]
 
 
 def test_what_no_engine_of_log_probabilities_can_give(connect, tiny_tokenizer):
-    for build in (
-        lambda rule, temperatures: VLLMTeacher("tiny", tiny_tokenizer, rule, temperatures, SETTINGS),
-        lambda rule, temperatures: ServerTeacher("http://h", "tiny", tiny_tokenizer, rule, temperatures, SETTINGS),
-    ):
+    for build in (VLLMTeacher, partial(ServerTeacher, "http://h")):
         with pytest.raises(ConfigError, match=r"Sampled\(n=8\) draws from the whole distribution"):
-            build(Sampled(8), (1.0,))
+            build("tiny", tiny_tokenizer, Sampled(8), (1.0,), SETTINGS)
         with pytest.raises(ConfigError, match=r"temperature 1.0 alone; .* \[1.0, 2.0\]"):
-            build(TopK(5), (1.0, 2.0))
+            build("tiny", tiny_tokenizer, TopK(5), (1.0, 2.0), SETTINGS)
     with pytest.raises(ConfigError, match="exceeds the teacher's vocabulary"):
         connect("http://127.0.0.1:9", TopK(321))
 
@@ -46,15 +44,14 @@ def test_candidates_are_sorted_joined_and_cut():
         [(9, log(0.001)), (1, log(0.25)), (0, log(0.25)), (5, log(0.25))],  # the sampled token beyond the top
         [(4, 0.0), (6, -9999.0), (8, -np.inf)],  # nothing but one token is possible
     ]
-    row = row_of(pairs, TopK(3))
-    assert row.counts.tolist() == [3, 3, 1]
-    assert row.token_ids.tolist() == [2, 3, 7, 0, 1, 5, 4]
-    row.validate(10)
-    nucleus = row_of(pairs, Nucleus(0.45, max_k=3))
-    assert nucleus.counts.tolist() == [1, 2, 1]
-    assert nucleus.token_ids.tolist() == [2, 0, 1, 4]
-    padded = row_of(pairs, TopK(3), vocab_size=7)
-    assert padded.counts.tolist() == [2, 3, 1] and padded.token_ids.tolist() == [2, 3, 0, 1, 5, 4]  # 7 to the tail
+    for rule, vocab_size, counts, ids in (
+        (TopK(3), 10, [3, 3, 1], [2, 3, 7, 0, 1, 5, 4]),
+        (Nucleus(0.45, max_k=3), 10, [1, 2, 1], [2, 0, 1, 4]),
+        (TopK(3), 7, [2, 3, 1], [2, 3, 0, 1, 5, 4]),  # 7 to the tail
+    ):
+        row = row_of(pairs, rule, vocab_size)
+        assert (row.counts.tolist(), row.token_ids.tolist()) == (counts, ids)
+        row.validate(vocab_size)
     assert row_of([[(1, 5e-4)]], TopK(1)).logprobs.tolist() == [0.0]  # a float16 teacher's rounding
 
 
@@ -78,10 +75,8 @@ def fake_vllm(request, monkeypatch, tiny_model, tiny_tokenizer):
 
     def shape(targets):
         if request.param == "dictionaries":
-            return [
-                None if target is None else {token: SimpleNamespace(logprob=value) for token, value in target}
-                for target in targets
-            ]
+            named = [[(token, SimpleNamespace(logprob=value)) for token, value in target or ()] for target in targets]
+            return [dict(each) or None for each in named]
         stops = np.cumsum([len(target or ()) for target in targets]).tolist()
         flat = [pair for target in targets for pair in target or ()]
         ids, logprobs = ([pair[part] for pair in flat] for part in (0, 1))
@@ -127,9 +122,8 @@ def test_vllm_answers_and_scores(fake_vllm, prompts, tiny_model, tiny_tokenizer,
         assert_entries(row, tiny_model, rule)
         given.append(EncodedPrompt(prompt.index, prompt.prompt_ids, row.input_ids[len(prompt.prompt_ids) :].tolist()))
     for row, scored in zip(rows, teacher.score(given), strict=True):
-        assert scored.input_ids.tolist() == row.input_ids.tolist()
+        assert scored.finished == row.finished and scored.input_ids.tolist() == row.input_ids.tolist()
         assert scored.token_ids.tolist() == row.token_ids.tolist()
-        assert scored.finished == row.finished
     (turns,) = teacher.score([EncodedPrompt(0, [9], list(range(50, 62)), ((1, 3), (6, 7), (10, 13)))])
     assert_entries(turns, tiny_model, rule)
 

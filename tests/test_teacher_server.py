@@ -14,19 +14,15 @@ pytest_plugins = ["teacher_servers"]
 
 @pytest.mark.parametrize("rule", [TopK(1), TopK(40), Nucleus(0.8, max_k=30)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_gives_what_the_transformers_teacher_gives(
-    serve, connect, prompts, tiny_model, tiny_tokenizer, kind, rule
-):
+def test_a_server_gives_what_transformers_gives(serve, connect, prompts, tiny_model, tiny_tokenizer, kind, rule):
     teacher = connect(serve(kind=kind), rule)
     rows = teacher.answer(prompts)
     own = TransformersTeacher(tiny_model, tiny_tokenizer, rule, (1.0,), SETTINGS).answer(prompts)
     for row, expected in zip(rows, own, strict=True):
         row.validate(teacher.vocab_size)
         assert_entries(row, tiny_model, rule)
-        assert row.input_ids.tolist() == expected.input_ids.tolist()
-        assert row.spans.tolist() == expected.spans.tolist()
-        assert row.counts.tolist() == expected.counts.tolist()
-        assert row.finished == expected.finished
+        for name in ("input_ids", "spans", "counts", "finished"):
+            np.testing.assert_array_equal(getattr(row, name), getattr(expected, name), err_msg=name)
         np.testing.assert_allclose(row.logprobs, expected.logprobs, atol=1e-4)
     assert (teacher.describe()["engine"], teacher.temperatures, teacher.max_context) == ("server", (1.0,), 512)
 
@@ -57,27 +53,18 @@ def test_what_a_kind_of_server_cannot_do(serve, connect):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_keeps_its_end_token(serve, connect, prompts, tiny_model, tiny_tokenizer, kind):
+def test_an_answer_ends_with_its_end_token(serve, connect, prompts, tiny_model, tiny_tokenizer, kind):
     greedy = connect(serve()).answer(prompts[:1])[0].input_ids[len(prompts[0].prompt_ids) :].tolist()
     end = next(token for place, token in enumerate(greedy) if place >= 2 and token not in greedy[:place])
-    server = serve(kind=kind)
-    server.ends = [end]  # what llama.cpp ends at by itself
-    teacher = connect(server)
-    teacher.ends = [end]
-    (row,) = teacher.answer(prompts[:1])
-    assert row.finished
-    assert row.input_ids[len(prompts[0].prompt_ids) :].tolist() == greedy[: greedy.index(end) + 1]
-    assert_entries(row, tiny_model, TopK(5))
-
-
-def test_a_server_that_goes_past_the_end_token_is_cut_there(serve, connect, prompts, tiny_model):
-    server = serve(kind="llama.cpp")
-    teacher = connect(server)
-    greedy = teacher.answer(prompts[:1])[0].input_ids[len(prompts[0].prompt_ids) :].tolist()
-    teacher.ends = [greedy[1]]
-    (row,) = teacher.answer(prompts[:1])
-    assert (row.finished, len(row.counts)) == (True, greedy.index(greedy[1]) + 1)
-    assert_entries(row, tiny_model, TopK(5))
+    for own_ends in ([end], []):  # llama.cpp ends at its own alone, so it goes past another one
+        server = serve(kind=kind)
+        server.ends = own_ends
+        teacher = connect(server)
+        teacher.ends = [end]
+        (row,) = teacher.answer(prompts[:1])
+        assert row.finished
+        assert row.input_ids[len(prompts[0].prompt_ids) :].tolist() == greedy[: greedy.index(end) + 1]
+        assert_entries(row, tiny_model, TopK(5))
 
 
 def test_a_server_that_drops_the_end_token_is_refused(serve, connect, prompts):
@@ -98,8 +85,8 @@ def test_tokens_inside_a_character_are_left_out_of_the_targets(serve, connect, p
 
     whole = connect(serve(kind="llama.cpp")).answer(prompts[:1])[0]
     start, stop = whole.spans[0]
-    response = whole.input_ids[start:stop].tolist()
-    assert not {response[1], response[4]} & {*response[2:4]}, "the case of the next test"
+    before, *left_out, after = whole.input_ids[start + 1 : start + 5].tolist()
+    assert not {before, after} & {*left_out}, "the case of the next test"
     (row,) = connect(serve(kind="llama.cpp", mangle=drop)).answer(prompts[:1])
     assert row.input_ids.tolist() == whole.input_ids.tolist()
     assert row.spans.tolist() == [[start, start + 2], [start + 4, stop]]
@@ -125,16 +112,13 @@ def test_rows_keep_their_order_and_run_at_once(serve, connect, prompts):
     teacher = connect(server, concurrency=3)
     server.delay_seconds = 0.05
     many = [EncodedPrompt(index, prompts[index % 4].prompt_ids) for index in range(9)]
-    rows = teacher.answer(many)
-    for row, prompt in zip(rows, many, strict=True):
+    for row, prompt in zip(teacher.answer(many), many, strict=True):
         assert row.input_ids[: len(prompt.prompt_ids)].tolist() == prompt.prompt_ids
     assert server.most_active == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_samples_the_same_in_any_batch_and_keeps_the_unscaled_distribution(
-    serve, connect, prompts, tiny_model, kind
-):
+def test_a_row_samples_the_same_in_any_batch_and_is_stored_unscaled(serve, connect, prompts, tiny_model, kind):
     temperature = 1.0 if kind == "sglang" else 1.7
     settings = GenerationSettings(8, do_sample=True, generation_temperature=temperature, top_p=0.9, top_k=7, seed=3)
     server = serve(kind=kind)

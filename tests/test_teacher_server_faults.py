@@ -32,30 +32,23 @@ def test_every_fault_is_tried_again(serve, connect, prompts, kind, caplog):
     teacher = connect(server, concurrency=2)
     server.faults = [429, 500, "reset", "malformed", "truncated", 503]
     rows = teacher.answer(prompts)
-    assert server.faults == []
-    for row, other in zip(rows, expected, strict=True):
-        assert row.token_ids.tolist() == other.token_ids.tolist()
+    assert not server.faults and [r.token_ids.tolist() for r in rows] == [r.token_ids.tolist() for r in expected]
     for word in ("HTTP 429", "HTTP 500", "not JSON", "IncompleteRead"):
         assert word in caplog.text
 
 
-def test_a_server_that_stays_down_is_one_line(serve, connect, prompts):
+def test_a_server_that_stays_down_or_is_slow_is_one_line(serve, connect, prompts):
     server = serve()
-    teacher = connect(server, max_retries=3)
+    teacher, hasty = connect(server, max_retries=3), connect(server, timeout_seconds=0.2, max_retries=1)
     server.faults = [500] * 4
     with pytest.raises(TeacherError, match=r"did not answer /v1/completions after 4 attempts.*HTTP 500"):
         teacher.answer(prompts[:1])
+    server.delay_seconds = 0.6
+    with pytest.raises(TeacherError, match=r"2 attempts.*(timed out|TimeoutError)"):
+        hasty.answer(prompts[:1])
     server.__exit__()
     with pytest.raises(TeacherError, match="ConnectionRefusedError"):
         connect(server)
-
-
-def test_a_slow_server_times_out(serve, connect, prompts):
-    server = serve()
-    teacher = connect(server, timeout_seconds=0.2, max_retries=1)
-    server.delay_seconds = 0.6
-    with pytest.raises(TeacherError, match=r"2 attempts.*(timed out|TimeoutError)"):
-        teacher.answer(prompts[:1])
 
 
 def test_bodies_are_bounded_in_bytes_depth_and_time(serve, connect, prompts, monkeypatch):
@@ -109,15 +102,15 @@ def test_another_model_and_addresses_that_cannot_be(serve, connect, tiny_tokeniz
     server = serve()
     with pytest.raises(ConfigError, match=r"serves 'tiny', and 'huge' was asked for"):
         ServerTeacher(server.url, "huge", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)
-    for url in ("ftp://host/v1", "127.0.0.1:8000", "http://host/v1?key=1", ""):
-        with pytest.raises(ConfigError, match="base_url"):
-            connect(url)
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY") as refused:
-        connect("http://user:hunter2@host/v1")
-    assert "hunter2" not in str(refused.value)
+    for url, options, message in (
+        *((url, {}, "base_url") for url in ("ftp://host/v1", "127.0.0.1:8000", "http://host/v1?key=1", "")),
+        ("http://user:hunter2@host/v1", {}, "OPENAI_API_KEY"),
+        (server, {"dialect": "tgi"}, "dialect is one of"),
+    ):
+        with pytest.raises(ConfigError, match=message) as refused:
+            connect(url, **options)
+        assert "hunter2" not in str(refused.value)
     connect(server.url.removesuffix("/v1") + "/")
-    with pytest.raises(ConfigError, match="dialect is one of"):
-        connect(server, dialect="tgi")
 
 
 def test_the_key_is_sent_and_never_shown(serve, connect, prompts, monkeypatch, caplog):
@@ -144,9 +137,7 @@ def test_the_key_is_sent_and_never_shown(serve, connect, prompts, monkeypatch, c
     assert "hunter2" not in str(refused.value)
 
 
-def test_a_capture_through_a_server_resumes_and_stores_neither_address_nor_key(
-    serve, prompts, tiny_model, tiny_tokenizer, tmp_path, monkeypatch
-):
+def test_a_capture_resumes_and_stores_no_secret(serve, prompts, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve()
     kwargs = {
@@ -154,13 +145,9 @@ def test_a_capture_through_a_server_resumes_and_stores_neither_address_nor_key(
         "engine_kwargs": {"vocab_size": len(tiny_tokenizer), "backoff_seconds": 0.001, "max_retries": 1},
         "max_new_tokens": 6, "batch_size": 2, "rows_per_shard": 2, "chat_template": False,
     }  # fmt: skip
-    # The probe, the first shard's two prompts, and then the server is down.
     answered = server.respond
-
-    def respond(path, body):
-        return answered(path, body) if len(server.requests) <= 4 else (503, KEY)
-
-    server.respond = respond
+    # The probe, the first shard's two prompts, and then the server is down.
+    server.respond = lambda *asked: answered(*asked) if len(server.requests) <= 4 else (503, KEY)
     with pytest.raises(TeacherError, match="HTTP 503"):
         capture_set("tiny", TEXTS, tmp_path / "set", **kwargs)
     server.respond = answered

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,16 +48,6 @@ def prompts(tokenizer):
 @pytest.fixture(scope="module")
 def reference(smol_path):
     return AutoModelForCausalLM.from_pretrained(smol_path, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def in_process(smol_path, tokenizer):
-    from quantkd.teacher.vllm import VLLMTeacher
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
-        options = {"dtype": "float32", "enforce_eager": True, "max_model_len": CONTEXT}
-        yield VLLMTeacher(str(smol_path), tokenizer, TopK(WIDTH), (1.0,), SETTINGS, **options)
 
 
 def serve_command():
@@ -115,13 +106,16 @@ def compare(rows, reference, tokenizer, name):
 
 
 def with_answers(rows, prompts):
-    return [
-        EncodedPrompt(prompt.index, prompt.prompt_ids, row.input_ids[len(prompt.prompt_ids) :].tolist())
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
+    pairs = zip(prompts, rows, strict=True)
+    return [replace(each, completion_ids=row.input_ids[len(each.prompt_ids) :].tolist()) for each, row in pairs]
 
 
-def test_in_process(in_process, prompts, reference, tokenizer):
+def test_in_process(smol_path, prompts, reference, tokenizer, monkeypatch):
+    from quantkd.teacher.vllm import VLLMTeacher
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": CONTEXT}
+    in_process = VLLMTeacher(str(smol_path), tokenizer, TopK(WIDTH), (1.0,), SETTINGS, **options)
     found = in_process.dtype, in_process.vocab_size, in_process.max_context
     assert found == ("float32", len(tokenizer), CONTEXT)
     rows = in_process.answer(prompts)
@@ -131,36 +125,22 @@ def test_in_process(in_process, prompts, reference, tokenizer):
         assert row.input_ids[len(prompt.prompt_ids) :].tolist() == row.token_ids.reshape(-1, WIDTH)[:, 0].tolist()
         assert row.finished == (row.input_ids[-1] == tokenizer.eos_token_id)
     compare(in_process.score(with_answers(rows, prompts)), reference, tokenizer, "in process, given")
-
-
-def test_in_process_turns(in_process, reference, tokenizer, prompts):
     ids, start = prompts[0].prompt_ids, len(prompts[0].prompt_ids)
     given = EncodedPrompt(0, ids, list(range(500, 520)), ((start, start + 3), (start + 9, start + 20)))
     (row,) = in_process.score([given])
     assert row.spans.tolist() == [list(span) for span in given.spans]
     compare([row], reference, tokenizer, "in process, two turns")
-
-
-def test_in_process_sampling_is_the_rows_own(in_process, prompts, reference, tokenizer):
     in_process.settings = GenerationSettings(NEW_TOKENS, True, 1.3, 0.95, 50, seed=7)
-    try:
-        together = in_process.answer(prompts)
-        alone = in_process.answer(prompts[1:2])[0]
-    finally:
-        in_process.settings = SETTINGS
+    together, alone = in_process.answer(prompts), in_process.answer(prompts[1:2])[0]
     assert alone.input_ids.tolist() == together[1].input_ids.tolist()
     compare(together, reference, tokenizer, "in process, sampled")  # unscaled and unfiltered all the same
 
 
 def test_server(server_url, smol_path, prompts, reference, tokenizer):
     teacher = ServerTeacher(server_url, "smol", tokenizer, TopK(WIDTH), (1.0,), SETTINGS, dtype="float32")
-    assert teacher.vocab_size == len(tokenizer)
-    assert teacher.max_context == CONTEXT
+    assert (teacher.vocab_size, teacher.max_context) == (len(tokenizer), CONTEXT)
     rows = teacher.answer(prompts)
     compare(rows, reference, tokenizer, "server, answers")
     compare(teacher.score(with_answers(rows, prompts)), reference, tokenizer, "server, given")
-
-
-def test_server_with_too_few_logprobs(server_url, tokenizer):
     with pytest.raises(TeacherError, match="max-logprobs"):
         ServerTeacher(server_url, "smol", tokenizer, TopK(WIDTH + 1), (1.0,), SETTINGS)

@@ -97,16 +97,14 @@ def layout(d, k, exact_k, *residuals, **options):
     return CompressedLayout(d, k, exact_k, **{"delta_encoding": False, **options}, residual_bins=bins or None)
 
 
+RESIDUALS = ("float16", 3, 3), ("float32", 1, 2)
 LAYOUTS = {
     "floats alone": layout(100, 3, 3, exact_dtype="float16"),
     "a polynomial": layout(70_000, 6, 2, polynomial_terms=(0, 1, 2, "sqrt"), term_dtype="float64"),
     "ranks from 0 to 1": layout(128, 5, 1, polynomial_terms=(1, "exp"), normalize_t=True),
-    "differences and residuals": layout(
-        300, 7, 1, ("float16", 3, 3), ("float32", 1, 2), exact_dtype="bfloat16", polynomial_terms=(0, 1),
-        delta_encoding=True,
-    ),
+    "residuals": layout(300, 7, 1, *RESIDUALS, exact_dtype="bfloat16", polynomial_terms=(0, 1), delta_encoding=True),
     "no floats, no polynomial": layout(2, 2, 0, ("float32", 8, 2)),
-}  # fmt: skip
+}
 
 
 def write_position(layout, rng):
@@ -142,18 +140,15 @@ def test_compressed_positions_are_decoded(layout):
     ids = [[int(x) for x in rng.choice(layout.d, layout.k, replace=False)] for _ in range(4)]
     bits = math.ceil(math.log2(layout.d))
     np.testing.assert_array_equal(layout.decode_ids([list(to_bits(row, bits)) for row in ids]), ids)
-    with pytest.raises(ValueError, match="bytes per position"):
-        layout.decode_logprobs([[*positions[0][0], 0]])
-    with pytest.raises(ValueError, match="bytes per position"):
-        layout.decode_ids([[0] * 99])
+    for decode, wrong in ((layout.decode_logprobs, [[*positions[0][0], 0]]), (layout.decode_ids, [[0] * 99])):
+        with pytest.raises(ValueError, match="bytes per position"):
+            decode(wrong)
 
 
 def compressed_folder(folder, logprobs, ids):
     """One row as `distillkit.sample_logits_vllm` leaves it, in `data_0.parquet` with its configuration beside it."""
-    config = {
-        "d": 100, "k": 2, "exact_k": 2, "exact_dtype": "bfloat16", "polynomial_terms": None, "term_dtype": "float32",
-        "residual_bins": [], "delta_encoding": False, "error_diffusion": False, "normalize_t": False,
-    }  # fmt: skip
+    config = {"d": 100, "k": 2, "exact_k": 2, "exact_dtype": "bfloat16", "polynomial_terms": None, "residual_bins": []}
+    config |= {"term_dtype": "float32", "delta_encoding": False, "error_diffusion": False, "normalize_t": False}
     folder.mkdir()
     (folder / "compression_config.yaml").write_text(yaml.safe_dump(config))
     row = {
@@ -182,8 +177,8 @@ def test_distillkit_compressed(tmp_path):
 def test_distillkit_tables_that_cannot_be_imported(tmp_path):
     row = compressed_folder(tmp_path / "table", [[-0.5, -2.0]], [[4, 99]])
     Dataset.from_list([{**row, "bytepacked_indices": [[1]]}]).to_parquet(tmp_path / "table" / "data_0.parquet")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text").mkdir()
+    for name in ("empty", "text"):
+        (tmp_path / name).mkdir()
     (tmp_path / "text" / "a.parquet").write_text("no")
     for source, found in (
         (Dataset.from_list([row]), "a table in memory does not say how"),

@@ -136,8 +136,7 @@ def test_sets_that_cannot_be_joined(transfer_set, tmp_path):
 
 
 def test_entries_that_are_picked():
-    two = TopKLogprobs.from_dense(torch.zeros(2, 3))
-    assert two.select(torch.tensor([False, True])).counts.tolist() == [3]
+    assert TopKLogprobs.from_dense(torch.zeros(2, 3)).select(torch.tensor([False, True])).counts.tolist() == [3]
     with pytest.raises(ConfigError, match=r"needs uniforms of shape \(N, 2\)"):
         select_entries(torch.zeros(1, 3), Sampled(2), (1.0,))
     for text, message in (("topk", "Cannot read"), ("evil:3", "Cannot read"), ("topk:0", "at least 1, found 0")):
@@ -184,12 +183,15 @@ def test_wrong_arguments_and_missing_sets(path, tmp_path):
             TransferSet.open(source, **options)
 
 
+def commit(writer, *tasks):
+    for task in tasks:
+        writer.commit(task, [make_row(writer.plan, prompt) for prompt in range(task.start, task.stop)])
+
+
 def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
-    plan = make_plan()
-    with TransferSetWriter.open(tmp_path / "set", plan) as writer:
-        tasks = [*writer.claim()]
-        for task in (tasks[0], tasks[2]):
-            writer.commit(task, [make_row(plan, prompt) for prompt in range(task.start, task.stop)])
+    with TransferSetWriter.open(tmp_path / "set", make_plan()) as writer:
+        first, second, third = writer.claim()
+        commit(writer, first, third)
         with pytest.raises(TransferSetError, match="the first 1 of 3 shards"):
             TransferSet(tmp_path / "set")
         prefix = TransferSet(tmp_path / "set", allow_incomplete=True)
@@ -197,7 +199,7 @@ def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
         with pytest.raises(TransferSetError, match="unfinished: it has the first 1 of 3 shards"):
             verify(tmp_path / "set")
         assert verify(tmp_path / "set", allow_incomplete=True).rows == 4
-        writer.commit(tasks[1], [make_row(plan, prompt) for prompt in range(4, 8)])
+        commit(writer, second)
         whole = TransferSet(tmp_path / "set", allow_incomplete=True)
         assert whole.info.num_bytes == sum(f.stat().st_size for f in (tmp_path / "set").glob("shard-*[s0-9]*.*s*"))
     assert prefix.digest != whole.digest
@@ -205,10 +207,9 @@ def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
 
 @pytest.mark.parametrize("read", [read_plan, read_record])
 def test_a_set_that_is_finished_while_it_is_opened_is_read_whole(tmp_path, monkeypatch, read):
-    plan, ended = make_plan(), []
-    with TransferSetWriter.open(tmp_path / "set", plan) as writer:
-        for task in writer.claim():
-            writer.commit(task, [make_row(plan, prompt) for prompt in range(task.start, task.stop)])
+    ended = []
+    with TransferSetWriter.open(tmp_path / "set", make_plan()) as writer:
+        commit(writer, *writer.claim())
 
         def end(*args):  # the plan goes at the end, so it cannot be read after it, and a record before it can
             found = read(*args) if read is read_record else None

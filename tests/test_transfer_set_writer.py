@@ -73,7 +73,6 @@ def test_other_plans_and_folders_are_refused(open_writer, tmp_path):
 
 
 def test_a_second_writer_fails_clearly(open_writer, tmp_path):
-    """Processes of one launch share a folder; another launch is refused, whatever its number of processes."""
     with open_writer(process=(0, 2)):
         open_writer(process=(1, 2)).close()
         for process in ((0, 2), (0, 1), (2, 3), (0, 3)):
@@ -122,7 +121,7 @@ def test_a_set_that_is_finished_while_another_process_starts(open_writer, tmp_pa
         assert late.is_complete
 
 
-def test_what_commit_refuses(open_writer, tmp_path, monkeypatch):
+def test_what_commit_and_finalize_refuse(open_writer, tmp_path, monkeypatch):
     with open_writer() as first:
         task = next(first.claim())
         rows = rows_of(first.plan, task)
@@ -144,18 +143,15 @@ def test_what_commit_refuses(open_writer, tmp_path, monkeypatch):
         first.commit(task, rows[:2])
         with pytest.raises(TransferSetError, match="lacks 2 of 3 shards, first 1"):
             first.finalize()
-    assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == 2
-
-
-def test_a_shard_that_vanished_is_noticed(open_writer, tmp_path):
-    with open_writer() as first:
+        assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == 2
         commit_all(first)
-        os.truncate(tmp_path / "set" / "shard-00001.safetensors", 100)
-        with pytest.raises(TransferSetError, match=r"has 100 bytes; its record promises \d+"):
-            first.finalize()
-        (tmp_path / "set" / "shard-00001.safetensors").unlink()
-        with pytest.raises(TransferSetError, match="No such file"):
-            first.finalize()
+        file = tmp_path / "set" / "shard-00001.safetensors"
+        for harm, message in (
+            (lambda: os.truncate(file, 100), r"has 100 bytes; its record promises \d+"), (file.unlink, "No such file"),
+        ):  # fmt: skip
+            harm()
+            with pytest.raises(TransferSetError, match=message):
+                first.finalize()
 
 
 def test_leftovers_of_a_crash_in_the_cleanup_are_removed(open_writer, tmp_path):

@@ -6,10 +6,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +14,7 @@ import torch
 from quantkd.files import FileSystem
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
-from quantkd.transfer_set.rules import Nucleus, StorageRule, select_entries
+from quantkd.transfer_set.rules import Nucleus, select_entries
 from quantkd.transfer_set.writer import TransferSetWriter
 
 PLAN = Plan(
@@ -28,13 +25,11 @@ PLAN = Plan(
 )  # fmt: skip
 
 
-def make_plan(**changes: Any) -> Plan:
+def make_plan(**changes):
     return replace(PLAN, **changes)
 
 
-def row_of(
-    plan: Plan, logits: Any, rule: StorageRule, input_ids: Any, spans: list[list[int]], finished: bool
-) -> TransferRow:
+def row_of(plan, logits, rule, input_ids, spans, finished):
     """The row whose targets have `logits` (R, V)."""
     entries = select_entries(torch.from_numpy(logits), rule, plan.temperatures)
     parts = (entries.counts, entries.token_ids, entries.logprobs, entries.log_normalizers)
@@ -42,7 +37,7 @@ def row_of(
     return TransferRow(input_ids, edges, *(part.numpy() for part in parts), finished=finished)
 
 
-def make_row(plan: Plan, prompt: int, *, tokens: int | None = None, label_rank: int | None = 0) -> TransferRow:
+def make_row(plan, prompt, *, tokens=None, label_rank=0):
     """A row that depends on the prompt's number alone; its labels are the teacher's choice of a rank, or any."""
     rng = np.random.default_rng([prompt, plan.vocab_size])
     length = tokens or int(rng.integers(3, 20))
@@ -56,7 +51,7 @@ def make_row(plan: Plan, prompt: int, *, tokens: int | None = None, label_rank: 
     return row_of(plan, logits, rule, input_ids, [[prompt_length, length]], bool(prompt % 3))
 
 
-def storage_order(row: TransferRow) -> list[int]:
+def storage_order(row):
     """The order in which a set gives entries back: of each target the most probable first, then by ascending id."""
     order, start = [], 0
     for count in row.counts.tolist():
@@ -66,7 +61,7 @@ def storage_order(row: TransferRow) -> list[int]:
     return order
 
 
-def assert_same_row(found: TransferRow, wanted: TransferRow) -> None:
+def assert_same_row(found, wanted):
     """What was read is what was written: to the nearest float16, or where that would lift the mass above 1, down."""
     order = storage_order(wanted)
     for name in ("input_ids", "spans", "counts", "finished"):
@@ -75,12 +70,12 @@ def assert_same_row(found: TransferRow, wanted: TransferRow) -> None:
     np.testing.assert_allclose(found.logprobs, wanted.logprobs[order], rtol=2**-10, atol=2**-24)
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def hashes(folder):
     """sha256 of each file."""
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def write_rows(path: Path, plan: Plan, make: Callable[[int], TransferRow | None], **options: Any) -> str:
+def write_rows(path, plan, make, **options):
     """A finished set of the row of each prompt, if it has one, by `TransferSetWriter.open`; its root digest."""
     with TransferSetWriter.open(path, plan, **options) as writer:
         for task in writer.claim():
@@ -89,18 +84,16 @@ def write_rows(path: Path, plan: Plan, make: Callable[[int], TransferRow | None]
         return writer.finalize()
 
 
-def write_set(path: Path, plan: Plan | None = None, **row: Any) -> str:
+def write_set(path, plan=None, **row):
     """A finished set of made-up rows."""
     plan = plan or make_plan()
     return write_rows(path, plan, lambda prompt: make_row(plan, prompt, **row))
 
 
-def capture_slowly(
-    path: Path, log: Path, seconds: float = 0.0, process: tuple[int, int] = (0, 1), disk: FileSystem | None = None
-) -> str:
+def capture_slowly(path, log, seconds=0.0, process=(0, 1), disk=None):
     """A small fake teacher's capture, without waiting for a real disk; each shard that is begun is logged."""
 
-    def make(prompt: int) -> TransferRow:
+    def make(prompt):
         if prompt % SLOW_PLAN.rows_per_shard == 0:
             with log.open("a") as file:
                 file.write(f"{prompt // SLOW_PLAN.rows_per_shard}\n")
@@ -120,32 +113,32 @@ class FaultyDisk(FileSystem):
     `kind` is an errno, or for a write "short" or "nothing": what it takes.
     """
 
-    def __init__(self, fail_at: int = 0, kind: int | str = errno.EIO, for_good: bool = False) -> None:
+    def __init__(self, fail_at=0, kind=errno.EIO, for_good=False):
         self.calls, self.fail_at, self.kind, self.for_good = 0, fail_at, kind, for_good
 
-    def _fails(self) -> bool:
+    def _fails(self):
         self.calls += 1
         due = self.fail_at > 0 and (self.calls == self.fail_at or (self.for_good and self.calls > self.fail_at))
         if due and isinstance(self.kind, int):
             raise OSError(self.kind, os.strerror(self.kind))
         return due
 
-    def create(self, path: Path) -> int:
+    def create(self, path):
         self._fails()
         return super().create(path)
 
-    def write(self, descriptor: int, data: memoryview) -> int:
+    def write(self, descriptor, data):
         taken = {"short": data[:1], "nothing": data[:0]}
         return super().write(descriptor, taken[str(self.kind)] if self._fails() else data)
 
-    def fsync(self, descriptor: int) -> None:
+    def fsync(self, descriptor):
         self._fails()
 
-    def rename(self, source: Path, destination: Path) -> None:
+    def rename(self, source, destination):
         self._fails()
         super().rename(source, destination)
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path):
         self._fails()
         super().unlink(path)
 
@@ -153,12 +146,11 @@ class FaultyDisk(FileSystem):
 class DyingDisk(FaultyDisk):
     """Kills its own process when a step is reached for the n-th time."""
 
-    def __init__(self, step: str, times: int = 1) -> None:
+    def __init__(self, step, times=1):
         super().__init__()
         self.step, self.left = step, times
 
-    def reach(self, step: str) -> None:
-        if step == self.step:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def reach(self, step):
+        self.left -= step == self.step
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
