@@ -9,13 +9,11 @@ import json
 import shutil
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from quantkd.models.student import load_student
@@ -30,7 +28,7 @@ CONFIGS = {
 }
 
 
-def require_package(name: str) -> None:
+def require_package(name):
     """Skip the test where the package of a student's format is not installed."""
     try:
         metadata.version(NEEDS.get(name, "torch"))
@@ -38,7 +36,7 @@ def require_package(name: str) -> None:
         pytest.skip(f"{name} needs the package {NEEDS[name]}, which is not installed")
 
 
-def load_in(name: str, path: Path, folder: Path | None = None, dtype: str = "float32") -> Any:
+def load_in(name, path, folder=None, dtype="float32"):
     """A student of a full-precision checkpoint; a packed checkpoint is written to `folder` first."""
     require_package(name)
     config: Any = name
@@ -56,7 +54,7 @@ def load_in(name: str, path: Path, folder: Path | None = None, dtype: str = "flo
 
 
 @cache
-def _quantize_with_hqq(path: Path, dtype: torch.dtype) -> Any:
+def _quantize_with_hqq(path, dtype):
     """It takes seconds to find its scales."""
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
@@ -66,7 +64,7 @@ def _quantize_with_hqq(path: Path, dtype: torch.dtype) -> Any:
     return AutoHQQHFModel.quantize_model(model, config, compute_dtype=dtype, device="cpu")
 
 
-def write_packed_checkpoint(method: str, source: Path, folder: Path) -> dict[str, Tensor]:
+def write_packed_checkpoint(method, source, folder):
     """Write `source` with every decoder layer's projections packed, as `gptq` or `awq`.
 
     Returns the weights that the packed layers stand for by module name, (out, in), float64.
@@ -93,7 +91,7 @@ def write_packed_checkpoint(method: str, source: Path, folder: Path) -> dict[str
     return truth
 
 
-def _round(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _round(weight):
     """q (out, in), scales and zeros (out, groups), and what they stand for."""
     groups = weight.view(len(weight), -1, GROUP)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -104,7 +102,7 @@ def _round(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.view_as(weight).long(), scales, zeros.long(), stands_for.view_as(weight)
 
 
-def _to_words(nibbles: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+def _to_words(nibbles, order=tuple(range(8))):
     """(..., 8 n) integers below 16 to (..., n) int32, one nibble each."""
     eights = nibbles.unflatten(-1, (-1, 8))
     words = sum(eights[..., index] << (4 * place) for place, index in enumerate(order))

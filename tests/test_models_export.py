@@ -50,8 +50,8 @@ def save_adapter(base, folder, dtype="float32", **config):
     return folder
 
 
-def load_adapted(base, adapter, dtype="float32"):
-    return PeftModel.from_pretrained(load_student(str(base), dtype=dtype), adapter)
+def load_adapted(base, adapter, **options):
+    return PeftModel.from_pretrained(load_student(str(base), dtype="float32", **options), adapter)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,8 @@ def test_layers_are_let_go_of_one_by_one(monkeypatch, load):
 
 @pytest.mark.parametrize("config", ["fp4", "int8"])
 def test_other_formats_merge(config, tiny_model_path, adapter):
-    student = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
+    model = load_adapted(tiny_model_path, adapter, quantization_config=config).train()
     with torch.no_grad():
-        model = PeftModel.from_pretrained(student, adapter).train()
         expected = model(IDS).logits
         merged = merge_adapters(model, torch.float32)
         # bitsandbytes multiplies int8 by int8: it rounds the activations, too.
@@ -158,23 +157,24 @@ def test_what_an_exported_folder_holds(tiny_model_path, tiny_tokenizer, tmp_path
     for name in ("optimizer.pt", "training_args.bin", "scheduler.pt"):
         (adapter / name).write_bytes(b"x")
     (adapter / "quantkd.json").write_text('{"teacher": "T"}')
-    export_adapter(str(adapter), tiny_tokenizer, tmp_path / "out" / "a", base=str(tiny_model_path))
-    export_checkpoint(load(), tiny_tokenizer, tmp_path / "out" / "m", provenance=Provenance(teacher="T"))
-    tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    facts = {"quantkd.json", "config.json", "generation_config.json", "model.safetensors"}
-    assert {file.name for file in (tmp_path / "out" / "m").iterdir()} == tokenizer_files | facts
-    assert {file.name for file in (tmp_path / "out" / "a").iterdir()} == tokenizer_files | {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "quantkd.json",
-    }  # fmt: skip
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["a", "m"]  # and no temporary folder
+    out = tmp_path / "out"
+    export_adapter(str(adapter), tiny_tokenizer, out / "a", base=str(tiny_model_path))
+    export_checkpoint(load(), tiny_tokenizer, out / "m", provenance=Provenance(teacher="T"))
+    both = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "quantkd.json"}
+    for name, files in (
+        ("m", {"config.json", "generation_config.json", "model.safetensors"}),
+        ("a", {"adapter_config.json", "adapter_model.safetensors", "README.md"}),
+    ):
+        assert {file.name for file in (out / name).iterdir()} == both | files
+    assert [path.name for path in sorted(out.iterdir())] == ["a", "m"]  # and no temporary folder
     (tmp_path / "plain").mkdir()
-    assert (tmp_path / "out" / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    for file in (tmp_path / "out").rglob("*.json"):
+    assert (out / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    for file in out.rglob("*.json"):
         assert str(tiny_model_path.parent) not in file.read_text(), file
-    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "m").chat_template == tiny_tokenizer.chat_template
-    facts_of_m = json.loads((tmp_path / "out" / "m" / "quantkd.json").read_text())
-    assert facts_of_m["teacher"] == "T" and facts_of_m["export"]["form"] == "merged"
-    assert facts_of_m["export"]["dequantized_from"]["bnb_4bit_quant_type"] == "nf4"
+    assert AutoTokenizer.from_pretrained(out / "m").chat_template == tiny_tokenizer.chat_template
+    facts = json.loads((out / "m" / "quantkd.json").read_text())
+    assert facts["teacher"] == "T" and facts["export"]["form"] == "merged"
+    assert facts["export"]["dequantized_from"]["bnb_4bit_quant_type"] == "nf4"
 
 
 @pytest.mark.parametrize("form", ["merged", "requantized"])
@@ -209,9 +209,7 @@ def figures_of(model, held_out):
     return evaluate_fidelity(model, held_out, progress=False).to_json()
 
 
-def test_a_requantized_checkpoint_is_the_merged_one_quantized(
-    tiny_tokenizer, tmp_path, training_set, load, monkeypatch
-):
+def test_requantized_is_merged_and_quantized(tiny_tokenizer, tmp_path, training_set, load, monkeypatch):
     export_checkpoint(load(), tiny_tokenizer, tmp_path / "merged", dtype="float32")
     model, real = load(), AutoModelForCausalLM.from_pretrained
 
@@ -225,9 +223,8 @@ def test_a_requantized_checkpoint_is_the_merged_one_quantized(
     assert not (tmp_path / "again" / "merged").exists()
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert quantized.config.quantization_config.bnb_4bit_quant_type == "nf4"
-    expected = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "merged", quantization_config=default_quantization_config(torch.float32), dtype=torch.float32
-    )
+    options = {"quantization_config": default_quantization_config(torch.float32), "dtype": torch.float32}
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **options)
     assert figures_of(quantized, training_set) == figures_of(expected, training_set)
     size = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("again", "merged")]
     assert size[0] < 0.6 * size[1]  # embeddings and head are most of so small a model
@@ -238,15 +235,13 @@ def test_the_second_rounding_is_to_the_students_own_format(tiny_model_path, tiny
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, ("fp4", False)),
         ({"load_in_8bit": True}, ("nf4", True)),
     ):
-        options = {"quantization_config": BitsAndBytesConfig(**config), "dtype": "float32"}
-        model = PeftModel.from_pretrained(load_student(str(tiny_model_path), **options), adapter)
-        out = tmp_path / expected[0]
-        export_checkpoint(model, tiny_tokenizer, out, form="requantized")
+        model = load_adapted(tiny_model_path, adapter, quantization_config=BitsAndBytesConfig(**config))
+        out = export_checkpoint(model, tiny_tokenizer, tmp_path / expected[0], form="requantized")
         found = AutoConfig.from_pretrained(out).quantization_config
         assert (found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"]) == expected
 
 
-def test_a_folder_that_is_not_new_is_refused(tiny_tokenizer, tmp_path, load, adapter):
+def test_an_export_takes_a_new_folder_or_leaves_nothing(tiny_tokenizer, tmp_path, monkeypatch, load, adapter):
     with pytest.raises(ConfigError, match="a folder that is not empty; an export is written to a new one"):
         export_adapter(str(adapter), tiny_tokenizer, adapter, base="b")
     (tmp_path / "file").write_text("x")
@@ -256,8 +251,6 @@ def test_a_folder_that_is_not_new_is_refused(tiny_tokenizer, tmp_path, load, ada
     export_adapter(str(adapter), tiny_tokenizer, tmp_path / "empty", base="b")
     assert (tmp_path / "empty" / "adapter_model.safetensors").is_file()
 
-
-def test_a_failed_export_leaves_nothing(tiny_tokenizer, tmp_path, monkeypatch, load):
     def fail(folder):
         assert (Path(folder) / "model.safetensors").is_file() and not (tmp_path / "out" / "m").exists()
         raise OSError("No space left on device")
@@ -300,10 +293,8 @@ def test_every_form_has_the_figures_of_the_report_to_the_digit(cli, tiny_model_p
         assert "KL to the teacher on 8 rows" in out
         assert ("the second rounding took part" in err) == (form == "requantized")
         if form == "adapter":
-            config = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch_dtype,
-            )  # fmt: skip
+            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            config = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch_dtype)
             base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch_dtype, quantization_config=config)
             model = PeftModel.from_pretrained(base, tmp_path / form)
         else:

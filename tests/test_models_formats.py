@@ -115,17 +115,16 @@ def test_the_weight_is_what_the_layer_computes_with(student, training):
 
 
 def test_the_same_weight_below_an_adapter_and_after_passes(student):
-    _, load = student
-    model = load()
+    model = student[1]()
     before = {path: dequantize_weight(layer).clone() for path, layer in projections(model).items()}
     adapted = attach_lora(model)
     adapted(IDS, labels=IDS).loss.backward()
     with torch.no_grad():
         adapted.eval()(IDS)
-    found = [path for path, layer in projections(adapted.get_base_model()).items() if hasattr(layer, "lora_A")]
-    assert len(found) == 14
-    for path in found:
-        assert torch.equal(dequantize_weight(adapted.get_base_model().get_submodule(path)), before[path]), path
+    layers = projections(adapted.get_base_model())
+    assert len(before) == sum(hasattr(layer, "lora_A") for layer in layers.values()) == 14
+    for path, weight in before.items():
+        assert torch.equal(dequantize_weight(layers[path]), weight), path
 
 
 def gradients(model):
@@ -179,9 +178,7 @@ def test_training_lowers_the_loss_and_the_adapter_comes_back_the_same(student, t
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_the_trainer_takes_a_packed_checkpoint_by_name(
-    method, tiny_model_path, make_trainer, training_set, tmp_path, caplog
-):
+def test_a_packed_checkpoint_trains_by_name(method, tiny_model_path, make_trainer, training_set, tmp_path, caplog):
     require_package(method)
     write_packed_checkpoint(method, tiny_model_path, tmp_path / method)
     options = {"init": "covariance", "learning_rate": 1e-3, "eval_dataset": training_set}

@@ -1,5 +1,7 @@
 """The fused loss in the trainer: equal to the path over logits on every family, or off with the reason."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import FAMILIES, build
@@ -15,10 +17,8 @@ def run(make_trainer, training_set, tiny_tokenizer):
     """The trainer of a model, its loss of three rows, and the gradient."""
 
     def go(model, fused=True):
-        trainer = make_trainer(
-            model, use_fused_loss=fused, temperature=2.0, alpha=0.6, processing_class=tiny_tokenizer,
-            train_dataset=training_set[:3],
-        )  # fmt: skip
+        options = {"temperature": 2.0, "alpha": 0.6, "train_dataset": training_set[:3]}
+        trainer = make_trainer(model, use_fused_loss=fused, processing_class=tiny_tokenizer, **options)
         return trainer, *loss_and_gradient(trainer, training_set.__getitems__(range(3)), train=False)
 
     return go
@@ -66,14 +66,14 @@ def test_the_model_is_left_as_it_was(family, tiny_tokenizer):
     torch.testing.assert_close(model(input_ids=tokens).logits, before)
 
 
-def test_an_adapter_on_the_head_falls_back_to_logits_with_the_reason(
-    assert_equal_to_logits_path, run, tiny_tokenizer, caplog
-):
-    def adapted():
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
-        return get_peft_model(build("Llama", len(tiny_tokenizer)), config)
+def adapt(family, vocab_size, targets, **options):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **options)
+    return get_peft_model(build(family, vocab_size), config)
 
+
+def test_an_adapter_on_the_head_is_told_as_the_reason(assert_equal_to_logits_path, run, tiny_tokenizer, caplog):
+    adapted = partial(adapt, "Llama", len(tiny_tokenizer), ["q_proj", "lm_head"], init_lora_weights=False)
     assert not assert_equal_to_logits_path(adapted).uses_fused_loss
     assert caplog.text.count("its head is peft's Linear, not a plain linear layer") == 1
     # The adapter is in the logits: against the merged model, which has no adapters and a plain head.
@@ -85,11 +85,8 @@ def test_an_adapter_on_the_head_falls_back_to_logits_with_the_reason(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_peft_trains_whole_is_fused(tied, assert_equal_to_logits_path, tiny_tokenizer):
-    def adapted():
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-        return get_peft_model(build("Llama, tied" if tied else "Llama", len(tiny_tokenizer)), config)
-
+    family = "Llama, tied" if tied else "Llama"
+    adapted = partial(adapt, family, len(tiny_tokenizer), ["q_proj"], modules_to_save=["lm_head"])
     assert assert_equal_to_logits_path(adapted).uses_fused_loss
     model = adapted()
     wrapper = model.get_output_embeddings()
@@ -112,15 +109,10 @@ def load_with_quantized_head(tiny_model_path):
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
-def test_a_4_bit_head_is_dequantized_for_the_fused_loss(
-    double, storage, load_with_quantized_head, assert_equal_to_logits_path, tiny_tokenizer
-):
-    def load():
-        return load_with_quantized_head(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
-            bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=storage,
-        )  # fmt: skip
-
+def test_a_4_bit_head_is_fused(double, storage, load_with_quantized_head, assert_equal_to_logits_path, tiny_tokenizer):
+    config = {"quant_type": "nf4", "use_double_quant": double, "compute_dtype": torch.float32, "quant_storage": storage}
+    config = {f"bnb_4bit_{name}": value for name, value in config.items()}
+    load = partial(load_with_quantized_head, load_in_4bit=True, **config)
     assert type(load().get_output_embeddings()).__name__ == "Linear4bit"
     trainer = assert_equal_to_logits_path(load)
     assert trainer.uses_fused_loss
@@ -148,8 +140,7 @@ def test_the_probe_leaves_no_trace(load_with_quantized_head, tiny_tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
-        packed = getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
-        assert not packed, name
+        assert not getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False), name
     assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is torch.nn.Linear)
 
 

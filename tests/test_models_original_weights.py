@@ -6,8 +6,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from families import build
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from quantkd.errors import ConfigError
@@ -39,18 +40,13 @@ def test_the_prefix_of_the_base_model_may_be_missing_or_not(tiny_model, tmp_path
 
 def test_names_follow_the_mapping_of_transformers(tmp_path):
     """A Mixtral checkpoint as Mistral published it: its experts are merged when it is loaded, its attention is not."""
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model = build("Mixtral", 64)
     model.save_pretrained(tmp_path)
     assert any("block_sparse_moe.experts.0.w1" in key for key in load_file(tmp_path / "model.safetensors"))
     weights = OriginalWeights(str(tmp_path), model)
-    attention = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(weights.read(attention), model.get_submodule(attention).weight)
-    gate = "model.layers.0.mlp.gate"  # `block_sparse_moe.gate` in the file
-    assert torch.equal(weights.read(gate), model.get_submodule(gate).weight)
+    for name in ("self_attn.q_proj", "mlp.gate"):  # the latter is `block_sparse_moe.gate` in the file
+        name = f"model.layers.0.{name}"
+        assert torch.equal(weights.read(name), model.get_submodule(name).weight)
     assert "model.layers.0.mlp.experts.gate_up_proj" in weights._converted
 
 
@@ -69,16 +65,14 @@ def test_a_weight_that_is_made_of_others_is_refused(tmp_path):
     """transformers 5 splits or permutes some families' linear layers; the mapping's own words say which."""
     mapping = import_module("transformers.conversion_mapping")
     converter = WeightConverter("qkv_proj.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"], [Chunk(dim=0)])
-    model = torch.nn.Module()
+    model, names = torch.nn.Module(), ("q_proj", "k_proj", "v_proj")
     model.base_model_prefix = "model"
-    model.add_module("attn", torch.nn.Module())
-    for name in ("q_proj", "k_proj", "v_proj"):
-        model.attn.add_module(name, torch.nn.Linear(4, 4, bias=False))
+    model.attn = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, bias=False) for name in names})
     save_file({"attn.qkv_proj.weight": torch.ones(12, 4)}, tmp_path / "model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mapping, "get_model_conversion_mapping", lambda model: [converter])
         weights = OriginalWeights(str(tmp_path), model)
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in names:
         with pytest.raises(ConfigError, match="is made of other tensors"):
             weights.read(f"attn.{name}")
 

@@ -25,7 +25,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def write_config(folder, quantization):
-    folder.mkdir()
     content = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(content))
     return str(folder)
@@ -136,15 +135,12 @@ def test_packed_checkpoints_get_a_kernel_that_can_be_trained_where_it_runs():
     assert choose_kernel({"quant_method": "bitsandbytes", "load_in_4bit": True}, CPU) is None
 
 
-def test_a_format_by_name_on_the_command_line(tiny_model_path):
+def test_a_format_is_named_on_the_command_line_or_refused(tiny_model_path):
     for name in ("fp4", "int8"):
         args = StudentArguments(str(tiny_model_path), student_format=name, dtype="float32")
         assert format_of(load_student_from(args).config.quantization_config) == name
     with pytest.raises(ConfigError, match=r"load_in_8bit means int8, and student_format is fp4. Set one of them"):
         StudentArguments(str(tiny_model_path), student_format="fp4", load_in_8bit=True)
-
-
-def test_a_format_that_is_not_offered_is_refused(tiny_model_path):
     for config, message in (
         ("int3", "student's format is 'int3'; expected one of nf4, fp4, int8. Pass a quantization config"),
         (HqqConfig(nbits=4), "in HQQ, which transformers 5 neither quantizes nor reads.*hqq's own library and pass it"),
@@ -159,30 +155,34 @@ def test_a_format_that_is_not_offered_is_refused(tiny_model_path):
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, BitsAndBytesConfig(load_in_4bit=True), "int8"),
 ])  # fmt: skip
 def test_another_format_than_the_stored_one_is_refused(stored, wanted, found, tmp_path):
-    path = write_config(tmp_path / "stored", stored)
+    path = write_config(tmp_path, stored)
     assert student.stored_quantization(path) == stored
     with pytest.raises(ConfigError, match=f"is stored in {found} already; a student in .* was asked for. Leave the"):
         load_student(path, quantization_config=wanted)
 
 
 def test_only_4_bit_bitsandbytes_is_shared_out(tiny_model_path, tmp_path, monkeypatch):
-    loaded = {"int8": load_in("int8", tiny_model_path)}
-    loaded["the format of another library"] = load_in("hqq", tiny_model_path)
+    loaded = {
+        "int8": load_in("int8", tiny_model_path),
+        "the format of another library": load_in("hqq", tiny_model_path),
+    }
     for model in loaded.values():
         check_trainable(model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     message = "The student is in int8, and FSDP or ZeRO-3 would shard its weights.*DDP.*or use nf4"
     with pytest.raises(ConfigError, match=message):
         load_student(str(tiny_model_path), quantization_config="int8", dtype="float32")
-    with pytest.raises(ConfigError, match="The student is in gptq, and FSDP"):
-        load_student(write_config(tmp_path / "gptq", {"quant_method": "gptq", "bits": 4}))
     for name, model in loaded.items():  # loaded before
         with pytest.raises(ConfigError, match=f"The student is in {name}, and FSDP"):
             check_trainable(model)
-    # Stored 4-bit weights that a cast would destroy.
+    # Stored 4-bit weights would be destroyed by a cast.
     stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16).to_dict()
-    with pytest.raises(ConfigError, match=r"is torch.bfloat16, and .* gathered in torch.float32.* stored so; load the"):
-        load_student(write_config(tmp_path / "stored", stored), dtype="float32")
+    for config, message in (
+        ({"quant_method": "gptq", "bits": 4}, "The student is in gptq, and FSDP"),
+        (stored, r"is torch.bfloat16, and .* gathered in torch.float32.* stored so; load the"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_student(write_config(tmp_path, config), dtype="float32")
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()])
@@ -191,8 +191,5 @@ def test_a_layer_without_a_weight_to_hand_out_is_refused(layer):
         layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ConfigError, match=rf"{type(layer).__name__} gives no full-precision weight; expected a linear"):
         dequantize_weight(layer)
-
-
-def test_an_ordinary_weight_is_handed_out_itself(tiny_model):
-    layer = tiny_model.model.layers[0].mlp.up_proj
-    assert dequantize_weight(layer).data_ptr() == layer.weight.data_ptr()
+    ordinary = nn.Linear(4, 4)
+    assert dequantize_weight(ordinary).data_ptr() == ordinary.weight.data_ptr()

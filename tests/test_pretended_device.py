@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -37,12 +36,12 @@ GIVEN = [{"prompt": prompt, "completion": f"It is {place}."} for place, prompt i
 
 
 @pytest.fixture
-def waits() -> Iterator[list[str]]:
+def waits():
     with pretended_device() as found:
         yield found
 
 
-def own(waits: list[str]) -> list[str]:
+def own(waits):
     """Those of our lines; a library's line that called torch is not ours, nor what it waits for."""
     return [each for each in waits if each.startswith(PACKAGE)]
 

@@ -9,13 +9,11 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
@@ -30,7 +28,7 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def build_student(kind: str, path: str) -> tuple[Any, LoraConfig | None]:
+def build_student(kind, path):
     """`nf4` by name, the others loaded: the student, and adapters for it."""
     options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     if kind == "nf4":
@@ -40,7 +38,7 @@ def build_student(kind: str, path: str) -> tuple[Any, LoraConfig | None]:
     return model, None if kind == "full" else LoraConfig(r=4, modules_to_save=whole, **options)
 
 
-def read_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+def read_parameters(model):
     """The trainable parameters, whole, whoever holds their parts."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -70,7 +68,7 @@ class KeepParameters(TrainerCallback):
         self.before = read_parameters(model)
 
 
-def main(job: dict[str, Any]) -> None:
+def main(job):
     folder, rows = Path(job["folder"]), TransferSet(job["transfer_set"])
     args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **job["arguments"]})
     student, peft_config = build_student(job["student"], job["model"])
@@ -97,11 +95,11 @@ def main(job: dict[str, Any]) -> None:
         (folder / "report.json").write_text(json.dumps(report))
 
 
-def use_fsdp_on_cpu() -> None:
+def use_fsdp_on_cpu():
     """accelerate turns to DDP on CPUs, whatever its configuration asks; let it take its FSDP path there too."""
     initialize = AcceleratorState.__init__
 
-    def initialize_with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize_with_fsdp(self, *args, **kwargs):
         initialize(self, *args, **kwargs)
         if kwargs.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
