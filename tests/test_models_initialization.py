@@ -1,6 +1,5 @@
 """The start from the quantization error: optimal in closed form, better than zero on a model, refused with a reason."""
 
-import re
 import weakref
 from functools import partial
 from unittest.mock import Mock
