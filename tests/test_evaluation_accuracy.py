@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from families import build
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import GenerationConfig
 
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.encoding import encode_prompts
@@ -51,7 +52,6 @@ def test_records_follow_the_rows(evaluate, chat_template, shots):
 def test_verdicts_are_those_of_the_graders(monkeypatch, evaluate):
     golds = [extract_strict(row["answer"]) for row in ROWS[:3]]
     outputs = [f"so #### {golds[0]}", f"so {golds[1]}.", "no idea"]
-
     answers = [Generated(i, outputs[i], i != 2, 3) for i in (2, 0, 1)]
     monkeypatch.setattr(accuracy, "generate_greedy", lambda *_: [answers])
     names = ("correct_strict", "correct_flexible", "finished", "prediction_strict", "prediction_flexible")
@@ -66,12 +66,12 @@ def test_a_stopped_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, m
 
     def stop_after_two_batches(*args):
         yield from itertools.islice(generate_greedy(*args), 2)
+        assert len(path.read_text().splitlines()) == 4  # so that they stay if the process is killed now
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(accuracy, "generate_greedy", stop_after_two_batches)
         evaluate(records_path=path, batch_size=2)
-    assert len(path.read_text().splitlines()) == 4
     with path.open("ab") as file:
         file.write('{"id": 6, "question": "é'.encode()[:-1])  # and the process died in the middle of a character
 
@@ -93,10 +93,11 @@ def test_a_stopped_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, m
 def test_records_of_another_evaluation_are_refused(tmp_path, tiny_model, evaluate):
     go = partial(evaluate, records_path=tmp_path / "records.jsonl")
     go(ROWS[:2])
-    with pytest.raises(DataError, match="max_new_tokens is 8, not 9"):
-        go(ROWS[:2], max_new_tokens=9)
-    with pytest.raises(DataError, match="prompts is"):
-        go(ROWS[1:3])
+    for rows, options, message in (
+        (ROWS[:2], {"max_new_tokens": 9}, "max_new_tokens is 8, not 9"), (ROWS[1:3], {}, "prompts is"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            go(rows, **options)
     tiny_model.model.layers[1].mlp.down_proj.weight.data += 1e-4
     with pytest.raises(DataError, match="model is"):
         go(ROWS[:2])
@@ -244,11 +245,7 @@ def test_lora_model_answers_with_its_adapter(tiny_model, tiny_tokenizer, prompts
 
 def test_a_cache_that_cannot_be_shared_is_not(tiny_tokenizer, prompts):
     """A sliding window keeps fewer entries than the prefix has tokens."""
-    torch.manual_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                      num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
-    ).double().eval()  # fmt: skip
+    model = build("Mistral", len(tiny_tokenizer), attention="sdpa", sliding_window=8).double()
     assert find_shared_prefix(prompts[:2])
     found = answer(model, tiny_tokenizer, prompts[:2], max_new_tokens=6)
     assert_greedy(found, model, tiny_tokenizer, prompts[:2], 6)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,16 +41,15 @@ def test_dense_figures_equal_float64_expressions(student, teacher, held_out):
     tokens = 0
     rows = zip(dense_rows(student, held_out), dense_rows(teacher, held_out), strict=True)
     for place, ((log_q, targets), (log_p, _)) in enumerate(rows):
+        row = {name: column[place] for name, column in found.columns.items()}
         forward = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
         backward = torch.nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
-        row = {name: float(found.columns[name][place]) for name in ("dense_kl_sum", "dense_reverse_kl_sum", "ce_sum")}
         assert row["dense_kl_sum"] == pytest.approx(float(forward), rel=1e-4, abs=1e-5)
         assert row["dense_reverse_kl_sum"] == pytest.approx(float(backward), rel=1e-4, abs=1e-5)
         ce = torch.nn.functional.nll_loss(log_q, targets, reduction="sum")
         assert row["ce_sum"] == pytest.approx(float(ce), rel=1e-5)
-        agree = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-        assert int(found.columns["dense_agree"][place]) == agree == int(found.columns["agree"][place])
-        assert int(found.columns["tokens"][place]) == len(targets)
+        assert row["dense_agree"] == row["agree"] == int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        assert row["tokens"] == len(targets)
         tokens += len(targets)
     figures = found.means
     assert figures["perplexity"] == pytest.approx(math.exp(float(found.columns["ce_sum"].sum()) / tokens))
@@ -116,44 +116,39 @@ def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(student, held_out, te
 
 
 def test_no_more_than_a_chunk_of_logits(student, held_out, teacher, monkeypatch):
-    widths, real = [], torch.nn.functional.linear
-
-    def counting(hidden, weight, bias=None):
-        if weight.shape[0] == 320:
-            widths.append(hidden.numel() // hidden.shape[-1])
-        return real(hidden, weight, bias)
-
+    linear = Mock(wraps=torch.nn.functional.linear)
     monkeypatch.setattr("quantkd.loss.metrics.chunk_bytes", lambda device: 4 * 320 * 3)
-    monkeypatch.setattr("torch.nn.functional.linear", counting)
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
     evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
+    widths = [call.args[0][..., 0].numel() for call in linear.call_args_list if call.args[1].shape[0] == 320]
     assert len(widths) > 20 and max(widths) <= 3
 
 
-def test_modes_return_after_an_error(student, held_out, tiny_model_path):
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_path).train()
-    student.train()
-    student.model.layers[0].eval()
-    with torch.no_grad():
-        student.lm_head.weight[0, 0] = torch.nan
+def test_modes_return_after_an_error(student, held_out, tiny_tokenizer):
+    teacher = build_tiny_model(tiny_tokenizer).train()
+    student.train().model.layers[0].eval()
+    student.lm_head.weight.data[0, 0] = torch.nan
     with pytest.raises(DataError, match="5 of 5 rows are not finite: the logits hold NaN"):
         evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
 
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    handle = student.model.layers[1].register_forward_hook(stop)
+    student.model.layers[1].register_forward_hook(Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate_fidelity(student, held_out, teacher=teacher, progress=False)
-    handle.remove()
     assert teacher.training and student.training and student.lm_head.training
     assert not student.model.layers[0].training and not student.model.layers[0].mlp.training
 
 
-def test_another_vocabulary_is_refused(tiny_model, held_out, tiny_tokenizer):
-    other = build_tiny_model(tiny_tokenizer)
-    other.resize_token_embeddings(330)
-    with pytest.raises(ConfigError, match="vocabulary has 320 ids, the teacher's 330"):
-        evaluate_fidelity(tiny_model, held_out, teacher=other, progress=False)
+def test_what_cannot_be_compared_is_refused(tiny_model, held_out, tiny_tokenizer):
+    large, small = build_tiny_model(tiny_tokenizer), build_tiny_model(tiny_tokenizer)
+    large.resize_token_embeddings(330)
+    small.resize_token_embeddings(300)
+    for model, rows, teacher, message in (
+        (tiny_model, held_out, large, "vocabulary has 320 ids, the teacher's 330"),
+        (small, held_out, None, r"head has 300 rows, .* up to 319"),
+        (tiny_model, held_out[:0], None, "holds 0 rows; expected at least one"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=message):
+            evaluate_fidelity(model, rows, teacher=teacher, progress=False)
 
 
 def test_every_class_stored_is_the_dense_divergence():

@@ -2,11 +2,10 @@
 
 import copy
 import json
-import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
-import processes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,7 +23,6 @@ from quantkd.evaluation.measure import evaluate_arm
 from quantkd.models.student import load_student
 from quantkd.report import build_report
 from tests.conftest import build_tiny_model
-from tests.transfer_sets import hashes
 
 ROWS = generate_problems(3, seed=0)
 QUESTIONS = Questions(ROWS)
@@ -70,13 +68,12 @@ def test_fidelity_is_measured_once_for_a_model_its_data_and_its_settings(evaluat
     first = file.read_bytes()
     evaluate(held_out=held_out)
     assert measured == [5] and file.read_bytes() == first
-    evaluate(held_out=held_out, batch_size=2)
-    assert measured == [5, 5]
     two = {"held_out": held_out[:2], "batch_size": 2}
-    evaluate(**two)
-    assert measured == [5, 5, 2]
-    evaluate(**two, force=True)
-    assert measured == [5, 5, 2, 2]
+    for options, expected in (
+        ({"held_out": held_out, "batch_size": 2}, [5, 5]), (two, [5, 5, 2]), ({**two, "force": True}, [5, 5, 2, 2]),
+    ):  # fmt: skip
+        evaluate(**options)
+        assert measured == expected
     change()
     evaluate(**two)
     assert measured == [5, 5, 2, 2, 2]
@@ -96,11 +93,8 @@ def test_parts_of_one_model_add_up(evaluate, held_out, measured, file, change):
 
 
 def test_a_stop_among_the_answers_keeps_the_fidelity(evaluate, held_out, measured, monkeypatch):
-    def stop(*args, **options):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("quantkd.evaluation.accuracy.evaluate_gsm8k", stop)
+        patch.setattr("quantkd.evaluation.accuracy.evaluate_gsm8k", Mock(side_effect=KeyboardInterrupt))
         evaluate(held_out=held_out, questions=QUESTIONS)
     evaluate(held_out=held_out, questions=QUESTIONS)
     assert measured == [5]
@@ -187,15 +181,6 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path, tiny_model, tiny_tokeni
     assert evaluate_model(tiny_model, templated, tmp_path, held_out=held_out).fidelity.means["kl"] < 1e-3
 
 
-def test_rows_that_the_model_cannot_read_and_no_rows_are_refused(tiny_model, tiny_tokenizer, held_out):
-    small = build_tiny_model(tiny_tokenizer)
-    small.resize_token_embeddings(300)
-    with pytest.raises(ConfigError, match=r"head has 300 rows, .* up to 319"):
-        evaluate_fidelity(small, held_out, progress=False)
-    with pytest.raises(DataError, match="holds 0 rows; expected at least one"):
-        evaluate_fidelity(tiny_model, held_out[:0], progress=False)
-
-
 def test_a_scaling_and_a_config_are_part_of_the_model(tmp_path, tiny_model, tiny_tokenizer, held_out):
     """No weight differs: an adapter whose lora_alpha was edited, and a model with other positional frequencies."""
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -230,7 +215,6 @@ def test_damaged_settings_are_reported_and_force_mends_them(evaluate, file):
 
 @pytest.mark.parametrize("other", [{"questions": Questions(generate_problems(3, seed=5))}, {"chat_template": False}])
 def test_arms_over_other_questions_or_prompts_are_not_compared(tmp_path, evaluate, other):
-    """As many questions, numbered alike."""
     for arm in ("teacher", "before", "after"):
         evaluate(arm=arm, **{"questions": QUESTIONS, **(other if arm == "before" else {})})
     with pytest.raises(DataError, match=r"'before' and of 'teacher' are not over the same questions: .*prompts differ"):
@@ -283,19 +267,29 @@ def test_what_would_mean_something_else_is_refused(tmp_path, monkeypatch, cli, s
     assert code and said in err and not list(Path("r").rglob("*.jsonl"))
 
 
-def test_a_file_of_more_rows_than_are_asked_says_so(tmp_path, tiny_model_path, caplog):
-    path, rows = tmp_path / "p.jsonl", "".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(101))
-    words = f"evaluate --arm x --model_name_or_path {tiny_model_path} --full_precision --dtype float32 --prompts {path}"
-    words = f"{words} --max_new_tokens 1 --batch_size 50".split()
-    for name, lines, options, count in (
+@pytest.fixture
+def ask(tmp_path, tiny_model_path):
+    """Asks the prompts of a file of some rows from the command line, in a folder of that name; the file of answers."""
+
+    def ask(name, rows, *options):
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(rows)))
+        words = ["evaluate", "--arm", "x", "--model_name_or_path", tiny_model_path, "--full_precision", "--dtype"]
+        words += ["float32", "--prompts", tmp_path / "p.jsonl", "--batch_size", 50, "--run_dir", tmp_path / name]
+        main([str(word) for word in (*words, *options)])
+        return tmp_path / name / "evaluation" / "x-prompts.jsonl"
+
+    return ask
+
+
+def test_a_file_of_more_rows_than_are_asked_says_so(ask, tmp_path, caplog):
+    for name, rows, options, count in (
         ("a", 101, [], 100), ("b", 100, [], 100), ("c", 101, ["--limit", "101"], 101), ("d", 101, ["--limit", "3"], 3)
     ):  # fmt: skip
         caplog.clear()
-        path.write_text("".join(rows.splitlines(keepends=True)[:lines]))
-        main([*words, "--run_dir", str(tmp_path / name), *options])
-        assert len((tmp_path / name / "evaluation" / "x-prompts.jsonl").read_text().splitlines()) == count
+        assert ask(name, rows, "--max_new_tokens", 1, *options).read_text().count("\n") == count
         said = [record.getMessage() for record in caplog.records if "--limit" in record.getMessage()]
-        assert said == [f"{path} has more than 100 rows; the first 100 are asked. --limit asks more."] * (name == "a")
+        told = f"{tmp_path}/p.jsonl has more than 100 rows; the first 100 are asked. --limit asks more."
+        assert said == [told] * (name == "a")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "a.json", "é", "²", "x" * 101])
@@ -304,44 +298,10 @@ def test_an_arms_name_is_a_plain_file_name(name):
         check_arm_name(name)
 
 
-def test_force_asks_other_prompts_again(tmp_path, tiny_model_path):
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
-    words = ["evaluate", "--arm", "x", "--model_name_or_path", str(tiny_model_path), "--full_precision", "--dtype"]
-    words += ["float32", "--prompts", str(tmp_path / "mine.jsonl"), "--run_dir", str(tmp_path), "--max_new_tokens", "4"]
-    main(words)
-    records = tmp_path / "evaluation" / "x-prompts.jsonl"
-    first = records.read_text()
+def test_force_asks_other_prompts_again(ask):
+    options = ("a", 2, "--max_new_tokens", 4)
+    first = ask(*options).read_text()
     spoilt = first.replace('"output": "', '"output": "old ', 1)
-    records.write_text(spoilt)
-    main(words)
-    assert records.read_text() == spoilt  # kept
-    main([*words, "--force"])
-    assert records.read_text() == first != spoilt
-
-
-def test_a_killed_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, tiny_model_path, held_out):
-    """SIGKILL after some answers; every record that was written stays, and the files end as without it."""
-    (tmp_path / "data").mkdir()
-    rows = generate_problems(24, seed=3)
-    (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = f"evaluate --arm before --model_name_or_path {tiny_model_path} --full_precision --dtype float32 --gsm8k "
-    words += f"{tmp_path}/data --shots 0 --held_out {held_out.sources[0]} --batch_size 1 --max_new_tokens 100 --run_dir"
-    words = words.split()
-    folder = tmp_path / "killed" / "evaluation"
-    (process,) = processes.start(["-m", "quantkd", *words, tmp_path / "killed"], tmp_path / "out.txt")
-    records, deadline = folder / "before-0-shot.jsonl", time.monotonic() + 120
-    while not (records.exists() and records.read_text().count("\n") >= 3):
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    written = [line for line in records.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    assert 3 <= len(written) < 24
-    # Marked, for were they asked again, they would be the same.
-    records.write_text("".join(written).replace('"output_tokens": ', '"output_tokens": 1000'))
-    main([*words, str(tmp_path / "killed")])
-    ends = [json.loads(line)["output_tokens"] for line in records.read_text().splitlines()]
-    assert sum(count >= 1000 for count in ends) == len(written) and len(ends) == 24
-    records.write_text(records.read_text().replace('"output_tokens": 1000', '"output_tokens": '))
-    main([*words, str(tmp_path / "whole")])
-    assert hashes(folder) == hashes(tmp_path / "whole" / "evaluation")
+    ask(*options).write_text(spoilt)
+    assert ask(*options).read_text() == spoilt  # kept
+    assert ask(*options, "--force").read_text() == first != spoilt

@@ -13,38 +13,17 @@ from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from quantkd import TransferSet
-from quantkd.data.arithmetic import generate_problems
-from quantkd.evaluation.accuracy import Questions
-from quantkd.evaluation.arms import EvaluationSettings
-from quantkd.evaluation.measure import evaluate_arm
-from quantkd.hardware import process_state
-
-model_path, held_out, run_dir = sys.argv[1:4]
-model = AutoModelForCausalLM.from_pretrained(model_path).eval()
-tokenizer = AutoTokenizer.from_pretrained(model_path)
-evaluate_arm(
-    model, tokenizer, run_dir, arm="before", model_name="tiny", held_out=TransferSet.open(held_out),
-    questions=Questions(generate_problems(7, seed=0)),
-    settings=EvaluationSettings(batch_size=2, max_new_tokens=6, share=True, progress=False),
-)
-state = process_state()
-assert state.num_processes == int(sys.argv[4]), state
-print("done", state.process_index)
-"""
-
 
 def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
-    script = tmp_path / "measure.py"
-    script.write_text(SCRIPT)
-    one, words = ([script, tiny_model_path, held_out.sources[0], tmp_path / str(n), n] for n in (1, 2))
-    processes.run(one, tmp_path / "one.txt")
-    assert len({len(row["question"]) for row in generate_problems(7, seed=0)}) > 3  # or changed places would not show
-    assert processes.run(words, tmp_path / "out.txt", 2).count("done") == 2
+    rows = generate_problems(7, seed=0)
+    assert len({len(row["question"]) for row in rows}) > 3  # or changed places would not show
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"-m quantkd evaluate --arm before --model_name_or_path {tiny_model_path} --full_precision --dtype float32"
+    words = f"{words} --held_out {held_out.sources[0]} --gsm8k {tmp_path}/test.jsonl --shots 0 --batch_size 2"
+    words = [*words.split(), "--max_new_tokens", 6, "--run_dir"]
+    for count in (1, 2):  # of the two, only the first says what it wrote
+        said = processes.run([*words, tmp_path / str(count)], tmp_path / f"{count}.txt", count)
+        assert said.count("before.json: KL ") == 1
     arms = [json.loads((tmp_path / name / "evaluation" / "before.json").read_text()) for name in ("1", "2")]
     assert len(arms[0]["fidelity"]["rows"]["tokens"]) == 5
     assert len(arms[0]["questions"]["0-shot"]["correct_strict"]) == 7
@@ -55,7 +34,7 @@ def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
     lines = answers[1].read_text().splitlines()
     changed = {**json.loads(lines[3]), "output": "kept"}
     answers[1].write_text("\n".join([*lines[:3], json.dumps(changed)]) + "\n")
-    processes.run(words, tmp_path / "again.txt", 2)
+    processes.run([*words, tmp_path / "2"], tmp_path / "again.txt", 2)
     after = [json.loads(line) for line in answers[1].read_text().splitlines()]
     outputs = [json.loads(line)["output"] for line in lines]
     assert [record["output"] for record in after] == [*outputs[:3], "kept", *outputs[4:]]

@@ -40,12 +40,6 @@ def test_wilson_bounds_solve_the_score_equation(case):
         assert (correct / n - bound) ** 2 == pytest.approx(norm.ppf(0.975) ** 2 * bound * (1 - bound) / n, abs=1e-9)
 
 
-@pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 5)])
-def test_wilson_refuses_impossible_counts(correct, n):
-    with pytest.raises(DataError, match=f"{correct} correct of {n}"):
-        wilson_interval(correct, n)
-
-
 @pytest.mark.parametrize(("only_a", "only_b"), [(9, 2), (2, 9), (0, 6), (5, 5), (1, 0), (40, 20), (0, 0)])
 def test_mcnemar_equals_the_sum_of_binomial_terms(only_a, only_b):
     n = only_a + only_b
@@ -54,12 +48,6 @@ def test_mcnemar_equals_the_sum_of_binomial_terms(only_a, only_b):
     result = mcnemar_exact(*map(list, zip(*pairs, strict=True)))
     assert (result.only_a, result.only_b) == (only_a, only_b)
     assert result.p_value == pytest.approx(min(1, 2 * tail), rel=1e-12)
-
-
-@pytest.mark.parametrize("verdicts", [([True], [True, False]), ([], [])])
-def test_mcnemar_needs_the_same_questions(verdicts):
-    with pytest.raises(DataError, match="same questions"):
-        mcnemar_exact(*verdicts)
 
 
 @pytest.mark.parametrize(("only_a", "only_b", "n", "expected"), [
@@ -112,17 +100,16 @@ def test_known_shares_of_the_gap():
     before = np.logspace(0, 3, 50)
     result = gap(before / 2, before=before)
     assert result.value == pytest.approx(0.5) and result.interval == pytest.approx((0.5, 0.5))
+    # Between perplexities, not between their logarithms.
+    result = gap([1.5] * 50, teacher=[1.0] * 50, before=[2.0] * 50, transform="exp")
+    assert result.value == pytest.approx((math.exp(1.5) - math.exp(2)) / (math.exp(1) - math.exp(2)))
 
 
-def test_gap_inside_noise_is_not_measurable():
-    rng = np.random.default_rng(0)
-    before = rng.normal(0.01, 1.0, 50)
+def test_what_is_not_measurable():
+    """A gap inside noise, equal arms, a single row and a worse teacher."""
+    before = np.random.default_rng(0).normal(0.01, 1.0, 50)
     result = gap(before, before=before)
-    assert result.value is None and result.interval is None
-    assert "inside noise (95% interval" in str(result.reason)
-
-
-def test_equal_arms_a_single_row_and_a_worse_teacher_are_not_measurable():
+    assert result.value is result.interval is None and "inside noise (95% interval" in str(result.reason)
     assert gap([1.0] * 50, before=[0.0] * 50).reason == "teacher and before score the same"
     assert gap([1.0], teacher=[0.0], before=[2.0]).reason == "a single row gives no interval"
     assert "teacher scores worse" in str(gap([1.0] * 50, higher_is_better=True, teacher=[0.0] * 50).reason)
@@ -137,13 +124,6 @@ def test_few_verdicts_are_judged_by_the_exact_test():
     result = gap(teacher, teacher=teacher, before=before, higher_is_better=True, binary=True)
     assert result.value is None and "exact McNemar p = 0.12, n = 10" in str(result.reason)
     assert gap(teacher * 5, teacher=teacher * 5, before=before * 5, higher_is_better=True, binary=True).value == 1.0
-
-
-def test_perplexity_gap_is_taken_between_perplexities():
-    teacher, before, after = 1.0, 2.0, 1.5
-    result = gap([after] * 50, teacher=[teacher] * 50, before=[before] * 50, transform="exp")
-    expected = (math.exp(after) - math.exp(before)) / (math.exp(teacher) - math.exp(before))
-    assert result.value == pytest.approx(expected)
 
 
 @settings(max_examples=20, deadline=None)
@@ -163,6 +143,7 @@ def test_bootstrap_is_that_of_scipy(rows):
     nats, tokens = rng.gamma(2, 3, rows), rng.integers(1, 50, rows)
     expected = bootstrap_by_scipy((nats, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis))
     assert bootstrap_interval(RowSums(nats, tokens)) == pytest.approx(expected, rel=1e-12)
+    assert bootstrap_interval(RowSums(np.zeros(rows), np.ones(rows))) == (0.0, 0.0)
 
 
 def test_difference_is_that_of_scipy_and_paired():
@@ -198,17 +179,19 @@ def test_calibration_of_made_up_tokens():
     assert compute_value(sums) == pytest.approx(expected) and expected < 0.06
 
 
-def test_bootstrap_takes_constant_rows():
-    assert bootstrap_interval(RowSums(np.zeros(5), np.ones(5))) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(("statistic", "message"), [
-    (RowSums([1.0]), "1 row"), (RowSums([]), "N at least 1"), (RowSums([1.0, 2.0], [1.0]), "one shape"),
-    (RowSums([1.0, math.nan]), "not finite"), (RowSums([1.0, 2.0], [0.0, 0.0]), "none above 0"),
-    (CalibrationSums([[0.5]], [[1]], [[1, 2]]), r"one shape \(N, M\)"),
-    (CalibrationSums([0.5], [1], [1]), r"one shape \(N, M\)"),
-    (CalibrationSums([[math.nan]], [[1]], [[1]]), "not finite"), (CalibrationSums([[0.0]], [[0]], [[0]]), "no tokens"),
+@pytest.mark.parametrize(("function", "given", "message"), [
+    (bootstrap_interval, [RowSums([1.0])], "1 row"), (bootstrap_interval, [RowSums([])], "N at least 1"),
+    (bootstrap_interval, [RowSums([1.0, 2.0], [1.0])], "one shape"),
+    (bootstrap_interval, [RowSums([1.0, math.nan])], "not finite"),
+    (bootstrap_interval, [RowSums([1.0, 2.0], [0.0, 0.0])], "none above 0"),
+    (bootstrap_interval, [CalibrationSums([[0.5]], [[1]], [[1, 2]])], r"one shape \(N, M\)"),
+    (bootstrap_interval, [CalibrationSums([0.5], [1], [1])], r"one shape \(N, M\)"),
+    (bootstrap_interval, [CalibrationSums([[math.nan]], [[1]], [[1]])], "not finite"),
+    (bootstrap_interval, [CalibrationSums([[0.0]], [[0]], [[0]])], "no tokens"),
+    (wilson_interval, (0, 0), "0 correct of 0"), (wilson_interval, (3, 2), "3 correct of 2"),
+    (wilson_interval, (-1, 5), "-1 correct of 5"), (mcnemar_exact, ([], []), "same questions"),
+    (mcnemar_exact, ([True], [True, False]), "same questions"),
 ])  # fmt: skip
-def test_impossible_sums_are_refused(statistic, message):
+def test_impossible_figures_are_refused(function, given, message):
     with pytest.raises(DataError, match=message):
-        bootstrap_interval(statistic)
+        function(*given)
