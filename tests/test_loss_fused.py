@@ -17,13 +17,9 @@ from quantkd.transfer_set.topk import TopKLogprobs
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 HEADS = {
-    "no head": None,
-    "plain": {},
-    "bias": {"bias": True},
-    "scale": {"scale": 0.25},
-    "softcap": {"softcap": 3.0},
+    "no head": None, "plain": {}, "bias": {"bias": True}, "scale": {"scale": 0.25}, "softcap": {"softcap": 3.0},
     "all": {"bias": True, "scale": 0.5, "softcap": 2.0},
-}
+}  # fmt: skip
 MIXED = Objective(0.5)
 
 
@@ -113,9 +109,8 @@ def test_any_shape_teacher_and_chunk(data):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_float32_is_as_exact_as_the_reference(temperature):
     states, labels, logits = make(40, 3000, 32, dtype=torch.float32)
-    entries = select_entries(logits, TopK(20), (1.0, 2.0))
+    entries, objective = select_entries(logits, TopK(20), (1.0, 2.0)), Objective(0.5, temperature)
     wide = states.to(torch.float64)
-    objective = Objective(0.5, temperature)
     leaves = [each.values.requires_grad_() for each in (states, wide)]
     loss, _ = compute_fused_loss(states, labels, entries, objective)
     expected, _ = reference(wide, labels, entries, objective)
@@ -161,13 +156,12 @@ def test_bfloat16_is_no_worse_than_the_naive_way(data):
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize(
-    ("hidden_dtype", "head_dtype"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
-)
-def test_autocast_is_no_worse_than_the_naive_way(in_memory, hidden_dtype, head_dtype):
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
+def test_autocast_is_no_worse_than_the_naive_way(in_memory, dtypes):
+    hidden_dtype, head_dtype = (getattr(torch, name) for name in dtypes)
     states, labels, logits = make(40, 3000, 32, dtype=torch.float32)
-    head = Head(states.head.weight.to(getattr(torch, head_dtype)))
-    states = TargetStates(states.values.to(getattr(torch, hidden_dtype)), head)
+    head = Head(states.head.weight.to(head_dtype))
+    states = TargetStates(states.values.to(hidden_dtype), head)
     teacher = entries = select_entries(logits, TopK(20), (1.0,))
     with torch.autocast("cpu", torch.bfloat16):
         if in_memory:
@@ -251,13 +245,12 @@ def test_what_does_not_fit_is_refused(kind):
     states, labels, logits = make_kind(kind, 5, 31)
     entries, wide = (TopKLogprobs.from_dense(each) for each in (logits[:4], torch.randn(5, 60)))
     teacher, wide_teacher = make_kind(kind, 5, 31)[0], make_kind(kind, 5, 32)[0]
-    for given_teacher, message in (
-        (entries, "each of 5 target positions, found 4"),
-        (wide, "reach id 59, the student's vocabulary ends at 30"),
-        (teacher.select(slice(2)), "each of 5 target positions, found 2"),
-        (wide_teacher, "teacher's head has 32 tokens, the student's 31"),
+    for given_teacher, weights, message in (
+        (entries, None, "each of 5 target positions, found 4"),
+        (wide, None, "reach id 59, the student's vocabulary ends at 30"),
+        (teacher.select(slice(2)), None, "each of 5 target positions, found 2"),
+        (wide_teacher, None, "teacher's head has 32 tokens, the student's 31"),
+        (teacher, torch.ones(4), r"one weight for each of 5 target positions, found the shape \(4,\)"),
     ):
         with pytest.raises(ConfigError, match=message):
-            compute_fused_loss(states, labels, given_teacher, MIXED)
-    with pytest.raises(ConfigError, match=r"one weight for each of 5 target positions, found the shape \(4,\)"):
-        compute_fused_loss(states, labels, teacher, MIXED, weights=torch.ones(4))
+            compute_fused_loss(states, labels, given_teacher, MIXED, weights)

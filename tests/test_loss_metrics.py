@@ -28,12 +28,9 @@ def test_rows_hold_sums_over_their_targets(fused, in_memory, divergence, tempera
     teacher_logits = torch.randn(4, VOCAB, generator=generator, dtype=torch.float64) * 2
     stored = select_entries(teacher_logits, TopK(5), (1.0, 2.0))
     ids = [np.arange(VOCAB)] * 4 if in_memory else ids_of(stored)
-    found = compute_row_metrics(
-        states if fused else TargetStates(states.logits()),
-        LABELS,
-        TargetStates(teacher_logits) if in_memory else stored,
-        Objective(0.7, temperature, divergence),
-    )
+    student = states if fused else TargetStates(states.logits())
+    teacher = TargetStates(teacher_logits) if in_memory else stored
+    found = compute_row_metrics(student, LABELS, teacher, Objective(0.7, temperature, divergence))
     logits, expected = states.logits().numpy(), np.zeros((3, 5))
     for place, (row, position) in enumerate(TARGETS):
         student, teacher = logits[row, position - 1], teacher_logits[place].numpy()

@@ -91,9 +91,7 @@ def test_one_hot_entries_at_temperature_one_give_cross_entropy():
     generator = torch.Generator().manual_seed(3)
     student = torch.randn(5, 17, generator=generator)
     labels = torch.randint(17, (5,), generator=generator)
-    one_hot = TopKLogprobs(
-        torch.arange(6), labels, torch.zeros(5), torch.zeros(5, 1), temperatures=(1.0,), vocab_size=17
-    )
+    one_hot = TopKLogprobs(torch.arange(6), labels, torch.zeros(5), torch.zeros(5, 1), (1.0,), vocab_size=17)
     terms = compute_position_terms(student, labels, one_hot)
     torch.testing.assert_close(terms.kl, terms.ce)
     torch.testing.assert_close(terms.ce, torch.nn.functional.cross_entropy(student, labels, reduction="none"))
@@ -182,9 +180,10 @@ def test_refusals_say_what_to_do(change, message):
 
 def test_mismatched_positions_and_vocabularies_are_refused():
     entries = select_entries(torch.randn(2, 30), TopK(30), (1.0,))
-    with pytest.raises(ConfigError, match="each of 1 target positions, found 2"):
-        compute_distillation_loss(torch.randn(1, 2, 30), torch.tensor([[-100, 1]]), entries, alpha=0.5)
-    with pytest.raises(ConfigError, match="reach id 29, the student's vocabulary ends at 8"):
-        compute_distillation_loss(torch.randn(1, 3, 9), torch.tensor([[-100, 1, 2]]), entries, alpha=0.5)
-    with pytest.raises(ConfigError, match=r"states of \(1, 3\) positions for labels of \(1, 2\)"):
-        compute_distillation_loss(torch.randn(1, 3, 30), torch.tensor([[-100, 1]]), entries, alpha=0.5)
+    for shape, labels, message in (
+        ((1, 2, 30), [-100, 1], "each of 1 target positions, found 2"),
+        ((1, 3, 9), [-100, 1, 2], "reach id 29, the student's vocabulary ends at 8"),
+        ((1, 3, 30), [-100, 1], r"states of \(1, 3\) positions for labels of \(1, 2\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compute_distillation_loss(torch.randn(shape), torch.tensor([labels]), entries, alpha=0.5)

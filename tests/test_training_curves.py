@@ -28,10 +28,8 @@ def drawn(monkeypatch):
 
 def shown(figure):
     """Of each panel its lines."""
-    return {
-        panel.get_title(): {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
-        for panel in figure.axes
-    }
+    lines = {panel.get_title(): panel.get_lines() for panel in figure.axes}
+    return {title: {line.get_label(): line.get_xydata().tolist() for line in each} for title, each in lines.items()}
 
 
 def test_lines_are_what_was_logged_and_bytes_are_repeated(tmp_path, drawn):
@@ -49,19 +47,14 @@ def test_lines_are_what_was_logged_and_bytes_are_repeated(tmp_path, drawn):
     assert all(panel.get_ylim()[0] == 0 for panel in drawn[0].axes if "nats" in panel.get_ylabel())
 
 
-def test_a_loss_below_zero_is_shown_whole(tmp_path, drawn):
+def test_a_loss_below_zero_is_shown_whole_and_nothing_logged_draws_nothing(tmp_path, drawn):
+    assert not draw_curves([{"step": 1, "train_runtime": 1.0}], tmp_path / "t.png")
+    assert not (tmp_path / "t.png").exists()
     draw_curves([{"step": step, "loss": loss} for step, loss in ((1, 0.5), (2, -0.5))], tmp_path / "t.png")
     assert drawn[0].axes[0].get_ylim()[0] < -0.5
 
 
-def test_nothing_logged_draws_nothing(tmp_path):
-    assert not draw_curves([{"step": 1, "train_runtime": 1.0}], tmp_path / "t.png")
-    assert not (tmp_path / "t.png").exists()
-
-
-def test_a_run_without_a_tracker_leaves_a_picture_and_every_tracker_gets_the_same_names(
-    make_trainer, training_set, tmp_path, drawn
-):
+def test_a_run_leaves_a_picture_and_trackers_get_the_same_names(make_trainer, training_set, tmp_path, drawn):
     names = set()
 
     class Tracker(TrainerCallback):

@@ -23,10 +23,9 @@ def make_student(make_trainer, tiny_model_path, training_set):
         model, settings["train_dataset"] = None, training_set[:4]
         if student == "by name":
             settings["peft_config"] = lora
-        elif student == "adapted, quantized":
-            model = get_peft_model(load_student(str(tiny_model_path), dtype="float32"), lora)
         else:
-            model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32), lora)
+            load = load_student if "quantized" in student else AutoModelForCausalLM.from_pretrained
+            model = get_peft_model(load(str(tiny_model_path), dtype="float32"), lora)
         return make_trainer(model, **{**settings, **options})
 
     return build
@@ -39,15 +38,11 @@ def first_step(trainer):
     assert trained and all("lora_" in name for name in trained)
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
-    held = {}
+    held, compute_loss = {}, trainer.compute_loss
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            held[storage.data_ptr()] = storage.nbytes()
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-
-    compute_loss = trainer.compute_loss
 
     def counted(*args, **kwargs):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -56,7 +51,7 @@ def first_step(trainer):
     trainer.compute_loss = counted
     trainer.train()
     gradient = {name: before[name] - parameter.detach() for name, parameter in trained.items()}
-    return trainer.state.log_history[0]["loss"], gradient, sum(held.values())
+    return trainer.state.log_history[0]["loss"], gradient, sum(held[place] for place in held.keys() - parameters)
 
 
 @pytest.mark.parametrize("student", ["by name", "adapted, quantized", "adapted"])

@@ -21,9 +21,8 @@ LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("name", "in_16_bits"), FORMATS)
-def test_every_format_trains_in_mixed_precision(
-    make_trainer, training_set, tiny_model_path, tiny_tokenizer, tmp_path, monkeypatch, name, in_16_bits, precision
-):
+def test_every_format_trains_in_mixed_precision(make_trainer, training_set, tiny_model_path, tiny_tokenizer, tmp_path,
+                                                monkeypatch, name, in_16_bits, precision):  # fmt: skip
     dtypes, product = [], Head.logits
     monkeypatch.setattr(Head, "logits", lambda head, hidden: dtypes.append(hidden.dtype) or product(head, hidden))
 
@@ -64,6 +63,7 @@ def test_every_format_trains_in_mixed_precision(
     ({"use_cpu": True}, {}, True, False), ({}, {"ACCELERATE_MIXED_PRECISION": "no"}, True, False),
 ])  # fmt: skip
 def test_bf16_is_on_where_an_accelerator_has_it(monkeypatch, tmp_path, options, environment, native, expected):
+    assert QuantizedDistillationConfig(str(tmp_path)).bf16 is False  # on a CPU
     monkeypatch.setattr("quantkd.training.config.has_accelerator", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
@@ -74,7 +74,3 @@ def test_bf16_is_on_where_an_accelerator_has_it(monkeypatch, tmp_path, options, 
     args = QuantizedDistillationConfig(str(tmp_path), **options)
     assert args.bf16 is expected
     assert args.accelerator_config.non_blocking is args.dataloader_pin_memory
-
-
-def test_bf16_is_off_on_a_cpu(tmp_path):
-    assert QuantizedDistillationConfig(str(tmp_path)).bf16 is False

@@ -27,13 +27,6 @@ class KeepGradients(TrainerCallback):
         self.kept = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
 
 
-SPLITS = [
-    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-    {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-]
-
-
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_loss_and_gradient_depend_neither_on_the_split_nor_on_padding(make_trainer, tiny_tokenizer, divergence):
     def run(**options):
@@ -44,8 +37,9 @@ def test_loss_and_gradient_depend_neither_on_the_split_nor_on_padding(make_train
         return keeper.kept, trainer.state.log_history[0]
 
     gradient, logs = run()
-    wide = DistillationCollator(tiny_tokenizer.pad_token_id, pad_to_multiple_of=128)
-    for options in (*SPLITS, {"data_collator": wide}):
+    wide = {"data_collator": DistillationCollator(tiny_tokenizer.pad_token_id, pad_to_multiple_of=128)}
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    for options in (*(dict(zip(names, split, strict=True)) for split in ((2, 4), (1, 8), (3, 3))), wide):
         split_gradient, split_logs = run(**options)
         assert relative(split_gradient, gradient) < 1e-5, options
         assert all(math.isclose(split_logs[name], logs[name], rel_tol=1e-5) for name in ("loss", "ce", "kl")), options
@@ -59,19 +53,14 @@ def test_logged_terms_add_up_to_the_logged_loss(make_trainer):
 
 
 def test_evaluation_gives_token_means_at_temperature_one(make_trainer, training_set):
-    trainer = make_trainer(
-        alpha=0.3, temperature=2.0, divergence="reverse_kl", per_device_eval_batch_size=3, eval_dataset=training_set
-    )
+    objective = {"alpha": 0.3, "temperature": 2.0, "divergence": "reverse_kl"}
+    trainer = make_trainer(per_device_eval_batch_size=3, eval_dataset=training_set, **objective)
     metrics = trainer.evaluate()
     sums = dict.fromkeys(("kl", "ce", "loss", "top1_agreement"), 0.0)
     for row in training_set:
         with torch.inference_mode():
             logits = trainer.model(input_ids=row["input_ids"].unsqueeze(0)).logits
-        for name, options in {
-            "kl": {"alpha": 1.0},
-            "ce": {"alpha": 0.0},
-            "loss": {"alpha": 0.3, "temperature": 2.0, "divergence": "reverse_kl"},
-        }.items():
+        for name, options in (("kl", {"alpha": 1.0}), ("ce", {"alpha": 0.0}), ("loss", objective)):
             value = compute_distillation_loss(logits, row["labels"][None], row["teacher"], num_items=1, **options)
             sums[name] += float(value)
         places = (row["labels"] != -100).nonzero().squeeze(1)
@@ -118,23 +107,16 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make_trainer, tmp_path):
 def test_a_loaded_model_is_taken_as_it_is(make_trainer, tiny_model, tiny_tokenizer, tiny_model_path):
     trainer = make_trainer(model=tiny_model, processing_class=tiny_tokenizer)
     assert trainer.model is tiny_model and all(p.requires_grad for p in tiny_model.parameters())
-    quantized = load_student(str(tiny_model_path), dtype="float32")
-    assert isinstance(make_trainer(model=quantized).model, PeftModel)
     adapted = make_trainer(model=load_student(str(tiny_model_path), dtype="float32")).model
-    assert make_trainer(model=adapted).model is adapted
+    assert isinstance(adapted, PeftModel) and make_trainer(model=adapted).model is adapted
 
 
-def test_several_held_out_sets_are_named_apart(make_trainer, training_set):
-    sets = {"easy": training_set[:2], "hard": training_set[2:]}
-    metrics = make_trainer(eval_dataset=sets).evaluate()
-    assert {"eval_easy_kl", "eval_hard_kl", "eval_hard_top1_agreement"} <= set(metrics)
-
-
-@pytest.mark.parametrize("rows", [[], "an empty transfer set"])
-def test_evaluation_without_rows_is_refused(make_trainer, training_set, rows):
-    trainer = make_trainer()
-    with pytest.raises(DataError, match=r"\(eval\) holds no rows; expected at least one"):
-        trainer.evaluate(training_set[:0] if rows else rows)
+def test_several_held_out_sets_are_named_apart_and_empty_ones_refused(make_trainer, training_set):
+    trainer = make_trainer(eval_dataset={"easy": training_set[:2], "hard": training_set[2:]})
+    assert {"eval_easy_kl", "eval_hard_kl", "eval_hard_top1_agreement"} <= set(trainer.evaluate())
+    for rows in ([], training_set[:0]):
+        with pytest.raises(DataError, match=r"\(eval\) holds no rows; expected at least one"):
+            trainer.evaluate(rows)
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(make_trainer, tiny_model, tiny_tokenizer):
