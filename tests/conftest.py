@@ -7,6 +7,7 @@ from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import hypothesis
 import pytest
@@ -108,7 +109,6 @@ def tiny_model(tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_model_path(tiny_tokenizer, tmp_path_factory):
-    """A folder with the tiny model and tokenizer, as `from_pretrained` reads them."""
     folder = tmp_path_factory.mktemp("tiny-model")
     build_tiny_model(tiny_tokenizer).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -164,7 +164,6 @@ def build_trainer(tiny_model_path, training_set):
 
 @pytest.fixture
 def make_trainer(build_trainer, tmp_path):
-    """`build_trainer` with a folder of its own."""
     return partial(build_trainer, tmp_path / "out")
 
 
@@ -191,19 +190,12 @@ def loss_and_gradient(trainer, rows, *, train=True):
 def clock(monkeypatch):
     """A calendar whose `day` a test sets, for us and for the chat templates of transformers."""
     set_to = SimpleNamespace(day="2025-12-31")
-
-    class Today(date):
-        @classmethod
-        def today(cls):
-            return date.fromisoformat(set_to.day)
-
-    class Now(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.fromisoformat(set_to.day)
-
-    monkeypatch.setattr("quantkd.data.encoding.date", Today)
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Now)
+    for where, kind, method in (
+        ("quantkd.data.encoding.date", date, "today"),
+        ("transformers.utils.chat_template_utils.datetime", datetime, "now"),
+    ):
+        shown = Mock(side_effect=lambda kind=kind: kind.fromisoformat(set_to.day))
+        monkeypatch.setattr(where, Mock(wraps=kind, **{method: shown}))
     return set_to
 
 
@@ -230,7 +222,6 @@ def cli(capsys):
 
 @pytest.fixture(scope="session")
 def gsm8k_dir():
-    """The folder with GSM8K's train.jsonl and test.jsonl, beside the checkout."""
     folder = REPOSITORY.parent / "shared" / "data" / "gsm8k"
     if not (folder / "test.jsonl").is_file():
         pytest.skip("no GSM8K at ../shared/data/gsm8k")

@@ -100,7 +100,6 @@ class FakeServer:
         self.thread.join()
 
     def respond(self, path, body):
-        """Status and text of an answer."""
         expected = {"sglang": "/generate", "llama.cpp": "/completion"}.get(self.kind, "/v1/completions")
         if path != expected:
             return 404, "{}"
@@ -142,22 +141,17 @@ class FakeServer:
         choice = {"finish_reason": "stop" if tokens[-1] in ends else "length", "logprobs": logprobs}
         if count := body.get("prompt_logprobs"):
             before = zip(self.distributions(body["prompt"]), body["prompt"][1:], strict=False)
-            choice["prompt_logprobs"] = [None] + [
-                {
-                    str(token): {"logprob": value, "rank": 1, "decoded_token": None}
-                    for token, value in sampled_and_top(step, label, count)
-                }
-                for step, label in before
-            ]
+            tops = [sampled_and_top(step, label, count) for step, label in before]
+            facts = {"rank": 1, "decoded_token": None}
+            named = [{str(token): {"logprob": value, **facts} for token, value in top} for top in tops]
+            choice["prompt_logprobs"] = [None, *named]
         return {"choices": [choice]}
 
     def sglang(self, body):
         """Triples; the log-probabilities of the prompt begin with None at `logprob_start_len`."""
         sampling, prompt, count = body["sampling_params"], body["input_ids"], body["top_logprobs_num"]
-        ends = sampling["stop_token_ids"] + self.ends
-        tokens, steps = self.generate(
-            prompt, sampling["max_new_tokens"], ends, sampling["temperature"], sampling.get("sampling_seed", 0)
-        )
+        ends, seed = sampling["stop_token_ids"] + self.ends, sampling.get("sampling_seed", 0)
+        tokens, steps = self.generate(prompt, sampling["max_new_tokens"], ends, sampling["temperature"], seed)
 
         def triples(steps, tokens):
             targets = [sampled_and_top(*pair, count) for pair in zip(steps, tokens, strict=True)]

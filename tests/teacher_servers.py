@@ -15,7 +15,6 @@ def prompts(tiny_tokenizer):
 
 @pytest.fixture
 def serve(tiny_model, tiny_tokenizer):
-    """Start a fake server; all are stopped at the end."""
     running = []
 
     def start(**kwargs):
@@ -29,8 +28,6 @@ def serve(tiny_model, tiny_tokenizer):
 
 @pytest.fixture
 def connect(tiny_tokenizer):
-    """A teacher that asks a server, without long pauses."""
-
     def build(server, rule=RULE, settings=SETTINGS, **kwargs):
         kwargs = {"backoff_seconds": 0.001, "vocab_size": len(tiny_tokenizer), **kwargs}
         url = server if isinstance(server, str) else server.url

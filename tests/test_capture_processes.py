@@ -23,7 +23,6 @@ def out(tmp_path):
 
 @pytest.fixture(scope="module")
 def start(tiny_model_path, tmp_path_factory):
-    """Starts the command, each of whose processes computes in one thread."""
     path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
     path.write_text("".join(json.dumps({"prompt": "Add one to " + "9" * (n % 7 + 1)}) + "\n" for n in range(PROMPTS)))
 
@@ -73,17 +72,6 @@ def test_two_processes_of_which_all_are_killed_once(start, out, expected):
     kill(family)
     assert 3 <= committed(out) < PROMPTS // 2
     assert finish(start(out, 2), out) == expected
-
-
-def test_a_second_launch_on_the_same_folder_is_refused(start, out, expected):
-    first = start(out)
-    wait_for(out, 1, first)
-    os.kill(first[0].pid, signal.SIGSTOP)
-    (stranger,) = start(out)
-    stranger.join(DEADLINE)
-    os.kill(first[0].pid, signal.SIGCONT)
-    assert stranger.exitcode == 1 and "Another writer is at work" in out.with_suffix(".txt").read_text()
-    assert finish(first, out) == expected
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from quantkd.data.arithmetic import generate_problems
 from quantkd.data.gsm8k import extract_strict
 from quantkd.errors import DataError
 
+OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")  # grade_school_math/dataset.py of openai/grade-school-math
 EQUATION = re.compile(r"(\d+(?: [-+*/] \d+)+) = \$?(\d+)")
 
 
@@ -18,7 +19,8 @@ def test_every_step_is_right_and_leads_to_the_answer_of_a_row_that_never_repeats
     assert len({row["question"] for row in rows}) == 5_000
     assert len({re.sub(r"\d+", "0", row["answer"].split("\n")[0]) for row in rows[:2_000]}) > 100
     for row in rows:
-        assert set(row) == {"question", "answer"} and extract_strict(row["answer"])
+        assert set(row) == {"question", "answer"}
+        assert extract_strict(row["answer"]) == OFFICIAL.search(row["answer"])[1].replace(",", "")
         *steps, last = row["answer"].split("\n")
         assert 1 <= len(steps) <= 3, row
         known = set(re.findall(r"\d+", row["question"])) | {"2", "12", "100"}

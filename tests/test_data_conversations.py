@@ -183,23 +183,25 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt():
         with_context([plain], few_shot=[shots[0], plain.__class__("no answer")])
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
-def test_stored_entries_are_those_of_a_plain_pass(with_template, tiny_model, tmp_path, monkeypatch, template):
-    # Pieces of three tokens.
-    monkeypatch.setattr("quantkd.teacher.transformers.chunk_bytes", lambda device: 4 * 320 * 2 * 3)
+@pytest.mark.parametrize(("template", "tokens"), [(CHAT_TEMPLATE, 1), (MARKED, 3)])
+def test_stored_entries_are_those_of_a_plain_pass(with_template, tiny_model, tmp_path, monkeypatch, template, tokens):
+    # Pieces of so many tokens.
+    monkeypatch.setattr("quantkd.teacher.transformers.chunk_bytes", lambda device: 4 * 320 * 2 * tokens)
     tokenizer = with_template(template)
-    short = [turn("user", "Why?"), turn("assistant", "The sea.")]
+    long = Example("A longer question with many words in it?", "a longer answer, which goes on and on")
     found = capture_set(
-        tiny_model, [{"messages": CONVERSATION}, {"messages": short}], tmp_path / "set", responses="given",
+        tiny_model, [CONVERSATION, Example("Why?", "The sea."), long], tmp_path / "set", responses="given",
         tokenizer=tokenizer, storage=TopK(5), batch_size=2, temperatures=(1.0, 2.0),
     )  # fmt: skip
     ids, spans = by_hand(tokenizer)
-    row = found[0]
-    assert row["input_ids"].tolist() == ids and row["finished"]
     targets = [place for start, stop in spans for place in range(start, stop)]
-    assert (row["labels"] != -100).nonzero().squeeze(1).tolist() == targets
+    assert found[0]["input_ids"].tolist() == ids
+    assert (found[0]["labels"] != -100).nonzero().squeeze(1).tolist() == targets
+    answers = [tokenizer.decode(row["input_ids"][row["labels"] != -100]) for row in found]
+    assert answers[1:] == ["The sea.<|im_end|>", f"{long.completion}<|im_end|>"]
     for row in found:
         exact, teacher = dense_logprobs(tiny_model, row), row["teacher"]
+        assert row["finished"] and torch.equal(teacher.top_ids, exact.argmax(-1))
         ids = teacher.token_ids.view(-1, 5)
         assert ids.sort(-1).values.tolist() == exact.topk(5).indices.sort(-1).values.tolist()
         assert_stored(teacher.logprobs.view(-1, 5), exact.gather(1, ids))

@@ -1,12 +1,11 @@
 """GSM8K: rows, the prompt, and the graders, against the official grader's own pattern."""
 
 import json
-import re
 
 import pytest
 from hypothesis import given, strategies as st
 
-from quantkd.data import arithmetic, gsm8k
+from quantkd.data import gsm8k
 from quantkd.errors import ConfigError, DataError
 
 ROW = {"question": "How many?", "answer": "It is 2*3=<<2*3=6>>6.\nThen 6+1,000=<<6+1000=1006>>1,006\n#### 1,006"}
@@ -48,14 +47,6 @@ def test_verdict():
         gsm8k.is_correct("1", "one", "strict")
     with pytest.raises(ConfigError, match="'loose'"):
         gsm8k.is_correct("1", "#### 1", "loose")  # type: ignore[arg-type]
-
-
-def test_strict_agrees_with_the_official_pattern_on_generated_answers():
-    official = re.compile(r"#### (\-?[0-9\.\,]+)")  # grade_school_math/dataset.py of openai/grade-school-math
-    for row in arithmetic.generate_problems(500, seed=5):
-        match = official.search(row["answer"])
-        assert match is not None
-        assert gsm8k.extract_strict(row["answer"]) == match.group(1).replace(",", "")
 
 
 def test_rows_from_a_folder_a_file_and_the_hub(tmp_path, monkeypatch):

@@ -36,6 +36,9 @@ def train(student, arguments=TWO_BY_TWO, reshard=False):
     return {"student": student, "arguments": arguments, "reshard": reshard}
 
 
+STEPS = {student: train(student) for student in STUDENTS}
+
+
 @pytest.fixture(scope="module")
 def given_set(tiny_model_path, tmp_path_factory):
     rows = [{"prompt": each[0], "completion": each[1]} for each in zip(TRAINING_PROMPTS, ANSWERS, strict=True)]
@@ -72,27 +75,26 @@ def launch(tiny_model_path, given_set, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(launch):
-    """The reports of one process."""
     jobs = {student: train(student, {"per_device_train_batch_size": 8}) for student in STUDENTS}
-    two_rows = train("lora", {"per_device_train_batch_size": 2})
-    return launch({**jobs, "one row": train("lora", ONE_ROW), "two rows": two_rows})
+    rows = {"one row": ONE_ROW, "two rows": {"per_device_train_batch_size": 2}}
+    return launch({**jobs, **{name: train("lora", arguments) for name, arguments in rows.items()}})
 
 
 @pytest.fixture(scope="module")
 def ddp(launch):
     """The reports of two processes, as `torchrun` and `accelerate launch` with cpu.yaml start them."""
-    by_process = train("lora", {**ONE_ROW, "average_tokens_across_devices": False})
-    jobs = {**{student: train(student) for student in STUDENTS}, "one row": train("lora", ONE_ROW)}
-    return launch({**jobs, "one row, by process": by_process}, count=2)
+    rows = {"one row": ONE_ROW, "one row, by process": {**ONE_ROW, "average_tokens_across_devices": False}}
+    jobs = {name: train("lora", arguments) for name, arguments in rows.items()}
+    return launch({**STEPS, **jobs}, count=2)
 
 
 @pytest.fixture(scope="module")
 def fsdp2(launch, tmp_path_factory):
     """The same with each weight in shards; "again" where FSDP2 shards the head after each forward pass, too."""
-    jobs = {student: train(student) for student in STUDENTS}
-    jobs |= {f"{student} again": train(student, reshard=True) for student in STUDENTS}
+    again = {f"{student} again": train(student, reshard=True) for student in STUDENTS}
+    launcher = accelerate_launch("fsdp2.yaml", tmp_path_factory.mktemp("fsdp2"))
     # accelerate takes its FSDP path on GPUs only, so the process is told to take it here too; gloo does the rest.
-    return launch(jobs, accelerate_launch("fsdp2.yaml", tmp_path_factory.mktemp("fsdp2")), fsdp_on_cpu=True)
+    return launch({**STEPS, **again}, launcher, fsdp_on_cpu=True)
 
 
 def accelerate_launch(name, folder, **changes):
@@ -123,20 +125,15 @@ def test_ddp(ddp, alone, student):
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_fsdp2(fsdp2, alone, tiny_model_path, student):
-    report = fsdp2[student]
+    report, again = fsdp2[student], fsdp2[f"{student} again"]
     assert report["world_size"] == 2 and report["wrapper"].startswith("FSDP") and report["fused"]
     assert student == "full" or report["sharded_base"] > 0
-    assert_equal(report, alone[student])
+    # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
+    assert again["fused"] == (student in ("nf4", "lora"))
+    for each in (report, again):
+        assert_equal(each, alone[student])
     if student == "lora":
         check_saved_adapter(report, tiny_model_path)
-
-
-@pytest.mark.parametrize("student", STUDENTS)
-def test_a_head_that_fsdp2_shards_again_is_gathered(fsdp2, alone, student):
-    report = fsdp2[f"{student} again"]
-    # A trained head whose weight is in shards has no place for the gradient that the fused loss computes.
-    assert report["fused"] == (student in ("nf4", "lora"))
-    assert_equal(report, alone[student])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed package")
@@ -149,12 +146,10 @@ def test_deepspeed(launch, alone, stage, tiny_model_path, tmp_path):
     automatic = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "gradient_clipping")
     settings = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, **dict.fromkeys(automatic, "auto")}
     (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
-    changes = {
-        "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": False},
-        "mixed_precision": None,  # in a file of its own DeepSpeed is asked there
-    }
+    config = {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": False}
+    changes = {"deepspeed_config": config, "mixed_precision": None}  # of which DeepSpeed is asked in its own file
     launcher = accelerate_launch(f"deepspeed_zero{stage}.yaml", tmp_path, **changes)
-    reports = launch({student: train(student) for student in STUDENTS}, launcher)
+    reports = launch(STEPS, launcher)
     for student, report in reports.items():
         assert report["world_size"] == 2 and report["wrapper"] == "DeepSpeedEngine"
         assert report["fused"] == (stage == 2 or student in ("nf4", "lora"))

@@ -27,7 +27,6 @@ def student(tiny_model):
 
 @pytest.fixture(scope="module")
 def teacher(tiny_model_path):
-    """The model that wrote the set."""
     return AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
 
 

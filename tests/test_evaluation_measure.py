@@ -47,7 +47,6 @@ def file(tmp_path):
 
 @pytest.fixture
 def change(tiny_model):
-    """Makes it another model."""
     return lambda: tiny_model.lm_head.weight.data.add_(1e-3)
 
 

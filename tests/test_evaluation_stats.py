@@ -106,7 +106,6 @@ def test_known_shares_of_the_gap():
 
 
 def test_what_is_not_measurable():
-    """A gap inside noise, equal arms, a single row and a worse teacher."""
     before = np.random.default_rng(0).normal(0.01, 1.0, 50)
     result = gap(before, before=before)
     assert result.value is result.interval is None and "inside noise (95% interval" in str(result.reason)

@@ -26,7 +26,6 @@ IDS = torch.arange(5, 45).view(2, 20)
 
 @pytest.fixture(scope="module")
 def tied_path(tiny_model_path, tmp_path_factory):
-    """The tiny model with its head tied to its embeddings."""
     folder = tmp_path_factory.mktemp("tied")
     config = AutoConfig.from_pretrained(tiny_model_path, tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_config(config)
@@ -321,5 +320,3 @@ def test_a_merge_into_4_bit_is_refused_unless_it_is_accepted(cli, tiny_model_pat
     assert code == 0 and "was not measured" in err and "requantized, 1" in out
     assert load_exported(tmp_path / "out").config.quantization_config.load_in_4bit
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == trained_with.chat_template
-    code, _, err = cli(*words, "merged")
-    assert code == 1 and "is a folder that is not empty" in err

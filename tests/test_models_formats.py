@@ -134,7 +134,6 @@ def gradients(model):
 
 
 def test_gradients_are_those_of_the_dequantized_model(student, tiny_model):
-    """The reference is an ordinary Llama that holds the dequantized weights."""
     name, load = student
     model = load()
     for path, layer in projections(model).items():

@@ -96,13 +96,11 @@ def test_full_rank_gives_back_the_whole_error_and_what_exceeds_it_is_zero():
 
 @pytest.fixture
 def build(make_trainer, training_set):
-    """A trainer whose adapters start from the quantization error."""
     return partial(make_trainer, init="covariance", eval_dataset=training_set)
 
 
 @pytest.fixture
 def load(tiny_model_path):
-    """A student of the tiny model in NF4."""
     return partial(load_student, str(tiny_model_path), dtype="float32")
 
 

@@ -51,7 +51,6 @@ def test_names_follow_the_mapping_of_transformers(tmp_path):
 
 
 def test_without_the_mapping_the_checkpoint_is_loaded_whole(tiny_model, tmp_path, monkeypatch, caplog):
-    """As in a release of transformers that has moved it."""
     tiny_model.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", ModuleType("transformers.conversion_mapping"))
     weights = OriginalWeights(str(tmp_path), tiny_model)

@@ -1,7 +1,5 @@
 """Every torch path on a pretended GPU: it refuses nothing, gives what the CPU gives, and hardly waits."""
 
-from __future__ import annotations
-
 import copy
 import re
 from functools import partial
@@ -50,12 +48,10 @@ def test_it_refuses_what_cuda_refuses(waits):
     there = torch.ones(3, device="cuda")
     assert isinstance(there, DeviceTensor) and there.device == DEVICE
     for wrong in (
-        lambda: there + torch.ones(3),
-        lambda: torch.ones(3)[there.long()],
+        lambda: there + torch.ones(3), lambda: torch.ones(3)[there.long()], there.numpy,
         lambda: there.gather(0, torch.zeros(1, dtype=torch.long)),
         lambda: torch.multinomial(there, 1, generator=torch.Generator()),
-        there.numpy,
-    ):
+    ):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"device|numpy"):
             wrong()
     assert (there + torch.tensor(1.0))[torch.tensor([0])].cpu().tolist() == [2.0]
@@ -124,19 +120,15 @@ def nf4(tiny_model_path):
 
 HEAD = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
 PATHS = {
-    "fused": {},
-    "unfused": {"use_fused_loss": False},
-    "packed": {"packing": True, "gradient_checkpointing": True},
+    "fused": {}, "unfused": {"use_fused_loss": False}, "packed": {"packing": True, "gradient_checkpointing": True},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weights": (1.0, 0.5)},
     "dense": {"live": True, "alpha": 0.7},
     "dense jsd": {"live": True, "divergence": "jsd", "temperature": 2.0, "use_fused_loss": False},
-    "reverse": {"divergence": "reverse_kl", "alpha": 0.3},
-    "jsd": {"divergence": "jsd", "temperature": 2.0},
+    "reverse": {"divergence": "reverse_kl", "alpha": 0.3}, "jsd": {"divergence": "jsd", "temperature": 2.0},
     "head": {"peft_config": HEAD, "float": True, "temperature": 2.0},
     "float": {"peft_config": LoraConfig(target_modules="all-linear"), "float": True},
-    "loftq": {"init": "loftq"},
-    "covariance": {"init": "covariance"},
-}
+    "loftq": {"init": "loftq"}, "covariance": {"init": "covariance"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PATHS)

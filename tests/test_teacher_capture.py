@@ -186,9 +186,10 @@ def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tok
     options = {"model": tiny_model_path, "prompts": PROMPTS[:3], "max_new_tokens": 5}
     plain = capture_set(folder=tmp_path / "plain", **options)
     adapted = capture_set(folder=tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options)
-    assert adapted.digest != plain.digest
-    assert str(tmp_path).encode() not in (tmp_path / "adapted" / "index.json").read_bytes()
-    with pytest.raises(TransferSetError):
+    assert adapted.digest != plain.digest and plain.info.teacher_name == tiny_model_path.name
+    for file in (*(tmp_path / "plain").iterdir(), *(tmp_path / "adapted").iterdir()):
+        assert not any(str(path).encode() in file.read_bytes() for path in (tmp_path, tiny_model_path.parent)), file
+    with pytest.raises(TransferSetError, match="another plan"):
         capture_set(folder=tmp_path / "adapted", **options)
 
 
@@ -259,7 +260,7 @@ def test_a_padding_token_without_a_row_changes_nothing(tiny_model, tiny_tokenize
     assert collator(list(rows[0]))["input_ids"].max() < 320
 
 
-def test_a_capture_goes_on_after_midnight(clock, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+def test_a_capture_goes_on_after_midnight(clock, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, caplog):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
     options = {"tokenizer": tokenizer, "max_new_tokens": 4, "rows_per_shard": 1, "batch_size": 1}
@@ -267,8 +268,9 @@ def test_a_capture_goes_on_after_midnight(clock, tiny_model, tiny_tokenizer, tmp
         patch.setattr(TransferSetWriter, "finalize", Mock(side_effect=KeyboardInterrupt))
         capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)
     clock.day = "2026-01-01"
-    for _ in range(2):  # resumed, then complete
+    for complete in (False, True):  # resumed, then opened
         found = capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)
+        assert ("complete already" in caplog.text) == complete
     assert found.info.generation["date"] == "2025-12-31"
     assert tokenizer.decode(found[1]["input_ids"]).startswith("31 Dec 2025 <|im_start|>")
     new = capture_set(tiny_model, PROMPTS[:2], tmp_path / "new", **options)

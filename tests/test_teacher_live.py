@@ -13,7 +13,6 @@ from tests.conftest import build_tiny_model, loss_and_gradient, relative
 
 @pytest.fixture
 def rows(training_set):
-    """Rows without the teacher's entries."""
     rows = [training_set[i] for i in range(3)]
     return Dataset.from_list([{"input_ids": r["input_ids"].tolist(), "labels": r["labels"].tolist()} for r in rows])
 

@@ -27,7 +27,6 @@ def drawn(monkeypatch):
 
 
 def shown(figure):
-    """Of each panel its lines."""
     lines = {panel.get_title(): panel.get_lines() for panel in figure.axes}
     return {title: {line.get_label(): line.get_xydata().tolist() for line in each} for title, each in lines.items()}
 

@@ -1,7 +1,6 @@
 """Writers that are killed, that fail and that are many leave the same bytes; readers agree, and stay small."""
 
 import contextlib
-import ctypes
 import errno
 import gc
 import multiprocessing
@@ -36,7 +35,6 @@ def reference(tmp_path_factory):
 
 
 def start(*args, processes=1, **kwargs):
-    """A launch of captures."""
     launch = []
     for index in range(processes):
         each = fork.Process(target=capture_slowly, args=args, kwargs={"process": (index, processes), **kwargs})
@@ -103,26 +101,6 @@ def test_the_nth_call_fails(tmp_path, reference, kind, for_good):
         assert len(hashes(folder)) == 5
 
 
-def test_a_full_tmpfs(tmp_path):
-    mount = tmp_path / "mount"
-    mount.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)]
-    if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        (mount / "ballast").write_bytes(bytes(8 * 2**20 - 12 * 4096))
-        plan = make_plan(num_prompts=64, rows_per_shard=16)
-        began = time.monotonic()
-        with pytest.raises(TransferSetError, match=os.strerror(errno.ENOSPC)):
-            write_set(mount / "set", plan)
-        assert time.monotonic() - began < 5
-        (mount / "ballast").unlink()
-        assert write_set(mount / "set", plan) == write_set(tmp_path / "other", plan)
-        verify(mount / "set")
-    finally:
-        ctypes.CDLL(None).umount(str(mount).encode())
-
-
 @pytest.mark.parametrize(("killed", "processes"), [(0, 1), (0, 2), (0, 4), (3, 1), (1, 4), (4, 2)])
 def test_any_number_of_processes_gives_the_same_bytes(tmp_path, killed, processes):
     """All at once, or after a launch of another number that was killed."""
@@ -144,7 +122,6 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, killed, processe
 
 
 def content_of(batches):
-    """All that the rows hold, as lists."""
     names = ("counts", "token_ids", "logprobs", "log_normalizers")
     return [
         [batch.input_ids.tolist(), batch.labels.tolist(), *(getattr(batch.teacher, name).tolist() for name in names)]
@@ -170,7 +147,6 @@ def test_two_ranks_with_four_workers_each_read_the_same(tmp_path):
 
 
 def test_few_files_may_be_open(tmp_path):
-    """`ulimit -n 32` and 40 shards, twice."""
     for name in ("one", "two"):
         write_set(tmp_path / name, make_plan(num_prompts=80, rows_per_shard=2))
     code = (

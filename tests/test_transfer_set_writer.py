@@ -21,7 +21,6 @@ from quantkd.transfer_set.rules import Nucleus, Sampled, TopK, max_entries, narr
 
 @pytest.fixture
 def open_writer(tmp_path):
-    """A writer of the set at `path`."""
     return lambda path="set", process=(0, 1), **changes: TransferSetWriter.open(
         tmp_path / path, make_plan(**changes), process=process
     )
@@ -32,7 +31,6 @@ def rows_of(plan, task):
 
 
 def commit_all(writer):
-    """Write what `writer` claims; the shards' numbers."""
     tasks = list(writer.claim())
     for task in tasks:
         writer.commit(task, rows_of(writer.plan, task))

@@ -40,10 +40,8 @@ def write(tiny_model, tiny_tokenizer, tmp_path):
 
 def other_token(row):
     """One target's most probable token is made out to be another one."""
-    ids = row.token_ids.copy()
-    start = int(row.counts[:4].sum())
-    used = set(ids[start : start + int(row.counts[4])].tolist())
-    ids[start] = next(token for token in range(20, 60) if token not in used)
+    ids, start = row.token_ids.copy(), int(row.counts[:4].sum())
+    ids[start] = min({*range(20, 100)} - {*ids[start : start + int(row.counts[4])].tolist()})
     return replace(row, token_ids=ids)
 
 
@@ -59,8 +57,7 @@ def other_answer(row):
 
 def tied(row):
     """The answer's last token comes second by an eighth of a nat, as far as two logits in bfloat16 lie apart."""
-    ids, logprobs = row.token_ids.copy(), row.logprobs.copy()
-    start = int(row.counts[:-1].sum())
+    ids, logprobs, start = row.token_ids.copy(), row.logprobs.copy(), int(row.counts[:-1].sum())
     ids[start : start + 2] = ids[start : start + 2][::-1]
     logprobs[start : start + 2] = np.float32(-1.2), np.float32(-1.325)
     logprobs[start + 2 :] -= np.float32(2)
@@ -75,12 +72,8 @@ def check(cli, tmp_path, tiny_model_path):
     return check
 
 
-@pytest.fixture
-def honest(write):
+def test_an_honest_set_passes_in_any_batch(write, check):
     write(lambda row: row)
-
-
-def test_an_honest_set_passes_in_any_batch(honest, check):
     code, out, _ = check("--rows", "99", "--batch_size", "3")
     assert code == 0 and "rows        16 of 16, drawn with seed 0" in out
     assert "top token   the same at 100.0%" in out and "greedy      100.0%" in out
@@ -105,7 +98,8 @@ def test_a_poisoned_row_is_named(check, cli, write, tmp_path, poison):
 
 
 @pytest.mark.parametrize(("weight", "said"), [(None, "FAILED: 4 rows differ"), (float("nan"), "4 of 4 rows are not")])
-def test_another_teacher_is_seen(check, tiny_tokenizer, honest, tmp_path, weight, said):
+def test_another_teacher_is_seen(check, tiny_tokenizer, write, tmp_path, weight, said):
+    write(lambda row: row)
     other = build_tiny_model(tiny_tokenizer, seed=1)
     if weight is not None:
         other.lm_head.weight.data.fill_(weight)

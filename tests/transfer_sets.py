@@ -71,7 +71,6 @@ def assert_same_row(found, wanted):
 
 
 def hashes(folder):
-    """sha256 of each file."""
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
@@ -85,7 +84,6 @@ def write_rows(path, plan, make, **options):
 
 
 def write_set(path, plan=None, **row):
-    """A finished set of made-up rows."""
     plan = plan or make_plan()
     return write_rows(path, plan, lambda prompt: make_row(plan, prompt, **row))
 
