@@ -45,7 +45,6 @@ def make_row(
 
 
 def make_divergence(rows: Sequence[RowDivergence], tokens: Sequence[str | bytes], **names: str) -> Divergence:
-    """The rows with what their ids stand for."""
     fields = {"teacher": "big/teacher", "student": "big/teacher", "adapter": "adapter", "digest": "0123456789abcdef"}
     return Divergence(rows=tuple(rows), tokens=dict(enumerate(tokens)), num_rows=len(rows), **{**fields, **names})
 
@@ -87,5 +86,4 @@ class Reader(HTMLParser):
 
     @property
     def data(self) -> Any:
-        """What the page's script reads."""
         return json.loads(self.texts["script"][0])

@@ -70,7 +70,6 @@ class FakeHub:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def empty(self) -> None:
-        """The Hub without repositories, requests and faults."""
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
@@ -83,7 +82,6 @@ class FakeHub:
         self.fault: Callable[[int, str, str], str | None] = lambda number, method, path: next(rest, None)
 
     def make(self, kind: str, name: str, files: dict[str, bytes], *, private: bool = False) -> Repository:
-        """A repository that somebody else has made."""
         repository = self.repositories[kind, name] = Repository(name, private)
         repository.add("initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         if files:
@@ -91,7 +89,6 @@ class FakeHub:
         return repository
 
     def files(self, kind: str, name: str) -> dict[str, bytes]:
-        """The files of the newest commit."""
         newest = self.repositories[kind, name].commits[-1].files
         return {path: data for path, data in newest.items() if path != ".gitattributes"}
 

@@ -20,13 +20,11 @@ PUSHED = {
 
 
 def read_page(files: dict[str, bytes]) -> tuple[dict, str]:
-    """The metadata and the text of a repository's page."""
     _, front, text = files["README.md"].decode().split("---\n", 2)
     return yaml.safe_load(front), text
 
 
 def damage(data: bytes) -> bytes:
-    """One bit is another."""
     return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
 
 

@@ -65,7 +65,6 @@ def make_arm(name: str, level: float, solved: int) -> dict[str, Any]:
 
 
 def make_arms() -> dict[str, dict[str, Any]]:
-    """The teacher, the student before and the student after."""
     return {name: make_arm(name, *level) for name, level in LEVELS.items()}
 
 

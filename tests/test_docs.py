@@ -34,7 +34,6 @@ def page_model_path(tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(page_model_path, tmp_path_factory):
-    """Sets and a student as the commands of the README leave them."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

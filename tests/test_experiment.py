@@ -42,7 +42,6 @@ def run(model, folder, *, max_steps=3, **options):
 
 @pytest.fixture(scope="module")
 def whole(tiny_model_path, tmp_path_factory):
-    """The folder of an experiment with all that there is."""
     return run(tiny_model_path, tmp_path_factory.mktemp("whole"), control=True, exports=("merged", "requantized"))
 
 

@@ -19,7 +19,6 @@ from quantkd.models.student import load_student
 
 
 def empty_module(monkeypatch, name):
-    """A release whose module of this name holds nothing."""
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
 

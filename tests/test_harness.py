@@ -85,7 +85,6 @@ def task_dir(tmp_path):
 @pytest.fixture
 def measure(tiny_model, tiny_tokenizer, tmp_path):
     def measure(tasks, batch_size=8):
-        """What our command keeps in the arm's file."""
         settings = EvaluationSettings(batch_size, progress=False)
         go = partial(evaluate_arm, tiny_model, tiny_tokenizer, tmp_path, arm="x", model_name="tiny")
         return go(tasks=tasks, settings=settings).tasks
@@ -205,8 +204,6 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.fixture
 def evaluate(cli, task_dir, tiny_model_path):
-    """`quantkd evaluate` of an arm on tasks, which must succeed."""
-
     def evaluate(arm, run_dir, *words, model=tiny_model_path, tasks="sums_one,written"):
         options = ["--run_dir", run_dir, "--tasks", tasks, "--include_path", task_dir, "--dtype", "float32", *words]
         code, _, err = cli("evaluate", "--arm", arm, "--model_name_or_path", model, *options)
@@ -292,8 +289,6 @@ def test_every_exported_form_has_the_same_figures_in_the_harness(tmp_path, tiny_
 
 
 class Scripted(LM):
-    """A model that answers what it is told to."""
-
     def __init__(self, outputs):
         super().__init__()
         self.outputs = outputs

@@ -33,7 +33,6 @@ def trapped(hub, run, training_set):
 
 @pytest.fixture
 def say(cli, caplog):
-    """Runs a command that must succeed; what it printed and logged."""
     caplog.set_level("INFO", "quantkd.remote")
 
     def say(*words):

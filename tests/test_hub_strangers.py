@@ -50,7 +50,6 @@ def watch():
 
 @pytest.fixture(scope="module")
 def files(tiny_tokenizer, tmp_path_factory):
-    """The two files of a small, honest adapter."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -79,7 +78,6 @@ def write(folder, files):
 
 @pytest.fixture
 def attach(hub, files, tiny_model):
-    """Put an adapter on the Hub, with changes to its configuration or its files, and load it."""
     tiny_model.config.name_or_path = "/models/tiny"
 
     def attach(changed=None, **changes):

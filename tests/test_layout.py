@@ -45,7 +45,6 @@ def rank_of(module: str) -> int:
 
 
 def find(kind: type[ast.AST], pattern: str) -> set[str]:
-    """The files with a node of this kind whose text matches."""
     return {
         path.as_posix() for path, tree in TREES.items() for node in ast.walk(tree)
         if isinstance(node, kind) and re.match(pattern, ast.unparse(node))

@@ -38,7 +38,6 @@ def student():
 
 
 def stored_at(teacher):
-    """The teacher's stored log-probabilities at each target of a row."""
     entries = list(zip(teacher.token_ids.tolist(), teacher.logprobs.tolist(), strict=True))
     return [dict(entries[start:stop]) for start, stop in itertools.pairwise(teacher.offsets.tolist())]
 

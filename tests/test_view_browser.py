@@ -34,7 +34,6 @@ TIP, PANEL = "#tip", "#panel"
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """A Chromium with an empty profile; skips where there is none."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     server = shutil.which("chromedriver")
     if browser is None or server is None:
@@ -64,7 +63,6 @@ def page(driver, tmp_path):
 
 
 def show(driver, folder, width=1280, theme="light"):
-    """Write the page and open it."""
     features = [{"name": "prefers-color-scheme", "value": theme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -82,7 +80,6 @@ def one(page, selector):
 
 
 def shown_rows(page):
-    """The numbers of the rows that are shown, from top to bottom."""
     return [int(each.text.removeprefix("Row ")) for each in all_of(page, ".row h2") if each.is_displayed()]
 
 
@@ -111,7 +108,6 @@ def wait_for_no_tip(page):
 
 
 def number(text):
-    """A KL or a share as the page writes it."""
     text = text.strip("●\n ")
     value = float(text.strip("%<>"))
     return value / 100 if text.endswith("%") else 0.0 if text.startswith("<") else value
