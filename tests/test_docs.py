@@ -78,12 +78,9 @@ def run_bash(block, code, cli):
 
 def read_data(block):
     """What a yaml or json block holds; json may be one object a line."""
-    if block.language == "yaml":
-        return list(yaml.safe_load_all(block.code))
-    try:
-        return [json.loads(block.code)]
-    except json.JSONDecodeError:
+    if block.language == "json" and all(line.endswith("}") for line in block.code.splitlines()):
         return [json.loads(line) for line in block.code.splitlines()]
+    return list(yaml.safe_load_all(block.code)) if block.language == "yaml" else [json.loads(block.code)]
 
 
 def run_blocks(blocks, stand_ins, cli):

@@ -15,18 +15,18 @@ from quantkd.cli.main import COMMANDS
 SCRIPTS = ("benchmarks/", "examples/", "tests/")
 
 
-def list_flags(kind):
-    """Each subcommand ("quantkd") or script ("script") that a page shows, with every flag it is shown with."""
+def list_flags():
+    """Each subcommand and script that a page shows, with every flag it is shown with."""
     shown = {}
     for _, words in list_commands():
         _, script, own = split_launcher(words) if words[0] != "python" else ([], words[1], words[1:])
-        if script is not None and kind == "script" and script.startswith(SCRIPTS):
-            name, *given = own
-        elif script is None and own[:1] == [kind] and re.match("[a-z]", "".join(own[1:2])):  # not COMMAND
-            name, *given = own[1:]
-        else:
+        if script is None and own[:1] == ["quantkd"]:
+            own = own[1:]
+        elif script is None or not script.startswith(SCRIPTS):
             continue
-        shown.setdefault(name, set()).update(word.split("=")[0] for word in given if re.match(r"--\w", word))
+        flags = {word.split("=")[0] for word in own[1:] if re.match(r"--\w", word)}
+        if re.match("[a-z]", "".join(own[:1])):  # not COMMAND
+            shown.setdefault(own[0], set()).update(flags)
     return sorted(shown.items())
 
 
@@ -35,7 +35,7 @@ def test_the_page_of_the_command_line_has_every_command():
     assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize(("name", "flags"), [*list_flags("quantkd"), *list_flags("script")])
+@pytest.mark.parametrize(("name", "flags"), list_flags())
 def test_commands_and_scripts_have_the_flags_that_pages_use(name, flags, cli, monkeypatch, capsys):
     if name in COMMANDS:
         code, out, _ = cli(name, "--help")
@@ -49,23 +49,20 @@ def test_commands_and_scripts_have_the_flags_that_pages_use(name, flags, cli, mo
     assert not code and flags - set(re.findall(r"--[\w-]+", out)) == set()
 
 
-def test_the_launcher_takes_the_flags_that_pages_use():
-    launchers = [split_launcher(words)[0] for _, words in list_commands()]
-    launchers = [words[2:] for words in launchers if words[:1] == ["accelerate"]]
-    assert ["--num_processes", "1"] in launchers
-    for words in launchers:
-        assert launch_command_parser().parse_args([*words, "script.py"]).training_script == "script.py", words
-
-
-def test_files_and_extras_that_commands_name_exist():
+def test_launchers_take_the_flags_and_files_and_extras_exist_that_pages_use():
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
-    extras = set(setup["options.extras_require"])
+    launchers = []
     for place, words in list_commands():
+        if words[0] == "accelerate":
+            launchers.append(split_launcher(words)[0][2:])
+            parsed = launch_command_parser().parse_args([*launchers[-1], "script.py"])
+            assert parsed.training_script == "script.py", f"{place}: {words}"
         for word in words:
             assert not word.startswith(SCRIPTS) or (REPOSITORY / word).exists(), f"{place}: there is no {word}"
             if words[0] == "pip" and (named := re.fullmatch(r"(?:quantkd|\.)\[(.+)\]", word)):
-                assert set(named[1].split(",")) <= extras, f"{place}: {word}"
+                assert set(named[1].split(",")) <= set(setup["options.extras_require"]), f"{place}: {word}"
+    assert ["--num_processes", "1"] in launchers
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

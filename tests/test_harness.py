@@ -223,13 +223,13 @@ def test_the_report_shows_tasks_with_intervals_and_paired_tests(evaluate, tmp_pa
     key = "accuracy_lm_eval_sums_one_0_shot_acc"
     assert results["metrics"][key] == "Accuracy, lm-eval sums_one, 0-shot, acc" and results["metrics"][key] in page
     assert not any(name.endswith("_strict") for name in results["metrics"])
-    task = arm["tasks"]["sums_one"]
+    task, measured = arm["tasks"]["sums_one"], results["arms"]["before"]["metrics"][key]
     share = sum(task["verdicts"]["lm-eval sums_one, 0-shot, acc"]) / 5
-    measured = results["arms"]["before"]["metrics"][key]
     assert measured["value"] == task["figures"]["sums_one"]["acc,none"]["value"] == share
-    assert 0 <= results["arms"]["after"]["mcnemar"][key]["before"]["p_value"] <= 1
+    test = results["arms"]["after"]["mcnemar"][key]["before"]
+    assert 0 <= test["p_value"] <= 1
     # Two loads of one student give one answer.
-    assert results["arms"]["after"]["mcnemar"][key]["before"]["only_this"] == 0
+    assert test["only_this"] == 0
 
 
 def test_processes_share_the_items_and_give_the_same_figures(evaluate, tiny_model_path, tmp_path):
@@ -254,26 +254,24 @@ def forms(tmp_path, tiny_model_path, cli):
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(student, config).save_pretrained(tmp_path / "student")
-    found = {"four-bit": tmp_path / "four-bit"}
     for form in ("adapter", "merged", "requantized"):
-        found[form] = tmp_path / form
-        words = f"--model_name_or_path {tiny_model_path} --adapter {tmp_path}/student --save_dtype float32".split()
-        words += ["--output_dir", found[form], "--dtype", "float32", *["--accept_loss"] * (form == "requantized")]
-        assert cli("export", "--form", form, *words)[0] == 0
-    return found
+        words = f"--model_name_or_path {tiny_model_path} --adapter {tmp_path}/student --dtype float32"
+        words += f" --save_dtype float32 --output_dir {tmp_path}/{form}" + " --accept_loss" * (form == "requantized")
+        assert cli("export", "--form", form, *words.split())[0] == 0
+    return {form: str(tmp_path / form) for form in ("four-bit", "adapter", "merged", "requantized")}
 
 
 def test_every_exported_form_has_the_same_figures_in_the_harness(tmp_path, tiny_model_path, task_dir, forms, evaluate):
-    run_dir, four_bit, adapter = tmp_path / "run", str(forms["four-bit"]), str(forms["adapter"])
+    run_dir, four_bit, adapter = tmp_path / "run", forms["four-bit"], forms["adapter"]
     arms = {
         "before": ([], {"pretrained": four_bit}),
         "after": (["--adapter", adapter], {"pretrained": four_bit, "peft": adapter}),
-        "merged": (["--full_precision"], {"pretrained": str(forms["merged"])}),
-        "requantized": ([], {"pretrained": str(forms["requantized"])}),
+        "merged": (["--full_precision"], {"pretrained": forms["merged"]}),
+        "requantized": ([], {"pretrained": forms["requantized"]}),
     }
     likelihoods = {}
     for arm, (words, model_args) in arms.items():
-        model = forms[arm] if arm in ("merged", "requantized") else tiny_model_path
+        model = forms.get(arm, tiny_model_path)
         evaluate(arm, run_dir, "--batch_size", 4, *words, model=model, tasks=",".join(NAMES))
         theirs = run_harness(tiny_model_path, task_dir, NAMES, batch_size=4, **model_args)
         ours = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())

@@ -51,14 +51,17 @@ def test_pushed_and_opened_again_it_is_the_same_set(hub, small_set, caplog):
     assert verify("user/set").digest == small_set.digest
 
 
-def test_shards_come_when_they_are_touched(hub, small_set):
+def test_shards_come_when_they_are_touched_and_the_token_stays_here(hub, small_set):
     commit = push_transfer_set(small_set, "user/set").commit
     hub.requests.clear()
-    opened = TransferSet.open("user/set")
+    opened = TransferSet.open("user/set", token=TOKEN)
     assert len(opened) == 10 and opened.info.num_tokens == small_set.info.num_tokens
     assert hub.count("GET", r"\.safetensors$") == 0
     opened[5], opened[4], opened[6]
     assert hub.count("GET", r"\.safetensors$") == 1 == hub.count("GET", f"user/set/resolve/{commit}/shard-00001.safe")
+    data = pickle.dumps(opened)  # as it travels to other processes
+    assert TOKEN.encode() not in data
+    assert_equal(pickle.loads(data), small_set)
 
 
 def test_the_revision_is_fixed_when_the_set_is_opened(hub, small_set, tmp_path):
@@ -95,15 +98,6 @@ def test_offline_or_while_the_hub_is_down_it_comes_from_the_cache(hub, small_set
     assert hub.requests == []
     with pytest.raises(HubError, match=r"no folder 'user/other' here.*HF_HUB_OFFLINE"):
         TransferSet.open("user/other")
-
-
-def test_it_travels_to_other_processes_without_its_token(hub, small_set):
-    push_transfer_set(small_set, "user/set")
-    opened = TransferSet.open("user/set", token=TOKEN)
-    opened[0]
-    data = pickle.dumps(opened)
-    assert TOKEN.encode() not in data
-    assert_equal(pickle.loads(data), small_set)
 
 
 def test_a_folder_wins_over_the_hub_and_has_no_revision(hub, small_set, tmp_path, monkeypatch):

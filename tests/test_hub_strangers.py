@@ -23,29 +23,24 @@ from tests.conftest import build_tiny_model
 pytest_plugins = ["hub_runs"]
 
 
-class PickleWatch:
-    """An audit hook that notes what pickle looks up, and modules that are imported, while it is on."""
-
-    def __init__(self):
-        self.on = False
-        sys.addaudithook(self.hear)
-
-    def hear(self, event, args):
-        if self.on and event == "pickle.find_class":
-            self.found.append(str(args))
-        if self.on and event == "import":
-            self.imported.append(str(args[0]))
-
-    def __enter__(self):
-        self.found, self.imported, self.on = [], [], True
-
-    def __exit__(self, *error):
-        self.on = False
-
-
 @pytest.fixture(scope="module")
-def watch():
-    return PickleWatch()
+def audited():
+    """What pickle looks up, and modules that are imported; an audit hook cannot be taken back, so there is one."""
+    heard = {"pickle.find_class": [], "import": []}
+
+    def hear(event, args):
+        if event in heard:
+            heard[event].append(str(args[0]))
+
+    sys.addaudithook(hear)
+    return heard
+
+
+@pytest.fixture
+def watch(audited):
+    for names in audited.values():
+        names.clear()
+    return audited
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +102,15 @@ TRAPS = dict.fromkeys(("adapter_model.bin", "training_args.bin", "optimizer.pt",
 
 
 def test_no_pickle_is_opened(hub, files, attach, watch, tmp_path):
-    with watch, pytest.raises(AssertionError, match="a pickle was opened"):
+    with pytest.raises(AssertionError, match="a pickle was opened"):
         pickle.loads(PICKLE)
-    assert watch.found  # the watch sees one
+    assert watch["pickle.find_class"].pop() and not watch["pickle.find_class"]  # the watch sees one
     write_set(tmp_path / "set")
     folder = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
     hub.make("dataset", "user/trap", {**folder, **TRAPS, "set.py": b"raise AssertionError"})
-    with watch:
-        loaded = attach(TRAPS)
-        rows = list(TransferSet.open("user/trap"))
-    assert watch.found == [] and len(rows) == 10
+    loaded = attach(TRAPS)
+    rows = list(TransferSet.open("user/trap"))
+    assert watch["pickle.find_class"] == [] and len(rows) == 10
     assert_holds(loaded, files)
     assert not [path for verb, path in hub.requests if path.endswith((".bin", ".pt", ".py"))]
 
@@ -135,9 +129,9 @@ def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, t
     trapped = {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": PICKLE}
     hub.make("model", "user/trap", trapped)
     write(tmp_path, trapped)
-    with watch, pytest.raises(DataError, match=r"adapter_model.bin, a pickle, which can run any code"):
+    with pytest.raises(DataError, match=r"adapter_model.bin, a pickle, which can run any code"):
         load_adapter(tiny_model, "user/trap" if place == "hub" else tmp_path)
-    assert watch.found == []
+    assert watch["pickle.find_class"] == []
     assert hub.count("GET", r"\.bin$") == 0
 
 
@@ -190,9 +184,9 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
     ({"target_modules": [["q_proj"]]}, "plain names"), ({"exclude_modules": {"a": 1}}, "plain names"),
 ])  # fmt: skip
 def test_configurations_that_ask_for_more_or_for_what_cannot_be(attach, watch, changes, message):
-    with watch, pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message):
         attach(**changes)
-    assert watch.found == []
+    assert watch["pickle.find_class"] == []
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -249,9 +243,8 @@ def test_a_checkpoint_is_checked_before_it_is_resumed(make_trainer, caplog):
 
 def test_the_class_that_an_adapter_names_is_not_imported(attach, files, watch):
     """PEFT writes it where the maker gave no task type."""
-    with watch:
-        loaded = attach(task_type=None, auto_mapping={"base_model_class": "Trap", "parent_library": "trap_library"})
-    assert watch.found == [] and "trap_library" not in watch.imported
+    loaded = attach(task_type=None, auto_mapping={"base_model_class": "Trap", "parent_library": "trap_library"})
+    assert watch["pickle.find_class"] == [] and "trap_library" not in watch["import"]
     assert_holds(loaded, files)
 
 

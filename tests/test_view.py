@@ -37,11 +37,6 @@ def student():
         return get_peft_model(add_noise(build_tiny_model(BYTE_LEVEL)), lora)
 
 
-def stored_at(teacher):
-    entries = list(zip(teacher.token_ids.tolist(), teacher.logprobs.tolist(), strict=True))
-    return [dict(entries[start:stop]) for start, stop in itertools.pairwise(teacher.offsets.tolist())]
-
-
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_number_equals_a_plain_pass(held_out, student, batch_size):
     found = collect_divergence(student, held_out, BYTE_LEVEL, alternatives=3, batch_size=batch_size)
@@ -59,7 +54,10 @@ def test_every_number_equals_a_plain_pass(held_out, student, batch_size):
         assert row.top_after.tolist() == after.argmax(-1).tolist()
         kls.append([sparse_divergences(item["teacher"], dense)[0] for dense in (before, after)])
         np.testing.assert_allclose([row.kl_before, row.kl_after], kls[-1], rtol=0, atol=2e-4)
-        for place, stored in enumerate(stored_at(item["teacher"])):
+        teacher = item["teacher"]
+        entries = list(zip(teacher.token_ids.tolist(), teacher.logprobs.tolist(), strict=True))
+        for place, (start, stop) in enumerate(itertools.pairwise(teacher.offsets.tolist())):
+            stored = dict(entries[start:stop])
             own = slice(row.alternatives.offsets[place], row.alternatives.offsets[place + 1])
             ids = row.alternatives.token_ids[own].tolist()
             ranked = sorted(stored, key=lambda token: -stored[token])[:3]
