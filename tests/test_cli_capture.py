@@ -59,12 +59,9 @@ def test_samples_filters_and_summary(run, files):
     assert counted["filtered_duplicate_prompts"] == 2
     assert info.num_rows == 18 - sum(counted.values()) + 2 and info.generation["num_samples"] == 3
     assert all(f"{count} {name.removeprefix('filtered_')}" in out for name, count in counted.items())
-
-
-def test_correct_answers_alone(run, files):
-    code, out, _ = run("--correct_only")
+    code, out, _ = run("--correct_only", "--output_dir", files / "correct")
     assert code == 0 and "6 incorrect" in out  # a random model solves nothing
-    assert TransferSet.open(files / "s").info.counters["filtered_incorrect"] == 6
+    assert TransferSet.open(files / "correct").info.counters["filtered_incorrect"] == 6
 
 
 def test_system_prompt_and_few_shot_stand_before_every_prompt(run, files, tiny_tokenizer):

@@ -17,7 +17,7 @@ CANARY = "hf_canaryCANARYcanaryCANARY"
 @pytest.fixture
 def words(tiny_model_path, training_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("base.yaml").write_text("learning_rate: 0.003\nlora_r: 4\nlogging_steps: 1\nhub_token: " + CANARY + "\n")
+    Path("base.yaml").write_text(f"learning_rate: 0.003\nlora_r: 4\nseed: 5\nlogging_steps: 1\nhub_token: {CANARY}\n")
     base = ["--model_name_or_path", str(tiny_model_path), "--transfer_set", str(training_set.sources[0])]
     return ["train", "--config", "base.yaml", *base, "--dtype", "float32", "--report_to", "none"]
 

@@ -14,7 +14,7 @@ from transfer_sets import write_set
 
 from quantkd import TransferSet
 from quantkd.errors import ConfigError, DataError, HubError
-from quantkd.hub import load_adapter
+from quantkd.hub import load_adapter, push_adapter
 from quantkd.models.export import export_adapter
 from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
@@ -124,14 +124,18 @@ def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load_model):
     assert not [path for verb, path in hub.requests if "maker/tiny" in path]
 
 
-@pytest.mark.parametrize("place", ["hub", "folder"])
-def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, tmp_path, place):
+@pytest.mark.parametrize("way", ["hub", "folder", "push"])
+def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, tmp_path, way):
     trapped = {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": PICKLE}
     hub.make("model", "user/trap", trapped)
     write(tmp_path, trapped)
-    with pytest.raises(DataError, match=r"adapter_model.bin, a pickle, which can run any code"):
-        load_adapter(tiny_model, "user/trap" if place == "hub" else tmp_path)
-    assert watch["pickle.find_class"] == []
+    said = r"adapter_model.bin, a pickle, which can run any code.*expected adapter_model.safetensors"
+    with pytest.raises(DataError, match=said):
+        if way == "push":
+            push_adapter(tmp_path, "user/student")
+        else:
+            load_adapter(tiny_model, "user/trap" if way == "hub" else tmp_path)
+    assert watch["pickle.find_class"] == [] and (way == "hub" or hub.requests == [])
     assert hub.count("GET", r"\.bin$") == 0
 
 

@@ -161,11 +161,16 @@ def test_damaged_files_leave_the_report_that_is_there(tmp_path, arms, content, m
     assert written == {name: (tmp_path / name).read_bytes() for name in written}
 
 
-def test_missing_arms_and_parts(tmp_path, arms):
+def test_missing_arms_and_parts_and_a_chart_of_an_earlier_report(tmp_path, arms):
     with pytest.raises(DataError, match=r"holds no arms; expected files such as teacher\.json"):
         build(tmp_path / "empty", {})
     with pytest.raises(DataError, match="neither fidelity nor accuracy"):
-        build(tmp_path, {"after": {**arms["after"], "fidelity": None, "questions": {}}})
+        build(tmp_path / "none", {"after": {**arms["after"], "fidelity": None, "questions": {}}})
+    build(tmp_path, arms)
+    shutil.rmtree(tmp_path / "evaluation")
+    results, page = build(tmp_path, {"teacher": {**arms["teacher"], "questions": {}}})
+    assert not (tmp_path / "gap.png").exists() and "gap.png" not in page
+    assert results["arms"]["teacher"]["metrics"]["kl"]["value"] == 0
 
 
 @pytest.mark.parametrize(("names", "subject"), [
@@ -264,15 +269,6 @@ def test_settings_that_differ_in_punctuation_alone_stay_apart(tmp_path, arms):
     assert titles["Accuracy, lm-eval a-b, acc"] == 0.5 and titles["Accuracy, lm-eval a_b, acc"] == pytest.approx(0.41)
     assert len(set(results["metric_order"])) == len(results["metric_order"])
     assert [key for key in results["metric_order"] if "strict" not in key][:2] == ["accuracy_0_shot", "accuracy_8_shot"]
-
-
-def test_a_chart_of_an_earlier_report_does_not_stay(tmp_path, arms):
-    build(tmp_path, arms)
-    shutil.rmtree(tmp_path / "evaluation")
-    arms["teacher"]["questions"] = {}
-    results, page = build(tmp_path, {"teacher": arms["teacher"]})
-    assert not (tmp_path / "gap.png").exists() and "gap.png" not in page
-    assert results["arms"]["teacher"]["metrics"]["kl"]["value"] == 0
 
 
 def test_bytes_do_not_depend_on_place_hash_seed_locale_or_clock(tmp_path, arms):
