@@ -35,6 +35,11 @@ CORPUS = [
     "It travels 60 * 5 = 300 miles.\n#### 300",
     "user assistant system The answer is in the last line.",
 ]
+TRAINING_PROMPTS = [
+    "Two and two?", "Name a colour, and then another one.", "How many legs?",
+    "What is the sum of three and four, in words, please?", "Why?", "Tell me about the sea.", "One.",
+    "Count from one to nine and back again.",
+]  # fmt: skip
 
 
 def pytest_collection_finish():
@@ -113,13 +118,6 @@ def tiny_model_path(tiny_tokenizer, tmp_path_factory):
     build_tiny_model(tiny_tokenizer).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
-
-
-TRAINING_PROMPTS = [
-    "Two and two?", "Name a colour, and then another one.", "How many legs?",
-    "What is the sum of three and four, in words, please?", "Why?", "Tell me about the sea.", "One.",
-    "Count from one to nine and back again.",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,17 @@ from quantkd.transfer_set.codec import ShardSize
 from quantkd.transfer_set.shard import serialize_shard
 
 SHARD = "shard-00000.safetensors"
+RAW_INDEXES = {
+    "empty": b"", "object": b"{}\n", "list": b"[]\n", "nan": b'{"a":NaN}\n', "infinity": b'{"a":-Infinity}\n',
+    "deep-lists": b"[" * 1_000_000, "deep-objects": b'{"a":' * 300_000,
+    "deep-in-string-then-out": b'{"a":"' + b"[" * 1000 + b'","b":' + b"[" * 1000,
+    "many-objects": b"[" + b"{}," * 690_000 + b"{}]", "too-large": b" " * (3 * 2**20),
+    "duplicate-keys": b'{"digest":"","digest":""}\n', "long-number": b'{"a":' + b"9" * 100_000 + b"}\n",
+    "utf-16": '{"a":1}'.encode("utf-16"), "bom": b"\xef\xbb\xbf{}\n", "bad-utf-8": b'{"a":"\xff"}\n',
+    "escaped-quotes": b'{"a":"' + b'\\"' * 1_000_000,
+    "raw-escape": b'{"a":"\x1b[31m"}\n', "open-string": b'{"a":"\\\n', "surrogate": b'{"a":"\\ud800"}\n',
+    "pickle": b"cos\nsystem\n(S'true'\ntR.", "zeros": bytes(1000),
+}  # fmt: skip
 
 
 def seal(index):
@@ -72,19 +83,6 @@ def index_values():
 
 def deep(levels):
     return [] if levels == 0 else {"a": deep(levels - 1)}
-
-
-RAW_INDEXES = {
-    "empty": b"", "object": b"{}\n", "list": b"[]\n", "nan": b'{"a":NaN}\n', "infinity": b'{"a":-Infinity}\n',
-    "deep-lists": b"[" * 1_000_000, "deep-objects": b'{"a":' * 300_000,
-    "deep-in-string-then-out": b'{"a":"' + b"[" * 1000 + b'","b":' + b"[" * 1000,
-    "many-objects": b"[" + b"{}," * 690_000 + b"{}]", "too-large": b" " * (3 * 2**20),
-    "duplicate-keys": b'{"digest":"","digest":""}\n', "long-number": b'{"a":' + b"9" * 100_000 + b"}\n",
-    "utf-16": '{"a":1}'.encode("utf-16"), "bom": b"\xef\xbb\xbf{}\n", "bad-utf-8": b'{"a":"\xff"}\n',
-    "escaped-quotes": b'{"a":"' + b'\\"' * 1_000_000,
-    "raw-escape": b'{"a":"\x1b[31m"}\n', "open-string": b'{"a":"\\\n', "surrogate": b'{"a":"\\ud800"}\n',
-    "pickle": b"cos\nsystem\n(S'true'\ntR.", "zeros": bytes(1000),
-}  # fmt: skip
 
 
 def strange_files():

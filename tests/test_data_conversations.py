@@ -36,6 +36,17 @@ FORGETFUL = (
     "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SILENT = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+NO_ROLES = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+# What it reads beside roles and texts; another template reads none of it.
+READING = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.name or m.role }}"
+    "{{ m.tool_call_id }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+THOUGHT = {"role": "assistant", "content": "two", "reasoning_content": "one and one"}
 
 
 @pytest.fixture
@@ -100,11 +111,6 @@ def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_temp
     assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
     ids, ((start, stop),) = encode_conversation(tokenizer, thinking[:3])
     assert tokenizer.decode(ids[start:stop]) == thinking[2]["content"] + "<|im_end|>"
-
-
-SILENT = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-NO_ROLES = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 
 
 @pytest.mark.parametrize(("template", "example", "message"), [
@@ -258,15 +264,7 @@ def test_without_an_end_in_the_template_it_is_the_end_of_the_sequence(with_templ
     assert find_turn_end(with_template(template)) == with_template(template).eos_token_id
 
 
-# What it reads beside roles and texts; another template reads none of it.
-READING = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.name or m.role }}"
-    "{{ m.tool_call_id }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
-)
 ASKED = [turn("user", "one and one?")]
-THOUGHT = {"role": "assistant", "content": "two", "reasoning_content": "one and one"}
 
 
 @pytest.mark.parametrize(("row", "seen", "key"), [

@@ -13,6 +13,17 @@ from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
 
+LEAVE = """
+import atexit, sys
+import torch
+from quantkd.hardware import process_state
+
+atexit.register(lambda: print("in a group:", torch.distributed.is_initialized(), flush=True))  # runs last
+state = process_state()
+assert state.num_processes == 2 and torch.distributed.is_initialized()
+raise [ValueError, KeyboardInterrupt][state.process_index]("the end")
+"""
+
 
 def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
     rows = generate_problems(7, seed=0)
@@ -58,18 +69,6 @@ def test_batches_are_dealt_in_turn(monkeypatch):
     rounds: list[list[str]] = []
     monkeypatch.setattr("quantkd.evaluation.sharing.gather_object", lambda mine: rounds.append(mine) or mine)
     assert list(gather_rounds(iter([["a", "b"]]), 3, share=True)) == [["a", "b"], []] == rounds
-
-
-LEAVE = """
-import atexit, sys
-import torch
-from quantkd.hardware import process_state
-
-atexit.register(lambda: print("in a group:", torch.distributed.is_initialized(), flush=True))  # runs last
-state = process_state()
-assert state.num_processes == 2 and torch.distributed.is_initialized()
-raise [ValueError, KeyboardInterrupt][state.process_index]("the end")
-"""
 
 
 def test_processes_leave_their_group_after_an_error_and_after_ctrl_c():

@@ -22,6 +22,17 @@ from quantkd.models.student import default_quantization_config, load_student
 from quantkd.models.weights import dequantize_weight
 
 IDS = torch.arange(5, 45).view(2, 20)
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"v_proj": 3}},
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "trained rows": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +78,6 @@ def adapter(saved_adapter, tmp_path):
 def load(tiny_model_path, saved_adapter):
     """A function that loads the adapted student anew; a merge uses it up."""
     return lambda: load_adapted(tiny_model_path, saved_adapter)
-
-
-VARIANTS = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"v_proj": 3}},
-    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
-    "head": {"target_modules": ["q_proj", "lm_head"]},
-    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
-    "trained rows": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
-}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -25,6 +25,25 @@ from quantkd.models.student import attach_lora, load_student
 from quantkd.models.weights import dequantize_weight
 
 IDS = torch.arange(120).view(6, 20)
+PROCESS = """
+import sys
+from unittest.mock import Mock
+import torch
+from quantkd import TransferSet
+from quantkd.hardware import process_state
+from quantkd.models import initialization
+from quantkd.models.student import attach_lora, load_student
+from quantkd.models.weights import dequantize_weight
+
+model_path, set_path, folder = sys.argv[1:]
+rank = process_state().process_index
+if rank:  # only the main process may compute
+    initialization.initialize_from_error = Mock(side_effect=AssertionError("a second process computed the start"))
+torch.manual_seed(rank)
+model = attach_lora(load_student(model_path, dtype="float32"))
+initialization.initialize_from_rows(model, TransferSet.open(set_path), model_path)
+torch.save({name: p.detach() for name, p in model.named_parameters() if "lora_" in name}, f"{folder}/{rank}.pt")
+"""
 
 
 def weighted_error(error, correction, moment):
@@ -334,27 +353,6 @@ def test_one_layer_is_held_at_a_time(load, tiny_model_path, monkeypatch):
     weights, tokens, numbers = (max(each) for each in zip(*most, strict=True))
     assert len(most) == 14 and weights <= 1 and tokens <= _MAX_INPUTS
     assert numbers <= (_MAX_INPUTS + 64) * 128  # the widest layer's
-
-
-PROCESS = """
-import sys
-from unittest.mock import Mock
-import torch
-from quantkd import TransferSet
-from quantkd.hardware import process_state
-from quantkd.models import initialization
-from quantkd.models.student import attach_lora, load_student
-from quantkd.models.weights import dequantize_weight
-
-model_path, set_path, folder = sys.argv[1:]
-rank = process_state().process_index
-if rank:  # only the main process may compute
-    initialization.initialize_from_error = Mock(side_effect=AssertionError("a second process computed the start"))
-torch.manual_seed(rank)
-model = attach_lora(load_student(model_path, dtype="float32"))
-initialization.initialize_from_rows(model, TransferSet.open(set_path), model_path)
-torch.save({name: p.detach() for name, p in model.named_parameters() if "lora_" in name}, f"{folder}/{rank}.pt")
-"""
 
 
 def test_processes_start_from_the_same_adapters(load, tiny_model_path, training_set, tmp_path):

@@ -31,6 +31,17 @@ from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set
 FACTS = re.compile("time|second|flos|epoch|step")
 PACKAGE = str(Path(quantkd.__file__).parent)
 GIVEN = [{"prompt": prompt, "completion": f"It is {place}."} for place, prompt in enumerate(TRAINING_PROMPTS)]
+HEAD = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+PATHS = {
+    "fused": {}, "unfused": {"use_fused_loss": False}, "packed": {"packing": True, "gradient_checkpointing": True},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weights": (1.0, 0.5)},
+    "dense": {"live": True, "alpha": 0.7},
+    "dense jsd": {"live": True, "divergence": "jsd", "temperature": 2.0, "use_fused_loss": False},
+    "reverse": {"divergence": "reverse_kl", "alpha": 0.3}, "jsd": {"divergence": "jsd", "temperature": 2.0},
+    "head": {"peft_config": HEAD, "float": True, "temperature": 2.0},
+    "float": {"peft_config": LoraConfig(target_modules="all-linear"), "float": True},
+    "loftq": {"init": "loftq"}, "covariance": {"init": "covariance"},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -116,19 +127,6 @@ def nf4(tiny_model_path):
         if hasattr(layer, "quant_state"):
             keep_from_repacking(layer)
     return model, copy.deepcopy(model)
-
-
-HEAD = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-PATHS = {
-    "fused": {}, "unfused": {"use_fused_loss": False}, "packed": {"packing": True, "gradient_checkpointing": True},
-    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weights": (1.0, 0.5)},
-    "dense": {"live": True, "alpha": 0.7},
-    "dense jsd": {"live": True, "divergence": "jsd", "temperature": 2.0, "use_fused_loss": False},
-    "reverse": {"divergence": "reverse_kl", "alpha": 0.3}, "jsd": {"divergence": "jsd", "temperature": 2.0},
-    "head": {"peft_config": HEAD, "float": True, "temperature": 2.0},
-    "float": {"peft_config": LoraConfig(target_modules="all-linear"), "float": True},
-    "loftq": {"init": "loftq"}, "covariance": {"init": "covariance"},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PATHS)

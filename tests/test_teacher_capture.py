@@ -23,6 +23,8 @@ from quantkd.transfer_set.index import read_begun_plan, read_index
 from tests.conftest import build_tiny_model, capture_set
 
 PROMPTS = [f"What is {a} + {b}?" for a in range(3) for b in range(4)]
+NEW = {"role": "assistant", "content": "<new>"}
+ASKED = {"role": "user", "content": "1?"}
 
 
 class FakeTeacher(Teacher):
@@ -229,10 +231,6 @@ def test_a_bigger_teacher_teaches_a_smaller_student(make_trainer, tiny_tokenizer
     losses = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert len(losses) == 3 and losses[2] < losses[0]
     assert np.isfinite(trainer.evaluate()["eval_kl"])
-
-
-NEW = {"role": "assistant", "content": "<new>"}
-ASKED = {"role": "user", "content": "1?"}
 
 
 @pytest.mark.parametrize(("row", "options"), [

@@ -36,6 +36,13 @@ PLANS = {
         storage={"kind": "topk", "k": 300}, responses="given", generation={}, extra={"note": "caf\u00e9"},
     ),
 }  # fmt: skip
+LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
+VALID = TransferRow(
+    input_ids=np.array([5, 6, 7, 8]), spans=np.array([[1, 2], [3, 4]]), counts=np.array([2, 1]),
+    token_ids=np.array([6, 9, 8]), logprobs=np.log(np.array([0.5, 0.25, 0.75], dtype=np.float32)),
+    log_normalizers=np.array([[0.0, 1.5], [0.0, 1.0]], dtype=np.float32),
+)  # fmt: skip
+ROW = st.tuples(st.integers(1, 12), st.integers(0, 11), st.integers(0, 2**20), st.booleans(), st.booleans())
 
 
 def golden_rows(plan):
@@ -126,9 +133,6 @@ def test_the_reader_in_the_docs_reads_what_quantkd_reads(tmp_path, vocab_size):
     assert f"version {FORMAT_VERSION}" in PAGE.read_text(encoding="utf-8").splitlines()[0]
 
 
-LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
-
-
 @settings(max_examples=200, deadline=None)
 @given(LOGITS, st.integers(0, 40), st.floats(0, 1))
 def test_logprobs_stay_within_the_stated_bounds(logits, kept, scale):
@@ -172,13 +176,6 @@ def test_blocks_hold_a_few_rows_and_a_long_row_alone(tmp_path):
         assert_same_row(transfer_set.row(number), rows[number])
 
 
-VALID = TransferRow(
-    input_ids=np.array([5, 6, 7, 8]), spans=np.array([[1, 2], [3, 4]]), counts=np.array([2, 1]),
-    token_ids=np.array([6, 9, 8]), logprobs=np.log(np.array([0.5, 0.25, 0.75], dtype=np.float32)),
-    log_normalizers=np.array([[0.0, 1.5], [0.0, 1.0]], dtype=np.float32),
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(("fields", "message"), [
     ({"input_ids": np.array([5.0, 6, 7, 8])}, "`input_ids` must be an integer array"),
     ({"spans": np.array([1, 2])}, "`spans` must be an integer array of 2"),
@@ -214,9 +211,6 @@ def test_sure_and_hopeless_entries_have_a_value_and_documents_are_canonical():
     with pytest.raises(TransferSetError, match=r"x.json is not in canonical form at byte 1"):
         parse_canonical_json(b'{ "a":1}\n', "x.json")
     assert quote("\x1b" * 500) == "\\x1b" * 50 + "..."
-
-
-ROW = st.tuples(st.integers(1, 12), st.integers(0, 11), st.integers(0, 2**20), st.booleans(), st.booleans())
 
 
 @pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])

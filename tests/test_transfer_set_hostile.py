@@ -19,21 +19,6 @@ from quantkd.transfer_set import TransferSet, verify
 
 SECONDS = 2.0
 FILES = ["index.json", "shard-00000.safetensors", "shard-00001.safetensors"]
-
-
-def read_all(folder):
-    transfer_set = TransferSet(folder)
-    transfer_set.__getitems__(range(len(transfer_set)))
-    str(transfer_set.info)
-    verify(folder)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_set(tmp_path / "set", make_plan(num_prompts=3, vocab_size=60), label_rank=1)
-    return tmp_path / "set"
-
-
 MESSAGES = {
     "counts-zero": "Row 0 of .* `counts` must be from 1 to 16", "counts-more": "Row 0 of .* `counts` sum to",
     "ids-large": "Row 0 of .* the vocabulary ends at 60", "mass": "Row 0 of .* hold a mass of",
@@ -48,6 +33,32 @@ MESSAGES = {
     "plan-only": r"it has no index\.json", "duplicate-keys": "not in canonical form",
     **dict.fromkeys(("plan.generation-6", "deep-objects", "deep-lists"), "nests deeper than 16 levels"),
 }  # fmt: skip
+MUTATIONS = {
+    "flip": lambda data, at, value: data[:at] + bytes([data[at] ^ (value[0] or 1)]) + data[at + 1 :],
+    "set": lambda data, at, value: data[:at] + value + data[at + len(value) :],
+    "insert": lambda data, at, value: data[:at] + value + data[at:],
+    "delete": lambda data, at, value: data[:at] + data[at + len(value) :],
+    "copy": lambda data, at, value: data[:at] + data[at // 2 : at // 2 + 64] + data[at:],
+    "cut": lambda data, at, value: data[:at],
+    "number": lambda data, at, value: re.sub(
+        rb"(?s)(.{%d}\D*)\d" % at, rb"\g<1>%d" % int.from_bytes(value, "little"), data, count=1
+    ),
+}
+PLACE, VALUE = st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)
+MUTATION = st.tuples(st.sampled_from(sorted(MUTATIONS)), PLACE, VALUE)
+
+
+def read_all(folder):
+    transfer_set = TransferSet(folder)
+    transfer_set.__getitems__(range(len(transfer_set)))
+    str(transfer_set.info)
+    verify(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_set(tmp_path / "set", make_plan(num_prompts=3, vocab_size=60), label_rank=1)
+    return tmp_path / "set"
 
 
 def test_hand_made_hostile_sets(folder, tmp_path):
@@ -79,21 +90,6 @@ def test_the_message_names_what_is_wrong(folder, tmp_path):
             with pytest.raises(TransferSetError, match=left.pop(name)):
                 read_all(path)
     assert not left
-
-
-MUTATIONS = {
-    "flip": lambda data, at, value: data[:at] + bytes([data[at] ^ (value[0] or 1)]) + data[at + 1 :],
-    "set": lambda data, at, value: data[:at] + value + data[at + len(value) :],
-    "insert": lambda data, at, value: data[:at] + value + data[at:],
-    "delete": lambda data, at, value: data[:at] + data[at + len(value) :],
-    "copy": lambda data, at, value: data[:at] + data[at // 2 : at // 2 + 64] + data[at:],
-    "cut": lambda data, at, value: data[:at],
-    "number": lambda data, at, value: re.sub(
-        rb"(?s)(.{%d}\D*)\d" % at, rb"\g<1>%d" % int.from_bytes(value, "little"), data, count=1
-    ),
-}
-PLACE, VALUE = st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)
-MUTATION = st.tuples(st.sampled_from(sorted(MUTATIONS)), PLACE, VALUE)
 
 
 def reseal(folder):

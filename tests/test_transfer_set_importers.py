@@ -17,6 +17,7 @@ from quantkd.transfer_set.importers import CompressedLayout, import_table
 FACTS = {"vocab_size": 100, "teacher_name": "peer", "tokenizer_fingerprint": "a" * 64}
 axolotl = partial(import_table, toolkit="axolotl", **FACTS)
 distillkit = partial(import_table, toolkit="distillkit", **FACTS)
+RESIDUALS = ("float16", 3, 3), ("float32", 1, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,6 @@ def layout(d, k, exact_k, *residuals, **options):
     return CompressedLayout(d, k, exact_k, **{"delta_encoding": False, **options}, residual_bins=bins or None)
 
 
-RESIDUALS = ("float16", 3, 3), ("float32", 1, 2)
 LAYOUTS = {
     "floats alone": layout(100, 3, 3, exact_dtype="float16"),
     "a polynomial": layout(70_000, 6, 2, polynomial_terms=(0, 1, 2, "sqrt"), term_dtype="float64"),

@@ -18,6 +18,8 @@ from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, conv
 from quantkd.transfer_set.conversion import expect_entries, trim
 from quantkd.transfer_set.rules import Nucleus, Sampled, TopK, max_entries, narrow, storage_rule_to_dict
 
+ANSWERS = Path(__file__).parent / "golden" / "answers"  # SmolLM2-135M's to 8 questions of GSM8K, nucleus 0.95
+
 
 @pytest.fixture
 def open_writer(tmp_path):
@@ -160,9 +162,6 @@ def test_leftovers_of_a_crash_in_the_cleanup_are_removed(open_writer, tmp_path):
     open_writer().close()
     kept = {"README.md", "index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
     assert set(hashes(tmp_path / "set")) == kept
-
-
-ANSWERS = Path(__file__).parent / "golden" / "answers"  # SmolLM2-135M's to 8 questions of GSM8K, nucleus 0.95
 
 
 def test_convert_to_fewer_entries(tmp_path):
