@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from quantkd import Nucleus, TopK
-from quantkd.teacher import GenerationSettings
+from quantkd import GenerationSettings, Nucleus, TopK
 
 TEXTS = ["What is two plus three?", "Name a colour.", "user", "She has 3 + 4 apples and a train travels 60 miles."]
 SETTINGS, RULE = GenerationSettings(max_new_tokens=10), TopK(5)

@@ -12,8 +12,7 @@ from teacher_rows import assert_stored, dense_logprobs
 from quantkd import Nucleus, Sampled, TopK
 from quantkd.data.encoding import encode_prompts
 from quantkd.errors import DataError, TeacherError
-from quantkd.teacher import EncodedPrompt, GenerationSettings, load_teacher
-from quantkd.teacher.transformers import TransformersTeacher
+from quantkd.teacher import EncodedPrompt, GenerationSettings, TransformersTeacher, load_teacher
 from tests.conftest import capture_set
 
 PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat, and how many have two cats?"]

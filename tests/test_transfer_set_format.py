@@ -16,10 +16,9 @@ from safetensors.numpy import load_file
 from transfer_sets import assert_same_row, make_plan, make_row, row_of, storage_order, write_rows, write_set
 
 from quantkd.errors import TransferSetError
-from quantkd.transfer_set import TransferRow, TransferSet, verify
+from quantkd.transfer_set import FORMAT_VERSION, TransferRow, TransferSet, verify
 from quantkd.transfer_set.codec import BLOCK_BYTES, BLOCK_ROWS, encode_logprobs, encode_normalizers
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
-from quantkd.transfer_set.plan import FORMAT_VERSION
 from quantkd.transfer_set.rules import Nucleus
 
 UNIT = 2.0**-11  # half a step of float16, relative

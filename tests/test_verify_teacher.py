@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from quantkd import Nucleus, Sampled, TopK
-from quantkd.teacher import GenerationSettings
-from quantkd.teacher.transformers import TransformersTeacher
+from quantkd.teacher import GenerationSettings, TransformersTeacher
 from tests.conftest import build_tiny_model, capture_set
 
 PROMPTS = [f"What is {a} + {b}?" for a in range(4) for b in range(4)]
