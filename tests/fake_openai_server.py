@@ -39,10 +39,7 @@ class FakeServer:
 
             def do_GET(self):
                 if owner.redirect_to:
-                    self.send_response(302)
-                    self.send_header("Location", owner.redirect_to)
-                    self.end_headers()
-                    return
+                    return self.reply(302, "", Location=owner.redirect_to)
                 owner.requests.append((self.path, dict(self.headers), None))
                 card = {"id": owner.name, "owned_by": OWNERS[owner.kind], "max_model_len": 512}
                 self.reply(200, json.dumps({"data": [card]}))
@@ -61,13 +58,13 @@ class FakeServer:
                         owner.active -= 1
                 self.fail(fault) if answer is None else self.reply(*answer)
 
-            def reply(self, status, text, cut=0):
+            def reply(self, status, text, cut=0, **headers):
                 data = text.encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data) + cut))
-                if status == 429:
-                    self.send_header("Retry-After", "0")
+                headers |= {"Content-Type": "application/json", "Content-Length": len(data) + cut}
+                headers |= {"Retry-After": 0} if status == 429 else {}
+                for name, value in headers.items():
+                    self.send_header(name, str(value))
                 self.end_headers()
                 for part in [data] if not owner.pause_seconds else (data[at : at + 1] for at in range(len(data))):
                     try:

@@ -1,7 +1,4 @@
-"""Tiny random models of the families that the fused loss is tried on; run it for the table in docs/distributed.md.
-
-python tests/families.py
-"""
+"""Tiny random models of the families that the fused loss is tried on; run it for the table in docs/distributed.md."""
 
 from typing import Any
 
@@ -22,12 +19,9 @@ _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, 
 
 # name: (config class, its options). What stands after a comma is what is applied to the logits after the head's weight.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("LlamaConfig", _LLAMA),
-    "Llama, tied": ("LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),
-    "Mistral": ("MistralConfig", _LLAMA),
-    "Ministral": ("MinistralConfig", {**_LLAMA, "head_dim": 8}),
-    "Mixtral": ("MixtralConfig", {**_LLAMA, **_EXPERTS}),
-    "Qwen2": ("Qwen2Config", _LLAMA),
+    "Llama": ("LlamaConfig", _LLAMA), "Llama, tied": ("LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),
+    "Mistral": ("MistralConfig", _LLAMA), "Ministral": ("MinistralConfig", {**_LLAMA, "head_dim": 8}),
+    "Mixtral": ("MixtralConfig", {**_LLAMA, **_EXPERTS}), "Qwen2": ("Qwen2Config", _LLAMA),
     "Qwen2-MoE": ("Qwen2MoeConfig", {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 48}),
     "Qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 8}),
     "Qwen3-MoE": ("Qwen3MoeConfig", {**_LLAMA, **_EXPERTS, "head_dim": 8}),
@@ -39,29 +33,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Cohere 2, scaled": ("Cohere2Config", {**_LLAMA, "logit_scale": 0.25}),
     "Granite, scaled": ("GraniteConfig", {**_LLAMA, "logits_scaling": 4.0}),
     "Granite-MoE, scaled": ("GraniteMoeConfig", {**_LLAMA, **_EXPERTS, "logits_scaling": 4.0}),
-    "Phi, with bias": ("PhiConfig", {**_LLAMA, **_HEADS}),
-    "Phi-3": ("Phi3Config", {**_LLAMA, "pad_token_id": 0}),
-    "OLMo 2": ("Olmo2Config", _LLAMA),
-    "SmolLM 3": ("SmolLM3Config", {**_LLAMA, "pad_token_id": 0}),
-    "StableLM": ("StableLmConfig", _LLAMA),
-    "Starcoder 2": ("Starcoder2Config", _LLAMA),
-    "GLM": ("GlmConfig", {**_LLAMA, "head_dim": 8, "pad_token_id": 0}),
-    "EXAONE 4": ("Exaone4Config", _LLAMA),
-    "Helium": ("HeliumConfig", {**_LLAMA, "head_dim": 8}),
-    "Nemotron": ("NemotronConfig", _LLAMA),
-    "HunYuan": ("HunYuanDenseV1Config", {**_LLAMA, "head_dim": 8, "pad_token_id": 0}),
-    "GPT-2": ("GPT2Config", _GPT2),
+    "Phi, with bias": ("PhiConfig", {**_LLAMA, **_HEADS}), "Phi-3": ("Phi3Config", {**_LLAMA, "pad_token_id": 0}),
+    "OLMo 2": ("Olmo2Config", _LLAMA), "SmolLM 3": ("SmolLM3Config", {**_LLAMA, "pad_token_id": 0}),
+    "StableLM": ("StableLmConfig", _LLAMA), "Starcoder 2": ("Starcoder2Config", _LLAMA),
+    "GLM": ("GlmConfig", {**_LLAMA, "head_dim": 8, "pad_token_id": 0}), "EXAONE 4": ("Exaone4Config", _LLAMA),
+    "Helium": ("HeliumConfig", {**_LLAMA, "head_dim": 8}), "Nemotron": ("NemotronConfig", _LLAMA),
+    "HunYuan": ("HunYuanDenseV1Config", {**_LLAMA, "head_dim": 8, "pad_token_id": 0}), "GPT-2": ("GPT2Config", _GPT2),
     "GPT-Neo": ("GPTNeoConfig", {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": _GLOBAL}),
     "GPT-NeoX": ("GPTNeoXConfig", {**_LLAMA, "rotary_pct": 1.0}),
-    "GPT-J, with bias": ("GPTJConfig", {**_GPT2, "rotary_dim": 8}),
-    "GPT-BigCode": ("GPTBigCodeConfig", _GPT2),
-    "OPT": ("OPTConfig", _OPT),
-    "OPT, projected": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 16}),
+    "GPT-J, with bias": ("GPTJConfig", {**_GPT2, "rotary_dim": 8}), "GPT-BigCode": ("GPTBigCodeConfig", _GPT2),
+    "OPT": ("OPTConfig", _OPT), "OPT, projected": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 16}),
     "Bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "Falcon": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "MPT": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
-    "Mamba": ("MambaConfig", _MAMBA),
-    "FalconMamba": ("FalconMambaConfig", _MAMBA),
+    "Mamba": ("MambaConfig", _MAMBA), "FalconMamba": ("FalconMambaConfig", _MAMBA),
     "RecurrentGemma": ("RecurrentGemmaConfig", {**_LLAMA, "lru_width": 32, "num_hidden_layers": 3, "head_dim": 8}),
     "LFM 2": ("Lfm2Config", {**_LLAMA, "layer_types": ["conv", "full_attention"]}),
     "gpt-oss": ("GptOssConfig", {**_LLAMA, **_EXPERTS, "head_dim": 8}),

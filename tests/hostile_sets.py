@@ -111,10 +111,7 @@ def strange_files():
 
 
 def reshard(folder, change):
-    """Change the arrays of a shard of one block, and put every size and digest right again.
-
-    `change` gets the tensors and the block's arrays by name; what it puts at "stream" compresses the block.
-    """
+    """Change the tensors and arrays of a shard of one block by name; "stream" packs it. Sizes and digests fit again."""
     shard = load_file(folder / SHARD)
     index = json.loads((folder / "index.json").read_bytes())
     size = index["shards"][0]

@@ -1,8 +1,6 @@
-"""Students in every format, and GPTQ and AWQ checkpoints whose true weight is known without their library.
+"""Students in every format, and GPTQ and AWQ checkpoints whose true weight is known without their library."""
 
-4-bit integers in groups of 32 inputs, w = scale * (q - zero), rounded to nearest: not what GPTQ or AWQ would choose,
-but stored as AutoGPTQ (version 1) and AutoAWQ (GEMM) store it.
-"""
+# 4-bit integers in groups of 32 inputs, rounded to nearest, as AutoGPTQ (version 1) and AutoAWQ (GEMM) store them.
 
 import copy
 import json
@@ -65,10 +63,7 @@ def _quantize_with_hqq(path, dtype):
 
 
 def write_packed_checkpoint(method, source, folder):
-    """Write `source` with every decoder layer's projections packed, as `gptq` or `awq`.
-
-    Returns the weights that the packed layers stand for by module name, (out, in), float64.
-    """
+    """Write `source` with its projections packed; what they stand for by module name, (out, in) in float64."""
     shutil.copytree(source, folder)
     tensors, truth = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():

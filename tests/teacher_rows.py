@@ -42,14 +42,10 @@ def sparse_divergences(teacher, log_q) -> np.ndarray:
 
 
 def assert_stored(stored: torch.Tensor, exact: torch.Tensor) -> None:
-    """`stored` is `exact` (log-probabilities) but for what float16 rounds.
-
-    docs/transfer-set-format.md: by at most 2**-11 of the value, and by twice that where it is rounded down. 2e-5 in a
-    probability is left for float32 sums taken in another order.
-    """
+    """`stored` is `exact` (log-probabilities) but for what float16 rounds, as docs/transfer-set-format.md bounds it."""
     exact, stored = exact.double(), stored.double()
     error = (stored.exp() - exact.exp()).abs()
-    bound = exact.exp() * (exact.abs() + 2**-14) / 1024 + 2e-5
+    bound = exact.exp() * (exact.abs() + 2**-14) / 1024 + 2e-5  # for float32 sums taken in another order
     assert bool((error <= bound).all()), (error - bound).max()
 
 

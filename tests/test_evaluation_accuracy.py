@@ -133,19 +133,18 @@ def test_damaged_records_are_refused_by_file_and_line(tmp_path, evaluate, line, 
 
 
 def test_bad_rows(evaluate, tiny_model, tiny_tokenizer):
-    with pytest.raises(DataError, match="0 rows were given"):
-        evaluate([])
-    with pytest.raises(DataError, match="Row 1 has the answer 'six'"):
-        evaluate([ROWS[0], {"question": "?", "answer": "six"}])
-    with pytest.raises(DataError, match=r"Row 0 has a prompt of \d+ tokens; with 8 .* context of 512"):
-        evaluate(shots=generate_problems(8, seed=1))
-    with pytest.raises(DataError, match=r"Few-shot example 0 is the question of row 2 with its answer"):
-        evaluate(shots=ROWS[2:3])
+    for rows, shots, message in (
+        ([], (), "0 rows were given"),
+        ([ROWS[0], {"question": "?", "answer": "six"}], (), "Row 1 has the answer 'six'"),
+        (ROWS, generate_problems(8, seed=1), r"Row 0 has a prompt of \d+ tokens; with 8 .* context of 512"),
+        (ROWS, ROWS[2:3], "Few-shot example 0 is the question of row 2 with its answer"),
+        ([{**ROWS[0], "question": "\ud83d"}], (), r"Row 0: the text holds half of a surrogate pair, .*\\ud83d'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluate(rows, shots=shots)
     with pytest.raises(DataError, match="Few-shot example 1 is the question of row 0"):
         Questions(ROWS[:1], [*SHOTS, {**ROWS[0], "question": ROWS[0]["question"] + "\n"}], shots=(0, 2))
     assert Questions(ROWS[:1], [*SHOTS, ROWS[0]], shots=(0, 1)).shots == (0, 1)  # only what is shown counts
-    with pytest.raises(DataError, match=r"Row 0: the text holds half of a surrogate pair, .*\\ud83d'"):
-        evaluate([{"question": "\ud83d", "answer": "#### 1"}])
     wider = copy.deepcopy(tiny_tokenizer)
     wider.add_tokens("<new>")
     with pytest.raises(DataError, match=r"Row 1 has the token id 320, '<new>'"):

@@ -9,18 +9,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import binom, norm
 
 from quantkd.errors import DataError
-from quantkd.evaluation.stats import (
-    CalibrationSums,
-    GapRecovered,
-    RowSums,
-    bootstrap_interval,
-    compute_difference,
-    compute_gap_recovered,
-    compute_questions_needed,
-    compute_value,
-    mcnemar_exact,
-    wilson_interval,
-)
+from quantkd.evaluation import stats
+from quantkd.evaluation.stats import CalibrationSums, GapRecovered, RowSums, bootstrap_interval, wilson_interval
 from tests.conftest import REPOSITORY
 from tests.report_arms import bootstrap_by_scipy
 
@@ -45,7 +35,7 @@ def test_mcnemar_equals_the_sum_of_binomial_terms(only_a, only_b):
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
     pairs = [(True, True)] * 30 + [(True, False)] * only_a + [(False, True)] * only_b + [(False, False)] * 12
-    result = mcnemar_exact(*map(list, zip(*pairs, strict=True)))
+    result = stats.mcnemar_exact(*map(list, zip(*pairs, strict=True)))
     assert (result.only_a, result.only_b) == (only_a, only_b)
     assert result.p_value == pytest.approx(min(1, 2 * tail), rel=1e-12)
 
@@ -56,13 +46,13 @@ def test_mcnemar_equals_the_sum_of_binomial_terms(only_a, only_b):
     (15, 30, 100, 155), (300, 150, 1000, 155), (7, 7, 100, None), (0, 0, 5, None),
 ])  # fmt: skip
 def test_questions_needed_as_published(only_a, only_b, n, expected):
-    assert compute_questions_needed(only_a, only_b, n) == expected
+    assert stats.compute_questions_needed(only_a, only_b, n) == expected
 
 
 @pytest.mark.parametrize(("only_a", "only_b", "n"), [(15, 5, 100), (10, 5, 100), (30, 10, 1000), (30, 15, 100)])
 def test_questions_needed_give_the_power(only_a, only_b, n):
     """Against the power of McNemar's z-test, added up over every count of questions that separate the models."""
-    needed = compute_questions_needed(only_a, only_b, n)
+    needed = stats.compute_questions_needed(only_a, only_b, n)
     assert needed is not None
 
     def power(questions: int) -> float:
@@ -86,7 +76,7 @@ def test_examples_of_the_page():
 
 def gap(after, *, teacher=(0.0,) * 50, before=(2.0, 4.0) * 25, transform="identity", higher_is_better=False, **options):
     sums = [RowSums(values, None, transform) for values in (teacher, before, after)]
-    return compute_gap_recovered(*sums, higher_is_better=higher_is_better, **options)
+    return stats.compute_gap_recovered(*sums, higher_is_better=higher_is_better, **options)
 
 
 def test_known_shares_of_the_gap():
@@ -150,14 +140,14 @@ def test_difference_is_that_of_scipy_and_paired():
     tokens, hard = rng.integers(5, 90, 60), rng.gamma(2, 1, 60)
     a, b = tokens * hard * 0.2, tokens * hard * rng.normal(0.24, 0.02, 60)
     expected = bootstrap_by_scipy((a, b, tokens), lambda x, y, n, axis: (x.sum(axis) - y.sum(axis)) / n.sum(axis))
-    found = compute_difference(RowSums(a, tokens), RowSums(b, tokens))
+    found = stats.compute_difference(RowSums(a, tokens), RowSums(b, tokens))
     assert found.value == pytest.approx((a.sum() - b.sum()) / tokens.sum()) and found.interval is not None
     assert found.interval == pytest.approx(expected, rel=1e-9)
     apart = [bootstrap_interval(RowSums(sums, tokens)) for sums in (a, b)]
     assert found.interval[1] < 0 and apart[0][1] > apart[1][0]  # paired, they differ; their own intervals overlap
-    assert compute_difference(RowSums([3.0]), RowSums([1.0])).interval is None
+    assert stats.compute_difference(RowSums([3.0]), RowSums([1.0])).interval is None
     with pytest.raises(DataError, match=r"\[60, 59\] rows"):
-        compute_difference(RowSums(a), RowSums(b[1:]))
+        stats.compute_difference(RowSums(a), RowSums(b[1:]))
 
 
 def test_calibration_of_made_up_tokens():
@@ -175,7 +165,7 @@ def test_calibration_of_made_up_tokens():
     sums = CalibrationSums(spread(confidence), spread(correct), spread(np.ones(1000)))
     members = [bins == one for one in range(15)]
     expected = sum(one.mean() * abs(confidence[one].mean() - correct[one].mean()) for one in members)
-    assert compute_value(sums) == pytest.approx(expected) and expected < 0.06
+    assert stats.compute_value(sums) == pytest.approx(expected) and expected < 0.06
 
 
 @pytest.mark.parametrize(("function", "given", "message"), [
@@ -188,8 +178,8 @@ def test_calibration_of_made_up_tokens():
     (bootstrap_interval, [CalibrationSums([[math.nan]], [[1]], [[1]])], "not finite"),
     (bootstrap_interval, [CalibrationSums([[0.0]], [[0]], [[0]])], "no tokens"),
     (wilson_interval, (0, 0), "0 correct of 0"), (wilson_interval, (3, 2), "3 correct of 2"),
-    (wilson_interval, (-1, 5), "-1 correct of 5"), (mcnemar_exact, ([], []), "same questions"),
-    (mcnemar_exact, ([True], [True, False]), "same questions"),
+    (wilson_interval, (-1, 5), "-1 correct of 5"), (stats.mcnemar_exact, ([], []), "same questions"),
+    (stats.mcnemar_exact, ([True], [True, False]), "same questions"),
 ])  # fmt: skip
 def test_impossible_figures_are_refused(function, given, message):
     with pytest.raises(DataError, match=message):

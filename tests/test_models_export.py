@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import build
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
@@ -23,16 +24,13 @@ from quantkd.models.weights import dequantize_weight
 
 IDS = torch.arange(5, 45).view(2, 20)
 VARIANTS = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
+    "plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
     "ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"v_proj": 3}},
     "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
-    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]}, "head": {"target_modules": ["q_proj", "lm_head"]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "trained rows": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +125,7 @@ def test_other_formats_merge(config, tiny_model_path, adapter):
 
 
 def test_gpt2_is_turned_back(tiny_tokenizer, tmp_path):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    build("GPT-2", 320, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).save_pretrained(tmp_path / "gpt2")
     model = load_adapted(tmp_path / "gpt2", save_adapter(tmp_path / "gpt2", tmp_path / "adapter"))
     with torch.no_grad():
         expected = model.train()(IDS).logits

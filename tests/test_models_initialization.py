@@ -33,7 +33,6 @@ from quantkd import TransferSet
 from quantkd.hardware import process_state
 from quantkd.models import initialization
 from quantkd.models.student import attach_lora, load_student
-from quantkd.models.weights import dequantize_weight
 
 model_path, set_path, folder = sys.argv[1:]
 rank = process_state().process_index

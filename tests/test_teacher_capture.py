@@ -84,23 +84,20 @@ def test_what_is_left_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_pat
         run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
 
 
-def test_correct_answers_alone_and_a_set_that_ends_up_empty(tiny_tokenizer, tmp_path, caplog):
+def test_filters_of_ones_own_and_a_set_that_ends_up_empty(tiny_tokenizer, tmp_path, caplog):
     rows = [{"prompt": p, "completion": "#### 1" if i % 2 else "#### 2"} for i, p in enumerate(PROMPTS)]
     is_odd = CorrectOnly(verifier=lambda text, reference: reference.endswith("1"))
     kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", rows, filters=[is_odd])
     assert len(kept) == 6 and kept.info.counters["filtered_incorrect"] == 6 and not caplog.text
     assert len(run(FakeTeacher(tiny_tokenizer), tmp_path / "t", filters=[ResponseLength(9)])) == 0
     assert "No row passed the filters" in caplog.text
-
-
-def test_bad_filters_are_refused(tiny_tokenizer, tmp_path):
     for error, filters, options, message in (
         (DataError, [CorrectOnly()], {}, "no reference answer, and correct_only was asked for"),
         (ConfigError, [CorrectOnly()], {"responses": "given"}, "responses='given' takes the data set's"),
         (ConfigError, ["finished"], {}, "expected a filter of quantkd"),
     ):
         with pytest.raises(error, match=message):
-            run(FakeTeacher(tiny_tokenizer), tmp_path / "s", filters=filters, **options)
+            run(FakeTeacher(tiny_tokenizer), tmp_path / "u", filters=filters, **options)
     with pytest.raises(ConfigError, match="1 <= min_response_tokens <= max_response_tokens"):
         ResponseLength(5, 2)
 
@@ -152,15 +149,6 @@ def test_the_probe_stays_below_what_fits_and_is_asked_once(tiny_tokenizer, tmp_p
     assert again.batches == []
     with pytest.raises(TeacherError, match="does not fit into memory"):
         run(FakeTeacher(tiny_tokenizer, fits=0), tmp_path / "t", auto_find_batch_size=True)
-
-
-def test_a_dry_run_writes_nothing(tiny_tokenizer, tmp_path):
-    stop = Mock(side_effect=KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "s", on_plan=stop)
-    assert not (tmp_path / "s").exists()
-    (estimate,) = stop.call_args.args
-    assert estimate.plan.num_prompts == 12 and estimate.num_bytes > 0 and estimate.free_bytes > 0
 
 
 def test_a_teacher_of_ones_own_says_what_capture_asks(tiny_tokenizer, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,12 @@ from quantkd.errors import TeacherError
 from quantkd.teacher import EncodedPrompt, GenerationSettings
 from quantkd.teacher.server import ServerTeacher
 
-pytestmark = pytest.mark.vllm
-
+pytestmark = [
+    pytest.mark.vllm, pytest.mark.skipif(not find_spec("vllm"), reason="vllm is not installed; see make vllm-env"),
+]  # fmt: skip
 QUESTIONS = ["What is 12 * 7?", "Name three colours of the rainbow.", "A train travels 60 miles in one hour. And in 5?"]
 WIDTH, NEW_TOKENS, CONTEXT = 64, 24, 1024
 SETTINGS = GenerationSettings(max_new_tokens=NEW_TOKENS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed():
-    pytest.importorskip("vllm", reason="vllm is not installed; see make vllm-env")
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,6 @@ def golden_rows(plan):
 
 
 def compare_by_the_page(folder):
-    """Read a set by the page's reader, and by quantkd."""
     namespace = {}
     exec(compile(READER, str(PAGE), "exec"), namespace)
     found, transfer_set = list(namespace["read_set"](folder)), TransferSet(folder)

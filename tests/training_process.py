@@ -1,8 +1,4 @@
-"""One process of a distributed run, started by `torchrun` or `accelerate launch`: train, evaluate, save, report.
-
-The first step's gradient is read off plain SGD with a rate of 1, whatever DDP, FSDP2 or DeepSpeed do with gradients: it
-is the difference of the parameters.
-"""
+"""One process of a distributed run, started by `torchrun` or `accelerate launch`: train, evaluate, save, report."""
 
 import gc
 import json
@@ -91,6 +87,7 @@ def main(job):
             "wrapper": type(model).__name__,
             "sharded_base": sum(hasattr(w, "placements") or hasattr(w, "ds_shape") for w in weights),
         }  # fmt: skip
+        # Of plain SGD with a rate of 1, whatever DDP, FSDP2 or DeepSpeed do with gradients.
         torch.save({name: keeper.before[name] - after[name] for name in after}, folder / "gradient.pt")
         (folder / "report.json").write_text(json.dumps(report))
 

@@ -106,10 +106,7 @@ _slow_row = functools.cache(functools.partial(make_row, SLOW_PLAN))
 
 
 class FaultyDisk(FileSystem):
-    """Fails its call number `fail_at` to the disk, or from there on; `fsync` is counted but not carried out.
-
-    `kind` is an errno, or for a write "short" or "nothing": what it takes.
-    """
+    """Fails its call `fail_at`, or from there on; `kind` is an errno, or what a write takes: "short" or "nothing"."""
 
     def __init__(self, fail_at=0, kind=errno.EIO, for_good=False):
         self.calls, self.fail_at, self.kind, self.for_good = 0, fail_at, kind, for_good
@@ -129,7 +126,7 @@ class FaultyDisk(FileSystem):
         taken = {"short": data[:1], "nothing": data[:0]}
         return super().write(descriptor, taken[str(self.kind)] if self._fails() else data)
 
-    def fsync(self, descriptor):
+    def fsync(self, descriptor):  # counted, but not carried out
         self._fails()
 
     def rename(self, source, destination):
