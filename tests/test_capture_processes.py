@@ -13,7 +13,6 @@ from quantkd import TransferSet
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="stops and kills processes")
 PROMPTS = 40
-DEADLINE = 240
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def kill(family):
 
 
 def wait_for(out, shards, family):
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + 240
     while committed(out) < shards and all(process.is_alive() for process in family):
         assert time.monotonic() < deadline, "the capture is stuck"
         time.sleep(0.01)

@@ -78,8 +78,10 @@ def test_fidelity_is_measured_once_for_a_model_its_data_and_its_settings(evaluat
     assert measured == [5, 5, 2, 2, 2]
 
 
-def test_parts_of_one_model_add_up(evaluate, held_out, measured, file, change):
-    evaluate(held_out=held_out)
+def test_parts_of_one_model_add_up_also_after_a_stop(evaluate, held_out, measured, file, change, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("quantkd.evaluation.accuracy.evaluate_gsm8k", Mock(side_effect=KeyboardInterrupt))
+        evaluate(held_out=held_out, questions=QUESTIONS)  # the fidelity is kept
     both = evaluate(questions=QUESTIONS)
     assert both.fidelity is not None and both.questions["0-shot"].count == 3
     first = file.read_bytes()
@@ -89,14 +91,6 @@ def test_parts_of_one_model_add_up(evaluate, held_out, measured, file, change):
     with pytest.raises(DataError, match="records of another evaluation"):
         evaluate(questions=QUESTIONS)
     assert evaluate(questions=QUESTIONS, force=True).fidelity is None
-
-
-def test_a_stop_among_the_answers_keeps_the_fidelity(evaluate, held_out, measured, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("quantkd.evaluation.accuracy.evaluate_gsm8k", Mock(side_effect=KeyboardInterrupt))
-        evaluate(held_out=held_out, questions=QUESTIONS)
-    evaluate(held_out=held_out, questions=QUESTIONS)
-    assert measured == [5]
 
 
 def test_a_damaged_file_is_measured_anew(evaluate, held_out, measured, file, caplog):

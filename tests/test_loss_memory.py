@@ -90,7 +90,6 @@ def test_float16_keeps_of_a_gradient_what_the_loss_scale_saves():
         (loss / 1000 * scale).backward()
         return [each.grad.double() / scale for each in leaves]
 
-    for ours, naive, truth in zip(
-        gradients(True, torch.float16), gradients(False, torch.float16), gradients(True, torch.float64), strict=True
-    ):
+    ways = (True, torch.float16), (False, torch.float16), (True, torch.float64)
+    for ours, naive, truth in zip(*(gradients(*way) for way in ways), strict=True):
         assert (ours - truth).norm() <= 1.5 * (naive - truth).norm() and (ours - truth).norm() < 0.01 * truth.norm()

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,21 +117,6 @@ def test_sampled_entries_are_shares_of_the_draws_in_any_batch(set_of, responses)
         assert_stored(teacher.logprobs, (draws / 20).log())
         mass = torch.zeros(len(teacher)).index_add_(0, teacher.positions, draws)
         assert mass.tolist() == [20] * len(teacher)
-
-
-def test_draws_are_on_the_device_of_the_logits(tiny_model, tiny_tokenizer):
-    class Elsewhere(type(tiny_model)):
-        """Stands in for a model on an accelerator: its logits have no data, and take no part beside the CPU's."""
-
-        device = torch.device("meta")
-
-        def forward(self, input_ids, attention_mask, position_ids, use_cache, past_key_values):
-            return SimpleNamespace(logits=torch.empty(*input_ids.shape, len(tiny_tokenizer), device="meta"))
-
-    tiny_model.__class__ = Elsewhere
-    teacher = TransformersTeacher(tiny_model, tiny_tokenizer, Sampled(5), (1.0,), GenerationSettings())
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # all are drawn, then fetched
-        teacher.score([EncodedPrompt(0, [5, 6, 7], [8, 9])])
 
 
 def test_the_checkpoints_own_generation_settings_change_nothing(tiny_model, tiny_tokenizer, set_of):

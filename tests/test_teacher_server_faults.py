@@ -131,6 +131,11 @@ def test_the_key_is_sent_and_never_shown(serve, connect, prompts, monkeypatch, c
             error = error.__cause__
     assert "OPENAI_API_KEY" in errors[0]
     assert KEY not in "".join(errors) + caplog.text + repr(teacher) + repr(vars(teacher))
+    other = serve()
+    server.redirect_to = other.url + "/models"  # which is not followed
+    with pytest.raises(TeacherError, match="redirects"):
+        connect(server)
+    assert other.requests == []
     monkeypatch.setenv("OPENAI_API_KEY", "line\r\nbreak-hunter2")
     with pytest.raises(ConfigError, match="cannot be sent") as refused:
         connect(server)
@@ -162,12 +167,3 @@ def test_a_capture_resumes_and_stores_no_secret(serve, prompts, tiny_model, tiny
     content = b"".join(file.read_bytes() for file in (tmp_path / "set").iterdir())
     port = server.url.split(":")[-1].removesuffix("/v1")
     assert not any(word.encode() in content for word in (KEY, f":{port}", "127.0.0.1"))
-
-
-def test_a_redirect_is_not_followed(serve, connect, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server, other = serve(), serve()
-    server.redirect_to = other.url + "/models"
-    with pytest.raises(TeacherError, match="redirects"):
-        connect(server)
-    assert other.requests == []
