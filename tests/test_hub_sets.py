@@ -81,6 +81,10 @@ def test_the_revision_is_fixed_when_the_set_is_opened(hub, small_set, tmp_path):
     assert str(TransferSet.open("user/set@v2").sources[0]) == f"user/set at {pushed.commit}"
     with pytest.raises(ConfigError, match="names one revision"):
         TransferSet.open("user/set@v2", revision="main")
+    with pytest.raises(HubError, match=r"no folder 'user/absent' here. On the Hub"):
+        TransferSet.open("user/absent")
+    with pytest.raises(HubError, match="Revision"):
+        TransferSet.open("user/set", revision="v9")
 
 
 def test_offline_or_while_the_hub_is_down_it_comes_from_the_cache(hub, small_set, monkeypatch, caplog):
@@ -170,14 +174,6 @@ def test_what_is_too_large_is_not_fetched_and_what_is_missing_is_named(hub, smal
     with pytest.raises(error, match=message):
         list(TransferSet.open("user/bad"))
     assert hub.count("GET", next(iter(changes))) == 0
-
-
-def test_a_repository_or_a_revision_that_is_not_there(hub, small_set):
-    hub.make("dataset", "user/set", files_of(small_set))
-    with pytest.raises(HubError, match=r"no folder 'user/absent' here. On the Hub"):
-        TransferSet.open("user/absent")
-    with pytest.raises(HubError, match="Revision"):
-        TransferSet.open("user/set", revision="v9")
 
 
 def test_a_changed_index_is_refused(hub, small_set):

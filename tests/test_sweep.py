@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer
-from quantkd.errors import ConfigError, MissingDependencyError
+from quantkd.errors import ConfigError
 from quantkd.models.student import load_student
 from quantkd.training.sweep import parse_space, run_sweep
 
@@ -110,13 +110,7 @@ def test_what_would_fail_in_a_trial_is_refused_before_the_first(student, sets, t
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_missing_package_is_named(student, sets, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install quantkd\[sweep\]"):
-        search(student, sets, tmp_path)
-
-
-def test_the_command(tiny_model_path, training_set, tmp_path, cli):
+def test_the_command(tiny_model_path, training_set, tmp_path, cli, monkeypatch):
     options = {"model_name_or_path": str(tiny_model_path), "transfer_set": str(training_set.sources[0]), "init": "zero"}
     options |= {"space": ["learning_rate=1e-4,1e-3", "num_train_epochs=0.5:2", "lora_r=2:4"], "n_trials": 2}
     (tmp_path / "sweep.yaml").write_text(json.dumps({**options, "output_dir": str(tmp_path / "out")}))
@@ -126,3 +120,6 @@ def test_the_command(tiny_model_path, training_set, tmp_path, cli):
     assert code == 0 and len(lines) == 2 and float(lines[0][2]) <= float(lines[1][2])
     code, _, err = cli(*words)
     assert code == 1 and "needs held-out rows" in err
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, _, err = cli(*words, "--eval_fraction", "0.34")
+    assert code == 1 and "pip install quantkd[sweep]" in err
