@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -28,7 +29,8 @@ class FakeServer:
         self.model, self.ends, self.kind, self.mangle = model, ends, kind, mangle
         self.max_logprobs, self.error_body, self.redirect_to = max_logprobs, error_body, None
         self.name, self.faults, self.requests, self.lock = "tiny", [], [], threading.Lock()
-        self.active, self.most_active, self.delay_seconds, self.pause_seconds = 0, 0, 0.0, 0.0
+        self.active, self.most_active, self.delay_seconds = 0, 0, 0.0
+        self.drip = []  # parts of a raw answer, sent one after the other
 
     def __enter__(self):
         owner = self
@@ -52,7 +54,7 @@ class FakeServer:
                     owner.active += 1
                     owner.most_active = max(owner.most_active, owner.active)
                 try:
-                    answer = None if fault else owner.respond(self.path, body)
+                    answer = None if fault or owner.drip else owner.respond(self.path, body)
                 finally:
                     with owner.lock:  # before the answer leaves, for the next request may come at once
                         owner.active -= 1
@@ -66,15 +68,16 @@ class FakeServer:
                 for name, value in headers.items():
                     self.send_header(name, str(value))
                 self.end_headers()
-                for part in [data] if not owner.pause_seconds else (data[at : at + 1] for at in range(len(data))):
-                    try:
-                        self.wfile.write(part)
-                    except OSError:  # the client has left
-                        break
-                    time.sleep(owner.pause_seconds)
+                self.wfile.write(data)
 
             def fail(self, fault):
-                if fault == "reset":  # SO_LINGER of 0 seconds: close with a reset instead of a farewell
+                if owner.drip:
+                    with suppress(OSError):  # the client has left
+                        for part in owner.drip:
+                            self.wfile.write(part)
+                            time.sleep(0.02)
+                    self.close_connection = True
+                elif fault == "reset":  # SO_LINGER of 0 seconds: close with a reset instead of a farewell
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.connection.close()
                 elif fault == "malformed":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -42,36 +43,10 @@ _MAX_DETAIL = 500  # characters of a server's own words in an error
 
 
 class ServerTeacher(Teacher):
-    """A model behind vLLM's, SGLang's or llama.cpp's server, or one that answers as vLLM's does.
+    """A model behind vLLM's, SGLang's or llama.cpp's server, or one that answers as vLLM's does (docs/engines.md)."""
 
-    Prompts and answers pass as token ids. Each prompt is a request of its own; the server batches them. Log-
-    probabilities may differ in the last bits from one run to another; shards that are committed stay as they are.
-    Neither the address nor the key in the environment variable OPENAI_API_KEY is ever stored.
-
-    Args:
-        base_url: the server's address, such as "http://127.0.0.1:8000/v1".
-        model_name: the model's name as the server has it.
-        tokenizer: the teacher's tokenizer.
-        rule: which entries to keep, `TopK` or `Nucleus`.
-        temperatures: (1.0,); a server gives log-probabilities, and other temperatures need all logits.
-        settings: how it answers.
-        dialect: "vllm", "sglang" or "llama.cpp"; by what the server says about itself if None.
-        vocab_size: the width of the teacher's logits; that of the config stored with the tokenizer if None, or
-            the tokenizer's own.
-        dtype: the dtype that the server runs the model in, as a note in the set; "" if it is not known.
-        concurrency: requests under way at once.
-        timeout_seconds: how long one answer may take.
-        max_retries: how often a request is tried again.
-        backoff_seconds: the first pause before that; it doubles each time.
-
-    Raises:
-        ConfigError: a rule, temperature or setting that the server cannot give, or another model than it serves.
-        TeacherError: a server that does not answer, or not with token ids and as many log-probabilities as needed.
-
-    Example:
-        ServerTeacher("http://127.0.0.1:8000/v1", "SmolLM2", tokenizer, Nucleus(0.95), (1.0,), GenerationSettings())
-    """
-
+    # Prompts and answers pass as token ids; each prompt is a request of its own, and the server batches them.
+    # Neither the address nor the key in the environment variable OPENAI_API_KEY is ever stored.
     preferred_batch_size = 256
 
     def __init__(
@@ -221,20 +196,59 @@ def _read_config(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | list[in
     return int(config.vocab_size), generation.eos_token_id
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another host."""
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler, urllib.request.HTTPRedirectHandler):
+    """Answers that come within the time limit as a whole, with all headers, `100 Continue` and sizes of chunks."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow none: urllib then raises the answer as an error."""
+        """Follow none, which would take the key to another host: urllib then raises the answer as an error."""
+
+    def do_open(self, http_class: Any, req: Any, **kwargs: Any) -> Any:
+        """As urllib does, whose time limit is for each wait."""
+        timed: Any = type("Timed", (http_class,), {"response_class": _Response})
+        return super().do_open(timed, req, **kwargs)
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp: Any = io.BufferedReader(_Bounded(sock, self.fp.detach()))
+
+
+class _Bounded(io.RawIOBase):
+    """What a socket receives until its time limit, counted from now, is over."""
+
+    def __init__(self, sock: Any, raw: io.RawIOBase) -> None:
+        self._sock, self._raw, self._deadline = sock, raw, time.monotonic() + sock.gettimeout()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if (left := self._deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out before the answer's end")
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _read(response: Any, limit: int) -> bytes:
+    """The body, or a little more than `limit` bytes of it."""
+    body = bytearray()
+    while len(body) <= limit and (part := response.read1(2**16)):
+        body += part
+    if response.length and len(body) <= limit:
+        raise http.client.IncompleteRead(bytes(body), response.length)
+    return bytes(body)
 
 
 class _Client:
-    """Asks a server for JSON. Safe to use from several threads.
+    """Asks a server for JSON, from any thread; the key, of OPENAI_API_KEY alone, is in no error and no log line."""
 
-    Answers 408, 429 and 5xx, time-outs, broken connections and bodies that are not JSON are tried again, after a pause
-    that doubles each time or that the server names in Retry-After. The key comes from the environment variable
-    OPENAI_API_KEY alone; it appears in no error and no log line, even where the server echoes it.
-    """
+    # Answers 408, 429 and 5xx, time-outs, broken connections and bodies that are not JSON are tried again, after a
+    # pause that doubles each time or that the server names in Retry-After.
 
     def __init__(self, base_url: str, timeout_seconds: float, max_retries: int, backoff_seconds: float) -> None:
         parts = urlsplit(base_url)
@@ -248,7 +262,7 @@ class _Client:
         self._api_key = os.environ.get(_API_KEY, "").strip()
         if not (self._api_key.isascii() and self._api_key.isprintable()):  # http.client would show it in its error
             raise ConfigError(f"{_API_KEY} holds characters that cannot be sent; expected printable ASCII.")
-        self._opener = urllib.request.build_opener(_NoRedirects())
+        self._opener = urllib.request.build_opener(_Handler())
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, max_retries: int | None = None) -> Any:
         """GET `path`, or POST `body` to it."""
@@ -277,7 +291,7 @@ class _Client:
         request = urllib.request.Request(self._root + path, data=data, headers=headers)
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                answer = self._read(response, MAX_BODY_BYTES)
+                answer = _read(response, MAX_BODY_BYTES)
             if len(answer) > MAX_BODY_BYTES:
                 raise TeacherError(f"{self.where} answered {path} with more than {MAX_BODY_BYTES} bytes.")
             return json.loads(answer)
@@ -294,20 +308,9 @@ class _Client:
         except RecursionError as error:
             raise TeacherError(f"{self.where} answered {path} with JSON that is nested too deeply.") from error
 
-    def _read(self, response: Any, limit: int) -> bytes:
-        """The body, or a little more than `limit` bytes of it, within the time limit as a whole."""
-        body, deadline = bytearray(), time.monotonic() + self._timeout
-        while len(body) <= limit and (part := response.read1(2**16)):
-            body += part
-            if time.monotonic() > deadline:
-                raise TimeoutError("timed out before the body's end")
-        if response.length and len(body) <= limit:
-            raise http.client.IncompleteRead(bytes(body), response.length)
-        return bytes(body)
-
     def _raise_status(self, error: urllib.error.HTTPError, path: str) -> NoReturn:
         try:
-            detail = self._read(error, 2**16).decode(errors="replace")
+            detail = _read(error, 2**16).decode(errors="replace")
         except (OSError, http.client.HTTPException) as broken:
             raise _Again(f"HTTP {error.code} and then {type(broken).__name__}") from broken
         if self._api_key:

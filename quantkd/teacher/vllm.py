@@ -27,27 +27,7 @@ _LOGPROBS_MODE = "raw_logprobs"
 
 
 class VLLMTeacher(Teacher):
-    """A model run by vLLM in this process. Needs the package vllm; loads the model itself.
-
-    vLLM schedules the rows of a batch on its own, so the last bits of a log-probability may differ from one run to
-    another; shards that are committed stay as they are.
-
-    Args:
-        model_name: a Hub name or a checkpoint folder.
-        tokenizer: the teacher's tokenizer; prompts and answers pass as token ids.
-        rule: which entries to keep, `TopK` or `Nucleus`.
-        temperatures: (1.0,); vLLM gives log-probabilities, and other temperatures need all logits.
-        settings: how it answers.
-        **engine_kwargs: passed to `vllm.LLM`, such as `dtype`, `tensor_parallel_size`, `quantization`,
-            `kv_cache_dtype`, `max_model_len`, `gpu_memory_utilization` or `enforce_eager`.
-
-    Raises:
-        MissingDependencyError: vllm is not installed.
-        ConfigError: a rule or temperature that the engine cannot give, or more entries than `max_logprobs` allows.
-
-    Example:
-        VLLMTeacher("HuggingFaceTB/SmolLM2-135M-Instruct", tokenizer, Nucleus(0.95), (1.0,), GenerationSettings())
-    """
+    """A model run by vLLM in this process; `engine_kwargs` go to `vllm.LLM` (docs/engines.md)."""
 
     preferred_batch_size = 256
 
@@ -124,11 +104,8 @@ class VLLMTeacher(Teacher):
         return rows
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        """Keep the entries at every supervised token of given answers.
-
-        The last token's entries are those of the one token that is generated after all before it; so an answer may
-        fill the context to its end.
-        """
+        """Keep the entries at every supervised token of given answers."""
+        # The last token's are those of the one token that is generated: so an answer may fill the context to its end.
         located = [locate_targets(prompt) for prompt in prompts]
         parameters = self._parameters(max_tokens=1, temperature=0.0, prompt_logprobs=self.rows.width)
         outputs = self._run([sequence[:-1] for sequence, _ in located], [parameters] * len(prompts))
