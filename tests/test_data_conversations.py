@@ -230,6 +230,9 @@ def chat(role: str, end: str, close: str = "") -> str:
     (chat("<start>{{ m['role'] }}\n", "<|im_end|>\n{{ eos_token }}"), "</s>", "<|im_end|>"),
     (chat("<start>{{ m['role'] }}\n", "{{ eos_token }}\n"), "</s>", "</s>"),
     (MARKED.replace("{% endgen", "\n{{ eos_token }}{% endgen"), "</s>", "<|im_end|>"),
+    (chat("<start>{{ m['role'] }}\n", ""), "</s>", "</s>"),  # GLM
+    (chat("<start>{{ m['role'] }}\n", "\n\n### End\n"), "</s>", "</s>"),
+    (MARKED.replace("<|im_end|>{% endgen", "{% endgen").replace("<|im_end|>", "\n"), "</s>", "</s>"),
 ])  # fmt: skip
 def test_every_answer_has_one_end_and_generation_stops_at_it(tiny_tokenizer, tiny_model, template, eos, end):
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -237,12 +240,14 @@ def test_every_answer_has_one_end_and_generation_stops_at_it(tiny_tokenizer, tin
     tokenizer.chat_template = template
     last = tokenizer.convert_tokens_to_ids(end)
     ids, spans = encode_conversation(tokenizer, CONVERSATION)
-    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == ["She has 7." + end, "300 miles." + end]
-    assert len(ids) == spans[-1][1]
+    own = end if end in tokenizer.decode(ids[slice(*spans[0])]) else ""  # of a turn amid others, where one is written
+    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == ["She has 7." + own, "300 miles." + end]
+    assert len(ids) == spans[-1][1] and own == end * (end != eos or "{{ eos_token }}" in template)
+    one, _ = encode_conversation(tokenizer, CONVERSATION[:3])
     for text in ("She has 7.", "She has 7." + end, f"She has 7.{end}\n{eos}", "She has 7." + eos):
         given = encode(tokenizer, Example(CONVERSATION[:2], text), given=True)
         assert given.completion_ids == [*tokenizer("She has 7.", add_special_tokens=False)["input_ids"], last]
-        assert given.prompt_ids + given.completion_ids == ids[: spans[0][1]]
+        assert given.prompt_ids + given.completion_ids == one
     plain = encode(tokenizer, Example("1 + 1?", "2"), given=True, chat_template=False)
     assert plain.completion_ids[-1] == tokenizer.eos_token_id
     config = build_generation_config(tiny_model, tokenizer, 4)

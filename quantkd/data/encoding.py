@@ -199,14 +199,11 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], vocab_s
 
 def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that ends an assistant's turn: the one that the chat template writes, or the end-of-sequence token."""
-    import jinja2
-
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     end: int | None = tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]
     after = ""
-    if tokenizer.chat_template:
-        with suppress(jinja2.TemplateError, AttributeError, TypeError, ValueError):
-            after = str(tokenizer.apply_chat_template(turns, tokenize=False)).partition(_MARK)[2]
+    with suppress(DataError):
+        after = _render_after(tokenizer, turns, {})
     added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()} | {end}
     ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return next((token for token in ids if token in added), end)
@@ -299,6 +296,9 @@ def encode_conversation(
     find = _by_generation_blocks if _GENERATION_BLOCK.search(template) else _by_prefixes
     ends = {find_turn_end(tokenizer) if end is None else end}
     input_ids, spans = find(tokenizer, messages, ends, template_kwargs or {})
+    start, stop = spans[-1]
+    if not ends & {*input_ids[start:]}:  # the template writes none, and the answer ends as a given or generated one
+        input_ids[stop:], spans[-1] = encode_completion(tokenizer, "", *ends), (start, stop + 1)
     if spans[0][0] == 0:
         raise DataError(
             "The conversation's first token belongs to an assistant turn, and nothing predicts it. "
@@ -346,6 +346,12 @@ def _render_chat(
         roles = ", ".join(message["role"] for message in messages)
         reason = str(error)[:500] or type(error).__name__
         raise DataError(f"The chat template refuses messages of the roles {roles}: {reason}. Mend them.") from error
+
+
+def _render_after(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
+    """What the template writes after the text of the last message."""
+    marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
+    return str(_render_chat(tokenizer, marked, kwargs, tokenize=False)).partition(_MARK)[2]
 
 
 def _check_text(example: Example) -> None:
@@ -439,6 +445,11 @@ def _by_prefixes(
             continue
         prompt: list[int] = _render_chat(tokenizer, messages[:turn], kwargs, add_generation_prompt=True) if turn else []
         answered: list[int] = _render_chat(tokenizer, messages[: turn + 1], kwargs)
+        if not ends & {*answered[len(prompt) :]}:  # what is written after the text, if anything, is plain text
+            after = len(_render_after(tokenizer, messages[: turn + 1], kwargs))
+            while answered and len(tokenizer.decode(answered[-1:])) <= after:
+                after -= len(tokenizer.decode(answered[-1:]))
+                answered.pop()
         del answered[len(prompt) + _find_end(tokenizer, answered[len(prompt) :], ends) :]
         for part in (prompt, answered):
             if whole[: len(part)] != part:
