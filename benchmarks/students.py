@@ -95,7 +95,7 @@ def count_bytes(model: Any) -> int:
 
 
 def train(model: Any, rows: TransferSet, batch_size: int, steps: int) -> tuple[float, list[float]]:
-    """Real tokens a second in the median step after the first, and the loss of every step."""
+    """Real tokens a second in the median step after the first, if there are several, and the loss of every step."""
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         args = QuantizedDistillationConfig(
@@ -114,7 +114,7 @@ def train(model: Any, rows: TransferSet, batch_size: int, steps: int) -> tuple[f
         trainer = QuantizedDistillationTrainer(model, args, train_dataset=batch, callbacks=[times])
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return int(batch.lengths.sum()) / statistics.median(times.seconds[1:]), losses
+    return int(batch.lengths.sum()) / statistics.median(times.seconds[1:] or times.seconds), losses
 
 
 def load(name: str, format_: str | None, dtype: str) -> Any:

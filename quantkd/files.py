@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import glob
+import json
 import os
 import secrets
 import shutil
@@ -10,8 +12,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from quantkd.errors import DataError, QuantKDError
+from quantkd.errors import ConfigError, DataError, QuantKDError
 
 # What `write_file` reaches, in order; `FileSystem.reach` hears each as "<what>:<step>".
 COMMIT_STEPS = ("created", "written", "synced", "renamed", "folder-synced")
@@ -88,16 +91,31 @@ def write_file(path: Path, data: bytes | str, *, filesystem: FileSystem = DISK, 
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when all in it is on the disk; after an error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
+        with suppress(OSError), _held(old):  # of a process that was killed, or no one could hold it
+            shutil.rmtree(old)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        yield temporary
-        for entry in (*temporary.rglob("*"), temporary):
-            DISK.sync(entry)
-        os.rename(temporary, path)  # over an empty folder; the system refuses to replace any other
+        with _held(temporary):
+            yield temporary
+            for entry in (*temporary.rglob("*"), temporary):
+                DISK.sync(entry)
+            os.rename(temporary, path)  # over an empty folder; the system refuses to replace any other
         DISK.sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes as long as this one lives; an OSError where one of them does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path, *, error: type[QuantKDError] = DataError) -> int:
@@ -120,6 +138,25 @@ def read_regular(path: Path, max_bytes: int, *, error: type[QuantKDError] = Data
     if len(data) > max_bytes:
         raise error(f"{path} is larger than {max_bytes} bytes, the most that such a file may have. Get another one.")
     return data
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`; of a key that is there twice one value would be lost."""
+    names = [name for name, _ in pairs]
+    if len(found := dict(pairs)) < len(names):
+        raise ValueError(f"the key {max(names, key=names.count)!r:.80} is there twice in one object")
+    return found
+
+
+def parse_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The dict of an argument that may also be given as JSON, or not at all."""
+    try:
+        parsed = json.loads(value, object_pairs_hook=object_of) if isinstance(value, str) else value or {}
+    except ValueError as error:
+        raise ConfigError(f'{name} is {value!r:.80}, which is not JSON: {error}. Expected {{"name": 1}}.') from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f'{name} is {value!r:.80}; expected an object such as {{"name": 1}}.')
+    return dict(parsed)
 
 
 class FileLock:

@@ -103,7 +103,7 @@ def hub_errors(what: str, token: str | None = None) -> Iterator[None]:
         if any(isinstance(link, errors.OfflineModeIsEnabled) for link in chain):
             advice = "Unset HF_HUB_OFFLINE to use the network."
         elif status in _TRANSIENT or (status >= 500 and not is_final):
-            kind, advice = TransientHubError, "Check the network, or try again in a while."
+            kind, advice = TransientHubError, "Check the network. The same call goes on where it stopped."
         secrets = find_secrets(token)
         reason = " ".join(redact(str(error) or type(error).__name__, secrets).split())
         message = f"Could not {what}: {reason.rstrip('.')}. {advice}"
@@ -122,8 +122,7 @@ def retry(call: Callable[[], Result], attempts: int) -> Result:
             if failures >= attempts:
                 if attempts == 1:
                     raise
-                tried = f"It failed {failures} times in a row; the same call goes on where it stopped."
-                raise TransientHubError(f"{error} {tried}") from error
+                raise TransientHubError(f"After {failures} attempts: {error}") from error
         time.sleep(min(2.0 ** (failures - 1), 60.0))
 
 

@@ -146,8 +146,13 @@ def build_trainer(tiny_model_path, training_set):
         settings = {
             "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "init": "zero",
             "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-            "model_init_kwargs": {"dtype": "float32"}, "teacher_model_init_kwargs": {"dtype": "float32"},
         }  # fmt: skip
+        for name, given in (
+            ("model_init_kwargs", model or "by name"),
+            ("teacher_model_init_kwargs", options.get("teacher_model")),
+        ):
+            if isinstance(given, (str, os.PathLike)):
+                settings[name] = {"dtype": "float32"}
         fields = QuantizedDistillationConfig.__dataclass_fields__
         settings |= {name: options.pop(name) for name in list(options) if name in fields}
         args = QuantizedDistillationConfig(str(output_dir), **settings)

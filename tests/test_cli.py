@@ -131,6 +131,21 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("train TRAIN --eval_strategy steps", 1, "didn't pass an `eval_dataset`"),
     ("train TRAIN --report_to notrack", 1, "names notrack; installed"),
     ("train TRAIN --bf16 true --fp16 true", 1, "but not both. `quantkd train --help` lists the"),
+    ("capture --config twice.yaml", 1, "twice.yaml has model in lines 1 and 3. Remove one."),
+    ('train TRAIN --model_init_kwargs {"revision":"x"}', 1, "for models that Python code gives by name. Use"),
+    ('train TRAIN --teacher_model_init_kwargs {"a":1}', 1, "for models that Python code gives by name. Use"),
+    ("train TRAIN --student_format nf4 --bnb_4bit_quant_type fp4", 1, "is nf4, and another option says fp4"),
+    ("sweep TRAIN --space alpha=0,1 --eval_fraction 0.3 --control ce", 1, "takes no --control, --push_to_hub and"),
+    ("verify SET --rows 3", 1, "rows has no effect without teacher"),
+    ("export EXPORT --form adapter --save_dtype float16", 1, "without form=merged or form=requantized"),
+    ("export EXPORT --form adapter --lora_r 4", 1, "lora_r has no effect here"),
+    ("view --held_out SET --adapter a --output o.html --model_name_or_path m --use_dora", 1, "use_dora has no effect"),
+    ("evaluate EVALUATE --arm x --held_out SET --lora_alpha 4", 1, "lora_alpha has no effect here"),
+    ("evaluate EVALUATE --arm x --held_out SET --full_precision --load_in_8bit", 1, "load_in_8bit has no effect here"),
+    ("evaluate EVALUATE --arm x --held_out SET --shots 2", 1, "shots has no effect without gsm8k"),
+    ("evaluate EVALUATE --arm x --held_out SET --limit 2", 1, "limit has no effect without gsm8k or prompts"),
+    ("evaluate EVALUATE --arm x --held_out SET --rerun_tasks", 1, "rerun_tasks has no effect without tasks"),
+    ("evaluate EVALUATE --arm x --prompts p.jsonl --title x", 1, "title has no effect without held_out or gsm8k or"),
     ("train TRAIN --lora_r 0", 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
     ("evaluate EVALUATE --arm ../x --prompts p.jsonl", 1, "- and _, found '../x'"),
     ("evaluate EVALUATE --arm x --held_out SET --batch_size -2", 1, "batch_size is -2"),
@@ -138,6 +153,9 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("evaluate --run_dir r --arm x --full_precision", 2, "required: --model_"),
     ("evaluate --model_name_or_path no --run_dir r --arm x --held_out empty", 1, "neither index.json nor plan.json"),
     ("evaluate --model_name_or_path no --run_dir r --arm x --prompts p.txt", 1, "'p.txt' is neither a file"),
+    ("evaluate --model_name_or_path no --run_dir r --arm x --prompts p.jsonl --adapter empty", 1, "adapter_config"),
+    ("view --held_out SET --adapter empty --output o.html --model_name_or_path no", 1, "adapter_config.json"),
+    ("capture --model_name_or_path ./no --prompts p.jsonl --output_dir o", 1, "no folder './no'"),
     ("selftest empty", 1, "empty holds no config.json"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, training_set, tiny_model_path, words, code, said):
@@ -146,6 +164,7 @@ def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, training_set, tiny_
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "bad.yaml").write_text(f"seed: 1\nhub_token: {TOKEN}: x\n")
     (tmp_path / "text.yaml").write_text("hello\n")
+    (tmp_path / "twice.yaml").write_text("model: m\nprompts: p\nmodel: n\n")
     (tmp_path / "unknown.yaml").write_text("model: m\nprompts: p\ncolour: blue\n")
     student = ["--model_name_or_path", tiny_model_path]
     stands_for = {
@@ -153,6 +172,7 @@ def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, training_set, tiny_
         "OUT": ["--model", "no", "--prompts", "p.jsonl", "--output_dir"],
         "TEACHER": ["--model", tiny_model_path, "--output_dir", "o", "--prompts"],
         "TRAIN": [*student, "--transfer_set", training_set.sources[0], "--output_dir", "o"],
+        "EXPORT": [*student, "--adapter", "a", "--output_dir", "o"],
         "EVALUATE": [*student, "--run_dir", "r"],
     }
     found, out, err = cli(*(part for word in words.split() for part in stands_for.get(word, [word])))

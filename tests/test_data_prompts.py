@@ -106,6 +106,7 @@ def test_a_name_is_split_into_path_and_configuration_and_loaded_by_the_library(t
     (["one", "  "], "row 1: the prompt is '  '; expected text that is not empty"), ([[]], r"the prompt is \[\]"),
     ([[{"role": "user"}]], "expected text under 'role' and 'content'"),
     ([{"prompt": "one", "completion": 4}], "the completion is a int"), ([3], "is a int; expected text"),
+    ([[{"role": "user", "content": "one"}, {"role": "user", "content": " "}]], "found a user message without text"),
     ([{"prompt": "x", "completion": [{"role": "user", "content": "y"}]}], "is by 'user'; expected the assistant"),
 ])  # fmt: skip
 def test_bad_rows(rows, message):
@@ -123,6 +124,9 @@ def test_bad_rows(rows, message):
     ("rows.jsonl", '{"prompt": "x", "n": ' + "[" * 10**5 + "}", "line 1 is not JSON"),
     ("rows.jsonl", '{"prompt": "x", "n": ' + "1" * 5000 + "}", "line 1 is not JSON"),
     ("rows.json", "[" * 10**5, "cannot be parsed"), ("rows.jsonl", "", "holds no rows"),
+    ("rows.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1 is not JSON: the key 'prompt' is there twice"),
+    ("rows.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' is there twice"),
+    ("rows.csv", "prompt;the answer, short\na;b;c\n", "row 0 .* has 3 cells, and the header names 2"),
     ("rows.csv", "prompt\nHow many, if there are 12?\n", "row 0 .*line 2.* has 2 cells, .*names 1: p"),
     ("rows.csv", "prompt,completion\na,1\n\nb\n", r"row 1 \(it ends at line 4\) has 1 cells, .*names 2"),
     ("rows.csv", 'prompt,completion\n"a\nb",1\nc,2,3\n', r"row 1 \(it ends at line 4\) has 3 cells"),
@@ -149,6 +153,11 @@ def test_tables_are_read_whole(tmp_path):
         lines = f'\ufeffprompt{mark}completion\r\n"a{mark} b"{mark}""\r\n\r\n{long}{mark}"say ""1"""\r\n'
         path.write_bytes(lines.encode())
         assert load_examples(path) == [Example(f"a{mark} b", ""), Example(long, 'say "1"')]
+    for header in ("prompt, completion\na, b\n", 'prompt, completion\n"a", "b"\n', "prompt ;completion\na;b\n"):
+        path.write_text(header)
+        assert load_examples(path) == [Example("a", "b")]
+    path.write_text('prompt;"completion, short";note, long\na, and b;c;d\n')
+    assert load_examples(path, completion_column="completion, short") == [Example("a, and b", "c")]
     path.write_text("prompt\nHow many; and why?\n")
     assert load_examples(path) == [Example("How many; and why?")] and csv.field_size_limit() == before
     path.write_text("prompt\na\nb, c\n")

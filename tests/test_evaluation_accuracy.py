@@ -114,6 +114,13 @@ def test_records_of_another_evaluation_are_refused(tmp_path, tiny_model, evaluat
     (b'SECOND "id": 1 -> "id": 7', "id is 7, expected each"), (b'SECOND "id": 1 -> "id": true', "id is True, .* int"),
     (b'SECOND "output": " -> "output": "\\ud83d', "surrogates not allowed"),
     (b'SECOND "correct_strict": false -> "correct_strict": 0', "correct_strict is 0, expected bool"),
+    (b'SECOND "id": 1 -> "id": 1, "id": 1', "the key 'id' is there twice"),
+    (b'SECOND "output_tokens": 8 -> "output_tokens": -8', "output_tokens is -8, expected 8"),
+    (b'SECOND "output_tokens": 8 -> "output_tokens": 800', "output_tokens is 800, expected 8"),
+    (b'SECOND "correct_strict": false -> "correct_strict": true', "correct_strict is True, expected False"),
+    (b'SECOND "prediction_flexible": null -> "prediction_flexible": "7"', "prediction_flexible is '7', expected None"),
+    (b'SECOND "question": " -> "question": "x', "question is 'x.*, expected '"),
+    (b'SECOND "prompt": " -> "prompt": "x', "prompt is 'x.*, expected '"),
     (b'SECOND "id": 1 -> "id": 1' + b"0" * 5000, "Exceeds the limit"),
 ])  # fmt: skip
 def test_damaged_records_are_refused_by_file_and_line(tmp_path, evaluate, line, message):
@@ -144,6 +151,15 @@ def test_bad_rows(evaluate, tiny_model, tiny_tokenizer):
             evaluate(rows, shots=shots)
     with pytest.raises(DataError, match="Few-shot example 1 is the question of row 0"):
         Questions(ROWS[:1], [*SHOTS, {**ROWS[0], "question": ROWS[0]["question"] + "\n"}], shots=(0, 2))
+    alike = {"question": "How many cafés,\u200b 2\u00a0or 3?"}
+    for text in (
+        "How many cafe\u0301s, 2 or 3?",
+        "HOW many  cafés,\n\uff12 or\ufeff 3?",
+        "How many caf\xad\xe9s, 2 or 3?",
+    ):
+        shot = {"question": text, "answer": "#### 2"}
+        with pytest.raises(DataError, match="Few-shot example 0 is the question of row 0"):
+            Questions([alike], [shot], shots=(1,))
     assert Questions(ROWS[:1], [*SHOTS, ROWS[0]], shots=(0, 1)).shots == (0, 1)  # only what is shown counts
     wider = copy.deepcopy(tiny_tokenizer)
     wider.add_tokens("<new>")

@@ -243,7 +243,7 @@ def stored_in_nf4(tiny_model_path, tmp_path_factory):
 @pytest.mark.parametrize(("words", "said"), [
     ("--gsm8k test.jsonl --shots 2", "test.jsonl is one file, and 2 shots would be its own questions"),
     ("--gsm8k same --shots 2", "Few-shot example 0 is the question of row 0 with its answer"),
-    ("--gsm8k test.jsonl --shots 0 --split train", "--split train is of --prompts, and none are"),
+    ("--gsm8k test.jsonl --shots 0 --split train", "split has no effect without prompts"),
     ("--prompts p.jsonl --split train", "p.jsonl has no splits, and the split 'train' was asked for"),
     ("--prompts p.jsonl --full_precision", "is stored in nf4, and full precision was asked for. Name the"),
     ("--held_out HELD --teacher NF4", "is stored in nf4, and full precision was asked for. Name the"),

@@ -65,6 +65,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "empty" / "file").exists()
 
 
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    left, other, kept = (tmp_path / name for name in (".set-0123abcd", ".set-2-0123abcd", ".set-mine"))
+    for folder in (left, other, kept):
+        folder.mkdir()
+        (folder / "file").touch()
+    with new_folder(tmp_path / "set") as first:
+        assert not left.exists()
+        with new_folder(tmp_path / "set") as second:
+            assert first.exists() and second.exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".set-2-0123abcd", ".set-mine", "set"]
+
+
 def test_only_plain_files_within_the_limit_are_read(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"12345")

@@ -1,5 +1,6 @@
 """lm-evaluation-harness through its own API: figures and verdicts as the harness gives them, and its GSM8K grader."""
 
+import copy
 import json
 import random
 import re
@@ -122,6 +123,16 @@ def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model
     kinds = {"sums_one": ("acc", "acc_norm"), "written": ("exact_match, letters", "exact_match, all"), "likely": ()}
     for name, titles in kinds.items():  # a likelihood is no verdict
         assert results[name].verdicts.keys() == {f"lm-eval {name}, {way}, {title}" for title in titles}
+
+
+def test_a_template_with_a_date_keeps_it_over_midnight(clock, tiny_model, tiny_tokenizer, task_dir, tmp_path):
+    tokenizer, kept = copy.deepcopy(tiny_tokenizer), []
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    for clock.day in ("2025-12-31", "2026-01-01"):
+        tasks = HarnessTasks(["written"], str(task_dir), limit=1, apply_chat_template=True, rerun=True)
+        evaluate_arm(tiny_model, tokenizer, tmp_path, arm="x", model_name="tiny", tasks=tasks)
+        kept.append((tmp_path / "evaluation" / "lm-eval" / "x" / "written.jsonl").read_text())
+    assert kept[0] == kept[1] and "31 Dec 2025 " in kept[0]
 
 
 def test_every_item_is_kept(task_dir, tmp_path, measure):
@@ -256,7 +267,8 @@ def forms(tmp_path, tiny_model_path, cli):
     get_peft_model(student, config).save_pretrained(tmp_path / "student")
     for form in ("adapter", "merged", "requantized"):
         words = f"--model_name_or_path {tiny_model_path} --adapter {tmp_path}/student --dtype float32"
-        words += f" --save_dtype float32 --output_dir {tmp_path}/{form}" + " --accept_loss" * (form == "requantized")
+        words += f" --output_dir {tmp_path}/{form}" + " --accept_loss" * (form == "requantized")
+        words += " --save_dtype float32" * (form != "adapter")
         assert cli("export", "--form", form, *words.split())[0] == 0
     return {form: str(tmp_path / form) for form in ("four-bit", "adapter", "merged", "requantized")}
 

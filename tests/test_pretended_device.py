@@ -141,10 +141,11 @@ def test_training(make_trainer, nf4, tiny_model_path, tiny_tokenizer, training_s
     def run(place, student, waits):
         steps = Steps(waits)
         teacher = {"teacher_model": place(build_tiny_model(tiny_tokenizer))} if is_live else {}
+        origin = {"init_from": str(tiny_model_path)} if "init" in options else {}
         trainer = make_trainer(
             place(student), train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer,
-            max_steps=3, logging_steps=3, init_from=str(tiny_model_path), callbacks=[steps],
-            per_device_eval_batch_size=4, **teacher, **options,
+            max_steps=3, logging_steps=3, callbacks=[steps],
+            per_device_eval_batch_size=4, **teacher, **origin, **options,
         )  # fmt: skip
         trainer.remove_callback(TrainingCurves)  # drawing takes longer than training
         logs = [trainer.evaluate(), trainer.train().metrics]

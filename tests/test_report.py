@@ -97,6 +97,7 @@ GRADERS = ("correct_flexible", "correct_strict")
 
 @pytest.mark.parametrize(("path", "value", "message"), [
     ("arm", "before", "arm: expected 'after', the file's name, found 'before'"),
+    ("title", " ", "title: expected a text, found ' '"),
     ("title", 5, "title: expected a text, found 5"), ("memory_bytes", 1e6, "memory_bytes: expected a number of bytes"),
     ("memory_bytes", -1, "memory_bytes: expected a number of bytes, found -1"),
     ("extra", 1, ": expected the keys arm, .*'extra'"),
@@ -150,6 +151,7 @@ def test_arms_over_other_items_are_not_compared(tmp_path, arms, path, value, mes
     (b"{", "after.json is not JSON: .*line 1 column 2"), (b"[]", "expected an object, found"),
     (b'{\n"arm": "\xff"}', "after.json, line 2 is not UTF-8"), (b"[" * 100_000, "nested too deeply"),
     (b'{"arm": NaN}', "NaN is not a JSON number"), (b'{"arm": 1' + b"0" * 5000 + b"}", "not JSON: Exceeds the limit"),
+    (b'{"title": "a", "title": "b"}', "after.json is not JSON: the key 'title' is there twice in one object"),
     (b'{"title": "\\ud83d"}', "not JSON: .*surrogates not allowed"),
 ])  # fmt: skip
 def test_damaged_files_leave_the_report_that_is_there(tmp_path, arms, content, message):

@@ -98,6 +98,7 @@ def test_a_training_that_diverges_is_counted_and_comes_last(student, sets, tmp_p
 
 @pytest.mark.parametrize(("space", "said"), [
     (["temperature=1.0,4.0"], "temperature takes choices of the captured ones, 1.0, 2.0"),
+    (["beta=0.1:0.9"], "beta has no effect without divergence=jsd"),
     (["alpha=0.5,1.5"], "alpha is 1.5"), (["divergence=forward_kl,kl"], "divergence"),
     (["num_train_epochs=1:3"], "max_steps overrides num_train_epochs"),
     (["learning_rate"], "Found 'learning_rate'; expected NAME=LOW:HIGH"),

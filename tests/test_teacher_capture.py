@@ -191,7 +191,8 @@ def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
     generated = capture_set(teacher, PROMPTS[:4], tmp_path / "s", storage=TopK(ids), temperatures=(1.0, 2.0), **options)
     assert generated.info.vocab_size == ids
     given = [{"prompt": prompt, "completion": "She has 7."} for prompt in PROMPTS[:4]]
-    scored = capture_set(teacher, given, tmp_path / "g", storage=Nucleus(0.9, 16), responses="given", **options)
+    own = {"storage": Nucleus(0.9, 16), "responses": "given", "tokenizer": tiny_tokenizer}
+    scored = capture_set(teacher, given, tmp_path / "g", **own)
     for row in (*generated, *scored):
         assert int(row["input_ids"].max()) < ids and int(row["teacher"].token_ids.max()) < ids
         exact, entries = dense_logprobs(teacher, row)[:, :ids].log_softmax(-1), row["teacher"]

@@ -21,6 +21,8 @@ RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     ({"weight_decay": math.nan}, "weight_decay is nan; expected at least 0"),
     ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; expected at least 0"),
     ({"accelerator_config": {"foo": 1}}, "An option cannot be read: .* unexpected keyword argument 'foo'"),
+    ({"init": "zero", "init_from": "m"}, "init_from has no effect without init=covariance or init=loftq"),
+    ({"init": "loftq", "init_rows": 4}, "init_rows has no effect without init=covariance"),
     ({"num_train_epochs": -1}, "Nothing would be trained: num_train_epochs is -1, max_steps -1"),
 ])  # fmt: skip
 def test_refused_by_the_configuration(tmp_path, options, said):
@@ -65,7 +67,7 @@ def test_the_best_checkpoint_is_the_one_nearest_to_the_teacher(make_trainer, tra
     assert trainer.state.best_metric == best(entry[name] for entry in trainer.state.log_history if name in entry)
 
 
-def test_options_that_only_a_later_step_reads_are_one_line_too(make_trainer, training_set):
+def test_options_that_only_a_later_step_reads_are_one_line_too(make_trainer, training_set, tiny_model, tiny_tokenizer):
     with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs is .*unexpected keyword argument 'foo'"):
         make_trainer(lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1}).train()
     for message, options in (
@@ -73,6 +75,10 @@ def test_options_that_only_a_later_step_reads_are_one_line_too(make_trainer, tra
         ("compute_loss_func would take the place of distillation's own loss", {"compute_loss_func": print}),
         ("metric_for_best_model is 'foo'; expected one of loss, kl, ce, perplexity, top1",
          {"eval_dataset": training_set, "metric_for_best_model": "foo"}),
+        ("beta has no effect without divergence=jsd", {"beta": 0.3}),
+        ("is for a teacher_model given by name", {"teacher_model_init_kwargs": {"dtype": "float32"}}),
+        ("model_init_kwargs apply to a model given by name",
+         {"model": tiny_model, "processing_class": tiny_tokenizer, "model_init_kwargs": {"dtype": "float32"}}),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             make_trainer(**options)

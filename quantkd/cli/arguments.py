@@ -10,12 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from quantkd.cli.parsing import option
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, refuse_unused
 from quantkd.hardware import parse_dtype
 from quantkd.models.student import STUDENT_FORMATS, load_student, stored_quantization
 from quantkd.names import load_tokenizer, naming
 
 _DTYPES = ["auto", "bfloat16", "float16", "float32"]
+_TRAINING = "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+_TRAINING += "lora_task_type use_rslora use_dora"
+_FORMAT = "student_format load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
 
 
 @dataclass
@@ -35,8 +38,9 @@ class StudentArguments(ModelConfig):
     trust_remote_code: bool = option("Run code from the model's repository.", False)
 
     def __post_init__(self) -> None:
-        if self.load_in_8bit and self.student_format not in (None, "int8"):
-            raise ConfigError(f"load_in_8bit means int8, and student_format is {self.student_format}. Set one of them.")
+        asked = "int8" if self.load_in_8bit else self.bnb_4bit_quant_type
+        if asked != "nf4" and self.student_format not in (None, asked):
+            raise ConfigError(f"student_format is {self.student_format}, and another option says {asked}. Set one.")
         if self.student_format == "int8":
             self.load_in_8bit = True
         elif self.student_format is not None:
@@ -44,6 +48,11 @@ class StudentArguments(ModelConfig):
         if self.load_in_8bit:  # 4-bit is the default, so one option is enough to choose 8-bit
             self.load_in_4bit = False
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+def refuse_training(args: StudentArguments, *, full_precision: bool = False) -> None:
+    """Refuse options of adapters where none are trained, and of the format where there is none."""
+    refuse_unused(args, {"": _FORMAT * full_precision + _TRAINING}, vars(StudentArguments("")))
 
 
 def load_student_from(args: StudentArguments) -> PreTrainedModel:

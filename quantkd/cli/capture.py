@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from quantkd.cli.format import format_bytes, format_info, format_lines, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.prompts import load_examples, with_context
-from quantkd.errors import ConfigError
+from quantkd.errors import refuse_unused
 from quantkd.hardware import process_state
 from quantkd.teacher.capture import capture
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, Filter, FinishedOnly, ResponseLength
@@ -35,7 +35,7 @@ _EXAMPLES = """examples:
 class CaptureArguments:
     """The data, and what is kept of it; `GenerationSettings` and `RunSettings` hold the other options."""
 
-    model: str = option("The teacher: a Hub name or a checkpoint folder.")
+    model: str = option("The teacher: a Hub name or a checkpoint folder.", aliases=["--model_name_or_path"])
     prompts: str = option("A .jsonl, .json, .parquet or .csv file, a folder of splits, or a Hub name.")
     output_dir: str = option("Folder of the transfer set.")
     storage: str | None = option("topk:K, nucleus:P, nucleus:P:MAX_K or sampled:N. Default: nucleus:0.95:64.", None)
@@ -71,23 +71,15 @@ def main(argv: Sequence[str]) -> None:
         if args.dry_run:
             raise SystemExit(0)
 
-    columns = {"prompt_column": args.prompt_column}
+    filters, columns = _filters(args), {"prompt_column": args.prompt_column}
     columns["completion_column"] = args.answer_column or args.completion_column
     examples = load_examples(args.prompts, limit=args.limit, split=args.split, **columns)
     shots = load_examples(args.few_shot, **columns) if args.few_shot else []
-    transfer_set = capture(
-        args.model,
-        with_context(examples, system_prompt=args.system_prompt, few_shot=shots),
-        args.output_dir,
-        storage=parse_storage_rule(args.storage) if args.storage else None,
-        temperatures=args.temperatures,
-        responses=args.responses,
-        chat_template=not args.plain_prompts,
-        filters=_filters(args),
-        generation=generation,
-        run=run,
-        on_plan=show,
-    )
+    examples = with_context(examples, system_prompt=args.system_prompt, few_shot=shots)
+    what: dict[str, Any] = {name: getattr(args, name) for name in ("temperatures", "responses")}
+    what |= {"storage": parse_storage_rule(args.storage) if args.storage else None, "filters": filters}
+    how: dict[str, Any] = {"chat_template": not args.plain_prompts, "generation": generation, "run": run}
+    transfer_set = capture(args.model, examples, args.output_dir, on_plan=show, **what, **how)
     if is_main_process:
         say(f"{args.output_dir}\n{format_info(transfer_set.info)}")
 
@@ -111,11 +103,8 @@ def format_estimate(estimate: CaptureEstimate) -> str:
 
 def _filters(args: CaptureArguments) -> list[Filter]:
     """The filters in the order in which they are asked: the cheap ones first."""
-    if args.answer_column is not None and not args.correct_only:
-        raise ConfigError(
-            f"--answer_column {args.answer_column} names the reference of --correct_only, which is off. Give both; a "
-            "given answer's column is --completion_column."
-        )
+    needs = {"correct_only": "answer_column", "responses=given correct_only few_shot": "completion_column"}
+    refuse_unused(args, needs)
     bounds = (args.min_response_tokens, args.max_response_tokens)
     kinds: list[tuple[bool, Filter]] = [
         (args.finished_only, FinishedOnly()),

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
+from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from, refuse_training
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import load_examples
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, refuse_unused
 from quantkd.evaluation.accuracy import Questions, evaluate_prompts
 from quantkd.evaluation.arms import EvaluationSettings, check_arm_name
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
-from quantkd.hub.adapters import load_adapter
+from quantkd.hub.adapters import fetch_adapter, load_adapter
 from quantkd.models.student import refuse_quantized
 from quantkd.names import naming
 from quantkd.teacher import load_teacher
@@ -28,6 +28,14 @@ from quantkd.transfer_set import TransferSet
 logger = logging.getLogger(__name__)
 
 _LIMIT = 100  # questions by default
+_NEEDS = {
+    "held_out": "teacher",
+    "gsm8k": "shots",
+    "prompts": "prompt_column completion_column split",
+    "gsm8k prompts": "limit max_new_tokens plain_prompts",
+    "tasks": "include_path num_fewshot task_limit apply_chat_template rerun_tasks",
+    "held_out gsm8k tasks": "title",
+}
 _EXAMPLES = """examples:
   quantkd evaluate --arm teacher --full_precision --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
   quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
@@ -76,9 +84,9 @@ def main(argv: Sequence[str]) -> None:
     args, student = parse_options(kinds, argv, prog="quantkd evaluate", examples=_EXAMPLES)
     if not (args.held_out or args.gsm8k or args.prompts or args.tasks):
         raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts or --tasks.")
+    refuse_unused(args, _NEEDS)
+    refuse_training(student, full_precision=args.full_precision)
     check_arm_name(args.arm)
-    if args.teacher and not args.held_out:
-        raise ConfigError("--teacher is compared with on the rows of --held_out; give those, too.")
     # Errors in the data are reported before a model is loaded.
     given: dict[str, Any] = {"model_name": student.model_name_or_path, "title": args.title}
     if args.tasks:
@@ -89,8 +97,6 @@ def main(argv: Sequence[str]) -> None:
     if args.held_out:
         given["held_out"] = TransferSet.open(args.held_out)
     columns = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
-    if args.split and not args.prompts:
-        raise ConfigError(f"--split {args.split} is of --prompts, and none are given. Leave it out, or give both.")
     examples: list[Any] = []
     limit = _LIMIT + 1 if args.limit is None else args.limit
     if args.prompts:
@@ -107,10 +113,11 @@ def main(argv: Sequence[str]) -> None:
         few_shot = load_gsm8k(source, "train", most) if most else ()
         asked = load_gsm8k(source, None if is_file else "test", limit)
         given["questions"] = Questions(_cut(asked, args, args.gsm8k), few_shot, args.shots)
+    adapter = fetch_adapter(args.adapter) if args.adapter else None
     tokenizer = load_tokenizer_from(student)
     model: Any = _load_teacher(student) if args.full_precision else load_student_from(student)
-    if args.adapter:
-        model = load_adapter(model, args.adapter)
+    if adapter:
+        model = load_adapter(model, adapter)
     if args.teacher:
         is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
         given["teacher"] = model if is_teacher else _load_teacher(student, args.teacher)
@@ -142,8 +149,8 @@ def _load_teacher(student: StudentArguments, other: str | None = None) -> Any:
     revision = student.model_revision if name == student.model_name_or_path else "main"
     with naming(name):
         refuse_quantized(name, revision=revision)
-    code = student.trust_remote_code
-    return load_teacher(name, dtype=student.dtype, revision=revision, trust_remote_code=code)[0]
+    kwargs = {"trust_remote_code": student.trust_remote_code, "attn_implementation": student.attn_implementation}
+    return load_teacher(name, dtype=student.dtype, revision=revision, **kwargs)[0]
 
 
 def _cut(rows: list[Any], args: EvaluationArguments, name: str) -> list[Any]:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from accelerate.utils.memory import clear_device_cache
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
+from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from, refuse_training
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, refuse_unused
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
@@ -33,6 +33,9 @@ _EXAMPLES = """examples:
       --held_out runs/held
   quantkd export --form adapter --model_name_or_path MODEL --adapter runs/student/checkpoint-40 --output_dir runs/a
 """
+_NEEDS = {
+    "held_out": "run_dir batch_size", "form=requantized": "accept_loss", "form=merged form=requantized": "save_dtype"
+}  # fmt: skip
 
 
 @dataclass
@@ -53,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, export, score."""
     args, student = parse_options([ExportArguments, StudentArguments], argv, prog="quantkd export", examples=_EXAMPLES)
     _check(args)
+    refuse_training(student)
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
     # The tokenizer that was trained with is stored with the adapter, if it was saved at all.
@@ -104,8 +108,7 @@ def main(argv: Sequence[str]) -> None:
 def _check(args: ExportArguments) -> None:
     if process_state().num_processes > 1:
         raise ConfigError("An export is written by one process. Run it without a launcher.")
-    if args.run_dir and not args.held_out:
-        raise ConfigError("--run_dir takes scores, and there is nothing to score on. Give --held_out, too.")
+    refuse_unused(args, _NEEDS)
     if args.form == "requantized" and not (args.accept_loss or args.held_out):
         raise ConfigError(
             "A merge straight into 4 bit rounds a second time and loses part of what was learned. Give --held_out SET "

@@ -104,13 +104,18 @@ def _read_config(name: str) -> list[str]:
     import yaml
 
     try:
-        options = yaml.safe_load(Path(name).read_bytes())
+        content = Path(name).read_bytes()
+        options, node = yaml.safe_load(content), yaml.compose(content, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}" if mark else "it"  # not the line itself, which may hold a token
         raise ConfigError(f"{name} is not YAML: see {place}. Expected `option: value` on each line.") from None
     if not isinstance(options, dict):
         raise ConfigError(f"{name} holds a {type(options).__name__}; expected `option: value` on each line.")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if (first := lines.setdefault(key.value, key.start_mark.line + 1)) != key.start_mark.line + 1:
+            raise ConfigError(f"{name} has {key.value} in lines {first} and {key.start_mark.line + 1}. Remove one.")
     words: list[str] = []
     for key, value in options.items():
         if isinstance(value, list) and value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import plain_parser
@@ -39,24 +40,17 @@ def main(argv: Sequence[str]) -> None:
     is_set = (folder / INDEX_NAME).is_file() or (folder / PLAN_NAME).is_file()
     if is_set and (args.base_model or args.run_dir):
         raise ConfigError(f"{folder} is a transfer set; --base_model and --run_dir describe adapters. Leave them out.")
-    private, options = args.private, {"license": args.license, "revision": args.revision}
-    described = {"base_model": args.base_model, "run_dir": args.run_dir}
-    if is_set:
-        from quantkd.hub.sets import list_set_files, push_transfer_set
+    from quantkd.hub import adapters, sets
 
-        transfer_set = TransferSet(folder)
-        if not args.dry_run:
-            say(push_transfer_set(transfer_set, args.repo_id, private=private, **options))
-            return
-        files = list_set_files(transfer_set)
-    else:
-        from quantkd.hub.adapters import list_adapter_files, push_adapter
-
-        if not args.dry_run:
-            say(push_adapter(folder, args.repo_id, private=private, **options, **described))
-            return
-        files = list_adapter_files(folder, **described)
+    options = {"private": args.private, "license": args.license, "revision": args.revision}
+    described = {} if is_set else {"base_model": args.base_model, "run_dir": args.run_dir}
+    source: Any = TransferSet(folder) if is_set else folder
+    if not args.dry_run:
+        push: Any = sets.push_transfer_set if is_set else adapters.push_adapter
+        say(push(source, args.repo_id, **options, **described))
+        return
+    files = sets.list_set_files(source) if is_set else adapters.list_adapter_files(source, **described)
     for name, size in files:
         say(f"{format_bytes(size):>12}  {name}")
     total = format_bytes(sum(size for _, size in files))
-    say(f"{len(files)} files, {total}, would go to {args.repo_id} ({'private' if private else 'public'}).")
+    say(f"{len(files)} files, {total}, would go to {args.repo_id} ({'private' if args.private else 'public'}).")

@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     kinds = [SweepArguments, DataArguments, StudentArguments, QuantizedDistillationConfig]
     sweep, data, student, config = parse_options(kinds, argv, prog="quantkd sweep", examples=_EXAMPLES)
     (rows, held_out), space, lora = open_rows(data, config), parse_space(sweep.space), peft_config_from(student)
+    if data.control or config.push_to_hub or config.resume_from_checkpoint:
+        raise ConfigError("A sweep takes no --control, --push_to_hub and --resume_from_checkpoint. Leave them out.")
     if held_out is None:
         raise ConfigError("A sweep needs held-out rows: give --eval_transfer_set or --eval_fraction.")
     model, sets = load_student_from(student), {"train_dataset": rows, "eval_dataset": held_out}

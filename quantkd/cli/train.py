@@ -67,6 +67,11 @@ def main(argv: Sequence[str]) -> None:
 
 def open_rows(data: DataArguments, config: QuantizedDistillationConfig) -> tuple[TransferSet, TransferSet | None]:
     """The rows to learn from, and the held-out ones if there are any."""
+    if config.model_init_kwargs or config.teacher_model_init_kwargs:
+        raise ConfigError(
+            "model_init_kwargs and teacher_model_init_kwargs are for models that Python code gives by name. Use "
+            "--dtype, --model_revision, --attn_implementation and --trust_remote_code instead."
+        )
     if data.eval_transfer_set and data.eval_fraction:
         raise ConfigError("Give eval_transfer_set or eval_fraction, not both.")
     rows = TransferSet.open(data.transfer_set)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import plain_parser, whole_number
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, refuse_unused
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet, verify
 
 _EXAMPLES = """examples:
@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=whole_number(1), default=4, help="rows per batch (4)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code from the teacher's repository")
     args = parser.parse_args(argv)
+    defaults = {name: parser.get_default(name) for name in vars(args)}
+    refuse_unused(args, {"teacher": "revision rows seed tolerance dtype batch_size trust_remote_code"}, defaults)
     found = verify(args.path, allow_incomplete=args.allow_incomplete)
     say(f"{args.path}: {found.shards} shards, {found.rows} rows, {format_bytes(found.num_bytes)}, all as written.")
     say(f"digest {found.digest}")

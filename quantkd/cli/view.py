@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from
+from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from, refuse_training
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError
-from quantkd.hub.adapters import load_adapter
+from quantkd.hub.adapters import fetch_adapter, load_adapter
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
@@ -43,17 +43,12 @@ class ViewArguments:
 def main(argv: Sequence[str]) -> None:
     """Parse, run the student twice, write the page."""
     args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
-    held_out = TransferSet.open(args.held_out)
-    divergence = collect_divergence(
-        load_adapter(load_student_from(student), args.adapter),
-        held_out,
-        load_tokenizer_from(student),
-        rows=args.rows,
-        alternatives=args.alternatives,
-        batch_size=args.batch_size,
-        student_name=student.model_name_or_path,
-        adapter_name=args.adapter,
-    )
+    refuse_training(student)
+    held_out, adapter = TransferSet.open(args.held_out), fetch_adapter(args.adapter)
+    model, tokenizer = load_adapter(load_student_from(student), adapter), load_tokenizer_from(student)
+    how = {name: getattr(args, name) for name in ("rows", "alternatives", "batch_size")}
+    names = {"student_name": student.model_name_or_path, "adapter_name": args.adapter}
+    divergence = collect_divergence(model, held_out, tokenizer, **how, **names)
     path = write_page(divergence, Path(args.output))
     before, after = divergence.mean_kl
     say(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from quantkd.errors import DataError
+from quantkd.files import object_of
 
 Message = dict[str, Any]  # text under "role" and "content", and what else the chat template reads
 
@@ -114,13 +117,19 @@ def with_context(
 
 def check_shots(questions: Sequence[str], shots: Sequence[str]) -> None:
     """Refuse solved examples that are among the questions, whose answers they would give away."""
-    asked = {" ".join(question.split()): row for row, question in enumerate(questions)}
+    asked = {_fold(question): row for row, question in enumerate(questions)}
     for index, shot in enumerate(shots):
-        if (row := asked.get(" ".join(shot.split()))) is not None:
+        if (row := asked.get(_fold(shot))) is not None:
             raise DataError(
                 f"Few-shot example {index} is the question of row {row} with its answer: {shot!r:.60}. Take solved "
                 "examples from other rows, such as those of train.jsonl, or none."
             )
+
+
+def _fold(text: str) -> str:
+    """What is left of a text without case, width, composition, white space and characters that show nothing."""
+    shown = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", shown).casefold().split())
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
@@ -165,6 +174,8 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
                 f"{where}: found the message {message!r:.80}; expected text under 'role' and 'content'. Join the text "
                 "of a list of parts."
             )
+        if not message["content"].strip() and message["role"] == "user":
+            raise DataError(f"{where}: found a user message without text. Remove the row, or the message.")
         if message.get("tool_calls"):
             raise DataError(f"{where}: a message calls tools, which are not rendered. Remove the row, or the calls.")
     messages = [{"role": each["role"], "content": each["content"], **_drop_empty(each)} for each in prompt]
@@ -233,7 +244,7 @@ def _read_file(path: Path) -> Iterator[Any]:
             if path.suffix == ".csv":
                 yield from _read_csv(path, file)
             elif path.suffix == ".json":
-                rows = json.load(file)
+                rows = json.load(file, object_pairs_hook=object_of)
                 if not isinstance(rows, list):
                     raise DataError(f"{path} holds a JSON {type(rows).__name__}; expected a list of rows.")
                 yield from rows
@@ -241,7 +252,7 @@ def _read_file(path: Path) -> Iterator[Any]:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         try:
-                            yield json.loads(line)
+                            yield json.loads(line, object_pairs_hook=object_of)
                         except (ValueError, RecursionError) as error:
                             raise DataError(f"{path}, line {number} is not JSON: {error}.") from error
     except (csv.Error, ValueError, RecursionError) as error:
@@ -253,16 +264,20 @@ def _read_file(path: Path) -> Iterator[Any]:
 def _read_csv(path: Path, file: TextIO) -> Iterator[dict[str, str]]:
     """Rows of a table with a header, whose cells are separated by commas, semicolons or tabs."""
     header = file.readline()
-    delimiter = next((mark for mark in ",;\t" if mark in header), ",")
+    bare = re.sub(r'"[^"]*"', "", header)
+    delimiter = max(";\t,", key=bare.count) if ";" in bare or "\t" in bare else ","
+    has_blanks = f"{delimiter} " in bare
     limit = csv.field_size_limit(_MAX_CELL)
     try:
-        reader = csv.reader(itertools.chain([header], file), delimiter=delimiter, strict=True)
+        reader = csv.reader(
+            itertools.chain([header], file), delimiter=delimiter, strict=True, skipinitialspace=has_blanks
+        )
         table = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}. Write a quotation mark in a cell twice.") from error
     finally:
         csv.field_size_limit(limit)
-    columns = table[0][1] if table else []
+    columns = [name.strip() for name in table[0][1]] if table else []
     if len(set(columns)) < len(columns):
         raise DataError(f"{path} has the columns {columns}; expected each name once. Rename one.")
     for row, (line, cells) in enumerate(table[1:]):

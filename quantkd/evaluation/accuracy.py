@@ -20,7 +20,7 @@ from quantkd.data.prompts import Example, check_shots
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import Accuracy, Arm, EvaluationSettings
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
-from quantkd.evaluation.records import RecordFile, compute_digest, find_date
+from quantkd.evaluation.records import RecordFile, compute_digest, damaged, find_date
 from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
 from quantkd.foreign import is_plain_cache
 from quantkd.hardware import send
@@ -231,6 +231,13 @@ def _answer(
             **dated,
         }
         file = RecordFile(Path(records_path), facts, task.kind, len(prompts), share=share)
+        for line, record in enumerate(file.existing, start=1):
+            count = min(max(record.output_tokens, 1 if record.finished else limit), limit)
+            answer = Generated(record.id, record.output, record.finished, count)
+            again = vars(task.grade(answer, str(tokenizer.decode(prompts[record.id]))))
+            for name, found in vars(record).items():
+                if found != again[name]:
+                    raise damaged(file.path, line, f"{name} is {found!r:.80}, expected {again[name]!r:.80}")
         done = {record.id: record for record in file.existing}
     left = [index for index in range(len(prompts)) if index not in done]
     mine = deal_batches([len(prompts[index]) for index in left], settings.batch_size, share)

@@ -287,7 +287,7 @@ def _check(data: Any, place: str, kind: Any) -> Any:
             _check(value, inner, kind[str if str in kind else key])
     elif kind == [bool] and not (isinstance(data, list) and data and all(isinstance(one, bool) for one in data)):
         raise _refuse(place, data, "a list of true and false")
-    elif kind is str and not (isinstance(data, str) and data):
+    elif kind is str and not (isinstance(data, str) and data.strip()):
         raise _refuse(place, data, "a text")
     elif kind is int and not (type(data) is int and 0 <= data < 2**53):
         raise _refuse(place, data, "a number of bytes")

@@ -21,9 +21,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from quantkd.data.encoding import at_date, uses_date
 from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.evaluation.arms import Arm, EvaluationSettings, TaskResult
-from quantkd.evaluation.records import RecordFile
+from quantkd.evaluation.records import RecordFile, find_date
 from quantkd.evaluation.sharing import is_writer
 from quantkd.foreign import spread_harness
 from quantkd.hardware import has_accelerator, process_state
@@ -82,6 +83,9 @@ class HarnessTasks:
         for name in self.names:
             path = place / "lm-eval" / arm.name / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
             facts = self._describe(name)
+            if self.apply_chat_template and uses_date(tokenizer):
+                facts["date"] = find_date(path, settings.share)
+                tokenizer = at_date(tokenizer, facts["date"])
             if self.rerun and is_writer(settings.share):
                 path.unlink(missing_ok=True)
             file = RecordFile(path, {**facts, "model": arm.fingerprint}, share=settings.share)

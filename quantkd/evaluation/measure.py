@@ -92,7 +92,7 @@ def evaluate_arm(
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
     folder = Path(run_dir) / "evaluation"
     fingerprint, memory_bytes = compute_model_fingerprint(model), int(model.get_memory_footprint())
-    title = printable(title or _TITLES.get(arm, arm).format(format=name_format(model)))
+    title = printable((title or "").strip() or _TITLES.get(arm, arm).format(format=name_format(model)))
     new = Arm(arm, title, printable(public_name(model_name)), fingerprint, memory_bytes)
     result = ask_main(settings.share, lambda: _take_up(new, folder, settings))
     for part in parts:

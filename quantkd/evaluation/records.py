@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from quantkd.data.encoding import read_date
 from quantkd.errors import DataError
 from quantkd.evaluation.sharing import ask_main, is_writer
-from quantkd.files import write_file
+from quantkd.files import object_of, write_file
 
 
 class RecordFile:
@@ -115,8 +115,13 @@ def _read_lines(path: Path, content: bytes, kind: type[Any], count: int) -> list
                 raise ValueError(f"id is {value['id']}, expected each of 0 to {count - 1} at most once")
             records[value["id"]] = kind(**value)
         except ValueError as error:  # of which JSON's and Unicode's errors are kinds
-            raise DataError(f"{path}, line {number} is damaged: {error}. Remove the file to evaluate again.") from error
+            raise damaged(path, number, error) from error
     return list(records.values())
+
+
+def damaged(path: Path, number: int, reason: object) -> DataError:
+    """The error of a line that holds no record of these items."""
+    return DataError(f"{path}, line {number} is damaged: {reason}. Remove the file to evaluate again.")
 
 
 def _parse(content: bytes) -> Any:
@@ -126,7 +131,7 @@ def _parse(content: bytes) -> Any:
         raise ValueError(f"{name} is not a JSON number")
 
     try:
-        value = json.loads(content.decode(), parse_constant=refuse)
+        value = json.loads(content.decode(), parse_constant=refuse, object_pairs_hook=object_of)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if b"\\ud" in content.lower():

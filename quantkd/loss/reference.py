@@ -59,12 +59,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class PositionTerms:
-    """The two terms of the loss at each of N target positions.
-
-    Args:
-        ce: (N,) cross-entropy of the labels, nats.
-        kl: (N,) divergence between teacher and student at the training temperature, nats, without the factor T^2.
-    """
+    """The two terms of the loss at each of N target positions, (N,) each, in nats."""
 
     ce: Tensor
     kl: Tensor
@@ -75,11 +70,7 @@ class PositionTerms:
 
 
 def check_positions(
-    count: int,
-    vocab_size: int,
-    labels: Tensor,
-    teacher: TopKLogprobs | TargetStates,
-    weights: Tensor | None = None,
+    count: int, vocab_size: int, labels: Tensor, teacher: TopKLogprobs | TargetStates, weights: Tensor | None = None
 ) -> None:
     """Refuse labels, distributions and weights that are not one per position, or a teacher of another vocabulary."""
     if not count == labels.shape[0] == len(teacher):

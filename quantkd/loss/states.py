@@ -14,19 +14,12 @@ from quantkd.transfer_set.batch import find_targets
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`.
+    """What turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`."""
 
-    Args:
-        weight: (V, H).
-        bias: (V,) or None.
-        scale: a factor on the logits (Cohere, Granite); 1.0 for most models.
-        softcap: the final soft-capping (Gemma 2); None for most models.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0  # a factor on the logits (Cohere, Granite)
+    softcap: float | None = None  # the final soft-capping (Gemma 2)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, H) -> (N, V), in float32, or float64 if the product is."""
@@ -46,22 +39,9 @@ class Head:
 
 @dataclass(frozen=True)
 class TargetStates:
-    """What a model gives at N positions: its last hidden states and the head that reads them, or its logits.
+    """What a model gives at N positions: its last hidden states and the head that reads them, or its logits."""
 
-    Logits are held only by models whose head cannot be separated (`models.network.why_not_fusable`). Everybody else
-    makes them from hidden states, a part at a time.
-
-    Args:
-        values: (N, H) hidden states if there is a head, else (N, V) logits.
-        head: the head, or None.
-
-    Example:
-        >>> import torch
-        >>> states = TargetStates(torch.randn(5, 8), Head(torch.randn(100, 8)))
-        >>> len(states), states.vocab_size, states.logits(slice(2)).shape
-        (5, 100, torch.Size([2, 100]))
-    """
-
+    # Logits are held only by models whose head cannot be separated (`models.network.why_not_fusable`).
     values: Tensor
     head: Head | None = None
 
@@ -89,10 +69,9 @@ class TargetStates:
     def at_targets(self, labels: Tensor, targets: Tensor | None = None) -> tuple[TargetStates, Tensor]:
         """Of states (B, T, ·), those that predict a target, and the (N,) labels there.
 
-        This is the one place where the causal shift happens: position t predicts the label of t + 1.
-
         Shapes: labels (B, T), unshifted; targets (N,), those of `find_targets`, which waits for the device.
         """
+        # This is the one place where the causal shift happens: position t predicts the label of t + 1.
         if self.values.shape[:2] != labels.shape:
             raise ConfigError(
                 f"The model gives states of {tuple(self.values.shape[:2])} positions for labels of "

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from quantkd.errors import ConfigError
-from quantkd.foreign import is_trainable, mixed_precision, shape_of, shares_weights
+from quantkd.foreign import is_trainable, keep_commit, mixed_precision, shape_of, shares_weights
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype, process_state
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.network import base_network
@@ -152,6 +152,7 @@ def load_student(
     if config is not None:
         kwargs["quantization_config"] = config
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    keep_commit(model.config, kwargs.get("revision"))
     keep_trainable_on_cpu(model)
     _say_share(model, "are quantized")
     return model

@@ -101,10 +101,10 @@ def capture(
 
     teacher = build_teacher(model, tokenizer, storage, temperatures, generation, run)
     settings = teacher.settings
-    if responses == "given" and settings.num_samples > 1:
+    if responses == "given" and settings.do_sample:
         raise ConfigError(
-            f"num_samples is {settings.num_samples} with responses='given'; a given answer is one row. Leave "
-            "num_samples at 1, or let the teacher answer with responses='generate'."
+            f"do_sample is on, num_samples {settings.num_samples}, with responses='given'; a given answer is one row, "
+            "and is not sampled. Leave both out, or let the teacher answer with responses='generate'."
         )
     encoder, dated = teacher.tokenizer, dict[str, str]()
     if chat_template and uses_date(encoder):  # a capture that goes on after midnight renders the same prompts

@@ -94,9 +94,9 @@ class ResponseLength(Filter):
 class DropDuplicates(Filter):
     """Keeps one of several equal rows. Prompts that come twice are dropped when the plan is made, counted as
     `filtered_duplicate_prompts`; equal answers among the samples of one prompt while it runs, as `filtered_duplicate`.
-
-    The samples of a prompt are in one shard, so both are the same whichever process computes it.
     """
+
+    # The samples of a prompt are in one shard, so both are the same whichever process computes it.
 
     kind = "drop_duplicates"
     across_rows = True
@@ -109,10 +109,7 @@ class DropDuplicates(Filter):
 
 @dataclass(frozen=True)
 class CorrectOnly(Filter):
-    """Leaves out answers that a verifier finds wrong; counted as `filtered_incorrect`.
-
-    The verifier takes the answer's text and the example's own completion; GSM8K's grader if None.
-    """
+    """Leaves out answers that a verifier of text and completion, or GSM8K's, finds wrong: `filtered_incorrect`."""
 
     kind = "correct_only"
     needs_reference = True

@@ -81,7 +81,6 @@ def build_teacher(
     if run.engine == "vllm":
         from quantkd.teacher.vllm import VLLMTeacher
 
-        init_kwargs.pop("attn_implementation", None)
         return VLLMTeacher(name, tokenizer, rule, kept, settings, **{**init_kwargs, **kwargs})
     from quantkd.teacher.server import ServerTeacher
 

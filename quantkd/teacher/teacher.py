@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantkd.data.encoding import EncodedPrompt
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, refuse_unused
+from quantkd.files import parse_object
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import StorageRule, check_temperatures
 
@@ -45,18 +45,15 @@ class GenerationSettings:
     num_samples: int = field(default=1, metadata={"help": "Answers per prompt, each a row; needs --do_sample."})
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
+        if self.max_new_tokens < 1 or self.num_samples < 1:
+            found = f"{self.max_new_tokens} and {self.num_samples}"
+            raise ConfigError(f"max_new_tokens and num_samples must be at least 1, found {found}.")
         if not (self.generation_temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
             raise ConfigError(
                 "Sampling needs generation_temperature > 0, 0 < top_p <= 1 and top_k >= 0, found "
                 f"{self.generation_temperature}, {self.top_p} and {self.top_k}. For greedy answers leave do_sample off."
             )
-        if self.num_samples < 1 or (self.num_samples > 1 and not self.do_sample):
-            raise ConfigError(
-                f"num_samples is {self.num_samples} with do_sample={self.do_sample}; more than one answer per prompt "
-                "needs a teacher that samples. Set do_sample=True (--do_sample), or leave num_samples at 1."
-            )
+        refuse_unused(self, {"do_sample": "generation_temperature top_p top_k num_samples"})
 
 
 @dataclass(frozen=True)
@@ -118,28 +115,13 @@ class RunSettings:
                 f"base_url is the address of the server engine; found {self.base_url!r} with engine={self.engine!r}. "
                 "Give both engine='server' and base_url, or neither."
             )
-        if self.engine == "transformers" and self.engine_arguments():
-            raise ConfigError(
-                f"engine_kwargs {sorted(self.engine_arguments())} go to vLLM or to the server engine. Name the engine, "
-                "or load the model yourself and pass it."
-            )
-        if self.engine != "transformers" and self.teacher_adapter:
-            raise ConfigError(
-                f"Only the transformers engine attaches teacher_adapter, found engine={self.engine!r}. "
-                "Merge the adapter into a checkpoint (PEFT's merge_and_unload), and name that."
-            )
+        self.engine_arguments()  # which reads them
+        needs = {"engine=transformers": "attn_implementation teacher_adapter"}
+        refuse_unused(self, {**needs, "engine=vllm engine=server": "engine_kwargs"})
 
     def engine_arguments(self) -> dict[str, Any]:
         """`engine_kwargs` as a dictionary."""
-        value: Any = self.engine_kwargs or {}
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"engine_kwargs is {value!r}; expected a JSON object ({error}).") from error
-        if not isinstance(value, dict):
-            raise ConfigError(f"engine_kwargs is a JSON {type(value).__name__}; expected an object.")
-        return dict(value)
+        return parse_object("engine_kwargs", self.engine_kwargs)
 
 
 class Teacher(ABC):

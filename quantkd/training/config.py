@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, refuse_unused
+from quantkd.files import parse_object
 from quantkd.foreign import mixed_precision
 from quantkd.hardware import copies_from_pinned_memory, has_accelerator, native_compute_dtype
 from quantkd.loss.reference import Objective
@@ -112,12 +112,13 @@ class QuantizedDistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.init not in STARTS:
             raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
+        refuse_unused(self, {"init=covariance init=loftq": "init_from", "init=covariance": "init_rows"})
         # A default follows the start that is really made, as `prepare_student` finds it.
         self.follows_start, self.start = self.learning_rate is None, self.init
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.init]
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            setattr(self, name, parse_options(name, getattr(self, name)) or None)
+            setattr(self, name, parse_object(name, getattr(self, name)) or None)
         # The Trainer takes every metric but a loss for one that should grow.
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("kl", "ce", "perplexity")):
             self.greater_is_better = False
@@ -162,16 +163,3 @@ class QuantizedDistillationConfig(TrainingArguments):
     def objective(self) -> Objective:
         """What the loss minimizes."""
         return Objective(self.alpha, self.temperature, self.divergence, self.beta)
-
-
-def parse_options(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """The dict of an argument that may also be given as JSON, or not at all."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f'{name} is {value!r}, which is not JSON: {error}. Expected {{"revision": "main"}}.'
-        ) from error
-    if not isinstance(parsed, dict):
-        raise ConfigError(f'{name} is {value!r}; expected an object such as {{"revision": "main"}}.')
-    return parsed

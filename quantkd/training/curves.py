@@ -53,9 +53,11 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
         # From zero, so that a small wiggle looks small; the loss of a weighted row may be below zero.
         values = [*trained.values(), *held_out.values()]
         if name == "top1_agreement":
-            panel.set_ylim(top=100)
-        elif 0 <= min(values) < max(values):
+            panel.set_ylim(None if min(values) < max(values) else 0, 100)
+        elif min(values) >= 0 and max(values) > 0:
             panel.set_ylim(0, 1.1 * max(values))
+        if len(steps := {*trained, *held_out}) == 1:
+            panel.set_xlim(min(steps) - 1, min(steps) + 1)
         panel.spines[["top", "right"]].set_visible(False)
         panel.yaxis.grid(True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)

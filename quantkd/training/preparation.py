@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from quantkd.data.encoding import check_ids
 from quantkd.errors import ConfigError, DataError
-from quantkd.foreign import use_one_gpu
+from quantkd.files import parse_object
+from quantkd.foreign import commit_of, use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.generation import context_length
 from quantkd.models.initialization import initialize_from_rows
@@ -23,7 +24,7 @@ from quantkd.models.row_attention import row_attention
 from quantkd.models.student import attach_lora, is_quantized, load_student
 from quantkd.models.weights import head_width
 from quantkd.training.checkpoints import find_checkpoint
-from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig, parse_options
+from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
@@ -86,14 +87,14 @@ def prepare_student(
     quantization_config: Any | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The student that the trainer trains."""
-    init_kwargs = dict(parse_options("model_init_kwargs", args.model_init_kwargs))
+    init_kwargs = dict(parse_object("model_init_kwargs", args.model_init_kwargs))
     name = model if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
         model = load_student(model, quantization_config=quantization_config, **init_kwargs)
-    elif quantization_config is not None:
+    elif quantization_config is not None or init_kwargs:
         raise ConfigError(
-            "quantization_config applies to a model given by name; a loaded model is taken as it is. "
-            "Pass the name, or load the model quantized and leave quantization_config out."
+            "quantization_config and model_init_kwargs apply to a model given by name; a loaded model is taken as it "
+            "is. Pass the name, or load the model in the way that is meant and leave both out."
         )
     adapted = _with_adapters(model, peft_config, args)
     is_new = adapted is not model
@@ -111,7 +112,7 @@ def prepare_student(
             "share a batch with train_sampling_strategy='group_by_length'."
         )
     if is_new and is_quantized(adapted):
-        _start(adapted, args, train_dataset, name, init_kwargs.get("revision"))
+        _start(adapted, args, train_dataset, name, commit_of(adapted.config) or init_kwargs.get("revision"))
     _note_start(adapted, args)
     return adapted
 
@@ -154,15 +155,9 @@ def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: st
     elif args.init == "covariance" and not _can_be_indexed(dataset):
         logger.warning("The adapters start from zero: init='covariance' needs a train_dataset that can be indexed.")
     else:
-        initialize_from_rows(
-            model,
-            dataset,
-            args.init_from or name,
-            start=args.init,
-            revision=None if args.init_from else revision,
-            rows=args.init_rows,
-            seed=args.seed,
-        )
+        how: Any = {"start": args.init, "rows": args.init_rows, "seed": args.seed}
+        revision = None if args.init_from else revision
+        initialize_from_rows(model, dataset, args.init_from or name, revision=revision, **how)
 
 
 def _can_be_indexed(dataset: Any) -> bool:
@@ -181,7 +176,7 @@ def _with_adapters(
         return model
     if peft_config is None and not is_quantized(model):
         return model  # a full-precision model that the caller chose to train whole
-    kwargs = parse_options("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
+    kwargs = parse_object("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
     torch.manual_seed(args.seed)
     return attach_lora(
         model,

@@ -70,6 +70,8 @@ def run_sweep(
         raise ConfigError("max_steps overrides num_train_epochs; search one of them, and leave the other out.")
     if "temperature" in space and not set(space["temperature"].get("choices", [None])) <= set(captured):
         raise ConfigError(f"temperature takes choices of the captured ones, {', '.join(map(str, captured))}.")
+    if "beta" in space and "jsd" not in space.get("divergence", {"choices": [args.divergence]})["choices"]:
+        raise ConfigError("beta has no effect without divergence=jsd. Search it together with that.")
     for name, dimension in space.items():
         for value in dimension.get("choices", [dimension.get("low"), dimension.get("high")]):
             replace(args, **({} if name.startswith("lora_") else {name: value}))  # which checks it

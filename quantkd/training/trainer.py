@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 
-from quantkd.errors import ConfigError, DataError, HubError
+from quantkd.errors import ConfigError, DataError, HubError, refuse_unused
+from quantkd.files import parse_object
 from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
@@ -31,16 +32,10 @@ from quantkd.models.weights import embedding_rows
 from quantkd.names import load_tokenizer, plain_name
 from quantkd.teacher.live import LiveTeacher
 from quantkd.training.checkpoints import check_resumable, find_checkpoint
-from quantkd.training.config import QuantizedDistillationConfig, parse_options
+from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
-from quantkd.training.preparation import (
-    check_collator,
-    check_rows,
-    find_transfer_sets,
-    prepare_student,
-    take_one_gpu,
-)
+from quantkd.training.preparation import check_collator, check_rows, find_transfer_sets, prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import find_targets
 from quantkd.transfer_set.collator import DistillationCollator
@@ -103,39 +98,33 @@ class QuantizedDistillationTrainer(Trainer):
             raise ConfigError(f"metric_for_best_model is {best!r}; expected one of {', '.join(_METRICS)}.")
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func would take the place of distillation's own loss. Leave it out.")
+        refuse_unused(args, {"divergence=jsd": "beta"})
+        if args.teacher_model_init_kwargs and not isinstance(teacher_model, (str, os.PathLike)):
+            raise ConfigError("teacher_model_init_kwargs is for a teacher_model given by name. Leave it out.")
         take_one_gpu(args)
         student, teacher = plain_name(model), plain_name(teacher_model)
         processing_class = processing_class or load_tokenizer(
-            student, **parse_options("model_init_kwargs", args.model_init_kwargs)
+            student, **parse_object("model_init_kwargs", args.model_init_kwargs)
         )
         self.transfer_sets = find_transfer_sets(train_dataset, eval_dataset)
         for transfer_set in self.transfer_sets:
             check_transfer_set(transfer_set, processing_class, args.temperature, args.divergence)
-        model = prepare_student(
-            student,
-            args,
-            self.transfer_sets,
-            train_dataset=train_dataset,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-        )
+        how = {"peft_config": peft_config, "quantization_config": quantization_config}
+        model = prepare_student(student, args, self.transfer_sets, train_dataset=train_dataset, **how)
         self.live_teacher: LiveTeacher | None = None
         if teacher is not None:
-            options = parse_options("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
+            options = parse_object("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
             self.live_teacher = LiveTeacher(teacher, model, **options)
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class, embedding_rows(model))
         check_collator(data_collator, args)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_rows(dataset, processing_class, embedding_rows(model))
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            data_collator=data_collator,
-            **trainer_kwargs,
-        )
+        given: Any = {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
+        super().__init__(model, args, data_collator, **given, **trainer_kwargs)
         self.add_callback(TrainingCurves())
         self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
@@ -285,11 +274,7 @@ class QuantizedDistillationTrainer(Trainer):
             return super().train(checkpoint, *args, **kwargs)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One evaluation batch: its loss, logits and labels; sums per row are kept for the metrics of the epoch."""
         inputs = self._with_targets(self._prepare_inputs(inputs))
@@ -344,12 +329,7 @@ class QuantizedDistillationTrainer(Trainer):
             self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the adapter's page into the output folder, from what is known of the run.
-
-        Args:
-            *args: not used; the Trainer's further facts come from the run.
-            **kwargs: `license`, as the Hub names it; others are not used.
-        """
+        """Write the adapter's page into the output folder, from what is known of the run, with `license`."""
         if self.is_world_process_zero():
             self._write_card(Path(str(self.args.output_dir)), kwargs.get("license"))
 
@@ -399,45 +379,36 @@ class QuantizedDistillationTrainer(Trainer):
         """
         if not blocking:
             raise ConfigError("blocking is False; an adapter is small, and its upload is waited for. Leave it out.")
-        from quantkd.hub.adapters import push_adapter
-
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        return push_adapter(
-            str(self.args.output_dir),
-            str(self.hub_model_id),
-            private=self._is_private(private),
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message or "Upload adapter",
-            **options,
-        )
+        options |= {
+            "commit_message": commit_message or "Upload adapter",
+            "revision": revision or self.args.hub_revision,
+        }
+        return self._push(str(self.args.output_dir), private, token, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer calls it after each save. A failed push does not end the training.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        from quantkd.hub.adapters import push_adapter
-
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         try:
-            push_adapter(
-                checkpoint_folder,
-                str(self.hub_model_id),
-                private=self._is_private(None),
-                token=self.args.hub_token,
-                revision=self.args.hub_revision,
-                commit_message=f"Training in progress, {progress}",
-                attempts=2,
-            )
+            options: Any = {"commit_message": f"Training in progress, {progress}", "revision": self.args.hub_revision}
+            self._push(checkpoint_folder, None, None, attempts=2, **options)
         except HubError as error:
             logger.warning("The adapter of %s was not pushed. %s Training goes on.", progress, error)
+
+    def _push(self, folder: str, private: bool | None, token: str | None, **options: Any) -> Any:
+        from quantkd.hub.adapters import push_adapter
+
+        own: Any = {"private": self._is_private(private), "token": token or self.args.hub_token}
+        return push_adapter(folder, str(self.hub_model_id), **own, **options)
 
     def _is_private(self, private: bool | None) -> bool:
         return (self.args.hub_private_repo if private is None else private) is not False

@@ -90,12 +90,7 @@ def storage_rule_from_dict(value: dict[str, Any]) -> StorageRule:
 
 
 def parse_storage_rule(text: str) -> StorageRule:
-    """A rule from the command line: `topk:50`, `nucleus:0.95`, `nucleus:0.95:64` or `sampled:50`.
-
-    Example:
-        >>> parse_storage_rule("nucleus:0.9:32")
-        Nucleus(p=0.9, max_k=32)
-    """
+    """A rule from the command line: `topk:50`, `nucleus:0.95`, `nucleus:0.95:64` or `sampled:50`."""
     kind, _, rest = text.partition(":")
     try:
         numbers = [float(part) if "." in part or "e" in part else int(part) for part in rest.split(":")]
