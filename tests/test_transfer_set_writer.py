@@ -89,7 +89,7 @@ def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(open_writer,
         with open_writer(process=(1, 2)) as second:
             done.extend([commit_all(second), second.finalize(), list(second.claim())])
 
-    waiting = threading.Thread(target=run_second)
+    waiting = threading.Thread(target=run_second, daemon=True)
     waiting.start()
     time.sleep(0.1)
     assert not (tmp_path / "set" / "plan.json").exists()
@@ -99,9 +99,38 @@ def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(open_writer,
         waiting.join(10)
     assert done == [[1], digest, []]
     assert set(hashes(tmp_path / "set")) == {"index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
-    monkeypatch.setattr("quantkd.transfer_set.writer.PLAN_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(TransferSetError, match="Process 0 of 2 has not begun"):
         open_writer("other", process=(1, 2))
+
+
+def test_a_lock_that_a_killed_launch_left_stops_no_two_who_look_at_it_at_once(open_writer, tmp_path, monkeypatch):
+    open_writer().close()
+    (tmp_path / "set" / "writer-0-of-1.lock").touch()
+    release, late = FileLock.release, []
+
+    def start_another(lock):
+        if not late:
+            late.append(lock)
+            late.append(open_writer(process=(1, 2)))
+        release(lock)
+
+    monkeypatch.setattr(FileLock, "release", start_another)
+    with open_writer(process=(0, 2)), late[1]:
+        pass
+    assert sorted(hashes(tmp_path / "set")) == ["plan.json"]
+
+
+def test_nobody_waits_for_a_process_that_has_ended(open_writer, monkeypatch):
+    monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.0)
+    with open_writer(process=(0, 2)) as first:
+        commit_all(first)
+        with pytest.raises(TransferSetError, match="Process 1 of 2 ended before the transfer set"):
+            first.finalize()
+        with open_writer(process=(1, 2)) as second:
+            monkeypatch.setattr("quantkd.transfer_set.writer.time.sleep", lambda seconds: commit_all(second))
+            digest = first.finalize()
+            assert second.finalize() == digest
 
 
 @pytest.mark.parametrize("has_plan", [True, False])

@@ -32,7 +32,8 @@ from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.shard import serialize_shard, shard_bytes, shard_name
 
 POLL_SECONDS = 0.05
-PLAN_TIMEOUT_SECONDS = 600.0
+START_TIMEOUT_SECONDS = 600.0
+_LOCK_NAME = "writer-{}-of-{}.lock"
 _LOCK = re.compile(r"writer-\d+-of-(\d+)\.lock")
 _LEFTOVER = re.compile(r"(plan|index|shard-\d{5})\.json\.tmp|shard-\d{5}\.safetensors\.tmp|(plan|shard-\d{5})\.json")
 
@@ -58,7 +59,7 @@ class TransferSetWriter:
         self._process, self._num_processes = process
         self._filesystem = filesystem
         self._codec = Codec(plan)
-        self._lock = FileLock(path / f"writer-{process[0]}-of-{process[1]}.lock")
+        self._lock = FileLock(path / _LOCK_NAME.format(*process))
         self._claimed: set[int] = set()
         self._digest: str | None = None
 
@@ -121,10 +122,14 @@ class TransferSetWriter:
 
     def finalize(self) -> str:
         """Write the index once every shard is committed, or wait until process 0 did; returns the root digest."""
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while self._digest is None:
             with _disk_errors(self.path):
                 missing = [shard for shard in range(self.plan.num_shards) if not self._is_committed(shard)]
                 own = [shard for shard in missing if shard % self._num_processes == self._process]
+                other = min((shard % self._num_processes for shard in missing), default=0)
+                lock_name = _LOCK_NAME.format(other, self._num_processes)
+                has_ended = time.monotonic() > deadline and not self._is_held(lock_name)  # by now all have started
                 if (self.path / INDEX_NAME).exists():
                     self._digest = read_index(self.path).digest()
                 elif own:
@@ -134,6 +139,11 @@ class TransferSetWriter:
                     )
                 elif not missing and self._process == 0:
                     self._write_index()
+                elif has_ended:
+                    raise TransferSetError(
+                        f"Process {other} of {self._num_processes} ended before the transfer set at {self.path} was "
+                        "complete. Look for its error, then start all processes again; committed shards are kept."
+                    )
                 else:
                     time.sleep(POLL_SECONDS)
         return self._digest
@@ -153,12 +163,12 @@ class TransferSetWriter:
     def _start(self) -> None:
         """Take this process's lock, and write the plan or find that it is there and the same."""
         self._refuse_others()
-        plan_path, deadline = self.path / PLAN_NAME, time.monotonic() + PLAN_TIMEOUT_SECONDS
+        plan_path, deadline = self.path / PLAN_NAME, time.monotonic() + START_TIMEOUT_SECONDS
         while self._process and not (plan_path.exists() or (self.path / INDEX_NAME).exists()):
             if time.monotonic() > deadline:
                 raise TransferSetError(
                     f"Process 0 of {self._num_processes} has not begun the transfer set at {self.path} within "
-                    f"{PLAN_TIMEOUT_SECONDS:.0f} seconds. Start all processes together."
+                    f"{START_TIMEOUT_SECONDS:.0f} seconds. Start all processes together."
                 )
             time.sleep(POLL_SECONDS)
         if plan_path.exists():
@@ -182,14 +192,19 @@ class TransferSetWriter:
         for entry in os.scandir(self.path):
             named = _LOCK.fullmatch(entry.name)
             if named and int(named[1]) != self._num_processes:
-                other = FileLock(self.path / entry.name)
-                taken |= not other.acquire()
-                other.release()
+                taken |= self._is_held(entry.name)
         if taken:
             raise TransferSetError(
                 f"Another writer is at work on {self.path}. Wait for it, or choose another folder; to share the work, "
                 "start all processes together with `accelerate launch`."
             )
+
+    def _is_held(self, name: str) -> bool:
+        """Whether a process is at work under this lock. Others who ask do not count; a leftover goes."""
+        lock = FileLock(self.path / name)
+        held = not lock.acquire(shared=True)
+        lock.release()
+        return held
 
     def _is_committed(self, shard: int) -> bool:
         return (self.path / record_name(shard)).exists()
