@@ -110,6 +110,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         )
         trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)
         trainer.save_model()
+        state.wait_for_everyone()  # process 0 writes what all of them load
         if own.push_to_hub:
             trainer.push_to_hub()
 

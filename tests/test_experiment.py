@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
+import processes
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
@@ -84,6 +85,27 @@ def test_the_control_is_an_arm_of_its_own(whole, tiny_model_path, tmp_path):
         assert tensor.allclose(ours[name], rtol=1e-5, atol=1e-8), name
     assert any(not tensor.allclose(theirs[name]) for name, tensor in ours.items())
     assert json.loads((whole / "student-control" / "quantkd.json").read_text())["objective"]["alpha"] == 0.0
+
+
+TWICE = """
+import sys, time
+from pathlib import Path
+from quantkd import QuantizedDistillationTrainer as Trainer
+from test_experiment import run
+
+save = Trainer._save
+Trainer._save = lambda *args, **kwargs: [time.sleep(2), save(*args, **kwargs)]
+run(sys.argv[1], Path(sys.argv[2]))
+"""
+
+
+def test_two_processes_share_an_experiment(whole, tiny_model_path, tmp_path):
+    """The adapter, which process 0 writes late, is loaded by both."""
+    (tmp_path / "twice.py").write_text(TWICE)
+    processes.run([tmp_path / "twice.py", tiny_model_path, tmp_path / "run"], tmp_path / "said.txt", 2)
+    one, two = ({arm: read_results(folder)["arms"][arm]["metrics"]["kl"]["value"] for arm in ("before", "after")}
+                for folder in (whole, tmp_path / "run"))  # fmt: skip
+    assert two["before"] == pytest.approx(one["before"], rel=1e-5) and two["after"] < two["before"]
 
 
 def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tiny_model_path):
