@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from quantkd.cli.evaluate import main
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES
-from quantkd.evaluation.fidelity import evaluate_fidelity, find_bins
+from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, find_bins
+from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions
 from quantkd.report import build_report
 from quantkd.transfer_set.topk import TopKLogprobs

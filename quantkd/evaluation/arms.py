@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.records import read_json
@@ -55,6 +56,13 @@ def list_sums(dense: bool) -> dict[str, tuple[str, ...]]:
     """The sums of a `Fidelity`, first its tokens: per row under "", and per row and bin under each kind of bin."""
     rows = {"": (*ROWS, *DENSE_ROWS) if dense else ROWS}
     return rows | {kind: keys for kind, keys in BINNED.items() if dense or not kind.startswith("dense_")}
+
+
+def find_bins(kind: str, values: NDArray[Any]) -> NDArray[np.int64]:
+    """(N,) values -> (N,) bins: each holds its lower edge, those of confidence their upper one; below all, bin 0."""
+    if kind == "confidence":
+        return np.asarray(np.digitize(values, np.arange(1, CONFIDENCE_BINS) / CONFIDENCE_BINS, right=True))
+    return np.asarray(np.digitize(values, EDGES[kind][1:]))
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.arms import CONFIDENCE_BINS, EDGES, Arm, EvaluationSettings, Fidelity, list_sums
+from quantkd.evaluation.arms import EDGES, Arm, EvaluationSettings, Fidelity, find_bins, list_sums
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.sharing import deal_batches, is_writer
 from quantkd.evaluation.stats import Floats
 from quantkd.hardware import process_state, wide_dtype
-from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions, cut_positions
+from quantkd.loss.metrics import measure_positions
 from quantkd.loss.states import TargetStates
 from quantkd.models.generation import context_length
 from quantkd.models.network import evaluation_mode, run_to_targets, why_not_fusable
@@ -50,11 +49,7 @@ class HeldOut:
         facts: dict[str, Any] = {"transfer_set": self.rows.digest, "teacher": teacher, "quantkd_version": __version__}
         facts["batch_size"] = settings.batch_size
         if arm.fidelity is None or arm.fidelity.settings != facts:
-            how: dict[str, Any] = {
-                "batch_size": settings.batch_size,
-                "share": settings.share,
-                "progress": settings.progress,
-            }
+            how = {name: getattr(settings, name) for name in ("batch_size", "share", "progress")}
             found = evaluate_fidelity(model, self.rows, teacher=self.teacher, **how)
             arm = replace(arm, fidelity=replace(found, settings=facts))
         yield arm
@@ -87,27 +82,27 @@ def evaluate_fidelity(
         ConfigError: a batch size below 1, a head smaller than the set's vocabulary, or a teacher of another one.
         DataError: no rows, rows longer than the model's context, or figures that are not finite.
     """
-    check_student(transfer_set, head_width(model), context_length(model))
-    fused = [each is not None and why_not_fusable(each) is None for each in (model, teacher)]
-    if teacher is not None:
-        widths = [head_width(each) for each in (model, teacher)]
-        if widths[0] != widths[1]:
-            raise ConfigError(
-                f"The model's vocabulary has {widths[0]} ids, the teacher's {widths[1]}; figures over the whole "
-                "vocabulary need the same. Give the model's own teacher, or none: the transfer set's entries suffice."
-            )
+    width, context = head_width(model), context_length(model)
+    check_student(transfer_set, width, context)
+    if teacher is not None and head_width(teacher) != width:
+        raise ConfigError(
+            f"The model's vocabulary has {width} ids, the teacher's {head_width(teacher)}; figures over the whole "
+            "vocabulary need the same. Give the model's own teacher, or none: the transfer set's entries suffice."
+        )
+    fusable = {each: why_not_fusable(each) is None for each in (model, teacher) if each is not None}
     collate = DistillationCollator(pad_token_id=0)  # the padding is masked and never a target
     batches = deal_batches(transfer_set.lengths.tolist(), batch_size, share)
     quiet = None if progress and is_writer(share) else True
     found: list[tuple[list[int], dict[str, Floats]]] = []
-    with evaluation_mode(*(each for each in (model, teacher) if each is not None)), torch.inference_mode():
+    with evaluation_mode(*fusable), torch.inference_mode():
         for indices in tqdm(batches, desc="fidelity", unit="batch", disable=quiet):
             batch = collate(transfer_set.__getitems__(indices))
-            states, targets = run_to_targets(model, batch, fused=fused[0])
-            device, beside = states.device, None
+            runs = [run_to_targets(each, batch, fused=fused) for each, fused in fusable.items()]
+            states, targets = runs[0]
+            teachers: dict[str, TopKLogprobs | TargetStates] = {"": batch["teacher"].to(states.device)}
             if teacher is not None:
-                beside = states if teacher is model else run_to_targets(teacher, batch, fused=fused[1])[0].to(device)
-            positions = _measure_positions(states, targets, batch["teacher"].to(device), beside)
+                teachers["dense_"] = runs[-1][0].to(states.device)  # the same ones if the model is the teacher
+            positions = measure_positions(states, targets, teachers)
             found.append((indices, _sum_rows(batch["labels"], positions)))
     if share and process_state().num_processes > 1:
         found = gather_object(found)
@@ -120,28 +115,6 @@ def evaluate_fidelity(
             "Load the model in bfloat16 or float32, or look for the step at which its training diverged."
         )
     return Fidelity(columns, {"transfer_set": transfer_set.digest})
-
-
-def _measure_positions(
-    states: TargetStates, targets: Tensor, entries: TopKLogprobs, beside: TargetStates | None
-) -> dict[str, Tensor]:
-    """Every figure at each of N target positions, a chunk of logits at a time; `beside` is the teacher in memory."""
-    parts: dict[str, list[Tensor]] = {}
-    for part in cut_positions(states, dense=beside is not None):
-        logits = states.logits(part)
-        predictions = compute_predictions(logits, targets[part])
-        chunk = {"ce": predictions.ce, "confidence": predictions.confidence}
-        chunk["correct"] = predictions.top_ids == targets[part]
-        comparisons = [("", compare_with_entries(logits, predictions, entries.select(part)))]
-        if beside is not None:
-            comparisons.append(("dense_", compare_with_logits(logits, predictions, beside.logits(part))))
-        for prefix, compared in comparisons:
-            chunk |= {f"{prefix}{name}": getattr(compared, name) for name in ("kl", "reverse_kl", "entropy")}
-            chunk[f"{prefix}agree"] = predictions.top_ids == compared.top_ids
-        for name, values in chunk.items():
-            parts.setdefault(name, []).append(values)
-        del logits  # before the next part's are made
-    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floats]:
@@ -168,10 +141,3 @@ def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floa
 def _shorten(sums: Floats) -> Floats:
     """Sums in as many digits as float32 terms have, which takes a third of the file."""
     return np.array([float(f"{value:.{_SIGNIFICANT_DIGITS}g}") for value in sums.ravel()]).reshape(sums.shape)
-
-
-def find_bins(kind: str, values: NDArray[Any]) -> NDArray[np.int64]:
-    """(N,) values -> (N,) bins: each holds its lower edge, those of confidence their upper one; below all, bin 0."""
-    if kind == "confidence":
-        return np.asarray(np.digitize(values, np.arange(1, CONFIDENCE_BINS) / CONFIDENCE_BINS, right=True))
-    return np.asarray(np.digitize(values, EDGES[kind][1:]))

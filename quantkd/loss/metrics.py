@@ -7,6 +7,7 @@ later.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,29 @@ def compare_with_logits(logits: Tensor, predictions: Predictions, teacher_logits
     return Comparison(kl, reverse_kl, entropy, top_ids)
 
 
+def measure_positions(
+    states: TargetStates, targets: Tensor, teachers: Mapping[str, TopKLogprobs | TargetStates]
+) -> dict[str, Tensor]:
+    """Every figure at each of N target positions, a chunk of logits at a time; a teacher's key begins its figures'."""
+    parts: dict[str, list[Tensor]] = {}
+    for part in cut_positions(states, dense=any(isinstance(teacher, TargetStates) for teacher in teachers.values())):
+        logits = states.logits(part)
+        predictions = compute_predictions(logits, targets[part])
+        chunk = {"ce": predictions.ce, "confidence": predictions.confidence}
+        chunk["correct"] = predictions.top_ids == targets[part]
+        for key, teacher in teachers.items():
+            if isinstance(teacher, TargetStates):
+                compared = compare_with_logits(logits, predictions, teacher.logits(part))
+            else:
+                compared = compare_with_entries(logits, predictions, teacher.select(part))
+            chunk |= {f"{key}{name}": getattr(compared, name) for name in ("kl", "reverse_kl", "entropy")}
+            chunk[f"{key}agree"] = predictions.top_ids == compared.top_ids
+        for name, values in chunk.items():
+            parts.setdefault(name, []).append(values)
+        del logits  # before the next part's are made
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
 def compute_row_metrics(
     states: TargetStates,
     labels: Tensor,
@@ -111,23 +135,13 @@ def compute_row_metrics(
     places = find_targets(labels) if places is None else places
     states, targets = states.at_targets(labels, places)
     states, teacher = states.for_products(), teacher.for_products() if isinstance(teacher, TargetStates) else teacher
-    wide = wide_dtype(states.device)
-    columns = torch.zeros(len(targets), len(ROW_COLUMNS), dtype=wide, device=states.device)
-    for part in cut_positions(states, dense=isinstance(teacher, TargetStates)):
-        logits = states.logits(part)
-        predictions = compute_predictions(logits, targets[part])
-        if isinstance(teacher, TargetStates):
-            compared = compare_with_logits(logits, predictions, teacher.logits(part))
-        else:
-            compared = compare_with_entries(logits, predictions, teacher.select(part))
-        found = [torch.ones_like(compared.kl), compared.kl, predictions.ce, predictions.top_ids == compared.top_ids]
-        columns[part, :-1] = torch.stack([column.to(wide) for column in found], dim=-1)
-        del logits  # before the next part's are made
+    found = measure_positions(states, targets, {"": teacher})
+    ce, kl, agree = (found[name].to(wide_dtype(states.device)) for name in ("ce", "kl", "agree"))
     if (objective.temperature, objective.divergence) == (1.0, "forward_kl"):
-        terms = PositionTerms(ce=columns[:, 2], kl=columns[:, 1])
+        terms = PositionTerms(ce=ce, kl=kl)
     else:
         _, terms = compute_fused_loss(states, targets, teacher, objective)
-    columns[:, -1] = terms.mix(objective.alpha, objective.temperature)
+    columns = torch.stack([torch.ones_like(kl), kl, ce, agree, terms.mix(objective.alpha, objective.temperature)], -1)
     rows = columns.new_zeros(len(labels), len(ROW_COLUMNS))
     return rows.index_add_(0, places // labels.shape[1], columns)
 
@@ -136,10 +150,5 @@ def summarize_rows(rows: Tensor) -> dict[str, float]:
     """Means over all target tokens of `rows` (R, 5)."""
     tokens, kl, ce, agree, loss = (float(value) for value in rows.sum(0))
     tokens = max(tokens, 1.0)
-    return {
-        "kl": kl / tokens,
-        "ce": ce / tokens,
-        "perplexity": math.exp(min(ce / tokens, 700.0)),
-        "top1_agreement": agree / tokens,
-        "loss": loss / tokens,
-    }
+    means = {"kl": kl / tokens, "ce": ce / tokens, "perplexity": math.exp(min(ce / tokens, 700.0))}
+    return means | {"top1_agreement": agree / tokens, "loss": loss / tokens}
