@@ -21,10 +21,10 @@ demo: $(VENV)/.demo  ## a real 135M model from teacher to report, on a CPU, into
 	$(BIN)/quantkd demo
 
 test: $(VENV)/.installed  ## the tests that need neither network, GPU nor the real model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --max-worker-restart 0 $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.demo  ## the tests on the real 135M model
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m "slow and not gpu and not vllm" -o faulthandler_timeout=3600
 
 check: $(VENV)/.installed  ## ruff, format, mypy, and the docs with warnings as errors
 	$(BIN)/ruff check .

@@ -101,7 +101,7 @@ class Killed(BaseException):
 
 
 @contextmanager
-def running_hub(monkeypatch: Any, cache: Any, *, seconds: float | None = None) -> Iterator[FakeHub]:
+def running_hub(monkeypatch: Any, cache: Any, *, seconds: float = 60) -> Iterator[FakeHub]:
     """The Hub, and the client, which read its environment long ago, turned to it; it does not sleep between tries."""
     import huggingface_hub
     from huggingface_hub import constants, file_download, hf_api

@@ -89,15 +89,13 @@ class FakeServer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         return self
 
     def __exit__(self, *args):
         self.server.shutdown()
         self.server.server_close()
-        self.thread.join()
 
     def respond(self, path, body):
         expected = {"sglang": "/generate", "llama.cpp": "/completion"}.get(self.kind, "/v1/completions")

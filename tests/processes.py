@@ -10,7 +10,8 @@ import runpy
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -34,20 +35,42 @@ def start(words: Sequence[object], output: Path, processes: int = 1) -> list[Bas
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in group.items()} if processes > 1 else {}
-        family.append(_FORKS.Process(target=_run, args=([str(word) for word in words], environment, str(output))))
+        # A daemon, for this process must not wait at its end for one that a failed test has left.
+        arguments = ([str(word) for word in words], environment, str(output))
+        family.append(_FORKS.Process(target=_run, args=arguments, daemon=True))
         family[-1].start()
     return family
 
 
 def finish(family: Sequence[BaseProcess], output: Path) -> str:
     """Wait until they end without an error; what they printed."""
-    for process in family:
-        process.join(_SECONDS)
-        if process.exitcode != 0:
-            for other in family:
-                other.kill()
-            raise AssertionError(f"exit code {process.exitcode}: {output.read_text()[-4000:]}")
+    try:
+        for process in family:
+            assert end(process) == 0, f"{process.name} ended with exit code {process.exitcode}"
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {output.read_text()[-4000:]}") from None
+    finally:
+        for process in family:
+            process.kill()
     return output.read_text()
+
+
+def end(process: BaseProcess, seconds: float = _SECONDS) -> int:
+    """Wait until it ends; its exit code. One that does not end is killed, and the test fails."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"{process.name} has not ended within {seconds} seconds")
+    return process.exitcode
+
+
+def wait_until(reached: Callable[[], object], family: Sequence[BaseProcess], output: Path) -> None:
+    """Wait for what happens while all of them are at work."""
+    deadline = time.monotonic() + _SECONDS
+    while not reached():
+        assert all(process.is_alive() for process in family), f"ended too early: {output.read_text()[-4000:]}"
+        assert time.monotonic() < deadline, f"waited {_SECONDS} seconds in vain: {output.read_text()[-4000:]}"
+        time.sleep(0.0005)
 
 
 def run(words: Sequence[object], output: Path, processes: int = 1) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from processes import end
+
 _FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "os.remove")
 _FORBIDDEN += ("os.rename", "os.mkdir", "shutil.", "pickle.", "marshal.loads", "ctypes.dlopen", "import")
 _FORBIDDEN += ("urllib.", "http.", "ftplib.", "smtplib.")
@@ -59,8 +61,14 @@ def in_sandbox(function: Callable[[Watch], None], folder: Path, mebibytes: int =
         except BaseException:
             sender.send(traceback.format_exc())
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()
-    failure = receiver.recv() if receiver.poll(600) else "the sandbox hung"
-    process.join(10)
+    sender.close()  # the child's is the last one, so that its death ends the wait
+    try:
+        assert receiver.poll(600), "the sandbox has not ended within 600 seconds"
+        failure = receiver.recv()
+    except EOFError:
+        failure = f"the sandbox died with exit code {end(process, 10)}"
+    finally:
+        process.kill()
     assert failure is None, failure

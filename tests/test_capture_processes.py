@@ -42,7 +42,7 @@ def kill(family):
         os.kill(process.pid, signal.SIGSTOP)  # so that none acts on the death of another
     for process in family:
         process.kill()
-        process.join()
+        processes.end(process)
 
 
 def wait_for(out, shards, family):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -26,19 +25,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def wait_for(file, *processes):
-    while not Path(file).exists():
-        assert all(process.is_alive() for process in processes), Path("output").read_text()
-        time.sleep(0.0005)
-
-
 def stop(words, seen, sent):
     """Start a command, and send it a signal as soon as a file is there; its exit code and what it said."""
     (process,) = processes.start(["-m", "quantkd", *words], "output")
-    wait_for(seen, process)
+    processes.wait_until(Path(seen).exists, [process], Path("output"))
     os.kill(process.pid, sent)
-    process.join(60)
-    return process.exitcode, Path("output").read_text()
+    return processes.end(process, 60), Path("output").read_text()
 
 
 @pytest.mark.parametrize(("sent", "seen", "words"), [
@@ -93,11 +85,10 @@ def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, tra
 
 def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     family = processes.start(["-m", "quantkd", *train, "o", "--num_train_epochs", "200"], folder / "output", 2)
-    wait_for("o/checkpoint-4/trainer_state.json", *family)
+    processes.wait_until(Path("o/checkpoint-4/trainer_state.json").exists, family, Path("output"))
     family[1].kill()
-    family[0].join(60)
-    said = Path("output").read_text()
-    assert family[0].exitcode == 1 and "quantkd train: another process of this launch ended, and its own" in said, said
+    code, said = processes.end(family[0], 60), Path("output").read_text()
+    assert code == 1 and "quantkd train: another process of this launch ended, and its own" in said, said
     assert "Traceback" not in said
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from fake_hub import Killed, running_hub
+from processes import end
 from transfer_sets import make_plan, write_set
 
 from quantkd import TransferSet
@@ -102,13 +103,12 @@ def push_until_done(hub, opened, in_processes=False):
     while codes[-1:] != [0]:
         assert len(codes) < 60, "the push does not converge"
         if in_processes:
-            process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,))
+            process = multiprocessing.get_context("fork").Process(target=_push, args=(opened,), daemon=True)
             with hub.lock:  # no request is looked at before the Hub knows whom to kill
                 process.start()
                 hub.pid = process.pid
-            process.join(60)
+            codes.append(end(process, 60))
             hub.pid = None
-            codes.append(process.exitcode)
             continue
         try:
             _push(opened)

@@ -23,7 +23,7 @@ MAX_FILE_BYTES = 500_000
 def list_checkout():
     """Every file that is tracked, or would be if it were added."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     if listed.returncode:
         pytest.skip("not a git checkout")
     files = [REPOSITORY / name for name in listed.stdout.split("\0") if name]
@@ -36,7 +36,8 @@ SETUP.read(REPOSITORY / "setup.cfg", encoding="utf-8")
 
 def test_import_is_light():
     code = f"import sys, quantkd; print([name for name in {HEAVY} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=120).stdout == "[]\n"
 
 
 def test_public_names():

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -126,6 +127,11 @@ def test_mutated_sets(folder, tmp_path, examples):
         run()
 
     in_sandbox(attack, tmp_path)
+
+
+def test_a_sandbox_that_dies_says_so_at_once(tmp_path):
+    with pytest.raises(AssertionError, match="the sandbox died with exit code 7"):
+        in_sandbox(lambda watch: os._exit(7), tmp_path)
 
 
 def test_damage_is_named_in_a_batch_of_good_rows(folder):

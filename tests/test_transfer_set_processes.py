@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import end
 from torch.utils.data import DataLoader
 from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, hashes, make_plan, make_row, write_rows, write_set
 
@@ -37,7 +38,8 @@ def reference(tmp_path_factory):
 def start(*args, processes=1, **kwargs):
     launch = []
     for index in range(processes):
-        each = fork.Process(target=capture_slowly, args=args, kwargs={"process": (index, processes), **kwargs})
+        kwargs["process"] = (index, processes)
+        each = fork.Process(target=capture_slowly, args=args, kwargs=kwargs, daemon=True)
         each.start()
         launch.append(each)
     return launch
@@ -46,7 +48,7 @@ def start(*args, processes=1, **kwargs):
 def kill(launch):
     for process in launch:
         process.kill()
-        process.join()
+        end(process)
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
@@ -71,8 +73,7 @@ def test_sigkill_at_random_moments(tmp_path, reference, kills):
 @pytest.mark.parametrize("step", [*STEPS, "cleanup:started"])
 def test_sigkill_at_every_named_step(tmp_path, reference, step):
     (process,) = start(tmp_path / "set", tmp_path / "first", disk=DyingDisk(step, 2 if step[0] in "sr" else 1))
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, "the step was never reached"
+    assert end(process) == -signal.SIGKILL, "the step was never reached"
     if step not in ("index:renamed", "index:folder-synced", "cleanup:started"):
         with pytest.raises(TransferSetError, match=r"unfinished|no transfer set"):
             TransferSet(tmp_path / "set")
@@ -109,14 +110,14 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, killed, processe
     time.sleep(0.06 if killed else 0)
     kill(first)
     launch = start(tmp_path / "set", tmp_path / "log", 0.002, processes=processes)
-    rows = [0]
+    rows, deadline = [0], time.monotonic() + 120
     while any(process.is_alive() for process in launch):  # a reader meanwhile finds whole rows, or none
+        assert not any(process.exitcode for process in launch), "one failed, and the others wait for it"
+        assert time.monotonic() < deadline, "the launch is stuck"
         with contextlib.suppress(TransferSetError):
             rows.append(len(list(TransferSet.open(tmp_path / "set", allow_incomplete=True, verify="full"))))
     assert rows == sorted(rows)
-    for process in launch:
-        process.join(60)
-        assert process.exitcode == 0
+    assert [end(process) for process in launch] == [0] * processes
     TransferSet(tmp_path / "set", verify="full")
     assert hashes(tmp_path / "set") == hashes(tmp_path / "reference")
 
@@ -143,7 +144,7 @@ def test_two_ranks_with_four_workers_each_read_the_same(tmp_path):
     assert len(data) < 10_000
     assert read_with_workers(data, 0) == expected
     with ProcessPoolExecutor(2, mp_context=fork) as ranks:
-        assert list(ranks.map(read_with_workers, [data, data], [4, 4])) == [expected, expected]
+        assert list(ranks.map(read_with_workers, [data, data], [4, 4], timeout=120)) == [expected, expected]
 
 
 def test_few_files_may_be_open(tmp_path):
@@ -154,7 +155,7 @@ def test_few_files_may_be_open(tmp_path):
         "rows = TransferSet.concatenate(sets)\nprint(sum(1 for row in rows))"
     )
     words = ["bash", "-c", f'ulimit -n 32; exec {sys.executable} -c "{code}"']
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == "160\n", done.stderr
 
 
