@@ -173,6 +173,7 @@ def test_the_page(hub, run, training_set):
     assert {one.task_type for one in card.eval_results} == {"text-generation"}
     assert (card.license, card.base_model, card.library_name) == ("apache-2.0", "maker/base", "peft")
     facts = [training_set.digest, "learning_rate", "0.01", "alpha", "gap recovered", "](gap.png)", "BitsAndBytesConfig"]
+    facts += [json.loads(files["quantkd.json"])["weights"]["sha256"], "Plain PEFT does not check this"]
     facts += ['bnb_4bit_compute_dtype="float32"', 'PeftModel.from_pretrained(base, "user/student")', "## Limits"]
     assert [fact for fact in facts if fact not in text] == []
     assert [len(cells) for cells in read_tables(text)] == [1, 1]  # the lines of a table are equally long

@@ -44,7 +44,7 @@ def say(cli, caplog):
     return say
 
 
-def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path, training_set, tmp_path, say):
+def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path, training_set, tmp_path, say, cli):
     base = ["--model_name_or_path", tiny_model_path, "--dtype", "float32"]
     held = hub.repositories["dataset", "user/held"].commits[-1].sha
     folder, first = str(run / "student"), hub.repositories["model", "user/student"].commits[1].sha
@@ -78,11 +78,18 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
     assert weights == (run / "student" / "adapter_model.safetensors").read_bytes()
 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    words = ["capture", "--model", tiny_model_path, "--prompts", tmp_path / "prompts.jsonl", "--max_new_tokens", "4"]
+    words += ["--dtype", "float32", "--teacher_adapter"]
+    code, _, error = cli(*words, folder, "--output_dir", tmp_path / "refused")
+    assert code and "The base model has no quantized weights; expected for the adapter" in error
+    facts = json.dumps({**json.loads((run / "student" / "quantkd.json").read_text()), "weights": None})
+    (run / "student" / "quantkd.json").write_text(facts)  # as if it was not trained on quantized weights
+    files = {**hub.files("model", "user/student"), "quantkd.json": facts.encode()}
+    trapped = hub.repositories["model", "user/student"].add("of full precision", files).sha
     digests = {}
     for name in (folder, "user/student"):
         out = tmp_path / f"set{len(digests)}"
-        words = ["--prompts", tmp_path / "prompts.jsonl", "--output_dir", out, "--teacher_adapter", name]
-        text = say("capture", "--model", tiny_model_path, *words, "--max_new_tokens", "4", "--dtype", "float32")
+        text = say(*words, name, "--output_dir", out)
         digests[name] = TransferSet(out).plan.extra["adapter"]["sha256"]
     assert f"Adapter user/student at {trapped}" in text and len(set(digests.values())) == 1
 

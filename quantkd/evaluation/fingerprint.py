@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantkd.models.network import base_network
+from quantkd.models.stored_weights import list_adapted, list_adapter_parameters
 
 _SAMPLES_PER_WEIGHT = 64
 # What a config holds that no forward pass depends on.
@@ -21,9 +21,7 @@ def compute_model_fingerprint(model: Any) -> str:
     facts = base_network(model).config.to_dict()
     facts = {key: value for key, value in facts.items() if key not in _IDLE_CONFIG and not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    marks = ("adapter_layer_names", "active_adapters")
-    adapters = [module for module in model.modules() if all(hasattr(module, mark) for mark in marks)]
-    trained = {id(each) for module in adapters for each in _own_parameters(module)}
+    trained = {id(each) for each in list_adapter_parameters(model)}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             values = parameter.detach()
@@ -33,15 +31,8 @@ def compute_model_fingerprint(model: Any) -> str:
                 whole = parameter.requires_grad or id(parameter) in trained
                 step = 1 if whole else max(1, values.numel() // _SAMPLES_PER_WEIGHT)
                 digest.update(values.reshape(-1)[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for module in adapters:
+    for module in list_adapted(model):
         scaling = getattr(module, "scaling", {})
         active = sorted((each, scaling.get(each)) for each in module.active_adapters)
         digest.update(f"{module.disable_adapters} {active}".encode())
     return digest.hexdigest()[:16]
-
-
-def _own_parameters(module: Any) -> list[Tensor]:
-    """What PEFT added to a layer; loaded for inference, it does not require a gradient."""
-    parts = [getattr(module, name, None) for name in module.adapter_layer_names]
-    inner = [each for part in parts if isinstance(part, torch.nn.Module) for each in part.parameters()]
-    return [*inner, *(part for part in parts if isinstance(part, torch.nn.Parameter))]

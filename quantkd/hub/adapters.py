@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from quantkd.errors import DataError
+from quantkd.errors import DataError, HubError
 from quantkd.files import write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
@@ -189,7 +189,8 @@ def load_adapter(
 ) -> PeftModel:
     """Attach a LoRA adapter from the Hub or a folder to a base model that the caller chose.
 
-    The base model that the adapter names is compared and never loaded. Only safetensors are read. The commit is logged,
+    The base model that the adapter names is compared and never loaded; one with other quantized weights than those that
+    `quantkd.json` records is refused. Only safetensors are read. The commit is logged,
     and is `hub_revision` of the model. A `base` given by name is loaded by `load_student`, which takes `model_kwargs`,
     without remote code.
     """
@@ -198,6 +199,7 @@ def load_adapter(
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base
     own = public_name(model.config.name_or_path or "")
     adapter_files.warn_of_another_base(place, named, own)
+    Provenance.read(folder).check_weights(model, place)
     config.inference_mode = not is_trainable
     try:
         loaded: Any = get_peft_model(model, config)
@@ -222,8 +224,7 @@ def fetch_adapter(adapter: str) -> Path:
     """A folder with an adapter's files and descriptions: the one named, or the Hub's cache."""
     _, folder, files = _find(adapter, None, None)
     if files is not None:
-        for name in (CARD_NAME, PROVENANCE_NAME):
-            files.fetch(name, adapter_files.MAX_CONFIG_BYTES)
+        files.fetch(CARD_NAME, adapter_files.MAX_CONFIG_BYTES)
     return folder
 
 
@@ -241,4 +242,8 @@ def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, P
     fetched = {file: path for file, limit in limits.items() if (path := files.fetch(file, limit)) is not None}
     check_files(str(files), lambda file: file in fetched or (file == PICKLE and files.holds(file)))
     revisions.info("Adapter %s", files)
+    try:
+        files.fetch(PROVENANCE_NAME, adapter_files.MAX_CONFIG_BYTES)
+    except HubError as error:  # it may not be there, and without a network nobody knows
+        logger.warning("%s Whether the base model is the one that the adapter corrects is not checked.", error)
     return str(files), fetched[CONFIG].parent, files

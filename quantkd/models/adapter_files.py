@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quantkd.errors import DataError
-from quantkd.files import read_regular
+from quantkd.files import read_regular, write_file
 from quantkd.names import is_repository_name, public_name
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,14 @@ def read_weights(path: Path, place: str, config: LoraConfig | None = None) -> di
                     f"{CONFIG} says {rank}. Get it anew."
                 )
     return weights
+
+
+def round_adapter(folder: Path, dtype: torch.dtype) -> None:
+    """Round the weights of a saved adapter from 32 bits to 16."""
+    if (folder / WEIGHTS).is_file():
+        weights = load_file(folder / WEIGHTS)
+        short = {name: each.to(dtype) if each.dtype == torch.float32 else each for name, each in weights.items()}
+        write_file(folder / WEIGHTS, save(short, metadata={"format": "pt"}))
 
 
 def warn_of_another_base(place: str, named: str, own: str) -> None:

@@ -23,6 +23,7 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.generation import find_end_tokens
 from quantkd.models.merging import merge_adapters
 from quantkd.models.provenance import Provenance, name_base_model
+from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import default_quantization_config, describe_quantization
 from quantkd.names import __version__, naming
 
@@ -72,7 +73,9 @@ def export_checkpoint(
             )
             again.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
             shutil.rmtree(merged)
-        _finish(folder, tokenizer, provenance or Provenance(), made)
+            network = again
+        facts = replace(provenance or Provenance(), weights=describe_weights(network))
+        _finish(folder, tokenizer, facts, made)
     return path
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from quantkd.errors import DataError
 from quantkd.files import write_file
-from quantkd.models.student import describe_quantization
+from quantkd.models.stored_weights import are_close, describe_weights
+from quantkd.models.student import describe_quantization, is_quantized
 from quantkd.names import __version__, find_file, public_name
 from quantkd.transfer_set import TransferSet
+
+logger = logging.getLogger(__name__)
 
 PROVENANCE_NAME = "quantkd.json"
 # Named one by one: the arguments of a Trainer also hold folders, tokens and whatever a caller passes on.
@@ -33,6 +37,7 @@ class Provenance:
     objective: dict[str, Any] | None = None  # alpha, temperature, divergence and beta
     training: dict[str, Any] | None = None  # the arguments that decide what is learned, and the number of processes
     quantization: dict[str, Any] | None = None  # of the base model that was trained on, as its config names it
+    weights: dict[str, Any] | None = None  # the quantized weights that it is right for, as `describe_weights` says
     export: dict[str, Any] | None = None  # form, dtype and version of a checkpoint that was made from the adapter
 
     @classmethod
@@ -52,6 +57,7 @@ class Provenance:
             objective=objective,
             training={**plain, "num_processes": num_processes},
             quantization=describe_quantization(model),
+            weights=describe_weights(model),
         )
 
     @classmethod
@@ -67,6 +73,26 @@ class Provenance:
             if value is not None and not isinstance(value, expected):
                 raise DataError(f"{name} in {path} is {value!r}; expected a {expected.__name__}. Remove the file.")
         return cls(**{**found, "teacher": found["teacher"] and public_name(found["teacher"])})
+
+    def check_weights(self, model: Any, place: str) -> None:
+        """Refuse a base model with other quantized weights than those that the adapter at `place` corrects."""
+        if self.weights is None:
+            return
+        found, recorded = describe_weights(model), str(self.weights.get("sha256"))
+        if found is None and is_quantized(model):
+            return  # shared out over processes
+        if found is not None and found["sha256"] == recorded:
+            return
+        expected = f"those of digest {recorded:.12}, on which it was trained ({self.quantization!s:.300})"
+        if found is not None and are_close(found, self.weights):
+            # The same model, quantized on another machine: constants that are averaged differ in their last bits.
+            logger.info("The base model's quantized weights differ by rounding from what %s was trained on.", place)
+            return
+        digest = "no quantized weights" if found is None else f"quantized weights of digest {found['sha256']:.12}"
+        raise DataError(
+            f"The base model has {digest}; expected for the adapter {place}: {expected}. It corrects the errors of "
+            "exactly those. Load the checkpoint that it was trained on, in the same format and dtype."
+        )
 
     def to_json(self) -> str:
         """The text of the file."""

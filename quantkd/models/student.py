@@ -97,6 +97,12 @@ def describe_quantization(model: Any) -> dict[str, Any] | None:
     return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
 
 
+def short_dtype(model: Any) -> torch.dtype:
+    """The 16 bits that a model's adapters are saved in: float16 if its layers compute in that, else bfloat16."""
+    computed = (describe_quantization(model) or {}).get("bnb_4bit_compute_dtype") or base_network(model).config.dtype
+    return torch.float16 if str(computed).removeprefix("torch.") == "float16" else torch.bfloat16
+
+
 def is_quantized(model: Any) -> bool:
     """Whether a loaded model is quantized, by transformers or by its format's own library, with adapters or without."""
     network = base_network(model)

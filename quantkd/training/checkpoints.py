@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from quantkd.errors import ConfigError
 from quantkd.models.adapter_files import check_adapter
 from quantkd.models.network import base_network
-from quantkd.models.provenance import read_object
+from quantkd.models.provenance import Provenance, read_object
 
 # What decides an adapter's shape and scale.
 _ADAPTER_FIELDS = (
@@ -62,6 +62,7 @@ def check_resumable(checkpoint: str, model: Any) -> None:
     if not isinstance(model, PeftModel) or not (folder / "adapter_config.json").is_file():
         return
     check_adapter(folder, base_network(model).config.name_or_path or "")
+    Provenance.read(folder).check_weights(model, checkpoint)
     stored, own = read_object(folder / "adapter_config.json"), model.peft_config[model.active_adapter].to_dict()
     for name in _ADAPTER_FIELDS:
         found, expected = (_plain(each.get(name)) for each in (stored, own))

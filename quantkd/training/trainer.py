@@ -25,9 +25,12 @@ from quantkd.files import parse_object
 from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
+from quantkd.models.adapter_files import round_adapter
 from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
+from quantkd.models.stored_weights import describe_weights
+from quantkd.models.student import short_dtype
 from quantkd.models.weights import embedding_rows
 from quantkd.names import load_tokenizer, plain_name
 from quantkd.teacher.live import LiveTeacher
@@ -134,8 +137,11 @@ class QuantizedDistillationTrainer(Trainer):
         shared = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self.uses_fused_loss is None and not shared:
             self._try_fused_loss(model, None)
+        # While they are whole: where processes share them, no save has all of them.
+        self._weights = describe_weights(model) if shared and self.args.should_save else None
         self._train_terms = torch.zeros(3, device=self.args.device)  # summed ce, summed kl, optimizer steps
         self._eval_rows: list[Tensor] = []
+        self._is_checkpoint = False  # what is being saved
 
     def compute_loss(
         self,
@@ -313,7 +319,11 @@ class QuantizedDistillationTrainer(Trainer):
         if self.args.should_save:
             place = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (place / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        self._is_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -323,9 +333,12 @@ class QuantizedDistillationTrainer(Trainer):
         _remove_arguments(folder)
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
         objective, count = asdict(self.args.objective()), self.accelerator.num_processes
-        Provenance.of_training(trained_on, objective, self.args, count, self.model).write(folder)
+        facts = Provenance.of_training(trained_on, objective, self.args, count, self.model)
+        replace(facts, weights=facts.weights or self._weights).write(folder)
         name_base_model(folder)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            if not self._is_checkpoint:  # from which training goes on as if it had not stopped
+                round_adapter(folder, short_dtype(self.model))
             self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

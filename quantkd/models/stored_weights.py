@@ -1,0 +1,159 @@
+"""What a model's layers are stored as: bytes, bits per weight, and the digest of the quantized weights.
+
+The bits per weight count everything that stands for a linear layer: codes, block constants and adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantkd.foreign import int8_scales
+from quantkd.models.cpu_repacking import restore_weight
+from quantkd.models.network import base_network
+from quantkd.models.weights import dequantize_weight, is_quantized_layer, is_sharded
+
+_SUMS = 16
+# Of the weights' norm. Other codes move every sum by hundredths; another processor rounds the constants otherwise, and
+# moves them by less than a millionth: bitsandbytes' mean of the constants depends even on the number of threads.
+_SUMS_TOLERANCE = 1e-3
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The bytes of a model, and how many weights its quantized linear layers have, or all of them if none is."""
+
+    codes: int
+    constants: int  # of the blocks
+    adapters: int
+    rest: int  # embeddings, norms, head
+    linear_weights: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.codes + self.constants + self.adapters + self.rest
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the linear layers with their adapters; None for a model without them."""
+        return 8 * (self.total - self.rest) / self.linear_weights if self.linear_weights else None
+
+
+def compute_size(model: Any) -> ModelSize:
+    """The size of a loaded model. An adapter counts in 16 bits if its values are those of 16 bits, as it is saved."""
+    network = base_network(model)
+    layers = _list_quantized(network)
+    stored = {name: _list_tensors(layer) for name, layer in layers.items()}
+    if not layers:
+        layers = _list_linear(network)
+        stored = {name: {"codes": layer.weight} for name, layer in layers.items()}
+    parts = {"codes": 0, "constants": 0}
+    for tensors in stored.values():
+        for key, tensor in tensors.items():
+            parts["codes" if key == "codes" else "constants"] += tensor.nbytes
+    adapters = {id(each): each for each in list_adapter_parameters(model)}
+    apart = {id(each) for layer in layers.values() for each in (*layer.parameters(), *layer.buffers())}
+    apart -= {id(getattr(layer, "bias", None)) for layer in layers.values()}
+    everything = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    rest = sum(each.nbytes for key, each in everything.items() if key not in apart | adapters.keys())
+    count = sum(_count_weights(layer) for layer in layers.values())
+    return ModelSize(**parts, adapters=sum(map(_saved_bytes, adapters.values())), rest=rest, linear_weights=count)
+
+
+def list_adapter_parameters(model: Any) -> list[Tensor]:
+    """What PEFT added to the layers; loaded for inference, it does not require a gradient."""
+    found: list[Tensor] = []
+    for module in list_adapted(model):
+        parts = [getattr(module, name, None) for name in module.adapter_layer_names]
+        found += [each for part in parts if isinstance(part, nn.Module) for each in part.parameters()]
+        found += [part for part in parts if isinstance(part, nn.Parameter)]
+    return found
+
+
+def list_adapted(model: Any) -> list[Any]:
+    """The layers that PEFT put adapters into."""
+    marks = ("adapter_layer_names", "active_adapters")
+    return [module for module in model.modules() if all(hasattr(module, mark) for mark in marks)]
+
+
+def describe_weights(model: Any) -> dict[str, Any] | None:
+    """What tells a model's quantized weights from others; None where it has none, or not whole in this process."""
+    layers = _list_quantized(base_network(model))
+    if not layers or any(is_sharded(each) or each.is_meta for each in model.parameters()):
+        return None
+    digest, sums, square = hashlib.sha256(), torch.zeros(_SUMS, dtype=torch.float64), 0.0
+    for name, layer in layers.items():
+        state = getattr(layer.weight, "quant_state", None) if hasattr(layer, "weight") else None
+        # The same codes mean other weights in another format.
+        digest.update(f"{name} {getattr(state, 'quant_type', '')} {getattr(state, 'blocksize', '')}".encode())
+        for key, tensor in _list_tensors(layer).items():
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        weight = dequantize_weight(layer).flatten()
+        sums += weight[: len(weight) // _SUMS * _SUMS].view(-1, _SUMS).sum(0, dtype=torch.float32).cpu()
+        square += float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
+    return {"sha256": digest.hexdigest(), "sums": [float(f"{each:.6g}") for each in (sums / square**0.5).tolist()]}
+
+
+def are_close(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of the same weights up to rounding, as of one model quantized on two machines."""
+    pairs = zip(one.get("sums") or (), other.get("sums") or (), strict=False)
+    near = [all(type(each) is float for each in pair) and abs(pair[0] - pair[1]) < _SUMS_TOLERANCE for pair in pairs]
+    return len(near) == _SUMS and all(near)
+
+
+def _list_quantized(network: nn.Module) -> dict[str, Any]:
+    """The quantized layers by name, in its order, whatever adapters are around them."""
+    found = {name: each for name, each in network.named_modules() if not hasattr(each, "get_base_layer")}
+    names = {name.replace(".base_layer", ""): name for name, each in found.items() if is_quantized_layer(each)}
+    return {name: found[names[name]] for name in sorted(names)}
+
+
+def _list_linear(network: Any) -> dict[str, Any]:
+    """The linear layers of a model in full precision but the head."""
+    adapters = {id(each) for each in list_adapter_parameters(network)}
+    head = network.get_output_embeddings()
+    return {
+        name: each for name, each in network.named_modules()
+        if type(each) in (nn.Linear, Conv1D) and each is not head and id(each.weight) not in adapters
+    }  # fmt: skip
+
+
+def _list_tensors(layer: Any) -> dict[str, Tensor]:
+    """The packed codes of a quantized layer under "codes", and the constants of its blocks by their names."""
+    restore_weight(layer)
+    weight = getattr(layer, "weight", None)
+    if (state := getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)) is not None:
+        nested = {"nested_absmax": state.state2.absmax, "offset": state.offset} if state.nested else {}
+        return {"codes": layer.weight.data, "absmax": state.absmax, **nested}
+    if hasattr(layer, "W_q"):  # HQQ
+        constants = {name: each for name, each in layer.meta.items() if isinstance(each, Tensor)}
+        return {"codes": layer.W_q, **constants}
+    if hasattr(layer, "qweight"):  # GPTQ and AWQ
+        names = [name for name in ("qzeros", "scales", "g_idx") if isinstance(getattr(layer, name, None), Tensor)]
+        return {"codes": layer.qweight, **{name: getattr(layer, name) for name in names}}
+    if type(weight).__name__ == "Int8Params":
+        return {"codes": layer.weight.data, "scales": int8_scales(layer)}
+    parts = {name: getattr(weight, name) for name in layer.weight.__tensor_flatten__()[0]}  # torchao
+    codes = max(parts, key=lambda name: parts[name].nbytes)
+    return {"codes": parts.pop(codes), **parts}
+
+
+def _count_weights(layer: Any) -> int:
+    if hasattr(layer, "in_features"):
+        return int(layer.in_features * layer.out_features)
+    return int(layer.weight.numel())
+
+
+def _saved_bytes(parameter: Tensor) -> int:
+    """The bytes of an adapter's weight; PEFT loads in 32 bits what was saved in 16."""
+    is_short = any(torch.equal(parameter, parameter.to(dtype).to(parameter.dtype)) for dtype in _SIXTEEN_BITS)
+    return parameter.numel() * (2 if is_short else parameter.element_size())
