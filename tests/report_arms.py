@@ -13,6 +13,7 @@ from quantkd.evaluation.arms import BINNED, EDGES, Fidelity
 from quantkd.report import build_report
 
 TOKENS = [10, 20, 30, 40]
+SIZES = {name: {"adapters": 84_000} for name in ("start", "after", "control")} | {"merged": {"codes": 2_000_000}}
 LEVELS = {"teacher": (0.0, 90), "before": (0.4, 50), "after": (0.1, 80)}  # KL per token, questions solved of 100
 
 
@@ -52,13 +53,20 @@ def make_verdicts(solved: int, strict: int | None = None) -> dict[str, Any]:
     return {"settings": settings, "correct_flexible": flexible, "correct_strict": strictly}
 
 
+def make_size(codes: int = 500_000, constants: int = 16_000, adapters: int = 0, rest: int = 500_000) -> dict[str, Any]:
+    """Of a million weights in linear layers."""
+    bits = 8e-6 * (codes + constants + adapters)
+    parts = {"codes": codes, "constants": constants, "adapters": adapters, "rest": rest}
+    return {**parts, "linear_weights": 1_000_000, "bits_per_weight": bits}
+
+
 def make_arm(name: str, level: float, solved: int) -> dict[str, Any]:
     """The JSON of an arm; KL grows with the row's number."""
     tokens = np.array(TOKENS)
     kl = tokens * level * (1 + 0.1 * np.arange(4))
     return {
         "arm": name, "title": f"The {name} | arm", "model": "tiny", "fingerprint": name, "tasks": {},
-        "memory_bytes": 4_000_000 if name == "teacher" else 1_000_000,
+        "size": make_size(**({"codes": 2_000_000} if name == "teacher" else SIZES.get(name, {}))),
         "fidelity": make_fidelity(tokens, kl, tokens * (0.3 + level), np.round(tokens * (1 - level / 2))),
         "questions": {setting: make_verdicts(solved, solved - 5) for setting in ("8-shot", "0-shot")},
     }  # fmt: skip

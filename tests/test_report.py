@@ -3,21 +3,31 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import binom
 
 from quantkd.errors import DataError
 from quantkd.evaluation.stats import RowSums, bootstrap_interval, wilson_interval
 from quantkd.report import build_report, format_table
+from quantkd.report.figures import draw_bits
 from tests.report_arms import LEVELS, TOKENS, build, make_arm, make_arms, make_verdicts, read_tables, spoil
 
 arms = pytest.fixture(make_arms)
+
+
+def describe(arm):
+    """Of an arm what its point in the chart needs."""
+    kl = sum(arm["fidelity"]["rows"]["kl_sum"]) / sum(TOKENS)
+    return {"bits_per_weight": arm["size"]["bits_per_weight"], "metrics": {"kl": {"value": kl, "interval": None}}}
 
 
 def test_metrics_are_ratios_of_sums(tmp_path, arms):
@@ -82,7 +92,11 @@ def test_page_table_and_chart_show_each_arm_in_order(tmp_path, arms):
     lines = format_table(results).splitlines()
     assert lines[0].index("teacher") < lines[0].index("before") < lines[0].index("after") < lines[0].index("gap")
     assert [line[:16] for line in lines[2:4]] == ["Accuracy, 0-shot", "Accuracy, 0-shot"]
-    assert "1.0 MB (25%)" in next(line for line in lines if line.startswith("Memory footprint"))
+    sizes = {line[:25].strip(): re.split(r" {2,}", line)[1:] for line in lines if " MB" in line or "Bits" in line}
+    assert sizes["Size"] == ["2.5 MB (100%)", "1.0 MB (40%)", "1.1 MB (44%)"]
+    assert sizes["Bits per weight"] == ["16.13", "4.13", "4.80"] and sizes["Adapters"][2] == "0.1 MB"
+    parts = {"codes": 500_000, "constants": 16_000, "adapters": 84_000, "rest": 500_000, "total": 1_100_000}
+    assert (results["arms"]["after"]["bytes"], results["arms"]["after"]["bits_per_weight"]) == (parts, 4.8)
 
     with Image.open(tmp_path / "gap.png") as image:
         colors = {color for count, color in image.convert("RGB").getcolors(1 << 20) if count > 2_000}
@@ -98,8 +112,9 @@ GRADERS = ("correct_flexible", "correct_strict")
 @pytest.mark.parametrize(("path", "value", "message"), [
     ("arm", "before", "arm: expected 'after', the file's name, found 'before'"),
     ("title", " ", "title: expected a text, found ' '"),
-    ("title", 5, "title: expected a text, found 5"), ("memory_bytes", 1e6, "memory_bytes: expected a number of bytes"),
-    ("memory_bytes", -1, "memory_bytes: expected a number of bytes, found -1"),
+    ("title", 5, "title: expected a text, found 5"), ("size/codes", 1e6, "size/codes: expected a number of bytes"),
+    ("size/rest", -1, "size/rest: expected a number of bytes, found -1"), ("size", {}, "size: expected the keys codes"),
+    ("size/bits_per_weight", "4", "size/bits_per_weight: expected numbers"),
     ("extra", 1, ": expected the keys arm, .*'extra'"),
     ("fidelity/rows/kl_sum", [], r"fidelity/rows/kl_sum: expected numbers of shape \(4,\), found \[\]"),
     ("fidelity/rows/kl_sum", None, r"rows/kl_sum: expected numbers of shape \(4,\), found None"),
@@ -171,13 +186,15 @@ def test_missing_arms_and_parts_and_a_chart_of_an_earlier_report(tmp_path, arms)
     build(tmp_path, arms)
     shutil.rmtree(tmp_path / "evaluation")
     results, page = build(tmp_path, {"teacher": {**arms["teacher"], "questions": {}}})
-    assert not (tmp_path / "gap.png").exists() and "gap.png" not in page
+    for chart in ("gap.png", "kl_bits.png"):
+        assert not (tmp_path / chart).exists() and chart not in page
     assert results["arms"]["teacher"]["metrics"]["kl"]["value"] == 0
 
 
 @pytest.mark.parametrize(("names", "subject"), [
     (["teacher"], None), (["after"], "after"), (["teacher", "before"], None), (["before", "after"], "after"),
-    (["teacher", "before", "mine"], "mine"),
+    (["teacher", "before", "mine"], "mine"), (["teacher", "before", "start"], "start"),
+    (["teacher", "before", "start", "control"], "control"),
     (["teacher", "before", "after", "control", "merged", "requantized", "x-1", "y", "z"], "after"),
 ])  # fmt: skip
 def test_any_set_of_arms_makes_a_report(tmp_path, names, subject):
@@ -211,6 +228,33 @@ def test_the_report_says_what_an_export_cost(tmp_path, arms):
     assert cost["accuracy_0_shot"]["value"] == pytest.approx(-0.2)
     assert "after" not in results["arms"]["before"]["differences"]
     assert "this is what the change of form cost" in page and f"| {cost['kl']['value']:+.4f} [" in page
+
+
+def test_the_report_says_what_the_start_gave_and_what_training_added(tmp_path, arms):
+    arms["start"] = make_arm("start", 0.2, 70)
+    results, page = build(tmp_path, arms)
+    assert results["arm_order"] == ["teacher", "before", "start", "after"] and results["subject"] == "after"
+    rows, others = (arms[name]["fidelity"]["rows"] for name in ("after", "start"))
+    sums = [b - a for a, b in zip(rows["kl_sum"], others["kl_sum"], strict=True)]
+    found = results["arms"]["start"]["differences"]["after"]["kl"]
+    assert found["value"] == pytest.approx(sum(sums) / sum(TOKENS)) == pytest.approx(0.12)
+    assert found["interval"] == pytest.approx(list(bootstrap_interval(RowSums(sums, TOKENS))))
+    assert 'before the first step: 50.0% [50.0, 50.0] of the gap. Less "The after' in page and ": +0.1200 [" in page
+    assert "of the start, this is what training gave" in page
+
+
+def test_every_arm_is_a_labelled_point_over_its_bits(arms):
+    arms |= {name: make_arm(name, level, 60) for name, level in (("start", 0.101), ("merged", 0.1), ("free", 0.0))}
+    compared = {name: {**describe(arm), "title": name} for name, arm in arms.items()}
+    figure = draw_bits({"arms": compared, "confidence": 0.95})
+    figure.draw_without_rendering()
+    (panel,) = figure.axes
+    assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
+    points = {text.get_text(): text.xy for text in panel.texts}
+    shown = {name: arm for name, arm in compared.items() if name not in ("teacher", "free")}  # a logarithm has no zero
+    assert points == {name: (arm["bits_per_weight"], arm["metrics"]["kl"]["value"]) for name, arm in shown.items()}
+    boxes = [Text.get_window_extent(text) for text in panel.texts]  # an annotation's own has its line too
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_the_control_is_tested_against_on_the_same_questions(tmp_path, arms):

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.records import read_json
 from quantkd.evaluation.stats import CalibrationSums, Floats, RowStatistic, RowSums, compute_value
 from quantkd.files import write_file
+from quantkd.models.size import ModelSize
 
 # Lower edges of the bins; the last bin has no end. Octaves, because an answer's first tokens differ most.
 POSITION_EDGES = (0, 8, 16, 32, 64, 128, 256, 512)
@@ -48,7 +49,8 @@ _FIGURE = {"value": float, "stderr": float, "n": float}
 _TASK = {"settings": _ANY, "figures": {str: {str: _FIGURE}}, "verdicts": {str: [bool]}}
 _TEXTS = ("arm", "title", "model", "fingerprint")
 _ARM = {key: str for key in _TEXTS} | {
-    "memory_bytes": int, "fidelity": Any, "questions": {str: _GSM8K}, "tasks": {str: _TASK},
+    "size": {**dict.fromkeys((each.name for each in fields(ModelSize)), int), "bits_per_weight": float},
+    "fidelity": Any, "questions": {str: _GSM8K}, "tasks": {str: _TASK},
 }  # fmt: skip
 
 
@@ -209,7 +211,7 @@ class Arm:
     title: str
     model: str
     fingerprint: str
-    memory_bytes: int
+    size: ModelSize
     fidelity: Fidelity | None = None
     questions: Mapping[str, Accuracy] = field(default_factory=dict)
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)
@@ -226,9 +228,10 @@ class Arm:
 
     def write(self, folder: Path) -> None:
         """Write `<folder>/<name>.json`, all of it or nothing."""
-        content: dict[str, Any] = {key: getattr(self, key) for key in ("title", "model", "fingerprint", "memory_bytes")}
+        content: dict[str, Any] = {key: getattr(self, key) for key in ("title", "model", "fingerprint")}
         content |= {
             "arm": self.name,
+            "size": {**asdict(self.size), "bits_per_weight": self.size.bits_per_weight},
             "fidelity": self.fidelity and self.fidelity.to_json(),
             "questions": {key: {"settings": one.settings, **one.verdicts} for key, one in self.questions.items()},
             "tasks": {name: vars(one) for name, one in self.tasks.items()},
@@ -254,8 +257,8 @@ class Arm:
             questions[setting] = Accuracy({key: one[key] for key in one if key != "settings"}, one["settings"])
         tasks = {name: TaskResult(**one) for name, one in found["tasks"].items()}
         title = " ".join(found["title"].split())
-        facts = (found["model"], found["fingerprint"], found["memory_bytes"])
-        return cls(path.stem, title, *facts, fidelity, questions, tasks)
+        size = ModelSize(**{key: value for key, value in found["size"].items() if key != "bits_per_weight"})
+        return cls(path.stem, title, found["model"], found["fingerprint"], size, fidelity, questions, tasks)
 
 
 def check_arm_name(name: str) -> None:

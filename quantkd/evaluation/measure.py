@@ -17,6 +17,7 @@ from quantkd.evaluation.fidelity import HeldOut
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.sharing import ask_main, is_writer
+from quantkd.models.stored_weights import compute_size
 from quantkd.models.student import name_format
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _TITLES = {
     "teacher": "teacher",
     "before": "{format}, before",
+    "start": "{format}, start",
     "after": "{format}, distilled",
     "control": "{format}, cross-entropy alone",
     "merged": "{format}, distilled and merged",
@@ -91,9 +93,8 @@ def evaluate_arm(
         what = f"The held-out set of teacher {held_out.info.teacher_name}"
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
     folder = Path(run_dir) / "evaluation"
-    fingerprint, memory_bytes = compute_model_fingerprint(model), int(model.get_memory_footprint())
     title = printable((title or "").strip() or _TITLES.get(arm, arm).format(format=name_format(model)))
-    new = Arm(arm, title, printable(public_name(model_name)), fingerprint, memory_bytes)
+    new = Arm(arm, title, printable(public_name(model_name)), compute_model_fingerprint(model), compute_size(model))
     result = ask_main(settings.share, lambda: _take_up(new, folder, settings))
     for part in parts:
         for measured in part.measure(model, tokenizer, result, folder, settings):

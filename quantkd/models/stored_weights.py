@@ -1,13 +1,9 @@
-"""What a model's layers are stored as: bytes, bits per weight, and the digest of the quantized weights.
-
-The bits per weight count everything that stands for a linear layer: codes, block constants and adapters.
-"""
+"""What a model's layers are stored as: their bytes, and a digest of the quantized weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkd.foreign import int8_scales
 from quantkd.models.cpu_repacking import restore_weight
 from quantkd.models.network import base_network
+from quantkd.models.size import ModelSize
 from quantkd.models.weights import dequantize_weight, is_quantized_layer, is_sharded
 
 _SUMS = 16
@@ -24,27 +21,6 @@ _SUMS = 16
 # moves them by less than a millionth: bitsandbytes' mean of the constants depends even on the number of threads.
 _SUMS_TOLERANCE = 1e-3
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The bytes of a model, and how many weights its quantized linear layers have, or all of them if none is."""
-
-    codes: int
-    constants: int  # of the blocks
-    adapters: int
-    rest: int  # embeddings, norms, head
-    linear_weights: int
-
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return self.codes + self.constants + self.adapters + self.rest
-
-    @property
-    def bits_per_weight(self) -> float | None:
-        """Of the linear layers with their adapters; None for a model without them."""
-        return 8 * (self.total - self.rest) / self.linear_weights if self.linear_weights else None
 
 
 def compute_size(model: Any) -> ModelSize:

@@ -13,7 +13,7 @@ __all__ = ["build_report", "compute_results", "format_table", "load_arms"]
 
 
 def build_report(run_dir: str | Path) -> Path:
-    """Compare the arms of a run and write `results.json`, `report.md`, `gap.png` and `kl_bins.png` beside them.
+    """Compare the arms of a run and write `results.json`, `report.md` and its charts beside them.
 
     The same arms give the same bytes, so a report can be checked by building it again.
 
@@ -27,13 +27,18 @@ def build_report(run_dir: str | Path) -> Path:
     Raises:
         DataError: no arms, a malformed one, or arms evaluated on different items.
     """
-    from quantkd.report.figures import draw_bars, draw_breakdown, save_figure  # matplotlib takes a second to import
+    from quantkd.report.figures import (
+        draw_bars,
+        draw_bits,
+        draw_breakdown,
+        save_figure,
+    )  # matplotlib takes a second to import
 
     run_dir = Path(run_dir)
     results = compute_results(load_arms(run_dir / "evaluation"))
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     write_file(run_dir / "results.json", text + "\n")
-    charts = {"gap.png": draw_bars(results), "kl_bins.png": draw_breakdown(results)}
+    charts = {"gap.png": draw_bars(results), "kl_bins.png": draw_breakdown(results), "kl_bits.png": draw_bits(results)}
     for name, figure in charts.items():
         if figure is None:
             (run_dir / name).unlink(missing_ok=True)  # an older one

@@ -1,7 +1,8 @@
-"""The charts of a report: accuracy and KL per arm as bars, and KL by position and by the teacher's entropy as lines."""
+"""The charts of a report: accuracy and KL per arm as bars, KL against bits per weight, and KL by bins as lines."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from io import BytesIO
@@ -12,6 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from quantkd.errors import printable
 from quantkd.files import write_file
@@ -21,7 +23,7 @@ from quantkd.report.page import tabulate_breakdown
 _COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _MARKERS = "osD^vPX*"
 _HATCHES = ("", "///", "", "...", "xxx", "\\\\\\", "+++", "ooo")
-_OWN_COLORS = {"teacher": 0, "before": 1, "after": 2, "control": 3}
+_OWN_COLORS = {"teacher": 0, "before": 1, "after": 2, "control": 3, "start": 4}
 _LABELS = {"Token": "Token of the answer, counted from 1", "Entropy (nats)": "Entropy of the teacher (nats)"}
 _INK = "#222222"
 _WIDEST = 14.0  # inches
@@ -60,6 +62,36 @@ def draw_breakdown(results: dict[str, Any]) -> Figure | None:
         _draw_lines(panel, results["arms"], table)
     _add_legend(figure, panels[0].containers, [results["arms"][name]["title"] for name in tables[0]["arms"]])
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals (bootstrap over rows)", fontsize=8)
+    return figure
+
+
+def draw_bits(results: dict[str, Any]) -> Figure | None:
+    """KL against bits per weight, a labelled point an arm; None where there is nothing to draw."""
+    arms = {name: arm for name, arm in results["arms"].items() if name != "teacher" and arm["bits_per_weight"]}
+    arms = {name: arm for name, arm in arms.items() if arm["metrics"].get("kl", {}).get("value", 0) > 0}
+    if not arms:
+        return None
+    figure, (panel,) = _make_panels(7.4, [1])
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log", nonpositive="clip")
+    styles = _pick_styles(results["arms"])
+    for name, arm in arms.items():
+        values, errors = _scale_intervals([arm["metrics"]["kl"]])
+        look: dict[str, Any] = {"color": _COLORS[styles[name]], "marker": _MARKERS[styles[name]]}
+        panel.errorbar([arm["bits_per_weight"]], values, yerr=errors, capsize=2.5, elinewidth=1, linewidth=0, **look)
+    bits, heights = ([arm["bits_per_weight"] for arm in arms.values()], panel.get_ylim())
+    panel.set_xlim(min(bits) / 1.12, max(bits) * 1.9)  # room for the labels
+    panel.set_ylim(heights[0] / 1.2, heights[1] * 1.2)
+    _label_points(
+        panel, [(arm["bits_per_weight"], arm["metrics"]["kl"]["value"], arm["title"]) for arm in arms.values()]
+    )
+    for axis, subs in ((panel.xaxis, (1, 1.25, 1.5, 1.75)), (panel.yaxis, (1, 1.5, 2, 3, 5, 7))):
+        axis.set_major_locator(LogLocator(2 if axis is panel.xaxis else 10, subs))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+    panel.set_xlabel("Bits per weight of the linear layers, adapters and constants included")
+    _label_axes(panel, "KL (nats per token)", "KL to the teacher against size")
+    figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals (bootstrap over rows)", fontsize=8, color=_INK)
     return figure
 
 
@@ -148,6 +180,21 @@ def _draw_lines(panel: Axes, arms: dict[str, Any], table: dict[str, Any]) -> Non
     panel.set_xlabel(_LABELS[table["label"]])
     _label_axes(panel, "KL (nats per token)", table["title"])
     panel.set_ylim(0, None)
+
+
+def _label_points(panel: Axes, points: list[tuple[float, float, str]]) -> None:
+    """A label to the right of each point, moved up where it would hide the one below."""
+    low, high = map(math.log, panel.get_ylim())
+    line = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+    lowest = -math.inf
+    for x, y, title in sorted(points, key=lambda point: point[1]):
+        place = max((math.log(y) - low) / (high - low), lowest)  # a share of the panel's height
+        lowest = place + 0.06
+        text = _plain_text(title if len(title) <= 40 else title[:37] + "...")
+        panel.annotate(
+            text, (x, y), (9, (place - (math.log(y) - low) / (high - low)) * 200), textcoords="offset points",
+            va="center", fontsize=8, arrowprops=line,
+        )  # fmt: skip
 
 
 def _scale_intervals(measured: list[dict[str, Any]], scale: float = 1) -> tuple[list[float], list[list[float]]]:

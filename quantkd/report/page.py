@@ -14,6 +14,13 @@ from quantkd.errors import code_span, markdown, printable
 from quantkd.report.results import name_breakdown, order_results
 
 _PERCENT = ("accuracy_", "top1_agreement", "dense_top1_agreement")
+_PARTS = {
+    "codes": "Linear layers",
+    "constants": "Block constants",
+    "adapters": "Adapters",
+    "rest": "Embeddings, norms, head",
+    "total": "Size",
+}
 _TITLES = {
     "position": ("KL by position in the answer", "Token"),
     "entropy": ("KL by the teacher's entropy", "Entropy (nats)"),
@@ -29,7 +36,10 @@ def tabulate(results: dict[str, Any]) -> list[list[str]]:
     for key, title in results["metrics"].items():
         cells = [_format_figure(key, arm["metrics"].get(key)) for arm in arms.values()]
         rows.append([title, *cells, _format_share(shares[key], short=True) if shares else ""])
-    rows.append(["Memory footprint", *(_format_memory(arm, arms.get("teacher")) for arm in arms.values()), ""])
+    bits = [arm["bits_per_weight"] for arm in arms.values()]
+    rows.append(["Bits per weight", *("none" if each is None else f"{each:.2f}" for each in bits), ""])
+    for part, title in _PARTS.items():
+        rows.append([title, *(_format_bytes(arm, part, arms.get("teacher")) for arm in arms.values()), ""])
     return rows
 
 
@@ -90,7 +100,9 @@ def _to_table(rows: Sequence[Sequence[Any]]) -> Markup:
     return Markup("\n".join([head, "|" + "---|" * len(rows[0]), *lines]))
 
 
-def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None) -> str:
+def render_page(
+    results: dict[str, Any], figure_name: str | None, breakdown_name: str | None = None, bits_name: str | None = None
+) -> str:
     """The Markdown page of a report."""
     environment = make_environment("report")
     environment.filters["share"] = _format_share
@@ -103,12 +115,23 @@ def render_page(results: dict[str, Any], figure_name: str | None, breakdown_name
         results,
         figure_name=figure_name,
         breakdown_name=breakdown_name,
+        bits_name=bits_name,
+        start=_describe_start(arms),
         every=every,
         shares=_tabulate_metrics(results, students, lambda _, share: _format_share(share)),
         breakdowns=[_tabulate_bins(arms, found) for kind in _TITLES if (found := tabulate_breakdown(results, kind))],
         differences=_tabulate_differences(results),
         tests=_tabulate_tests(results),
     )
+
+
+def _describe_start(arms: dict[str, Any]) -> dict[str, str] | None:
+    """What the start alone recovered of the KL, and what training added to it."""
+    found = arms["start"]["differences"].get("after", {}).get("kl") if "start" in arms else None
+    if found is None:
+        return None
+    share = _format_share(arms["start"]["gap_recovered"]["kl"])
+    return {"share": share, "difference": _format_figure("kl", found, sign="+"), "title": arms["start"]["title"]}
 
 
 def _tabulate_metrics(results: dict[str, Any], columns: Sequence[tuple[str, Any]], form: Any) -> list[list[str]]:
@@ -168,7 +191,7 @@ def _tabulate_differences(results: dict[str, Any]) -> list[tuple[str, list[list[
         sections.append((f'"{shown["title"]}" less another arm:', columns))
     further = [(arm["title"], arm["differences"]["after"]) for arm in arms.values() if "after" in arm["differences"]]
     if further:
-        what = "of an exported form, this is what the change of form cost"
+        what = "of the start, this is what training gave, and of an exported form, this is what the change of form cost"
         sections.append((f'Another arm less "{after["title"]}"; {what}:', further))
     form = partial(_format_figure, sign="+")
     return [(caption, _tabulate_metrics(results, columns, form)) for caption, columns in sections]
@@ -202,8 +225,8 @@ def _format_share(share: dict[str, Any], short: bool = False) -> str:
     return f"{text} [{100 * share['interval'][0]:.1f}, {100 * share['interval'][1]:.1f}]" if share["interval"] else text
 
 
-def _format_memory(arm: dict[str, Any], teacher: dict[str, Any] | None) -> str:
-    text = f"{arm['memory_bytes'] / 1e6:,.1f} MB"
-    if teacher is None or not teacher["memory_bytes"]:
+def _format_bytes(arm: dict[str, Any], part: str, teacher: dict[str, Any] | None) -> str:
+    text = f"{arm['bytes'][part] / 1e6:,.1f} MB"
+    if part != "total" or teacher is None or not teacher["bytes"]["total"]:
         return text
-    return f"{text} ({arm['memory_bytes'] / teacher['memory_bytes']:.0%})"
+    return f"{text} ({arm['bytes']['total'] / teacher['bytes']['total']:.0%})"

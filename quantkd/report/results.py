@@ -16,9 +16,9 @@ from quantkd.evaluation.arms import Arm
 
 # More digits would differ between processors by the order of their sums.
 _SIGNIFICANT_DIGITS = 10
-_FIRST = ("teacher", "before", "after")  # in the report; others follow by name
+_FIRST = ("teacher", "before", "start", "after")  # in the report; others follow by name
 # Which arms each is compared with; "control" trained without the teacher. Any other one, such as an exported form, is
-# compared with "after" as well: what the change of form cost.
+# compared with "after" as well: what the change of form cost, and of "start" what distillation added.
 _COMPARED_WITH: dict[str, tuple[str, ...]] = {
     "teacher": ("before",),
     "before": ("teacher",),
@@ -131,6 +131,7 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
     by_name = {arm.name: arm for arm in arms}
     compared = {arm.name: _describe_arm(arm, by_name, metrics) for arm in arms}
     students = [name for name in compared if name not in ("teacher", "before")]
+    students.sort(key=lambda name: name == "start")  # shown only where nothing was trained from it
     subject = students[0] if students else None
     shares = compared[subject]["gap_recovered"] if subject else {}
     gaps = compared["before"]["mcnemar"] if "before" in compared else {}
@@ -172,7 +173,8 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
     description: dict[str, Any] = {
         "title": arm.title,
         "model": arm.model,
-        "memory_bytes": arm.memory_bytes,
+        "bytes": {part: getattr(arm.size, part) for part in ("codes", "constants", "adapters", "rest", "total")},
+        "bits_per_weight": arm.size.bits_per_weight,
         "num_rows": len(arm.fidelity.tokens) if arm.fidelity else 0,
         "num_tokens": int(arm.fidelity.tokens.sum()) if arm.fidelity else 0,
         "metrics": {metric.key: _measure(metric, found) for metric in metrics if (found := metric.find(arm))},
