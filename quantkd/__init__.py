@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "errors": "QuantKDError",
+        "models.quantize": "quantize",
         "teacher.capture": "capture",
         "teacher.teacher": "GenerationSettings RunSettings",
         "training.config": "QuantizedDistillationConfig",
@@ -23,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy(
 
 if TYPE_CHECKING:
     from quantkd.errors import QuantKDError as QuantKDError
+    from quantkd.models.quantize import quantize as quantize
     from quantkd.teacher.capture import capture as capture
     from quantkd.teacher.teacher import GenerationSettings as GenerationSettings, RunSettings as RunSettings
     from quantkd.training.config import QuantizedDistillationConfig as QuantizedDistillationConfig

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 
 PUBLIC_NAMES = {
     "GenerationSettings", "Nucleus", "QuantKDError", "QuantizedDistillationConfig", "QuantizedDistillationTrainer",
-    "RunSettings", "Sampled", "TopK", "TopKLogprobs", "TransferSet", "capture",
+    "RunSettings", "Sampled", "TopK", "TopKLogprobs", "TransferSet", "capture", "quantize",
 }  # fmt: skip
 HEAVY = ["bitsandbytes", "matplotlib", "torch", "transformers", "trl", "vllm"]
 MAX_FILE_BYTES = 500_000

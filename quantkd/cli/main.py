@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "show what a transfer set holds",
     "verify": "check every byte and row of a transfer set, and with --teacher what they say",
     "convert": "rewrite a transfer set smaller or trimmed, or import another toolkit's table",
+    "quantize": "write a 4-bit checkpoint whose codes fit the inputs of each layer",
     "train": "train a quantized student on a transfer set",
     "sweep": "search for the training arguments with the lowest held-out KL",
     "evaluate": "measure one model: KL to the teacher, and accuracy on GSM8K and other tasks",

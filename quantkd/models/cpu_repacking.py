@@ -46,7 +46,7 @@ def keep_trainable_on_cpu(model: nn.Module) -> None:
         setattr(layer, _FORMS, _Forms())
         layer.register_forward_pre_hook(_before_forward)
         layer.register_forward_hook(_after_forward, always_call=True)
-        layer.register_load_state_dict_pre_hook(_before_load)  # which writes into the weight that is there
+        layer.register_load_state_dict_pre_hook(forget_repacked)  # which writes into the weight that is there
 
 
 class _Forms:
@@ -86,8 +86,10 @@ def _after_forward(layer: Any, args: tuple[Tensor, ...], output: Any) -> None:
     layer.weight.data, layer.weight.quant_state = forms.own[1:]
 
 
-def _before_load(layer: Any, *_: Any) -> None:
-    setattr(layer, _FORMS, _Forms())
+def forget_repacked(layer: Any, *_: Any) -> None:
+    """After a layer's own weight was written to, its next evaluation pass repacks it anew."""
+    if hasattr(layer, _FORMS):
+        setattr(layer, _FORMS, _Forms())
 
 
 def restore_weight(layer: Any) -> None:

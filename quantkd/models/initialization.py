@@ -19,13 +19,13 @@ from accelerate.utils import broadcast
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from quantkd.errors import ConfigError
 from quantkd.foreign import lora_variant_of
 from quantkd.hardware import process_state
-from quantkd.models.network import base_network, undisturbed
-from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.layer_inputs import draw_rows, visit_layers
+from quantkd.models.network import base_network
+from quantkd.models.original_weights import OriginalWeights, read_original
 from quantkd.models.weights import dequantize_weight, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 # The measured choice of docs/initialization.md.
 SHRINKAGE = 1e-2
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
-# Padded tokens of the forward pass, and tokens that one correction looks at: they bound the memory.
-_MAX_TOKENS, _MAX_INPUTS = 16384, 4096
+_MAX_INPUTS = 4096  # tokens that one correction looks at: they bound its time
 
 
 def compute_correction(
@@ -78,62 +77,23 @@ def initialize_from_error(
 ) -> int:
     """Set every LoRA adapter to the best correction of its layer's error, without inputs where no row reaches it."""
     network = base_network(model)
-    adapted = [(name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer)]
-    waiting: dict[Any, str] = {module: name for name, module in adapted}
+    adapted: dict[Any, str] = {each: name for name, each in network.named_modules() if isinstance(each, LoraLayer)}
     refused: dict[str, str] = {}
-    hooks: dict[nn.Module, Any] = {}
-    total = len(waiting)
-    bar = tqdm(total=total, desc="initialization", unit="adapter", disable=None if progress else True)
 
-    def settle(layer: nn.Module, inputs: Tensor | None) -> None:
-        name = waiting.pop(layer)
+    def settle(layer: Any, inputs: Tensor | None) -> None:
         try:
-            _correct(layer, weights, name, inputs, shrinkage)
+            _correct(layer, weights, adapted[layer], inputs, shrinkage)
         except ConfigError as error:
-            refused[name] = str(error)
-        bar.update()
+            refused[adapted[layer]] = str(error)
 
-    with torch.no_grad(), bar:
-        if input_ids is not None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-
-            def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-                hooks.pop(layer).remove()
-                settle(layer, _tokens(args[0], mask.bool()))
-
-            device = model.get_input_embeddings().weight.device
-            for layer in waiting:
-                hooks[layer] = layer.register_forward_pre_hook(before)
-            try:
-                with undisturbed(model, device):
-                    # Without the head, whose logits over all rows could be gigabytes.
-                    network.base_model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            finally:
-                for hook in hooks.values():
-                    hook.remove()
-        for layer in list(waiting):
-            settle(layer, None)
+    bar = tqdm(total=len(adapted), desc="initialization", unit="adapter", disable=None if progress else True)
+    visit_layers(model, adapted, settle, input_ids, attention_mask, bar)
     if refused:
         name, reason = next(iter(refused.items()))
-        logger.warning("%d of %d adapters start from zero. That of %s: %s", len(refused), total, name, reason)
+        logger.warning("%d of %d adapters start from zero. That of %s: %s", len(refused), len(adapted), name, reason)
     for name, reason in refused.items():
         logger.info("The adapter of %s starts from zero: %s", name, reason)
-    return total - len(refused)
-
-
-def draw_rows(dataset: Any, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Calibration rows: drawn at random, as many as asked for or as memory allows."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows]
-    chosen: list[Tensor] = []
-    longest = 0
-    for row in order.tolist():
-        ids = torch.as_tensor(dataset[row]["input_ids"])[:_MAX_TOKENS]
-        if (len(chosen) + 1) * max(longest, len(ids)) > _MAX_TOKENS:
-            break
-        chosen.append(ids)
-        longest = max(longest, len(ids))
-    lengths = torch.tensor([len(ids) for ids in chosen])
-    return nn.utils.rnn.pad_sequence(chosen, batch_first=True), (torch.arange(longest) < lengths.unsqueeze(1)).long()
+    return len(adapted) - len(refused)
 
 
 def initialize_from_rows(
@@ -172,28 +132,13 @@ def _correct(layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | N
     if lora_variant_of(layer, adapter) is not None or not isinstance(layer.lora_A[adapter], nn.Linear):
         raise ConfigError("its adapter is not a plain LoRA of a linear layer (DoRA, say).")
     base = layer.get_base_layer()
-    quantized, original = dequantize_weight(base), weights.read(name)
-    if issubclass(getattr(base, "source_cls", type(base)), Conv1D):  # GPT-2's, stored as (in, out)
-        original = original.T
-    if original.shape != quantized.shape:
-        raise ConfigError(f"its checkpoint's weight is {tuple(original.shape)}, and its own {tuple(quantized.shape)}.")
-    original = original.to(quantized.device, torch.float32)
-    error = original - quantized.float()
-    if error.norm() > original.norm():
-        raise ConfigError("its weight is farther from the checkpoint's than zero is: it was not quantized from it.")
+    quantized = dequantize_weight(base)
+    error = read_original(weights, name, base).to(quantized.device, torch.float32) - quantized.float()
+    if inputs is not None:
+        inputs = inputs[:: -(-len(inputs) // _MAX_INPUTS)]
     up, down = compute_correction(error, inputs, layer.r[adapter], shrinkage=shrinkage)
     layer.lora_B[adapter].weight.data.copy_(up / layer.scaling[adapter])
     # Where there is nothing to correct, PEFT's own start stays: with both factors at zero neither gets a gradient.
     used = down.any(dim=1, keepdim=True)
     start = layer.lora_A[adapter].weight
     start.data.copy_(torch.where(used, down.to(start.dtype), start))
-
-
-def _tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
-    """(N, in): a layer's inputs without padding, at most `_MAX_INPUTS` of them; None where there are none."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    kept = torch.arange(len(rows), device=rows.device)
-    if len(rows) == mask.numel():  # else a part of the tokens, as an expert gets them
-        kept = kept[mask.flatten().to(rows.device)]
-    step = -(-len(kept) // _MAX_INPUTS)
-    return rows[kept[::step]].float() if len(kept) else None

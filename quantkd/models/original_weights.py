@@ -9,11 +9,12 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.foreign import map_checkpoint
-from quantkd.models.weights import FULL_PRECISION
+from quantkd.models.weights import FULL_PRECISION, dequantize_weight
 from quantkd.names import find_file
 
 logger = logging.getLogger(__name__)
@@ -79,3 +80,16 @@ class OriginalWeights:
             f"{self.name_or_path} has no safetensors weights to compare the quantized ones with. "
             "Convert the checkpoint, name another as init_from, or start from zero with init='zero'."
         )
+
+
+def read_original(weights: OriginalWeights, name: str, layer: Any) -> Tensor:
+    """The weight that a quantized layer was made from, (out, in); refuses one that it was not made from."""
+    quantized, original = dequantize_weight(layer), weights.read(name)
+    if issubclass(getattr(layer, "source_cls", type(layer)), Conv1D):  # GPT-2's, stored as (in, out)
+        original = original.T
+    if original.shape != quantized.shape:
+        raise ConfigError(f"its checkpoint's weight is {tuple(original.shape)}, and its own {tuple(quantized.shape)}.")
+    original = original.to(quantized.device)
+    if (original.float() - quantized.float()).norm() > original.float().norm():
+        raise ConfigError("its weight is farther from the checkpoint's than zero is: it was not quantized from it.")
+    return original

@@ -1,0 +1,139 @@
+"""4-bit codes by error feedback, in bitsandbytes' storage: the same constants, bytes and kernels, other codes.
+
+Rounding every weight to its nearest code ignores what a layer reads. With C the second moment of the inputs, the output
+error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and the rounding error of each is
+spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. Then
+single codes change as long as that lowers the error. A row for which this is no better than the nearest codes keeps
+those. The derivation and the figures are in docs/quantize.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkd.errors import ConfigError
+from quantkd.models.cpu_repacking import forget_repacked, restore_weight
+
+# The measured choices of docs/quantize.md.
+DAMPING, SWEEPS = 1e-2, 2
+_COLUMNS = 128  # that are rounded before the rest of a matrix is updated by one product
+
+
+class InputMoment:
+    """The second moment of a layer's inputs, `X^T X / N`, and what choosing codes needs of it."""
+
+    def __init__(self, inputs: Tensor, *, damping: float = DAMPING) -> None:
+        self.matrix = inputs.T @ inputs / len(inputs)  # (in, in)
+        if not bool(torch.isfinite(self.matrix).all()):
+            raise ConfigError("its inputs are not finite.")
+        self.order = self.matrix.diagonal().argsort(descending=True)
+        self.damped = self._damp(damping)
+        cholesky, failed = torch.linalg.cholesky_ex(self.damped)
+        while bool(failed):  # rounding made it indefinite, or all inputs are zero
+            damping = 10 * damping or DAMPING
+            self.damped = self._damp(damping)
+            cholesky, failed = torch.linalg.cholesky_ex(self.damped)
+        # Row i of the inverse's factor says how the error of column i is spread over the later ones.
+        self.feedback = torch.linalg.cholesky(torch.cholesky_inverse(cholesky), upper=True)
+
+    def _damp(self, damping: float) -> Tensor:
+        """In `order`, with a share of the mean on the diagonal, for directions that no token took."""
+        damped = self.matrix[self.order][:, self.order]
+        damped.diagonal().add_(damping * (self.matrix.diagonal().mean() or 1.0))
+        return damped
+
+
+def choose_codes(
+    weight: Tensor, scales: Tensor, levels: Tensor, moment: InputMoment | None, *, sweeps: int = SWEEPS
+) -> Tensor:
+    """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
+
+    weight and scales are (out, in); without a moment the nearest codes are chosen.
+    """
+    grid, places = levels.sort()  # FP4's are in no order
+    edges = (grid[1:] + grid[:-1]) / 2
+    divisors = torch.where(scales == 0, torch.ones_like(scales), scales)  # a block of zeros takes any code
+
+    def find_nearest(values: Tensor, divisor: Tensor) -> Tensor:
+        return torch.bucketize(values / divisor, edges)
+
+    if moment is None:
+        return places[find_nearest(weight, divisors)]
+    # Columns become rows, which are contiguous.
+    wanted, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
+    nearest, left = find_nearest(wanted, divisors), wanted.clone()
+    found = torch.empty_like(nearest)
+    for start, end in _blocks(len(wanted)):
+        errors = torch.empty_like(left[start:end])
+        for column in range(start, end):
+            onward = moment.feedback[column]
+            found[column] = find_nearest(left[column], divisors[column])
+            errors[column - start] = (left[column] - grid[found[column]] * scales[column]) / onward[column]
+            left[column + 1 : end] -= torch.outer(onward[column + 1 : end], errors[column - start])
+        left[end:] -= moment.feedback[start:end, end:].T @ errors
+    values = grid[found] * scales
+    for start, end in _blocks(len(wanted)) * sweeps:  # coordinate descent
+        damped = moment.damped[start:end, start:end]
+        slopes = moment.damped[start:end] @ (wanted - values)  # half the gradient, of the block's columns
+        for column in range(start, end):
+            place, old = column - start, values[column].clone()
+            found[column] = find_nearest(old + slopes[place] / damped[place, place], divisors[column])
+            values[column] = grid[found[column]] * scales[column]
+            slopes -= torch.outer(damped[place], values[column] - old)
+    matrix = moment.matrix[moment.order][:, moment.order]
+    ours, theirs = (compute_output_error((wanted - grid[each] * scales).T, matrix) for each in (found, nearest))
+    # By a margin, for the comparison is itself rounded.
+    found = torch.where(ours < theirs * (1 - 1e-5), found, nearest)
+    return places[found[moment.order.argsort()].T]
+
+
+def compute_output_error(error: Tensor, moment: Tensor) -> Tensor:
+    """(out,): the mean squared output of each row of an (out, in) error, e C e^T."""
+    return ((error @ moment) * error).sum(1)
+
+
+def read_constants(state: Any) -> Tensor:
+    """A 4-bit weight's block constants in float32, one for each block of its flattened values."""
+    if not state.nested:
+        return state.absmax.float()  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()  # type: ignore[no-any-return]
+
+
+def read_scales(packed: Tensor, state: Any) -> Tensor:
+    """A 4-bit weight's constants, one for each value; refused where this device's kernel takes others."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    scales = read_constants(state).repeat_interleave(state.blocksize)[: state.shape.numel()].reshape(state.shape)
+    whole, one = copy.copy(state), int(state.code.argmax())  # the level 1
+    whole.dtype = torch.float32
+    taken = dequantize_4bit(torch.full_like(packed.view(torch.uint8), 17 * one).view(packed.dtype), whole)
+    if not torch.allclose(taken, scales):
+        raise ConfigError(
+            f"bitsandbytes' kernel on {packed.device} takes other constants for the shape {tuple(state.shape)} than "
+            f"it stored in blocks of {state.blocksize} (seen on CPUs with bitsandbytes 0.50, where in_features is not "
+            "a multiple of the block). The weight is right on a GPU; use one."
+        )
+    return scales
+
+
+def calibrate_layer(layer: Any, original: Tensor, moment: InputMoment | None) -> None:
+    """Choose the codes of bitsandbytes' 4-bit layer anew, for the inputs it gets; its constants stay."""
+    restore_weight(layer)
+    packed, state = layer.weight.data, layer.weight.quant_state
+    weight = original.to(packed.device, torch.float32)
+    scales = read_scales(packed, state)
+    codes = choose_codes(weight, scales, state.code.float(), moment).flatten().to(torch.uint8)
+    codes = nn.functional.pad(codes, (0, codes.numel() % 2))
+    both = (codes[0::2] << 4) | codes[1::2]  # bitsandbytes' order in a byte
+    packed.copy_(both.view(packed.dtype).reshape(packed.shape))
+    forget_repacked(layer)
+
+
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _COLUMNS, columns)) for start in range(0, columns, _COLUMNS)]

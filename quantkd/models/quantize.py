@@ -1,0 +1,138 @@
+"""A model in 4 bit with calibrated codes, as an ordinary bitsandbytes checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from quantkd.errors import ConfigError
+from quantkd.files import new_folder
+from quantkd.models.codes import InputMoment, calibrate_layer
+from quantkd.models.export import check_output_dir
+from quantkd.models.generation import context_length
+from quantkd.models.layer_inputs import draw_rows, visit_layers
+from quantkd.models.network import base_network
+from quantkd.models.original_weights import OriginalWeights, read_original
+from quantkd.models.provenance import Provenance
+from quantkd.models.student import describe_quantization, load_student, refuse_quantized
+from quantkd.models.weights import head_width
+from quantkd.names import __version__, is_repository_name, load_tokenizer, public_name
+from quantkd.transfer_set import TransferSet
+from quantkd.transfer_set.compatibility import check_student, check_transfer_set
+
+logger = logging.getLogger(__name__)
+
+ROWS = 24  # of calibration
+
+
+def quantize(
+    model: str | PathLike[str],
+    transfer_set: TransferSet,
+    output_dir: str | PathLike[str],
+    *,
+    quantization_config: Any | None = None,
+    dtype: str | torch.dtype | None = None,
+    rows: int = ROWS,
+    seed: int = 0,
+    progress: bool = True,
+    **model_init_kwargs: Any,
+) -> Path:
+    """Quantize a model to 4 bit with codes that are chosen for the inputs of each layer.
+
+    The checkpoint has the size, format and kernels of bitsandbytes' own, and `from_pretrained` loads it without
+    quantkd. One pass over the rows is made; beside the model, one layer's weight and inputs are held.
+
+    Args:
+        model: the full-precision checkpoint, a Hub name or a folder.
+        transfer_set: its own answers, whose rows give the inputs; only their token ids are read.
+        output_dir: a new folder. It appears when it is complete.
+        quantization_config: `"nf4"` (the default), `"fp4"`, or a `BitsAndBytesConfig` in 4 bit.
+        dtype: of the weights that stay, and of the 4-bit layers' products; by the hardware if None.
+        rows: of the transfer set, drawn at random; fewer if 16,384 padded tokens are reached.
+        seed: of the draw.
+        progress: show a bar if there is a terminal.
+        **model_init_kwargs: further arguments of `from_pretrained`, such as `revision`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: a checkpoint that is quantized already, a format without 4-bit codes, or a folder that exists.
+        TransferSetError: a set that another tokenizer wrote.
+
+    Reference: docs/quantize.md; Frantar et al. 2022 (arXiv:2210.17323).
+    """
+    name, path = fspath(model), check_output_dir(fspath(output_dir))
+    if rows < 1:
+        raise ConfigError(f"rows is {rows}; expected at least 1.")
+    refuse_quantized(name, **model_init_kwargs)
+    tokenizer = load_tokenizer(name, **model_init_kwargs)
+    check_transfer_set(transfer_set, tokenizer, temperature=1.0, divergence="forward_kl")
+    student = load_student(name, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs)
+    check_student(transfer_set, head_width(student), context_length(student))
+    weights = OriginalWeights(name, student, model_init_kwargs.get("revision"))
+    calibrate(student, weights, *draw_rows(transfer_set, rows, seed), progress=progress)
+    made = {
+        "form": "quantized", "codes": "calibrated", "rows": rows, "seed": seed, "quantkd_version": __version__,
+        "quantized_from": public_name(name), "quantization": describe_quantization(student),
+    }  # fmt: skip
+    with new_folder(path) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Provenance(transfer_set_digest=transfer_set.digest, export=made).write(folder)
+    return path
+
+
+def calibrate(
+    model: Any, weights: OriginalWeights, input_ids: Tensor, attention_mask: Tensor, *, progress: bool = True
+) -> int:
+    """Choose the codes of every 4-bit layer of bitsandbytes anew; how many were. Others keep their nearest codes."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    named: dict[Any, str] = {
+        layer: name for name, layer in base_network(model).named_modules() if isinstance(layer, Linear4bit)
+    }
+    if not named:
+        raise ConfigError("The model has no 4-bit layer of bitsandbytes. Codes are chosen for nf4 and fp4 alone.")
+    refused: dict[str, str] = {}
+    last: tuple[Tensor | None, InputMoment | None] = None, None
+
+    def visit(layer: Any, inputs: Tensor | None) -> None:
+        nonlocal last
+        try:
+            original = read_original(weights, named[layer], layer)
+            if inputs is None:
+                raise ConfigError("no token reaches it.")
+            if inputs is not last[0]:
+                last = inputs, InputMoment(inputs)
+            calibrate_layer(layer, original, last[1])
+        except ConfigError as error:
+            refused[named[layer]] = str(error)
+
+    bar = tqdm(total=len(named), desc="codes", unit="layer", disable=None if progress else True)
+    visit_layers(model, named, visit, input_ids, attention_mask, bar)
+    if len(refused) == len(named):
+        raise ConfigError(f"The codes of no layer could be chosen. {_first(refused)}")
+    if refused:
+        logger.warning("%d of %d layers keep their nearest codes. %s", len(refused), len(named), _first(refused))
+    return len(named) - len(refused)
+
+
+def find_origin(name_or_path: str) -> str | None:
+    """The full-precision checkpoint that a folder of `quantize` was made from; None if it is not known or not here."""
+    origin = (Provenance.read(name_or_path).export or {}).get("quantized_from")
+    if not isinstance(origin, str) or is_repository_name(origin):
+        return origin if isinstance(origin, str) else None
+    # Of a local folder the name alone is stored: it is looked for beside the checkpoint, and here.
+    places = (Path(name_or_path).resolve().parent / origin, Path(origin))
+    return next((str(place) for place in places if (place / "config.json").is_file()), None)
+
+
+def _first(refused: dict[str, str]) -> str:
+    return "That of {}: {}".format(*next(iter(refused.items())))

@@ -1,0 +1,205 @@
+"""Calibrated codes: never worse than the nearest ones, in bitsandbytes' own bytes, as an ordinary checkpoint."""
+
+import logging
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from quantkd import quantize
+from quantkd.errors import ConfigError, DataError
+from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.models.codes import InputMoment, calibrate_layer, choose_codes, read_constants
+from quantkd.models.layer_inputs import draw_rows
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.quantize import calibrate, find_origin
+from quantkd.models.student import load_student
+from quantkd.models.weights import dequantize_weight
+
+
+def random_problem(rows, columns, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(-1, 1, columns)
+    inputs = torch.randn(tokens, columns, generator=generator) @ mixing
+    return torch.randn(rows, columns, generator=generator), inputs
+
+
+def quantized(weight, *, kind="nf4", nested=True, blocksize=64, storage=torch.uint8):
+    """What bitsandbytes makes of a weight, as a layer that computes in float32."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    rows, columns = weight.shape
+    layer = Linear4bit(columns, rows, bias=False, compute_dtype=torch.float32, quant_type=kind, quant_storage=storage)
+    packed, state = bnb.quantize_4bit(
+        weight, quant_type=kind, compress_statistics=nested, blocksize=blocksize, quant_storage=storage
+    )
+    layer.weight = Params4bit(packed, requires_grad=False, quant_state=state, quant_type=kind, bnb_quantized=True)
+    return layer
+
+
+def output_errors(weight, layer, inputs):
+    """The squared output error of each row, in float64, from the inputs themselves."""
+    error = weight.double().numpy() - dequantize_weight(layer).double().numpy()
+    return np.square(inputs.double().numpy() @ error.T).sum(0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=strategies.integers(1, 9),
+    columns=strategies.sampled_from([3, 33, 64, 99, 128, 192]),
+    tokens=strategies.sampled_from([1, 5, 300]),
+    kind=strategies.sampled_from(["nf4", "fp4"]),
+    nested=strategies.booleans(),
+    seed=strategies.integers(0, 9),
+)
+def test_no_row_is_worse_than_with_the_nearest_codes(rows, columns, tokens, kind, nested, seed):
+    weight, inputs = random_problem(rows, columns, tokens, seed)
+    inputs[:, columns // 2] = 0  # a dead input
+    layer = quantized(weight, kind=kind, nested=nested)
+    before = output_errors(weight, layer, inputs)
+    calibrate_layer(layer, weight, InputMoment(inputs))
+    assert (output_errors(weight, layer, inputs) <= before * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_inputs_without_a_preference_give_the_nearest_codes(kind, nested):
+    weight, _ = random_problem(7, 91, 1)
+    inputs = torch.eye(91) * 91**0.5
+    layers = [quantized(weight, kind=kind, nested=nested) for _ in range(3)]
+    nearest = dequantize_weight(layers[0])
+    for layer, moment in zip(layers[1:], (None, InputMoment(inputs)), strict=True):
+        calibrate_layer(layer, weight, moment)
+        if nested:  # bitsandbytes rounds before it quantizes the constants, and so on other ones
+            assert (weight - dequantize_weight(layer)).abs().max() <= (weight - nearest).abs().max()
+        else:
+            assert torch.equal(dequantize_weight(layer), nearest)
+    assert torch.equal(layers[1].weight, layers[2].weight)
+
+
+def test_the_error_is_far_less_on_correlated_inputs():
+    weight, inputs = random_problem(32, 128, 4000)
+    layer = quantized(weight)
+    before = output_errors(weight, layer, inputs).sum()
+    calibrate_layer(layer, weight, InputMoment(inputs))
+    assert output_errors(weight, layer, inputs).sum() < before / 2.5
+
+
+def test_feedback_is_that_of_the_textbook():
+    """Without sweeps: optimal brain quantization, which forms the inverse of what is left at every column."""
+    weight, inputs = random_problem(3, 40, 200)
+    layer = quantized(weight, nested=False)
+    state = layer.weight.quant_state
+    scales = read_constants(state).repeat_interleave(64)[:120].reshape(3, 40)
+    moment = InputMoment(inputs)
+    left, matrix, levels = weight.double(), moment.damped.double(), state.code.double()
+    left, divisors = left[:, moment.order], scales.double()[:, moment.order]
+    expected = torch.empty(3, 40, dtype=torch.long)
+    for column in range(40):
+        inverse = torch.linalg.inv(matrix[column:, column:])
+        expected[:, column] = (left[:, column] / divisors[:, column]).unsqueeze(1).sub(levels).abs().argmin(1)
+        error = (left[:, column] - levels[expected[:, column]] * divisors[:, column]) / inverse[0, 0]
+        left[:, column:] -= torch.outer(error, inverse[0])
+    found = choose_codes(weight, scales, state.code, moment, sweeps=0)
+    assert (found[:, moment.order] == expected).double().mean() > 0.98  # ties aside
+
+
+def test_storage_constants_and_odd_layers():
+    weight, inputs = random_problem(4, 33, 50)
+    weight[0] = 0
+    for storage in (torch.uint8, torch.bfloat16):
+        layer = quantized(weight, storage=storage)
+        state, shape, dtype = layer.weight.quant_state, layer.weight.shape, layer.weight.dtype
+        constants = read_constants(state).clone()
+        calibrate_layer(layer, weight, InputMoment(inputs))
+        assert layer.weight.quant_state is state and (layer.weight.shape, layer.weight.dtype) == (shape, dtype)
+        assert torch.equal(read_constants(state), constants)
+        assert torch.isfinite(dequantize_weight(layer)).all()
+    wide = quantized(torch.ones(3, 96) * torch.arange(1.0, 4.0).unsqueeze(1))
+    if not torch.allclose(dequantize_weight(wide)[:, 0], torch.arange(1.0, 4.0), rtol=0.1):
+        with pytest.raises(ConfigError, match="takes other constants"):
+            calibrate_layer(wide, torch.ones(3, 96), None)
+    InputMoment(torch.zeros(4, 6))  # a layer that gets zeros alone
+    with pytest.raises(ConfigError, match="inputs are not finite"):
+        InputMoment(torch.tensor([[torch.inf, 1.0]]))
+
+
+@pytest.mark.parametrize("quantization_config", ["nf4", "fp4"])
+def test_a_checkpoint_that_plain_transformers_loads(
+    quantization_config, tiny_model_path, training_set, held_out, tmp_path
+):
+    folder = quantize(
+        tiny_model_path, training_set, tmp_path / "4bit", quantization_config=quantization_config, dtype="float32"
+    )
+    plain = load_student(tiny_model_path, quantization_config=quantization_config, dtype="float32")
+    plain.save_pretrained(tmp_path / "plain")
+    ours, theirs = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "plain"))
+    assert {name: (each.shape, each.dtype) for name, each in ours.items()} == {
+        name: (each.shape, each.dtype) for name, each in theirs.items()
+    }
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed and all(name.endswith("proj.weight") for name in changed)  # codes alone, no constant
+    before = evaluate_fidelity(plain, held_out).means["kl"]
+    calibrate(plain, OriginalWeights(tiny_model_path, plain), *draw_rows(training_set, 24, 0), progress=False)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    after = evaluate_fidelity(loaded, held_out).means["kl"]
+    assert after == evaluate_fidelity(plain, held_out).means["kl"] < before
+    again = quantize(
+        tiny_model_path, training_set, tmp_path / "again", quantization_config=quantization_config, dtype="float32"
+    )
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_what_was_made_names_its_origin_and_no_path(tiny_model_path, training_set, tmp_path, cli):
+    import shutil
+
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    training_set_folder = str(training_set.sources[0])
+    _, said, _ = cli(
+        "quantize", tmp_path / "model", "--transfer_set", training_set_folder, "--output_dir", tmp_path / "4bit",
+        "--rows", "2", "--dtype", "float32",
+    )  # fmt: skip
+    assert "calibrated codes" in said
+    written = "".join(
+        file.read_text(encoding="utf-8") for file in (tmp_path / "4bit").glob("*.json") if file.name != "tokenizer.json"
+    )
+    assert str(tmp_path) not in written
+    assert find_origin(str(tmp_path / "4bit")) == str(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    assert find_origin(str(tmp_path / "4bit")) is None is find_origin(tiny_model_path)
+
+
+def test_what_cannot_be_quantized_is_refused(tiny_model_path, training_set, tmp_path, tiny_model):
+    make = {"rows": 2, "dtype": "float32"}
+    folder = quantize(tiny_model_path, training_set, tmp_path / "4bit", **make)
+    with pytest.raises(ConfigError, match="not empty"):
+        quantize(tiny_model_path, training_set, folder, **make)
+    with pytest.raises(ConfigError, match="stored in nf4"):
+        quantize(folder, training_set, tmp_path / "again", **make)
+    with pytest.raises(ConfigError, match="nf4 and fp4"):
+        quantize(tiny_model_path, training_set, tmp_path / "int8", quantization_config="int8", **make)
+    with pytest.raises(ConfigError, match="rows is 0"):
+        quantize(tiny_model_path, training_set, tmp_path / "none", rows=0)
+    with pytest.raises((ConfigError, DataError), match="0 rows"):
+        quantize(tiny_model_path, training_set[:0], tmp_path / "none", **make)
+    tiny_model.save_pretrained(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4bit", "other"]
+
+
+def test_turned_layers_and_layers_without_tokens(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "gpt2")
+    student = load_student(str(tmp_path / "gpt2"), dtype="float32")
+    ids = torch.arange(60).view(2, 30)
+    count = calibrate(student, OriginalWeights(str(tmp_path / "gpt2"), student), ids, torch.ones_like(ids))
+    assert count == 8
+    layer = student.transformer.h[0].mlp.c_fc
+    layer.register_forward_pre_hook(lambda *_: (torch.full((2, 30, 64), torch.nan),))
+    with caplog.at_level(logging.WARNING):
+        calibrate(student, OriginalWeights(str(tmp_path / "gpt2"), student), ids, torch.ones_like(ids))
+    assert "keep their nearest codes. That of transformer.h.0.mlp" in caplog.text
