@@ -59,6 +59,7 @@ class Experiment:
     # Train and measure a student by cross-entropy alone too, on the same rows from the same start: the difference is
     # what the teacher's distributions are worth.
     control: bool = False
+    start: bool = True  # measure the adapter before the first step too: what it gave, and what training added
     exports: Sequence[str] = ()  # forms of `CHECKPOINT_FORMS`, to be written and measured too
     force: bool = False  # measure again what was measured of the same model on the same data
 
@@ -108,6 +109,8 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             processing_class=tokenizer,
             peft_config=copy.deepcopy(experiment.peft_config),
         )
+        if own is args and experiment.start and not own.resume_from_checkpoint:
+            trainer._save(start)
         trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)
         trainer.save_model()
         state.wait_for_everyone()  # process 0 writes what all of them load
@@ -117,7 +120,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     measure(teacher, "teacher")
     del teacher
     measure(_load_student(experiment), "before")
-    arms = {"after": args}
+    arms, start = {"after": args}, f"{args.output_dir}-start"
     if experiment.control:
         control = copy.deepcopy(args)
         control.alpha, control.push_to_hub, control.resume_from_checkpoint = 0.0, False, None
@@ -126,6 +129,8 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     for arm, own in arms.items():
         _log("training the control, by cross-entropy alone" if arm == "control" else "distillation")
         train(own)
+        if own is args and experiment.start and Path(start).is_dir():  # one model is in memory at a time
+            measure(_load_trained(experiment, start), "start")
         measure(_load_trained(experiment, str(own.output_dir)), arm)
     for form in experiment.exports:
         folder = run_dir / form

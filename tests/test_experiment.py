@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
 
 
-def run(model, folder, *, max_steps=3, **options):
+def run(model, folder, *, max_steps=3, init="zero", **options):
     rows = generate_problems(8, 0)
     experiment = Experiment(
         model=str(model), run_dir=folder, train_rows=rows[:5], held_out_rows=rows[5:],
@@ -35,7 +35,7 @@ def run(model, folder, *, max_steps=3, **options):
     )  # fmt: skip
     args = QuantizedDistillationConfig(
         str(folder / "student"), max_steps=max_steps, per_device_train_batch_size=2, learning_rate=1e-3,
-        alpha=1.0, init="zero", save_strategy="no", disable_tqdm=True,
+        alpha=1.0, init=init, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     run_experiment(experiment, args)
     return folder
@@ -73,8 +73,8 @@ def measured(monkeypatch):
 
 
 def test_the_control_is_an_arm_of_its_own(whole, tiny_model_path, tmp_path):
-    results, plain = read_results(whole), read_results(run(tiny_model_path, tmp_path))
-    assert results["arm_order"] == ["teacher", "before", "after", "control", "merged", "requantized"]
+    results, plain = read_results(whole), read_results(run(tiny_model_path, tmp_path, start=False))
+    assert results["arm_order"] == ["teacher", "before", "start", "after", "control", "merged", "requantized"]
     assert plain["arm_order"] == ["teacher", "before", "after"]
     arms = results["arms"]["control"], results["arms"]["after"], plain["arms"]["after"]
     control, after, alone = (arm["metrics"]["kl"]["value"] for arm in arms)
@@ -110,7 +110,7 @@ def test_two_processes_share_an_experiment(whole, tiny_model_path, tmp_path):
 
 def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tiny_model_path):
     results = read_results(whole)
-    for name in ("control", "merged", "requantized"):
+    for name in ("start", "control", "merged", "requantized"):
         assert results["arms"][name]["title"] in (whole / "report.md").read_text()
 
     def load(**options):
@@ -118,13 +118,30 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tin
 
     four_bit = {"quantization_config": default_quantization_config(torch.float32)}
     plainly = {"teacher": load(), "before": load(**four_bit)}
-    plainly["after"] = PeftModel.from_pretrained(load(**four_bit), whole / "student")
+    for arm, folder in (("start", "student-start"), ("after", "student")):
+        plainly[arm] = PeftModel.from_pretrained(load(**four_bit), whole / folder)
     plainly |= {form: AutoModelForCausalLM.from_pretrained(whole / form) for form in ("merged", "requantized")}
     held_out = TransferSet.open(whole / "held_out")
     for name, model in plainly.items():
         found = evaluate_fidelity(model, held_out, progress=False)
         reported = json.loads((whole / "evaluation" / f"{name}.json").read_text())["fidelity"]
         assert reported["rows"] == found.to_json()["rows"] and reported["means"] == found.means, name
+
+
+def test_the_start_is_what_training_began_with_and_does_not_change_it(tiny_model_path, tmp_path):
+    runs = {
+        start: run(tiny_model_path, tmp_path / str(start), start=start, init="covariance") for start in (True, False)
+    }
+    ours, theirs = (read_adapter(folder / "student") for folder in runs.values())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and not (runs[False] / "student-start").exists()
+    first, arms = read_adapter(runs[True] / "student-start"), read_results(runs[True])["arms"]
+    assert any(not torch.equal(first[name], ours[name]) for name in ours)
+    kl = {name: arm["metrics"]["kl"]["value"] for name, arm in arms.items()}
+    assert kl["start"] < 0.7 * kl["before"] and kl["start"] != kl["after"]
+    assert arms["start"]["differences"]["after"]["kl"]["value"] == pytest.approx(kl["start"] - kl["after"], abs=1e-9)
+    assert arms["start"]["bytes"] == arms["after"]["bytes"] and arms["before"]["bytes"]["adapters"] == 0
+    sizes = (runs[True] / name / "adapter_model.safetensors" for name in ("student-start", "student"))
+    assert {load_file(file)[next(iter(ours))].dtype for file in sizes} == {torch.bfloat16}
 
 
 def test_what_would_spoil_the_figures_is_refused_before_the_teacher_answers(tiny_model_path, tmp_path):
@@ -147,12 +164,12 @@ def test_what_was_measured_of_the_same_model_is_not_measured_again(measured, tin
         files = [tmp_path / "results.json", *(tmp_path / "evaluation").iterdir()]
         return {path.name: path.read_bytes() for path in files}
 
-    assert go(exports=("merged",)) == 4
+    assert go(exports=("merged",)) == 5
     first = read()
-    assert go(exports=("merged",)) == 4 and read() == first
-    assert go(max_steps=1, exports=("merged",)) == 6  # another adapter: teacher and before stay
+    assert go(exports=("merged",)) == 5 and read() == first
+    assert go(max_steps=1, exports=("merged",)) == 7  # another adapter: teacher, before and start stay
     assert read()["results.json"] != first["results.json"]
-    assert go(max_steps=1, force=True) == 9
+    assert go(max_steps=1, force=True) == 11
 
 
 def test_the_train_command_makes_a_control_beside_the_student(whole, tiny_model_path, tmp_path, cli):
@@ -178,7 +195,7 @@ def test_the_demo_runs_what_it_was_asked_for(control, tiny_model_path, tmp_path,
     monkeypatch.setattr(demo, "run_experiment", run_short)
     demo.main(["--output_dir", str(tmp_path), *FEW, *([] if control else ["--control", "none"])])
     arms = read_results(tmp_path)["arms"]
-    assert arms.keys() == {"teacher", "before", "after", *(["control"] if control else [])}
+    assert arms.keys() == {"teacher", "before", "start", "after", *(["control"] if control else [])}
     assert (tmp_path / "student-control").exists() == control
     for arm in arms.values():
         low, high = arm["metrics"]["kl"]["interval"]

@@ -109,9 +109,9 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def _adapters_in(folder: Path) -> list[Path]:
-    """The adapters directly below a folder, without checkpoints and the control of a comparison."""
+    """The adapters directly below a folder, without checkpoints and the start and control of a comparison."""
     found = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
-    return [each for each in found if not re.search("^checkpoint-|-control$", each.name)]
+    return [each for each in found if not re.search("^checkpoint-|-(control|start)$", each.name)]
 
 
 def _find_report(folder: Path) -> Path | None:
