@@ -16,7 +16,9 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.models.codes import InputMoment, calibrate_layer, choose_codes, read_constants
 from quantkd.models.layer_inputs import draw_rows
 from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import calibrate, find_origin
+from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import load_student
 from quantkd.models.weights import dequantize_weight
 
@@ -146,6 +148,7 @@ def test_a_checkpoint_that_plain_transformers_loads(
     before = evaluate_fidelity(plain, held_out).means["kl"]
     calibrate(plain, OriginalWeights(tiny_model_path, plain), *draw_rows(training_set, 24, 0), progress=False)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert Provenance.read(folder).weights == describe_weights(loaded) == describe_weights(plain)
     after = evaluate_fidelity(loaded, held_out).means["kl"]
     assert after == evaluate_fidelity(plain, held_out).means["kl"] < before
     again = quantize(

@@ -20,6 +20,7 @@ from quantkd.models.layer_inputs import draw_rows, visit_layers
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
 from quantkd.models.provenance import Provenance
+from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import describe_quantization, load_student, refuse_quantized
 from quantkd.models.weights import head_width
 from quantkd.names import __version__, is_repository_name, load_tokenizer, public_name
@@ -85,7 +86,8 @@ def quantize(
     with new_folder(path) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        Provenance(transfer_set_digest=transfer_set.digest, export=made).write(folder)
+        facts = Provenance(transfer_set_digest=transfer_set.digest, weights=describe_weights(student), export=made)
+        facts.write(folder)
     return path
 
 
