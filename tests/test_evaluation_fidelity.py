@@ -203,5 +203,5 @@ def test_arms_with_the_teacher_at_hand_make_a_report(tiny_model_path, tiny_token
     assert (page.parent / "results.json").read_bytes() == written
     arm = (page.parent / "evaluation" / "before.json").read_text()
     assert len(arm.splitlines()) < 40 * len(held_out)
-    with pytest.raises(ConfigError, match="--teacher is compared"):
+    with pytest.raises(ConfigError, match="teacher has no effect without held_out"):
         main(["--arm", "after", "--model_name_or_path", "x", "--run_dir", "r", "--prompts", "p", "--teacher", "y"])

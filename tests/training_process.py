@@ -19,7 +19,7 @@ ARGUMENTS = {
     "alpha": 0.5,  # both terms
     "max_grad_norm": 1e6,  # 0 is "auto" to DeepSpeed, and that is 1
     "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1, "logging_steps": 1,
-    "save_strategy": "no", "disable_tqdm": True, "init": "zero", "model_init_kwargs": {"dtype": "float32"},
+    "save_strategy": "no", "disable_tqdm": True, "init": "zero",
     "train_sampling_strategy": "sequential", "use_cpu": True,
 }  # fmt: skip
 
@@ -66,8 +66,9 @@ class KeepParameters(TrainerCallback):
 
 def main(job):
     folder, rows = Path(job["folder"]), TransferSet(job["transfer_set"])
-    args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **job["arguments"]})
     student, peft_config = build_student(job["student"], job["model"])
+    named = {"model_init_kwargs": {"dtype": "float32"}} if isinstance(student, str) else {}
+    args = QuantizedDistillationConfig(str(folder / "run"), **{**ARGUMENTS, **named, **job["arguments"]})
     keeper = KeepParameters(job["reshard"])
     trainer = QuantizedDistillationTrainer(
         student, args, train_dataset=rows, eval_dataset=rows[:3], peft_config=peft_config, callbacks=[keeper],
