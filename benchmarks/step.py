@@ -5,11 +5,12 @@ same optimizer and precision) on the same 8 rows of GSM8K in every step, each in
 
 - `sft`: `transformers.Trainer` and its collator, cross-entropy from the model's own loss;
 - `quantkd_t1`, `quantkd_t2`: `QuantizedDistillationTrainer` at temperatures 1 and 2, from stored entries;
+- `quantkd_scales`: the first of these with `train_scales`, so that block constants and norms are trained beside LoRA;
 - `live_teacher`: the plainest distillation, a `Trainer` with both models' logits, dense KL and CE at the targets;
 - `gkd`: TRL's `GKDTrainer` with `lmbda=0` and `beta=0` (no generation, forward KL), given the same token ids. It rounds
   adapters to bfloat16; they are put back to the precision of the others.
 
-Time: from the end of one step to the end of the next, median after warm-up; sft and quantkd take turns over the rounds.
+Time: from the end of one step to the end of the next, median after warm-up; the first three take turns over the rounds.
 
 Memory: what torch allocates on a GPU, else the resident set, in a second process. There every block of 64 kB or more is
 mapped for itself (`MALLOC_MMAP_THRESHOLD_`), which is slow and leaves no holes: glibc's holes are gigabytes here, and
@@ -21,7 +22,8 @@ Batches: real tokens a second of one epoch, 8 rows a batch, padded in random ord
 
     python benchmarks/step.py
 
-The last line is one JSON object. `time_vs_*` and `memory_vs_*` are quantkd at temperature 1 as a share of the other.
+The last line is one JSON object. `time_vs_*` and `memory_vs_*` are quantkd at temperature 1 as a share of the other,
+and `scales_*_vs_lora` the step with `train_scales` as a share of the same without.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.student import attach_lora, load_student
 
 BATCH_SIZE = 8
-STEPS = ("sft", "quantkd_t1", "quantkd_t2", "live_teacher", "gkd")
+STEPS = ("sft", "quantkd_t1", "quantkd_scales", "quantkd_t2", "live_teacher", "gkd")
 BATCHES: dict[str, dict[str, Any]] = {
     "random": {"train_sampling_strategy": "random"},
     "grouped": {"train_sampling_strategy": "group_by_length"},
@@ -97,7 +99,8 @@ def build_trainer(name: str, args: argparse.Namespace, model: Any, order: list[i
     shared = shared_arguments(args)
     shared |= {"max_steps": len(order) // BATCH_SIZE, "train_sampling_strategy": "sequential"}
     if name.startswith("quantkd"):
-        arguments = QuantizedDistillationConfig(**shared, temperature=float(name[-1]), init="zero")
+        options = {"temperature": 2.0 if name == "quantkd_t2" else 1.0, "train_scales": name == "quantkd_scales"}
+        arguments = QuantizedDistillationConfig(**shared, **options, init="zero")
         return QuantizedDistillationTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     plain = [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in rows]
     if name == "gkd":
@@ -183,7 +186,7 @@ def capture_rows(args: argparse.Namespace, folder: str) -> None:
 def run_all(args: argparse.Namespace, given: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Every contender's time and memory, and the rate of every way to make batches."""
     steps: dict[str, dict[str, Any]] = {}
-    for name in [*[name for _ in range(args.rounds - 1) for name in STEPS[:2]], *STEPS]:
+    for name in [*[name for _ in range(args.rounds - 1) for name in STEPS[:3]], *STEPS]:
         result = run_alone(name, given)
         print(f"{name}: {' '.join(f'{seconds:.2f}' for seconds in result['seconds'])} s", flush=True)
         seen = steps.setdefault(name, {"seconds": [], "resident_mib": 0.0})
@@ -239,6 +242,8 @@ def summarize(steps: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict
         "speedup_vs_gkd": ratio("median", "gkd", "quantkd_t1"),
         "memory_vs_gkd": ratio("step_mib", "quantkd_t1", "gkd"),
         "packing_speedup": round(max(rates["grouped"], rates["packed"]) / rates["random"], 3),
+        "scales_time_vs_lora": ratio("median", "quantkd_scales", "quantkd_t1"),
+        "scales_memory_vs_lora": ratio("step_mib", "quantkd_scales", "quantkd_t1"),
         "time_vs_sft_t2": ratio("median", "quantkd_t2", "sft"),
         "speedup_vs_live_teacher": ratio("median", "live_teacher", "quantkd_t1"),
         "memory_vs_live_teacher": ratio("step_mib", "quantkd_t1", "live_teacher"),
@@ -263,7 +268,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="rows of the epoch that batches are compared on")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
     parser.add_argument("--warm_up", type=int, default=1, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=2, help="timed processes of sft and quantkd_t1 each")
+    parser.add_argument("--rounds", type=int, default=2, help="timed processes of sft, quantkd_t1 and quantkd_scales each")
     parser.add_argument("--quick", action="store_true", help="one round of one timed step, and 16 rows")
     parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--only", choices=(*STEPS, *BATCHES), help="this contender alone, in this process")

@@ -72,6 +72,11 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     """Run all steps and write the report. Under a launcher, processes share every step."""
     state, run_dir = process_state(), Path(experiment.run_dir)
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    if args.train_scales:
+        raise ConfigError(
+            "An experiment loads its adapter on the student of the arm before, which train_scales would change. Train "
+            "with `quantkd train --train_scales true`, and measure what is saved with `quantkd evaluate`."
+        )
     questions = Questions(experiment.test_rows, experiment.few_shot_rows, experiment.shots)
     _log("the teacher answers")
     refuse_quantized(experiment.model, **experiment.model_init_kwargs)

@@ -72,6 +72,25 @@ def is_trainable(model: Any) -> bool:
     return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))
 
 
+@contextmanager
+def trainable_without_adapters(model: Any) -> Iterator[None]:
+    """Inside, the Trainer takes a quantized model that has no adapters, and trains other parameters of its own."""
+    marked = _find("transformers.PreTrainedModel", "is_quantized", "train_scales without adapters", model)
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = marked
+
+
+def keep_saveable(model: Any) -> None:
+    """Let transformers save a model again that was stored quantized: it fails to undo what it did to load it."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    undoable = [each for each in conversions if "Deserialize" not in str(getattr(each, "operations", None))]
+    if len(undoable) < len(conversions):
+        model._weight_conversions = undoable  # the parts of packed weights are saved under the names that they have
+
+
 def remove_quantization(model: Any) -> None:
     """Let transformers save a model whose layers were all dequantized as an ordinary one."""
     if quantizer := getattr(model, "hf_quantizer", None):

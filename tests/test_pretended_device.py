@@ -40,6 +40,7 @@ PATHS = {
     "reverse": {"divergence": "reverse_kl", "alpha": 0.3}, "jsd": {"divergence": "jsd", "temperature": 2.0},
     "head": {"peft_config": HEAD, "float": True, "temperature": 2.0},
     "float": {"peft_config": LoraConfig(target_modules="all-linear"), "float": True},
+    "scales": {"train_scales": True}, "scales beside LoRA": {"train_scales": True, "peft_config": LoraConfig(r=2)},
     "loftq": {"init": "loftq"}, "covariance": {"init": "covariance"},
 }  # fmt: skip
 

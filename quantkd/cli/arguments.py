@@ -81,5 +81,5 @@ def peft_config_from(args: StudentArguments) -> LoraConfig:
     """The adapters that the arguments describe."""
     config = get_peft_config(args)
     if not isinstance(config, LoraConfig):
-        raise ConfigError("A quantized student trains adapters; leave use_peft on.")
+        raise ConfigError("A quantized student trains adapters; leave use_peft on, or train its scales with train_scales.")
     return config

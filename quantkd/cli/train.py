@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
         config.alpha, config.output_dir = 0.0, f"{config.output_dir}-control"
     config.resume_from_checkpoint = find_checkpoint(config.resume_from_checkpoint, str(config.output_dir))
     rows, held_out = open_rows(data, config)
-    model, lora = load_student_from(student), peft_config_from(student)
+    model = load_student_from(student)
+    lora = peft_config_from(student) if student.use_peft or not config.train_scales else None
     sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out}
     trainer = QuantizedDistillationTrainer(model, config, peft_config=lora, **sets)
     if trainer.is_world_process_zero():
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     if config.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
-        say(f"The adapter is stored in {config.output_dir}.")
+        what = "student" if lora is None else "adapter"
+        say(f"The {what} is stored in {config.output_dir}.")
 
 
 def open_rows(data: DataArguments, config: QuantizedDistillationConfig) -> tuple[TransferSet, TransferSet | None]:

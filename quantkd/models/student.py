@@ -263,6 +263,18 @@ def check_trainable(model: Any) -> None:
         )
 
 
+def freeze(
+    model: PreTrainedModel, *, gradient_checkpointing: bool, gradient_checkpointing_kwargs: dict[str, Any] | None
+) -> PreTrainedModel:
+    """A quantized model with everything frozen, and in float32 what is not quantized, as PEFT prepares it."""
+    check_trainable(model)
+    kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    prepared: PreTrainedModel = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs=kwargs
+    )
+    return prepared
+
+
 def attach_lora(
     model: PreTrainedModel,
     peft_config: PeftConfig | None = None,
@@ -276,11 +288,10 @@ def attach_lora(
             "lora_alpha is 0, with which adapters have no effect. Set it above 0; twice the rank is usual."
         )
     if is_quantized(model):
-        check_trainable(model)
-        model = prepare_model_for_kbit_training(
+        model = freeze(
             model,
-            use_gradient_checkpointing=gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})},
+            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
         )
     adapted = get_peft_model(model, _name_linear_layers(model, peft_config or default_lora_config()))
     keep_trainable_on_cpu(adapted)

@@ -105,6 +105,8 @@ def _dequantize_4bit(layer: Any) -> Tensor | None:
     restore_weight(layer)
     # Under FSDP the weight is a plain parameter, and the layer alone keeps its constants.
     state = getattr(getattr(layer, "weight", None), "quant_state", None) or getattr(layer, "quant_state", None)
+    if hasattr(layer, "folded_state"):  # with trainable factors
+        state = layer.folded_state()
     if state is None:
         return None
     from bitsandbytes.functional import dequantize_4bit

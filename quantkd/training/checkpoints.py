@@ -14,6 +14,7 @@ from quantkd.errors import ConfigError
 from quantkd.models.adapter_files import check_adapter
 from quantkd.models.network import base_network
 from quantkd.models.provenance import Provenance, read_object
+from quantkd.models.scales import SCALES_NAME, scaled_layers
 
 # What decides an adapter's shape and scale.
 _ADAPTER_FIELDS = (
@@ -59,6 +60,14 @@ def check_resumable(checkpoint: str, model: Any) -> None:
             f"{folder} lacks the state of {', '.join(lacking)}, so training would not go on where it stopped. Name a "
             "checkpoint that was saved without save_only_model, or leave resume_from_checkpoint out."
         )
+    found, expected = (folder / SCALES_NAME).is_file(), bool(scaled_layers(model))
+    if found != expected:
+        raise ConfigError(
+            f"train_scales was {'on' if found else 'off'} in the run of {folder}, and is {'on' if expected else 'off'} "
+            f"now. Resume with train_scales={found}, or leave resume_from_checkpoint out."
+        )
+    if expected:  # the factors belong to the constants that they multiply
+        Provenance.read(folder).check_weights(model, checkpoint)
     if not isinstance(model, PeftModel) or not (folder / "adapter_config.json").is_file():
         return
     check_adapter(folder, base_network(model).config.name_or_path or "")

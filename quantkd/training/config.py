@@ -45,6 +45,9 @@ class QuantizedDistillationConfig(TrainingArguments):
         init_rows: rows of the transfer set that `covariance` looks at.
         init_from: the full-precision checkpoint that quantized weights are compared with, a folder or a Hub name; the
             student's own if None. Needed for a student that was saved quantized, such as GPTQ and AWQ checkpoints.
+        train_scales: train one factor for each quantization block of the 4-bit layers, and the norms; when saved they are
+            part of an ordinary 4-bit checkpoint. Adapters are trained beside them if `peft_config` is given.
+        scales_learning_rate: peak learning rate of those, without weight decay.
         use_fused_loss: compute the loss from hidden states in chunks, without holding logits. For models whose head
             cannot be separated, logits are held instead, and a warning says why.
         packing: concatenate the rows of a batch into one sequence without padding; rows do not attend to each other.
@@ -79,6 +82,10 @@ class QuantizedDistillationConfig(TrainingArguments):
     init_from: str | None = _option(
         None, "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
     )
+    train_scales: bool = _option(
+        False, "Train the 4-bit layers' block constants and the norms; with use_peft false, nothing else."
+    )
+    scales_learning_rate: float = _option(1e-3, "Peak learning rate of what train_scales trains.")
     use_fused_loss: bool = _option(True, "Compute the loss from hidden states in chunks, without holding logits.")
     packing: bool = _option(False, "Concatenate the rows of a batch into one sequence, without padding.")
     model_init_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009  # None is not shared state
@@ -113,6 +120,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         if self.init not in STARTS:
             raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
         refuse_unused(self, {"init=covariance init=loftq": "init_from", "init=covariance": "init_rows"})
+        refuse_unused(self, {"train_scales": "scales_learning_rate"})
         # A default follows the start that is really made, as `prepare_student` finds it.
         self.follows_start, self.start = self.learning_rate is None, self.init
         if self.learning_rate is None:
@@ -131,6 +139,11 @@ class QuantizedDistillationConfig(TrainingArguments):
             super().__post_init__()  # type: ignore[no-untyped-call]
         except TypeError as error:  # a nested option that is none, as in accelerator_config
             raise ConfigError(f"An option cannot be read: {error}. Leave it out, or see transformers' docs.") from error
+        if self.push_to_hub and self.train_scales:
+            raise ConfigError(
+                "push_to_hub uploads an adapter, and train_scales changes the student below it. Leave one of them off; "
+                "what is saved can be uploaded with `hf upload`."
+            )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ConfigError(
                 f"hub_strategy is {self.hub_strategy}, which uploads optimizer and random states; expected 'end' or "

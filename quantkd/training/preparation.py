@@ -21,7 +21,8 @@ from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance
 from quantkd.models.row_attention import row_attention
-from quantkd.models.student import attach_lora, is_quantized, load_student
+from quantkd.models.scales import attach_scales
+from quantkd.models.student import attach_lora, freeze, is_quantized, load_student
 from quantkd.models.weights import head_width
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig
@@ -114,6 +115,8 @@ def prepare_student(
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, commit_of(adapted.config) or init_kwargs.get("revision"))
     _note_start(adapted, args)
+    if args.train_scales:
+        attach_scales(adapted)
     return adapted
 
 
@@ -177,10 +180,8 @@ def _with_adapters(
     if peft_config is None and not is_quantized(model):
         return model  # a full-precision model that the caller chose to train whole
     kwargs = parse_object("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
+    how: Any = {"gradient_checkpointing": bool(args.gradient_checkpointing), "gradient_checkpointing_kwargs": kwargs}
+    if peft_config is None and args.train_scales:
+        return freeze(model, **how)
     torch.manual_seed(args.seed)
-    return attach_lora(
-        model,
-        peft_config,
-        gradient_checkpointing=bool(args.gradient_checkpointing),
-        gradient_checkpointing_kwargs=kwargs or None,
-    )
+    return attach_lora(model, peft_config, **how)

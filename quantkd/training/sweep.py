@@ -58,6 +58,8 @@ def run_sweep(
         import optuna
     except ImportError as error:
         raise MissingDependencyError("A sweep needs the package optuna: `pip install quantkd[sweep]`.") from error
+    if args.train_scales:
+        raise ConfigError("A sweep tries adapters on one student, which train_scales would change. Leave it off.")
     if args.world_size > 1:
         raise ConfigError("A sweep runs in one process, and several were launched. Start it without a launcher.")
     follows = args.follows_start

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 
 from quantkd.errors import ConfigError, DataError, HubError, refuse_unused
 from quantkd.files import parse_object
+from quantkd.foreign import trainable_without_adapters
 from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
@@ -29,6 +30,7 @@ from quantkd.models.adapter_files import round_adapter
 from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
+from quantkd.models.scales import SCALED_NAME, folded_scales, load_scales, save_base, save_scales, scale_parameters
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import short_dtype
 from quantkd.models.weights import embedding_rows
@@ -61,7 +63,7 @@ class QuantizedDistillationTrainer(Trainer):
         train_dataset: a `TransferSet`, or rows with `input_ids`, `labels` and, without a `teacher_model`, `teacher`.
         eval_dataset: held-out rows of the same kind, or a dict of several.
         processing_class: the student's tokenizer; loaded from the model's name if None.
-        peft_config: adapters to attach; rank 16 on all linear layers if None.
+        peft_config: adapters to attach; if None, rank 16 on all linear layers, and none with `train_scales`.
         quantization_config: for a model given by name, any quantization config of transformers; NF4 if None.
         teacher_model: a full-precision model, or its name, that runs beside the student; stored entries are not read.
         data_collator: a `DistillationCollator` for the tokenizer if None.
@@ -127,7 +129,8 @@ class QuantizedDistillationTrainer(Trainer):
             "eval_dataset": eval_dataset,
             "processing_class": processing_class,
         }
-        super().__init__(model, args, data_collator, **given, **trainer_kwargs)
+        with trainable_without_adapters(model) if args.train_scales else nullcontext():
+            super().__init__(model, args, data_collator, **given, **trainer_kwargs)
         self.add_callback(TrainingCurves())
         self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
@@ -255,6 +258,22 @@ class QuantizedDistillationTrainer(Trainer):
             )
         return loader
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's; what `train_scales` trains has a learning rate of its own and no weight decay."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        own = {id(each) for each in scale_parameters(self.model).values()} if is_new and self.args.train_scales else {}
+        groups, moved = optimizer.param_groups, []
+        for group in groups if own else ():
+            moved += [each for each in group["params"] if id(each) in own]
+            group["params"] = [each for each in group["params"] if id(each) not in own]
+        if moved:
+            groups[:] = [group for group in groups if group["params"]]
+            optimizer.add_param_group(
+                {"params": moved, "lr": self.args.scales_learning_rate, "weight_decay": 0.0}
+            )
+        return optimizer
+
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; an argument that the schedule does not take is refused."""
         try:
@@ -325,17 +344,47 @@ class QuantizedDistillationTrainer(Trainer):
         finally:
             self._is_checkpoint = False
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.args.train_scales or isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.train_scales:
+            load_scales(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if not self.args.train_scales or isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        if self.args.train_scales:
+            load_scales(self.model, Path(str(self.state.best_model_checkpoint)))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder, model = Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model)
+        if not self.args.train_scales:
+            super()._save(output_dir, state_dict)
+            self._describe(folder)
+        elif self._is_checkpoint:
+            folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(model, PeftModel):
+                super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                save_scales(model, folder)
+            self._describe(folder)
+        else:
+            with folded_scales(model):
+                super()._save(output_dir, state_dict)
+                if self.args.should_save and isinstance(model, PeftModel):
+                    save_base(model, folder / SCALED_NAME)
+                self._describe(folder, str(folder / SCALED_NAME))
+
+    def _describe(self, folder: Path, base: str | None = None) -> None:
+        """Say beside what was saved where it comes from, and of an adapter what it belongs to."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or str(self.args.output_dir))
         _remove_arguments(folder)
         trained_on = self.train_dataset if isinstance(self.train_dataset, TransferSet) else None
         objective, count = asdict(self.args.objective()), self.accelerator.num_processes
         facts = Provenance.of_training(trained_on, objective, self.args, count, self.model)
         replace(facts, weights=facts.weights or self._weights).write(folder)
-        name_base_model(folder)
+        name_base_model(folder, base)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             if not self._is_checkpoint:  # from which training goes on as if it had not stopped
                 round_adapter(folder, short_dtype(self.model))
