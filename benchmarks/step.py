@@ -268,7 +268,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="rows of the epoch that batches are compared on")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
     parser.add_argument("--warm_up", type=int, default=1, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=2, help="timed processes of sft, quantkd_t1 and quantkd_scales each")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="timed processes of sft, quantkd_t1 and quantkd_scales each"
+    )
     parser.add_argument("--quick", action="store_true", help="one round of one timed step, and 16 rows")
     parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--only", choices=(*STEPS, *BATCHES), help="this contender alone, in this process")

@@ -43,11 +43,12 @@ def test_every_contender_trains_the_same_student_on_the_same_rows(step, make_arg
 
     shapes = [(HIDDEN, HIDDEN)] * 2 + [(HIDDEN, KEYS)] * 2 + [(HIDDEN, INNER)] * 3  # in and out, of either order
     adapters = LAYERS * sum(RANK * (a + b) for a, b in shapes) * 4 / step.MIB
-    for result in found.values():
-        parts = result["parts_mib"]
-        assert parts["adapters"] == pytest.approx(adapters)
-        assert parts["gradients"] == pytest.approx(adapters)
-        assert parts["optimizer state"] == pytest.approx(2 * adapters, rel=0.02)  # and a step count a tensor
+    scales = (LAYERS * sum(a * b // 64 for a, b in shapes) + (2 * LAYERS + 1) * HIDDEN) * 4 / step.MIB  # and norms
+    for name, result in found.items():
+        parts, trained = result["parts_mib"], adapters + scales * (name == "quantkd_scales")
+        assert parts["adapters"] == pytest.approx(trained)
+        assert parts["gradients"] == pytest.approx(trained)
+        assert parts["optimizer state"] == pytest.approx(2 * trained, rel=0.02)  # and a step count a tensor
 
     logits = step.BATCH_SIZE * batch["width"] * VOCABULARY * 4 / step.MIB
     kept = {name: result["parts_mib"]["head and loss, kept"] for name, result in found.items()}

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
 
 
-def run(model, folder, *, max_steps=3, init="zero", **options):
+def run(model, folder, *, max_steps=3, init="zero", train_scales=False, **options):
     rows = generate_problems(8, 0)
     experiment = Experiment(
         model=str(model), run_dir=folder, train_rows=rows[:5], held_out_rows=rows[5:],
@@ -35,7 +35,7 @@ def run(model, folder, *, max_steps=3, init="zero", **options):
     )  # fmt: skip
     args = QuantizedDistillationConfig(
         str(folder / "student"), max_steps=max_steps, per_device_train_batch_size=2, learning_rate=1e-3,
-        alpha=1.0, init=init, save_strategy="no", disable_tqdm=True,
+        alpha=1.0, init=init, save_strategy="no", disable_tqdm=True, train_scales=train_scales,
     )  # fmt: skip
     run_experiment(experiment, args)
     return folder
@@ -150,6 +150,8 @@ def test_what_would_spoil_the_figures_is_refused_before_the_teacher_answers(tiny
         run("nowhere", tmp_path, exports=("half",))
     with pytest.raises(DataError, match="Few-shot example 0 is the question of row 0"):
         run("nowhere", tmp_path, test_rows=rows, few_shot_rows=rows, shots=(1,))
+    with pytest.raises(ConfigError, match="the student of the arm before, which train_scales would change"):
+        run("nowhere", tmp_path, train_scales=True)
     load_student(str(tiny_model_path), dtype="float32").save_pretrained(tmp_path / "nf4")
     with pytest.raises(ConfigError, match="is stored in nf4, and full precision was asked for"):
         run(tmp_path / "nf4", tmp_path)

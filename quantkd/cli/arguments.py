@@ -81,5 +81,7 @@ def peft_config_from(args: StudentArguments) -> LoraConfig:
     """The adapters that the arguments describe."""
     config = get_peft_config(args)
     if not isinstance(config, LoraConfig):
-        raise ConfigError("A quantized student trains adapters; leave use_peft on, or train its scales with train_scales.")
+        raise ConfigError(
+            "A quantized student trains adapters; leave use_peft on, or train its scales with train_scales."
+        )
     return config

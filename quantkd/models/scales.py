@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_blockwise
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -44,7 +44,7 @@ def attach_scales(model: Any) -> None:
             "train_scales is on, and FSDP or ZeRO-3 would shard the factors apart from their blocks. Train with one "
             "whole copy per process (DDP), or leave train_scales off."
         )
-    head, layers = network.get_output_embeddings(), []
+    head, layers = network.get_output_embeddings(), list[Any]()
     for layer in network.modules():
         if isinstance(layer, LoraLayer) and any(lora_variant_of(layer, each) for each in layer.active_adapters):
             raise ConfigError("train_scales takes plain LoRA; DoRA's norms would miss the factors. Set use_dora=False.")
@@ -52,7 +52,7 @@ def attach_scales(model: Any) -> None:
             layers.append(layer)
     if not layers:
         raise ConfigError(
-            "train_scales is on, and the student has no 4-bit layers of bitsandbytes. Train nf4 or fp4, or leave it off."
+            "train_scales is on, and the student has no 4-bit layer of bitsandbytes. Train nf4 or fp4, or leave it off."
         )
     for layer in layers:
         if isinstance(layer, ScaledLinear4bit):
@@ -77,10 +77,11 @@ def scale_parameters(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
-class ScaledLinear4bit(Linear4bit):  # type: ignore[misc]
+class ScaledLinear4bit(Linear4bit):
     """bitsandbytes' layer with a factor for each block."""
 
     scales: nn.Parameter
+    weight: Any  # its `quant_state` has the constants that the factors multiply
 
     def folded_state(self) -> QuantState:
         """The quantization state with the factors in its constants."""
@@ -89,7 +90,8 @@ class ScaledLinear4bit(Linear4bit):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """As bitsandbytes computes it, with the folded constants."""
         inputs = x.to(self.compute_dtype or x.dtype)
-        output: Tensor = _ScaledProduct.apply(inputs, self.scales, self.weight, self.weight.quant_state)
+        product: Any = _ScaledProduct.apply
+        output: Tensor = product(inputs, self.scales, self.weight, self.weight.quant_state)
         return (output if self.bias is None else output + self.bias.to(output.dtype)).to(x.dtype)
 
 
@@ -108,13 +110,14 @@ def fold(state: QuantState, scales: Tensor) -> QuantState:
 def compute_constants(state: QuantState) -> Tensor:
     """The (blocks,) constants in float32."""
     if not state.nested:
-        return state.absmax.float()
-    constants: Tensor = dequantize_blockwise(state.absmax, state.state2)
-    return (constants + state.offset).float()
+        constants: Tensor = state.absmax
+    else:
+        constants = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return constants.float()
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """`x @ W.T` for W of folded constants. Of W the packed codes alone are kept, and the backward pass unpacks pieces."""
+    """`x @ W.T` for W of folded constants. Of W only packed codes are kept; the backward pass unpacks pieces."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, scales: Tensor, weight: Tensor, state: QuantState) -> Tensor:
@@ -166,10 +169,10 @@ def _by_block(matrix: Tensor, size: int) -> Tensor:
 
 @contextmanager
 def folded_scales(model: Any) -> Iterator[None]:
-    """Inside, the model is what is saved: ordinary layers with folded constants, in the dtypes that it was loaded in."""
+    """Inside, the model is what is saved: ordinary layers with folded constants, in the dtype that it was loaded in."""
     network = base_network(model)
     dtype, kept = parse_dtype(network.config.dtype), float32_modules(network)
-    layers = [(each, each.scales, each.weight.quant_state) for each in scaled_layers(network)]
+    layers: list[Any] = [(each, each.scales, each.weight.quant_state) for each in scaled_layers(network)]
     # PEFT prepares in float32 what is not quantized.
     plain = {name: each for name, each in network.named_parameters() if type(each) is nn.Parameter}
     cast = [
@@ -202,9 +205,10 @@ def scaled_layers(network: Any) -> list[ScaledLinear4bit]:
 def save_base(model: Any, folder: Path) -> None:
     """Write what is below the adapters of a folded model as an ordinary checkpoint."""
     network = base_network(model)
-    # transformers takes no state dict for a quantized model, so the adapters step aside. Those within others come later.
-    adapted = [(name, each) for name, each in network.named_modules() if isinstance(each, BaseTunerLayer)]
-    adapted += [(name, each) for name, each in network.named_modules() if isinstance(each, ModulesToSaveWrapper)]
+    # transformers takes no state dict for a quantized model, so the adapters step aside; wrappers of them come later.
+    named = list(network.named_modules())
+    adapted: list[Any] = [(name, each) for name, each in named if isinstance(each, BaseTunerLayer)]
+    adapted += [(name, each) for name, each in named if isinstance(each, ModulesToSaveWrapper)]
     try:
         for name, each in adapted:
             network.set_submodule(name, each.original_module if hasattr(each, "original_module") else each.base_layer)

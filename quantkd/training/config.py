@@ -45,8 +45,8 @@ class QuantizedDistillationConfig(TrainingArguments):
         init_rows: rows of the transfer set that `covariance` looks at.
         init_from: the full-precision checkpoint that quantized weights are compared with, a folder or a Hub name; the
             student's own if None. Needed for a student that was saved quantized, such as GPTQ and AWQ checkpoints.
-        train_scales: train one factor for each quantization block of the 4-bit layers, and the norms; when saved they are
-            part of an ordinary 4-bit checkpoint. Adapters are trained beside them if `peft_config` is given.
+        train_scales: train one factor for each quantization block of the 4-bit layers, and the norms; when saved they
+            are part of an ordinary 4-bit checkpoint. Adapters are trained beside them if `peft_config` is given.
         scales_learning_rate: peak learning rate of those, without weight decay.
         use_fused_loss: compute the loss from hidden states in chunks, without holding logits. For models whose head
             cannot be separated, logits are held instead, and a warning says why.

@@ -269,9 +269,7 @@ class QuantizedDistillationTrainer(Trainer):
             group["params"] = [each for each in group["params"] if id(each) not in own]
         if moved:
             groups[:] = [group for group in groups if group["params"]]
-            optimizer.add_param_group(
-                {"params": moved, "lr": self.args.scales_learning_rate, "weight_decay": 0.0}
-            )
+            optimizer.add_param_group({"params": moved, "lr": self.args.scales_learning_rate, "weight_decay": 0.0})
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
