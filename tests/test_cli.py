@@ -151,7 +151,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("train TRAIN --train_scales --use_dora", 1, "train_scales takes plain LoRA"),
     ("train TRAIN --train_scales --push_to_hub", 1, "train_scales changes the student below it. Leave one of them"),
     ("train TRAIN --use_peft false", 1, "leave use_peft on, or train its scales with train_scales"),
-    ("sweep TRAIN --space alpha=0,1 --eval_fraction 0.3 --train_scales", 1, "which train_scales would change. Leave it"),
+    ("sweep TRAIN --space alpha=0,1 --eval_fraction 0.3 --train_scales", 1, "which train_scales would change. Leave"),
     ("train TRAIN --lora_r 0", 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
     ("evaluate EVALUATE --arm ../x --prompts p.jsonl", 1, "- and _, found '../x'"),
     ("evaluate EVALUATE --arm x --held_out SET --batch_size -2", 1, "batch_size is -2"),
