@@ -28,9 +28,7 @@ object. `kl_vs_*` and `time_vs_*` are quantkd's as a share of the other's.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -38,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _cache import keep_figures
 from _sources import add_sources, find_gsm8k, parse
 from datasets import Dataset
 from peft import PeftModel
@@ -178,17 +177,15 @@ def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """An arm's figures: from the cache, or from a process of its own."""
     settings = {key: str(getattr(args, key)) for key in SETTINGS}
     settings |= {"name": name, "learning_rate": str(LEARNING_RATES.get(name))}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = Path(args.cache) / "arms" / f"{name}-{digest}.json"
-    if not path.exists():
+
+    def run() -> dict[str, Any]:
         given = [f"--{key}={value}" for key, value in vars(args).items() if key in (*SETTINGS, "cache") and value]
-        process = subprocess.run(
-            [sys.executable, __file__, "--only", name, *given], stdout=subprocess.PIPE, text=True, check=True
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(process.stdout.splitlines()[-1])
-        os.replace(path.with_suffix(".tmp"), path)
-    result: dict[str, Any] = json.loads(path.read_text())
+        command = [sys.executable, __file__, "--only", name, *given]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+        return found
+
+    result = keep_figures(args.cache, name, settings, run)
     timed = f", {result['seconds']:.0f} s, {result['steps']} steps" if name in TRAINED else ""
     print(f"{name}: KL {result['kl']:.4f} nats per token{timed}", flush=True)
     return result

@@ -8,8 +8,9 @@ import runpy
 import sys
 
 import pytest
+import torch
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, TRAINING_PROMPTS, build_tiny_model, capture_set
 
 SCRIPTS = sorted((REPOSITORY / "benchmarks").glob("[a-z]*.py"))
 
@@ -54,3 +55,54 @@ def test_model_and_questions_are_found(sources, monkeypatch, tmp_path, capsys):
         assert not ended.value.code and "name the folder with --gsm8k" in json.loads(capsys.readouterr().out)["skipped"]
     (tmp_path / "train.jsonl").touch()
     assert sources.find_gsm8k(None) == sources.find_gsm8k(str(tmp_path)) == str(tmp_path)
+
+
+def test_figures_are_measured_once_for_each_setting(sources, tmp_path):
+    from _cache import keep_figures
+
+    for rows, kl, expected in ((8, 0.5, 0.5), (8, 0.7, 0.5), (9, 0.7, 0.7)):
+        assert keep_figures(tmp_path, "nf4", {"rows": rows}, lambda kl=kl: {"kl": kl}) == {"kl": expected}
+
+
+def test_frontier_compares_the_best_within_its_bits(sources, capsys):
+    import frontier
+
+    sums = {  # bits per weight and KL of two rows
+        "nf4": (4.1, 4.0, 4.0), "hqq-5": (5.5, 1.0, 1.0), "hqq-6": (6.5, 0.1, 0.1), "codes": (4.1, 2.0, 1.0),
+        "codes+adapter@5.0": (4.9, 0.5, 0.5), "scales+adapter@9": (9.0, 0.01, 0.01),
+    }  # fmt: skip
+    arms = {
+        name: {"bits_per_weight": bits, "bytes": 1, "kl": sum(kl) / 2, "kl_sum": kl, "tokens": [1, 1]}
+        for name, (bits, *kl) in sums.items()
+    }
+    found = frontier.summarize(arms)
+    assert found["codes.kl_gap_recovered"] == 1 - 3 / 8 and found["codes.kl_gap_recovered_ci95"] == [0.5, 0.75]
+    assert found["at_4_5_bits.kl_vs_best_plain_5_5"] == 3 / 2 and found["at_5_bits.kl_gap_recovered"] == 1 - 1 / 8
+    assert found["scales.kl_gap_recovered"] is None and "scales.kl_gap_recovered is null" in capsys.readouterr().err
+    assert "| codes | 4.10 | 0.0 | 1.5000 [1.0000, 2.0000] | 62.5% [50.0%, 75.0%] |" in frontier.tabulate(arms)
+
+
+def test_weights_leave_their_grid_and_outputs_stay_near(sources, monkeypatch, tiny_tokenizer, tmp_path):
+    import _off_grid
+
+    model = build_tiny_model(tiny_tokenizer)
+    with torch.no_grad():
+        for layer in (each for each in model.model.modules() if isinstance(each, torch.nn.Linear)):
+            low, step = (each.repeat_interleave(_off_grid.BLOCK, 1) for each in _off_grid.read_grid(layer.weight))
+            layer.weight.copy_(low + step * ((layer.weight - low) / step).round())
+    for each in (model, tiny_tokenizer):
+        each.save_pretrained(tmp_path / "model")
+    rows = capture_set(tmp_path / "model", TRAINING_PROMPTS, tmp_path / "set", max_new_tokens=10)
+    monkeypatch.setattr(_off_grid, "_HELD_OUT_ROWS", 3)
+    found = {}
+    for ridge in (1e9, _off_grid.RIDGE):  # the first leaves the noise as it is
+        monkeypatch.setattr(_off_grid, "RIDGE", ridge)
+        monkeypatch.setattr(_off_grid, "TARGET_KL", 100.0)
+        _off_grid.leave_grid(str(tmp_path / "model"), rows, tmp_path / f"{ridge}")
+        found[ridge] = json.loads((tmp_path / f"{ridge}" / "off_grid.json").read_text())
+        assert found[ridge]["on_grid_before"] == 1.0 and found[ridge]["on_grid_after"] < 0.1
+    noisy, fitted = found.values()
+    assert fitted["kl"] < 0.5 * noisy["kl"] and noisy["rms_distance_after"] == pytest.approx(12**-0.5, abs=0.01)
+    monkeypatch.setattr(_off_grid, "TARGET_KL", 0.0)
+    with pytest.raises(SystemExit, match="nats per token from its own"):
+        _off_grid.leave_grid(str(tmp_path / "model"), rows, tmp_path / "refused")
