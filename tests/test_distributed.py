@@ -163,7 +163,8 @@ def check_saved_adapter(report, model_path):
     loaded = PeftModel.from_pretrained(base, report["folder"] / "saved").state_dict()
     for name, change in report["gradient"].items():
         if "lora_B" in name:  # which started at zero
-            torch.testing.assert_close(loaded[name.removeprefix("module.")], -change, msg=name)
+            saved = loaded[name.removeprefix("module.")]
+            torch.testing.assert_close(saved, -change, rtol=2**-8, atol=0, msg=name)  # in 16 bit
 
 
 def test_without_average_tokens_each_process_averages_its_own(alone, ddp, given_set):

@@ -2,9 +2,8 @@
 
 Rounding every weight to its nearest code ignores what a layer reads. With C the second moment of the inputs, the output
 error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and the rounding error of each is
-spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. Then
-single codes change as long as that lowers the error. A row for which this is no better than the nearest codes keeps
-those. The derivation and the figures are in docs/quantize.md.
+spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. A row
+for which this is no better than the nearest codes keeps those. The derivation and the figures are in docs/quantize.md.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from quantkd.errors import ConfigError
 from quantkd.models.cpu_repacking import forget_repacked, restore_weight
 
-# The measured choices of docs/quantize.md.
-DAMPING, SWEEPS = 1e-2, 2
+# The measured choice of docs/quantize.md.
+DAMPING = 1e-2
 _COLUMNS = 128  # that are rounded before the rest of a matrix is updated by one product
 
 
@@ -30,26 +29,20 @@ class InputMoment:
         self.matrix = inputs.T @ inputs / len(inputs)  # (in, in)
         if not bool(torch.isfinite(self.matrix).all()):
             raise ConfigError("its inputs are not finite.")
-        self.order = self.matrix.diagonal().argsort(descending=True)
-        self.damped = self._damp(damping)
-        cholesky, failed = torch.linalg.cholesky_ex(self.damped)
-        while bool(failed):  # rounding made it indefinite, or all inputs are zero
-            damping = 10 * damping or DAMPING
-            self.damped = self._damp(damping)
-            cholesky, failed = torch.linalg.cholesky_ex(self.damped)
-        # Row i of the inverse's factor says how the error of column i is spread over the later ones.
-        self.feedback = torch.linalg.cholesky(torch.cholesky_inverse(cholesky), upper=True)
-
-    def _damp(self, damping: float) -> Tensor:
-        """In `order`, with a share of the mean on the diagonal, for directions that no token took."""
-        damped = self.matrix[self.order][:, self.order]
-        damped.diagonal().add_(damping * (self.matrix.diagonal().mean() or 1.0))
-        return damped
+        diagonal = self.matrix.diagonal()
+        self.order = diagonal.argsort(descending=True)
+        ordered, ridge = self.matrix[self.order][:, self.order], damping * float(diagonal.mean()) or 1.0
+        failed = True
+        while failed:  # more than once where rounding made it indefinite
+            ordered.diagonal().add_(ridge)  # for directions that no token took
+            lower, info = torch.linalg.cholesky_ex(ordered.flip(0, 1))
+            failed, ridge = bool(info), 10 * ridge
+        # The upper Cholesky factor of the inverse: its row i says how the error of column i goes to the later ones.
+        eye = torch.eye(len(ordered), dtype=ordered.dtype, device=ordered.device)
+        self.feedback = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
-def choose_codes(
-    weight: Tensor, scales: Tensor, levels: Tensor, moment: InputMoment | None, *, sweeps: int = SWEEPS
-) -> Tensor:
+def choose_codes(weight: Tensor, scales: Tensor, levels: Tensor, moment: InputMoment | None) -> Tensor:
     """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
 
     weight and scales are (out, in); without a moment the nearest codes are chosen.
@@ -75,15 +68,6 @@ def choose_codes(
             errors[column - start] = (left[column] - grid[found[column]] * scales[column]) / onward[column]
             left[column + 1 : end] -= torch.outer(onward[column + 1 : end], errors[column - start])
         left[end:] -= moment.feedback[start:end, end:].T @ errors
-    values = grid[found] * scales
-    for start, end in _blocks(len(wanted)) * sweeps:  # coordinate descent
-        damped = moment.damped[start:end, start:end]
-        slopes = moment.damped[start:end] @ (wanted - values)  # half the gradient, of the block's columns
-        for column in range(start, end):
-            place, old = column - start, values[column].clone()
-            found[column] = find_nearest(old + slopes[place] / damped[place, place], divisors[column])
-            values[column] = grid[found[column]] * scales[column]
-            slopes -= torch.outer(damped[place], values[column] - old)
     matrix = moment.matrix[moment.order][:, moment.order]
     ours, theirs = (compute_output_error((wanted - grid[each] * scales).T, matrix) for each in (found, nearest))
     # By a margin, for the comparison is itself rounded.
