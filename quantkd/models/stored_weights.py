@@ -17,9 +17,9 @@ from quantkd.models.size import ModelSize
 from quantkd.models.weights import dequantize_weight, is_quantized_layer, is_sharded
 
 _SUMS = 16
-# Of the weights' norm. Other codes move every sum by hundredths; another processor rounds the constants otherwise, and
+# Of the weights' norm. Other codes move every sum by tenths; another processor rounds the constants otherwise, and
 # moves them by less than a millionth: bitsandbytes' mean of the constants depends even on the number of threads.
-_SUMS_TOLERANCE = 1e-3
+_SUMS_TOLERANCE = 1e-4
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
