@@ -21,13 +21,16 @@ from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import default_device, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
 from quantkd.models.provenance import Provenance
-from quantkd.models.student import load_student, refuse_quantized
+from quantkd.models.quantize import quantize
+from quantkd.models.student import format_of, load_student, refuse_quantized
+from quantkd.names import public_name
 from quantkd.report import build_report
 from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
 from quantkd.teacher.capture import capture
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.trainer import QuantizedDistillationTrainer
+from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.rules import StorageRule
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ class Experiment:
     # Train and measure a student by cross-entropy alone too, on the same rows from the same start: the difference is
     # what the teacher's distributions are worth.
     control: bool = False
+    # Choose the codes of an nf4 or fp4 student for the inputs of its layers, and train on that checkpoint.
+    calibrate: bool = True
     start: bool = True  # measure the adapter before the first step too: what it gave, and what training added
     exports: Sequence[str] = ()  # forms of `CHECKPOINT_FORMS`, to be written and measured too
     force: bool = False  # measure again what was measured of the same model on the same data
@@ -106,8 +111,10 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         state.wait_for_everyone()
 
     def train(own: QuantizedDistillationConfig) -> None:
+        if calibrates and own.init != "zero" and Path(experiment.model).is_dir():
+            own.init_from = own.init_from or experiment.model  # of a folder the checkpoint names the last part alone
         trainer = QuantizedDistillationTrainer(
-            _load_student(experiment),
+            _load_student(experiment, base),
             own,
             train_dataset=sets["transfer_set"],
             eval_dataset=sets["held_out"],
@@ -124,7 +131,15 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
 
     measure(teacher, "teacher")
     del teacher
-    measure(_load_student(experiment), "before")
+    measure(_load_student(experiment, experiment.model), "before")
+    calibrates = experiment.calibrate and _format(experiment) in ("nf4", "fp4")
+    base = str(run_dir / "quantized") if calibrates else experiment.model
+    if calibrates:
+        if state.is_main_process:
+            _log("choosing the codes")
+            _quantize(experiment, Path(base), sets["transfer_set"])
+        state.wait_for_everyone()
+        measure(_load_student(experiment, base), "codes")
     arms, start = {"after": args}, f"{args.output_dir}-start"
     if experiment.control:
         control = copy.deepcopy(args)
@@ -135,15 +150,18 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         _log("training the control, by cross-entropy alone" if arm == "control" else "distillation")
         train(own)
         if own is args and experiment.start and Path(start).is_dir():  # one model is in memory at a time
-            measure(_load_trained(experiment, start), "start")
-        measure(_load_trained(experiment, str(own.output_dir)), arm)
+            measure(_load_trained(experiment, base, start), "start")
+        measure(_load_trained(experiment, base, str(own.output_dir)), arm)
     for form in experiment.exports:
         folder = run_dir / form
         if state.is_main_process:
             _log(f"exporting {form}")
             if Provenance.read(folder).export is not None:  # that of an earlier run of the same experiment
                 shutil.rmtree(folder)
-            student, facts = _load_trained(experiment, str(args.output_dir)), Provenance.read(str(args.output_dir))
+            student, facts = (
+                _load_trained(experiment, base, str(args.output_dir)),
+                Provenance.read(str(args.output_dir)),
+            )
             export_checkpoint(student, tokenizer, folder, form=form, provenance=facts)
             del student
         state.wait_for_everyone()
@@ -155,19 +173,36 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     return run_dir / "report.md"
 
 
-def _load_student(experiment: Experiment, **kwargs: Any) -> Any:
+def _format(experiment: Experiment) -> str:
+    config = experiment.quantization_config or "nf4"
+    return config if isinstance(config, str) else format_of(config)
+
+
+def _quantize(experiment: Experiment, folder: Path, rows: TransferSet) -> None:
+    """Write the student with calibrated codes; what is there of the same model, format and rows is kept."""
+    facts = Provenance.read(str(folder))
+    made = facts.export or {}
+    same = (made.get("quantized_from"), facts.transfer_set_digest) == (public_name(experiment.model), rows.digest)
+    if same and format_of(made.get("quantization")) == _format(experiment):
+        return
+    if made:  # of an earlier run
+        shutil.rmtree(folder)
+    clear_device_cache(garbage_collection=True)
+    config = copy.deepcopy(experiment.quantization_config)
+    kwargs = {"quantization_config": config, "dtype": experiment.dtype, **experiment.model_init_kwargs}
+    quantize(experiment.model, rows, folder, **kwargs)
+
+
+def _load_student(experiment: Experiment, name: str, **kwargs: Any) -> Any:
     clear_device_cache(garbage_collection=True)  # one model is in memory at a time
-    return load_student(
-        experiment.model,
-        quantization_config=copy.deepcopy(experiment.quantization_config),
-        dtype=experiment.dtype,
-        **{**kwargs, **experiment.model_init_kwargs},
-    )
+    config = copy.deepcopy(experiment.quantization_config) if name == experiment.model else None
+    options = {"quantization_config": config, "dtype": experiment.dtype, **kwargs, **experiment.model_init_kwargs}
+    return load_student(name, **options)
 
 
-def _load_trained(experiment: Experiment, adapter: str) -> Any:
+def _load_trained(experiment: Experiment, base: str, adapter: str) -> Any:
     """The student as users load it; during training its head and norms are in float32."""
-    return PeftModel.from_pretrained(_load_student(experiment, device_map={"": default_device()}), adapter)
+    return PeftModel.from_pretrained(_load_student(experiment, base, device_map={"": default_device()}), adapter)
 
 
 def _log(step: str) -> None:

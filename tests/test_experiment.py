@@ -74,8 +74,8 @@ def measured(monkeypatch):
 
 def test_the_control_is_an_arm_of_its_own(whole, tiny_model_path, tmp_path):
     results, plain = read_results(whole), read_results(run(tiny_model_path, tmp_path, start=False))
-    assert results["arm_order"] == ["teacher", "before", "start", "after", "control", "merged", "requantized"]
-    assert plain["arm_order"] == ["teacher", "before", "after"]
+    assert results["arm_order"] == ["teacher", "before", "codes", "start", "after", "control", "merged", "requantized"]
+    assert plain["arm_order"] == ["teacher", "before", "codes", "after"]
     arms = results["arms"]["control"], results["arms"]["after"], plain["arms"]["after"]
     control, after, alone = (arm["metrics"]["kl"]["value"] for arm in arms)
     assert control != after == pytest.approx(alone, rel=1e-6)
@@ -117,10 +117,14 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tin
         return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, **options)
 
     four_bit = {"quantization_config": default_quantization_config(torch.float32)}
-    plainly = {"teacher": load(), "before": load(**four_bit)}
+
+    def load_written(form):
+        return AutoModelForCausalLM.from_pretrained(whole / form)
+
+    plainly = {"teacher": load(), "before": load(**four_bit), "codes": load_written("quantized")}
     for arm, folder in (("start", "student-start"), ("after", "student")):
-        plainly[arm] = PeftModel.from_pretrained(load(**four_bit), whole / folder)
-    plainly |= {form: AutoModelForCausalLM.from_pretrained(whole / form) for form in ("merged", "requantized")}
+        plainly[arm] = PeftModel.from_pretrained(load_written("quantized"), whole / folder)
+    plainly |= {form: load_written(form) for form in ("merged", "requantized")}
     held_out = TransferSet.open(whole / "held_out")
     for name, model in plainly.items():
         found = evaluate_fidelity(model, held_out, progress=False)
@@ -166,16 +170,16 @@ def test_what_was_measured_of_the_same_model_is_not_measured_again(measured, tin
         files = [tmp_path / "results.json", *(tmp_path / "evaluation").iterdir()]
         return {path.name: path.read_bytes() for path in files}
 
-    assert go(exports=("merged",)) == 5
+    assert go(exports=("merged",)) == 6
     first = read()
-    assert go(exports=("merged",)) == 5 and read() == first
-    assert go(max_steps=1, exports=("merged",)) == 7  # another adapter: teacher, before and start stay
+    assert go(exports=("merged",)) == 6 and read() == first
+    assert go(max_steps=1, exports=("merged",)) == 8  # another adapter: teacher, before, codes and start stay
     assert read()["results.json"] != first["results.json"]
-    assert go(max_steps=1, force=True) == 11
+    assert go(max_steps=1, force=True) == 13
 
 
 def test_the_train_command_makes_a_control_beside_the_student(whole, tiny_model_path, tmp_path, cli):
-    words = f"train --model_name_or_path {tiny_model_path} --transfer_set {whole}/transfer_set --max_steps 3 "
+    words = f"train --model_name_or_path {whole}/quantized --transfer_set {whole}/transfer_set --max_steps 3 "
     words += f"--output_dir {tmp_path}/s --per_device_train_batch_size 2 --learning_rate 1e-3 --alpha 0.7 --init zero "
     words += "--save_strategy no --dtype float32 --lora_alpha 32 --control ce"
     code, out, _ = cli(*words.split())
@@ -197,7 +201,7 @@ def test_the_demo_runs_what_it_was_asked_for(control, tiny_model_path, tmp_path,
     monkeypatch.setattr(demo, "run_experiment", run_short)
     demo.main(["--output_dir", str(tmp_path), *FEW, *([] if control else ["--control", "none"])])
     arms = read_results(tmp_path)["arms"]
-    assert arms.keys() == {"teacher", "before", "start", "after", *(["control"] if control else [])}
+    assert arms.keys() == {"teacher", "before", "codes", "start", "after", *(["control"] if control else [])}
     assert (tmp_path / "student-control").exists() == control
     for arm in arms.values():
         low, high = arm["metrics"]["kl"]["interval"]

@@ -172,7 +172,7 @@ def test_what_was_made_names_its_origin_and_no_path(tiny_model_path, training_se
         file.read_text(encoding="utf-8") for file in (tmp_path / "4bit").glob("*.json") if file.name != "tokenizer.json"
     )
     assert str(tmp_path) not in written
-    assert find_origin(str(tmp_path / "4bit")) == str(tmp_path / "model")
+    assert find_origin(str(tmp_path / "4bit")) == (str(tmp_path / "model"), None)
     shutil.rmtree(tmp_path / "model")
     assert find_origin(str(tmp_path / "4bit")) is None is find_origin(tiny_model_path)
 

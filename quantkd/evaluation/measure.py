@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _TITLES = {
     "teacher": "teacher",
     "before": "{format}, before",
+    "codes": "{format}, calibrated codes",
     "start": "{format}, start",
     "after": "{format}, distilled",
     "control": "{format}, cross-entropy alone",

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from quantkd.errors import ConfigError
 from quantkd.files import new_folder
+from quantkd.foreign import commit_of
 from quantkd.models.codes import InputMoment, calibrate_layer
 from quantkd.models.export import check_output_dir
 from quantkd.models.generation import context_length
@@ -29,7 +30,7 @@ from quantkd.transfer_set.compatibility import check_student, check_transfer_set
 
 logger = logging.getLogger(__name__)
 
-ROWS = 24  # of calibration
+ROWS = 64  # of calibration; docs/quantize.md has the figures
 
 
 def quantize(
@@ -81,7 +82,8 @@ def quantize(
     calibrate(student, weights, *draw_rows(transfer_set, rows, seed), progress=progress)
     made = {
         "form": "quantized", "codes": "calibrated", "rows": rows, "seed": seed, "quantkd_version": __version__,
-        "quantized_from": public_name(name), "quantization": describe_quantization(student),
+        "quantized_from": public_name(name), "commit": commit_of(student.config),
+        "quantization": describe_quantization(student),
     }  # fmt: skip
     with new_folder(path) as folder:
         student.save_pretrained(folder)
@@ -126,14 +128,17 @@ def calibrate(
     return len(named) - len(refused)
 
 
-def find_origin(name_or_path: str) -> str | None:
-    """The full-precision checkpoint that a folder of `quantize` was made from; None if it is not known or not here."""
-    origin = (Provenance.read(name_or_path).export or {}).get("quantized_from")
-    if not isinstance(origin, str) or is_repository_name(origin):
-        return origin if isinstance(origin, str) else None
+def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
+    """The full-precision checkpoint of a folder of `quantize`, and its commit; None if it is not known or not here."""
+    made = Provenance.read(name_or_path).export or {}
+    origin, commit = made.get("quantized_from"), made.get("commit")
+    if not isinstance(origin, str):
+        return None
+    if is_repository_name(origin):
+        return origin, commit if isinstance(commit, str) and commit else None
     # Of a local folder the name alone is stored: it is looked for beside the checkpoint, and here.
     places = (Path(name_or_path).resolve().parent / origin, Path(origin))
-    return next((str(place) for place in places if (place / "config.json").is_file()), None)
+    return next(((str(place), None) for place in places if (place / "config.json").is_file()), None)
 
 
 def _first(refused: dict[str, str]) -> str:

@@ -16,11 +16,12 @@ from quantkd.evaluation.arms import Arm
 
 # More digits would differ between processors by the order of their sums.
 _SIGNIFICANT_DIGITS = 10
-_FIRST = ("teacher", "before", "start", "after")  # in the report; others follow by name
+_FIRST = ("teacher", "before", "codes", "start", "after")  # in the report; others follow by name
 # Which arms each is compared with; "control" trained without the teacher. Any other one, such as an exported form, is
 # compared with "after" as well: what the change of form cost, and of "start" what distillation added.
 _COMPARED_WITH: dict[str, tuple[str, ...]] = {
     "teacher": ("before",),
+    "codes": ("before", "teacher"),
     "before": ("teacher",),
     "control": ("before", "teacher"),
     "after": ("before", "control", "teacher"),
@@ -131,7 +132,8 @@ def compute_results(arms: list[Arm]) -> dict[str, Any]:
     by_name = {arm.name: arm for arm in arms}
     compared = {arm.name: _describe_arm(arm, by_name, metrics) for arm in arms}
     students = [name for name in compared if name not in ("teacher", "before")]
-    students.sort(key=lambda name: name == "start")  # shown only where nothing was trained from it
+    # Shown only where nothing was trained from them.
+    students.sort(key=lambda name: ("start", "codes").index(name) + 1 if name in ("start", "codes") else 0)
     subject = students[0] if students else None
     shares = compared[subject]["gap_recovered"] if subject else {}
     gaps = compared["before"]["mcnemar"] if "before" in compared else {}

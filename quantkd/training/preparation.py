@@ -20,6 +20,7 @@ from quantkd.models.generation import context_length
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance
+from quantkd.models.quantize import find_origin
 from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import attach_scales
 from quantkd.models.student import attach_lora, freeze, is_quantized, load_student
@@ -159,8 +160,9 @@ def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: st
         logger.warning("The adapters start from zero: init='covariance' needs a train_dataset that can be indexed.")
     else:
         how: Any = {"start": args.init, "rows": args.init_rows, "seed": args.seed}
-        revision = None if args.init_from else revision
-        initialize_from_rows(model, dataset, args.init_from or name, revision=revision, **how)
+        # A student of `quantize` says what it was made from.
+        origin, revision = (args.init_from, None) if args.init_from else find_origin(name) or (name, revision)
+        initialize_from_rows(model, dataset, origin, revision=revision, **how)
 
 
 def _can_be_indexed(dataset: Any) -> bool:
