@@ -18,6 +18,8 @@ from doc_pages import LANGUAGES, PAGES, name_of, read_blocks, split_commands, sp
 from doc_stand_ins import StandIns
 
 from quantkd.cli.main import main
+from quantkd.models.student import load_student
+from quantkd.names import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,8 @@ def made(page_model_path, tmp_path_factory):
             capture_set(page_model_path, prompts, f"runs/{name}", max_new_tokens=12)
         words = ["--model_name_or_path", str(page_model_path), "--transfer_set", "runs/set", "--max_steps", "2"]
         main(["train", *words, "--output_dir", "runs/student"])
+        load_student(str(page_model_path)).save_pretrained("runs/4bit")  # what it was trained on
+        load_tokenizer(str(page_model_path)).save_pretrained("runs/4bit")
     return folder
 
 
