@@ -17,6 +17,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError
+from quantkd.models.provenance import Provenance
+from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import default_quantization_config, load_student
 from tests.conftest import TRAINING_PROMPTS, capture_set, relative
 
@@ -116,11 +118,19 @@ def assert_equal(report, expected):
         assert math.isclose(report["metrics"][name], expected["metrics"][name], rel_tol=1e-4), name
 
 
+def check_digest(report, model_path):
+    """The digest of the quantized weights is of all of them, whole, whatever dtype they are packed in."""
+    found = Provenance.read(report["folder"] / "saved").weights
+    assert found == describe_weights(load_student(str(model_path), dtype="float32"))
+
+
 @pytest.mark.parametrize("student", STUDENTS)
-def test_ddp(ddp, alone, student):
+def test_ddp(ddp, alone, tiny_model_path, student):
     report = ddp[student]
     assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
     assert_equal(report, alone[student])
+    if student == "nf4":
+        check_digest(report, tiny_model_path)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -134,6 +144,8 @@ def test_fsdp2(fsdp2, alone, tiny_model_path, student):
         assert_equal(each, alone[student])
     if student == "lora":
         check_saved_adapter(report, tiny_model_path)
+    if student == "nf4":
+        check_digest(report, tiny_model_path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed package")

@@ -179,12 +179,16 @@ def test_an_exported_model_stops_where_the_chat_template_ends_a_turn(tiny_tokeni
 
 def test_provenance_is_read_as_it_was_written(tmp_path):
     assert Provenance.read(tmp_path) == Provenance()
-    written = Provenance("0.1", None, "d1", "T", {"alpha": 1.0}, {"seed": 0}, None, {"form": "merged"})
+    written = Provenance(
+        "0.1", None, "d1", "T", {"alpha": 1.0}, {"seed": 0}, None, {"sha256": "ab", "sums": [0.5]}, {"form": "merged"}
+    )
     written.write(tmp_path)
     assert Provenance.read(tmp_path) == written
     for text, message in (
         ("{", "is not JSON"),
         ("[]", "holds a list; expected an object"),
+        ('{"weights": {"sha256": "ab", "sums": 5}}', r"weights in .* is .*; expected a sha256 and sums"),
+        ('{"weights": {"sums": []}}', r"weights in .* is .*; expected a sha256 and sums"),
         ('{"teacher": ["T"]}', r"teacher in .* is \['T'\]; expected a str"),
     ):
         (tmp_path / "quantkd.json").write_text(text)

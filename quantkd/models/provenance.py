@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from quantkd.errors import DataError
+from quantkd.errors import DataError, printable
 from quantkd.files import write_file
 from quantkd.models.stored_weights import are_close, describe_weights
 from quantkd.models.student import describe_quantization, is_quantized
@@ -72,18 +72,21 @@ class Provenance:
             expected = str if name in ("quantkd_version", "transfer_set", "transfer_set_digest", "teacher") else dict
             if value is not None and not isinstance(value, expected):
                 raise DataError(f"{name} in {path} is {value!r}; expected a {expected.__name__}. Remove the file.")
+        weights = found["weights"] or {"sha256": "", "sums": []}
+        if not isinstance(weights.get("sha256"), str) or not isinstance(weights.get("sums"), list):
+            raise DataError(f"weights in {path} is {weights!r:.80}; expected a sha256 and sums. Remove the file.")
         return cls(**{**found, "teacher": found["teacher"] and public_name(found["teacher"])})
 
     def check_weights(self, model: Any, place: str) -> None:
         """Refuse a base model with other quantized weights than those that the adapter at `place` corrects."""
         if self.weights is None:
             return
-        found, recorded = describe_weights(model), str(self.weights.get("sha256"))
+        found, recorded = describe_weights(model), self.weights["sha256"]
         if found is None and is_quantized(model):
             return  # shared out over processes
         if found is not None and found["sha256"] == recorded:
             return
-        expected = f"those of digest {recorded:.12}, on which it was trained ({self.quantization!s:.300})"
+        expected = f"those of digest {printable(recorded):.12}, on which it was trained ({self.quantization!s:.300})"
         if found is not None and are_close(found, self.weights):
             # The same model, quantized on another machine: constants that are averaged differ in their last bits.
             logger.info("The base model's quantized weights differ by rounding from what %s was trained on.", place)

@@ -81,7 +81,7 @@ def describe_weights(model: Any) -> dict[str, Any] | None:
 
 def are_close(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two descriptions are of the same weights up to rounding, as of one model quantized on two machines."""
-    pairs = zip(one.get("sums") or (), other.get("sums") or (), strict=False)
+    pairs = zip(one["sums"], other["sums"], strict=False)
     near = [all(type(each) is float for each in pair) and abs(pair[0] - pair[1]) < _SUMS_TOLERANCE for pair in pairs]
     return len(near) == _SUMS and all(near)
 
