@@ -23,7 +23,7 @@ from quantkd.report.page import tabulate_breakdown
 _COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _MARKERS = "osD^vPX*"
 _HATCHES = ("", "///", "", "...", "xxx", "\\\\\\", "+++", "ooo")
-_OWN_COLORS = {"teacher": 0, "before": 1, "after": 2, "control": 3, "start": 4}
+_OWN_COLORS = {"teacher": 0, "before": 1, "after": 2, "control": 3, "start": 4, "codes": 5}
 _LABELS = {"Token": "Token of the answer, counted from 1", "Entropy (nats)": "Entropy of the teacher (nats)"}
 _INK = "#222222"
 _WIDEST = 14.0  # inches
