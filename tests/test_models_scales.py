@@ -159,11 +159,18 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make_trainer, way):
 
 def test_factors_and_norms_have_their_own_learning_rate_and_no_decay(make_trainer):
     lora = {"peft_config": copy.deepcopy(LORA), "weight_decay": 0.1, "learning_rate": 3e-5}
-    for options, rates in (({}, [(1e-3, 0.0)]), (lora, [(3e-5, 0.1), (1e-3, 0.0)])):
+    for options, first in (({}, []), (lora, [(3e-5, 0.1)])):
         trainer = make_trainer(train_scales=True, **options)
+        own = scale_parameters(trainer.model)
+        with torch.no_grad():
+            for size, name in ((0.1, "model.norm.weight"), (0.0, "model.layers.1.input_layernorm.weight")):
+                own[name].mul_(size)
         groups = trainer.create_optimizer().param_groups
-        assert [(group["lr"], group["weight_decay"]) for group in groups] == rates
-        own = {id(each) for each in scale_parameters(trainer.model).values()}
-        assert {id(each) for each in groups[-1]["params"]} == own and len(own) == 2 * 7 + 5
+        rates = {id(each): (group["lr"], group["weight_decay"]) for group in groups for each in group["params"]}
+        sizes = {"model.norm.weight": 1e-4, "model.layers.1.input_layernorm.weight": 1e-5}
+        for name, each in own.items():
+            assert rates[id(each)] == (pytest.approx(sizes.get(name, 1e-3)), 0.0), name
+        assert [(group["lr"], group["weight_decay"]) for group in groups[: len(first)]] == first
+        assert len(own) == 2 * 7 + 5
         trained = {id(each) for each in trainer.model.parameters() if each.requires_grad}
         assert {id(each) for group in groups for each in group["params"]} == trained

@@ -33,6 +33,7 @@ from quantkd.models.network import base_network
 
 SCALED_NAME = "scaled"  # beside an adapter: the folder of the folded checkpoint that it belongs to
 SCALES_NAME = "scales.safetensors"  # in a training checkpoint: the factors and norms as they are trained
+_LEAST_SCALE = 0.01  # of a norm that is all zeros, as a bias
 _MAX_PIECE = 2**23  # weights that the backward pass holds dequantized at a time
 
 
@@ -77,6 +78,17 @@ def scale_parameters(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
+def group_by_scale(parameters: dict[str, nn.Parameter]) -> list[tuple[list[nn.Parameter], float]]:
+    """Factors, and each norm, with what their learning rate is multiplied by."""
+    # Adam's steps are of one length, and norms differ a hundredfold in size: in SmolLM2 from 0.03 to 1.8.
+    groups: list[tuple[list[nn.Parameter], float]] = [
+        ([each], max(_LEAST_SCALE, float(each.detach().abs().mean())))
+        for name, each in parameters.items()
+        if not name.endswith(".scales")
+    ]
+    return [([each for name, each in parameters.items() if name.endswith(".scales")], 1.0), *groups]
+
+
 class ScaledLinear4bit(Linear4bit):
     """bitsandbytes' layer with a factor for each block."""
 
@@ -89,10 +101,10 @@ class ScaledLinear4bit(Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """As bitsandbytes computes it, with the folded constants."""
-        inputs = x.to(self.compute_dtype or x.dtype)
         product: Any = _ScaledProduct.apply
-        output: Tensor = product(inputs, self.scales, self.weight, self.weight.quant_state)
-        return (output if self.bias is None else output + self.bias.to(output.dtype)).to(x.dtype)
+        dtype = self.compute_dtype or x.dtype
+        output: Tensor = product(x, self.scales, self.weight, self.weight.quant_state, dtype)
+        return (output if self.bias is None else output + self.bias.to(dtype)).to(x.dtype)
 
 
 @torch.no_grad()
@@ -120,12 +132,15 @@ class _ScaledProduct(torch.autograd.Function):
     """`x @ W.T` for W of folded constants. Of W only packed codes are kept; the backward pass unpacks pieces."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, scales: Tensor, weight: Tensor, state: QuantState) -> Tensor:
-        """(..., in) to (..., out)."""
+    def forward(
+        ctx: Any, inputs: Tensor, scales: Tensor, weight: Tensor, state: QuantState, dtype: torch.dtype
+    ) -> Tensor:
+        """(..., in) to (..., out) in `dtype`."""
+        # The inputs are kept as they came: layers side by side and their adapters keep the same tensor.
         ctx.save_for_backward(inputs, weight)
         ctx.state, ctx.folded = state, fold(state, scales)
-        dense = _unpack(weight.view(torch.uint8), compute_constants(ctx.folded), state, inputs.dtype, state.shape)
-        return nn.functional.linear(inputs, dense)
+        dense = _unpack(weight.view(torch.uint8), compute_constants(ctx.folded), state, dtype, state.shape)
+        return nn.functional.linear(inputs.to(dtype), dense)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,7 +149,7 @@ class _ScaledProduct(torch.autograd.Function):
         state, packed = ctx.state, weight.view(torch.uint8).flatten()
         constants, folded = compute_constants(state), compute_constants(ctx.folded)
         (rows, columns), size = state.shape, state.blocksize
-        x, g = inputs.reshape(-1, columns), grad.reshape(-1, rows)
+        x, g = inputs.reshape(-1, columns).to(grad.dtype), grad.reshape(-1, rows)
         grad_inputs, grad_scales = torch.zeros_like(x), torch.empty_like(constants)
         # Pieces are whole rows and, as blocks run along the flattened weight, begin where a block does.
         whole = size // math.gcd(size, columns)
@@ -148,8 +163,9 @@ class _ScaledProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 products = (part.T @ x).float() * _unpack(codes, constants[blocks], state, torch.float32, shape)
                 grad_scales[blocks] = _by_block(products, size).sum(1)
-        found = grad_inputs.view_as(inputs), grad_scales
-        return *(each if asked else None for each, asked in zip(found, ctx.needs_input_grad, strict=False)), None, None
+        found = grad_inputs.view_as(inputs).to(inputs.dtype), grad_scales
+        asked = zip(found, ctx.needs_input_grad, strict=False)
+        return *(each if needed else None for each, needed in asked), None, None, None
 
 
 def _unpack(codes: Tensor, constants: Tensor, state: QuantState, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

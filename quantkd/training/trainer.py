@@ -30,7 +30,15 @@ from quantkd.models.adapter_files import round_adapter
 from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
-from quantkd.models.scales import SCALED_NAME, folded_scales, load_scales, save_base, save_scales, scale_parameters
+from quantkd.models.scales import (
+    SCALED_NAME,
+    folded_scales,
+    group_by_scale,
+    load_scales,
+    save_base,
+    save_scales,
+    scale_parameters,
+)
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import short_dtype
 from quantkd.models.weights import embedding_rows
@@ -262,14 +270,16 @@ class QuantizedDistillationTrainer(Trainer):
         """The Trainer's; what `train_scales` trains has a learning rate of its own and no weight decay."""
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        own = {id(each) for each in scale_parameters(self.model).values()} if is_new and self.args.train_scales else {}
-        groups, moved = optimizer.param_groups, []
-        for group in groups if own else ():
-            moved += [each for each in group["params"] if id(each) in own]
-            group["params"] = [each for each in group["params"] if id(each) not in own]
-        if moved:
-            groups[:] = [group for group in groups if group["params"]]
-            optimizer.add_param_group({"params": moved, "lr": self.args.scales_learning_rate, "weight_decay": 0.0})
+        if not is_new or not self.args.train_scales:
+            return optimizer
+        own, groups = scale_parameters(self.model), optimizer.param_groups
+        moved = {id(each) for each in own.values()}
+        for group in groups:
+            group["params"] = [each for each in group["params"] if id(each) not in moved]
+        groups[:] = [group for group in groups if group["params"]]
+        for parameters, scale in group_by_scale(own):
+            rate = self.args.scales_learning_rate * scale
+            optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
