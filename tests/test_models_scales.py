@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError
 from quantkd.models import scales
+from quantkd.models.provenance import Provenance
+from quantkd.models.quantize import find_origin
 from quantkd.models.scales import ScaledLinear4bit, fold, folded_scales, scale_parameters
-from quantkd.models.stored_weights import list_adapter_parameters
+from quantkd.models.stored_weights import describe_weights, list_adapter_parameters
 from quantkd.models.student import load_student
 from quantkd.models.weights import dequantize_weight
+from quantkd.names import load_tokenizer
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 WAYS = {"scales alone": None, "beside LoRA": LORA}
@@ -92,7 +95,9 @@ def test_factors_of_one_change_nothing_and_others_stay_within_a_rounding(double)
 @pytest.mark.parametrize("options", [
     {}, {"packing": True}, {"use_fused_loss": False}, {"gradient_checkpointing": True}
 ], ids=str)  # fmt: skip
-def test_what_is_saved_is_an_ordinary_checkpoint_with_the_same_logits(make_trainer, training_set, way, options):
+def test_what_is_saved_is_an_ordinary_checkpoint_with_the_same_logits(
+    make_trainer, tiny_model_path, training_set, way, options
+):
     lora = {"peft_config": copy.deepcopy(WAYS[way])}
     trainer = make_trainer(train_scales=True, scales_learning_rate=1e-2, max_steps=8, **options, **lora)
     model, row = trainer.model, training_set[0]["input_ids"][None]
@@ -108,6 +113,10 @@ def test_what_is_saved_is_an_ordinary_checkpoint_with_the_same_logits(make_train
     if base != out:
         loaded = PeftModel.from_pretrained(loaded, out)
         assert loaded.peft_config["default"].base_model_name_or_path == "scaled"
+    made = Provenance.read(base)
+    assert made.weights == describe_weights(loaded) == Provenance.read(out).weights
+    assert find_origin(str(base)) is None and made.export["quantized_from"] == tiny_model_path.name
+    load_tokenizer(str(base))
     with torch.inference_mode():
         for each in list_adapter_parameters(model):
             each.copy_(each.bfloat16())  # as they are saved

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from quantkd.errors import DataError, printable
 from quantkd.files import write_file
+from quantkd.foreign import commit_of
+from quantkd.models.network import base_network
 from quantkd.models.stored_weights import are_close, describe_weights
 from quantkd.models.student import describe_quantization, is_quantized
 from quantkd.names import __version__, find_file, public_name
@@ -59,6 +61,15 @@ class Provenance:
             quantization=describe_quantization(model),
             weights=describe_weights(model),
         )
+
+    def of_scales(self, model: Any) -> Provenance:
+        """Of a checkpoint whose block constants were trained; what its codes were made from, it keeps saying."""
+        config = base_network(model).config
+        name, version = config.name_or_path or "", __version__
+        before = Provenance.read(name).export if Path(name).is_dir() else None
+        made = {"form": "quantized", "quantized_from": public_name(name), "commit": commit_of(config), **(before or {})}
+        facts = {"scales": "trained", "quantization": self.quantization, "quantkd_version": version}
+        return replace(self, export={**made, **facts})
 
     @classmethod
     def read(cls, name_or_path: str | Path) -> Provenance:

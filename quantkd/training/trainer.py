@@ -377,11 +377,17 @@ class QuantizedDistillationTrainer(Trainer):
                 save_scales(model, folder)
             self._describe(folder)
         else:
+            place = folder / SCALED_NAME if isinstance(model, PeftModel) else folder
             with folded_scales(model):
                 super()._save(output_dir, state_dict)
-                if self.args.should_save and isinstance(model, PeftModel):
-                    save_base(model, folder / SCALED_NAME)
-                self._describe(folder, str(folder / SCALED_NAME))
+                self._describe(folder, str(place))
+                if not self.args.should_save:
+                    return
+                if place != folder:
+                    save_base(model, place)
+                    if self.processing_class is not None:
+                        self.processing_class.save_pretrained(place)
+                Provenance.read(folder).of_scales(model).write(place)
 
     def _describe(self, folder: Path, base: str | None = None) -> None:
         """Say beside what was saved where it comes from, and of an adapter what it belongs to."""
