@@ -43,12 +43,13 @@ def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
     assert answers[0].read_text() == answers[1].read_text()
     # What one process left behind, two go on from: the answers that are there are not made again.
     lines = answers[1].read_text().splitlines()
-    changed = {**json.loads(lines[3]), "output": "kept"}
+    changed = json.loads(lines[3])
+    changed["output"] += " kept"  # without another number, so the verdict stays
     answers[1].write_text("\n".join([*lines[:3], json.dumps(changed)]) + "\n")
     processes.run([*words, tmp_path / "2"], tmp_path / "again.txt", 2)
     after = [json.loads(line) for line in answers[1].read_text().splitlines()]
     outputs = [json.loads(line)["output"] for line in lines]
-    assert [record["output"] for record in after] == [*outputs[:3], "kept", *outputs[4:]]
+    assert [record["output"] for record in after] == [*outputs[:3], f"{outputs[3]} kept", *outputs[4:]]
 
 
 def test_batches_are_dealt_in_turn(monkeypatch):
