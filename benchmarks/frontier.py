@@ -216,7 +216,7 @@ def draw(arms: dict[str, Figures], teacher: str) -> Figure:
     """KL against bits per weight, both kinds of arms labelled."""
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for own, color, marker in ((False, "#8C8C8C", "o"), (True, "#0072B2", "D")):
+    for own, color, marker in ((False, "#5A5A5A", "o"), (True, "#0072B2", "D")):
         chosen = {name: arm for name, arm in arms.items() if is_ours(name) == own}
         bits, kl = ([arm[key] for arm in chosen.values()] for key in ("bits_per_weight", "kl"))
         errors = [bootstrap_interval(RowSums(arm["kl_sum"], arm["tokens"])) for arm in chosen.values()]
