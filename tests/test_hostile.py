@@ -94,7 +94,7 @@ def test_reports(tmp_path):
     results, page = build(tmp_path, arms)
     tags, _ = render(page)
     assert set(tags) <= PAGE
-    assert re.findall(r"<img[^>]*src=\"([^\"]*)", render(page)[1]) == ["gap.png", "kl_bins.png"]
+    assert re.findall(r"<img[^>]*src=\"([^\"]*)", render(page)[1]) == ["gap.png", "kl_bits.png", "kl_bins.png"]
     assert is_shown_as_it_is(page) and is_shown_as_it_is(format_table(results))
     assert format_table(results).splitlines()[0].endswith("gap recovered") and (tmp_path / "gap.png").exists()
 

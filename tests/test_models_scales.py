@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError
 from quantkd.models import scales
+from quantkd.models.codes import read_constants
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import find_origin
 from quantkd.models.scales import ScaledLinear4bit, fold, folded_scales, scale_parameters
@@ -50,9 +51,9 @@ def codes_of(state, packed):
 def test_gradients_are_those_of_the_dense_weight(monkeypatch, kind, double, rows, columns, bias):
     layer = scaled_layer(rows, columns, kind=kind, double=double, bias=bias)
     state, codes = layer.weight.quant_state, codes_of(layer.weight.quant_state, layer.weight.data)
-    stored = scales.compute_constants(fold(state, layer.scales)).double()
+    stored = read_constants(fold(state, layer.scales)).double()
     factors = layer.scales.detach().double().requires_grad_()
-    constants = scales.compute_constants(state).double() * factors
+    constants = read_constants(state).double() * factors
     constants = constants + (stored - constants).detach()  # rounded, and derived as if they were not
     dense = codes * constants.repeat_interleave(64)[: codes.numel()].view_as(codes)
     inputs, weights = torch.randn(2, 3, columns), torch.randn(2, 3, rows)
@@ -80,13 +81,13 @@ def test_the_backward_pass_keeps_no_dequantized_weight():
 def test_factors_of_one_change_nothing_and_others_stay_within_a_rounding(double):
     layer = scaled_layer(96, 128, double=double)
     state = layer.weight.quant_state
-    before = scales.compute_constants(state)
-    stored = scales.compute_constants(fold(state, layer.scales)).repeat_interleave(64).view(96, 128)
+    before = read_constants(state)
+    stored = read_constants(fold(state, layer.scales)).repeat_interleave(64).view(96, 128)
     torch.testing.assert_close(dequantize_weight(layer), codes_of(state, layer.weight.data).float() * stored)
     for factors in (torch.ones_like(layer.scales), layer.scales.detach()):
         folded, expected = fold(state, factors), before * factors
         assert folded.nested == double and folded.absmax.dtype == state.absmax.dtype
-        far = (scales.compute_constants(folded) - expected).abs().max()
+        far = (read_constants(folded) - expected).abs().max()
         spread = (expected - expected.mean()).abs().max()
         assert far <= (0.008 * spread if double else 0)  # half a step of the 8-bit map
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_blockwise
 from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from quantkd.errors import ConfigError
 from quantkd.foreign import float32_modules, keep_saveable, lora_variant_of, shares_weights
 from quantkd.hardware import parse_dtype
+from quantkd.models.codes import read_constants
 from quantkd.models.cpu_repacking import restore_weight
 from quantkd.models.network import base_network
 
@@ -110,22 +111,13 @@ class ScaledLinear4bit(Linear4bit):
 @torch.no_grad()
 def fold(state: QuantState, scales: Tensor) -> QuantState:
     """The state with each block's constant multiplied, and double-quantized as `quantize_4bit` does if it was."""
-    folded, constants = copy.copy(state), compute_constants(state) * scales
+    folded, constants = copy.copy(state), read_constants(state) * scales
     if not state.nested:
         folded.absmax = constants
         return folded
     folded.offset = constants.mean()
     folded.absmax, folded.state2 = quantize_blockwise(constants - folded.offset, blocksize=state.state2.blocksize)
     return folded
-
-
-def compute_constants(state: QuantState) -> Tensor:
-    """The (blocks,) constants in float32."""
-    if not state.nested:
-        constants: Tensor = state.absmax
-    else:
-        constants = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return constants.float()
 
 
 class _ScaledProduct(torch.autograd.Function):
@@ -139,7 +131,7 @@ class _ScaledProduct(torch.autograd.Function):
         # The inputs are kept as they came: layers side by side and their adapters keep the same tensor.
         ctx.save_for_backward(inputs, weight)
         ctx.state, ctx.folded = state, fold(state, scales)
-        dense = _unpack(weight.view(torch.uint8), compute_constants(ctx.folded), state, dtype, state.shape)
+        dense = _unpack(weight.view(torch.uint8), read_constants(ctx.folded), state, dtype, state.shape)
         return nn.functional.linear(inputs.to(dtype), dense)
 
     @staticmethod
@@ -147,7 +139,7 @@ class _ScaledProduct(torch.autograd.Function):
         """The gradients of the inputs and, through the double quantization as if it were exact, of the factors."""
         inputs, weight = ctx.saved_tensors
         state, packed = ctx.state, weight.view(torch.uint8).flatten()
-        constants, folded = compute_constants(state), compute_constants(ctx.folded)
+        constants, folded = read_constants(state), read_constants(ctx.folded)
         (rows, columns), size = state.shape, state.blocksize
         x, g = inputs.reshape(-1, columns).to(grad.dtype), grad.reshape(-1, rows)
         grad_inputs, grad_scales = torch.zeros_like(x), torch.empty_like(constants)
