@@ -224,7 +224,11 @@ def draw(arms: dict[str, Figures], teacher: str) -> Figure:
         label = "quantkd, on NF4" if own else "formats as they are"
         axes.errorbar(bits, kl, yerr=spread, fmt=marker, color=color, capsize=2, label=label)
         for name, x, y in zip(chosen, bits, kl, strict=True):
-            axes.annotate(name, (x, y), (6, 4), textcoords="offset points", color=color, fontsize=8)
+            # Arms of the same bits lie close: one's label goes up, the other's down.
+            down = name.startswith("scales")
+            where: Any = {"rotation": -30 if down else 30 * own, "va": "top" if down else "bottom"}
+            axes.annotate(name, (x, y), (5, -3 if down else 3), textcoords="offset points", color=color, **where)
+    axes.margins(x=0.1)
     axes.set(yscale="log", xlabel="Bits per weight of the linear layers, adapters included")
     axes.set(ylabel="KL to the teacher, nats per token", title=f"{teacher}, answers to GSM8K test questions")
     axes.grid(alpha=0.3, which="both")
