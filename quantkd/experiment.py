@@ -18,11 +18,17 @@ from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import Questions
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.measure import evaluate_arm
-from quantkd.hardware import default_device, process_state
+from quantkd.hardware import default_device, parse_dtype, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import quantize
-from quantkd.models.student import format_of, load_student, refuse_quantized
+from quantkd.models.student import (
+    default_quantization_config,
+    describe_config,
+    format_of,
+    load_student,
+    refuse_quantized,
+)
 from quantkd.names import public_name
 from quantkd.report import build_report
 from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
@@ -132,7 +138,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     measure(teacher, "teacher")
     del teacher
     measure(_load_student(experiment, experiment.model), "before")
-    calibrates = experiment.calibrate and _format(experiment) in ("nf4", "fp4")
+    calibrates = experiment.calibrate and format_of(_config(experiment)) in ("nf4", "fp4")
     base = str(run_dir / "quantized") if calibrates else experiment.model
     if calibrates:
         if state.is_main_process:
@@ -158,10 +164,8 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             _log(f"exporting {form}")
             if Provenance.read(folder).export is not None:  # that of an earlier run of the same experiment
                 shutil.rmtree(folder)
-            student, facts = (
-                _load_trained(experiment, base, str(args.output_dir)),
-                Provenance.read(str(args.output_dir)),
-            )
+            student = _load_trained(experiment, base, str(args.output_dir))
+            facts = Provenance.read(str(args.output_dir))
             export_checkpoint(student, tokenizer, folder, form=form, provenance=facts)
             del student
         state.wait_for_everyone()
@@ -173,9 +177,9 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     return run_dir / "report.md"
 
 
-def _format(experiment: Experiment) -> str:
-    config = experiment.quantization_config or "nf4"
-    return config if isinstance(config, str) else format_of(config)
+def _config(experiment: Experiment) -> Any:
+    config = copy.deepcopy(experiment.quantization_config) or "nf4"
+    return default_quantization_config(parse_dtype(experiment.dtype), config) if isinstance(config, str) else config
 
 
 def _quantize(experiment: Experiment, folder: Path, rows: TransferSet) -> None:
@@ -183,19 +187,18 @@ def _quantize(experiment: Experiment, folder: Path, rows: TransferSet) -> None:
     facts = Provenance.read(str(folder))
     made = facts.export or {}
     same = (made.get("quantized_from"), facts.transfer_set_digest) == (public_name(experiment.model), rows.digest)
-    if same and format_of(made.get("quantization")) == _format(experiment):
+    if same and made.get("quantization") == describe_config(_config(experiment)):
         return
     if made:  # of an earlier run
         shutil.rmtree(folder)
     clear_device_cache(garbage_collection=True)
-    config = copy.deepcopy(experiment.quantization_config)
-    kwargs = {"quantization_config": config, "dtype": experiment.dtype, **experiment.model_init_kwargs}
+    kwargs = {"quantization_config": _config(experiment), "dtype": experiment.dtype, **experiment.model_init_kwargs}
     quantize(experiment.model, rows, folder, **kwargs)
 
 
 def _load_student(experiment: Experiment, name: str, **kwargs: Any) -> Any:
     clear_device_cache(garbage_collection=True)  # one model is in memory at a time
-    config = copy.deepcopy(experiment.quantization_config) if name == experiment.model else None
+    config = _config(experiment) if name == experiment.model else None
     options = {"quantization_config": config, "dtype": experiment.dtype, **kwargs, **experiment.model_init_kwargs}
     return load_student(name, **options)
 

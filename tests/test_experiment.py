@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from quantkd import GenerationSettings, Nucleus, QuantizedDistillationConfig, RunSettings, TransferSet
 from quantkd.cli import demo
@@ -171,10 +171,17 @@ def test_what_was_measured_of_the_same_model_is_not_measured_again(measured, tin
         return {path.name: path.read_bytes() for path in files}
 
     assert go(exports=("merged",)) == 6
-    first = read()
+    first, written = read(), (tmp_path / "quantized" / "quantkd.json").stat().st_mtime_ns
     assert go(exports=("merged",)) == 6 and read() == first
     assert go(max_steps=1, exports=("merged",)) == 8  # another adapter: teacher, before, codes and start stay
     assert read()["results.json"] != first["results.json"]
+    codes = tmp_path / "quantized" / "quantkd.json"
+    assert codes.stat().st_mtime_ns == written  # the same checkpoint is kept
+    made = codes.read_bytes()
+    once = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    run(tiny_model_path, tmp_path, test_rows=generate_problems(2, 9), quantization_config=once, start=False)
+    assert codes.read_bytes() != made  # another quantization under the same name is made anew
+    del measured[8:]
     assert go(max_steps=1, force=True) == 13
 
 

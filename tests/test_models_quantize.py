@@ -99,7 +99,7 @@ def test_feedback_is_that_of_the_textbook():
     scales = read_constants(state).repeat_interleave(64)[:120].reshape(3, 40)
     moment = InputMoment(inputs)
     left, matrix, levels = weight.double(), moment.matrix.double(), state.code.double()
-    matrix = matrix[moment.order][:, moment.order] + 0.01 * matrix.diagonal().mean() * torch.eye(40)
+    matrix = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(40)
     left, divisors = left[:, moment.order], scales.double()[:, moment.order]
     expected = torch.empty(3, 40, dtype=torch.long)
     for column in range(40):

@@ -26,19 +26,19 @@ class InputMoment:
     """The second moment of a layer's inputs, `X^T X / N`, and what choosing codes needs of it."""
 
     def __init__(self, inputs: Tensor, *, damping: float = DAMPING) -> None:
-        self.matrix = inputs.T @ inputs / len(inputs)  # (in, in)
-        if not bool(torch.isfinite(self.matrix).all()):
+        matrix = inputs.T @ inputs / len(inputs)
+        if not bool(torch.isfinite(matrix).all()):
             raise ConfigError("its inputs are not finite.")
-        diagonal = self.matrix.diagonal()
-        self.order = diagonal.argsort(descending=True)
-        ordered, ridge = self.matrix[self.order][:, self.order], damping * float(diagonal.mean()) or 1.0
+        self.order = matrix.diagonal().argsort(descending=True)
+        self.matrix = matrix[self.order][:, self.order]  # (in, in), largest inputs first
+        damped, ridge = self.matrix.clone(), damping * float(matrix.diagonal().mean()) or 1.0
         failed = True
         while failed:  # more than once where rounding made it indefinite
-            ordered.diagonal().add_(ridge)  # for directions that no token took
-            lower, info = torch.linalg.cholesky_ex(ordered.flip(0, 1))
+            damped.diagonal().add_(ridge)  # for directions that no token took
+            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
             failed, ridge = bool(info), 10 * ridge
         # The upper Cholesky factor of the inverse: its row i says how the error of column i goes to the later ones.
-        eye = torch.eye(len(ordered), dtype=ordered.dtype, device=ordered.device)
+        eye = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
         self.feedback = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
@@ -68,8 +68,7 @@ def choose_codes(weight: Tensor, scales: Tensor, levels: Tensor, moment: InputMo
             errors[column - start] = (left[column] - grid[found[column]] * scales[column]) / onward[column]
             left[column + 1 : end] -= torch.outer(onward[column + 1 : end], errors[column - start])
         left[end:] -= moment.feedback[start:end, end:].T @ errors
-    matrix = moment.matrix[moment.order][:, moment.order]
-    ours, theirs = (compute_output_error((wanted - grid[each] * scales).T, matrix) for each in (found, nearest))
+    ours, theirs = (compute_output_error((wanted - grid[each] * scales).T, moment.matrix) for each in (found, nearest))
     # By a margin, for the comparison is itself rounded.
     found = torch.where(ours < theirs * (1 - 1e-5), found, nearest)
     return places[found[moment.order.argsort()].T]

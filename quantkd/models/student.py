@@ -90,8 +90,11 @@ def bits_of(quantization_config: Any) -> int | None:
 def describe_quantization(model: Any) -> dict[str, Any] | None:
     """How a model is quantized, in the words of its config, as JSON; None for a model in full precision."""
     config = getattr(base_network(model).config, "quantization_config", None)
-    if config is None:
-        return None
+    return None if config is None else describe_config(config)
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """What decides the numbers of a quantization, as JSON."""
     settings = config if isinstance(config, dict) else config.to_dict()
     found = {name: settings[name] for name in _SETTINGS if settings.get(name) not in (None, False)}
     return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
