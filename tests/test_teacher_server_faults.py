@@ -74,7 +74,7 @@ def test_bodies_are_bounded_in_bytes_and_depth(serve, connect, prompts, monkeypa
     with pytest.raises(TeacherError, match="nested too deeply"):
         teacher.answer(prompts[:1])
     server.respond = lambda path, body: (200, '{"choices": "' + "x" * 5000)
-    monkeypatch.setattr("quantkd.teacher.server.MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr("quantkd.teacher.server_client.MAX_BODY_BYTES", 1000)
     with pytest.raises(TeacherError, match="more than 1000 bytes"):
         teacher.answer(prompts[:1])
 

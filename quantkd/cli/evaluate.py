@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from, refuse_training
 from quantkd.cli.format import say
@@ -15,14 +15,17 @@ from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import load_examples
 from quantkd.errors import ConfigError, refuse_unused
 from quantkd.evaluation.accuracy import Questions, evaluate_prompts
-from quantkd.evaluation.arms import EvaluationSettings, check_arm_name
+from quantkd.evaluation.arms import Arm, EvaluationSettings, check_arm_name
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.measure import evaluate_arm
+from quantkd.files import parse_object
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import fetch_adapter, load_adapter
 from quantkd.models.student import refuse_quantized
 from quantkd.names import naming
 from quantkd.teacher import load_teacher
+from quantkd.teacher.model_server import ModelServer
+from quantkd.teacher.served import TOP_LOGPROBS, evaluate_served
 from quantkd.transfer_set import TransferSet
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,8 @@ _NEEDS = {
     "gsm8k prompts": "limit max_new_tokens plain_prompts",
     "tasks": "include_path num_fewshot task_limit apply_chat_template rerun_tasks",
     "held_out gsm8k tasks": "title",
+    "engine=transformers": "full_precision adapter teacher gsm8k prompts tasks force batch_size",
+    "engine=server": "base_url top_logprobs engine_kwargs",
 }
 _EXAMPLES = """examples:
   quantkd evaluate --arm teacher --full_precision --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
@@ -44,6 +49,7 @@ _EXAMPLES = """examples:
   quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --gsm8k hub --run_dir runs/x
   quantkd evaluate --arm after --model_name_or_path MODEL --prompts my.jsonl --run_dir runs/x
   quantkd evaluate --arm after --model_name_or_path MODEL --adapter runs/student --tasks gsm8k,arc_easy --run_dir runs/x
+  quantkd evaluate --engine server --base_url http://127.0.0.1:8080 --held_out runs/held --arm served --run_dir runs/x
   accelerate launch -m quantkd evaluate --arm before --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
 """
 
@@ -76,15 +82,36 @@ class EvaluationArguments:
     batch_size: int = option("Rows or questions a batch.", 8)
     max_new_tokens: int = option("Length limit of an answer.", 256)
     plain_prompts: bool = option("Use no chat template, as for a base model.", False)
+    engine: Literal["transformers", "server"] = option(
+        "What runs the model; server: one that runs already.", "transformers"
+    )
+    base_url: str | None = option("Address of the server engine's server.", None)
+    top_logprobs: int = option("Log-probabilities a token that a server is asked for.", TOP_LOGPROBS)
+    engine_kwargs: str | None = option(
+        'Further arguments of the server engine, as JSON: \'{"dialect": "vllm"}\'.', None
+    )
+
+
+@dataclass
+class MeasuredStudent(StudentArguments):
+    """The model to measure; of a server, the name that it uses."""
+
+    model_name_or_path: str | None = option(  # type: ignore[assignment]
+        "The model: a Hub name or a folder. Of a server its name there; the only one if left out.", None
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, measure, write."""
-    kinds = [EvaluationArguments, StudentArguments]
+    kinds = [EvaluationArguments, MeasuredStudent]
     args, student = parse_options(kinds, argv, prog="quantkd evaluate", examples=_EXAMPLES)
+    if student.model_name_or_path is None and args.engine != "server":
+        raise ConfigError("One option is required: --model_name_or_path, the model to measure, or --engine server.")
     if not (args.held_out or args.gsm8k or args.prompts or args.tasks):
         raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts or --tasks.")
     refuse_unused(args, _NEEDS)
+    if args.engine == "server":
+        return _evaluate_served(args, student)
     refuse_training(student, full_precision=args.full_precision)
     check_arm_name(args.arm)
     # Errors in the data are reported before a model is loaded.
@@ -125,13 +152,8 @@ def main(argv: Sequence[str]) -> None:
     folder, is_main = Path(args.run_dir) / "evaluation", process_state().is_main_process
     if args.held_out or args.gsm8k or args.tasks:
         arm = evaluate_arm(model, tokenizer, args.run_dir, arm=args.arm, settings=settings, **given)
-        said = ""
-        if arm.fidelity is not None:
-            found, rows = arm.fidelity.means, len(arm.fidelity.tokens)
-            said = f": KL {found['kl']:.4f} nats per token, perplexity {found['perplexity']:.2f}, "
-            said += f"top-1 agreement {found['top1_agreement']:.1%} on {rows} rows"
         if is_main:
-            say(f"{folder / args.arm}.json{said}")
+            say(f"{folder / args.arm}.json{_describe(arm)}")
     if args.prompts:
         path = folder / f"{args.arm}-prompts.jsonl"
         if args.force and is_main:
@@ -141,6 +163,35 @@ def main(argv: Sequence[str]) -> None:
         graded = [record.correct for record in records if record.correct is not None]
         if is_main:
             say(f"{path}: {len(records)} answers" + (f", {sum(graded)} of {len(graded)} exact" if graded else ""))
+
+
+def _evaluate_served(args: EvaluationArguments, student: MeasuredStudent) -> None:
+    """Measure a model behind a server."""
+    options = " ".join(each.name for each in fields(StudentArguments) if each.name != "model_name_or_path")
+    refuse_unused(student, {"": options}, vars(MeasuredStudent()))
+    if args.base_url is None or args.held_out is None:
+        raise ConfigError("--engine server measures a served model on held-out rows: give --base_url and --held_out.")
+    kwargs = parse_object("engine_kwargs", args.engine_kwargs)
+    how = {"concurrency": kwargs.pop("concurrency")} if "concurrency" in kwargs else {}
+    held_out = TransferSet.open(args.held_out)
+    try:
+        server = ModelServer(args.base_url, student.model_name_or_path, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"engine_kwargs: {error}. docs/engines.md lists what they may be.") from error
+    how |= {"arm": args.arm, "title": args.title, "top_logprobs": args.top_logprobs}
+    arm = evaluate_served(server, held_out, args.run_dir, **how)
+    settings: Any = arm.fidelity and arm.fidelity.settings
+    low, high = settings["kl_bounds"]
+    said = f"; {settings['not_listed']} stored entries were not listed, so its KL is from {low:.6f} to {high:.6f}"
+    say(f"{Path(args.run_dir) / 'evaluation' / args.arm}.json{_describe(arm)}{said}")
+
+
+def _describe(arm: Arm) -> str:
+    if arm.fidelity is None:
+        return ""
+    found, rows = arm.fidelity.means, len(arm.fidelity.tokens)
+    said = f": KL {found['kl']:.4f} nats per token, perplexity {found['perplexity']:.2f}, "
+    return said + f"top-1 agreement {found['top1_agreement']:.1%} on {rows} rows"
 
 
 def _load_teacher(student: StudentArguments, other: str | None = None) -> Any:

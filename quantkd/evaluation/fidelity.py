@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -103,12 +104,13 @@ def evaluate_fidelity(
             if teacher is not None:
                 teachers["dense_"] = runs[-1][0].to(states.device)  # the same ones if the model is the teacher
             positions = measure_positions(states, targets, teachers)
-            found.append((indices, _sum_rows(batch["labels"], positions)))
+            found.append((indices, sum_rows(batch["labels"], positions)))
     if share and process_state().num_processes > 1:
         found = gather_object(found)
-    order = np.argsort(np.concatenate([indices for indices, _ in found]))
-    columns = {name: _shorten(np.concatenate([sums[name] for _, sums in found])[order]) for name in found[0][1]}
-    broken = np.any([~np.isfinite(sums).reshape(len(order), -1).all(1) for sums in columns.values()], axis=0).sum()
+    columns = join_rows([sums for _, sums in found], np.argsort(np.concatenate([indices for indices, _ in found])))
+    broken = np.any(
+        [~np.isfinite(sums).reshape(len(transfer_set), -1).all(1) for sums in columns.values()], axis=0
+    ).sum()
     if broken:
         raise DataError(
             f"The figures of {broken} of {len(transfer_set)} rows are not finite: the logits hold NaN or infinity. "
@@ -117,7 +119,7 @@ def evaluate_fidelity(
     return Fidelity(columns, {"transfer_set": transfer_set.digest})
 
 
-def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floats]:
+def sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floats]:
     """Labels (B, T) and figures (N,) at target positions -> their sums per row (B,), and per row and bin (B, bins)."""
     stacked = torch.stack([values.to(wide_dtype(values.device)) for values in positions.values()])
     values = dict(zip(positions, stacked.cpu().double().numpy(), strict=True))  # one wait for the device
@@ -136,6 +138,11 @@ def _sum_rows(labels: Tensor, positions: Mapping[str, Tensor]) -> dict[str, Floa
             flat = np.bincount(rows * math.prod(shape[1:]) + bins, summed, math.prod(shape))
             sums[f"{kind}/{key}".lstrip("/")] = flat.reshape(shape).astype(np.float64)
     return sums
+
+
+def join_rows(parts: Sequence[Mapping[str, Floats]], order: NDArray[np.int64]) -> dict[str, Floats]:
+    """The sums of several batches as one, their rows in this order."""
+    return {name: _shorten(np.concatenate([sums[name] for sums in parts])[order]) for name in parts[0]}
 
 
 def _shorten(sums: Floats) -> Floats:

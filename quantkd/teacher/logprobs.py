@@ -36,12 +36,17 @@ class TopLogprobs:
             logprobs=np.asarray([logprob for target in targets for _, logprob in target], dtype=np.float64),
         )
 
+    @property
+    def pairs(self) -> list[tuple[int, float]]:
+        """All candidates as pairs."""
+        return list(zip(self.token_ids.tolist(), self.logprobs.tolist(), strict=True))
+
     def append(self, other: TopLogprobs) -> TopLogprobs:
         """These targets, then those of `other`."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return TopLogprobs(*(np.concatenate(pair) for pair in pairs))
 
-    def select(self, targets: NDArray[np.int64]) -> TopLogprobs:
+    def select(self, targets: NDArray[np.int64] | Sequence[int]) -> TopLogprobs:
         """The targets (M,) named by their places, in that order; those beyond the end come without candidates."""
         counts = np.append(self.counts, 0)
         starts = np.cumsum(counts) - counts
@@ -50,6 +55,34 @@ class TopLogprobs:
         within = np.arange(chosen.sum()) - np.repeat(np.cumsum(chosen) - chosen, chosen)
         entries = np.repeat(starts[targets], chosen) + within
         return TopLogprobs(chosen, self.token_ids[entries], self.logprobs[entries])
+
+    def rank(
+        self, targets: int, head_size: int, where: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """(E,) targets, ids and log-probabilities, checked: doubles joined, each target's most probable one first."""
+        ids, logprobs = self.token_ids, self.logprobs
+        if len(self.counts) != targets:
+            raise TeacherError(f"{where} log-probabilities of {len(self.counts)} tokens; expected {targets}.")
+        for token in ids[(ids < 0) | (ids >= head_size)]:
+            raise _out_of_vocabulary(where, token, head_size)
+        for logprob in logprobs[np.isnan(logprobs) | (logprobs > _ROUNDING)]:
+            raise TeacherError(
+                f"{where} the log-probability {logprob}; expected finite numbers of at most 0. "
+                "Check the model's dtype and weights."
+            )
+        # The sampled token comes in addition to the most probable ones and may be one of them.
+        owners = np.repeat(np.arange(targets, dtype=np.int64), self.counts)
+        _, first = np.unique(owners * head_size + ids, return_index=True)
+        owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)
+        order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
+        return owners[order], ids[order], logprobs[order]
+
+
+def _out_of_vocabulary(where: str, token: int, head_size: int) -> TeacherError:
+    return TeacherError(
+        f"{where} the token id {token}, and the vocabulary ends at {head_size}. Check that the tokenizer "
+        "is the model's; if its logits are wider than that, name their width with vocab_size."
+    )
 
 
 def check_rule(rule: StorageRule, temperatures: Sequence[float], engine: str) -> TopK | Nucleus:
@@ -105,29 +138,10 @@ class RowBuilder:
     ) -> TransferRow:
         """One row, with the candidates cut to what the rule keeps: sorted, doubles joined, at least one per target."""
         targets = int((spans[:, 1] - spans[:, 0]).sum())
-        ids, logprobs = candidates.token_ids, candidates.logprobs
-        where = f"{self.engine} answered prompt {index} with"
-        if len(candidates.counts) != targets:
-            raise TeacherError(f"{where} log-probabilities of {len(candidates.counts)} tokens; expected {targets}.")
-        head_size = max(self.head_size, self.vocab_size)
-        known = (ids >= 0) & (ids < head_size)
-        for token in (*(token for token in input_ids if not 0 <= token < self.vocab_size), *ids[~known]):
-            raise TeacherError(
-                f"{where} the token id {token}, and the vocabulary ends at {head_size}. Check that the tokenizer is "
-                "the teacher's; if its logits are wider than that, name their width with vocab_size."
-            )
-        for logprob in logprobs[np.isnan(logprobs) | (logprobs > _ROUNDING)]:
-            raise TeacherError(
-                f"{where} the log-probability {logprob}; expected finite numbers of at most 0. "
-                "Check the teacher's dtype and weights."
-            )
-
-        # The sampled token comes in addition to the most probable ones and may be one of them.
-        owners = np.repeat(np.arange(targets, dtype=np.int64), candidates.counts)
-        _, first = np.unique(owners * head_size + ids, return_index=True)
-        owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)
-        order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
-        owners, ids, logprobs = owners[order], ids[order], logprobs[order]
+        where, head_size = f"{self.engine} answered prompt {index} with", max(self.head_size, self.vocab_size)
+        for token in (token for token in input_ids if not 0 <= token < self.vocab_size):
+            raise _out_of_vocabulary(where, token, head_size)
+        owners, ids, logprobs = candidates.rank(targets, head_size, where)
         counts = np.bincount(owners, minlength=targets)
         keep = keep_entries(logprobs, counts, self.rule) & (logprobs > _ZERO_PROBABILITY) & (ids < self.vocab_size)
         complete = counts >= self.width

@@ -5,6 +5,7 @@ OpenAI API names tokens by their text, which two ids may share and a part of a c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from quantkd.teacher.logprobs import TopLogprobs
 from quantkd.teacher.teacher import GenerationSettings
 
 _TOKEN_ID = "token_id:"
+_CERTAIN = 1e4  # added to a logit
 _NO_PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
@@ -24,9 +26,12 @@ class Completion:
     prompt_ids: list[int]
     width: int  # candidates per token
     settings: GenerationSettings
-    seed: int  # the row's own
-    ends: list[int]  # ids that end an answer
+    seed: int = 0  # the row's own
+    ends: Sequence[int] = ()  # ids that end an answer
     score_from: int | None = None  # the first token of the prompt whose candidates are wanted, too
+    # Where `scores_prompts` is False:
+    forced: int | None = None  # what is generated, whatever its candidates
+    is_cached: bool = False  # whether the server may go on from the prompt before
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Answer:
 
 class Dialect(ABC):
     """One server's way to ask and answer."""
+
+    scores_prompts = True  # whether it gives the candidates of a prompt's own tokens
 
     def check(self, settings: GenerationSettings) -> None:
         """Refuse settings under which the server's log-probabilities would not be the teacher's own."""
@@ -69,7 +76,7 @@ class VLLM(Dialect):
             "return_tokens_as_token_ids": True,
             "seed": completion.seed,
             "ignore_eos": True,  # ends at our end tokens alone
-            "stop_token_ids": completion.ends,
+            "stop_token_ids": [*completion.ends],
             "temperature": settings.generation_temperature if settings.do_sample else 0.0,
             "top_p": settings.top_p if settings.do_sample else 1.0,
             "top_k": settings.top_k if settings.do_sample else 0,
@@ -119,7 +126,7 @@ class SGLang(Dialect):
         if settings.do_sample:
             sampling = {"temperature": 1.0, "top_p": settings.top_p, "top_k": settings.top_k or -1}
             sampling["sampling_seed"] = completion.seed
-        sampling |= {"max_new_tokens": settings.max_new_tokens, "stop_token_ids": completion.ends, **_NO_PENALTIES}
+        sampling |= {"max_new_tokens": settings.max_new_tokens, "stop_token_ids": [*completion.ends], **_NO_PENALTIES}
         return "/generate", {
             "input_ids": completion.prompt_ids,
             "sampling_params": sampling,
@@ -131,49 +138,54 @@ class SGLang(Dialect):
     def read(self, body: Any, completion: Completion) -> Answer:
         """Triples of log-probability, id and text; the prompt's tokens must be its own."""
         meta, prompt = body["meta_info"], completion.prompt_ids
-        tokens = [int(token) for _, token, *_ in meta["output_token_logprobs"]]
-        targets = meta["output_top_logprobs"]
+        own, targets = meta["output_token_logprobs"], meta["output_top_logprobs"]
+        tokens = [int(token) for _, token, *_ in own]
         if completion.score_from is not None:
             scored = [int(token) for _, token, *_ in meta["input_token_logprobs"]]
             before = len(prompt) - len(scored)
             if len(meta["input_top_logprobs"]) != len(scored) or scored != prompt[before:]:
                 raise ValueError("input_token_logprobs are those of other tokens than the prompt's")
-            targets = [None] * before + meta["input_top_logprobs"] + targets
-        pairs = [[(int(token), logprob) for logprob, token, *_ in target or ()] for target in targets]
+            nothing: list[Any] = [None] * before
+            own = nothing + meta["input_token_logprobs"] + own
+            targets = nothing + meta["input_top_logprobs"] + targets
+        both = [[each, *target] if target else [] for each, target in zip(own, targets, strict=True)]
+        pairs = [[(int(token), logprob) for logprob, token, *_ in target] for target in both]
         reason = "length" if meta["finish_reason"]["type"] == "length" else "stop"
         return Answer(tokens, list(range(len(tokens))), TopLogprobs.from_pairs(pairs), reason)
 
 
 class LlamaCpp(Dialect):
-    """The native `/completion` of llama.cpp's server; it gives no log-probabilities of a prompt."""
+    """The native `/completion` of llama.cpp's server."""
+
+    scores_prompts = False
 
     def ask(self, completion: Completion) -> tuple[str, dict[str, Any]]:
         """Its own samplers in the order of transformers: temperature, top-k, top-p."""
-        if completion.score_from is not None:
-            raise ConfigError(
-                "llama.cpp's server gives no log-probabilities of given answers. Let the teacher answer "
-                "(responses='generate'), or score with another engine, or with vLLM's or SGLang's server."
-            )
         settings = completion.settings
         sampling: dict[str, Any] = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
         if settings.do_sample:
             sampling = {"temperature": settings.generation_temperature, "samplers": ["temperature", "top_k", "top_p"]}
             sampling |= {"top_k": settings.top_k, "top_p": settings.top_p}
+        # Candidates are those of the logits before this.
+        forced = {} if completion.forced is None else {"logit_bias": [[completion.forced, _CERTAIN]]}
         return "/completion", {
             "prompt": completion.prompt_ids,
             "n_predict": settings.max_new_tokens,
             "n_probs": completion.width,
             "post_sampling_probs": False,  # the softmax of all logits
             "return_tokens": True,
-            "cache_prompt": False,  # a cached prefix changes the last bits
+            "cache_prompt": completion.is_cached,  # a cached prefix changes the last bits
             "seed": completion.seed,
             **sampling,
+            **forced,
         }
 
     def read(self, body: Any, completion: Completion) -> Answer:
         """`tokens` holds all tokens; those that end inside a character come without candidates."""
+        if (count := body["tokens_evaluated"]) != len(completion.prompt_ids):
+            raise ValueError(f"it read {count} tokens of a prompt of {len(completion.prompt_ids)}")
         tokens = [int(token) for token in body["tokens"]]
-        steps = body["completion_probabilities"]
+        steps = body.get("completion_probabilities", [])  # which is left out where it is empty
         ids = [int(step["id"]) for step in steps]
         # The leftmost way to find these among all tokens gives each one's first possible place, the rightmost its last;
         # where the two differ, the place is not certain, and the candidates are left out.

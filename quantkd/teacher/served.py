@@ -1,0 +1,190 @@
+"""How near a served student is to the stored teacher, from the log-probabilities that its server gives.
+
+A server lists the most probable tokens alone. Of a stored token that it does not list, the student's probability is at
+most the least listed one, and at most the mass that is not listed; so the KL has bounds. The figures are those of the
+upper bound, which takes such a token at `FLOOR`, so that a short list flatters no student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from quantkd.errors import ConfigError, TeacherError, printable
+from quantkd.evaluation.arms import Arm, Fidelity, check_arm_name
+from quantkd.evaluation.fidelity import join_rows, sum_rows
+from quantkd.evaluation.stats import Floats
+from quantkd.loss.reference import compute_divergence
+from quantkd.models.size import ModelSize
+from quantkd.names import __version__, public_name
+from quantkd.teacher.logprobs import TopLogprobs
+from quantkd.teacher.model_server import ModelServer
+from quantkd.transfer_set import IGNORE_INDEX, TransferSet
+from quantkd.transfer_set.compatibility import check_student
+from quantkd.transfer_set.topk import TopKLogprobs
+
+FLOOR = 2.0**-30  # probability of a stored token that the server does not list, in the upper bound
+_EXCESS = 1e-3  # by which a list may sum to more than 1
+TOP_LOGPROBS = 128
+
+
+def evaluate_served(
+    server: ModelServer,
+    held_out: TransferSet,
+    run_dir: str | Path,
+    *,
+    arm: str,
+    title: str | None = None,
+    size: ModelSize | None = None,
+    top_logprobs: int = TOP_LOGPROBS,
+    concurrency: int = 8,
+    progress: bool = True,
+) -> Arm:
+    """Measure a model that is being served, and write `<run_dir>/evaluation/<arm>.json`.
+
+    Each target position is asked for with the row's own tokens before it, so nothing is generated. The settings of the
+    arm's fidelity hold the bounds of its KL, `kl_bounds`, and how many stored tokens were not listed, `not_listed`.
+
+    Args:
+        server: the model, as its server is asked.
+        held_out: rows of a transfer set.
+        run_dir: the run's folder, which `quantkd.report.build_report` reads.
+        arm: a name as in `evaluate_arm`.
+        title: how the report calls it; by default the arm's name.
+        size: the model's bytes; by default what the server says of them.
+        top_logprobs: how many log-probabilities a token are asked for. llama.cpp is asked for more where a stored token
+            is not among them, so that its bounds meet.
+        concurrency: rows that are asked for at once; llama.cpp gets one at a time.
+        progress: show a bar if there is a terminal.
+
+    Returns:
+        The arm.
+
+    Raises:
+        ConfigError: an arm's name that is not a file name, counts below 1, or a smaller vocabulary than the set's.
+        DataError: no rows, or rows longer than the server's context.
+        TeacherError: the server fails, or its answers cannot be the model's log-probabilities.
+    """
+    check_arm_name(arm)
+    if min(top_logprobs, concurrency) < 1:
+        raise ConfigError(f"top_logprobs and concurrency are {top_logprobs} and {concurrency}; expected at least 1.")
+    check_student(held_out, server.vocab_size or held_out.info.vocab_size, server.max_context)
+
+    def measure(index: int) -> tuple[dict[str, Floats], Floats]:
+        return _measure_row(server, held_out[index], top_logprobs, f"{server.where} answered row {index} with")
+
+    with ThreadPoolExecutor(server.limit_concurrency(concurrency), "served") as pool:
+        rows = pool.map(measure, range(len(held_out)))
+        quiet = None if progress else True
+        found: list[tuple[dict[str, Floats], Floats]] = list(
+            tqdm(rows, total=len(held_out), desc=server.kind, unit="row", disable=quiet)
+        )
+    columns = join_rows([sums for sums, _ in found], np.arange(len(held_out)))
+    lower, not_listed, mass = np.sum([facts for _, facts in found], axis=0).tolist()
+    tokens = float(columns["tokens"].sum())
+    settings: dict[str, Any] = {"transfer_set": held_out.digest, "quantkd_version": __version__, "engine": server.kind}
+    settings |= {"top_logprobs": top_logprobs, "not_listed": int(not_listed), "not_listed_mass": mass / tokens}
+    settings["kl_bounds"] = [lower / tokens, float(columns["kl_sum"].sum()) / tokens]
+    fidelity = Fidelity(columns, settings)
+    # Of the weights nothing is known but what they answer.
+    fingerprint = hashlib.sha256(json.dumps(fidelity.to_json(), sort_keys=True).encode()).hexdigest()
+    title, name = printable((title or "").strip() or arm), printable(public_name(server.name))
+    size = size or ModelSize(0, 0, 0, server.size_bytes or 0, 0)
+    result = Arm(arm, title, name, fingerprint, size, fidelity)
+    result.write(Path(run_dir) / "evaluation")
+    return result
+
+
+def _measure_row(server: ModelServer, row: dict[str, Any], width: int, where: str) -> tuple[dict[str, Floats], Floats]:
+    """The row's sums; and its lower bound of the KL, how many stored tokens were not listed, and their mass."""
+    labels, teacher = row["labels"], row["teacher"]
+    places = (labels != IGNORE_INDEX).nonzero().flatten()
+    targets = labels[places]
+    needed = [{int(target), *ids} for target, ids in zip(targets, _list_ids(teacher), strict=True)]
+    candidates = server.score(row["input_ids"].tolist(), places.tolist(), width, needed)
+    # A server's head may be padded beyond the ids that the set knows.
+    listed = _Listed(candidates, len(places), max(server.vocab_size or 0, teacher.vocab_size), where)
+    positions, lower, missing = listed.compare(targets, teacher)
+    mass = float(teacher.logprobs[missing].double().exp().sum())
+    facts = np.array([float(lower.sum()), float(missing.sum()), mass])
+    return sum_rows(labels.unsqueeze(0), positions), facts
+
+
+def _list_ids(teacher: TopKLogprobs) -> Iterator[list[int]]:
+    for start, stop in zip(teacher.borders, teacher.borders[1:], strict=False):
+        yield teacher.token_ids[start:stop].tolist()
+
+
+class _Listed:
+    """What a server lists at N positions."""
+
+    def __init__(self, candidates: TopLogprobs, count: int, vocab_size: int, where: str) -> None:
+        owners, ids, logprobs = candidates.rank(count, vocab_size, where)
+        counts = np.bincount(owners, minlength=count)
+        masses = np.bincount(owners, np.exp(logprobs), count)
+        for place in np.flatnonzero((counts == 0) | (masses > 1 + _EXCESS)):
+            raise TeacherError(
+                f"{where} {counts[place]} tokens of total probability {masses[place]:.4f} at target {place}; expected "
+                "one at least, and at most 1. Ask a server that gives the softmax of all logits at temperature 1."
+            )
+        self._vocab_size, (keys, self._logprobs) = vocab_size, _sort(owners * vocab_size + ids, logprobs)
+        self._keys, ends = torch.from_numpy(keys), np.cumsum(counts)
+        self._masses = torch.from_numpy(masses)
+        self._rest = torch.from_numpy(np.where(counts < vocab_size, np.maximum(1 - masses, 0), 0))
+        self._least, self._top = (torch.from_numpy(logprobs[at]).exp() for at in (ends - 1, ends - counts))
+        self._top_ids = torch.from_numpy(ids[ends - counts])
+
+    def find(self, positions: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(E,) log-probabilities of tokens, and whether they are listed; others are at the floor."""
+        keys = positions * self._vocab_size + ids
+        places = torch.searchsorted(self._keys, keys).clamp_max(len(self._keys) - 1)
+        is_listed = self._keys[places] == keys
+        values = torch.from_numpy(self._logprobs)[places]
+        return torch.where(is_listed, values, -math.inf).clamp_min(math.log(FLOOR)), is_listed
+
+    def compare(self, targets: Tensor, teacher: TopKLogprobs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Every figure at N target positions; the lower bound of the KL (N,); which entries (E,) are not listed."""
+        owners, count = teacher.positions, len(teacher)
+        log_p, p_tail = (part.double() for part in teacher.at_temperature(1.0))
+        log_q, is_listed = self.find(owners, teacher.token_ids)
+        missing = ~is_listed
+
+        def total(values: Tensor, of: Tensor) -> Tensor:
+            return values.new_zeros(count).index_add_(0, owners[of], values[of])
+
+        p = log_p.exp()
+        left = (self._masses - total(log_q.exp(), is_listed) + self._rest).clamp_min(FLOOR)  # of all other tokens
+        q_tail = (left - FLOOR * total(torch.ones_like(p), missing)).clamp_min(FLOOR)
+        classes = log_p, p_tail, log_q, q_tail.log(), owners
+        kl = compute_divergence(*classes, "forward_kl")
+        # Two bounds from below: the missing ones and the tail as one class; each missing one as probable as it may be.
+        cap = torch.minimum(self._least, self._rest).clamp_min(FLOOR)[owners]
+        merged = total(p, missing) + p_tail
+        together = torch.xlogy(merged, merged / left)
+        apart = total(p * (log_p - cap.log()), missing) + torch.xlogy(p_tail, p_tail / left)
+        lower = total(p * (log_p - log_q), is_listed) + torch.maximum(together, apart)
+        figures = {
+            "ce": -self.find(torch.arange(count), targets)[0],
+            "confidence": self._top,
+            "correct": self._top_ids == targets,
+            "kl": kl,
+            "reverse_kl": compute_divergence(*classes, "reverse_kl"),
+            "entropy": -torch.xlogy(p_tail, p_tail).index_add(0, owners, p * log_p),
+            "agree": self._top_ids == teacher.top_ids,
+        }
+        return figures, torch.minimum(lower, kl), missing
+
+
+def _sort(keys: Any, values: Any) -> tuple[Any, Any]:
+    order = np.argsort(keys)
+    return keys[order], values[order]
