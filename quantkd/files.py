@@ -58,7 +58,9 @@ class FileSystem:
 DISK = FileSystem()
 
 
-def write_file(path: Path, data: bytes | str, *, filesystem: FileSystem = DISK, what: str = "file") -> None:
+def write_file(
+    path: Path, data: bytes | str | memoryview, *, filesystem: FileSystem = DISK, what: str = "file"
+) -> None:
     """Write `path` whole, text as UTF-8; after an error the old file is still there, and the temporary one is gone."""
     rest = memoryview(data.encode() if isinstance(data, str) else data)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -97,6 +97,7 @@ def remove_quantization(model: Any) -> None:
         _find("transformers.quantizers.HfQuantizer", "remove_quantization_config", "a merge", quantizer)(model)
     for flag in {"is_loaded_in_4bit", "is_loaded_in_8bit"} & vars(model).keys():
         setattr(model, flag, False)
+    vars(model).pop("gguf_file", None)
     if hasattr(model, "hf_device_map"):  # a model on the CPU would be taken for an offloaded one
         del model.hf_device_map
 

@@ -75,7 +75,7 @@ def require_folder(name_or_path: str) -> None:
 def find_file(name_or_path: str, file: str, **download_kwargs: Any) -> Path | None:
     """A file of a folder or of a repository, fetched into the Hub's cache; None if it is not there."""
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if folder.exists():
         return folder / file if (folder / file).is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError

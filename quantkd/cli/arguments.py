@@ -12,13 +12,15 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from quantkd.cli.parsing import option
 from quantkd.errors import ConfigError, refuse_unused
 from quantkd.hardware import parse_dtype
+from quantkd.models.gguf_student import load_student_tokenizer
 from quantkd.models.student import STUDENT_FORMATS, load_student, stored_quantization
-from quantkd.names import load_tokenizer, naming
+from quantkd.names import naming
 
 _DTYPES = ["auto", "bfloat16", "float16", "float32"]
 _TRAINING = "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
 _TRAINING += "lora_task_type use_rslora use_dora"
-_FORMAT = "student_format load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
+_FORMAT = "student_format gguf_file load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant "
+_FORMAT += "bnb_4bit_quant_storage "
 
 
 @dataclass
@@ -32,6 +34,9 @@ class StudentArguments(ModelConfig):
     lora_target_modules: list[str] | None = option("LoRA target modules.", ["all-linear"])
     student_format: str | None = option(
         "By default that of the checkpoint if it is quantized, else nf4.", None, choices=list(STUDENT_FORMATS)
+    )
+    gguf_file: str | None = option(
+        "Make this GGUF file of the model the student: a path, or a file of its folder.", None
     )
     load_in_4bit: bool = option("Load the student in 4 bit (bitsandbytes).", True)
     use_bnb_nested_quant: bool = option("Quantize the quantization constants too.", True)
@@ -57,13 +62,18 @@ def refuse_training(args: StudentArguments, *, full_precision: bool = False) -> 
 
 def load_student_from(args: StudentArguments) -> PreTrainedModel:
     """The quantized student that the arguments describe, without adapters."""
-    name, dtype = args.model_name_or_path, parse_dtype(args.dtype)
+    name = args.model_name_or_path
+    is_gguf = args.gguf_file is not None or name.endswith(".gguf")
+    dtype = parse_dtype("float32" if is_gguf and args.dtype == "auto" else args.dtype)  # the file's exact values
     args.dtype = str(dtype).removeprefix("torch.")
     kwargs: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
+    chosen = args.student_format is not None or args.load_in_8bit
+    if is_gguf:
+        config = get_quantization_config(args) if chosen else None
+        return load_student(name, quantization_config=config, dtype=dtype, gguf_file=args.gguf_file, **kwargs)
     with naming(name):
-        chosen = args.student_format is not None or args.load_in_8bit
         stored = None if chosen else stored_quantization(name, revision=args.model_revision)
         if not (chosen or stored or args.load_in_4bit):
             raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
@@ -72,9 +82,9 @@ def load_student_from(args: StudentArguments) -> PreTrainedModel:
 
 
 def load_tokenizer_from(args: StudentArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint that the arguments name."""
+    """The tokenizer of the checkpoint, or else of the GGUF file, that the arguments name."""
     where = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    return load_tokenizer(args.model_name_or_path, **where)
+    return load_student_tokenizer(args.model_name_or_path, gguf_file=args.gguf_file, **where)  # type: ignore[no-any-return]
 
 
 def peft_config_from(args: StudentArguments) -> LoraConfig:

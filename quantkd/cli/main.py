@@ -57,7 +57,7 @@ def run() -> None:
     handler.setFormatter(_Printable())
     logging.getLogger("quantkd").addHandler(handler)
     # The steps, what is read from the Hub with its commit, and how much of a student is quantized.
-    for name in ("quantkd.experiment", "quantkd.remote", "quantkd.models.student"):
+    for name in ("quantkd.experiment", "quantkd.remote", "quantkd.models.student", "quantkd.models.gguf_student"):
         logging.getLogger(name).setLevel(logging.INFO)
     # Two messages that a user cannot act on: an optional, faster kernel, and PEFT's use of an old name of transformers.
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")

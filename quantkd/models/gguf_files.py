@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ _ARCHITECTURES = {
 _PERMUTED = ("granite", "llama", "smollm3")  # their queries and keys are stored in the order of GGML's rotation
 _SHIFTED = ("gemma", "gemma2", "gemma3")  # their norms are stored with 1 added
 # What a file may hold without a counterpart in transformers: frequencies, which transformers computes from the config.
-_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+COMPUTED_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,20 @@ class GgufTensor:
     kind: Any  # a gguf.GGMLQuantizationType
     shape: tuple[int, ...]  # as torch counts, rows first
     blocks: NDArray[np.uint8]  # (..., bytes of a row), a view of the file
+
+    @property
+    def format(self) -> str:
+        """The name of its type, such as `Q4_0`."""
+        return str(self.kind.name)
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    def replace_blocks(self, blocks: NDArray[np.uint8]) -> GgufTensor:
+        """The same tensor with other bytes, which are not the file's."""
+        return replace(self, blocks=blocks)
 
     def dequantize(self) -> Tensor:
         """The values in float32, as the package `gguf` defines them."""
@@ -257,6 +271,15 @@ def order_rows(config: Any, name: str, rows: int) -> Tensor | None:
         return None
     heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
+
+
+def read_values(config: Any, tensor: GgufTensor) -> Tensor:
+    """A tensor's values as the parameter of transformers has them, in float32."""
+    values = tensor.dequantize()
+    if architecture_of(config) in _SHIFTED and tensor.name.endswith("norm.weight"):
+        values -= 1
+    order = order_rows(config, tensor.name, len(values))
+    return values if order is None else values[order.argsort()]
 
 
 def _gguf() -> Any:

@@ -12,11 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quantkd.errors import ConfigError
-from quantkd.files import new_folder
+from quantkd.files import new_folder, write_file
 from quantkd.foreign import commit_of
 from quantkd.models.codes import InputMoment, calibrate_layer
 from quantkd.models.export import check_output_dir
 from quantkd.models.generation import context_length
+from quantkd.models.gguf_codes import calibrate_gguf_layer
+from quantkd.models.gguf_student import load_student_tokenizer
 from quantkd.models.layer_inputs import draw_rows, visit_layers
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
@@ -24,7 +26,7 @@ from quantkd.models.provenance import Provenance
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import describe_quantization, load_student, refuse_quantized
 from quantkd.models.weights import head_width
-from quantkd.names import __version__, is_repository_name, load_tokenizer, public_name
+from quantkd.names import __version__, is_repository_name, public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.compatibility import check_student, check_transfer_set
 
@@ -74,11 +76,12 @@ def quantize(
     if rows < 1:
         raise ConfigError(f"rows is {rows}; expected at least 1.")
     refuse_quantized(name, **model_init_kwargs)
-    tokenizer = load_tokenizer(name, **model_init_kwargs)
+    tokenizer = load_student_tokenizer(name, **model_init_kwargs)
     check_transfer_set(transfer_set, tokenizer, temperature=1.0, divergence="forward_kl")
     student = load_student(name, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs)
     check_student(transfer_set, head_width(student), context_length(student))
     weights = OriginalWeights(name, student, model_init_kwargs.get("revision"))
+    file = getattr(student, "gguf_file", None)
     calibrate(student, weights, *draw_rows(transfer_set, rows, seed), progress=progress)
     made = {
         "form": "quantized", "codes": "calibrated", "rows": rows, "seed": seed, "quantkd_version": __version__,
@@ -86,8 +89,11 @@ def quantize(
         "quantization": describe_quantization(student),
     }  # fmt: skip
     with new_folder(path) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if file is None:
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            write_file(folder / file.path.name, file.data.data)
         facts = Provenance(transfer_set_digest=transfer_set.digest, weights=describe_weights(student), export=made)
         facts.write(folder)
     return path
@@ -96,14 +102,16 @@ def quantize(
 def calibrate(
     model: Any, weights: OriginalWeights, input_ids: Tensor, attention_mask: Tensor, *, progress: bool = True
 ) -> int:
-    """Choose the codes of every 4-bit layer of bitsandbytes anew; how many were. Others keep their nearest codes."""
+    """Choose the codes of every layer of bitsandbytes in 4 bit, or of GGUF, anew; how many were. Others stay."""
     from bitsandbytes.nn.modules import Linear4bit
 
     named: dict[Any, str] = {
-        layer: name for name, layer in base_network(model).named_modules() if isinstance(layer, Linear4bit)
+        layer: name
+        for name, layer in base_network(model).named_modules()
+        if isinstance(layer, Linear4bit) or hasattr(layer, "gguf_tensor")
     }
     if not named:
-        raise ConfigError("The model has no 4-bit layer of bitsandbytes. Codes are chosen for nf4 and fp4 alone.")
+        raise ConfigError("The model has no 4-bit layer of bitsandbytes. Codes are chosen for nf4, fp4 and GGUF alone.")
     refused: dict[str, str] = {}
     last: tuple[Tensor | None, InputMoment | None] = None, None
 
@@ -115,7 +123,10 @@ def calibrate(
                 raise ConfigError("no token reaches it.")
             if inputs is not last[0]:
                 last = inputs, InputMoment(inputs)
-            calibrate_layer(layer, original, last[1])
+            if hasattr(layer, "gguf_tensor"):
+                calibrate_gguf_layer(layer, model.config, original, last[1])
+            else:
+                calibrate_layer(layer, original, last[1])
         except ConfigError as error:
             refused[named[layer]] = str(error)
 
@@ -130,6 +141,8 @@ def calibrate(
 
 def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
     """The full-precision checkpoint of a folder of `quantize`, and its commit; None if it is not known or not here."""
+    if Path(name_or_path).is_file():  # a GGUF file, beside which it stands
+        name_or_path = str(Path(name_or_path).parent)
     made = Provenance.read(name_or_path).export or {}
     origin, commit = made.get("quantized_from"), made.get("commit")
     if not isinstance(origin, str):

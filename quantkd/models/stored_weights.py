@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkd.foreign import int8_scales
 from quantkd.models.cpu_repacking import restore_weight
+from quantkd.models.gguf_codes import split_blocks
 from quantkd.models.network import base_network
 from quantkd.models.size import ModelSize
 from quantkd.models.weights import dequantize_weight, is_quantized_layer, is_sharded
@@ -40,6 +41,8 @@ def compute_size(model: Any) -> ModelSize:
     apart -= {id(getattr(layer, "bias", None)) for layer in layers.values()}
     everything = {id(each): each for each in (*model.parameters(), *model.buffers())}
     rest = sum(each.nbytes for key, each in everything.items() if key not in apart | adapters.keys())
+    if (file := getattr(network, "gguf_file", None)) is not None:
+        rest = file.data.nbytes - sum(parts.values())  # its metadata too
     count = sum(_count_weights(layer) for layer in layers.values())
     return ModelSize(**parts, adapters=sum(map(_saved_bytes, adapters.values())), rest=rest, linear_weights=count)
 
@@ -69,7 +72,8 @@ def describe_weights(model: Any) -> dict[str, Any] | None:
     for name, layer in layers.items():
         state = getattr(layer.weight, "quant_state", None) if hasattr(layer, "weight") else None
         # The same codes mean other weights in another format.
-        digest.update(f"{name} {getattr(state, 'quant_type', '')} {getattr(state, 'blocksize', '')}".encode())
+        kind = getattr(state, "quant_type", "") if state else getattr(getattr(layer, "gguf_tensor", None), "format", "")
+        digest.update(f"{name} {kind} {getattr(state, 'blocksize', '')}".encode())
         for key, tensor in _list_tensors(layer).items():
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -106,6 +110,8 @@ def _list_linear(network: Any) -> dict[str, Any]:
 def _list_tensors(layer: Any) -> dict[str, Tensor]:
     """The packed codes of a quantized layer under "codes", and the constants of its blocks by their names."""
     restore_weight(layer)
+    if hasattr(layer, "gguf_tensor"):
+        return split_blocks(layer.gguf_tensor)
     weight = getattr(layer, "weight", None)
     if (state := getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)) is not None:
         nested = {"nested_absmax": state.state2.absmax, "offset": state.offset} if state.nested else {}

@@ -23,6 +23,7 @@ from quantkd.errors import ConfigError
 from quantkd.foreign import is_trainable, keep_commit, mixed_precision, shape_of, shares_weights
 from quantkd.hardware import default_device, native_compute_dtype, parse_dtype, process_state
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
+from quantkd.models.gguf_student import find_gguf, load_gguf
 from quantkd.models.network import base_network
 from quantkd.models.weights import is_quantized_layer
 from quantkd.names import refuse_adapter
@@ -89,7 +90,10 @@ def bits_of(quantization_config: Any) -> int | None:
 
 def describe_quantization(model: Any) -> dict[str, Any] | None:
     """How a model is quantized, in the words of its config, as JSON; None for a model in full precision."""
-    config = getattr(base_network(model).config, "quantization_config", None)
+    network = base_network(model)
+    if (file := getattr(network, "gguf_file", None)) is not None:
+        return {"quant_method": "gguf", "format": file.format, "gguf_file": file.path.name}
+    config = getattr(network.config, "quantization_config", None)
     return None if config is None else describe_config(config)
 
 
@@ -114,7 +118,10 @@ def is_quantized(model: Any) -> bool:
 
 def name_format(model: Any) -> str:
     """What a loaded model's weights are in, such as "4-bit"; the name of a format whose bits are not known."""
-    config = getattr(base_network(model).config, "quantization_config", None)
+    network = base_network(model)
+    if (file := getattr(network, "gguf_file", None)) is not None:
+        return str(file.format)
+    config = getattr(network.config, "quantization_config", None)
     if config is None and is_quantized(model):
         return "quantized"  # by its format's own library, which leaves no config
     bits = bits_of(config) if config else 8 * model.dtype.itemsize
@@ -123,7 +130,7 @@ def name_format(model: Any) -> str:
 
 def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str, Any] | None:
     """The quantization that a checkpoint is stored in already, from its config alone."""
-    if "gguf_file" in model_init_kwargs:
+    if model_init_kwargs.get("gguf_file") or name_or_path.endswith(".gguf"):
         return None
     where = {key: value for key, value in model_init_kwargs.items() if key in _HUB_ARGUMENTS}
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **where)
@@ -147,7 +154,13 @@ def load_student(
     dtype: str | torch.dtype | None = None,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a model quantized, on this process's own device: as stored, by a config or a name of `STUDENT_FORMATS`."""
+    """Load a model quantized, on this process's own device: as stored, by a config or a name of `STUDENT_FORMATS`.
+
+    With `gguf_file` it is what that file holds, in float32 if no dtype is asked for.
+    """
+    file = find_gguf(name_or_path, quantization_config=quantization_config, **model_init_kwargs)
+    if file is not None:
+        return _load_gguf(name_or_path, file, quantization_config, dtype, **model_init_kwargs)
     compute_dtype = parse_dtype(dtype)
     refuse_adapter(name_or_path, **model_init_kwargs)
     stored = stored_quantization(name_or_path, **model_init_kwargs)
@@ -163,6 +176,22 @@ def load_student(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     keep_commit(model.config, kwargs.get("revision"))
     keep_trainable_on_cpu(model)
+    _say_share(model, "are quantized")
+    return model
+
+
+def _load_gguf(
+    name_or_path: str, file: Any, wanted: Any, dtype: str | torch.dtype | None, **model_init_kwargs: Any
+) -> PreTrainedModel:
+    if wanted is not None and format_of(wanted) != "gguf":
+        raise ConfigError(
+            f"The student is the GGUF file {file.path.name} as it is stored, and another format was asked for. Leave "
+            "one of the two out."
+        )
+    _check_shared("GGUF")
+    kwargs = {"device_map": {"": default_device()}, **model_init_kwargs}
+    model = load_gguf(name_or_path, file, torch.float32 if dtype in (None, "auto") else parse_dtype(dtype), **kwargs)
+    keep_commit(model.config, kwargs.get("revision"))
     _say_share(model, "are quantized")
     return model
 
@@ -272,6 +301,12 @@ def freeze(
     """A quantized model with everything frozen, and in float32 what is not quantized, as PEFT prepares it."""
     check_trainable(model)
     kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    if hasattr(model, "gguf_file"):  # PEFT would hold in float32 what was asked for in 16 bits
+        model.requires_grad_(False)
+        if gradient_checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        return model
     prepared: PreTrainedModel = prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs=kwargs
     )

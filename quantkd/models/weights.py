@@ -55,8 +55,8 @@ def whole_parameters(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]
 
 
 def is_quantized_layer(layer: Any) -> bool:
-    """Whether a layer's weight is in a format of bitsandbytes, HQQ, torchao, GPTQ or AWQ."""
-    if hasattr(layer, "W_q") or hasattr(layer, "qweight"):
+    """Whether a layer's weight is in a format of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or that of a GGUF file."""
+    if any(hasattr(layer, mark) for mark in ("W_q", "qweight", "gguf_tensor")):
         return True
     weight = getattr(layer, "weight", None)
     kind = type(weight)

@@ -17,6 +17,7 @@ from quantkd.files import parse_object
 from quantkd.foreign import commit_of, use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.generation import context_length
+from quantkd.models.gguf_student import check_origin
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance
@@ -162,6 +163,7 @@ def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: st
         how: Any = {"start": args.init, "rows": args.init_rows, "seed": args.seed}
         # A student of `quantize` says what it was made from.
         origin, revision = (args.init_from, None) if args.init_from else find_origin(name) or (name, revision)
+        check_origin(origin, model, revision)
         initialize_from_rows(model, dataset, origin, revision=revision, **how)
 
 

@@ -27,6 +27,7 @@ from quantkd.loss.fused import compute_fused_loss
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
 from quantkd.models.adapter_files import round_adapter
+from quantkd.models.gguf_student import load_student_tokenizer
 from quantkd.models.network import run_model, run_to_targets, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
@@ -42,7 +43,7 @@ from quantkd.models.scales import (
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import short_dtype
 from quantkd.models.weights import embedding_rows
-from quantkd.names import load_tokenizer, plain_name
+from quantkd.names import plain_name
 from quantkd.teacher.live import LiveTeacher
 from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
@@ -116,7 +117,7 @@ class QuantizedDistillationTrainer(Trainer):
             raise ConfigError("teacher_model_init_kwargs is for a teacher_model given by name. Leave it out.")
         take_one_gpu(args)
         student, teacher = plain_name(model), plain_name(teacher_model)
-        processing_class = processing_class or load_tokenizer(
+        processing_class = processing_class or load_student_tokenizer(
             student, **parse_object("model_init_kwargs", args.model_init_kwargs)
         )
         self.transfer_sets = find_transfer_sets(train_dataset, eval_dataset)

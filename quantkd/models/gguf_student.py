@@ -1,0 +1,194 @@
+"""A GGUF file as the student: its exact values in floating point, frozen, and its own bytes beside them.
+
+transformers keeps a GGUF file packed for inference only. What is trained against here is what the file dequantizes to.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from quantkd.errors import ConfigError
+from quantkd.models.gguf_files import (
+    COMPUTED_TENSORS,
+    GgufFile,
+    GgufTensor,
+    architecture_of,
+    map_modules,
+    open_gguf,
+    read_values,
+)
+from quantkd.models.network import base_network
+from quantkd.models.original_weights import OriginalWeights, read_original
+from quantkd.names import find_file, load_tokenizer, naming
+
+logger = logging.getLogger(__name__)  # says how much memory a file takes; the command line prints it
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def find_gguf(
+    name_or_path: str, gguf_file: str | None = None, quantization_config: Any = None, **model_init_kwargs: Any
+) -> GgufFile | None:
+    """The GGUF file that a student is given as: a path, or a file of the folder or repository; None for another."""
+    gguf_file = gguf_file or getattr(quantization_config, "gguf_file", None)
+    if gguf_file is None:
+        return open_gguf(name_or_path) if name_or_path.endswith(".gguf") else None
+    where = _hub_arguments(model_init_kwargs)
+    path = Path(gguf_file) if Path(gguf_file).is_file() else find_file(name_or_path, str(gguf_file), **where)
+    if path is None:
+        raise ConfigError(
+            f"gguf_file is {str(gguf_file)!r}, which is no file here and none of {name_or_path}. Give the path of a "
+            "GGUF file, or its name in the model's folder or repository."
+        )
+    return open_gguf(path)
+
+
+def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_init_kwargs: Any) -> PreTrainedModel:
+    """The model of a file, with the config of the checkpoint `name_or_path`, or that in the file if there is none."""
+    options = {key: value for key, value in model_init_kwargs.items() if key not in (*_HUB_ARGUMENTS, "gguf_file")}
+    trusted = {"trust_remote_code": options.pop("trust_remote_code", False)}
+    checkpoint = _has_config(name_or_path, model_init_kwargs)
+    config = _read_config(name_or_path if checkpoint else None, file, {**_hub_arguments(model_init_kwargs), **trusted})
+    with torch.device("meta"):
+        outline: Any = AutoModelForCausalLM.from_config(config, **trusted)
+    tensors = _match(file, outline)
+    count = sum(tensor.size for tensor in tensors.values())
+    logger.info(
+        "%s, %s: its %s weights are held in %s, which takes %.2f GB of memory.",
+        file.path.name, file.format, f"{count:,}", str(dtype).removeprefix("torch."), count * dtype.itemsize / 1e9,
+    )  # fmt: skip
+    values = {name: read_values(config, tensor).to(dtype) for name, tensor in tensors.items()}
+    model: Any = type(outline).from_pretrained(None, config=config, state_dict=values, dtype=dtype, **options)
+    model.config.name_or_path, model.gguf_file = name_or_path, file
+    head = model.get_output_embeddings()
+    layers: list[Any] = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear)]
+    for name, layer in layers:
+        if layer is not head:
+            layer.gguf_tensor = tensors[f"{name}.weight"]
+    if checkpoint:
+        with suppress(OSError):  # there is none
+            model.generation_config = GenerationConfig.from_pretrained(
+                name_or_path, **_hub_arguments(model_init_kwargs)
+            )
+        if Path(name_or_path).is_dir():
+            check_origin(name_or_path, model)
+    return model  # type: ignore[no-any-return]
+
+
+def load_student_tokenizer(student: Any, **model_init_kwargs: Any) -> Any:
+    """The tokenizer of a student, by name or loaded: its checkpoint's, or that in the GGUF file if there is none."""
+    name = student if isinstance(student, str) else student.config.name_or_path or ""
+    file = (
+        find_gguf(name, **model_init_kwargs) if student is name else getattr(base_network(student), "gguf_file", None)
+    )
+    if file is None or _has_config(name, model_init_kwargs):
+        return load_tokenizer(student, **model_init_kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    except Exception as error:  # of any type, where transformers does not know the kind of tokenizer
+        raise ConfigError(_unread(file, "tokenizer", error)) from error
+
+
+def _read_config(checkpoint: str | None, file: GgufFile, options: dict[str, Any]) -> Any:
+    """The config of a checkpoint, or as transformers reads it from the file."""
+    if checkpoint is not None:
+        with naming(checkpoint):
+            config = AutoConfig.from_pretrained(checkpoint, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"{checkpoint} is quantized, and the student is {file.path.name}. Name the full-precision checkpoint "
+                "that the file was made from."
+            )
+    else:
+        scaled = [key for key in file.metadata if ".rope.scaling." in key] + list(
+            file.tensors.keys() & COMPUTED_TENSORS
+        )
+        if scaled:  # transformers would leave it out, and every answer be another one
+            raise ConfigError(_unread(file, "config", ValueError(f"it scales positions, {scaled[0]}")))
+        try:
+            config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        except Exception as error:
+            raise ConfigError(_unread(file, "config", error)) from error
+        logger.warning(
+            "The config comes from %s, of which transformers reads the common fields alone. To use that of the "
+            "full-precision checkpoint, name it as the model and the file as gguf_file.",
+            file.path.name,
+        )
+    if (expected := architecture_of(config)) != file.architecture:
+        raise ConfigError(
+            f"{file.path.name} has the architecture {file.architecture}; expected {expected}, that of the model "
+            f"{checkpoint or config.model_type}. Name the checkpoint that the file was made from."
+        )
+    for each in (config, config.get_text_config()):
+        each.tie_word_embeddings = "output.weight" not in file.tensors  # llama.cpp knows it by that alone
+    return config
+
+
+def _match(file: GgufFile, outline: Any) -> dict[str, GgufTensor]:
+    """The tensor of each of the model's parameters; refused unless all are there, all are used, and all fit."""
+    names, found = map_modules(outline), dict[str, GgufTensor]()
+    is_tied = outline.config.get_text_config().tie_word_embeddings
+    tied = id(outline.get_output_embeddings()) if is_tied else None
+    for module_name, module in outline.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            if id(module) == tied:
+                continue
+            name, stored = f"{module_name}.{part}", f"{names.get(module_name)}.{part}"
+            if stored not in file.tensors:
+                raise ConfigError(f"{file.path.name} has no tensor for {name} ({stored}). {_REMEDY}")
+            if file.tensors[stored].shape != tuple(parameter.shape):
+                raise ConfigError(
+                    f"{stored} of {file.path.name} has the shape {file.tensors[stored].shape}; expected "
+                    f"{tuple(parameter.shape)}, that of {name}. {_REMEDY}"
+                )
+            found[name] = file.tensors[stored]
+    used = {tensor.name for tensor in found.values()}
+    if unused := sorted(file.tensors.keys() - used - COMPUTED_TENSORS):
+        raise ConfigError(
+            f"{file.path.name} has {unused[0]}, which the model {type(outline).__name__} has no weight for. {_REMEDY}"
+        )
+    return found
+
+
+_REMEDY = "Name the checkpoint that the file was made from, or get the file anew."
+
+
+def check_origin(checkpoint: str, student: Any, revision: str | None = None) -> None:
+    """Refuse a student of a GGUF file that was not made from a checkpoint, by its first layer."""
+    network = base_network(student)
+    named = network.named_modules()
+    layers = [(name.replace(".base_layer", ""), each) for name, each in named if hasattr(each, "gguf_tensor")]
+    if not layers:
+        return  # of another format
+    try:
+        weights = OriginalWeights(checkpoint, network, revision)
+    except (ConfigError, OSError):
+        return  # without weights in full precision
+    try:
+        read_original(weights, *layers[0])
+    except ConfigError as error:
+        file, name = network.gguf_file.path.name, layers[0][0]
+        raise ConfigError(f"{file} does not fit {checkpoint}. {name}: {error} {_REMEDY}") from error
+
+
+def _has_config(name_or_path: str, model_init_kwargs: dict[str, Any]) -> bool:
+    return find_file(name_or_path, "config.json", **_hub_arguments(model_init_kwargs)) is not None
+
+
+def _hub_arguments(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in model_init_kwargs.items() if key in _HUB_ARGUMENTS and value is not None}
+
+
+def _unread(file: GgufFile, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return (
+        f"transformers cannot read the {what} of {file.path.name} ({reason}). Name the full-precision checkpoint that "
+        "it was made from as the model, and the file as gguf_file."
+    )

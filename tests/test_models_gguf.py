@@ -1,0 +1,348 @@
+"""GGUF students: exactly what the file dequantizes to, other codes in the same bytes, and what is no such file."""
+
+import json
+import shutil
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from families import build
+from gguf_files import encode, stored_weights, write_gguf
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from quantkd import quantize
+from quantkd.errors import ConfigError
+from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.models.codes import InputMoment
+from quantkd.models.gguf_codes import calibrate_gguf_layer, split_blocks, with_codes
+from quantkd.models.gguf_files import GgufTensor, open_gguf
+from quantkd.models.gguf_student import load_student_tokenizer
+from quantkd.models.provenance import Provenance
+from quantkd.models.stored_weights import compute_size, describe_weights
+from quantkd.models.student import attach_lora, load_student, name_format
+
+KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+ARCHITECTURES = {
+    "Llama": "llama", "Llama, tied": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3",
+    "Gemma": "gemma", "Gemma 2, soft-capped": "gemma2", "Gemma 3": "gemma3", "SmolLM 3": "smollm3",
+    "Granite, scaled": "granite", "OLMo 2": "olmo2", "Phi-3": "phi3", "Starcoder 2": "starcoder2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def q4_0(tiny_model_path, tmp_path_factory):
+    """The tiny Llama in Q4_0, its embeddings in Q8_0 as llama.cpp has them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    return write_gguf(model, tmp_path_factory.mktemp("gguf") / "tiny-Q4_0.gguf", token_embd="Q8_0", output="Q8_0")
+
+
+def dequantized(path):
+    """The values of a file by the reader of `gguf`."""
+    read = gguf.GGUFReader(path)
+    return {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in read.tensors}
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_the_weights_are_what_the_file_dequantizes_to(family, tmp_path):
+    model = build(family, 96)
+    if ARCHITECTURES[family] in ("gemma", "gemma2", "gemma3", "qwen2"):  # norms and biases start as zeros
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "full")
+    path = write_gguf(model, tmp_path / "model.gguf", "Q8_0", architecture=ARCHITECTURES[family])
+    student = load_student(str(tmp_path / "full"), gguf_file=str(path))
+    values, found = dequantized(path), stored_weights(student, ARCHITECTURES[family])
+    assert values.keys() == found.keys()
+    for name, expected in values.items():
+        assert np.array_equal(found[name].reshape(-1), expected.reshape(-1)) or "norm" in name, name
+        assert np.allclose(found[name].reshape(-1), expected.reshape(-1), atol=1e-7, rtol=1e-6)
+    ids = torch.arange(40).view(2, 20)
+    close = torch.nn.functional.cosine_similarity(student(ids).logits, model(ids).logits, dim=-1).mean()
+    assert close > 0.99, "the rows or norms are in another order"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma 2, soft-capped", "Gemma 3"])
+def test_transformers_reads_the_same(family, tmp_path):
+    """Its own loader keeps a file for inference; dequantized it is an independent reading."""
+    model = build(family, 96)
+    model.save_pretrained(tmp_path / "full")
+    path = write_gguf(model, tmp_path / "model.gguf", architecture=ARCHITECTURES[family])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, config=model.config, quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )  # fmt: skip
+    ours = load_student(str(tmp_path / "full"), gguf_file=str(path))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def random_tensor(kind, rows=12, blocks=2, seed=0):
+    """A tensor of random codes and constants, and weights from which it could have been rounded."""
+    number = gguf.GGMLQuantizationType[kind]
+    values = np.random.default_rng(seed).normal(size=(rows, blocks * gguf.GGML_QUANT_SIZES[number][0]))
+    stored = encode(values.astype(np.float32), number)
+    if kind.endswith("K"):  # not rounded from the values, so these are made from it
+        tensor = GgufTensor("blk.0.ffn_up.weight", number, values.shape, stored)
+        exact = tensor.dequantize()
+        noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
+        return tensor, exact + 0.05 * exact.std() * noise
+    return GgufTensor("blk.0.ffn_up.weight", number, values.shape, stored), torch.from_numpy(values).float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_where_the_format_has_them(kind):
+    """Every code of every value gives one more step, and the constants stay."""
+    tensor, _ = random_tensor(kind)
+    count = {"4": 16, "5": 32, "6": 64, "8": 255}[kind[1]]
+    codes = np.random.default_rng(1).integers(0, count, tensor.shape)
+    lowest, highest, values = (
+        tensor.replace_blocks(with_codes(tensor, each)).dequantize().double()
+        for each in (np.zeros(tensor.shape), np.full(tensor.shape, count - 1), codes)
+    )
+    expected = lowest + (highest - lowest) * torch.from_numpy(codes) / (count - 1)
+    assert torch.allclose(values, expected, atol=1e-6, rtol=1e-6)
+    changed = split_blocks(tensor.replace_blocks(with_codes(tensor, codes)))
+    own = split_blocks(tensor)
+    assert torch.equal(changed["constants"], own["constants"])
+    assert own["codes"].shape[1] == gguf.GGML_QUANT_SIZES[tensor.kind][0] * int(kind[1]) // 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_codes_have_less_error_on_the_inputs(kind, tiny_model):
+    tensor, original = random_tensor(kind)
+    layer = torch.nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
+    layer.weight.data, layer.gguf_tensor = tensor.dequantize(), tensor
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(tensor.shape[1], tensor.shape[1], generator=generator) * torch.logspace(-1, 1, tensor.shape[1])
+    inputs = torch.randn(2000, tensor.shape[1], generator=generator) @ mixing
+
+    def error():
+        difference = original.double() - layer.weight.double()
+        return float((inputs.double() @ difference.T).square().sum().detach())
+
+    constants = split_blocks(tensor)["constants"]
+    before = error()
+    calibrate_gguf_layer(layer, tiny_model.config, original, InputMoment(inputs))
+    assert error() < before / 2
+    assert torch.equal(layer.weight, tensor.dequantize())
+    assert torch.equal(split_blocks(tensor)["constants"], constants)
+
+
+def test_a_student_trains_and_is_described_by_its_file(q4_0, tiny_model_path, make_trainer, tmp_path, held_out, cli):
+    trainer = make_trainer(
+        model_init_kwargs={"gguf_file": str(q4_0)}, init="covariance", init_from=str(tiny_model_path), max_steps=1,
+    )  # fmt: skip
+    student = trainer.model
+    assert name_format(student) == "q4_0"
+    assert all(not parameter.requires_grad for name, parameter in student.named_parameters() if "lora" not in name)
+    assert trainer.args.start == "covariance"
+    bare = evaluate_fidelity(load_student(str(tiny_model_path), gguf_file=str(q4_0)), held_out).means["kl"]
+    assert evaluate_fidelity(student, held_out).means["kl"] < bare
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    facts = Provenance.read(folder)
+    assert facts.quantization == {"quant_method": "gguf", "format": "q4_0", "gguf_file": "tiny-Q4_0.gguf"}
+    assert str(tmp_path) not in (folder / "quantkd.json").read_text(encoding="utf-8")
+
+    common = ["--model_name_or_path", tiny_model_path, "--gguf_file", q4_0, "--adapter", folder]
+    held = str(held_out.sources[0])
+    code, _, error = cli("evaluate", "--arm", "after", *common, "--held_out", held, "--run_dir", tmp_path / "run")
+    assert code == 0, error
+    arm = json.loads((tmp_path / "run" / "evaluation" / "after.json").read_text(encoding="utf-8"))
+    assert arm["title"] == "q4_0, distilled"
+    other = write_gguf(AutoModelForCausalLM.from_pretrained(tiny_model_path), tmp_path / "other.gguf", "Q5_0")
+    common[3] = other
+    code, _, error = cli("evaluate", "--arm", "wrong", *common, "--held_out", held, "--run_dir", tmp_path / "run")
+    assert code == 1 and "quantized weights of digest" in error
+    common[3] = q4_0
+    code, _, error = cli("export", "--form", "merged", *common, "--output_dir", tmp_path / "merged")
+    assert code == 0, error
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(40).view(2, 20)
+    assert torch.allclose(merged(ids).logits.float(), student(ids).logits.float(), atol=0.5)
+
+
+def test_bytes_and_digest_are_those_of_the_file(q4_0, tiny_model_path, tmp_path):
+    exact, short = (load_student(str(tiny_model_path), gguf_file=str(q4_0), dtype=each) for each in (None, "bfloat16"))
+    assert exact.dtype == torch.float32 and short.dtype == torch.bfloat16
+    size = compute_size(exact)
+    assert size.total == q4_0.stat().st_size
+    assert (size.codes, size.constants) == (size.linear_weights // 2, size.linear_weights // 16)
+    assert size.bits_per_weight == 4.5
+    assert describe_weights(exact)["sha256"] == describe_weights(short)["sha256"]
+    adapted = attach_lora(short)
+    assert {each.dtype for name, each in adapted.named_parameters() if "lora" not in name} == {torch.bfloat16}
+    assert compute_size(adapted).total > size.total
+    moved = shutil.copyfile(q4_0, tmp_path / "moved.gguf")
+    student = load_student(str(tiny_model_path), quantization_config=GgufConfig(gguf_file=str(moved)))
+    moved.unlink()  # what is mapped stays
+    assert describe_weights(student) == describe_weights(exact)
+
+
+def test_a_file_by_itself_has_its_own_config_and_tokenizer(tmp_path, tiny_model, tiny_tokenizer, caplog):
+    tiny_model.save_pretrained(tmp_path / "full")
+    path = write_gguf(tiny_model, tmp_path / "alone.gguf", tokenizer=tiny_tokenizer)
+    alone, named = load_student(str(path)), load_student(str(tmp_path / "full"), gguf_file=str(path))
+    ids = torch.arange(40).view(2, 20)
+    assert torch.allclose(alone(ids).logits, named(ids).logits, atol=1e-4)
+    assert "The config comes from alone.gguf" in caplog.text
+    text = "Ann has 3 apples."
+    for student in (str(path), alone):
+        assert load_student_tokenizer(student)(text).input_ids == tiny_tokenizer(text).input_ids
+    scaled = write_gguf(tiny_model, tmp_path / "scaled.gguf", extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    with pytest.raises(ConfigError, match=r"it scales positions, rope_freqs.weight"):
+        load_student(str(scaled))
+    load_student(str(tmp_path / "full"), gguf_file="../scaled.gguf")
+
+
+def test_quantize_writes_the_same_file_with_other_codes(q4_0, tiny_model_path, training_set, held_out, tmp_path, cli):
+    def kl(file):
+        return evaluate_fidelity(load_student(str(tiny_model_path), gguf_file=str(file)), held_out).means["kl"]
+
+    code, said, error = cli(
+        "quantize", tiny_model_path, "--gguf_file", q4_0, "--transfer_set", training_set.sources[0],
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, error
+    assert "tiny-Q4_0.gguf with calibrated codes" in said
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["quantkd.json", "tiny-Q4_0.gguf"]
+    old, new = open_gguf(q4_0), open_gguf(tmp_path / "out" / "tiny-Q4_0.gguf")
+    assert len(old.data) == len(new.data) and old.metadata == new.metadata and old.tensors.keys() == new.tensors.keys()
+    rest = np.array(old.data), np.array(new.data)
+    for name, tensor in old.tensors.items():
+        same = np.array_equal(tensor.blocks, new.tensors[name].blocks)
+        assert same is not (name.startswith("blk") and "norm" not in name), name
+        if not same:
+            assert torch.equal(split_blocks(tensor)["constants"], split_blocks(new.tensors[name])["constants"])
+    first = min(each.blocks.ctypes.data for each in old.tensors.values()) - old.data.ctypes.data
+    assert np.array_equal(rest[0][:first], rest[1][:first])
+    assert kl(new.path) < kl(q4_0)
+    facts = Provenance.read(tmp_path / "out")
+    assert facts.transfer_set_digest == training_set.digest
+    assert facts.export["codes"] == "calibrated" and facts.export["quantized_from"] == tiny_model_path.name
+    student = load_student(str(tiny_model_path), gguf_file=str(new.path))
+    assert facts.weights == describe_weights(student)
+    again = quantize(tiny_model_path, training_set, tmp_path / "again", gguf_file=str(q4_0))
+    assert (again / "tiny-Q4_0.gguf").read_bytes() == new.path.read_bytes()
+
+
+def test_a_file_of_another_model_is_refused(q4_0, tiny_model_path, tiny_tokenizer, training_set, tmp_path):
+    from conftest import build_tiny_model
+
+    other = write_gguf(build_tiny_model(tiny_tokenizer, seed=1), tmp_path / "other.gguf")
+    with pytest.raises(ConfigError, match=r"other.gguf does not fit .*farther from the checkpoint's than zero is"):
+        load_student(str(tiny_model_path), gguf_file=str(other))
+    build("Llama", 96).save_pretrained(tmp_path / "small")
+    with pytest.raises(
+        ConfigError, match=r"token_embd.weight of tiny-Q4_0.gguf has the shape \(320, 64\); expected \(96"
+    ):
+        load_student(str(tmp_path / "small"), gguf_file=str(q4_0))
+    build("Qwen2", 96).save_pretrained(tmp_path / "qwen")
+    with pytest.raises(ConfigError, match="has the architecture llama; expected qwen2"):
+        load_student(str(tmp_path / "qwen"), gguf_file=str(q4_0))
+    build("Mamba", 96).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ConfigError, match="of the type mamba, whose GGUF files quantkd does not read"):
+        load_student(str(tmp_path / "mamba"), gguf_file=str(q4_0))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    lacking = write_gguf(model, tmp_path / "lacking.gguf", leave_out="blk.1.ffn_up.weight")
+    with pytest.raises(ConfigError, match=r"no tensor for model.layers.1.mlp.up_proj.weight"):
+        load_student(str(tiny_model_path), gguf_file=str(lacking))
+    more = write_gguf(model, tmp_path / "more.gguf", extra={"blk.0.attn_q.bias": np.ones(64, np.float32)})
+    with pytest.raises(ConfigError, match=r"has blk.0.attn_q.bias, which the model LlamaForCausalLM has no weight for"):
+        load_student(str(tiny_model_path), gguf_file=str(more))
+    with pytest.raises(ConfigError, match="another format was asked for"):
+        load_student(str(tiny_model_path), gguf_file=str(q4_0), quantization_config="nf4")
+    with pytest.raises(ConfigError, match="which is no file here and none of"):
+        load_student(str(tiny_model_path), gguf_file="missing.gguf")
+    half = write_gguf(model, tmp_path / "half.gguf", "F16")
+    with pytest.raises(ConfigError, match="it is stored as F16"):
+        quantize(tiny_model_path, training_set, tmp_path / "no", gguf_file=str(half))
+    assert not (tmp_path / "no").exists()
+
+
+def number(value, code="Q"):
+    return struct.pack("<" + code, value)
+
+
+def text(value):
+    return number(len(value)) + value.encode()
+
+
+def header(tensors=0, fields=1, version=3):
+    return b"GGUF" + number(version, "I") + number(tensors) + number(fields)
+
+
+ARCHITECTURE = text("general.architecture") + number(8, "I") + text("llama")
+TENSOR = text("t") + number(1, "I") + number(32) + number(0, "I")  # 32 values in F32, then its offset
+LARGE = 2**60
+HOSTILE = {
+    "an empty file": (b"", "too few for a GGUF file"),
+    "another file": (b"PK\x03\x04" * 20, "expected b'GGUF'"),
+    "an old version": (header(version=1) + ARCHITECTURE, "GGUF version 1"),
+    "another byte order": (header(version=3 << 24) + ARCHITECTURE, "big-endian"),
+    "many tensors": (header(LARGE) + ARCHITECTURE, "states .* tensors"),
+    "tensors that are not there": (header(2**16) + ARCHITECTURE, "ends within its header"),
+    "many keys": (header(0, LARGE), "states .* metadata keys"),
+    "a long key": (header() + number(LARGE), "a text of"),
+    "a long text": (header() + text("a") + number(8, "I") + number(LARGE) + b"x", "a text of"),
+    "an array of many numbers": (header() + text("a") + number(9, "I") + number(4, "I") + number(LARGE), "items"),
+    "an array of many texts": (header() + text("a") + number(9, "I") + number(8, "I") + number(2**23), "within its"),
+    "an array of arrays": (header() + text("a") + number(9, "I") + number(9, "I") + number(2), "an array of type 9"),
+    "an unknown type": (header() + text("a") + number(77, "I"), "metadata of type 77"),
+    "a key that is no text": (header() + number(1) + b"\xff" + number(4, "I"), "not UTF-8"),
+    "a key twice": (header(0, 2) + ARCHITECTURE * 2, "twice in its metadata"),
+    "no architecture": (header() + text("a") + number(4, "I") + number(1, "I"), "does not name its architecture"),
+    "a part": (header(0, 2) + ARCHITECTURE + text("split.count") + number(2, "I") + number(3, "H"), "one of 3 parts"),
+    "an alignment of none": (
+        header(1, 2) + ARCHITECTURE + text("general.alignment") + number(4, "I") + number(0, "I"), "alignment 0"
+    ),
+    "many dimensions": (header(1) + ARCHITECTURE + text("t") + number(2**31, "I"), "2147483648 dimensions"),
+    "a large tensor": (
+        header(1) + ARCHITECTURE + text("t") + number(2, "I") + number(2**63) + number(2**63) + number(0, "I")
+        + number(0), "is truncated"
+    ),
+    "an unknown tensor type": (
+        header(1) + ARCHITECTURE + text("t") + number(1, "I") + number(32) + number(999, "I") + number(0), "type 999"
+    ),
+    "no whole blocks": (
+        header(1) + ARCHITECTURE + text("t") + number(1, "I") + number(33) + number(2, "I") + number(0), "whole blocks"
+    ),
+    "a crooked offset": (header(1) + ARCHITECTURE + TENSOR + number(7), "multiple of 32"),
+    "an offset beyond the end": (header(1) + ARCHITECTURE + TENSOR + number(LARGE), "is truncated"),
+    "tensors on each other": (
+        header(2) + ARCHITECTURE + TENSOR + number(0) + TENSOR.replace(b"t", b"u") + number(64) + bytes(500),
+        "where another tensor is"
+    ),
+    "a tensor twice": (header(2) + ARCHITECTURE + TENSOR + number(0) + TENSOR + number(128) + bytes(500), "or twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_at_once(name, tmp_path):
+    data, message = HOSTILE[name]
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=message):
+        open_gguf(path)
+
+
+def test_every_truncation_is_refused(q4_0, tmp_path):
+    data, path = q4_0.read_bytes(), tmp_path / "cut.gguf"
+    for length in [*range(0, 2000, 7), len(data) // 2, len(data) - 100]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ConfigError):
+            open_gguf(path)
+
+
+def test_values_that_are_not_finite_are_refused(q4_0, tiny_model_path, tmp_path):
+    path = shutil.copyfile(q4_0, tmp_path / "broken.gguf")
+    file = open_gguf(path)
+    place = file.tensors["blk.1.ffn_up.weight"].blocks.ctypes.data - file.data.ctypes.data
+    with path.open("r+b") as opened:
+        opened.seek(place)
+        opened.write(np.array([np.inf], np.float16).tobytes())
+    with pytest.raises(ConfigError, match=r"blk.1.ffn_up.weight .* not finite"):
+        load_student(str(tiny_model_path), gguf_file=str(path))
