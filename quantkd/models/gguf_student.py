@@ -6,6 +6,7 @@ transformers keeps a GGUF file packed for inference only. What is trained agains
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 
 
 def find_gguf(
-    name_or_path: str, gguf_file: str | None = None, quantization_config: Any = None, **model_init_kwargs: Any
+    name_or_path: str | os.PathLike[str], gguf_file: str | None = None, quantization_config: Any = None, **model_init_kwargs: Any
 ) -> GgufFile | None:
     """The GGUF file that a student is given as: a path, or a file of the folder or repository; None for another."""
+    name_or_path = os.fspath(name_or_path)
     gguf_file = gguf_file or getattr(quantization_config, "gguf_file", None)
     if gguf_file is None:
         return open_gguf(name_or_path) if name_or_path.endswith(".gguf") else None

@@ -111,7 +111,7 @@ def calibrate(
         if isinstance(layer, Linear4bit) or hasattr(layer, "gguf_tensor")
     }
     if not named:
-        raise ConfigError("The model has no 4-bit layer of bitsandbytes. Codes are chosen for nf4, fp4 and GGUF alone.")
+        raise ConfigError("The model has no 4-bit layer of bitsandbytes. Codes are chosen for GGUF, nf4 and fp4 alone.")
     refused: dict[str, str] = {}
     last: tuple[Tensor | None, InputMoment | None] = None, None
 

@@ -130,7 +130,7 @@ def name_format(model: Any) -> str:
 
 def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str, Any] | None:
     """The quantization that a checkpoint is stored in already, from its config alone."""
-    if model_init_kwargs.get("gguf_file") or name_or_path.endswith(".gguf"):
+    if model_init_kwargs.get("gguf_file") or str(name_or_path).endswith(".gguf"):
         return None
     where = {key: value for key, value in model_init_kwargs.items() if key in _HUB_ARGUMENTS}
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **where)
