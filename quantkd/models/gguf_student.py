@@ -35,7 +35,10 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 
 
 def find_gguf(
-    name_or_path: str | os.PathLike[str], gguf_file: str | None = None, quantization_config: Any = None, **model_init_kwargs: Any
+    name_or_path: str | os.PathLike[str],
+    gguf_file: str | None = None,
+    quantization_config: Any = None,
+    **model_init_kwargs: Any,
 ) -> GgufFile | None:
     """The GGUF file that a student is given as: a path, or a file of the folder or repository; None for another."""
     name_or_path = os.fspath(name_or_path)
