@@ -1,4 +1,4 @@
-"""`quantkd export`: a trained student as a 16-bit checkpoint, a 4-bit one, or the adapter alone."""
+"""`quantkd export`: a trained student as a 16-bit checkpoint, a 4-bit one, or the adapter alone, also for llama.cpp."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import fetch_adapter, load_adapter
 from quantkd.models.export import check_output_dir, export_adapter, export_checkpoint, load_exported
+from quantkd.models.gguf_adapters import export_gguf_adapter
 from quantkd.models.provenance import Provenance
+from quantkd.models.vllm_limits import advise_vllm
 from quantkd.names import load_tokenizer
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
@@ -32,9 +34,11 @@ _EXAMPLES = """examples:
   quantkd export --form requantized --model_name_or_path MODEL --adapter runs/student --output_dir runs/4bit \\
       --held_out runs/held
   quantkd export --form adapter --model_name_or_path MODEL --adapter runs/student/checkpoint-40 --output_dir runs/a
+  quantkd export --form gguf_adapter --model_name_or_path MODEL --adapter runs/student --output_dir runs/gguf
 """
 _NEEDS = {
-    "held_out": "run_dir batch_size", "form=requantized": "accept_loss", "form=merged form=requantized": "save_dtype"
+    "held_out": "run_dir batch_size", "form=requantized": "accept_loss", "form=merged form=requantized": "save_dtype",
+    "form=gguf_adapter": "outtype",
 }  # fmt: skip
 
 
@@ -44,7 +48,10 @@ class ExportArguments:
 
     adapter: str = option("Folder of a trained adapter, or user/name or user/name@revision on the Hub.")
     output_dir: str = option("A new folder for the export.")
-    form: Literal["merged", "requantized", "adapter"] = option("16 bit, 4 bit again, or PEFT's files.")
+    form: Literal["merged", "requantized", "adapter", "gguf_adapter"] = option(
+        "16 bit, 4 bit again, PEFT's files, or the adapter for llama.cpp."
+    )
+    outtype: Literal["q8_0", "f16", "f32"] = option("Type of the tensors of a GGUF adapter.", "q8_0")
     save_dtype: Literal["bfloat16", "float16", "float32"] = option("Dtype of merged weights.", "bfloat16")
     held_out: str | None = option("Transfer set to score on, before and after.", None)
     run_dir: str | None = option("Write the scores into this run's report, as arms.", None)
@@ -59,6 +66,9 @@ def main(argv: Sequence[str]) -> None:
     refuse_training(student)
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
+    if args.form == "gguf_adapter":
+        kwargs = {"base": student.model_name_or_path, "outtype": args.outtype}
+        return _describe(args.form, export_gguf_adapter(adapter, args.output_dir, **kwargs))
     # The tokenizer that was trained with is stored with the adapter, if it was saved at all.
     has_tokenizer = (Path(args.adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(args.adapter) if has_tokenizer else load_tokenizer_from(student)
@@ -89,8 +99,7 @@ def main(argv: Sequence[str]) -> None:
         clear_device_cache(garbage_collection=True)
         if held_out is not None:
             score(args.form, load_exported(path))
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    say(f"{path}: {args.form}, {format_bytes(size)}.")
+    _describe(args.form, path)
     if held_out is not None:
         names = {"after": "adapter", "merged": "merged", "requantized": "merged and quantized again"}
         figures = ", ".join(f"{names[arm]} {value:.6f}" for arm, value in kl.items())
@@ -105,6 +114,14 @@ def main(argv: Sequence[str]) -> None:
         say(f"quantkd export: warning: {cost}", file=sys.stderr)
 
 
+def _describe(form: str, path: Path) -> None:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    say(f"{path}: {form}, {format_bytes(size)}.")
+    if form == "adapter":
+        for advice in advise_vllm(path):
+            say(advice)
+
+
 def _check(args: ExportArguments) -> None:
     if process_state().num_processes > 1:
         raise ConfigError("An export is written by one process. Run it without a launcher.")
@@ -113,5 +130,10 @@ def _check(args: ExportArguments) -> None:
         raise ConfigError(
             "A merge straight into 4 bit rounds a second time and loses part of what was learned. Give --held_out SET "
             "to see how much, or --accept_loss to take it unseen; --form merged and --form adapter lose next to none."
+        )
+    if args.form == "gguf_adapter" and args.held_out:
+        raise ConfigError(
+            "A GGUF adapter runs in llama.cpp: leave --held_out out, start the server, and measure it there with "
+            "`quantkd evaluate --engine server`."
         )
     check_output_dir(args.output_dir)

@@ -91,7 +91,7 @@ def check_files(place: str, holds: Callable[[str], bool]) -> None:
 
 def check_adapter(folder: Path, base: str) -> None:
     """Refuse an adapter of any kind by the value that cannot be; say if it names another base model."""
-    fields = _read_fields(folder / CONFIG, str(folder))
+    fields = read_fields(folder / CONFIG, str(folder))
     if (folder / WEIGHTS).is_file():  # FSDP and DeepSpeed may store them in parts
         read_weights(folder / WEIGHTS, str(folder))
     warn_of_another_base(str(folder), public_name(fields.get("base_model_name_or_path") or ""), public_name(base))
@@ -99,7 +99,7 @@ def check_adapter(folder: Path, base: str) -> None:
 
 def read_plain_lora(folder: Path, place: str) -> tuple[LoraConfig, dict[str, Tensor], str]:
     """Plain LoRA from checked fields, its weights, and the base model that the adapter names."""
-    fields = _read_fields(folder / CONFIG, place)
+    fields = read_fields(folder / CONFIG, place)
     if problem := _find_problem(fields):
         raise DataError(f"{CONFIG} of {place} {problem}. Load it with PEFT, if you trust it.")
     try:
@@ -162,7 +162,7 @@ def _is_pattern(modules: Any) -> bool:
     return isinstance(modules, str) and not _MODULE_NAME.fullmatch(modules)
 
 
-def _read_fields(path: Path, place: str) -> dict[str, Any]:
+def read_fields(path: Path, place: str) -> dict[str, Any]:
     """The fields of adapter_config.json, each with a value that it may have."""
     try:
         fields = json.loads(read_regular(path.resolve(), MAX_CONFIG_BYTES))

@@ -28,7 +28,6 @@ from quantkd.models.student import default_quantization_config, describe_quantiz
 from quantkd.names import __version__, naming
 
 CHECKPOINT_FORMS = ("merged", "requantized")
-FORMS = (*CHECKPOINT_FORMS, "adapter")
 _SHARD_SIZE = "5GB"
 
 

@@ -1,0 +1,204 @@
+"""GGUF adapters: the tensors of llama.cpp's converter, PEFT's own product of factors, and what is refused."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from families import build
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from quantkd.errors import ConfigError, DataError
+from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
+from tests.conftest import REPOSITORY
+
+gguf = pytest.importorskip("gguf")
+CONVERTER = REPOSITORY / ".venv-llamacpp" / "llama.cpp" / "convert_lora_to_gguf.py"
+FAMILIES = ["Llama", "Qwen2", "Qwen3", "Gemma 3"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of random models whose layers are wide enough for blocks of 32."""
+    found = {}
+    for family in FAMILIES:
+        model = build(family, 320)
+        found[family] = (tmp_path_factory.mktemp(family.replace(" ", "")), model)
+        model.save_pretrained(found[family][0])
+    return found
+
+
+def save_adapter(model, folder, dtype=torch.float32, **config):
+    """A random adapter, its PEFT model, and the folder that PEFT saved it to."""
+    torch.manual_seed(1)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **options))
+    wrapped.save_pretrained(folder)
+    if dtype is not torch.float32:
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name: each.to(dtype) for name, each in weights.items()}, folder / "adapter_model.safetensors")
+    return wrapped
+
+
+def read(path):
+    reader = gguf.GGUFReader(path)
+    tensors = {each.name: (each.tensor_type.name, tuple(each.shape.tolist()), each.data) for each in reader.tensors}
+    return {field.name: field.contents() for field in reader.fields.values()}, tensors
+
+
+@pytest.mark.skipif(not CONVERTER.is_file(), reason="no llama.cpp sources: make llamacpp-tools")
+@pytest.mark.parametrize(("family", "rank", "dtype", "outtype"), [
+    ("Llama", 32, torch.float32, "q8_0"), ("Llama", 4, torch.bfloat16, "q8_0"), ("Qwen3", 4, torch.float16, "f16"),
+    ("Gemma 3", 8, torch.float32, "f32"),
+])  # fmt: skip
+def test_tensors_are_those_of_llama_cpps_converter(bases, tmp_path, family, rank, dtype, outtype):
+    folder, model = bases[family]
+    save_adapter(model, tmp_path / "adapter", dtype, r=rank)
+    export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "ours", base=str(folder), outtype=outtype)
+    words = [CONVERTER, tmp_path / "adapter", "--base", folder, "--outtype", outtype, "--outfile", tmp_path / "theirs"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, *words], check=True, timeout=120, env=environment, capture_output=True)
+    (ours, own), (theirs, other) = read(tmp_path / "ours" / FILE_NAME), read(tmp_path / "theirs")
+    assert own.keys() == other.keys() and len(own) == 28
+    for name, (kind, shape, data) in own.items():
+        assert (kind, shape) == other[name][:2], name
+        np.testing.assert_array_equal(data, other[name][2], err_msg=name)
+    for key in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha"):
+        assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("config", [
+    {}, {"use_rslora": True}, {"target_modules": ["o_proj"], "layers_to_transform": [1]},
+    {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"k_proj": 3, "up_proj": 11}},
+], ids=["plain", "rslora", "one layer", "patterns"])  # fmt: skip
+def test_the_file_holds_pefts_product(bases, tmp_path, family, config):
+    folder, model = bases[family]
+    wrapped = save_adapter(model, tmp_path / "adapter", **config)
+    export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder), outtype="f32")
+    facts, tensors = read(tmp_path / "out" / FILE_NAME)
+    names = {
+        "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up", "down_proj": "ffn_down",
+    }  # fmt: skip
+    checked = 0
+    for name, module in wrapped.named_modules():
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        parts = name.split(".")
+        key = f"blk.{parts[parts.index('layers') + 1]}.{names[parts[-1]]}.weight"
+        a, b = tensors[f"{key}.lora_a"][2], tensors[f"{key}.lora_b"][2]
+        found = facts["adapter.lora.alpha"] / len(a) * (b.astype(np.float64) @ a.astype(np.float64))
+        expected = module.get_delta_weight("default").detach().double().numpy()
+        if family == "Llama" and parts[-1] in ("q_proj", "k_proj"):  # neighbours are rotated together
+            heads = 4 if parts[-1] == "q_proj" else 2
+            expected = np.concatenate([
+                half[[place // 2 + place % 2 * (len(half) // 2) for place in range(len(half))]]
+                for half in np.split(expected, heads)
+            ])  # fmt: skip
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        checked += 1
+    assert 2 * checked == len(tensors) and checked in (1, 14)
+
+
+def test_the_metadata_say_where_it_comes_from(bases, tmp_path):
+    folder, model = bases["Llama"]
+    save_adapter(model, tmp_path / "adapter")
+    weights = {"sha256": "ab" * 32, "sums": []}
+    (tmp_path / "adapter" / "quantkd.json").write_text(json.dumps({"teacher": "org/teacher", "weights": weights}))
+    out = export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
+    facts, tensors = read(out / FILE_NAME)
+    assert (facts["general.architecture"], facts["general.type"], facts["adapter.type"]) == ("llama", "adapter", "lora")
+    assert facts["quantkd.base.sha256"] == "ab" * 32
+    told = json.loads(facts["quantkd.provenance"])
+    assert told["teacher"] == "org/teacher" and told["export"]["outtype"] == "q8_0"
+    assert told == json.loads((out / "quantkd.json").read_text())
+    assert str(tmp_path) not in (out / FILE_NAME).read_bytes().decode(errors="replace")
+    assert {kind for kind, *_ in tensors.values()} == {"Q8_0", "F16"}  # rank 4 is no multiple of 32
+    assert sorted(each.name for each in out.iterdir()) == [FILE_NAME, "quantkd.json"]
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"use_dora": True}, "has use_dora; a GGUF adapter holds plain LoRA"),
+    ({"modules_to_save": ["norm"]}, "has modules_to_save"), ({"bias": "all"}, "has bias=all"),
+    ({"lora_bias": True}, "has lora_bias"), ({"lora_alpha": 0}, "lora_alpha .* is 0, which llama.cpp reads as 1"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "beside the factors of linear layers"),
+])  # fmt: skip
+def test_other_adapters_are_refused_by_name(bases, tmp_path, config, message):
+    folder, model = bases["Llama"]
+    save_adapter(model, tmp_path / "adapter", **config)
+    with pytest.raises(DataError, match=message):
+        export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_for_other_tensors_is_refused(bases, tmp_path):
+    folder, model = bases["Llama"]
+    save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    key = next(each for each in weights if "layers.1.mlp.up_proj" in each and "lora_B" in each)
+
+    def refuse(message, changed, base=folder, **options):
+        save_file(changed, file)
+        with pytest.raises((DataError, ConfigError), match=message):
+            export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(base), **options)
+
+    refuse("no second factor at model.layers.1.mlp.up_proj", {n: w for n, w in weights.items() if n != key})
+    refuse(
+        r"factors for a layer of 7 x 32 at .*up_proj, where the base model has one of",
+        {**weights, key: torch.ones(7, 4)},
+    )
+    refuse(
+        "where the base model has no linear layer", {n.replace("layers.1", "layers.9"): w for n, w in weights.items()}
+    )
+    refuse("outtype is 'q4_0'", weights, outtype="q4_0")
+    AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4).save_pretrained(tmp_path / "gpt2")
+    refuse("of the type gpt2, whose GGUF files", weights, tmp_path / "gpt2")
+    tied = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    for part, shape in (("A", (4, 32)), ("B", (320, 4))):
+        weights[f"base_model.model.lm_head.lora_{part}.weight"] = torch.ones(shape)
+    refuse("on the head, which is tied", weights, tmp_path / "tied")
+
+
+def test_scales_that_do_not_fit_are_refused(bases, tmp_path):
+    folder, model = bases["Llama"]
+    save_adapter(model, tmp_path / "adapter", alpha_pattern={"up_proj": 60})  # ten times the others', in the factors
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(each, 6553.5) for name, each in load_file(file).items()}, file)
+    with pytest.raises(DataError, match="numbers do not fit F16: the largest is 65535"):
+        export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
+
+
+def test_the_command_writes_it_and_sends_measurements_to_the_engine(bases, tmp_path, cli, held_out):
+    folder, model = bases["Llama"]
+    save_adapter(model, tmp_path / "adapter")
+    words = ["export", "--model_name_or_path", folder, "--adapter", tmp_path / "adapter"]
+    code, out, err = cli(*words, "--form", "gguf_adapter", "--outtype", "f16", "--output_dir", tmp_path / "out")
+    assert code == 0 and "out: gguf_adapter, " in out, err
+    assert (tmp_path / "out" / FILE_NAME).is_file()
+    more = ["--form", "gguf_adapter", "--held_out", held_out.sources[0].path, "--output_dir", tmp_path / "b"]
+    code, _, err = cli(*words, *more)
+    assert code and "quantkd evaluate --engine server" in err
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"r": 4}, "vLLM: --enable-lora --lora-modules NAME=out"), ({"r": 17}, "--max-lora-rank 32"),
+    ({"r": 300}, "--max-lora-rank 320"), ({"r": 513}, "does not serve this adapter as it is (rank 513"),
+    ({"use_dora": True}, "(use_dora)"), ({"modules_to_save": ["norm"]}, "(modules_to_save)"),
+    ({"alpha_pattern": {"q_proj": 3}}, "(alpha_pattern)"), ({"bias": "all"}, "(bias)"),
+])  # fmt: skip
+def test_the_adapter_form_says_what_vllm_needs(bases, tmp_path, cli, tiny_tokenizer, config, said):
+    folder, model = bases["Qwen2"]
+    save_adapter(model, tmp_path / "adapter", **{"target_modules": ["q_proj"], **config})
+    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
+    words = ["--form", "adapter", "--model_name_or_path", folder, "--adapter", tmp_path / "adapter"]
+    code, out, err = cli("export", *words, "--output_dir", tmp_path / "out")
+    assert code == 0 and said in out, out + err
