@@ -90,14 +90,13 @@ class GgufFile:
     @property
     def format(self) -> str:
         """The name of its quantization, such as `q4_0` or `q4_k_m`, in small letters."""
-        kinds = _gguf().LlamaFileType
-        stated = self.metadata.get("general.file_type")
-        if stated in iter(kinds) and kinds(stated) != kinds.GUESSED:
-            return str(kinds(stated).name).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
-        sizes: dict[str, int] = {}
+        kinds, sizes = _gguf().LlamaFileType, dict[str, int]()
         for tensor in self.tensors.values():
-            sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + tensor.blocks.nbytes
-        return max(sizes, key=lambda name: sizes[name]).lower()
+            sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.blocks.nbytes
+        most, stated = max(sizes, key=lambda name: sizes[name]).lower(), self.metadata.get("general.file_type")
+        name = str(kinds(stated).name).split("_", 1)[-1].lower() if stated in iter(kinds) else most
+        # A tool that quantizes may leave the type of the file that it read.
+        return most if name in ("f32", "f16", "bf16", "guessed") else name
 
     def __deepcopy__(self, memo: Any) -> GgufFile:
         return self
