@@ -1,6 +1,6 @@
 # One line of help a target: whatever follows `##`.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench docs vllm-env llamacpp-env
+.PHONY: help install demo test test-slow check bench docs vllm-env llamacpp-env llamacpp-tools
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## create .venv with quantkd and everything to develop it
 
@@ -39,6 +39,8 @@ docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 llamacpp-env: .venv-llamacpp/.installed  ## create .venv-llamacpp with llama.cpp's server, for tests and benchmarks/engine.py
+
+llamacpp-tools: .venv-llamacpp/bin/llama-perplexity  ## build llama.cpp's own tools from source, for benchmarks/engine.py; 30 minutes
 
 vllm-env: .venv-vllm/.installed  ## create .venv-vllm with vLLM for CPUs, which pins versions of its own
 
@@ -68,8 +70,18 @@ $(VENV)/.demo: $(VENV)/.installed
 	.venv-vllm/bin/python -m pip install --quiet -e ".[demo]" pytest pytest-xdist hypothesis
 	@touch $@
 
-# Wheels have every processor's code to AVX2, which the quantized kernels are fast with; a build here takes 20 minutes.
+# The wheel of a binding: llama.cpp's server without a build. Nothing of it goes into .venv.
 .venv-llamacpp/.installed:
 	$(PYTHON) -m venv .venv-llamacpp
 	.venv-llamacpp/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@
+
+# The only packaged source of llama.cpp with its tools, and with the converter that a test compares ours with.
+LLAMACPP := llama_cpp_python-0.3.36
+.venv-llamacpp/bin/llama-perplexity: .venv-llamacpp/.installed
+	.venv-llamacpp/bin/python -m pip install --quiet cmake ninja
+	cd .venv-llamacpp && bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==$(LLAMACPP:llama_cpp_python-%=%)
+	cd .venv-llamacpp && tar xzf $(LLAMACPP).tar.gz && rm $(LLAMACPP).tar.gz && ln -sfn $(LLAMACPP)/vendor/llama.cpp llama.cpp
+	cd .venv-llamacpp && PATH="$$PWD/bin:$$PATH" cmake -S llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF
+	cd .venv-llamacpp && bin/ninja -C build llama-perplexity llama-quantize llama-bench && cp build/bin/llama-* bin/

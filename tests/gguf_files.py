@@ -29,12 +29,16 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
+        add(width)
+    rope = getattr(config, "rope_parameters", None) or {}
+    writer.add_rope_freq_base(rope.get("full_attention", rope).get("rope_theta", 10000.0))
+    if architecture == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     if tokenizer is not None:
         add_tokenizer(writer, tokenizer)
     for name, values in {**stored_weights(model, architecture), **(extra or {})}.items():

@@ -34,7 +34,8 @@ _EXAMPLES = """examples:
   quantkd export --form requantized --model_name_or_path MODEL --adapter runs/student --output_dir runs/4bit \\
       --held_out runs/held
   quantkd export --form adapter --model_name_or_path MODEL --adapter runs/student/checkpoint-40 --output_dir runs/a
-  quantkd export --form gguf_adapter --model_name_or_path MODEL --adapter runs/student --output_dir runs/gguf
+  quantkd export --form gguf_adapter --model_name_or_path MODEL --gguf_file MODEL-Q4_0.gguf --adapter runs/student \\
+      --output_dir runs/gguf
 """
 _NEEDS = {
     "held_out": "run_dir batch_size", "form=requantized": "accept_loss", "form=merged form=requantized": "save_dtype",
@@ -67,8 +68,9 @@ def main(argv: Sequence[str]) -> None:
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
     if args.form == "gguf_adapter":
-        kwargs = {"base": student.model_name_or_path, "outtype": args.outtype}
-        return _describe(args.form, export_gguf_adapter(adapter, args.output_dir, **kwargs))
+        is_file = student.gguf_file is not None or student.model_name_or_path.endswith(".gguf")
+        base: Any = load_student_from(student) if is_file else student.model_name_or_path
+        return _describe(args.form, export_gguf_adapter(adapter, args.output_dir, base=base, outtype=args.outtype))
     # The tokenizer that was trained with is stored with the adapter, if it was saved at all.
     has_tokenizer = (Path(args.adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(args.adapter) if has_tokenizer else load_tokenizer_from(student)

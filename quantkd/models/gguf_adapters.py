@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.files import new_folder
@@ -46,16 +46,19 @@ class _Factors:
     scale: float  # of b a, as PEFT multiplies it
 
 
-def export_gguf_adapter(adapter: str, output_dir: str | Path, *, base: str, outtype: str = "q8_0") -> Path:
+def export_gguf_adapter(
+    adapter: str, output_dir: str | Path, *, base: str | PreTrainedModel, outtype: str = "q8_0"
+) -> Path:
     """Write `<output_dir>/adapter.gguf`, which `llama-cli --lora` and `llama-server --lora` read.
 
-    No weights of the base model are loaded, its config is enough. The file's metadata hold the provenance as JSON
-    (`quantkd.provenance`), and the digest of the base model's quantized weights (`quantkd.base.sha256`).
+    Of a base model given by name its config is enough; a loaded one must be that of the adapter's training. The file's
+    metadata hold the provenance as JSON (`quantkd.provenance`) and the digest of the base model's quantized weights
+    (`quantkd.base.sha256`).
 
     Args:
         adapter: folder of an adapter that PEFT saved.
         output_dir: a new folder.
-        base: the checkpoint that the base model's GGUF file was made from, a Hub name or a folder.
+        base: the checkpoint that the base model's GGUF file was made from, by name; or the loaded student.
         outtype: `q8_0`, `f16` or `f32`. Of `q8_0`, tensors whose rows are no multiple of 32 are stored as `f16`, as
             llama.cpp's converter does: with ranks below 32 that is the second factor of every layer.
 
@@ -64,7 +67,8 @@ def export_gguf_adapter(adapter: str, output_dir: str | Path, *, base: str, outt
 
     Raises:
         ConfigError: the folder is not empty, an unknown `outtype`, or an architecture that is not known here.
-        DataError: not plain LoRA on linear layers (DoRA, `modules_to_save`, biases), or not one of this base model.
+        DataError: not plain LoRA on linear layers (DoRA, `modules_to_save`, biases), not one of this base model, or a
+            loaded base with other quantized weights.
     """
     path = check_output_dir(output_dir)
     if outtype not in OUTTYPES:
@@ -72,10 +76,16 @@ def export_gguf_adapter(adapter: str, output_dir: str | Path, *, base: str, outt
     source = Path(adapter)
     check_files(adapter, lambda name: (source / name).is_file())
     config, weights, named = read_plain_lora(source, adapter)
-    warn_of_another_base(adapter, named, public_name(base))
+    facts = Provenance.read(adapter)
+    if isinstance(base, str):
+        with naming(base):
+            base_config = AutoConfig.from_pretrained(base)
+        base_name = public_name(base)
+    else:
+        facts.check_weights(base, adapter)
+        base_config, base_name = base.config, public_name(base.config.name_or_path or "")
+    warn_of_another_base(adapter, named, base_name)
     _refuse_others(config, adapter)
-    with naming(base):
-        base_config = AutoConfig.from_pretrained(base)
     layers = list(_read_layers(config, weights, base_config, adapter))
     import gguf  # that it is installed was seen while the layers were read
 
@@ -83,7 +93,6 @@ def export_gguf_adapter(adapter: str, output_dir: str | Path, *, base: str, outt
     alpha = layers[0].scale * len(layers[0].a)
     if not alpha:
         raise DataError(f"lora_alpha of {adapter} is 0, which llama.cpp reads as 1. Train with another one.")
-    facts = Provenance.read(adapter)
     kinds = gguf.LlamaFileType
     with new_folder(path) as folder:
         writer = gguf.GGUFWriter(folder / FILE_NAME, architecture_of(base_config))
@@ -93,7 +102,7 @@ def export_gguf_adapter(adapter: str, output_dir: str | Path, *, base: str, outt
         writer.add_file_type({"q8_0": kinds.MOSTLY_Q8_0, "f16": kinds.MOSTLY_F16, "f32": kinds.ALL_F32}[outtype])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, public_name(base))
+        writer.add_base_model_name(0, base_name)
         export = {"form": "gguf_adapter", "outtype": outtype, "quantkd_version": __version__}
         facts = replace(facts, export=export)
         writer.add_string("quantkd.provenance", json.dumps(asdict(facts), sort_keys=True))
