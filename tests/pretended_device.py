@@ -36,6 +36,9 @@ class DeviceTensor(Tensor):
     device = property(lambda self: DEVICE)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
 
+    def untyped_storage(self) -> torch.UntypedStorage:  # by which savers find tensors that share memory
+        return self.inner.untyped_storage()  # type: ignore[no-any-return]
+
     def __new__(cls, inner: Tensor, requires_grad: bool = False) -> DeviceTensor:
         made = {"dtype": inner.dtype, "layout": inner.layout, "device": inner.device, "requires_grad": requires_grad}
         self = Tensor._make_wrapper_subclass(cls, inner.size(), inner.stride(), inner.storage_offset(), **made)

@@ -114,6 +114,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("capture --model no/model --prompts p.jsonl --output_dir o", 1, "'no/model' could not be"),
     ("capture OUT p.jsonl", 1, "p.jsonl is a file; the"), ("capture OUT p.jsonl/x", 1, "p.jsonl is a file; the"),
     ("capture OUT o --storage x", 1, "the storage rule 'x'"),
+    ("capture OUT o --teacher_adapter empty", 1, "adapter_config.json"),  # before the model is looked for
     ("capture OUT o --temperature 2", 2, "did you mean --temperatures?"),
     ("capture OUT o --max_tokens 3", 2, "mean --max_new_"), ("capture OUT o --seed x", 2, "invalid int value: 'x'"),
     ("inspect SET --rows -1", 2, "found '-1'; expected a whole"),

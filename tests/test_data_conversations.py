@@ -116,7 +116,7 @@ def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_temp
 @pytest.mark.parametrize(("template", "example", "message"), [
     (None, Example(CONVERSATION), r"Row 0: The tokenizer of .* has no chat template"),
     (None, Example("One?", "1"), r"Row 0: The tokenizer of .* has no chat template"),
-    (MARKED, Example(CONVERSATION[:-1]), "Row 0 has no completion"),
+    (MARKED, Example(CONVERSATION[:-1]), "Row 0 has no completion"), (MARKED, Example("1?", " "), "has no completion"),
     (MARKED.replace("== 'assistant'", "== 'model'"), Example(CONVERSATION), "mark no token of the conversation"),
     (
         FORGETFUL.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), Example(CONVERSATION),
@@ -163,6 +163,10 @@ def test_columns_of_conversations(tmp_path):
         ({"prompt": "?", "completion": [thought]}, "row 0: the completion has reasoning_content beside its content"),
         ({"prompt": "?", "tools": "add"}, "row 0: tools is 'add'; expected a list, or one as JSON"),
         ({"messages": [{**CONVERSATION[1], "tool_calls": [{"name": "f"}]}]}, "calls tools"),
+        (
+            {"messages": [*CONVERSATION[:4], turn("assistant", " ")]},
+            r"row 0: message 4 \(assistant\) has no text",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             load_examples([row])

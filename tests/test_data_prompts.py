@@ -106,7 +106,7 @@ def test_a_name_is_split_into_path_and_configuration_and_loaded_by_the_library(t
     (["one", "  "], "row 1: the prompt is '  '; expected text that is not empty"), ([[]], r"the prompt is \[\]"),
     ([[{"role": "user"}]], "expected text under 'role' and 'content'"),
     ([{"prompt": "one", "completion": 4}], "the completion is a int"), ([3], "is a int; expected text"),
-    ([[{"role": "user", "content": "one"}, {"role": "user", "content": " "}]], "found a user message without text"),
+    ([[{"role": "user", "content": "one"}, {"role": "user", "content": " "}]], r"message 1 \(user\) has no text"),
     ([{"prompt": "x", "completion": [{"role": "user", "content": "y"}]}], "is by 'user'; expected the assistant"),
 ])  # fmt: skip
 def test_bad_rows(rows, message):

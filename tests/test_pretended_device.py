@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from pretended_device import DEVICE, DeviceTensor, move, pretended_device
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import quantkd
@@ -21,6 +22,7 @@ from quantkd.evaluation.accuracy import evaluate_gsm8k, generate_greedy
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.foreign import keep_from_repacking
+from quantkd.models.export import export_checkpoint
 from quantkd.models.merging import merge_adapters
 from quantkd.models.student import attach_lora, load_student
 from quantkd.training.curves import TrainingCurves
@@ -194,6 +196,28 @@ def test_stop_text_is_found_where_a_cpu_finds_it(tiny_model, tiny_tokenizer):
         move(tiny_model)
         assert [list(answer(stop)) for stop in stops] == expected
     assert len(own(waits)) <= len(stops) * (1 + tokens // 8), waits
+
+
+def test_what_is_saved_and_exported(build_trainer, nf4, tiny_tokenizer, tmp_path):
+    """The tensors of an adapter and of a merged checkpoint. Loading onto the device is not pretended."""
+
+    def run(place, model, folder):
+        torch.manual_seed(0)
+        trainer = build_trainer(
+            folder, attach_lora(place(model), LoraConfig(target_modules="all-linear", init_lora_weights=False)),
+            processing_class=tiny_tokenizer, max_steps=1, save_strategy="steps", save_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        trainer.save_model(str(folder / "adapter"))
+        export_checkpoint(trainer.model, tiny_tokenizer, folder / "merged", dtype="float32")
+        return {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("*.safetensors")}
+
+    expected = run(lambda model: model, nf4[0], tmp_path / "here")
+    with pretended_device():
+        found = run(move, nf4[1], tmp_path / "there")
+    assert found.keys() == expected.keys() and len(found) == 3
+    for name, tensors in expected.items():
+        torch.testing.assert_close(found[name], tensors, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_what_compares_and_merges(nf4, tiny_tokenizer, training_set, monkeypatch, capsys):

@@ -312,7 +312,7 @@ def _encode_given(
 ) -> EncodedRow:
     """A prompt and its given answer, or a conversation, every assistant turn of which is one."""
     if example.messages is None:
-        if not example.completion:
+        if not example.completion or not example.completion.strip():
             raise DataError(
                 f"Row {number} has no completion, and responses='given' was asked for. Name the column with "
                 "completion_column, or let the teacher answer with responses='generate'."

@@ -168,16 +168,17 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
         return Example(prompt, completion, template_kwargs)
     if not isinstance(prompt, list) or not prompt:
         raise DataError(f"{where}: the prompt is {prompt!r:.80}; expected text that is not empty, or messages.")
-    for message in prompt:
+    for place, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(
                 f"{where}: found the message {message!r:.80}; expected text under 'role' and 'content'. Join the text "
                 "of a list of parts."
             )
-        if not message["content"].strip() and message["role"] == "user":
-            raise DataError(f"{where}: found a user message without text. Remove the row, or the message.")
         if message.get("tool_calls"):
             raise DataError(f"{where}: a message calls tools, which are not rendered. Remove the row, or the calls.")
+        is_turn = message["role"] in ("user", "assistant") and not message.get("reasoning_content")
+        if is_turn and not message["content"].strip():
+            raise DataError(f"{where}: message {place} ({message['role']}) has no text. Remove it, or the row.")
     messages = [{"role": each["role"], "content": each["content"], **_drop_empty(each)} for each in prompt]
     return Example(messages, completion, template_kwargs)
 

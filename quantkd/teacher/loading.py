@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,12 +67,13 @@ def build_teacher(
     if run.engine == "transformers":
         network: Any = model
         adapter: dict[str, str] = {}
+        folder = _find_adapter(run.teacher_adapter)  # first: to load a model takes minutes
         if isinstance(model, str):
             network, own = load_teacher(model, dtype=run.dtype, **init_kwargs)
             tokenizer = tokenizer or own
         tokenizer = tokenizer or load_tokenizer(network)
-        if run.teacher_adapter:
-            network, adapter = attach_adapter(network, run.teacher_adapter)
+        if folder is not None:
+            network, adapter = _attach_adapter(network, folder, str(run.teacher_adapter))
         return TransformersTeacher(network, tokenizer, rule, kept, settings, adapter=adapter)
     name, kwargs = str(model), run.engine_arguments()
     # A server may use any name for its model; then the tokenizer is named in addition.
@@ -99,15 +101,22 @@ def _refuse_loading(run: RunSettings, found: str) -> None:
         )
 
 
-def attach_adapter(model: Any, adapter: str) -> tuple[Any, dict[str, str]]:
+def _find_adapter(adapter: str | None) -> Path | None:
+    """The folder of an adapter that is there, or was fetched from the Hub."""
+    from quantkd.hub.adapters import fetch_adapter  # the trainer imports this module, and must not load the Hub's
+
+    return fetch_adapter(adapter) if adapter else None
+
+
+def _attach_adapter(model: Any, folder: Path, name: str) -> tuple[Any, dict[str, str]]:
     """The model with a PEFT adapter in its layers, unmerged, so that no weight is rounded."""
     from peft import get_peft_model_state_dict
 
-    from quantkd.hub import load_adapter  # the trainer imports this module, and must not load the Hub's
+    from quantkd.hub.adapters import load_adapter
 
-    wrapped = load_adapter(model, adapter)
+    wrapped = load_adapter(model, folder)
     digest = hashlib.sha256()
     for name, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return wrapped.get_base_model(), {"name": public_name(adapter), "sha256": digest.hexdigest()}
+    return wrapped.get_base_model(), {"name": public_name(name), "sha256": digest.hexdigest()}
