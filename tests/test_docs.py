@@ -1,23 +1,30 @@
-"""README and docs do what they say: every block runs, or says above it why it does not.
+"""README, docs and notebooks do what they say, and what they name exists.
+
+Every block runs, or says above it why it does not.
 
 The blocks of a page run in order, in one namespace and one empty folder, with a tiny random model in place of the one
 that the page names. doc_pages.py says what a comment above a block can ask for, doc_stand_ins.py what that gives.
 """
 
+import ast
+import configparser
 import doctest
 import json
 import re
+import runpy
 import shlex
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from conftest import build_tiny_model, capture_set
-from doc_pages import LANGUAGES, PAGES, name_of, read_blocks, split_commands, split_launcher
+from doc_pages import LANGUAGES, PAGES, REPOSITORY, list_commands, name_of, read_blocks, split_commands, split_launcher
 from doc_stand_ins import StandIns
 
-from quantkd.cli.main import main
+from quantkd.cli.main import COMMANDS, main
 from quantkd.models.student import load_student
 from quantkd.names import load_tokenizer
 
@@ -146,3 +153,103 @@ def test_most_blocks_are_run():
     for language in LANGUAGES - {"bash"}:
         left_out = [block.place for block in blocks if block.language == language and not block.is_run]
         assert len(left_out) <= 1, f"{language} blocks need no GPU or engine as a rule; not run: {left_out}"
+
+
+SCRIPTS = ("benchmarks/", "examples/", "tests/")
+
+
+def list_flags():
+    """Each subcommand and script that a page shows, with every flag it is shown with."""
+    shown = {}
+    for _, words in list_commands():
+        _, script, own = split_launcher(words) if words[0] != "python" else ([], words[1], words[1:])
+        if script is None and own[:1] == ["quantkd"]:
+            own = own[1:]
+        elif script is None or not script.startswith(SCRIPTS):
+            continue
+        flags = {word.split("=")[0] for word in own[1:] if re.match(r"--\w", word)}
+        if re.match("[a-z]", "".join(own[:1])):  # not COMMAND
+            shown.setdefault(own[0], set()).update(flags)
+    return sorted(shown.items())
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize(("name", "flags"), list_flags())
+def test_commands_and_scripts_have_the_flags_that_pages_use(name, flags, cli, monkeypatch, capsys):
+    if name in COMMANDS:
+        code, out, _ = cli(name, "--help")
+    else:
+        path = REPOSITORY / name
+        monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+        monkeypatch.syspath_prepend(path.parent)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+        code, out = stop.value.code, capsys.readouterr().out
+    assert not code and flags - set(re.findall(r"--[\w-]+", out)) == set()
+
+
+def test_launchers_take_the_flags_and_files_and_extras_exist_that_pages_use():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
+    launchers = []
+    for place, words in list_commands():
+        if words[0] == "accelerate":
+            launchers.append(split_launcher(words)[0][2:])
+            parsed = launch_command_parser().parse_args([*launchers[-1], "script.py"])
+            assert parsed.training_script == "script.py", f"{place}: {words}"
+        for word in words:
+            assert not word.startswith(SCRIPTS) or (REPOSITORY / word).exists(), f"{place}: there is no {word}"
+            if words[0] == "pip" and (named := re.fullmatch(r"(?:quantkd|\.)\[(.+)\]", word)):
+                assert set(named[1].split(",")) <= set(setup["options.extras_require"]), f"{place}: {word}"
+    assert ["--num_processes", "1"] in launchers
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_targets_exist_and_relative_links_resolve(page):
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    messages = []  # every string in the package's source, with ... for what is filled in
+    for path in sorted((REPOSITORY / "quantkd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                messages.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                messages.append(re.sub(r"%[sdr]", "...", node.value))
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert quoted
+    assert [quote for quote in quoted if not any(quote.strip(". ") in message for message in messages)] == []
+
+
+SAID = {"distil": ["of the gap recovered"], "look_inside": ["rows, ", "top 50"]}
+NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs_and_holds_no_output(notebook, tiny_model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    document = json.loads(notebook.read_text(encoding="utf-8"))
+    assert (document["nbformat"], document["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in document["cells"]]
+    assert len(set(ids)) == len(ids)
+    namespace = {"__name__": "__main__"}
+    for cell in document["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            code = "".join(cell["source"])
+            assert MODEL in code or "SmolLM2" not in code
+            exec(compile(code.replace(MODEL, str(tiny_model_path)), f"{notebook.name}:{cell['id']}", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert [said for said in SAID[notebook.stem] if said not in out] == [] and len(NOTEBOOKS) == len(SAID)

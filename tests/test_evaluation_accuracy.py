@@ -5,6 +5,7 @@ import itertools
 import json
 from functools import partial
 
+import processes
 import pytest
 import torch
 from families import build
@@ -16,10 +17,12 @@ from quantkd.data.encoding import encode_prompts
 from quantkd.data.gsm8k import build_prompt, extract_strict
 from quantkd.data.prompts import Example
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation import accuracy
+from quantkd.evaluation import accuracy, metric
 from quantkd.evaluation.accuracy import Generated, Questions, evaluate_prompts, find_shared_prefix, generate_greedy
 from quantkd.evaluation.arms import EvaluationSettings
+from quantkd.evaluation.metric import GSM8KAccuracy
 from quantkd.evaluation.sharing import deal_batches
+from quantkd.evaluation.stats import wilson_interval
 from quantkd.models.network import base_network
 
 ROWS = generate_problems(7, seed=0)
@@ -264,3 +267,29 @@ def test_a_cache_that_cannot_be_shared_is_not(tiny_tokenizer, prompts):
     assert find_shared_prefix(prompts[:2])
     found = answer(model, tiny_tokenizer, prompts[:2], max_new_tokens=6)
     assert_greedy(found, model, tiny_tokenizer, prompts[:2], 6)
+
+
+PREDICTIONS = ["so\n#### 3", "it is 4.", "#### 9", "none"]
+REFERENCES = ["#### 3", "#### 4", "#### 5", "#### 6"]
+
+
+def test_metric():
+    scores = GSM8KAccuracy().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert (scores["accuracy"], scores["accuracy_strict"], scores["num_answers"]) == (0.5, 0.25, 4)
+    for correct, suffix in ((2, ""), (1, "_strict")):
+        assert (scores[f"ci95_low{suffix}"], scores[f"ci95_high{suffix}"]) == wilson_interval(correct, 4)
+    with pytest.raises(DataError, match="no predictions"):
+        GSM8KAccuracy().compute(predictions=[], references=[])
+
+
+def test_metric_loads_from_its_file_without_network(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, socket\n"
+        "def refuse(*args): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        f"os.environ['HF_HOME'] = {str(tmp_path)!r}\n"
+        "import evaluate\n"
+        f"scores = evaluate.load({metric.__file__!r}).compute(predictions={PREDICTIONS!r}, references={REFERENCES!r})\n"
+        "print(scores['accuracy'], scores['accuracy_strict'])"
+    )
+    assert processes.run([tmp_path / "script.py"], tmp_path / "out").splitlines()[-1] == "0.5 0.25"

@@ -15,20 +15,16 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install quantkd[eval]")
 
 import lm_eval
-import torch
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, get_peft_model
 
 from quantkd.data.gsm8k import is_correct
 from quantkd.errors import DataError, MissingDependencyError
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.measure import evaluate_arm
-from quantkd.models.student import load_student
 from quantkd.report import build_report
 
-NAMES = ["sums_one", "likely"]
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 FIRST = {"function": "take_first"}
 CHOICE = {
@@ -255,47 +251,6 @@ def test_processes_share_the_items_and_give_the_same_figures(evaluate, tiny_mode
         for record in (*one, *other):
             del record["resps"]  # the harness repeats a last item so that all processes have as many
         assert one == other
-
-
-@pytest.fixture
-def forms(tmp_path, tiny_model_path, cli):
-    """An adapter that changes the model by much, so that another form would show, and what is exported of it."""
-    student = load_student(str(tiny_model_path), dtype="float32")
-    student.save_pretrained(tmp_path / "four-bit")  # the student as it was loaded: lm-eval quantizes nothing itself
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(student, config).save_pretrained(tmp_path / "student")
-    for form in ("adapter", "merged", "requantized"):
-        words = f"--model_name_or_path {tiny_model_path} --adapter {tmp_path}/student --dtype float32"
-        words += f" --output_dir {tmp_path}/{form}" + " --accept_loss" * (form == "requantized")
-        words += " --save_dtype float32" * (form != "adapter")
-        assert cli("export", "--form", form, *words.split())[0] == 0
-    return {form: str(tmp_path / form) for form in ("four-bit", "adapter", "merged", "requantized")}
-
-
-def test_every_exported_form_has_the_same_figures_in_the_harness(tmp_path, tiny_model_path, task_dir, forms, evaluate):
-    run_dir, four_bit, adapter = tmp_path / "run", forms["four-bit"], forms["adapter"]
-    arms = {
-        "before": ([], {"pretrained": four_bit}),
-        "after": (["--adapter", adapter], {"pretrained": four_bit, "peft": adapter}),
-        "merged": (["--full_precision"], {"pretrained": forms["merged"]}),
-        "requantized": ([], {"pretrained": forms["requantized"]}),
-    }
-    likelihoods = {}
-    for arm, (words, model_args) in arms.items():
-        model = forms.get(arm, tiny_model_path)
-        evaluate(arm, run_dir, "--batch_size", 4, *words, model=model, tasks=",".join(NAMES))
-        theirs = run_harness(tiny_model_path, task_dir, NAMES, batch_size=4, **model_args)
-        ours = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())
-        for name in NAMES:
-            figures = ours["tasks"][name]["figures"][name]
-            expected = {key: theirs["results"][name][key] for key in figures}
-            assert figures and {key: figure["value"] for key, figure in figures.items()} == expected, arm
-            kept = read_lines(run_dir / "evaluation" / "lm-eval" / arm / f"{name}.jsonl")
-            samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
-            assert [line["resps"] for line in kept] == json.loads(json.dumps([each["resps"] for each in samples])), arm
-        likelihoods[arm] = ours["tasks"]["likely"]["figures"]["likely"]["word_perplexity,none"]["value"]
-    assert len(set(likelihoods.values())) == 4  # each form is itself: none stands in for another
 
 
 class Scripted(LM):

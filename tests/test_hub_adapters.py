@@ -54,13 +54,6 @@ def test_a_report_above_two_adapters_belongs_to_neither(hub, run):
     assert set(hub.files("model", "user/student")) == PUSHED - {"gap.png"} | {"mine.txt"}
 
 
-def test_failures_on_the_way(hub, run):
-    hub.fail("503", "reset", "429", None, "lost", None, None, "lost", None, "reset")
-    pushed = push_adapter(run, "user/student")
-    assert set(hub.files("model", "user/student")) == PUSHED
-    assert pushed.commit == hub.repositories["model", "user/student"].commits[-1].sha
-
-
 def test_a_repository_that_holds_something_else_is_left_alone(hub, run, small_set):
     files = {"README.md": b"mine", "config.json": b"{}", "data/x.bin": b"1"}
     for kind in ("model", "dataset"):

@@ -1,19 +1,15 @@
 """Every command that takes an adapter or a set takes one on the Hub, pinned to its commit, and trusts none of it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from fake_hub import TOKEN
 from hub_runs import PUSHED
 from test_hub_strangers import TRAPS
 
 from quantkd import TransferSet
 from quantkd.evaluation.arms import Arm
-from quantkd.hub import load_adapter, push_adapter, push_transfer_set
+from quantkd.hub import push_adapter, push_transfer_set
 
 pytest_plugins = ["hub_runs"]
 
@@ -120,34 +116,6 @@ def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, c
     words = f"--model_name_or_path {tiny_model_path} --adapter {name} --held_out user/held --arm x --run_dir r".split()
     code, _, error = cli("evaluate", *words)
     assert code == 1 and said in error and "Traceback" not in error
-
-
-def test_processes_of_their_own(hub, run, training_set, tiny_model_path, load_base, tmp_path):
-    """As a user has it, nothing patched: a push, and a load without a network of what was fetched before."""
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-
-    def call(offline, *words):
-        environment = {**os.environ, **settings, "HF_HUB_OFFLINE": offline, "NO_PROXY": "*"}
-        words = [sys.executable, *map(str, words)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=True)
-        assert TOKEN not in done.stdout + done.stderr
-        return done.stdout
-
-    said = call("0", "-m", "quantkd", "push", training_set.sources[0], "user/held")
-    held = hub.repositories["dataset", "user/held"].commits[-1].sha
-    adapter = push_adapter(run / "student", "user/student").commit
-    assert held in said
-    list(TransferSet.open("user/held"))
-    load_adapter(load_base(), "user/student")
-    hub.requests.clear()
-    script = (
-        "import sys; from quantkd import TransferSet; from quantkd.hub import load_adapter\n"
-        "rows = TransferSet.open('user/held'); len(list(rows))\n"
-        "model = load_adapter(sys.argv[1], 'user/student', dtype='float32')\n"
-        "print(rows.sources[0], rows.digest, model.hub_revision)"
-    )
-    said = call("1", "-c", script, tiny_model_path)
-    assert said == f"user/held at {held} {training_set.digest} user/student at {adapter}\n" and hub.requests == []
 
 
 def test_push(hub, run, small_set, tmp_path, cli, say, monkeypatch):

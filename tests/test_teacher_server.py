@@ -1,15 +1,18 @@
-"""A server of each kind as a teacher: its rows are those of a dense float64 pass and of the transformers teacher."""
+"""A server of each kind as a teacher: its rows, against a dense float64 pass and transformers, and what it refuses."""
+
+import json
+import logging
 
 import numpy as np
 import pytest
-from teacher_rows import KINDS, SETTINGS, assert_entries
+from teacher_rows import KINDS, SETTINGS, TEXTS, assert_entries
 
 from quantkd import Nucleus, TopK
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher import EncodedPrompt, GenerationSettings, TransformersTeacher
+from quantkd.teacher.server import ServerTeacher
 from quantkd.teacher.server_dialects import DIALECTS, Completion
-
-pytest_plugins = ["teacher_servers"]
+from tests.conftest import capture_set
 
 
 @pytest.mark.parametrize("rule", [TopK(1), TopK(40), Nucleus(0.8, max_k=30)], ids=str)
@@ -128,3 +131,171 @@ def test_a_row_samples_the_same_in_any_batch_and_is_stored_unscaled(serve, conne
     sent = server.requests[-1][2]
     sampling = sent.get("sampling_params", sent)
     assert (sampling["temperature"], sampling["top_p"], sampling["top_k"]) == (temperature, 0.9, 7)
+
+
+KEY = "sk-secret-0123456789"
+
+
+def put(body, token):
+    """The body with another first token, whose candidate it is, too."""
+    logprobs = body["choices"][0]["logprobs"]
+    logprobs["tokens"][0] = token
+    logprobs["top_logprobs"][0] = {token: -0.5}
+    return body
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fault_is_tried_again(serve, connect, prompts, kind, caplog):
+    caplog.set_level(logging.INFO, "quantkd")
+    expected = connect(serve(kind=kind)).answer(prompts)
+    server = serve(kind=kind)
+    teacher = connect(server, concurrency=2)
+    server.faults = [429, 500, "reset", "malformed", "truncated", 503]
+    rows = teacher.answer(prompts)
+    assert not server.faults and [r.token_ids.tolist() for r in rows] == [r.token_ids.tolist() for r in expected]
+    for word in ("HTTP 429", "HTTP 500", "not JSON", "IncompleteRead"):
+        assert word in caplog.text
+
+
+def test_a_server_that_stays_down_or_is_slow_is_one_line(serve, connect, prompts):
+    server = serve()
+    teacher, hasty = connect(server, max_retries=3), connect(server, timeout_seconds=0.2, max_retries=1)
+    server.faults = [500] * 4
+    with pytest.raises(TeacherError, match=r"did not answer /v1/completions after 4 attempts.*HTTP 500"):
+        teacher.answer(prompts[:1])
+    server.delay_seconds = 0.6
+    with pytest.raises(TeacherError, match=r"2 attempts.*(timed out|TimeoutError)"):
+        hasty.answer(prompts[:1])
+    server.__exit__()
+    with pytest.raises(TeacherError, match="ConnectionRefusedError"):
+        connect(server)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(("start", "part"), [
+    (b"", HEAD[:1]), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (HEAD, b"x"),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1"), (HEAD + b"Content-Length: 500\r\n\r\n", b"{"),
+    (b"HTTP/1.1 503 Busy\r\nContent-Length: 500\r\n\r\n", b"x"),
+])  # fmt: skip
+def test_an_answer_that_drips_ends_in_time(serve, connect, prompts, start, part):
+    server = serve()
+    teacher = connect(server, timeout_seconds=0.3, max_retries=0)
+    server.drip = [start, *[part] * 100]  # no single wait is long, and all together take 2 seconds
+    with pytest.raises(TeacherError, match=r"timed out|TimeoutError"):
+        teacher.answer(prompts[:1])
+
+
+def test_bodies_are_bounded_in_bytes_and_depth(serve, connect, prompts, monkeypatch):
+    server = serve()
+    teacher = connect(server, max_retries=0)
+    server.respond = lambda path, body: (200, "[" * 200_000)
+    with pytest.raises(TeacherError, match="nested too deeply"):
+        teacher.answer(prompts[:1])
+    server.respond = lambda path, body: (200, '{"choices": "' + "x" * 5000)
+    monkeypatch.setattr("quantkd.teacher.server_client.MAX_BODY_BYTES", 1000)
+    with pytest.raises(TeacherError, match="more than 1000 bytes"):
+        teacher.answer(prompts[:1])
+
+
+@pytest.mark.parametrize(("kind", "mangle", "message"), [
+    ("other", None, "names tokens by their text"),
+    ("vllm", lambda body: {"choices": [{**body["choices"][0], "logprobs": None}]}, "no log-probabilities"),
+    ("vllm", lambda body: {"error": "what"}, "another shape than expected"),
+    ("vllm", lambda body: [], "another shape than expected"),
+    ("vllm", lambda body: put(body, "token_id:" + "9" * 30), "another shape than expected"),
+    ("vllm", lambda body: put(body, "token_id:1_0"), "names tokens by their text"),
+    ("llama.cpp", lambda body: {**body, "tokens": [5] * 50}, "gave 50 tokens|another shape"),
+    ("vllm", lambda body: put(body, "token_id:5000"), "the token id 5000, and the vocabulary ends at 320"),
+    ("sglang", lambda body: {"text": "hello"}, "another shape than expected"),
+    ("llama.cpp", lambda body: {**body, "tokens": []}, "another shape than expected"),
+])  # fmt: skip
+def test_answers_that_cannot_be_stored_are_refused_before_any_work(serve, connect, kind, mangle, message):
+    with pytest.raises(TeacherError, match=message):
+        connect(serve(kind=kind, mangle=mangle))
+
+
+def test_fewer_logprobs_than_asked_for_are_refused(serve, connect):
+    def cut(body):
+        for target in body["choices"][0]["logprobs"]["top_logprobs"]:
+            for token in list(target)[3:]:
+                del target[token]
+        return body
+
+    with pytest.raises(TeacherError, match=r"with 3 log-probabilities at token 0 .* TopK\(k=5\) needs 5"):
+        connect(serve(mangle=cut))
+    with pytest.raises(TeacherError, match="max-logprobs"):
+        connect(serve(max_logprobs=4))
+    connect(serve(mangle=cut), Nucleus(1e-6, max_k=5))  # three are more than it keeps
+
+
+def test_another_model_and_addresses_that_cannot_be(serve, connect, tiny_tokenizer):
+    server = serve()
+    with pytest.raises(ConfigError, match=r"serves 'tiny', and 'huge' was asked for"):
+        ServerTeacher(server.url, "huge", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)
+    for url, options, message in (
+        *((url, {}, "base_url") for url in ("ftp://host/v1", "127.0.0.1:8000", "http://host/v1?key=1", "")),
+        ("http://user:hunter2@host/v1", {}, "OPENAI_API_KEY"),
+        (server, {"dialect": "tgi"}, "dialect is one of"),
+    ):
+        with pytest.raises(ConfigError, match=message) as refused:
+            connect(url, **options)
+        assert "hunter2" not in str(refused.value)
+    connect(server.url.removesuffix("/v1") + "/")
+
+
+def test_the_key_is_sent_and_never_shown(serve, connect, prompts, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    caplog.set_level(logging.DEBUG)
+    server = serve(error_body=json.dumps({"error": f"Incorrect API key provided: {KEY}"}))
+    teacher = connect(server, max_retries=1)
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)
+    teacher.answer(prompts)
+    errors = []
+    for faults in ([401], [500, 500], ["reset", "malformed"]):
+        server.faults = list(faults)
+        with pytest.raises(TeacherError) as failed:
+            teacher.answer(prompts[:1])
+        error = failed.value
+        while error is not None:
+            errors.append(f"{error!r} {error}")
+            error = error.__cause__
+    assert "OPENAI_API_KEY" in errors[0]
+    assert KEY not in "".join(errors) + caplog.text + repr(teacher) + repr(vars(teacher))
+    other = serve()
+    server.redirect_to = other.url + "/models"  # which is not followed
+    with pytest.raises(TeacherError, match="redirects"):
+        connect(server)
+    assert other.requests == []
+    monkeypatch.setenv("OPENAI_API_KEY", "line\r\nbreak-hunter2")
+    with pytest.raises(ConfigError, match="cannot be sent") as refused:
+        connect(server)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_capture_resumes_and_stores_no_secret(serve, prompts, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve()
+    kwargs = {
+        "tokenizer": tiny_tokenizer, "engine": "server", "base_url": server.url, "storage": TopK(8),
+        "engine_kwargs": {"vocab_size": len(tiny_tokenizer), "backoff_seconds": 0.001, "max_retries": 1},
+        "max_new_tokens": 6, "batch_size": 2, "rows_per_shard": 2, "chat_template": False,
+    }  # fmt: skip
+    answered = server.respond
+    # The probe, the first shard's two prompts, and then the server is down.
+    server.respond = lambda *asked: answered(*asked) if len(server.requests) <= 4 else (503, KEY)
+    with pytest.raises(TeacherError, match="HTTP 503"):
+        capture_set("tiny", TEXTS, tmp_path / "set", **kwargs)
+    server.respond = answered
+    before = len(server.requests)
+    transfer_set = capture_set("tiny", TEXTS, tmp_path / "set", **kwargs)
+    assert len(server.requests) - before == 4  # the model's card, the probe, and the second shard alone
+    assert transfer_set.info.engine == "server"
+    own = TransformersTeacher(tiny_model, tiny_tokenizer, TopK(8), (1.0,), GenerationSettings(6)).answer(prompts)
+    for row, expected in zip(transfer_set, own, strict=True):
+        assert row["input_ids"].tolist() == expected.input_ids.tolist()
+        assert {*row["teacher"].token_ids.tolist()} == {*expected.token_ids.tolist()}
+    content = b"".join(file.read_bytes() for file in (tmp_path / "set").iterdir())
+    port = server.url.split(":")[-1].removesuffix("/v1")
+    assert not any(word.encode() in content for word in (KEY, f":{port}", "127.0.0.1"))

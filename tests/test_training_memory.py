@@ -1,11 +1,17 @@
-"""What saves memory changes nothing else: gradient checkpointing with adapters, and bitsandbytes' 8-bit optimizers."""
+"""What saves memory changes nothing else: gradient checkpointing, 8-bit optimizers, bf16 and fp16."""
+
+import copy
 
 import pytest
 import torch
+from packed_checkpoints import load_in
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from quantkd import QuantizedDistillationConfig
+from quantkd.loss.states import Head
 from quantkd.models.student import load_student
+from tests.conftest import build_tiny_model, loss_and_gradient
 
 CHECKPOINTING = {
     "by default": {"gradient_checkpointing": True},
@@ -72,3 +78,67 @@ def test_optimizers_of_bitsandbytes_train(make_student, optim):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert "bitsandbytes" in type(trainer.optimizer.optimizer).__module__
     assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
+
+
+# The format, and whether what is not quantized has 16 bits too.
+FORMATS = [("nf4", False), ("nf4", True), ("fp4", True), ("hqq", True), ("torchao-int8", True), ("gptq", False)]
+FORMATS += [("plain", False), ("plain", True)]
+PATHS = {"fused": {}, "unfused": {"use_fused_loss": False}, "packed": {"packing": True}, "dense": {"alpha": 0.9}}
+LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "in_16_bits"), FORMATS)
+def test_every_format_trains_in_mixed_precision(make_trainer, training_set, tiny_model_path, tiny_tokenizer, tmp_path,
+                                                monkeypatch, name, in_16_bits, precision):  # fmt: skip
+    dtypes, product = [], Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, hidden: dtypes.append(hidden.dtype) or product(head, hidden))
+
+    def load(dtype):
+        if name == "plain":
+            return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=dtype)
+        return load_in(name, tiny_model_path, tmp_path / "packed", dtype)
+
+    def run(model, path, *, mixed):
+        """The KL of an evaluation before any step, the loss of a batch, and its gradient."""
+        teacher = {"teacher_model": build_tiny_model(tiny_tokenizer)} if path == "dense" else {}
+        trainer = make_trainer(
+            copy.deepcopy(model), processing_class=tiny_tokenizer, eval_dataset=training_set, max_steps=1,
+            peft_config=copy.copy(LORA), bf16=mixed and precision == "bfloat16", **PATHS[path], **teacher,
+        )  # fmt: skip
+        if mixed and precision == "float16":  # accelerate leaves it off on a CPU, where torch has it
+            trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
+        dtypes.clear()
+        kl = trainer.evaluate()["eval_kl"]
+        loss, gradient = loss_and_gradient(trainer, training_set.__getitems__(range(8)))
+        if precision == "bfloat16":
+            trainer.train()
+            assert trainer.evaluate()["eval_kl"] < kl
+        return torch.tensor([kl, loss]), gradient
+
+    exact, mixed = load("float32"), load(precision if in_16_bits else "float32")
+    truth = {path: run(exact, path, mixed=False) for path in ("fused", "dense")}
+    for path in PATHS:
+        expected, true_gradient = truth.get(path, truth["fused"])
+        found, gradient = run(mixed, path, mixed=True)
+        assert torch.allclose(found, expected, rtol=0.05, atol=0), (path, found, expected)
+        assert torch.isfinite(gradient).all() and set(dtypes) <= {getattr(torch, precision)}
+        assert torch.nn.functional.cosine_similarity(gradient, true_gradient, dim=0) > 0.9, path
+
+
+@pytest.mark.parametrize(("options", "environment", "native", "expected"), [
+    ({}, {}, True, True), ({}, {}, False, False), ({"bf16": False}, {}, True, False), ({"fp16": True}, {}, True, False),
+    ({"use_cpu": True}, {}, True, False), ({}, {"ACCELERATE_MIXED_PRECISION": "no"}, True, False),
+])  # fmt: skip
+def test_bf16_is_on_where_an_accelerator_has_it(monkeypatch, tmp_path, options, environment, native, expected):
+    assert QuantizedDistillationConfig(str(tmp_path)).bf16 is False  # on a CPU
+    monkeypatch.setattr("quantkd.training.config.has_accelerator", lambda: True)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: native)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda", 0))
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    args = QuantizedDistillationConfig(str(tmp_path), **options)
+    assert args.bf16 is expected
+    assert args.accelerator_config.non_blocking is args.dataloader_pin_memory

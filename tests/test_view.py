@@ -1,5 +1,7 @@
-"""The divergence page's data against float64 passes of its own, the spelling of tokens, and the command."""
+"""The divergence page: its data against float64 passes, how tokens are spelt and escaped, what it may load."""
 
+import base64
+import hashlib
 import itertools
 import math
 import re
@@ -17,13 +19,13 @@ from quantkd import TransferSet
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.transfer_set.fingerprint import compute_fingerprint
 from quantkd.transfer_set.row import TransferRow
-from quantkd.view import collect_divergence, render_page
+from quantkd.view import collect_divergence, render_page, write_page
 from quantkd.view.divergence import KL_EDGES
 from quantkd.view.spelling import decode_text, spell_tokens
 from tests.conftest import build_tiny_model, build_tiny_tokenizer
-from tests.divergence_pages import Reader
+from tests.divergence_pages import HOSTILE, Reader, make_divergence, make_page_divergence, make_row
 from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
-from tests.transfer_sets import make_plan, make_row, write_rows
+from tests.transfer_sets import make_plan, make_row as make_set_row, write_rows
 
 BYTE_LEVEL = build_tiny_tokenizer()
 
@@ -101,7 +103,7 @@ def test_a_row_without_targets_shows_its_text(student, tmp_path):
     plan = make_plan(tokenizer_fingerprint=compute_fingerprint(BYTE_LEVEL), vocab_size=len(BYTE_LEVEL), num_prompts=2)
     ids, none = np.array(BYTE_LEVEL.encode("No answer")), np.zeros(0, np.int64)
     empty = TransferRow(ids, none.reshape(0, 2), none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
-    write_rows(tmp_path / "set", plan, lambda prompt: make_row(plan, prompt) if prompt else empty)
+    write_rows(tmp_path / "set", plan, lambda prompt: make_set_row(plan, prompt) if prompt else empty)
     found = collect_divergence(student, TransferSet.open(tmp_path / "set"), BYTE_LEVEL)
     assert found.rows[0].contexts == ((0, "No answer"),) and len(found.rows[0].token_ids) == 0
     assert found.num_tokens == len(found.rows[1].token_ids) > 0
@@ -192,3 +194,73 @@ def test_special_and_unknown_ids_have_a_name():
     end = BYTE_LEVEL.convert_tokens_to_ids("<|im_end|>")
     assert spell_tokens(BYTE_LEVEL, [end, 5000, end]) == {end: "<|im_end|>", 5000: "<id 5000>"}
     assert decode_text(BYTE_LEVEL, [end, *BYTE_LEVEL.encode(" a , b", add_special_tokens=False)]) == "<|im_end|> a , b"
+
+
+def test_the_page_needs_nothing_from_outside():
+    page = render_page(make_divergence(make_page_divergence().rows[:1], ["a"] * 40))
+    reader = Reader(page)
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", page.split('type="application/json"')[0])
+    assert "http" not in reader.texts["script"][1] and "http" not in reader.texts["style"][0]
+    links = [value for _, attributes in reader.tags for name, value in attributes.items() if name in {"src", "href"}]
+    assert links == ["data:,", "#rows"]
+    policies = [attributes["content"] for tag, attributes in reader.tags if attributes.get("http-equiv")]
+    assert len(policies) == 1 and policies[0] is not None
+    policy = dict(part.split(" ", 1) for part in policies[0].split("; "))
+    assert policy["default-src"] == "'none'" and policy["base-uri"] == "'none'" and policy["form-action"] == "'none'"
+    for name, text in (("script-src", reader.texts["script"][1]), ("style-src", reader.texts["style"][0])):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[name] == f"'sha256-{digest}'"
+    loading = [tag for tag, _ in reader.tags if tag in {"script", "style", "link", "iframe", "img", "object"}]
+    assert loading == ["link", "style", "script", "script"]
+
+
+def test_hostile_tokens_and_names_stay_text():
+    tokens = [*HOSTILE, *(f"word{number}" for number in range(20))]
+
+    def render(row_tokens, name):
+        row = make_row(np.random.default_rng(0), 0, range(len(HOSTILE)), len(tokens), prompt=row_tokens[0])
+        names = dict.fromkeys(("teacher", "student", "adapter", "digest"), name)
+        return render_page(make_divergence([row], row_tokens, **names))
+
+    page = render(tokens, "".join(HOSTILE) + "\u200b")
+    hostile, harmless = Reader(page), Reader(render([f"word{number}" for number in range(len(tokens))], "x"))
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
+    assert hostile.texts["script"][1] == harmless.texts["script"][1]
+    strings = hostile.data["strings"]
+    assert set(HOSTILE) <= set(strings) and hostile.data["rows"][0]["contexts"] == [[0, HOSTILE[0]]]
+    raw = hostile.texts["script"][0]
+    assert raw.isascii() and not set("<>&") & set(raw) and not re.search("[\u202e\x1b\u200b\u3164]", page)
+
+
+def test_fifty_rows_of_two_hundred_tokens_stay_below_five_megabytes(tmp_path):
+    """The worst case: every alternative another token out of 50,000, three beside the teacher's eight, full digits."""
+    rng = np.random.default_rng(0)
+    words = ["".join(chr(97 + letter) for letter in rng.integers(0, 26, size=8)) for _ in range(50_000)]
+    options = {"alternatives": 10, "prompt": "x" * 2000}
+    rows = [make_row(rng, n, rng.integers(0, 50_000, size=200).tolist(), 50_000, **options) for n in range(50)]
+    path = write_page(make_divergence(rows, words), tmp_path / "page.html")
+    assert 2e6 < path.stat().st_size < 5e6
+
+
+def test_the_same_divergence_gives_the_same_bytes_and_replaces_the_file(tmp_path):
+    found = make_page_divergence()
+    path = write_page(found, tmp_path / "new" / "page.html")
+    first = path.read_bytes()
+    path.write_text("old")
+    assert write_page(found, str(path)).read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+    with pytest.raises(ConfigError, match="is a folder; expected a file name"):
+        write_page(found, tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after", "said"), [
+    (0.2, 0.05, "75% lower than before"), (0.1, 0.3, "higher than before"), (0.2, -1e-9, "100% lower than before"),
+    (1e-9, 1e-9, "the same as the teacher, before and after"), (-1e-9, 5.0, "higher than before"),
+])  # fmt: skip
+def test_the_summary_says_how_the_kl_changed(before, after, said):
+    row = make_row(np.random.default_rng(0), 0, [0, 1], 40)
+    row.kl_before[:], row.kl_after[:] = before, after
+    summary = render_page(make_divergence([row], ["a"] * 40)).split("<main>")[1].split('<div class="toolbar"')[0]
+    text = " ".join(re.sub(r"<[^>]*>", " ", summary).split())
+    assert said in text and "-0.000" not in text and "nan" not in text
+    assert f"before {max(before, 0):.3f}" in text

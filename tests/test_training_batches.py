@@ -1,10 +1,12 @@
-"""Packed rows: the same loss and gradient as padded ones, and models that would mix rows are refused."""
+"""How rows make batches: packed, weighted, in groups of like length; loss and gradient do not depend on it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from families import build
+from hypothesis import given, settings, strategies as st
 from pretended_device import move, pretended_device
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BloomConfig, TrainerCallback
 
@@ -12,6 +14,8 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.foreign import attention_of
 from quantkd.models.packing import why_not_packable
 from quantkd.models.row_attention import ROW_ATTENTION, row_attention
+from quantkd.training.order import LengthGroupedBatches, row_lengths
+from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator, position_ids_of
 from tests.conftest import loss_and_gradient, relative
 
@@ -121,3 +125,87 @@ def test_what_cannot_be_packed_is_refused_before_the_first_step(make_trainer, ti
         make_trainer(model, packing=True, processing_class=tiny_tokenizer)
     with pytest.raises(ConfigError, match="packs with a DistillationCollator, found the data_collator function"):
         make_trainer(packing=True, data_collator=lambda rows: rows)
+
+
+@pytest.fixture
+def sets(training_set):
+    return [training_set[:2], training_set[2:4]]
+
+
+@pytest.fixture
+def make_weighted(make_trainer):
+    def build(rows, **options):
+        trainer = make_trainer(train_dataset=rows, temperature=2.0, alpha=0.7, **options)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # zero at first, where A gets no gradient
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        return trainer
+
+    return build
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_batch_holds_one_weight_a_target_only_where_a_row_has_one(sets, packing):
+    collator = DistillationCollator(0, packing=packing)
+    joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
+    targets = [int((row["labels"] != -100).sum()) for row in joined]
+    expected = torch.repeat_interleave(torch.tensor([0.5, 0.5, 2.0, 2.0]), torch.tensor(targets))
+    for rows in (joined.__getitems__([0, 1, 2, 3]), [joined[index] for index in range(4)]):
+        torch.testing.assert_close(collator(rows)["weights"], expected)
+    assert "weights" not in collator(TransferSet.concatenate(sets).__getitems__([0, 3]))
+    assert "weights" not in collator([sets[0][0], sets[1][0]])
+    mixed = collator([sets[0][0], joined[2]])["weights"]
+    assert mixed.tolist() == [1.0] * targets[0] + [2.0] * targets[2]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_fused_loss": False}, {"packing": True}])
+def test_the_trainer_multiplies_loss_and_gradient_and_divides_by_the_number_of_targets(sets, make_weighted, kwargs):
+    joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
+    trainer = make_weighted(joined, **kwargs)
+    weighted = loss_and_gradient(trainer, joined.__getitems__([0, 1, 2, 3]), train=False)
+    parts = [loss_and_gradient(trainer, each.__getitems__([0, 1]), train=False) for each in sets]
+    counts = [sum(int((row["labels"] != -100).sum()) for row in each) for each in sets]
+    for whole, one, two in zip(weighted, *parts, strict=True):
+        expected = (0.5 * counts[0] * one + 2.0 * counts[1] * two) / sum(counts)
+        torch.testing.assert_close(torch.as_tensor(whole), torch.as_tensor(expected), rtol=2e-5, atol=1e-6)
+    assert abs(float(parts[0][0] - parts[1][0])) > 1e-3  # else the weights could not be told apart
+
+
+def test_evaluation_ignores_weights(sets, make_weighted):
+    joined = TransferSet.concatenate(sets, weights=[0.5, 2.0])
+    trainer = make_weighted(joined)
+    weighted, plain = trainer.evaluate(joined), trainer.evaluate(TransferSet.concatenate(sets))
+    names = [name for name in plain if not name.endswith(("runtime", "per_second"))]
+    assert {name: weighted[name] for name in names} == {name: plain[name] for name in names}
+
+
+def order_of(lengths, group, seed, epoch=0):
+    sampler = LengthGroupedBatches(lengths, group, seed)
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    assert order == list(sampler) and len(sampler) == len(lengths)
+    return order
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
+def test_every_row_comes_once_and_the_longest_first(lengths, group, epoch):
+    order = order_of(lengths, group, 3, epoch)
+    assert sorted(order) == list(range(len(lengths))) and lengths[order[0]] == max(lengths)
+
+
+def test_epochs_and_seeds_differ_and_batches_hold_little_padding():
+    lengths = [(37 * i) % 301 + 20 for i in range(400)]
+    order, *others = (order_of(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1))
+    assert len({tuple(each) for each in (order, *others)}) >= 3 and order_of(lengths, 8, 0, 1) == others[0]
+    batches = [order[i : i + 8] for i in range(0, 400, 8)]
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert sum(lengths) / padded > 0.9
+    starts = [max(lengths[row] for row in batch) for batch in batches[1:-1]]
+    assert sum(a > b for a, b in pairwise(starts)) < 0.8 * len(starts)  # not sorted any more
+
+
+def test_lengths_come_from_rows_or_not_at_all():
+    assert row_lengths([{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]) == [3, 1]
+    assert row_lengths(iter([])) is None
