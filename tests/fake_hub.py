@@ -6,9 +6,7 @@ Written after what the client asks: `huggingface_hub/hf_api.py`, `_commit_api.py
 import base64
 import hashlib
 import json
-import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -54,8 +52,7 @@ class FakeHub:
     """The server. `fault(request number, method, path)` names what goes wrong with a request, or None.
 
     Faults: a status as text ("429", "503"); "reset" breaks the connection before the request is done, "lost" after it;
-    "hold" lets the client wait until it gives up; "kill" and "kill after" end the client before and after it is done,
-    in this process by the flag `killed`, or by a real signal to `pid`.
+    "hold" lets the client wait until it gives up; "kill" and "kill after" end the client before and after it is done.
     """
 
     def __init__(self) -> None:
@@ -73,7 +70,7 @@ class FakeHub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
-        self.killed, self.pid = False, None
+        self.killed = False
         self.fail()
 
     def fail(self, *faults: str | None) -> None:
@@ -178,10 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _die(self, fault: str) -> None:
-        if fault.startswith("kill") and self.hub.pid is not None:
-            os.kill(self.hub.pid, signal.SIGKILL)
-        elif fault.startswith("kill"):
-            self.hub.killed = True
+        self.hub.killed = fault.startswith("kill")
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 

@@ -111,24 +111,6 @@ def test_difference_is_that_of_scipy_and_paired():
         stats.compute_difference(RowSums(a), RowSums(b[1:]))
 
 
-def test_calibration_of_made_up_tokens():
-    """Against the definition, token by token: 1,000 of them in 15 bins, right as often as they say."""
-    rng = np.random.default_rng(2)
-    confidence, rows = rng.uniform(0.02, 1, 1000), rng.integers(0, 20, 1000)
-    correct = rng.random(1000) < confidence
-    bins = np.ceil(confidence * 15).astype(int) - 1
-
-    def spread(values):
-        sums = np.zeros((20, 15))
-        np.add.at(sums, (rows, bins), values)
-        return sums
-
-    sums = CalibrationSums(spread(confidence), spread(correct), spread(np.ones(1000)))
-    members = [bins == one for one in range(15)]
-    expected = sum(one.mean() * abs(confidence[one].mean() - correct[one].mean()) for one in members)
-    assert stats.compute_value(sums) == pytest.approx(expected) and expected < 0.06
-
-
 @pytest.mark.parametrize(("function", "given", "message"), [
     (bootstrap_interval, [RowSums([1.0])], "1 row"), (bootstrap_interval, [RowSums([])], "N at least 1"),
     (bootstrap_interval, [RowSums([1.0, 2.0], [1.0])], "one shape"),

@@ -264,26 +264,18 @@ class Scripted(LM):
     loglikelihood = loglikelihood_rolling = None
 
 
-TEXTS = [
-    "She has {a} + {b} = {a} of them.", "That is {a}-{b}={b}, or <<{a}*{b}={a}>>{b}.", "Let x be the number, $x$ = $.",
-    "At 3:45 they pay ${a}.{b:02}, about 0.{a} each...", "1. Step {a}: {a}/{b} = {b}\n2. Then {b}%",
-    "I am not sure...", "So, in total, we get:",
+PIECES = [
+    "#### ", "####", "### ", "#### # ", "= ", "**", "$", "-", "\u00a3", "+", " ", ",", ".", "...", "%", "!", "\n", "0",
+    "\u00b2", "\u0663", " dollars", "At 3:45 they pay 6.50", "1. Step", "<<3*4=12>>12", "$x$", "So, we get:",
 ]  # fmt: skip
-MARKS = ["#### "] * 8 + ["####", "####  ", "### ", "##### ", "#### # ", "Answer: ", "The answer is ", "= ", "**"]
-NUMBERS = ["{n}", "{n:,}", "{n}.00", "{n}.5", "{n:,}.0", "0{n}"]
-SIGNS = ["", "$", "-", "-$", "$-", " ", "+", "£"]
-ENDS = ["", "", "", ".", "..", "...", "%", " ", ",", "!", " dollars", "\n", "\u00b2", "\u0663"]
+NUMBERS = ["{n}", "{n:,}", "{n}.", "{n}.00", "{n}.5", "{n:,}.0", "0{n}", "${n}", "-{n}"]
 
 
 def write_output(rng, gold):
     """An answer as models write them, from the well-behaved to the odd."""
-    parts = [rng.choice(TEXTS).format(a=rng.randrange(100), b=rng.randrange(1, 100)) for _ in range(rng.randrange(4))]
-    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
-        number = rng.choice(NUMBERS[:2] * 4 + NUMBERS).format(n=rng.choice([gold] * 6 + [rng.randrange(2000), -gold]))
-        is_odd = rng.random() < 0.4
-        number = rng.choice(SIGNS) + number + rng.choice(ENDS) if is_odd else number + rng.choice(ENDS[:4])
-        parts.append(rng.choice(MARKS) + number)
-    return rng.choice(["\n", " ", "\n\n"]).join(parts)
+    number = rng.choice(NUMBERS[:2] * 4 + NUMBERS).format(n=rng.choice([gold] * 6 + [rng.randrange(2000)]))
+    parts = [*rng.choices(PIECES, k=rng.randrange(6)), rng.choice(["\n#### "] * 3 + ["= ", "####"]) + number]
+    return "".join(parts + rng.choices(PIECES, k=rng.choice([0, 0, 0, 1, 3])))
 
 
 def test_the_harness_and_we_grade_gsm8k_alike(tmp_path):

@@ -232,30 +232,21 @@ def test_any_set_of_arms_makes_a_report(tmp_path, names, subject):
         assert "less The teacher" in page
 
 
-def test_the_report_says_what_an_export_cost(tmp_path, arms):
-    arms["requantized"] = make_arm("requantized", 0.35, 60)
+@pytest.mark.parametrize(("name", "level", "solved", "said"), [
+    ("requantized", 0.35, 60, ["this is what the change of form cost"]),
+    ("start", 0.2, 70, ['before the first step: 50.0% [50.0, 50.0] of the gap. Less "The after',
+                        "of the start, this is what training gave"]),
+])  # fmt: skip
+def test_the_report_says_what_an_export_cost_and_training_gave(tmp_path, arms, name, level, solved, said):
+    arms[name] = make_arm(name, level, solved)
     results, page = build(tmp_path, arms)
-    cost = results["arms"]["requantized"]["differences"]["after"]
-    rows, others = (arms[name]["fidelity"]["rows"] for name in ("after", "requantized"))
-    tokens, sums = rows["tokens"], [b - a for a, b in zip(rows["kl_sum"], others["kl_sum"], strict=True)]
-    assert cost["kl"]["value"] == pytest.approx(sum(sums) / sum(tokens))
-    assert cost["kl"]["interval"] == pytest.approx(list(bootstrap_interval(RowSums(sums, tokens))))
-    assert cost["accuracy_0_shot"]["value"] == pytest.approx(-0.2)
-    assert "after" not in results["arms"]["before"]["differences"]
-    assert "this is what the change of form cost" in page and f"| {cost['kl']['value']:+.4f} [" in page
-
-
-def test_the_report_says_what_the_start_gave_and_what_training_added(tmp_path, arms):
-    arms["start"] = make_arm("start", 0.2, 70)
-    results, page = build(tmp_path, arms)
-    assert results["arm_order"] == ["teacher", "before", "start", "after"] and results["subject"] == "after"
-    rows, others = (arms[name]["fidelity"]["rows"] for name in ("after", "start"))
-    sums = [b - a for a, b in zip(rows["kl_sum"], others["kl_sum"], strict=True)]
-    found = results["arms"]["start"]["differences"]["after"]["kl"]
-    assert found["value"] == pytest.approx(sum(sums) / sum(TOKENS)) == pytest.approx(0.12)
-    assert found["interval"] == pytest.approx(list(bootstrap_interval(RowSums(sums, TOKENS))))
-    assert 'before the first step: 50.0% [50.0, 50.0] of the gap. Less "The after' in page and ": +0.1200 [" in page
-    assert "of the start, this is what training gave" in page
+    found = results["arms"][name]["differences"]["after"]
+    sums = [b - a for a, b in zip(*(arms[each]["fidelity"]["rows"]["kl_sum"] for each in ("after", name)), strict=True)]
+    assert found["kl"]["value"] == pytest.approx(sum(sums) / sum(TOKENS))
+    assert found["kl"]["interval"] == pytest.approx(list(bootstrap_interval(RowSums(sums, TOKENS))))
+    assert found["accuracy_0_shot"]["value"] == pytest.approx((solved - 80) / 100)
+    assert "after" not in results["arms"]["before"]["differences"] and results["subject"] == "after"
+    assert [text for text in (*said, f"{found['kl']['value']:+.4f} [") if text not in page] == []
 
 
 def test_every_arm_is_a_labelled_point_over_its_bits(arms):

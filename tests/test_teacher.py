@@ -1,17 +1,11 @@
 """Capture: what is recorded while generating is what a dense second pass over the same tokens gives."""
 
-import shutil
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from teacher_rows import assert_stored, dense_logprobs
 
 from quantkd import Nucleus, Sampled, TopK
-from quantkd.data.encoding import encode_prompts
 from quantkd.errors import DataError, TeacherError
-from quantkd.teacher import EncodedPrompt, GenerationSettings, TransformersTeacher, load_teacher
 from tests.conftest import capture_set
 
 PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat, and how many have two cats?"]
@@ -68,34 +62,6 @@ def test_the_end_token_closes_an_answer_and_cut_answers_are_counted(tiny_model, 
     assert any(finished) == (bias > 1)
 
 
-def assert_same_entries(made, scored):
-    """The same ids but for ties, and log-probabilities within 1e-3, before anything is rounded for the disk."""
-    assert made.counts.tolist() == scored.counts.tolist()
-    ends = np.cumsum(made.counts)[:-1]
-    parts = [np.split(part, ends) for row in (made, scored) for part in (row.token_ids, row.logprobs)]
-    for ids, values, other_ids, other_values in zip(*parts, strict=True):
-        one, other = dict(zip(ids, values, strict=True)), dict(zip(other_ids, other_values, strict=True))
-        for token in one.keys() ^ other.keys():
-            tie = (one | other)[token] - values.min()
-            assert abs(tie) < 1e-3, "an entry that is no tie at the border is missing"
-        assert all(abs(one[token] - other[token]) < 1e-3 for token in one.keys() & other.keys())
-    np.testing.assert_allclose(made.log_normalizers, scored.log_normalizers, atol=1e-3)
-
-
-@pytest.mark.parametrize("rule", [TopK(5), Nucleus(0.9, 64)])
-@pytest.mark.parametrize("name", ["tiny", pytest.param("smol", marks=pytest.mark.slow)])
-def test_answering_and_scoring_give_the_same_entries_in_float32(tiny_model_path, request, name, rule):
-    path = tiny_model_path if name == "tiny" else request.getfixturevalue("smol_path")
-    model, tokenizer = load_teacher(str(path), dtype="float32")
-    teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens=40))
-    prompts = [EncodedPrompt(index, ids) for index, ids in enumerate(encode_prompts(tokenizer, PROMPTS))]
-    answers = teacher.answer(prompts)
-    texts = [row.input_ids[row.spans[0, 0] :].tolist() for row in answers]
-    given = [replace(prompt, completion_ids=ids) for prompt, ids in zip(prompts, texts, strict=True)]
-    for made, scored in zip(answers, teacher.score(given), strict=True):
-        assert_same_entries(made, scored)
-
-
 def test_sampled_answers_differ_and_do_not_depend_on_the_batch(set_of):
     sampling = {"do_sample": True, "num_samples": 3}
     sets = [set_of(f"{size}-{seed}", batch_size=size, seed=seed, **sampling) for size, seed in ((2, 3), (9, 3), (9, 4))]
@@ -138,15 +104,3 @@ def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tok
         set_of("refused")
     row = set_of("plain", chat_template=False)[0]
     assert tiny_tokenizer.decode(row["input_ids"][row["labels"] == -100], skip_special_tokens=True) == PROMPTS[0]
-
-
-def test_a_teacher_from_the_hub_has_its_commit(tiny_model_path, tmp_path, monkeypatch):
-    commit = "c0ffee" + "0" * 34
-    cached = tmp_path / "models--user--model"
-    shutil.copytree(tiny_model_path, cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name, expected in (("user/model", commit), (str(tiny_model_path), "")):
-        model, tokenizer = load_teacher(name, dtype="float32")
-        assert TransformersTeacher(model, tokenizer, TopK(5), (1.0,), GenerationSettings()).revision == expected

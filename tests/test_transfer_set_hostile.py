@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hostile_sets import SHARD, hostile_sets, reshard, seal, tensor_changes
+from hostile_sets import SHARD, hostile_sets, reshard, seal
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file
 from sandbox import in_sandbox
@@ -132,13 +132,6 @@ def test_mutated_sets(folder, tmp_path, examples):
 def test_a_sandbox_that_dies_says_so_at_once(tmp_path):
     with pytest.raises(AssertionError, match="the sandbox died with exit code 7"):
         in_sandbox(lambda watch: os._exit(7), tmp_path)
-
-
-def test_damage_is_named_in_a_batch_of_good_rows(folder):
-    reshard(folder, tensor_changes()["mass"])
-    with pytest.raises(TransferSetError, match="Row 2 of"):
-        TransferSet(folder).__getitems__([2, 0, 1])
-    TransferSet(folder, verify="off").__getitems__([2, 0, 1])  # told to trust, it does
 
 
 @pytest.fixture

@@ -242,16 +242,6 @@ def test_the_worst_token_is_one_click_away(page):
     assert page.switch_to.active_element.is_displayed()
 
 
-def test_tokens_that_are_invisible_have_signs(page):
-    for token, element in zip(DIVERGENCE.rows[4].token_ids, tokens_of(page, 4, "before"), strict=True):
-        string = str(DIVERGENCE.tokens[int(token)])
-        assert element.text.strip() == {" ": "␣", "\n": "↵", "\n\n": "↵↵", "\t": "⇥"}.get(string, string.strip())
-    pieces = tokens_of(page, 2, "after")
-    assert [element.text.strip() for element in pieces] == ["The", "🎉", "‥", "‥", ".", "FF"]
-    focus(page, pieces[2])
-    assert "part of “🎉”" in one(page, TIP).text and "8E" in one(page, TIP).text
-
-
 def test_hostile_tokens_are_only_read(page):
     texts = [element.get_attribute("textContent") for element in tokens_of(page, 1, "before")]
     assert texts[:4] == HOSTILE[:4] and texts[4:6] == ["U+2028U+2029", "U+202Etxet desrever"]
@@ -261,19 +251,6 @@ def test_hostile_tokens_are_only_read(page):
         focus(page, element)
         assert one(page, TIP).is_displayed()
     assert page.title == "big/teacher beside big/teacher: divergence by token"
-
-
-def test_on_a_phone_the_students_are_stacked_and_the_panel_opens(page, tmp_path):
-    show(page, tmp_path, width=400)
-    before, after = tokens_of(page, 5, "before"), tokens_of(page, 5, "after")
-    assert before[0].rect["y"] < after[0].rect["y"] and before[0].rect["x"] < 60 and after[0].rect["x"] < 60
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", before[2])
-    before[2].click()
-    assert one(page, PANEL).is_displayed()
-    check_details(one(page, PANEL), 5, 2)
-    assert overflow(page) <= 0
-    one(page, "#close").click()
-    assert not one(page, PANEL).is_displayed() and page.switch_to.active_element == before[2]
 
 
 def overflow(page):
