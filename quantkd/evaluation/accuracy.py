@@ -24,8 +24,8 @@ from quantkd.evaluation.records import RecordFile, compute_digest, damaged, find
 from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
 from quantkd.foreign import is_plain_cache
 from quantkd.hardware import send
-from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
-from quantkd.models.network import base_network
+from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
+from quantkd.models.network import base_network, context_length
 from quantkd.models.weights import embedding_rows
 
 

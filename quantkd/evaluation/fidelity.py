@@ -23,9 +23,7 @@ from quantkd.evaluation.stats import Floats
 from quantkd.hardware import process_state, wide_dtype
 from quantkd.loss.metrics import measure_positions
 from quantkd.loss.states import TargetStates
-from quantkd.models.generation import context_length
-from quantkd.models.network import evaluation_mode, run_to_targets, why_not_fusable
-from quantkd.models.weights import head_width
+from quantkd.models.network import Runner, evaluation_mode
 from quantkd.names import __version__
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
@@ -83,22 +81,22 @@ def evaluate_fidelity(
         ConfigError: a batch size below 1, a head smaller than the set's vocabulary, or a teacher of another one.
         DataError: no rows, rows longer than the model's context, or figures that are not finite.
     """
-    width, context = head_width(model), context_length(model)
-    check_student(transfer_set, width, context)
-    if teacher is not None and head_width(teacher) != width:
+    runners = {each: Runner(each) for each in (model, teacher) if each is not None}
+    first, *_, last = *runners.values(), *runners.values()
+    check_student(transfer_set, first.width, first.context)
+    if last.width != first.width:
         raise ConfigError(
-            f"The model's vocabulary has {width} ids, the teacher's {head_width(teacher)}; figures over the whole "
+            f"The model's vocabulary has {first.width} ids, the teacher's {last.width}; figures over the whole "
             "vocabulary need the same. Give the model's own teacher, or none: the transfer set's entries suffice."
         )
-    fusable = {each: why_not_fusable(each) is None for each in (model, teacher) if each is not None}
     collate = DistillationCollator(pad_token_id=0)  # the padding is masked and never a target
     batches = deal_batches(transfer_set.lengths.tolist(), batch_size, share)
     quiet = None if progress and is_writer(share) else True
     found: list[tuple[list[int], dict[str, Floats]]] = []
-    with evaluation_mode(*fusable), torch.inference_mode():
+    with evaluation_mode(*runners), torch.inference_mode():
         for indices in tqdm(batches, desc="fidelity", unit="batch", disable=quiet):
             batch = collate(transfer_set.__getitems__(indices))
-            runs = [run_to_targets(each, batch, fused=fused) for each, fused in fusable.items()]
+            runs = [runner.run(batch) for runner in runners.values()]
             states, targets = runs[0]
             teachers: dict[str, TopKLogprobs | TargetStates] = {"": batch["teacher"].to(states.device)}
             if teacher is not None:

@@ -50,12 +50,6 @@ def generation_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             model.generation_config = own
 
 
-def context_length(model: Any) -> int | None:
-    """How many tokens a model's positions reach; None if it does not say."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
-
-
 def cache_argument(model: Any) -> str:
     """transformers renamed `past_key_values` to `cache` in the course of its fifth version."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

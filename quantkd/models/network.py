@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from quantkd.hardware import send
 from quantkd.loss.states import Head, TargetStates
-from quantkd.models.weights import is_sharded, whole_parameters
+from quantkd.models.weights import head_width, is_sharded, whole_parameters
 
 # What families do to the logits after the head: the attribute, and the value with which it does nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
@@ -34,13 +34,21 @@ def run_model(
         yield TargetStates(outputs.logits, head), outputs
 
 
-def run_to_targets(model: Any, batch: Mapping[str, Any], *, fused: bool) -> tuple[TargetStates, Tensor]:
-    """The states of a model that no processes share at a batch's N targets, and the (N,) targets, on its device."""
-    device = model.get_input_embeddings().weight.device
-    moved = {key: send(value, device) for key, value in batch.items() if isinstance(value, Tensor)}
-    with run_model(model, moved, fused=fused) as (states, _):
-        targets = moved["targets"].to(states.device) if "targets" in moved else None
-        return states.at_targets(moved["labels"].to(states.device), targets)
+class Runner:
+    """A model that no processes share, looked at once: how wide it is, what it reads, and how it is run."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.width, self.context = head_width(model), context_length(model)
+        self.why_not_fused = why_not_fusable(model)
+
+    def run(self, batch: Mapping[str, Any]) -> tuple[TargetStates, Tensor]:
+        """The states at a batch's N targets, and the (N,) targets, on one device."""
+        device = self.model.get_input_embeddings().weight.device
+        moved = {key: send(value, device) for key, value in batch.items() if isinstance(value, Tensor)}
+        with run_model(self.model, moved, fused=self.why_not_fused is None) as (states, _):
+            targets = moved["targets"].to(states.device) if "targets" in moved else None
+            return states.at_targets(moved["labels"].to(states.device), targets)
 
 
 @contextmanager
@@ -186,6 +194,12 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens a model's positions reach; None if it does not say."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def base_network(model: Any) -> Any:

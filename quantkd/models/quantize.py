@@ -16,11 +16,10 @@ from quantkd.files import new_folder, write_file
 from quantkd.foreign import commit_of
 from quantkd.models.codes import InputMoment, calibrate_layer
 from quantkd.models.export import check_output_dir
-from quantkd.models.generation import context_length
 from quantkd.models.gguf_codes import calibrate_gguf_layer
 from quantkd.models.gguf_student import load_student_tokenizer
 from quantkd.models.layer_inputs import draw_rows, visit_layers
-from quantkd.models.network import base_network
+from quantkd.models.network import base_network, context_length
 from quantkd.models.original_weights import OriginalWeights, read_original
 from quantkd.models.provenance import Provenance
 from quantkd.models.stored_weights import describe_weights

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantkd.errors import ConfigError
 from quantkd.foreign import is_zero3
 from quantkd.hardware import default_device, parse_dtype
-from quantkd.models.network import why_not_fusable
+from quantkd.models.network import Runner
 from quantkd.models.student import is_quantized
 from quantkd.models.weights import head_width
 
@@ -41,15 +41,14 @@ class LiveTeacher:
                 "The teacher_model is quantized, so its errors would be taught. Load it in 16 or 32 bits, or train on "
                 "a transfer set that the full-precision model wrote."
             )
-        width, own = (head_width(each) for each in (student, model))
+        runner = Runner(model)
+        width, own = head_width(student), runner.width
         if width != own:
             raise ConfigError(
                 f"The student's vocabulary has {width} ids, the teacher_model's {own}. Use a student of the same "
                 "vocabulary, or capture a transfer set: without the padding of a head it fits every student of the "
                 "tokenizer."
             )
-        self.model = model.eval().requires_grad_(False)
-        reason = why_not_fusable(model)
-        if reason is not None:
-            logger.warning("The teacher's logits are held, for %s.", reason)
-        self.fused = reason is None  # what `run_to_targets` takes
+        self.model, self.run = model.eval().requires_grad_(False), runner.run
+        if runner.why_not_fused is not None:
+            logger.warning("The teacher's logits are held, for %s.", runner.why_not_fused)

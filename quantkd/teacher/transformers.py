@@ -25,7 +25,8 @@ from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
 from quantkd.foreign import commit_of
 from quantkd.hardware import chunk_bytes, send, wide_dtype
-from quantkd.models.generation import build_generation_config, cache_argument, context_length, generation_mode
+from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
+from quantkd.models.network import context_length
 from quantkd.teacher.teacher import GenerationSettings, Teacher
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids

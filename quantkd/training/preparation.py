@@ -16,9 +16,9 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.files import parse_object
 from quantkd.foreign import commit_of, use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
-from quantkd.models.generation import context_length
 from quantkd.models.gguf_student import check_origin
 from quantkd.models.initialization import initialize_from_rows
+from quantkd.models.network import context_length
 from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import find_origin

@@ -28,7 +28,7 @@ from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
 from quantkd.models.adapter_files import round_adapter
 from quantkd.models.gguf_student import load_student_tokenizer
-from quantkd.models.network import run_model, run_to_targets, why_not_fusable
+from quantkd.models.network import run_model, why_not_fusable
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import (
@@ -216,7 +216,7 @@ class QuantizedDistillationTrainer(Trainer):
         with self.accelerator.autocast():
             if self.live_teacher is not None:
                 with torch.no_grad():
-                    computed, _ = run_to_targets(self.live_teacher.model, inputs, fused=self.live_teacher.fused)
+                    computed, _ = self.live_teacher.run(inputs)
                 teacher: TopKLogprobs | TargetStates = computed.to(device)
             else:
                 teacher = inputs["teacher"].to(device)

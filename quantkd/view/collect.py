@@ -18,7 +18,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.sharing import deal_batches
 from quantkd.loss.metrics import compare_with_entries, compute_predictions, cut_positions
 from quantkd.loss.states import TargetStates
-from quantkd.models.network import evaluation_mode, run_to_targets, why_not_fusable
+from quantkd.models.network import Runner, evaluation_mode
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import IGNORE_INDEX, RowBatch
@@ -53,8 +53,9 @@ def collect_divergence(
     batches = deal_batches(shown.lengths.tolist(), batch_size, share=False)
     found: list[RowDivergence] = []
     with _evaluating(model):
+        runner = Runner(model)
         for indices in tqdm(batches, desc="view", unit="batch", disable=None):
-            found += _compare_batch(model, shown.__getitems__(indices), indices, tokenizer, alternatives)
+            found += _compare_batch(runner, shown.__getitems__(indices), indices, tokenizer, alternatives)
     found.sort(key=lambda row: row.index)
     ids = np.concatenate([part for row in found for part in (row.token_ids, row.alternatives.token_ids)])
     return Divergence(
@@ -69,15 +70,14 @@ def collect_divergence(
 
 
 def _compare_batch(
-    model: PeftModel, fetched: RowBatch, indices: list[int], tokenizer: PreTrainedTokenizerBase, alternatives: int
+    runner: Runner, fetched: RowBatch, indices: list[int], tokenizer: PreTrainedTokenizerBase, alternatives: int
 ) -> Iterator[RowDivergence]:
     """The rows of one batch."""
-    fused = why_not_fusable(model) is None
     batch = DistillationCollator(pad_token_id=0)(fetched)  # padding is masked and never a target, whatever its id
-    with model.disable_adapter(), torch.inference_mode():
-        before, targets = run_to_targets(model, batch, fused=fused)
+    with runner.model.disable_adapter(), torch.inference_mode():
+        before, targets = runner.run(batch)
     with torch.inference_mode():
-        after, _ = run_to_targets(model, batch, fused=fused)
+        after, _ = runner.run(batch)
     teacher = batch["teacher"].to(targets.device)
     bounds = np.append(0, fetched.target_counts.cumsum(0).numpy())
     starts = np.append(0, fetched.lengths.cumsum(0).numpy())
