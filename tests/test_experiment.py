@@ -20,6 +20,7 @@ from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.experiment import Experiment, run_experiment
+from quantkd.hardware import native_compute_dtype
 from quantkd.models.student import default_quantization_config, load_student
 from tests.conftest import REPOSITORY
 
@@ -119,7 +120,8 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tin
     four_bit = {"quantization_config": default_quantization_config(torch.float32)}
 
     def load_written(form):
-        return AutoModelForCausalLM.from_pretrained(whole / form)
+        dtype = native_compute_dtype()  # float32 where bfloat16 is emulated, also of a checkpoint in 16 bits
+        return AutoModelForCausalLM.from_pretrained(whole / form, dtype="auto" if dtype == torch.bfloat16 else dtype)
 
     plainly = {"teacher": load(), "before": load(**four_bit), "codes": load_written("quantized")}
     for arm, folder in (("start", "student-start"), ("after", "student")):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError, DataError
+from quantkd.hardware import native_compute_dtype
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.models.export import export_adapter, export_checkpoint, load_exported
 from quantkd.models.merging import merge_adapters
@@ -290,8 +291,9 @@ def test_every_form_has_the_figures_of_the_report_to_the_digit(cli, tiny_model_p
             config = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch_dtype)
             base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch_dtype, quantization_config=config)
             model = PeftModel.from_pretrained(base, tmp_path / form)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+        else:  # where bfloat16 is emulated, all is computed in float32
+            computed = torch_dtype if native_compute_dtype() == torch.bfloat16 else torch.float32
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / form, dtype=computed)
         reported = json.loads((run_dir / "evaluation" / f"{arm}.json").read_text())
         assert reported["fidelity"]["rows"] == figures_of(model, training_set)["rows"], form
         assert reported["arm"] == arm
