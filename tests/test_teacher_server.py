@@ -14,6 +14,8 @@ from quantkd.teacher.server import ServerTeacher
 from quantkd.teacher.server_dialects import DIALECTS, Completion
 from tests.conftest import capture_set
 
+pytest_plugins = ["teacher_servers"]
+
 
 @pytest.mark.parametrize("rule", [TopK(1), TopK(40), Nucleus(0.8, max_k=30)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,7 +82,7 @@ def test_optimizers_of_bitsandbytes_train(make_student, optim):
 
 # The format, and whether what is not quantized has 16 bits too.
 FORMATS = [("nf4", False), ("nf4", True), ("fp4", True), ("hqq", True), ("torchao-int8", True), ("gptq", False)]
-FORMATS += [("int8", False), ("awq", False), ("plain", False), ("plain", True)]
+FORMATS += [("awq", False), ("plain", False), ("plain", True)]
 PATHS = {"fused": {}, "unfused": {"use_fused_loss": False}, "packed": {"packing": True}, "dense": {"alpha": 0.9}}
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
