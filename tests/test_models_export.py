@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from quantkd.errors import ConfigError, DataError
-from quantkd.hardware import native_compute_dtype
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.hardware import native_compute_dtype
 from quantkd.models.export import export_adapter, export_checkpoint, load_exported
 from quantkd.models.merging import merge_adapters
 from quantkd.models.provenance import Provenance
