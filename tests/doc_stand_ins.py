@@ -16,6 +16,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from fake_hub import running_hub
 from fake_openai_server import FakeServer
+from gguf_files import write_gguf
 from test_transfer_set_importers import axolotl_rows, compressed_folder
 from transformers import AutoModelForCausalLM
 
@@ -85,6 +86,8 @@ class StandIns:
         elif name.startswith("runs/"):
             source, _, target = name.partition(" as ")
             shutil.copytree(self.made / source, target or source)
+        elif name.endswith(".gguf"):
+            write_gguf(AutoModelForCausalLM.from_pretrained(self.model_path), Path(name), name[-9:-5])
         elif name == "captured/":
             compressed_folder(Path(name), [[-0.5, -1.5], [-0.25, -2.5]], [[4, 8], [5, 9]])
         elif name == "last_run_prepared/0123abcd":

@@ -24,7 +24,7 @@ from quantkd.models.network import base_network
 
 _MAX_TENSORS, _MAX_FIELDS, _MAX_DIMENSIONS = 2**16, 2**14, 4
 _MAX_TEXT = 2**24  # bytes of one text
-_MAX_ITEMS = 2**23  # of all arrays together: a vocabulary of 262,144 tokens has four arrays with an item for each
+_MAX_ITEMS = 2**22  # of all arrays together: a vocabulary of 262,144 tokens has four arrays with an item for each
 _ALIGNMENT = 32
 # GGUF's types of values that have a fixed size, as `struct` names them; 8 is a text and 9 an array.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -67,7 +67,12 @@ class GgufTensor:
 
     def dequantize(self) -> Tensor:
         """The values in float32, as the package `gguf` defines them."""
-        values = _gguf().quants.dequantize(np.asarray(self.blocks), self.kind)
+        try:
+            values = _gguf().quants.dequantize(np.asarray(self.blocks), self.kind)
+        except NotImplementedError as error:
+            raise ConfigError(
+                f"{self.name} is stored in {self.format}, which the package gguf does not read."
+            ) from error
         found = torch.from_numpy(np.array(values, dtype=np.float32).reshape(self.shape))
         if not bool(torch.isfinite(found).all()):
             raise ConfigError(f"{self.name} of the GGUF file has values that are not finite. Get the file anew.")
@@ -285,5 +290,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise MissingDependencyError("GGUF files need the package gguf. Run: pip install gguf") from error
+        raise MissingDependencyError(
+            "GGUF files need the package gguf, which is not installed. Run: pip install gguf"
+        ) from error
     return gguf

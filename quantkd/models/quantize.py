@@ -51,6 +51,9 @@ def quantize(
     The checkpoint has the size, format and kernels of bitsandbytes' own, and `from_pretrained` loads it without
     quantkd. One pass over the rows is made; beside the model, one layer's weight and inputs are held.
 
+    With `gguf_file` the codes of that file are chosen on its own grid, and the folder holds a file of the same name, size
+    and metadata.
+
     Args:
         model: the full-precision checkpoint, a Hub name or a folder.
         transfer_set: its own answers, whose rows give the inputs; only their token ids are read.
@@ -60,7 +63,7 @@ def quantize(
         rows: of the transfer set, drawn at random; fewer if 16,384 padded tokens are reached.
         seed: of the draw.
         progress: show a bar if there is a terminal.
-        **model_init_kwargs: further arguments of `from_pretrained`, such as `revision`.
+        **model_init_kwargs: further arguments of `from_pretrained`, such as `revision`, or `gguf_file`.
 
     Returns:
         The folder.
