@@ -51,8 +51,8 @@ def quantize(
     The checkpoint has the size, format and kernels of bitsandbytes' own, and `from_pretrained` loads it without
     quantkd. One pass over the rows is made; beside the model, one layer's weight and inputs are held.
 
-    With `gguf_file` the codes of that file are chosen on its own grid, and the folder holds a file of the same name, size
-    and metadata.
+    With `gguf_file` the codes of that file are chosen on its own grid, and the folder holds a file of the same name,
+    size and metadata.
 
     Args:
         model: the full-precision checkpoint, a Hub name or a folder.
