@@ -193,6 +193,8 @@ def test_a_file_by_itself_has_its_own_config_and_tokenizer(tmp_path, tiny_model,
     text = "Ann has 3 apples."
     for student in (str(path), alone):
         assert load_student_tokenizer(student)(text).input_ids == tiny_tokenizer(text).input_ids
+    of_folder = load_student(str(tmp_path), gguf_file="alone.gguf")
+    assert torch.equal(of_folder(ids).logits, alone(ids).logits)
     scaled = write_gguf(tiny_model, tmp_path / "scaled.gguf", extra={"rope_freqs.weight": np.ones(8, np.float32)})
     with pytest.raises(ConfigError, match=r"it scales positions, rope_freqs.weight"):
         load_student(str(scaled))
@@ -254,6 +256,9 @@ def test_a_file_of_another_model_is_refused(q4_0, tiny_model_path, tiny_tokenize
     more = write_gguf(model, tmp_path / "more.gguf", extra={"blk.0.attn_q.bias": np.ones(64, np.float32)})
     with pytest.raises(ConfigError, match=r"has blk.0.attn_q.bias, which the model LlamaForCausalLM has no weight for"):
         load_student(str(tiny_model_path), gguf_file=str(more))
+    for place, message in ((tmp_path, "holds no config.json"), (tmp_path / "nothing", "There is no folder")):
+        with pytest.raises(ConfigError, match=message):
+            load_student(str(place), gguf_file=str(q4_0))
     odd = GgufTensor("odd", gguf.GGMLQuantizationType.Q8_1, (1, 32), np.zeros((1, 40), np.uint8))
     with pytest.raises(ConfigError, match="odd is stored in Q8_1, which the package gguf does not read"):
         odd.dequantize()

@@ -59,7 +59,7 @@ def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_ini
     """The model of a file, with the config of the checkpoint `name_or_path`, or that in the file if there is none."""
     options = {key: value for key, value in model_init_kwargs.items() if key not in (*_HUB_ARGUMENTS, "gguf_file")}
     trusted = {"trust_remote_code": options.pop("trust_remote_code", False)}
-    checkpoint = _has_config(name_or_path, model_init_kwargs)
+    checkpoint = _is_checkpoint(name_or_path, file, model_init_kwargs)
     config = _read_config(name_or_path if checkpoint else None, file, {**_hub_arguments(model_init_kwargs), **trusted})
     with torch.device("meta"):
         outline: Any = AutoModelForCausalLM.from_config(config, **trusted)
@@ -93,7 +93,7 @@ def load_student_tokenizer(student: Any, **model_init_kwargs: Any) -> Any:
     file = (
         find_gguf(name, **model_init_kwargs) if student is name else getattr(base_network(student), "gguf_file", None)
     )
-    if file is None or _has_config(name, model_init_kwargs):
+    if file is None or _is_checkpoint(name, file, model_init_kwargs):
         return load_tokenizer(student, **model_init_kwargs)
     try:
         return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
@@ -183,8 +183,14 @@ def check_origin(checkpoint: str, student: Any, revision: str | None = None) -> 
         raise ConfigError(f"{file} does not fit {checkpoint}. {name}: {error} {_REMEDY}") from error
 
 
-def _has_config(name_or_path: str, model_init_kwargs: dict[str, Any]) -> bool:
-    return find_file(name_or_path, "config.json", **_hub_arguments(model_init_kwargs)) is not None
+def _is_checkpoint(name_or_path: str, file: GgufFile, model_init_kwargs: dict[str, Any]) -> bool:
+    """Whether a checkpoint is named, and not the GGUF file itself, or a folder or repository of such files."""
+    if Path(name_or_path).is_file():
+        return False
+    files = (
+        find_file(name_or_path, each, **_hub_arguments(model_init_kwargs)) for each in ("config.json", file.path.name)
+    )
+    return next(files) is not None or next(files) is None
 
 
 def _hub_arguments(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
