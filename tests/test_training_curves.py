@@ -46,12 +46,6 @@ def test_lines_are_what_was_logged_and_bytes_are_repeated(tmp_path, drawn):
     assert all(panel.get_ylim()[0] == 0 for panel in drawn[0].axes if "nats" in panel.get_ylabel())
 
 
-def test_one_step_is_shown_in_the_middle_and_from_zero(tmp_path, drawn):
-    draw_curves([{"step": 1, "loss": 0.5, "ce": 1.0, "kl": 0.1, "eval_top1_agreement": 0.3}], tmp_path / "t.png")
-    for panel, top in zip(drawn[0].axes, (0.55, 0.11, 1.1, 100), strict=True):
-        assert panel.get_xlim() == (0, 2) and panel.get_ylim() == pytest.approx((0, top))
-
-
 def test_a_loss_below_zero_is_shown_whole_and_nothing_logged_draws_nothing(tmp_path, drawn):
     assert not draw_curves([{"step": 1, "train_runtime": 1.0}], tmp_path / "t.png")
     assert not (tmp_path / "t.png").exists()

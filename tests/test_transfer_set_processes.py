@@ -1,8 +1,7 @@
-"""Writers that are killed, that fail and that are many leave the same bytes; readers agree, and stay small."""
+"""Writers that are killed, that fail and that are many leave the same bytes; readers agree."""
 
 import contextlib
 import errno
-import gc
 import multiprocessing
 import os
 import pickle
@@ -11,14 +10,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from processes import end
 from torch.utils.data import DataLoader
-from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, hashes, make_plan, make_row, write_rows, write_set
+from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, hashes, make_plan, write_set
 
 from quantkd.errors import TransferSetError
 from quantkd.files import COMMIT_STEPS
@@ -137,40 +134,3 @@ def test_few_files_may_be_open(tmp_path):
     words = ["bash", "-c", f'ulimit -n 32; exec {sys.executable} -c "{code}"']
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == "160\n", done.stderr
-
-
-def private_bytes():
-    """Memory of this process that is its own; pages of mapped files are the kernel's cache and are left out."""
-    gc.collect()
-    fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return int(fields["Anonymous"].split()[0]) * 1024
-
-
-def write_long_rows(path, rows):
-    plan = make_plan(num_prompts=rows, rows_per_shard=16)
-    made = [make_row(plan, prompt, tokens=200) for prompt in range(8)]
-    return write_rows(path, plan, lambda prompt: made[prompt % 8])
-
-
-def read_epochs(path, epochs):
-    """The memory that a set took after each epoch of reading it."""
-    before, taken = private_bytes(), []
-    transfer_set = TransferSet(path)
-    for epoch in range(epochs):
-        shuffled = transfer_set.select(np.random.default_rng(epoch).permutation(len(transfer_set)))
-        for start in range(0, len(shuffled), 8):
-            shuffled.__getitems__(range(start, start + 8))
-        taken.append(private_bytes() - before)
-    return taken
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads the memory of a process from /proc")
-def test_memory_is_flat_and_does_not_follow_the_size(tmp_path):
-    paths = tmp_path / "small", tmp_path / "large"
-    with fork.Pool(1, maxtasksperchild=1) as children:  # a reader cannot reuse what a writer has freed
-        for path, rows in zip(paths, (32, 320), strict=True):
-            children.apply(write_long_rows, (path, rows))
-        small, (large,) = (children.apply(read_epochs, each) for each in zip(paths, (4, 1), strict=True))
-    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in paths]
-    assert small[-1] - small[1] < 2**18
-    assert sizes[1] > 9 * sizes[0] and large - small[0] < sizes[1] / 4
