@@ -4,10 +4,8 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,7 +13,6 @@ import processes
 import pytest
 from transformers import Trainer
 
-from quantkd import TransferSet
 from quantkd.errors import ConfigError
 from quantkd.files import COMMIT_STEPS, DISK
 from quantkd.report import build_report
@@ -149,79 +146,21 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
         find_checkpoint(str(tmp_path / "checkpoint-12"), tmp_path)
 
 
-ROWS = 40
+def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, tiny_model_path):
+    words = ["-m", "quantkd", "capture", "--model", tiny_model_path, "--prompts", "p.jsonl", "--dtype", "float32"]
+    words += ["--max_new_tokens", 60, "--rows_per_shard", 2, "--batch_size", 2, "--output_dir"]
 
+    def count_shards():
+        return len(list(Path("s").glob("shard-*.json")))
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "s"
-
-
-@pytest.fixture(scope="module")
-def start(tiny_model_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "Add one to " + "9" * (n % 7 + 1)}) + "\n" for n in range(ROWS)))
-
-    def go(out, count=1):
-        options = ["--model", tiny_model_path, "--prompts", path, "--output_dir", out, "--dtype", "float32"]
-        options += ["--max_new_tokens", "60", "--rows_per_shard", "2", "--batch_size", "2"]
-        return processes.start(["-m", "quantkd", "capture", *options], out.with_suffix(".txt"), count)
-
-    return go
-
-
-def committed(out):
-    return ROWS if (out / "index.json").exists() else len(list(out.glob("shard-*.json")))
-
-
-def kill(family):
+    family = processes.start([*words, "s"], folder / "output", 2)
+    processes.wait_until(lambda: count_shards() >= 3, family, folder / "output")
     for process in family:
-        os.kill(process.pid, signal.SIGSTOP)  # so that none acts on the death of another
+        os.kill(process.pid, signal.SIGSTOP)  # so that neither acts on the death of the other
     for process in family:
         process.kill()
         processes.end(process)
-
-
-def wait_for(out, shards, family):
-    deadline = time.monotonic() + 240
-    while committed(out) < shards and all(process.is_alive() for process in family):
-        assert time.monotonic() < deadline, "the capture is stuck"
-        time.sleep(0.01)
-
-
-def finish(family, out):
-    """Wait until they end; the digest of the set."""
-    processes.finish(family, out.with_suffix(".txt"))
-    assert {file.name for file in out.iterdir() if not file.name.endswith(".safetensors")} == {"index.json"}
-    return TransferSet.open(out).digest
-
-
-@pytest.fixture(scope="module")
-def expected(start, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "s"
-    return finish(start(out), out)
-
-
-def test_two_processes_of_which_all_are_killed_once(start, out, expected):
-    family = start(out, 2)
-    wait_for(out, 3, family)
-    kill(family)
-    assert 3 <= committed(out) < ROWS // 2
-    assert finish(start(out, 2), out) == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_killed_at_random_until_it_is_done(start, out, expected, count):
-    draw, kills = random.Random(count), 0
-    while True:
-        # Every second time the number of processes is another one.
-        family = start(out, count if kills % 2 == 0 else draw.choice([1, 2, 3]))
-        wait_for(out, committed(out) + draw.randint(1, 6), family)
-        if kills == 5 or not all(process.is_alive() for process in family):
-            break
-        time.sleep(draw.random() * 0.2)
-        kill(family)
-        kills += 1
-    assert finish(family, out) == expected
-    assert kills >= 2
+    assert 3 <= count_shards() < 8
+    for name, count in (("s", 2), ("whole", 1)):
+        processes.run([*words, name], folder / "output", count)
+    assert hashes(Path("s")) == hashes(Path("whole")) and len(hashes(Path("s"))) == 17

@@ -13,9 +13,7 @@ from quantkd.cli.evaluate import main
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, find_bins
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.loss.metrics import compare_with_entries, compare_with_logits, compute_predictions
 from quantkd.report import build_report
-from quantkd.transfer_set.topk import TopKLogprobs
 from tests.conftest import build_tiny_model
 from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
 
@@ -139,20 +137,6 @@ def test_what_cannot_be_compared_is_refused(tiny_model, held_out, tiny_tokenizer
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             evaluate_fidelity(model, rows, teacher=teacher, progress=False)
-
-
-def test_every_class_stored_is_the_dense_divergence():
-    torch.manual_seed(0)
-    logits, teacher = torch.randn(7, 50, dtype=torch.float64) * 3, torch.randn(7, 50, dtype=torch.float64) * 3
-    predictions = compute_predictions(logits, torch.arange(7))
-    dense = compare_with_logits(logits, predictions, teacher)
-    sparse = compare_with_entries(logits.clone(), predictions, TopKLogprobs.from_dense(teacher))
-    for name in ("kl", "reverse_kl", "entropy", "top_ids"):
-        torch.testing.assert_close(getattr(sparse, name), getattr(dense, name), rtol=1e-9, atol=1e-9)
-    log_p, log_q = teacher.log_softmax(-1), logits.log_softmax(-1)
-    torch.testing.assert_close(dense.entropy, torch.distributions.Categorical(logits=teacher).entropy())
-    torch.testing.assert_close(dense.kl, (log_p.exp() * (log_p - log_q)).sum(-1))
-    torch.testing.assert_close(predictions.confidence, log_q.exp().amax(-1))
 
 
 def test_bin_borders():

@@ -17,7 +17,7 @@ from transfer_sets import assert_same_row, make_plan, row_of, storage_order, wri
 
 from quantkd.errors import TransferSetError
 from quantkd.transfer_set import FORMAT_VERSION, TransferRow, TransferSet, verify
-from quantkd.transfer_set.codec import encode_logprobs, encode_normalizers
+from quantkd.transfer_set.codec import BLOCK_BYTES, BLOCK_ROWS, encode_logprobs, encode_normalizers
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
 from quantkd.transfer_set.rules import Nucleus
 
@@ -144,6 +144,20 @@ def test_normalizers_stay_within_the_stated_bounds_and_leave_a_tail(temperature,
     # One step, and where all ids are stored what their own rounding moves.
     moved = np.abs(stored.astype(np.float64).reshape(50, kept)).max(-1) * 2 * UNIT / temperature
     assert (np.abs(found - wanted) <= 2 * UNIT * np.abs(wanted) + moved).all()
+
+
+def test_blocks_hold_a_few_rows_and_a_long_row_alone(tmp_path):
+    plan = make_plan(num_prompts=20, rows_per_shard=20, storage={"kind": "topk", "k": 1000}, temperatures=(1.0,))
+    rows = [make_row(plan, number) for number in range(20)]
+    flat = np.zeros((300, plan.vocab_size))
+    rows[5] = row_of(plan, flat, plan.rule, np.zeros(301, np.int64), [[1, 301]], True)
+    assert 4 * flat.size > BLOCK_BYTES
+    write_rows(tmp_path / "set", plan, rows.__getitem__)
+    transfer_set = TransferSet(tmp_path / "set", verify="full")
+    assert transfer_set.whole_store.index.shards[0].size.blocks == 4  # 5, 1, then 8 and 6 of the rest
+    assert BLOCK_ROWS == 8
+    for number in (19, 5, 4, 6):
+        assert_same_row(transfer_set.row(number), rows[number])
 
 
 @pytest.mark.parametrize(("fields", "message"), [
