@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file
-from transfer_sets import assert_same_row, make_plan, row_of, storage_order, write_rows, write_set
+from transfer_sets import assert_same_row, make_plan, make_row, row_of, storage_order, write_rows, write_set
 
 from quantkd.errors import TransferSetError
 from quantkd.transfer_set import FORMAT_VERSION, TransferRow, TransferSet, verify
