@@ -81,26 +81,25 @@ def evaluate_fidelity(
         ConfigError: a batch size below 1, a head smaller than the set's vocabulary, or a teacher of another one.
         DataError: no rows, rows longer than the model's context, or figures that are not finite.
     """
-    runners = {each: Runner(each) for each in (model, teacher) if each is not None}
-    first, *_, last = *runners.values(), *runners.values()
-    check_student(transfer_set, first.width, first.context)
-    if last.width != first.width:
+    runner = Runner(model)
+    check_student(transfer_set, runner.width, runner.context)
+    other = None if teacher is None or teacher is model else Runner(teacher)
+    if other is not None and other.width != runner.width:
         raise ConfigError(
-            f"The model's vocabulary has {first.width} ids, the teacher's {last.width}; figures over the whole "
+            f"The model's vocabulary has {runner.width} ids, the teacher's {other.width}; figures over the whole "
             "vocabulary need the same. Give the model's own teacher, or none: the transfer set's entries suffice."
         )
     collate = DistillationCollator(pad_token_id=0)  # the padding is masked and never a target
     batches = deal_batches(transfer_set.lengths.tolist(), batch_size, share)
     quiet = None if progress and is_writer(share) else True
     found: list[tuple[list[int], dict[str, Floats]]] = []
-    with evaluation_mode(*runners), torch.inference_mode():
+    with evaluation_mode(model, *([] if other is None else [teacher])), torch.inference_mode():
         for indices in tqdm(batches, desc="fidelity", unit="batch", disable=quiet):
             batch = collate(transfer_set.__getitems__(indices))
-            runs = [runner.run(batch) for runner in runners.values()]
-            states, targets = runs[0]
+            states, targets = runner.run(batch)
             teachers: dict[str, TopKLogprobs | TargetStates] = {"": batch["teacher"].to(states.device)}
             if teacher is not None:
-                teachers["dense_"] = runs[-1][0].to(states.device)  # the same ones if the model is the teacher
+                teachers["dense_"] = states if other is None else other.run(batch)[0].to(states.device)
             positions = measure_positions(states, targets, teachers)
             found.append((indices, sum_rows(batch["labels"], positions)))
     if share and process_state().num_processes > 1:
