@@ -212,10 +212,10 @@ def is_repacked(quant_state: Any) -> bool:
     return bool(getattr(quant_state, "packing_format_for_cpu", False))
 
 
-def unpack_rounded(data: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
-    """bitsandbytes' own way out of the inference layout, which rounds the quantization constants."""
-    inverse = _find("bitsandbytes.functional", "_convert_weight_packed_for_cpu_inverse", "a repacked 4-bit layer")
-    return inverse(data, quant_state)  # type: ignore[no-any-return]
+def find_unpacking() -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """bitsandbytes' own way out of the inference layout, for data and state; it rounds the quantization constants."""
+    name = "_convert_weight_packed_for_cpu_inverse"
+    return _find("bitsandbytes.functional", name, "a repacked 4-bit layer")  # type: ignore[no-any-return]
 
 
 def int8_scales(layer: Any) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from quantkd.foreign import is_repacked, keep_from_repacking, lora_variant_of, repacks_on_cpu, unpack_rounded
+from quantkd.foreign import find_unpacking, is_repacked, keep_from_repacking, lora_variant_of, repacks_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def restore_weight(layer: Any) -> None:
         "The model was evaluated on this CPU before it was given to train, and bitsandbytes had repacked its "
         "weights. Restoring them rounds their quantization constants. Load the model again to train the exact ones."
     )
-    layer.weight.data, layer.weight.quant_state = unpack_rounded(layer.weight.data, state)
+    unpack = find_unpacking()
+    layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
     if layer.quant_state is not None:
         layer.quant_state = layer.weight.quant_state
