@@ -79,7 +79,7 @@ $(VENV)/.demo: $(VENV)/.installed
 # The only packaged source of llama.cpp with its tools, and with the converter that a test compares ours with.
 LLAMACPP := llama_cpp_python-0.3.36
 .venv-llamacpp/bin/llama-perplexity: .venv-llamacpp/.installed
-	.venv-llamacpp/bin/python -m pip install --quiet cmake ninja
+	.venv-llamacpp/bin/python -m pip install --quiet cmake ninja sentencepiece
 	cd .venv-llamacpp && bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==$(LLAMACPP:llama_cpp_python-%=%)
 	cd .venv-llamacpp && tar xzf $(LLAMACPP).tar.gz && rm $(LLAMACPP).tar.gz && ln -sfn $(LLAMACPP)/vendor/llama.cpp llama.cpp
 	cd .venv-llamacpp && PATH="$$PWD/bin:$$PATH" cmake -S llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release \

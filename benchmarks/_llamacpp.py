@@ -11,15 +11,17 @@ import os
 import re
 import select
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CONVERTER", "PYTHON", "measure_kld", "run_tool", "serve", "tool"]
+__all__ = ["CONVERTER", "PACKAGES", "PYTHON", "measure_kld", "run_tool", "serve", "tool"]
 
 _ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-llamacpp"
 PYTHON = _ENVIRONMENT / "bin" / "python"
+PACKAGES = _ENVIRONMENT / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 CONVERTER = _ENVIRONMENT / "llama.cpp" / "convert_lora_to_gguf.py"
 # no_extra_bufts is `--no-repack`: without it a build with AMX code crashed on quantized models on one processor.
 _SCRIPT = """

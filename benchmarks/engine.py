@@ -1,0 +1,277 @@
+"""KL of GGUF files with and without this library's codes and adapters, inside llama.cpp and by llama.cpp's own figure.
+
+Every arm is one file, or a file and an adapter, that llama.cpp runs as it is. `llama-perplexity --kl-divergence`
+compares it with the 16-bit file on questions and answers of GSM8K's test part, on which nothing was fitted. KLD is in
+nats per token.
+
+- `Q4_0`, ...: llama-quantize's files;
+- `Q4_0 codes`: the same file with codes by error feedback, as `quantkd quantize --gguf_file` writes it;
+- `Q4_0 + adapter`: on llama-quantize's file, an adapter at its covariance start, not trained, in Q8_0;
+- `Q4_0 codes + adapter`: the same on the codes;
+- `Q4_0 codes + distilled`: that adapter after one epoch on the teacher's answers to training questions.
+
+    make llamacpp-tools
+    python benchmarks/engine.py
+    python benchmarks/engine.py --off_grid
+
+`--off_grid` takes the teacher's weights off the grid of the file that they come from first (`_off_grid.py`). What was
+made and measured is kept in --cache. The table is Markdown.
+
+With --speed_rounds the decode speed of four forms is measured in turn, each round anew: `speed` holds the median tokens
+per second as a share of the plain Q4_0 file's. A merged student is an F16 file.
+
+The last line is one JSON object. A `kld_ratio` is an arm's KLD as a share of that of its type's plain file; of the
+arms with an adapter, `q4_0_adapter` and `q4_0_distilled` are those on the codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _cache import keep_figures
+from _llamacpp import CONVERTER, PACKAGES, measure_kld, run_tool, serve, tool
+from _off_grid import leave_grid
+from _sources import add_sources, find_gsm8k, parse
+from recovery import capture_sets, set_folder
+from transformers import AutoTokenizer
+
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, quantize
+from quantkd.data.gsm8k import load_gsm8k, remove_calculator_marks
+from quantkd.files import write_file
+from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
+from quantkd.models.initialization import initialize_from_rows
+from quantkd.models.quantize import ROWS
+from quantkd.models.student import attach_lora, default_lora_config, load_student
+
+CONTEXT = 512  # tokens of a chunk; llama-perplexity looks at the second half of each
+Arm = tuple[Path, Path | None]
+
+
+def once(path: Path, make: Callable[[Path], Any]) -> Path:
+    """A file or folder that is made if it is not there; what fails leaves nothing behind."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"new-{path.name}")
+        make(draft)
+        draft.rename(path)
+    return path
+
+
+def convert(model: str, path: Path) -> None:
+    """The 16-bit file, by llama.cpp's converter."""
+    script = str(CONVERTER.with_name("convert_hf_to_gguf.py"))
+    words = [sys.executable, script, model, "--outtype", "f16", "--outfile", str(path)]
+    subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(PACKAGES)}, capture_output=True)
+
+
+def write_text(args: argparse.Namespace, path: Path) -> None:
+    """Test questions with their answers."""
+    rows = load_gsm8k(find_gsm8k(args.gsm8k), "test", args.test_rows)
+    texts = [f"Question: {row['question']}\nAnswer: {remove_calculator_marks(row['answer'])}\n\n" for row in rows]
+    write_file(path, "".join(texts))
+
+
+class Files:
+    """The files of one teacher."""
+
+    def __init__(self, model: str, train: TransferSet, home: Path, args: argparse.Namespace) -> None:
+        self.model, self.train, self.home, self.args = model, train, home, args
+        self.full = once(home / "F16.gguf", partial(convert, model))
+
+    def plain(self, kind: str) -> Path:
+        """llama-quantize's file."""
+        return once(self.home / f"{kind}.gguf", lambda path: run_tool("llama-quantize", self.full, path, kind))
+
+    def codes(self, kind: str) -> Path:
+        """The same with other codes."""
+        plain = self.plain(kind)
+        make = partial(quantize, self.model, self.train, gguf_file=str(plain), progress=False)
+        return once(self.home / f"{kind}-codes", make) / plain.name
+
+    def adapter(self, base: Path) -> Path:
+        """An adapter at its start."""
+
+        def make(folder: Path) -> None:
+            student = load_student(self.model, gguf_file=str(base))
+            adapted = attach_lora(student, default_lora_config(self.args.rank))
+            initialize_from_rows(adapted, self.train, self.model, rows=ROWS)
+            adapted.save_pretrained(folder)
+
+        return self._export(once(self._beside(base, "start"), make))
+
+    def distilled(self, base: Path) -> Path:
+        """An adapter after one epoch."""
+
+        def make(folder: Path) -> None:
+            args = QuantizedDistillationConfig(
+                str(folder) + "-run", init="covariance", init_from=self.model, init_rows=ROWS, alpha=1.0,
+                num_train_epochs=1, per_device_train_batch_size=8, learning_rate=self.args.learning_rate,
+                lr_scheduler_type="cosine", warmup_steps=2, packing=True, save_strategy="no", report_to=[],
+                disable_tqdm=True, logging_steps=4,
+            )  # fmt: skip
+            trainer = QuantizedDistillationTrainer(
+                load_student(self.model, gguf_file=str(base)), args, train_dataset=self.train,
+                processing_class=AutoTokenizer.from_pretrained(self.model),
+                peft_config=default_lora_config(self.args.rank),
+            )  # fmt: skip
+            trainer.train()
+            trainer.save_model(str(folder))
+
+        return self._export(once(self._beside(base, "distilled"), make))
+
+    def _beside(self, base: Path, what: str) -> Path:
+        name = base.stem if base.parent == self.home else base.parent.name
+        return self.home / f"{name}-r{self.args.rank}-{what}"
+
+    def _export(self, adapter: Path) -> Path:
+        make = partial(export_gguf_adapter, str(adapter), base=self.model)
+        return once(adapter.with_name(f"{adapter.name}-gguf"), make) / FILE_NAME
+
+
+def list_arms(files: Files, args: argparse.Namespace) -> dict[str, Callable[[], Arm]]:
+    """What makes an arm's files, by its name; of the main types all arms, of the others llama-quantize's file."""
+
+    def adapted(kind: str, make: Callable[[Path], Path], base: Callable[[str], Path]) -> Arm:
+        return base(kind), make(base(kind))
+
+    arms: dict[str, Callable[[], Arm]] = {"F16": lambda: (files.full, None)}
+    for kind in args.types:
+        arms[kind] = lambda kind=kind: (files.plain(kind), None)
+        if kind in args.codes:
+            arms[f"{kind} codes"] = lambda kind=kind: (files.codes(kind), None)
+        if kind in args.adapters:
+            arms[f"{kind} + adapter"] = partial(adapted, kind, files.adapter, files.plain)
+            arms[f"{kind} codes + adapter"] = partial(adapted, kind, files.adapter, files.codes)
+            arms[f"{kind} codes + distilled"] = partial(adapted, kind, files.distilled, files.codes)
+    return arms
+
+
+def tabulate(arms: dict[str, dict[str, Any]]) -> str:
+    """The table, in Markdown."""
+    lines = ["| Arm | MB | KLD, nats per token | Same most probable token | Of its type's KLD |"]
+    lines.append("| --- | ---: | --- | ---: | ---: |")
+    for name, arm in arms.items():
+        base = arms.get(name.split()[0], arm)
+        share = "" if base is arm else f"{arm['kld'] / base['kld']:.3f}"
+        kld = f"{arm['kld']:.4f} ± {arm['kld_error']:.4f}"
+        lines.append(f"| {name} | {arm['bytes'] / 1e6:.1f} | {kld} | {arm['same_top']:.1f}% | {share} |")
+    return "\n".join(lines)
+
+
+def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """The JSON line; a figure whose arms were left out is null."""
+
+    def ratio(name: str, other: str, key: str = "kld") -> float | None:
+        return round(arms[name][key] / arms[other][key], 4) if name in arms and other in arms else None
+
+    found: dict[str, float | None] = {}
+    for kind in ("Q4_0", "Q4_K_M"):
+        own = {"codes": "codes", "plain_adapter": "+ adapter", "adapter": "codes + adapter"}
+        for key, words in {**own, "distilled": "codes + distilled"}.items():
+            found[f"{kind.lower()}_{key}.kld_ratio"] = ratio(f"{kind} {words}", kind)
+    found["q4_0_adapter.bytes_vs_q5_0"] = ratio("Q4_0 codes + adapter", "Q5_0", "bytes")
+    found["q4_0_adapter.kld_vs_q5_0"] = ratio("Q4_0 codes + adapter", "Q5_0")
+    return found
+
+
+def measure_speed(forms: dict[str, Arm], rounds: int) -> dict[str, float]:
+    """Tokens per second while decoding, as a share of the first form's."""
+    found: dict[str, list[float]] = {name: [] for name in forms}
+    body = {"prompt": "Question: How many legs have three cats and four birds?\nAnswer:", "n_predict": 96, "seed": 0}
+    body |= {"ignore_eos": True, "cache_prompt": False}
+    for _ in range(rounds):
+        for name, (model, lora) in forms.items():
+            with serve(model, lora) as url:
+                post(url, {**body, "n_predict": 8})
+                found[name].append(post(url, body)["timings"]["predicted_per_second"])
+    print({name: [round(each, 1) for each in speeds] for name, speeds in found.items()}, flush=True)
+    speeds = {name: statistics.median(each) for name, each in found.items()}
+    return {name: round(speed / speeds[next(iter(forms))], 3) for name, speed in speeds.items()}
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's own completion."""
+    request = urllib.request.Request(
+        f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as response:
+        answer: dict[str, Any] = json.loads(response.read())
+    return answer
+
+
+def main() -> None:
+    """Make the files, measure each in llama.cpp, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sources(parser)
+    parser.add_argument("--cache", default="runs/engine", help="where everything is kept and found again")
+    parser.add_argument("--off_grid", action="store_true", help="take the teacher's weights off their grid first")
+    parser.add_argument("--rows", type=int, default=96, help="training questions")
+    parser.add_argument("--max_new_tokens", type=int, default=160, help="length limit of the teacher's answers")
+    parser.add_argument("--test_rows", type=int, default=64, help="test questions whose text is measured on")
+    parser.add_argument("--chunks", type=int, default=16, help=f"of {CONTEXT} tokens, at most")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q5_K_M"])
+    parser.add_argument(
+        "--codes", nargs="*", default=["Q4_0", "Q4_1", "Q5_0", "Q4_K_M"], help="types with arms of codes"
+    )
+    parser.add_argument("--adapters", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms of adapters")
+    parser.add_argument("--speed_rounds", type=int, default=0, help="of four forms each; on a quiet machine")
+    args = parse(parser)
+    if not (tool("llama-perplexity").is_file() and CONVERTER.is_file()):
+        print(json.dumps({"skipped": "no llama-perplexity; make llamacpp-tools builds it"}))
+        return
+    args.storage_mass, args.held_out_rows = 0.95, 1
+    home = Path(args.cache) / Path(args.model).name
+
+    def capture(model: str, home: Path) -> TransferSet:
+        place = argparse.Namespace(**{**vars(args), "model": model, "cache": str(home)})
+        capture_sets(place)
+        return TransferSet.open(set_folder(place, "train"))
+
+    if args.off_grid:
+        home, own = home.with_name(f"{home.name}-off-grid"), home
+        if not (home / "teacher").exists():
+            leave_grid(args.model, capture(args.model, own), home / "teacher")
+        args.model = str(home / "teacher")
+    train = capture(args.model, home)
+    files = Files(args.model, train, home, args)
+    text = once(home / f"test-{args.test_rows}.txt", partial(write_text, args))
+    words = ("-m", files.full, "-f", text, "-c", str(CONTEXT), "--chunks", str(args.chunks), "--no-repack")
+    logits = home / f"test-{args.test_rows}-{args.chunks}.logits"
+    once(logits, lambda path: run_tool("llama-perplexity", *words, "--kl-divergence-base", path))
+    arms: dict[str, dict[str, Any]] = {}
+    for name, make in list_arms(files, args).items():
+        model, lora = make()
+        paths = [each for each in (model, lora) if each is not None]
+
+        def measure(model: Path = model, lora: Path | None = lora, paths: list[Path] = paths) -> dict[str, Any]:
+            return {
+                "bytes": sum(each.stat().st_size for each in paths),
+                **measure_kld(model, logits, lora, n_ctx=CONTEXT),
+            }
+
+        facts = {"name": name, "set": train.digest, "text": logits.name}
+        facts |= {key: getattr(args, key) for key in ("rank", "learning_rate")}
+        arms[name] = keep_figures(home, name.replace(" ", "-"), facts, measure)
+        print(f"{name}: {arms[name]['bytes'] / 1e6:.1f} MB, KLD {arms[name]['kld']:.4f}", flush=True)
+    print(f"\n{tabulate(arms)}\n")
+    speed = {}
+    if args.speed_rounds:
+        names = ("Q4_0", "Q4_0 codes", "Q4_0 codes + distilled", "F16")
+        speed = {"speed": measure_speed({name: list_arms(files, args)[name]() for name in names}, args.speed_rounds)}
+    print(json.dumps({**summarize(arms), **speed, "off_grid": args.off_grid, "rank": args.rank, "rows": args.rows}))
+
+
+if __name__ == "__main__":
+    main()
