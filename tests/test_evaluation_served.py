@@ -87,19 +87,19 @@ def test_what_is_not_listed_is_bounded_from_both_sides(serve, evaluate, student,
 
 
 def test_llama_cpp_is_asked_for_more_and_goes_on_inside_a_character(serve, evaluate, student, held_out):
-    server = serve(kind="llama.cpp")
-    plain = evaluate(server, top_logprobs=320).fidelity.means
+    server, rows = serve(kind="llama.cpp"), held_out[:2]
+    plain = evaluate(server, rows, top_logprobs=320).fidelity.means
     bodies = [body for _, _, body in server.requests if body]
     assert all(body["cache_prompt"] and body["n_predict"] == 1 and "logit_bias" not in body for body in bodies)
-    assert len(bodies) == evaluate(server, top_logprobs=320).fidelity.tokens.sum()
+    assert len(bodies) == evaluate(server, rows, top_logprobs=320).fidelity.tokens.sum()
     server.halves = {int(dense_logprobs(student, held_out[0])[3].argmax())}
-    narrow = evaluate(server, top_logprobs=1).fidelity
+    narrow = evaluate(server, rows, top_logprobs=1).fidelity
     assert narrow.means == pytest.approx(plain) and narrow.settings["not_listed"] == 0
     assert {1, 16, 256} <= {body["n_probs"] for _, _, body in server.requests if body}
     assert any("logit_bias" in body for _, _, body in server.requests if body)
     server.halves = set(range(320))
     with pytest.raises(TeacherError, match=r"gave no log-probabilities after \d+ tokens of a row"):
-        evaluate(server)
+        evaluate(server, rows)
 
 
 def cut_prompt(body):
