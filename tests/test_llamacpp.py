@@ -15,6 +15,7 @@ from benchmarks._llamacpp import PYTHON, serve
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.hub import load_adapter
 from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
+from quantkd.models.stored_weights import compute_file_size, compute_size
 from quantkd.models.student import load_student
 from quantkd.names import load_tokenizer
 from quantkd.teacher.model_server import ModelServer
@@ -75,10 +76,14 @@ def test_a_student_is_made_distilled_exported_and_measured_where_it_runs(
     code, _, err = cli("export", *base, *words)
     assert code == 0, err
     student = load_student(str(tiny_model_path), gguf_file=str(path))
+    lora = tmp_path / "lora" / FILE_NAME
+    size, alone = compute_file_size([path, lora]), compute_file_size([path])
+    assert (size.adapters, alone.adapters) == (lora.stat().st_size, 0)
+    assert alone == compute_size(student)
     means = {}
-    for arm, lora in (("before", None), ("after", tmp_path / "lora" / FILE_NAME)):
-        network = student if lora is None else load_adapter(student, str(tmp_path / "student"))
-        with serve(path, lora) as url:
+    for arm, adapter in (("before", None), ("after", lora)):
+        network = student if adapter is None else load_adapter(student, str(tmp_path / "student"))
+        with serve(path, adapter) as url:
             served = evaluate_served(ModelServer(url), held_out, tmp_path, arm=arm, progress=False).fidelity
         here = evaluate_fidelity(network, held_out, progress=False)
         assert served.settings["not_listed"] == 0

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from families import build
+from gguf_files import write_gguf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
+from quantkd.models.provenance import Provenance
+from quantkd.models.stored_weights import describe_weights
+from quantkd.models.student import load_student
 from tests.conftest import REPOSITORY
 
 gguf = pytest.importorskip("gguf")
@@ -122,6 +126,19 @@ def test_the_metadata_say_where_it_comes_from(bases, tmp_path):
     assert str(tmp_path) not in (out / FILE_NAME).read_bytes().decode(errors="replace")
     assert {kind for kind, *_ in tensors.values()} == {"Q8_0", "F16"}  # rank 4 is no multiple of 32
     assert sorted(each.name for each in out.iterdir()) == [FILE_NAME, "quantkd.json"]
+
+
+def test_another_file_than_that_of_the_training_is_refused(bases, tmp_path):
+    folder, model = bases["Llama"]
+    students = {
+        kind: load_student(str(folder), gguf_file=str(write_gguf(model, tmp_path / f"{kind}.gguf", kind)))
+        for kind in ("Q4_0", "Q5_0")
+    }
+    save_adapter(model, tmp_path / "adapter")
+    Provenance(weights=describe_weights(students["Q4_0"])).write(tmp_path / "adapter")
+    with pytest.raises(DataError, match="base model has quantized weights of digest .* expected for the adapter"):
+        export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=students["Q5_0"])
+    export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=students["Q4_0"])
 
 
 @pytest.mark.parametrize(("config", "message"), [

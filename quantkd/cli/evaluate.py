@@ -21,6 +21,7 @@ from quantkd.evaluation.measure import evaluate_arm
 from quantkd.files import parse_object
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import fetch_adapter, load_adapter
+from quantkd.models.stored_weights import compute_file_size
 from quantkd.models.student import refuse_quantized
 from quantkd.names import naming
 from quantkd.teacher import load_teacher
@@ -39,7 +40,7 @@ _NEEDS = {
     "tasks": "include_path num_fewshot task_limit apply_chat_template rerun_tasks",
     "held_out gsm8k tasks": "title",
     "engine=transformers": "full_precision adapter teacher gsm8k prompts tasks force batch_size",
-    "engine=server": "base_url top_logprobs engine_kwargs",
+    "engine=server": "base_url top_logprobs engine_kwargs served_files",
 }
 _EXAMPLES = """examples:
   quantkd evaluate --arm teacher --full_precision --model_name_or_path MODEL --held_out runs/held --run_dir runs/x
@@ -87,6 +88,9 @@ class EvaluationArguments:
     )
     base_url: str | None = option("Address of the server engine's server.", None)
     top_logprobs: int = option("Log-probabilities a token that a server is asked for.", TOP_LOGPROBS)
+    served_files: list[str] | None = option(
+        "GGUF files that the server runs, a model and its adapter, for its size.", None
+    )
     engine_kwargs: str | None = option(
         'Further arguments of the server engine, as JSON: \'{"dialect": "vllm"}\'.', None
     )
@@ -178,6 +182,7 @@ def _evaluate_served(args: EvaluationArguments, student: MeasuredStudent) -> Non
         server = ModelServer(args.base_url, student.model_name_or_path, **kwargs)
     except TypeError as error:
         raise ConfigError(f"engine_kwargs: {error}. docs/engines.md lists what they may be.") from error
+    how["size"] = compute_file_size(args.served_files) if args.served_files else None
     how |= {"arm": args.arm, "title": args.title, "top_logprobs": args.top_logprobs}
     arm = evaluate_served(server, held_out, args.run_dir, **how)
     settings: Any = arm.fidelity and arm.fidelity.settings

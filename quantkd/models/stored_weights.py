@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkd.foreign import int8_scales
 from quantkd.models.cpu_repacking import restore_weight
 from quantkd.models.gguf_codes import split_blocks
+from quantkd.models.gguf_files import open_gguf
 from quantkd.models.network import base_network
 from quantkd.models.size import ModelSize
 from quantkd.models.weights import dequantize_weight, is_quantized_layer, is_sharded
@@ -45,6 +47,22 @@ def compute_size(model: Any) -> ModelSize:
         rest = file.data.nbytes - sum(parts.values())  # its metadata too
     count = sum(_count_weights(layer) for layer in layers.values())
     return ModelSize(**parts, adapters=sum(map(_saved_bytes, adapters.values())), rest=rest, linear_weights=count)
+
+
+def compute_file_size(paths: Sequence[str | Path]) -> ModelSize:
+    """The size of GGUF files that are run together: a model's, and those of adapters on it."""
+    parts = {"codes": 0, "constants": 0, "adapters": 0, "rest": 0, "linear_weights": 0}
+    for path in paths:
+        file = open_gguf(path)
+        is_adapter = file.metadata.get("general.type") == "adapter"
+        parts["adapters" if is_adapter else "rest"] += file.data.nbytes
+        layers = [each for each in file.tensors.values() if each.name.startswith("blk.") and len(each.shape) > 1]
+        for layer in [] if is_adapter else layers:
+            for key, tensor in split_blocks(layer).items():
+                parts[key] += tensor.nbytes
+                parts["rest"] -= tensor.nbytes
+            parts["linear_weights"] += layer.size
+    return ModelSize(**parts)
 
 
 def list_adapter_parameters(model: Any) -> list[Tensor]:
