@@ -136,7 +136,7 @@ def test_another_file_than_that_of_the_training_is_refused(bases, tmp_path):
     }
     save_adapter(model, tmp_path / "adapter")
     Provenance(weights=describe_weights(students["Q4_0"])).write(tmp_path / "adapter")
-    with pytest.raises(DataError, match="base model has quantized weights of digest .* expected for the adapter"):
+    with pytest.raises(DataError, match=r"base model has quantized weights of digest .* expected for the adapter"):
         export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=students["Q5_0"])
     export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=students["Q4_0"])
 
