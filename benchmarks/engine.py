@@ -152,6 +152,7 @@ def list_arms(files: Files, args: argparse.Namespace) -> dict[str, Callable[[], 
         if kind in args.adapters:
             arms[f"{kind} + adapter"] = partial(adapted, kind, files.adapter, files.plain)
             arms[f"{kind} codes + adapter"] = partial(adapted, kind, files.adapter, files.codes)
+        if kind in args.distilled:
             arms[f"{kind} codes + distilled"] = partial(adapted, kind, files.distilled, files.codes)
     return arms
 
@@ -226,6 +227,7 @@ def main() -> None:
         "--codes", nargs="*", default=["Q4_0", "Q4_1", "Q5_0", "Q4_K_M"], help="types with arms of codes"
     )
     parser.add_argument("--adapters", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms of adapters")
+    parser.add_argument("--distilled", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms that are trained")
     parser.add_argument("--speed_rounds", type=int, default=0, help="of four forms each; on a quiet machine")
     args = parse(parser)
     if not (tool("llama-perplexity").is_file() and CONVERTER.is_file()):
@@ -251,7 +253,8 @@ def main() -> None:
     logits = home / f"test-{args.test_rows}-{args.chunks}.logits"
     once(logits, lambda path: run_tool("llama-perplexity", *words, "--kl-divergence-base", path))
     arms: dict[str, dict[str, Any]] = {}
-    for name, make in list_arms(files, args).items():
+    makers = list_arms(files, args)
+    for name, make in sorted(makers.items(), key=lambda arm: "distilled" in arm[0]):  # which takes longest, last
         model, lora = make()
         paths = [each for each in (model, lora) if each is not None]
 
@@ -265,11 +268,12 @@ def main() -> None:
         facts |= {key: getattr(args, key) for key in ("rank", "learning_rate")}
         arms[name] = keep_figures(home, name.replace(" ", "-"), facts, measure)
         print(f"{name}: {arms[name]['bytes'] / 1e6:.1f} MB, KLD {arms[name]['kld']:.4f}", flush=True)
+    arms = {name: arms[name] for name in makers}
     print(f"\n{tabulate(arms)}\n")
     speed = {}
     if args.speed_rounds:
         names = ("Q4_0", "Q4_0 codes", "Q4_0 codes + distilled", "F16")
-        speed = {"speed": measure_speed({name: list_arms(files, args)[name]() for name in names}, args.speed_rounds)}
+        speed = {"speed": measure_speed({name: makers[name]() for name in names}, args.speed_rounds)}
     print(json.dumps({**summarize(arms), **speed, "off_grid": args.off_grid, "rank": args.rank, "rows": args.rows}))
 
 

@@ -80,11 +80,11 @@ def evaluate_served(
         raise ConfigError(f"top_logprobs and concurrency are {top_logprobs} and {concurrency}; expected at least 1.")
     check_student(held_out, server.vocab_size or held_out.info.vocab_size, server.max_context)
 
-    def measure(index: int) -> tuple[dict[str, Floats], Floats]:
-        return _measure_row(server, held_out[index], top_logprobs, f"{server.where} answered row {index} with")
+    def measure(index: int, row: dict[str, Any]) -> tuple[dict[str, Floats], Floats]:
+        return _measure_row(server, row, top_logprobs, f"{server.where} answered row {index} with")
 
     with ThreadPoolExecutor(server.limit_concurrency(concurrency), "served") as pool:
-        rows = pool.map(measure, range(len(held_out)))
+        rows = pool.map(measure, *zip(*enumerate(held_out), strict=True))  # which are read by this thread
         quiet = None if progress else True
         found: list[tuple[dict[str, Floats], Floats]] = list(
             tqdm(rows, total=len(held_out), desc=server.kind, unit="row", disable=quiet)
