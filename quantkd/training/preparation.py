@@ -107,13 +107,11 @@ def prepare_student(
     if args.packing:
         with row_attention(adapted):
             reason = why_not_packable(adapted)
-    else:
-        reason = None
-    if reason is not None:
-        raise ConfigError(
-            f"packing=True would let rows see each other: {reason}. Leave packing off; rows of similar length still "
-            "share a batch with train_sampling_strategy='group_by_length'."
-        )
+        if reason is not None:
+            raise ConfigError(
+                f"packing=True would let rows see each other: {reason}. Leave packing off; rows of similar length "
+                "still share a batch with train_sampling_strategy='group_by_length'."
+            )
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, commit_of(adapted.config) or init_kwargs.get("revision"))
     _note_start(adapted, args)

@@ -19,7 +19,7 @@ from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set import IGNORE_INDEX, TransferRow
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.rules import TopK
-from quantkd.transfer_set.topk import TopKLogprobs
+from quantkd.transfer_set.topk import TopKLogprobs, offsets_of
 
 _PROMPTS = (
     "A pencil costs 3 coins. How many coins do 7 pencils cost?",
@@ -124,9 +124,8 @@ def _as_item(row: TransferRow, teacher: TransformersTeacher) -> dict[str, Any]:
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     start, stop = row.spans[0]
     labels[start:stop] = input_ids[start:stop]
-    counts = torch.from_numpy(row.counts)
     entries = TopKLogprobs(
-        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        offsets=offsets_of(torch.from_numpy(row.counts)),
         token_ids=torch.from_numpy(row.token_ids),
         logprobs=torch.from_numpy(row.logprobs),
         log_normalizers=torch.from_numpy(row.log_normalizers),
