@@ -19,9 +19,12 @@ from quantkd.models.codes import InputMoment
 from quantkd.models.gguf_codes import calibrate_gguf_layer, split_blocks, with_codes
 from quantkd.models.gguf_files import GgufTensor, open_gguf
 from quantkd.models.gguf_student import load_student_tokenizer
+from quantkd.models.initialization import initialize_from_error
+from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
+from quantkd.models.quantize import calibrate
 from quantkd.models.stored_weights import compute_size, describe_weights
-from quantkd.models.student import attach_lora, load_student, name_format
+from quantkd.models.student import attach_lora, default_lora_config, load_student, name_format
 
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 ARCHITECTURES = {
@@ -355,3 +358,29 @@ def test_values_that_are_not_finite_are_refused(q4_0, tiny_model_path, tmp_path)
         opened.write(np.array([np.inf], np.float16).tobytes())
     with pytest.raises(ConfigError, match=r"blk.1.ffn_up.weight .* not finite"):
         load_student(str(tiny_model_path), gguf_file=str(path))
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma 3"])
+def test_start_and_codes_of_other_families(family, tmp_path):
+    """Biases and shifted norms survive the way from the file to a corrected student."""
+    model = build(family, 96)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "full")
+    plain = {"token_embd": "F32", "output": "F32"}
+    path = write_gguf(model, tmp_path / "model.gguf", architecture=ARCHITECTURES[family], **plain)
+    ids = torch.randint(0, 96, (8, 64), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits.log_softmax(-1).detach()
+
+    def kl(student):
+        with torch.no_grad():
+            return float((expected.exp() * (expected - student(ids).logits.log_softmax(-1))).sum(-1).mean())
+
+    student, adapted = (load_student(str(tmp_path / "full"), gguf_file=str(path)) for _ in range(2))
+    before, weights = kl(student), OriginalWeights(str(tmp_path / "full"), student)
+    assert calibrate(student, weights, ids, torch.ones_like(ids), progress=False) == 12  # in rows of whole blocks
+    assert kl(student) < 0.7 * before
+    adapted = attach_lora(adapted, default_lora_config(8))
+    assert initialize_from_error(adapted, weights, ids, torch.ones_like(ids), progress=False) == 14
+    assert kl(adapted) < 0.7 * before
