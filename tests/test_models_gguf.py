@@ -307,6 +307,10 @@ HOSTILE = {
     "a key that is no text": (header() + number(1) + b"\xff" + number(4, "I"), "not UTF-8"),
     "a key twice": (header(0, 2) + ARCHITECTURE * 2, "twice in its metadata"),
     "no architecture": (header() + text("a") + number(4, "I") + number(1, "I"), "does not name its architecture"),
+    "many layers": (
+        header(0, 2) + ARCHITECTURE + text("llama.block_count") + number(4, "I") + number(2**31, "I"),
+        "states 2147483648 layers"
+    ),
     "a part": (header(0, 2) + ARCHITECTURE + text("split.count") + number(2, "I") + number(3, "H"), "one of 3 parts"),
     "an alignment of none": (
         header(1, 2) + ARCHITECTURE + text("general.alignment") + number(4, "I") + number(0, "I"), "alignment 0"

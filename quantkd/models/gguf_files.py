@@ -131,6 +131,11 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
             f"{path} is one of {metadata['split.count']} parts of a model; expected the whole one. Join them with "
             "`llama-gguf-split --merge`."
         )
+    blocks = metadata.get(f"{architecture}.block_count", 0)
+    if (
+        type(blocks) is not int or not 0 <= blocks <= count
+    ):  # lists of this length are made before a tensor is looked up
+        raise header.broken(f"states {blocks!r:.40} layers and {count} tensors; expected more tensors than layers")
     places = sorted(header.tensors(count, metadata.get("general.alignment", _ALIGNMENT)), key=lambda each: each[-2])
     last = 0
     for name, kind, shape, first, row in places:
