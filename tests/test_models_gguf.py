@@ -149,6 +149,8 @@ def test_a_student_trains_and_is_described_by_its_file(q4_0, tiny_model_path, ma
     facts = Provenance.read(folder)
     assert facts.quantization == {"quant_method": "gguf", "format": "q4_0", "gguf_file": "tiny-Q4_0.gguf"}
     assert str(tmp_path) not in (folder / "quantkd.json").read_text(encoding="utf-8")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == tiny_model_path.name
     assert 'gguf_file="tiny-Q4_0.gguf")' in (folder / "README.md").read_text(encoding="utf-8")
 
     common = ["--model_name_or_path", tiny_model_path, "--gguf_file", q4_0, "--adapter", folder]
@@ -186,7 +188,9 @@ def test_bytes_and_digest_are_those_of_the_file(q4_0, tiny_model_path, tmp_path)
     assert describe_weights(student) == describe_weights(exact)
 
 
-def test_a_file_by_itself_has_its_own_config_and_tokenizer(tmp_path, tiny_model, tiny_tokenizer, caplog):
+def test_a_file_by_itself_has_its_own_config_and_tokenizer(
+    tmp_path, tiny_model, tiny_tokenizer, tiny_model_path, training_set, caplog, cli
+):
     tiny_model.save_pretrained(tmp_path / "full")
     path = write_gguf(tiny_model, tmp_path / "alone.gguf", tokenizer=tiny_tokenizer)
     alone, named = load_student(str(path)), load_student(str(tmp_path / "full"), gguf_file=str(path))
@@ -198,6 +202,13 @@ def test_a_file_by_itself_has_its_own_config_and_tokenizer(tmp_path, tiny_model,
         assert load_student_tokenizer(student)(text).input_ids == tiny_tokenizer(text).input_ids
     of_folder = load_student(str(tmp_path), gguf_file="alone.gguf")
     assert torch.equal(of_folder(ids).logits, alone(ids).logits)
+    code, _, error = cli(
+        "train", "--model_name_or_path", path, "--init_from", tiny_model_path, "--transfer_set",
+        training_set.sources[0], "--output_dir", tmp_path / "out", "--max_steps", "1", "--report_to", "none",
+    )  # fmt: skip
+    assert code == 0, error
+    facts = Provenance.read(tmp_path / "out")
+    assert (facts.training["init"], facts.quantization["gguf_file"]) == ("covariance", "alone.gguf")
     scaled = write_gguf(tiny_model, tmp_path / "scaled.gguf", extra={"rope_freqs.weight": np.ones(8, np.float32)})
     with pytest.raises(ConfigError, match=r"it scales positions, rope_freqs.weight"):
         load_student(str(scaled))

@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
         config.alpha, config.output_dir = 0.0, f"{config.output_dir}-control"
     config.resume_from_checkpoint = find_checkpoint(config.resume_from_checkpoint, str(config.output_dir))
     rows, held_out = open_rows(data, config)
+    if config.init_from and student.model_name_or_path.endswith(".gguf"):  # that of a checkpoint
+        student.gguf_file, student.model_name_or_path = student.model_name_or_path, config.init_from
     model = load_student_from(student)
     lora = peft_config_from(student) if student.use_peft or not config.train_scales else None
     sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out}

@@ -71,7 +71,8 @@ def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_ini
     )  # fmt: skip
     values = {name: read_values(config, tensor).to(dtype) for name, tensor in tensors.items()}
     model: Any = type(outline).from_pretrained(None, config=config, state_dict=values, dtype=dtype, **options)
-    model.config.name_or_path, model.gguf_file = name_or_path, file
+    model.name_or_path = model.config.name_or_path = name_or_path  # PEFT writes the former into an adapter's config
+    model.gguf_file = file
     head = model.get_output_embeddings()
     layers: list[Any] = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear)]
     for name, layer in layers:
