@@ -134,7 +134,9 @@ def test_another_file_than_that_of_the_training_is_refused(bases, tmp_path):
         kind: load_student(str(folder), gguf_file=str(write_gguf(model, tmp_path / f"{kind}.gguf", kind)))
         for kind in ("Q4_0", "Q5_0")
     }
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(students["Q4_0"], tmp_path / "adapter")
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(folder)
     Provenance(weights=describe_weights(students["Q4_0"])).write(tmp_path / "adapter")
     with pytest.raises(DataError, match=r"base model has quantized weights of digest .* expected for the adapter"):
         export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=students["Q5_0"])
