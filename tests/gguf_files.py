@@ -104,7 +104,7 @@ def encode(values: np.ndarray, kind: Any) -> np.ndarray:
         per_block, size = gguf.GGML_QUANT_SIZES[kind]
         seed = int(torch.from_numpy(values.copy()).abs().sum() * 1000) % 2**32
         blocks = np.random.default_rng(seed).integers(0, 256, (values.size // per_block, size), dtype=np.uint8)
-        places = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
+        places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
         for place in places:  # the constants of a block, in float16
             blocks[:, place : place + 2] = np.array([values.std() / 500], np.float16).view(np.uint8)
         return blocks.reshape(*values.shape[:-1], -1)

@@ -49,6 +49,8 @@ _FORMATS: dict[str, tuple[int, dict[int, Callable[[Blocks], Blocks]]]] = {
     "Q5_0": (32, {2: _row_bits, 6: lambda codes: _halves(codes, 1)}),
     "Q5_1": (32, {4: _row_bits, 8: lambda codes: _halves(codes, 1)}),
     "Q8_0": (255, {2: lambda codes: (codes.astype(np.int16) - 127).astype(np.int8).view(np.uint8)}),
+    "Q2_K": (4, {16: lambda codes: _bits(codes, 0, 2)}),
+    "Q3_K": (8, {0: lambda codes: _bits(codes, 2, 1), 32: lambda codes: _bits(codes & 3, 0, 2)}),
     "Q4_K": (16, {16: lambda codes: _halves(codes, 4)}),
     "Q5_K": (32, {16: lambda codes: _bits(codes, 4, 1), 48: lambda codes: _halves(codes, 4)}),
     "Q6_K": (64, {0: lambda codes: _halves(codes, 2), 128: lambda codes: _bits(codes, 4, 2)}),
