@@ -31,7 +31,7 @@ def _halves(codes: Blocks, groups: int) -> Blocks:
 
 def _bits(codes: Blocks, shift: int, bits: int) -> Blocks:
     """The bits from `shift` on of values that are 32 apart, `bits` of each in one byte of 32."""
-    high = (codes >> shift).reshape(len(codes), -1, 8 // bits, 32).astype(np.uint8)
+    high = (codes >> shift & (2**bits - 1)).reshape(len(codes), -1, 8 // bits, 32).astype(np.uint8)
     shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(-1, 1)
     joined: Blocks = np.bitwise_or.reduce(high << shifts, axis=2)
     return joined.reshape(len(codes), -1)
@@ -50,7 +50,7 @@ _FORMATS: dict[str, tuple[int, dict[int, Callable[[Blocks], Blocks]]]] = {
     "Q5_1": (32, {4: _row_bits, 8: lambda codes: _halves(codes, 1)}),
     "Q8_0": (255, {2: lambda codes: (codes.astype(np.int16) - 127).astype(np.int8).view(np.uint8)}),
     "Q2_K": (4, {16: lambda codes: _bits(codes, 0, 2)}),
-    "Q3_K": (8, {0: lambda codes: _bits(codes, 2, 1), 32: lambda codes: _bits(codes & 3, 0, 2)}),
+    "Q3_K": (8, {0: lambda codes: _bits(codes, 2, 1), 32: lambda codes: _bits(codes, 0, 2)}),
     "Q4_K": (16, {16: lambda codes: _halves(codes, 4)}),
     "Q5_K": (32, {16: lambda codes: _bits(codes, 4, 1), 48: lambda codes: _halves(codes, 4)}),
     "Q6_K": (64, {0: lambda codes: _halves(codes, 2), 128: lambda codes: _bits(codes, 4, 2)}),
