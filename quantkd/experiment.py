@@ -21,22 +21,19 @@ from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import default_device, parse_dtype, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
 from quantkd.models.provenance import Provenance
-from quantkd.models.quantize import quantize
+from quantkd.models.quantize import quantize_once
 from quantkd.models.student import (
     default_quantization_config,
-    describe_config,
     format_of,
     load_student,
     refuse_quantized,
 )
-from quantkd.names import public_name
 from quantkd.report import build_report
 from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
 from quantkd.teacher.capture import capture
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.trainer import QuantizedDistillationTrainer
-from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.rules import StorageRule
 
 logger = logging.getLogger(__name__)
@@ -141,10 +138,10 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     calibrates = experiment.calibrate and format_of(_config(experiment)) in ("nf4", "fp4")
     base = str(run_dir / "quantized") if calibrates else experiment.model
     if calibrates:
-        if state.is_main_process:
-            _log("choosing the codes")
-            _quantize(experiment, Path(base), sets["transfer_set"])
-        state.wait_for_everyone()
+        _log("choosing the codes")
+        clear_device_cache(garbage_collection=True)
+        how_loaded = {"quantization_config": _config(experiment), "dtype": experiment.dtype}
+        quantize_once(experiment.model, sets["transfer_set"], Path(base), **how_loaded, **experiment.model_init_kwargs)
         measure(_load_student(experiment, base), "codes")
     arms, start = {"after": args}, f"{args.output_dir}-start"
     if experiment.control:
@@ -180,20 +177,6 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
 def _config(experiment: Experiment) -> Any:
     config = copy.deepcopy(experiment.quantization_config) or "nf4"
     return default_quantization_config(parse_dtype(experiment.dtype), config) if isinstance(config, str) else config
-
-
-def _quantize(experiment: Experiment, folder: Path, rows: TransferSet) -> None:
-    """Write the student with calibrated codes; what is there of the same model, format and rows is kept."""
-    facts = Provenance.read(str(folder))
-    made = facts.export or {}
-    same = (made.get("quantized_from"), facts.transfer_set_digest) == (public_name(experiment.model), rows.digest)
-    if same and made.get("quantization") == describe_config(_config(experiment)):
-        return
-    if made:  # of an earlier run
-        shutil.rmtree(folder)
-    clear_device_cache(garbage_collection=True)
-    kwargs = {"quantization_config": _config(experiment), "dtype": experiment.dtype, **experiment.model_init_kwargs}
-    quantize(experiment.model, rows, folder, **kwargs)
 
 
 def _load_student(experiment: Experiment, name: str, **kwargs: Any) -> Any:

@@ -146,6 +146,7 @@ def build_trainer(tiny_model_path, training_set):
         settings = {
             "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "init": "zero",
             "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            "calibrate": False,
         }  # fmt: skip
         for name, given in (
             ("model_init_kwargs", model or "by name"),

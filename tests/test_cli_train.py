@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,19 @@ def test_a_run_is_repeated_from_its_own_configuration(words, monkeypatch):
     assert Path("first/training.png").is_file()
     kept = [file for folder in ("first", "second") for file in Path(folder).rglob("*") if file.is_file()]
     assert [file for file in kept if CANARY.encode() in file.read_bytes()] == []
+
+
+def test_commands_find_the_checkpoint_that_an_adapter_was_trained_on(words, held_out, tiny_model_path, capsys):
+    main([*words, "--output_dir", "o", "--max_steps", "2"])
+    measured = ["evaluate", "--arm", "after", "--run_dir", "r", "--held_out", str(held_out.sources[0])]
+    main([*measured, "--model_name_or_path", str(tiny_model_path), "--adapter", "o", "--dtype", "float32"])
+    main([*measured, "--model_name_or_path", "o/quantized", "--adapter", "o", "--dtype", "float32", "--arm", "same"])
+    found = [json.loads(Path(f"r/evaluation/{arm}.json").read_text())["fidelity"]["rows"] for arm in ("after", "same")]
+    assert found[0] == found[1]
+    shutil.rmtree("o/quantized")
+    with pytest.raises(SystemExit):
+        main([*measured, "--model_name_or_path", str(tiny_model_path), "--adapter", "o", "--dtype", "float32"])
+    assert "The base model has quantized weights of digest" in capsys.readouterr().err
 
 
 def test_no_home_path_is_kept(words, tiny_model_path, monkeypatch):

@@ -9,11 +9,12 @@ import torch
 from hub_runs import PUSHED, read_page
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from quantkd import QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import ConfigError, DataError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
+from quantkd.hub.checkpoints import push_checkpoint
 from tests.report_arms import read_tables
 
 pytest_plugins = ["hub_runs"]
@@ -38,6 +39,24 @@ def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, tr
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     trainable = load_adapter(load_base(), "user/student", is_trainable=True)
     assert any(parameter.requires_grad for parameter in trainable.parameters())
+
+
+def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, training_set):
+    trainer = build_trainer(run / "student", calibrate=True)
+    trainer.save_model()
+    push_adapter(run / "student", "user/student", license="mit")
+    page, _ = read_page(hub.files("model", "user/student"))
+    assert page["base_model"] == "user/student-4bit"
+    base_page, text = read_page(hub.files("model", "user/student-4bit"))
+    assert base_page["license"] == "mit" and "bitsandbytes" in text
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/student-4bit"), "user/student").eval()
+    local = AutoModelForCausalLM.from_pretrained(run / "student" / "quantized")
+    local = PeftModel.from_pretrained(local, run / "student").eval()
+    with torch.inference_mode():
+        one, two = (model(training_set[0]["input_ids"][None]).logits for model in (plain, local))
+    assert torch.equal(one, two)
+    with pytest.raises(DataError, match="is not a checkpoint of `quantkd quantize`"):
+        push_checkpoint(run, "user/other")
 
 
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):

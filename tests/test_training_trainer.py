@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from quantkd import QuantizedDistillationTrainer, Sampled
 from quantkd.errors import ConfigError, DataError, TransferSetError
+from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.loss.reference import compute_distillation_loss
+from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.collator import DistillationCollator
 from tests.conftest import TRAINING_PROMPTS, capture_set, relative
@@ -90,6 +92,26 @@ def test_it_learns_and_the_saved_adapter_gives_the_same_logits(make_trainer, tra
     with torch.inference_mode():
         found, expected = (model.eval()(training_set[0]["input_ids"][None]).logits for model in (loaded, trainer.model))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_name_is_trained_on_calibrated_codes(make_trainer, training_set, tiny_model_path, caplog):
+    trainer = make_trainer(calibrate=True, init="covariance", init_from=None)
+    assert trainer.args.init_from == str(tiny_model_path) and trainer.args.start == "covariance"
+    trainer.train()
+    trainer.save_model()
+    out = Path(trainer.args.output_dir)
+    assert find_base(out) == find_base(out, f"/elsewhere/{tiny_model_path.name}") == out / "quantized"
+    assert find_base(out, "another") is None
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "quantized"), out)
+    kept = evaluate_fidelity(loaded, training_set, progress=False).means["kl"]
+    assert kept == pytest.approx(trainer.evaluate(training_set)["eval_kl"], rel=0.02)  # saved in 16 bit
+    written = (out / "quantized" / "model.safetensors").stat().st_mtime_ns
+    make_trainer(calibrate=True)  # again: what is there is kept
+    assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
+    make_trainer(calibrate=True, seed=1)
+    assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns != written
+    make_trainer(calibrate=True, train_dataset=[training_set[0]])
+    assert "rows that are no TransferSet have no digest" in caplog.text
 
 
 def test_a_loaded_model_is_taken_as_it_is(make_trainer, tiny_model, tiny_tokenizer, tiny_model_path):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from quantkd.cli.parsing import option
 from quantkd.errors import ConfigError, refuse_unused
 from quantkd.hardware import parse_dtype
+from quantkd.hub.adapters import load_adapter
 from quantkd.models.gguf_student import load_student_tokenizer
+from quantkd.models.provenance import find_base
 from quantkd.models.student import STUDENT_FORMATS, load_student, stored_quantization
 from quantkd.names import naming
+from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.preparation import choose_base
+from quantkd.transfer_set import TransferSet
 
 _DTYPES = ["auto", "bfloat16", "float16", "float32"]
 _TRAINING = "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
@@ -60,25 +66,46 @@ def refuse_training(args: StudentArguments, *, full_precision: bool = False) -> 
     refuse_unused(args, {"": _FORMAT * full_precision + _TRAINING}, vars(StudentArguments("")))
 
 
-def load_student_from(args: StudentArguments) -> PreTrainedModel:
-    """The quantized student that the arguments describe, without adapters."""
+def student_options(args: StudentArguments) -> dict[str, Any]:
+    """What `load_student` takes beside the name: its config, None for a checkpoint as it is stored, and the rest."""
     name = args.model_name_or_path
     is_gguf = args.gguf_file is not None or name.endswith(".gguf")
     dtype = parse_dtype("float32" if is_gguf and args.dtype == "auto" else args.dtype)  # the file's exact values
     args.dtype = str(dtype).removeprefix("torch.")
-    kwargs: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    options: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
-        kwargs["attn_implementation"] = args.attn_implementation
+        options["attn_implementation"] = args.attn_implementation
     chosen = args.student_format is not None or args.load_in_8bit
     if is_gguf:
         config = get_quantization_config(args) if chosen else None
-        return load_student(name, quantization_config=config, dtype=dtype, gguf_file=args.gguf_file, **kwargs)
+        return {"quantization_config": config, "dtype": dtype, "gguf_file": args.gguf_file, **options}
     with naming(name):
         stored = None if chosen else stored_quantization(name, revision=args.model_revision)
-        if not (chosen or stored or args.load_in_4bit):
-            raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
-        config = get_quantization_config(args) if stored is None else None
-        return load_student(name, quantization_config=config, dtype=dtype, **kwargs)
+    if not (chosen or stored or args.load_in_4bit):
+        raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
+    return {"quantization_config": get_quantization_config(args) if stored is None else None, "dtype": dtype, **options}
+
+
+def load_student_from(args: StudentArguments) -> PreTrainedModel:
+    """The quantized student that the arguments describe, without adapters."""
+    options = student_options(args)
+    with naming(args.model_name_or_path):
+        return load_student(args.model_name_or_path, **options)
+
+
+def load_base_from(args: StudentArguments, config: QuantizedDistillationConfig, rows: TransferSet) -> PreTrainedModel:
+    """The same student to be trained, with calibrated codes unless the config leaves them out."""
+    with naming(args.model_name_or_path):
+        base = choose_base(args.model_name_or_path, config, rows, **student_options(args))
+    here = args if base == args.model_name_or_path else replace(args, model_name_or_path=base, model_revision="main")
+    return load_student_from(here)
+
+
+def load_adapted_from(args: StudentArguments, adapter: Path) -> PeftModel:
+    """The student with an adapter, on the checkpoint of the run that trained it if that is beside it."""
+    base = find_base(adapter, args.model_name_or_path)
+    here = args if base is None else replace(args, model_name_or_path=str(base), model_revision="main")
+    return load_adapter(load_student_from(here), adapter)
 
 
 def load_tokenizer_from(args: StudentArguments) -> PreTrainedTokenizerBase:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from, refuse_training
+from quantkd.cli.arguments import (
+    StudentArguments,
+    load_adapted_from,
+    load_student_from,
+    load_tokenizer_from,
+    refuse_training,
+)
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.gsm8k import load_gsm8k
@@ -146,9 +152,11 @@ def main(argv: Sequence[str]) -> None:
         given["questions"] = Questions(_cut(asked, args, args.gsm8k), few_shot, args.shots)
     adapter = fetch_adapter(args.adapter) if args.adapter else None
     tokenizer = load_tokenizer_from(student)
-    model: Any = _load_teacher(student) if args.full_precision else load_student_from(student)
-    if adapter:
-        model = load_adapter(model, adapter)
+    if args.full_precision:
+        model: Any = _load_teacher(student)
+        model = load_adapter(model, adapter) if adapter else model
+    else:
+        model = load_adapted_from(student, adapter) if adapter else load_student_from(student)
     if args.teacher:
         is_teacher = args.full_precision and not args.adapter and args.teacher == student.model_name_or_path
         given["teacher"] = model if is_teacher else _load_teacher(student, args.teacher)

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from accelerate.utils.memory import clear_device_cache
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from, refuse_training
+from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_tokenizer_from, refuse_training
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError, refuse_unused
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
-from quantkd.hub.adapters import fetch_adapter, load_adapter
+from quantkd.hub.adapters import fetch_adapter
 from quantkd.models.export import check_output_dir, export_adapter, export_checkpoint, load_exported
 from quantkd.models.gguf_adapters import export_gguf_adapter
 from quantkd.models.provenance import Provenance
@@ -91,9 +91,9 @@ def main(argv: Sequence[str]) -> None:
     if args.form == "adapter":
         path = export_adapter(adapter, tokenizer, args.output_dir, base=student.model_name_or_path)
         if held_out is not None:
-            score("after", load_adapter(load_student_from(student), str(path)))
+            score("after", load_adapted_from(student, Path(adapter)))
     else:
-        model = load_adapter(load_student_from(student), adapter)
+        model = load_adapted_from(student, Path(adapter))
         score("after", model)
         options = {"form": args.form, "dtype": args.save_dtype, "provenance": Provenance.read(adapter)}
         path = export_checkpoint(model, tokenizer, args.output_dir, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
+from quantkd.cli.arguments import StudentArguments, load_base_from, peft_config_from
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.cli.train import DataArguments, open_rows
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("A sweep takes no --control, --push_to_hub and --resume_from_checkpoint. Leave them out.")
     if held_out is None:
         raise ConfigError("A sweep needs held-out rows: give --eval_transfer_set or --eval_fraction.")
-    model, sets = load_student_from(student), {"train_dataset": rows, "eval_dataset": held_out}
+    model, sets = load_base_from(student, config, rows), {"train_dataset": rows, "eval_dataset": held_out}
     for trial in run_sweep(model, config, space, lora, n_trials=sweep.n_trials, **sets):
         say(f"held-out KL {trial.value:.4f} with {trial.params}, {trial.duration.total_seconds():.0f} s")
     say(f"The study is stored in {config.output_dir}/sweep.db.")

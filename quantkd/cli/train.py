@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, peft_config_from
+from quantkd.cli.arguments import StudentArguments, load_base_from, peft_config_from
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options, save_options
 from quantkd.errors import ConfigError
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     rows, held_out = open_rows(data, config)
     if config.init_from and student.model_name_or_path.endswith(".gguf"):  # that of a checkpoint
         student.gguf_file, student.model_name_or_path = student.model_name_or_path, config.init_from
-    model = load_student_from(student)
+    model = load_base_from(student, config, rows)
     lora = peft_config_from(student) if student.use_peft or not config.train_scales else None
     sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out}
     trainer = QuantizedDistillationTrainer(model, config, peft_config=lora, **sets)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkd.cli.arguments import StudentArguments, load_student_from, load_tokenizer_from, refuse_training
+from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_tokenizer_from, refuse_training
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError
-from quantkd.hub.adapters import fetch_adapter, load_adapter
+from quantkd.hub.adapters import fetch_adapter
 from quantkd.transfer_set import TransferSet
 from quantkd.view import collect_divergence, write_page
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
     refuse_training(student)
     held_out, adapter = TransferSet.open(args.held_out), fetch_adapter(args.adapter)
-    model, tokenizer = load_adapter(load_student_from(student), adapter), load_tokenizer_from(student)
+    model, tokenizer = load_adapted_from(student, adapter), load_tokenizer_from(student)
     how = {name: getattr(args, name) for name in ("rows", "alternatives", "batch_size")}
     names = {"student_name": student.model_name_or_path, "adapter_name": args.adapter}
     divergence = collect_divergence(model, held_out, tokenizer, **how, **names)

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from quantkd.errors import DataError, HubError
 from quantkd.files import write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
+from quantkd.hub.checkpoints import push_checkpoint
 from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
 from quantkd.models import adapter_files
 from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
-from quantkd.models.provenance import PROVENANCE_NAME, Provenance, read_object
+from quantkd.models.provenance import PROVENANCE_NAME, Provenance, find_base, read_object
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, require_folder, split_revision
 from quantkd.remote import RemoteFiles, check_shareable, find_secrets, logger as revisions, retry
@@ -56,12 +57,18 @@ def push_adapter(
     """Upload an adapter as a model repository, in one commit.
 
     `path` may be a run's folder with just one adapter. `repo_id` without an owner is one of the token's.
-    `private=False` makes a new repository public, and is needed to push to one that is. `base_model` is for an adapter
-    that was trained on a local folder. `run_dir` holds the report for the page: by default the adapter's folder or the
-    one above. `attempts` failures in a row that may not come again end the push.
+    `private=False` makes a new repository public, and is needed to push to one that is. The 4-bit checkpoint that a
+    run made for its adapter is pushed first, to `repo_id` with `-4bit` at its end, and is the base model; `base_model`
+    names another place for it, and is needed for other local folders. `run_dir` holds the report for the page: by
+    default the adapter's folder or the one above. `attempts` failures in a row that may not come again end the push.
     """
     check_license(license)
-    files, values = _gather(find_adapter(path), base_model, run_dir)
+    folder = find_adapter(path)
+    made = None if base_model else find_base(folder)
+    if made is not None:
+        how: Any = {"private": private, "license": license, "token": token, "attempts": attempts}
+        base_model = push_checkpoint(made, f"{repo_id}-4bit", **how).repo_id
+    files, values = _gather(folder, base_model, run_dir)
     _check_secrets({**files, CARD_NAME: render_adapter_card(repo_id, license=license, **values).encode()}, token)
     base = values["adapter"]["base_model_name_or_path"]
     if not is_repository_name(base):

@@ -41,6 +41,18 @@ def render_set_card(info: TransferSetInfo, num_shards: int, *, repo_id: str, lic
     return _render("set_card", metadata, repo_id=repo_id, info=info, num_shards=num_shards, license=license)
 
 
+def render_checkpoint_card(repo_id: str, facts: Provenance, *, license: str | None) -> str:
+    """The page of a 4-bit checkpoint."""
+    made = facts.export or {}
+    origin = str(made.get("quantized_from"))
+    metadata = ModelCardData(
+        license=license, library_name="transformers", pipeline_tag="text-generation",
+        tags=[*_TAGS, "4-bit", "bitsandbytes"], base_model=origin if is_repository_name(origin) else None,
+        base_model_relation="quantized" if is_repository_name(origin) else None,
+    )  # fmt: skip
+    return _render("checkpoint_card", metadata, repo_id=repo_id, origin=origin, made=made, facts=facts, license=license)
+
+
 def render_adapter_card(
     repo_id: str,
     adapter: Mapping[str, Any],

@@ -119,6 +119,17 @@ class Provenance:
         write_file(folder / PROVENANCE_NAME, self.to_json())
 
 
+def find_base(adapter: Path, name: str | None = None) -> Path | None:
+    """The 4-bit checkpoint, of the model `name`, that a run made and trained an adapter on, if it is beside that."""
+    weights = (Provenance.read(adapter).weights or {}).get("sha256")
+    for place in (adapter / "scaled", adapter / "quantized", adapter.parent / "quantized"):
+        facts = Provenance.read(place) if weights and (place / "config.json").is_file() else Provenance()
+        is_it = weights is not None and (facts.weights or {}).get("sha256") == weights
+        if is_it and (name is None or (facts.export or {}).get("quantized_from") == public_name(name)):
+            return place
+    return None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that stands beside an adapter."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from quantkd.errors import ConfigError
 from quantkd.files import new_folder, write_file
 from quantkd.foreign import commit_of
+from quantkd.hardware import parse_dtype, process_state
 from quantkd.models.codes import InputMoment, calibrate_layer
 from quantkd.models.export import check_output_dir
 from quantkd.models.gguf_codes import calibrate_gguf_layer
@@ -23,7 +25,13 @@ from quantkd.models.network import base_network, context_length
 from quantkd.models.original_weights import OriginalWeights, read_original
 from quantkd.models.provenance import Provenance
 from quantkd.models.stored_weights import describe_weights
-from quantkd.models.student import describe_quantization, load_student, refuse_quantized
+from quantkd.models.student import (
+    default_quantization_config,
+    describe_config,
+    describe_quantization,
+    load_student,
+    refuse_quantized,
+)
 from quantkd.models.weights import head_width
 from quantkd.names import __version__, is_repository_name, public_name
 from quantkd.transfer_set import TransferSet
@@ -99,6 +107,33 @@ def quantize(
         facts = Provenance(transfer_set_digest=transfer_set.digest, weights=describe_weights(student), export=made)
         facts.write(folder)
     return path
+
+
+def quantize_once(
+    model: str,
+    transfer_set: TransferSet,
+    folder: Path,
+    *,
+    quantization_config: Any | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> None:
+    """`quantize` by the main process, unless the folder holds what it would write; that of another call is replaced."""
+    if process_state().is_main_process:
+        config = "nf4" if quantization_config is None else quantization_config
+        config = default_quantization_config(parse_dtype(dtype), config) if isinstance(config, str) else config
+        facts = Provenance.read(folder)
+        wanted = {
+            "quantized_from": public_name(model), "quantization": describe_config(config), "rows": ROWS, "seed": seed,
+            "quantkd_version": __version__,
+        }  # fmt: skip
+        made = facts.export or {}
+        if facts.transfer_set_digest != transfer_set.digest or any(made.get(key) != wanted[key] for key in wanted):
+            if made:  # of an earlier run
+                shutil.rmtree(folder)
+            quantize(model, transfer_set, folder, quantization_config=config, dtype=dtype, seed=seed, **kwargs)
+    process_state().wait_for_everyone()
 
 
 def calibrate(

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)  # also says how much of a model is quantiz
 
 STUDENT_FORMATS = ("nf4", "fp4", "int8")
 _LEAST_SHARE = 0.5  # of the weights; with fewer, memory and what is learned are not what a 4-bit student promises
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What decides the numbers of a quantization, as transformers' configs call it.
 _SETTINGS = (
     "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
@@ -132,7 +132,7 @@ def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str
     """The quantization that a checkpoint is stored in already, from its config alone."""
     if model_init_kwargs.get("gguf_file") or str(name_or_path).endswith(".gguf"):
         return None
-    where = {key: value for key, value in model_init_kwargs.items() if key in _HUB_ARGUMENTS}
+    where = {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS}
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **where)
     stored: dict[str, Any] | None = config.get("quantization_config")
     return stored

@@ -38,6 +38,9 @@ class QuantizedDistillationConfig(TrainingArguments):
         temperature: distillation temperature, one that the transfer set was captured with.
         divergence: `forward_kl`, `reverse_kl` or `jsd`, over the stored entries and the tail.
         beta: the teacher's share of the mixture in `jsd`, in (0, 1).
+        calibrate: choose the codes of a student that is given by name in nf4 or fp4 for the inputs of its layers
+            (docs/quantize.md), and train on that checkpoint, `quantized` in the output folder. Needs a `TransferSet`;
+            a student that is given loaded is taken as it is.
         init: where new adapters on a quantized student start: `covariance`, at the best correction of each layer's
             quantization error for the inputs that rows of the transfer set give it; `loftq`, at the best one without
             regard to inputs; or `zero`, at no correction. With `resume_from_checkpoint` the checkpoint's adapters
@@ -73,6 +76,9 @@ class QuantizedDistillationConfig(TrainingArguments):
         "forward_kl", "Soft loss over the stored entries and the tail: forward_kl, reverse_kl or jsd."
     )
     beta: float = _option(0.5, "The teacher's share of the mixture in jsd, in (0, 1).")
+    calibrate: bool = _option(
+        True, "Choose an nf4 or fp4 student's codes for its inputs first; that checkpoint is OUTPUT_DIR/quantized."
+    )
     init: str = _option(
         "covariance",
         "Start of new adapters: covariance (from the quantization error and the inputs), loftq (from the quantization "

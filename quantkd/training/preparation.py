@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,25 @@ from transformers import PreTrainedModel
 from quantkd.data.encoding import check_ids
 from quantkd.errors import ConfigError, DataError
 from quantkd.files import parse_object
-from quantkd.foreign import commit_of, use_one_gpu
+from quantkd.foreign import commit_of, shares_weights, use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import check_origin
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.network import context_length
 from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance
-from quantkd.models.quantize import find_origin
+from quantkd.models.quantize import find_origin, quantize_once
 from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import attach_scales
-from quantkd.models.student import attach_lora, freeze, is_quantized, load_student
+from quantkd.models.student import (
+    HUB_ARGUMENTS,
+    attach_lora,
+    format_of,
+    freeze,
+    is_quantized,
+    load_student,
+    stored_quantization,
+)
 from quantkd.models.weights import head_width
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig
@@ -80,6 +89,26 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
         use_one_gpu(args)
 
 
+def choose_base(
+    name: str, args: QuantizedDistillationConfig, dataset: Any, quantization_config: Any | None, **kwargs: Any
+) -> str:
+    """The checkpoint to train on: with calibrated codes, written to the output folder; or `name` as it is."""
+    config = quantization_config or "nf4"
+    kind = config if isinstance(config, str) else format_of(config)
+    is_gguf = kwargs.get("gguf_file") is not None or name.endswith(".gguf")
+    if not args.calibrate or is_gguf or kind not in ("nf4", "fp4") or stored_quantization(name, **kwargs):
+        return name
+    if not isinstance(dataset, TransferSet) or shares_weights():
+        why = "processes share the weights" if shares_weights() else "rows that are no TransferSet have no digest"
+        logger.warning("The student's codes are the nearest ones: %s. `quantkd quantize` chooses them first.", why)
+        return name
+    folder = Path(str(args.output_dir), "quantized")
+    quantize_once(name, dataset, folder, quantization_config=quantization_config, seed=args.seed, **kwargs)
+    if args.init != "zero" and Path(name).is_dir():
+        args.init_from = args.init_from or name  # of a folder the checkpoint names the last part alone
+    return str(folder)
+
+
 def prepare_student(
     model: str | PreTrainedModel | PeftModel,
     args: QuantizedDistillationConfig,
@@ -93,7 +122,9 @@ def prepare_student(
     init_kwargs = dict(parse_object("model_init_kwargs", args.model_init_kwargs))
     name = model if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        model = load_student(model, quantization_config=quantization_config, **init_kwargs)
+        if (name := choose_base(model, args, train_dataset, quantization_config, **init_kwargs)) != model:
+            init_kwargs = {key: value for key, value in init_kwargs.items() if key not in HUB_ARGUMENTS}
+        model = load_student(name, quantization_config=quantization_config, **init_kwargs)
     elif quantization_config is not None or init_kwargs:
         raise ConfigError(
             "quantization_config and model_init_kwargs apply to a model given by name; a loaded model is taken as it "
