@@ -105,7 +105,7 @@ def load_gptq(model: str, bits: int, train: TransferSet, folder: Path) -> Any:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 takes half of the cores, and needs two
         from gptqmodel import GPTQModel, QuantizeConfig
 
-        ids, mask = draw_rows(train, ROWS, seed=0)
+        ids, mask, _ = draw_rows(train, ROWS, seed=0)
         rows = [{"input_ids": row[kept.bool()]} for row, kept in zip(ids, mask, strict=True)]
         quantizer = GPTQModel.load(model, QuantizeConfig(bits=bits, group_size=GROUP), device=str(default_device()))
         quantizer.quantize(rows, batch_size=1)

@@ -232,7 +232,7 @@ def test_troubleshooting_quotes_messages_that_exist():
     assert [quote for quote in quoted if not any(quote.strip(". ") in message for message in messages)] == []
 
 
-SAID = {"distil": ["of the gap recovered"], "look_inside": ["rows, ", "top 50"]}
+SAID = {"distil": ["of what the codes leave recovered"], "look_inside": ["rows, ", "top 50"]}
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

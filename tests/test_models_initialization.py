@@ -17,17 +17,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
-from quantkd.models import initialization
-from quantkd.models.initialization import _MAX_INPUTS, compute_correction, draw_rows, initialize_from_error
+from quantkd.models import initialization, layer_inputs
+from quantkd.models.initialization import _MAX_INPUTS, compute_correction, initialize_from_error
+from quantkd.models.layer_inputs import draw_rows, visit_layers, weigh_tokens
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import attach_lora, load_student
 from quantkd.models.weights import dequantize_weight
+from quantkd.transfer_set import IGNORE_INDEX
 
 IDS = torch.arange(120).view(6, 20)
 PROCESS = """
@@ -200,7 +203,7 @@ def test_each_layer_is_corrected_for_the_inputs_that_the_corrected_layers_before
 
 def test_rows_of_padding_do_not_count(tiny_model, tiny_model_path, training_set):
     model = adapted(tiny_model)
-    ids, mask = draw_rows(training_set, 4, 0)
+    ids, mask, _ = draw_rows(training_set, 4, 0)
     correct(model, tiny_model_path, ids, mask)
     plain = products(model)
     for name, parameter in model.named_parameters():
@@ -209,9 +212,48 @@ def test_rows_of_padding_do_not_count(tiny_model, tiny_model_path, training_set)
     torch.testing.assert_close(products(model), plain, rtol=1e-3, atol=1e-4)
 
 
+def test_tokens_weigh_as_much_as_an_error_there_changes_the_loss(tiny_model, training_set):
+    """Against the gradients that autograd keeps, row by row; what is drawn, and every parameter, stays as it was."""
+    drawn, seen = draw_rows(training_set, 3, 0), {}
+    ids, mask, labels = drawn
+    layers = [each for each in tiny_model.model.layers.modules() if isinstance(each, nn.Linear)]
+    state = torch.get_rng_state()
+    bar = tqdm(disable=True)
+    found = weigh_tokens(tiny_model.train(), layers, *drawn, bar)
+    assert torch.equal(state, torch.get_rng_state()) and tiny_model.training
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
+    expected = {layer: [] for layer in layers}
+    torch.manual_seed(0)
+    for row, kept, own in zip(ids, mask.bool(), labels, strict=True):
+        hooks = [each.register_forward_hook(lambda layer, _, out: seen.update({layer: out})) for each in layers]
+        logits = tiny_model.eval()(row[kept][None]).logits[0]
+        at = (own[kept][1:] != IGNORE_INDEX).nonzero().flatten()
+        p = logits[at].detach().softmax(-1)
+        root = p.sqrt() * torch.randn_like(p)
+        loss = (logits[at] * (root - p * root.sum(1, keepdim=True))).sum()
+        for layer, grad in zip(layers, torch.autograd.grad(loss, [seen[each] for each in layers]), strict=True):
+            expected[layer].append(grad[0].square().sum(-1))
+        [hook.remove() for hook in hooks]
+    for layer in layers:
+        torch.testing.assert_close(found[layer], torch.cat(expected[layer]), rtol=1e-4, atol=1e-9)
+    # Half of what a layer is shown is weighted so; without labels it is the inputs themselves.
+    shown = {}
+    for given in (labels, None):
+        visit_layers(tiny_model, layers, lambda each, x: shown.setdefault(each, []).append(x), ids, mask, bar, given)
+    for layer, (scaled, plain) in shown.items():
+        weights = (found[layer] / found[layer].mean() + 1) / 2
+        torch.testing.assert_close(scaled.T @ scaled, (weights[:, None] * plain).T @ plain, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_drawn_has_the_curvature_of_the_kl():
+    p = torch.tensor([0.7, 0.2, 0.05, 0.05])
+    drawn = layer_inputs._draw_curvature(p.log().expand(200_000, 4))
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), p.diag() - p.outer(p), rtol=0.02, atol=1e-3)
+
+
 def test_rows_are_drawn_until_the_padded_batch_is_full():
     dataset = [{"input_ids": list(range(1, length + 1))} for length in (5, 3, 9, 40_000)]
-    ids, mask = draw_rows(dataset[:3], 8, seed=0)
+    ids, mask, _ = draw_rows(dataset[:3], 8, seed=0)
     assert ids.shape == (3, 9) and sorted(mask.sum(1).tolist()) == [3, 5, 9]
     assert (ids[mask == 0] == 0).all() and (ids[mask == 1] > 0).all()
     assert draw_rows(dataset[:3], 2, seed=0)[0].shape[0] == 2

@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 from accelerate.utils.memory import clear_device_cache
 
-from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_tokenizer_from, refuse_training
+from quantkd.cli.arguments import (
+    StudentArguments,
+    load_adapted_from,
+    load_student_from,
+    load_tokenizer_from,
+    refuse_training,
+)
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError, refuse_unused

@@ -50,7 +50,7 @@ def push_checkpoint(
         repository.ensure(private)
         commit, _ = repository.read(_CONFIG.__eq__, "checkpoint")
         page = render_checkpoint_card(repository.repo_id, facts, license=license).encode()
-        files = {CARD_NAME: page, **texts, **{path.name: path for path in weights}}
+        files: dict[str, bytes | Path] = {CARD_NAME: page, **texts, **{path.name: path for path in weights}}
         added = [CommitOperationAdd(name, content) for name, content in files.items()]
         return repository.commit(added, "Upload 4-bit checkpoint", commit)
 

@@ -105,8 +105,8 @@ class Provenance:
         digest = "no quantized weights" if found is None else f"quantized weights of digest {found['sha256']:.12}"
         raise DataError(
             f"The base model has {digest}; expected for the adapter {place}: {expected}. It corrects the errors of "
-            "exactly those. Load the checkpoint that it was trained on, in the same format and dtype; an experiment "
-            "writes it to RUN_DIR/quantized."
+            "exactly those. Load the checkpoint that it was trained on, in the same format and dtype; `train` "
+            "writes it to OUTPUT_DIR/quantized, an experiment to RUN_DIR/quantized, and `push` to the Hub as NAME-4bit."
         )
 
     def to_json(self) -> str:

@@ -64,7 +64,7 @@ def quantize(
 
     Args:
         model: the full-precision checkpoint, a Hub name or a folder.
-        transfer_set: its own answers, whose rows give the inputs; only their token ids are read.
+        transfer_set: its own answers, whose rows give the inputs; their distributions are not read.
         output_dir: a new folder. It appears when it is complete.
         quantization_config: `"nf4"` (the default), `"fp4"`, or a `BitsAndBytesConfig` in 4 bit.
         dtype: of the weights that stay, and of the 4-bit layers' products; by the hardware if None.
@@ -137,7 +137,13 @@ def quantize_once(
 
 
 def calibrate(
-    model: Any, weights: OriginalWeights, input_ids: Tensor, attention_mask: Tensor, *, progress: bool = True
+    model: Any,
+    weights: OriginalWeights,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor | None = None,
+    *,
+    progress: bool = True,
 ) -> int:
     """Choose the codes of every layer of bitsandbytes in 4 bit, or of GGUF, anew; how many were. Others stay."""
     from bitsandbytes.nn.modules import Linear4bit
@@ -168,7 +174,7 @@ def calibrate(
             refused[named[layer]] = str(error)
 
     bar = tqdm(total=len(named), desc="codes", unit="layer", disable=None if progress else True)
-    visit_layers(model, named, visit, input_ids, attention_mask, bar)
+    visit_layers(model, named, visit, input_ids, attention_mask, bar, labels)
     if len(refused) == len(named):
         raise ConfigError(f"The codes of no layer could be chosen. {_first(refused)}")
     if refused:

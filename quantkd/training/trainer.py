@@ -66,8 +66,9 @@ class QuantizedDistillationTrainer(Trainer):
     """Distil a stored teacher into a quantized student.
 
     Args:
-        model: a Hub name or checkpoint folder, loaded in NF4 with adapters; or a loaded model. A loaded model is taken
-            as it is; if it is quantized and has no adapters yet, or `peft_config` is given, adapters are attached.
+        model: a Hub name or checkpoint folder, put into NF4 with calibrated codes (`args.calibrate`) and adapters;
+            or a loaded model, which is taken as it is; adapters are attached if it is quantized and has none, or
+            `peft_config` is given.
         args: the training arguments; defaults with output in `quantkd_output` if None.
         train_dataset: a `TransferSet`, or rows with `input_ids`, `labels` and, without a `teacher_model`, `teacher`.
         eval_dataset: held-out rows of the same kind, or a dict of several.
