@@ -31,6 +31,7 @@ ANSWERS = [
 ]  # fmt: skip
 TWO_BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ONE_ROW = {"per_device_train_batch_size": 1}
+SCALES = {"train_scales": True, "scales_learning_rate": 1.0}  # beside adapters
 STUDENTS = ["nf4", "lora", "lora, head", "full"]
 
 
@@ -78,6 +79,7 @@ def launch(tiny_model_path, given_set, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(launch):
     jobs = {student: train(student, {"per_device_train_batch_size": 8}) for student in STUDENTS}
+    jobs["scales"] = train("nf4", {"per_device_train_batch_size": 8, **SCALES})
     rows = {"one row": ONE_ROW, "two rows": {"per_device_train_batch_size": 2}}
     return launch({**jobs, **{name: train("lora", arguments) for name, arguments in rows.items()}})
 
@@ -87,6 +89,7 @@ def ddp(launch):
     """The reports of two processes, as `torchrun` and `accelerate launch` with cpu.yaml start them."""
     rows = {"one row": ONE_ROW, "one row, by process": {**ONE_ROW, "average_tokens_across_devices": False}}
     jobs = {name: train("lora", arguments) for name, arguments in rows.items()}
+    jobs["scales"] = train("nf4", {**TWO_BY_TWO, **SCALES})
     return launch({**STEPS, **jobs}, count=2)
 
 
@@ -124,7 +127,7 @@ def check_digest(report, model_path):
     assert found == describe_weights(load_student(str(model_path), dtype="float32"))
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", [*STUDENTS, "scales"])
 def test_ddp(ddp, alone, tiny_model_path, student):
     report = ddp[student]
     assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)

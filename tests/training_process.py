@@ -20,7 +20,7 @@ ARGUMENTS = {
     "max_grad_norm": 1e6,  # 0 is "auto" to DeepSpeed, and that is 1
     "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1, "logging_steps": 1,
     "save_strategy": "no", "disable_tqdm": True, "init": "zero",
-    "train_sampling_strategy": "sequential", "use_cpu": True,
+    "train_sampling_strategy": "sequential", "use_cpu": True, "calibrate": False,
 }  # fmt: skip
 
 
