@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from _cache import keep_figures
 from _off_grid import leave_grid
 from _sources import add_sources, parse
@@ -87,12 +88,14 @@ def load_hqq(model: str, bits: int) -> Any:
     dtype = native_compute_dtype()
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     config = BaseQuantizeConfig(nbits=bits, group_size=GROUP)
-    return AutoHQQHFModel.quantize_model(network, config, compute_dtype=dtype, device=str(default_device()))
+    quantized = AutoHQQHFModel.quantize_model(network, config, compute_dtype=dtype, device=str(default_device()))
+    for layer in filter(is_quantized_layer, quantized.modules()):  # constants of 16 bits, where it computes in 32, too
+        layer.meta |= {key: layer.meta[key].to(torch.bfloat16) for key in ("scale", "zero")}
+    return quantized
 
 
 def load_torchao(model: str, bits: int) -> Any:
     """torchao's integers: 8 bits with a scale per row, or 4 with a scale and a zero point per group."""
-    import torch
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
     packed = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))

@@ -20,7 +20,7 @@ from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import default_device, parse_dtype, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
-from quantkd.models.provenance import Provenance
+from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import quantize_once
 from quantkd.models.student import (
     default_quantization_config,
@@ -80,10 +80,10 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     """Run all steps and write the report. Under a launcher, processes share every step."""
     state, run_dir = process_state(), Path(experiment.run_dir)
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
-    if args.train_scales:
+    if args.train_scales and experiment.peft_config is None and experiment.exports:
         raise ConfigError(
-            "An experiment loads its adapter on the student of the arm before, which train_scales would change. Train "
-            "with `quantkd train --train_scales true`, and measure what is saved with `quantkd evaluate`."
+            f"exports is {experiment.exports}, which merge an adapter, and train_scales without peft_config trains none: "
+            "what it saves is a 4-bit checkpoint. Leave exports out, or give peft_config."
         )
     questions = Questions(experiment.test_rows, experiment.few_shot_rows, experiment.shots)
     _log("the teacher answers")
@@ -125,7 +125,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             peft_config=copy.deepcopy(experiment.peft_config),
         )
         if own is args and experiment.start and not own.resume_from_checkpoint:
-            trainer._save(start)
+            trainer.save_model(start, _internal_call=True)  # which does not push
         trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)
         trainer.save_model()
         state.wait_for_everyone()  # process 0 writes what all of them load
@@ -186,9 +186,13 @@ def _load_student(experiment: Experiment, name: str, **kwargs: Any) -> Any:
     return load_student(name, **options)
 
 
-def _load_trained(experiment: Experiment, base: str, adapter: str) -> Any:
+def _load_trained(experiment: Experiment, base: str, folder: str) -> Any:
     """The student as users load it; during training its head and norms are in float32."""
-    return PeftModel.from_pretrained(_load_student(experiment, base, device_map={"": default_device()}), adapter)
+    where = {"device_map": {"": default_device()}}
+    if not Path(folder, "adapter_config.json").is_file():  # trained scales alone
+        return _load_student(experiment, folder, **where)
+    own = find_base(Path(folder)) or base  # with trained scales, if there are any
+    return PeftModel.from_pretrained(_load_student(experiment, str(own), **where), folder)
 
 
 def _log(step: str) -> None:

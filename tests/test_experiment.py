@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import processes
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
@@ -134,6 +134,17 @@ def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tin
         assert reported["rows"] == found.to_json()["rows"] and reported["means"] == found.means, name
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2, target_modules="all-linear")], ids=["alone", "beside LoRA"])
+def test_trained_scales_are_measured_as_they_load(tiny_model_path, tmp_path, lora):
+    run(tiny_model_path, tmp_path, train_scales=True, peft_config=lora, init="covariance")
+    arms, folder = read_results(tmp_path)["arms"], tmp_path / "student"
+    loaded = AutoModelForCausalLM.from_pretrained(folder if lora is None else folder / "scaled")
+    loaded = loaded if lora is None else PeftModel.from_pretrained(loaded, folder)
+    found = evaluate_fidelity(loaded, TransferSet.open(tmp_path / "held_out"), progress=False).means["kl"]
+    assert found == pytest.approx(arms["after"]["metrics"]["kl"]["value"], rel=1e-6)
+    assert arms["after"]["metrics"]["kl"]["value"] != arms["start"]["metrics"]["kl"]["value"]
+
+
 def test_the_start_is_what_training_began_with_and_does_not_change_it(tiny_model_path, tmp_path):
     runs = {
         start: run(tiny_model_path, tmp_path / str(start), start=start, init="covariance") for start in (True, False)
@@ -156,8 +167,8 @@ def test_what_would_spoil_the_figures_is_refused_before_the_teacher_answers(tiny
         run("nowhere", tmp_path, exports=("half",))
     with pytest.raises(DataError, match="Few-shot example 0 is the question of row 0"):
         run("nowhere", tmp_path, test_rows=rows, few_shot_rows=rows, shots=(1,))
-    with pytest.raises(ConfigError, match="the student of the arm before, which train_scales would change"):
-        run("nowhere", tmp_path, train_scales=True)
+    with pytest.raises(ConfigError, match=r"exports is \('merged',\), which merge an adapter"):
+        run("nowhere", tmp_path, train_scales=True, exports=("merged",))
     load_student(str(tiny_model_path), dtype="float32").save_pretrained(tmp_path / "nf4")
     with pytest.raises(ConfigError, match="is stored in nf4, and full precision was asked for"):
         run(tmp_path / "nf4", tmp_path)
