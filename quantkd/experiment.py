@@ -82,8 +82,8 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     if args.train_scales and experiment.peft_config is None and experiment.exports:
         raise ConfigError(
-            f"exports is {experiment.exports}, which merge an adapter; train_scales trains none without peft_config, and "
-            "saves a 4-bit checkpoint. Leave exports out, or give peft_config."
+            f"exports is {experiment.exports}, which merge an adapter; train_scales without peft_config trains none, "
+            "and saves a 4-bit checkpoint. Leave exports out, or give peft_config."
         )
     questions = Questions(experiment.test_rows, experiment.few_shot_rows, experiment.shots)
     _log("the teacher answers")
