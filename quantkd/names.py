@@ -20,6 +20,8 @@ __version__ = "0.1.0"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # "model", "user/model", and either with a revision (@) or a server's tag (:).
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?([@:][\w.-]+)?", re.ASCII)
+# What transformers passes on to the Hub's client.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PATH_STARTS = ("/", "~", "./", "../")
 
 

@@ -13,6 +13,7 @@ from gguf_files import encode, stored_weights, write_gguf
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from quantkd import quantize
+from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.models.codes import InputMoment
@@ -207,6 +208,7 @@ def test_a_file_by_itself_has_its_own_config_and_tokenizer(
         training_set.sources[0], "--output_dir", tmp_path / "out", "--max_steps", "1", "--report_to", "none",
     )  # fmt: skip
     assert code == 0, error
+    assert name_format(load_student_from(StudentArguments(str(path)))) == "q4_0"
     facts = Provenance.read(tmp_path / "out")
     assert (facts.training["init"], facts.quantization["gguf_file"]) == ("covariance", "alone.gguf")
     scaled = write_gguf(tiny_model, tmp_path / "scaled.gguf", extra={"rope_freqs.weight": np.ones(8, np.float32)})

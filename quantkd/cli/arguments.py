@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def refuse_training(args: StudentArguments, *, full_precision: bool = False) -> 
 def student_options(args: StudentArguments) -> dict[str, Any]:
     """What `load_student` takes beside the name: its config, None for a checkpoint as it is stored, and the rest."""
     name = args.model_name_or_path
-    is_gguf = args.gguf_file is not None or name.endswith(".gguf")
+    is_gguf = _is_gguf(args)
     dtype = parse_dtype("float32" if is_gguf and args.dtype == "auto" else args.dtype)  # the file's exact values
     args.dtype = str(dtype).removeprefix("torch.")
     options: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -86,16 +87,25 @@ def student_options(args: StudentArguments) -> dict[str, Any]:
     return {"quantization_config": get_quantization_config(args) if stored is None else None, "dtype": dtype, **options}
 
 
+def _is_gguf(args: StudentArguments) -> bool:
+    return args.gguf_file is not None or args.model_name_or_path.endswith(".gguf")
+
+
+def _naming(args: StudentArguments) -> Any:
+    """`naming`, but for a GGUF file, which needs no config beside it."""
+    return nullcontext() if _is_gguf(args) else naming(args.model_name_or_path)
+
+
 def load_student_from(args: StudentArguments) -> PreTrainedModel:
     """The quantized student that the arguments describe, without adapters."""
     options = student_options(args)
-    with naming(args.model_name_or_path):
+    with _naming(args):
         return load_student(args.model_name_or_path, **options)
 
 
 def load_base_from(args: StudentArguments, config: QuantizedDistillationConfig, rows: TransferSet) -> PreTrainedModel:
     """The same student to be trained, with calibrated codes unless the config leaves them out."""
-    with naming(args.model_name_or_path):
+    with _naming(args):
         base = choose_base(args.model_name_or_path, config, rows, **student_options(args))
     here = args if base == args.model_name_or_path else replace(args, model_name_or_path=base, model_revision="main")
     return load_student_from(here)

@@ -27,11 +27,9 @@ from quantkd.models.gguf_files import (
 )
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
-from quantkd.names import find_file, load_tokenizer, naming
+from quantkd.names import HUB_ARGUMENTS, find_file, load_tokenizer, naming
 
 logger = logging.getLogger(__name__)  # says how much memory a file takes; the command line prints it
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def find_gguf(
@@ -57,7 +55,7 @@ def find_gguf(
 
 def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_init_kwargs: Any) -> PreTrainedModel:
     """The model of a file, with the config of the checkpoint `name_or_path`, or that in the file if there is none."""
-    options = {key: value for key, value in model_init_kwargs.items() if key not in (*_HUB_ARGUMENTS, "gguf_file")}
+    options = {key: value for key, value in model_init_kwargs.items() if key not in (*HUB_ARGUMENTS, "gguf_file")}
     trusted = {"trust_remote_code": options.pop("trust_remote_code", False)}
     checkpoint = _is_checkpoint(name_or_path, file, model_init_kwargs)
     config = _read_config(name_or_path if checkpoint else None, file, {**_hub_arguments(model_init_kwargs), **trusted})
@@ -195,7 +193,7 @@ def _is_checkpoint(name_or_path: str, file: GgufFile, model_init_kwargs: dict[st
 
 
 def _hub_arguments(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in model_init_kwargs.items() if key in _HUB_ARGUMENTS and value is not None}
+    return {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
 
 
 def _unread(file: GgufFile, what: str, error: Exception) -> str:

@@ -26,13 +26,12 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import find_gguf, load_gguf
 from quantkd.models.network import base_network
 from quantkd.models.weights import is_quantized_layer
-from quantkd.names import refuse_adapter
+from quantkd.names import HUB_ARGUMENTS, refuse_adapter
 
 logger = logging.getLogger(__name__)  # also says how much of a model is quantized; the command line prints it
 
 STUDENT_FORMATS = ("nf4", "fp4", "int8")
 _LEAST_SHARE = 0.5  # of the weights; with fewer, memory and what is learned are not what a 4-bit student promises
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What decides the numbers of a quantization, as transformers' configs call it.
 _SETTINGS = (
     "quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",

@@ -26,7 +26,6 @@ from quantkd.models.quantize import find_origin, quantize_once
 from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import attach_scales
 from quantkd.models.student import (
-    HUB_ARGUMENTS,
     attach_lora,
     format_of,
     freeze,
@@ -35,6 +34,7 @@ from quantkd.models.student import (
     stored_quantization,
 )
 from quantkd.models.weights import head_width
+from quantkd.names import HUB_ARGUMENTS
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
