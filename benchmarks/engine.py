@@ -18,7 +18,7 @@ nats per token.
 made and measured is kept in --cache. The table is Markdown.
 
 With --speed_rounds the decode speed of four forms is measured in turn, each round anew: `speed` holds the median tokens
-per second as a share of the plain Q4_0 file's. A merged student is an F16 file.
+per second of one thread's processor time, as a share of the plain Q4_0 file's. A merged student is an F16 file.
 
 The last line is one JSON object. A `kld_ratio` is an arm's KLD as a share of that of its type's plain file; of the
 arms with an adapter, `q4_0_adapter` and `q4_0_distilled` are those on the codes.
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -53,6 +54,7 @@ from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.quantize import ROWS
 from quantkd.models.student import attach_lora, default_lora_config, load_student
 
+SPEED_TOKENS = 96
 CONTEXT = 512  # tokens of a chunk; llama-perplexity looks at the second half of each
 Arm = tuple[Path, Path | None]
 
@@ -186,18 +188,24 @@ def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, float | None]:
 
 
 def measure_speed(forms: dict[str, Arm], rounds: int) -> dict[str, float]:
-    """Tokens per second while decoding, as a share of the first form's."""
+    """Tokens per second of processor time while decoding, as a share of the first form's; other load matters little."""
     found: dict[str, list[float]] = {name: [] for name in forms}
-    body = {"prompt": "Question: How many legs have three cats and four birds?\nAnswer:", "n_predict": 96, "seed": 0}
-    body |= {"ignore_eos": True, "cache_prompt": False}
     for _ in range(rounds):
         for name, (model, lora) in forms.items():
-            with serve(model, lora) as url:
-                post(url, {**body, "n_predict": 8})
-                found[name].append(post(url, body)["timings"]["predicted_per_second"])
+            few, many = (count_seconds(model, lora, tokens) for tokens in (8, 8 + SPEED_TOKENS))
+            found[name].append(SPEED_TOKENS / (many - few))
     print({name: [round(each, 1) for each in speeds] for name, speeds in found.items()}, flush=True)
     speeds = {name: statistics.median(each) for name, each in found.items()}
     return {name: round(speed / speeds[next(iter(forms))], 3) for name, speed in speeds.items()}
+
+
+def count_seconds(model: Path, lora: Path | None, tokens: int) -> float:
+    """The processor's time of a server of one thread that starts, writes some tokens, and stops."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with serve(model, lora) as url:
+        post(url, {"prompt": "Question: How many legs have three cats?", "n_predict": tokens, "ignore_eos": True})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +236,7 @@ def main() -> None:
     )
     parser.add_argument("--adapters", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms of adapters")
     parser.add_argument("--distilled", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms that are trained")
-    parser.add_argument("--speed_rounds", type=int, default=0, help="of four forms each; on a quiet machine")
+    parser.add_argument("--speed_rounds", type=int, default=0, help="of four forms each, for their decode speed")
     args = parse(parser)
     if not (tool("llama-perplexity").is_file() and CONVERTER.is_file()):
         print(json.dumps({"skipped": "no llama-perplexity; make llamacpp-tools builds it"}))
