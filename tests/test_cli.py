@@ -129,7 +129,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("train TRAIN --alpha 2", 1, "alpha is 2.0"),
     ("train TRAIN --resume_from_checkpoint true", 1, "no checkpoint to resume"),
     ("train TRAIN --resume_from_checkpoint r", 1, "is no checkpoint"),
-    ("train TRAIN --eval_strategy steps", 1, "didn't pass an `eval_dataset`"),
+    ("train TRAIN --eval_strategy steps", 1, "there are no held-out rows. Give eval_dataset"),
     ("train TRAIN --report_to notrack", 1, "names notrack; installed"),
     ("train TRAIN --bf16 true --fp16 true", 1, "but not both. `quantkd train --help` lists the"),
     ("capture --config twice.yaml", 1, "twice.yaml has model in lines 1 and 3. Remove one."),

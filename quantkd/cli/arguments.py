@@ -103,10 +103,12 @@ def load_student_from(args: StudentArguments) -> PreTrainedModel:
         return load_student(args.model_name_or_path, **options)
 
 
-def load_base_from(args: StudentArguments, config: QuantizedDistillationConfig, rows: TransferSet) -> PreTrainedModel:
+def load_base_from(
+    args: StudentArguments, config: QuantizedDistillationConfig, rows: TransferSet, lora: LoraConfig | None
+) -> PreTrainedModel:
     """The same student to be trained, with calibrated codes unless the config leaves them out."""
     with _naming(args):
-        base = choose_base(args.model_name_or_path, config, rows, **student_options(args))
+        base = choose_base(args.model_name_or_path, config, rows, peft_config=lora, **student_options(args))
     here = args if base == args.model_name_or_path else replace(args, model_name_or_path=base, model_revision="main")
     return load_student_from(here)
 

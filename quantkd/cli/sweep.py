@@ -11,7 +11,7 @@ from quantkd.cli.parsing import option, parse_options
 from quantkd.cli.train import DataArguments, open_rows
 from quantkd.errors import ConfigError
 from quantkd.training.config import QuantizedDistillationConfig
-from quantkd.training.sweep import parse_space, run_sweep
+from quantkd.training.sweep import check_sweep, parse_space, run_sweep
 
 _EXAMPLES = """examples:
   quantkd sweep --model_name_or_path MODEL --transfer_set runs/set --eval_transfer_set runs/held \\
@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("A sweep takes no --control, --push_to_hub and --resume_from_checkpoint. Leave them out.")
     if held_out is None:
         raise ConfigError("A sweep needs held-out rows: give --eval_transfer_set or --eval_fraction.")
-    model, sets = load_base_from(student, config, rows), {"train_dataset": rows, "eval_dataset": held_out}
+    check_sweep(config, space, rows)
+    model, sets = load_base_from(student, config, rows, lora), {"train_dataset": rows, "eval_dataset": held_out}
     for trial in run_sweep(model, config, space, lora, n_trials=sweep.n_trials, **sets):
         say(f"held-out KL {trial.value:.4f} with {trial.params}, {trial.duration.total_seconds():.0f} s")
     say(f"The study is stored in {config.output_dir}/sweep.db.")

@@ -14,6 +14,7 @@ from quantkd.errors import ConfigError
 from quantkd.foreign import installed_trackers
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.preparation import check_evaluation
 from quantkd.training.trainer import QuantizedDistillationTrainer
 from quantkd.transfer_set import TransferSet
 
@@ -52,8 +53,9 @@ def main(argv: Sequence[str]) -> None:
     rows, held_out = open_rows(data, config)
     if config.init_from and student.model_name_or_path.endswith(".gguf"):  # that of a checkpoint
         student.gguf_file, student.model_name_or_path = student.model_name_or_path, config.init_from
-    model = load_base_from(student, config, rows)
     lora = peft_config_from(student) if student.use_peft or not config.train_scales else None
+    check_evaluation(config, held_out)
+    model = load_base_from(student, config, rows, lora)
     sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out}
     trainer = QuantizedDistillationTrainer(model, config, peft_config=lora, **sets)
     if trainer.is_world_process_zero():

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AwqConfig,
     BitsAndBytesConfig,
@@ -334,6 +335,20 @@ def attach_lora(
     keep_trainable_on_cpu(adapted)
     _say_share(adapted, "have adapters")
     return adapted
+
+
+def check_adapters(name_or_path: str, peft_config: PeftConfig, *, train_scales: bool = False, **kwargs: Any) -> None:
+    """Refuse adapters that PEFT would not attach to a checkpoint, by the outline of its model."""
+    if train_scales and getattr(peft_config, "use_dora", False):
+        raise ConfigError("train_scales takes plain LoRA; DoRA's norms would miss the factors. Set use_dora=False.")
+    where = {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "trust_remote_code")}
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(name_or_path, **where), trust_remote_code=where.get("trust_remote_code", False)
+        )
+    config: Any = copy.copy(_name_linear_layers(outline, peft_config))
+    config.init_lora_weights, config.use_dora = False, False  # they compute with weights, and an outline has none
+    get_peft_model(outline, config)
 
 
 def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:

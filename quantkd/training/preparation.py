@@ -27,6 +27,7 @@ from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import attach_scales
 from quantkd.models.student import (
     attach_lora,
+    check_adapters,
     format_of,
     freeze,
     is_quantized,
@@ -34,12 +35,12 @@ from quantkd.models.student import (
     stored_quantization,
 )
 from quantkd.models.weights import head_width
-from quantkd.names import HUB_ARGUMENTS
+from quantkd.names import HUB_ARGUMENTS, load_tokenizer
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
-from quantkd.transfer_set.compatibility import check_student
+from quantkd.transfer_set.compatibility import check_student, check_transfer_set
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,23 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
         use_one_gpu(args)
 
 
+def check_evaluation(args: QuantizedDistillationConfig, eval_dataset: Any) -> None:
+    """Refuse to evaluate during training without rows to evaluate on."""
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+    if strategy != "no" and eval_dataset is None:
+        raise ConfigError(
+            f"eval_strategy is {strategy!r}, and there are no held-out rows. Give eval_dataset (--eval_transfer_set or "
+            "--eval_fraction), or leave eval_strategy out."
+        )
+
+
 def choose_base(
-    name: str, args: QuantizedDistillationConfig, dataset: Any, quantization_config: Any | None, **kwargs: Any
+    name: str,
+    args: QuantizedDistillationConfig,
+    dataset: Any,
+    quantization_config: Any | None,
+    peft_config: PeftConfig | None = None,
+    **kwargs: Any,
 ) -> str:
     """The checkpoint to train on: with calibrated codes, written to the output folder; or `name` as it is."""
     config = quantization_config or "nf4"
@@ -102,6 +118,10 @@ def choose_base(
         why = "processes share the weights" if shares_weights() else "rows that are no TransferSet have no digest"
         logger.warning("The student's codes are the nearest ones: %s. `quantkd quantize` chooses them first.", why)
         return name
+    # What would be refused afterwards is refused before codes are chosen, which takes minutes.
+    check_transfer_set(dataset, load_tokenizer(name, **kwargs), args.temperature, args.divergence)
+    if peft_config is not None:
+        check_adapters(name, peft_config, train_scales=args.train_scales, **kwargs)
     folder = Path(str(args.output_dir), "quantized")
     quantize_once(name, dataset, folder, quantization_config=quantization_config, seed=args.seed, **kwargs)
     if args.init != "zero" and Path(name).is_dir():
@@ -122,7 +142,7 @@ def prepare_student(
     init_kwargs = dict(parse_object("model_init_kwargs", args.model_init_kwargs))
     name = model if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
-        if (name := choose_base(model, args, train_dataset, quantization_config, **init_kwargs)) != model:
+        if (name := choose_base(model, args, train_dataset, quantization_config, peft_config, **init_kwargs)) != model:
             init_kwargs = {key: value for key, value in init_kwargs.items() if key not in HUB_ARGUMENTS}
         model = load_student(name, quantization_config=quantization_config, **init_kwargs)
     elif quantization_config is not None or init_kwargs:

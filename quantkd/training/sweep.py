@@ -43,6 +43,30 @@ def parse_space(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     return space
 
 
+def check_sweep(
+    args: QuantizedDistillationConfig, space: dict[str, dict[str, Any]], train_dataset: TransferSet
+) -> None:
+    """Refuse a search that could not be run, before a student is made for it."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("A sweep needs the package optuna: `pip install quantkd[sweep]`.") from error
+    if args.train_scales:
+        raise ConfigError("A sweep tries adapters on one student, which train_scales would change. Leave it off.")
+    if args.world_size > 1:
+        raise ConfigError("A sweep runs in one process, and several were launched. Start it without a launcher.")
+    captured = train_dataset.info.temperatures
+    if "num_train_epochs" in space and ("max_steps" in space or args.max_steps > 0):
+        raise ConfigError("max_steps overrides num_train_epochs; search one of them, and leave the other out.")
+    if "temperature" in space and not set(space["temperature"].get("choices", [None])) <= set(captured):
+        raise ConfigError(f"temperature takes choices of the captured ones, {', '.join(map(str, captured))}.")
+    if "beta" in space and "jsd" not in space.get("divergence", {"choices": [args.divergence]})["choices"]:
+        raise ConfigError("beta has no effect without divergence=jsd. Search it together with that.")
+    for name, dimension in space.items():
+        for value in dimension.get("choices", [dimension.get("low"), dimension.get("high")]):
+            replace(args, **({} if name.startswith("lora_") else {name: value}))  # which checks it
+
+
 def run_sweep(
     model: PreTrainedModel,
     args: QuantizedDistillationConfig,
@@ -54,29 +78,14 @@ def run_sweep(
     n_trials: int = 20,
 ) -> list[Any]:
     """Train students until `sweep.db` has `n_trials` of this search: Optuna's trials, the lowest held-out KL first."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingDependencyError("A sweep needs the package optuna: `pip install quantkd[sweep]`.") from error
-    if args.train_scales:
-        raise ConfigError("A sweep tries adapters on one student, which train_scales would change. Leave it off.")
-    if args.world_size > 1:
-        raise ConfigError("A sweep runs in one process, and several were launched. Start it without a launcher.")
+    check_sweep(args, space, train_dataset)
+    import optuna
+
     follows = args.follows_start
     args = replace(args, save_strategy="no", eval_strategy="no", load_best_model_at_end=False, push_to_hub=False)
     args.follows_start = follows  # `replace` takes every value for one that was given
     # The Trainer casts what a trial tries to the type of what it finds.
     args.resume_from_checkpoint, args.num_train_epochs = None, float(args.num_train_epochs)
-    captured = train_dataset.info.temperatures
-    if "num_train_epochs" in space and ("max_steps" in space or args.max_steps > 0):
-        raise ConfigError("max_steps overrides num_train_epochs; search one of them, and leave the other out.")
-    if "temperature" in space and not set(space["temperature"].get("choices", [None])) <= set(captured):
-        raise ConfigError(f"temperature takes choices of the captured ones, {', '.join(map(str, captured))}.")
-    if "beta" in space and "jsd" not in space.get("divergence", {"choices": [args.divergence]})["choices"]:
-        raise ConfigError("beta has no effect without divergence=jsd. Search it together with that.")
-    for name, dimension in space.items():
-        for value in dimension.get("choices", [dimension.get("low"), dimension.get("high")]):
-            replace(args, **({} if name.startswith("lora_") else {name: value}))  # which checks it
     fixed = {name: str(getattr(args, name)) for name in ("seed", "init", *_TYPES) if hasattr(args, name)}
     search = [fixed, space, train_dataset.digest, eval_dataset.digest, lora.r, lora.lora_alpha]
     name = "quantkd-" + hashlib.sha256(json.dumps(search).encode()).hexdigest()[:16]  # another search, another study

@@ -49,7 +49,14 @@ from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
-from quantkd.training.preparation import check_collator, check_rows, find_transfer_sets, prepare_student, take_one_gpu
+from quantkd.training.preparation import (
+    check_collator,
+    check_evaluation,
+    check_rows,
+    find_transfer_sets,
+    prepare_student,
+    take_one_gpu,
+)
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import find_targets
 from quantkd.transfer_set.collator import DistillationCollator
@@ -114,6 +121,7 @@ class QuantizedDistillationTrainer(Trainer):
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func would take the place of distillation's own loss. Leave it out.")
         refuse_unused(args, {"divergence=jsd": "beta"})
+        check_evaluation(args, eval_dataset)
         if args.teacher_model_init_kwargs and not isinstance(teacher_model, (str, os.PathLike)):
             raise ConfigError("teacher_model_init_kwargs is for a teacher_model given by name. Leave it out.")
         take_one_gpu(args)
