@@ -6,6 +6,7 @@ import shutil
 import processes
 import pytest
 import torch
+from fake_hub import TOKEN
 from hub_runs import PUSHED, read_page
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from quantkd import QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import ConfigError, DataError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
+from quantkd.hub.adapters import list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
 from tests.report_arms import read_tables
 
@@ -57,6 +59,22 @@ def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, trai
     assert torch.equal(one, two)
     with pytest.raises(DataError, match="is not a checkpoint of `quantkd quantize`"):
         push_checkpoint(run, "user/other")
+    listed = [name for name, _ in list_adapter_files(run / "student")]
+    assert {"adapter_model.safetensors", "NAME-4bit/model.safetensors"} < set(listed)
+    made = run / "student" / "quantized"
+    (made / "model.safetensors").rename(made / "model-00001-of-00001.safetensors")
+    (made / "model.safetensors.index.json").write_text("{}")
+    push_checkpoint(made, "user/student-4bit")
+    there = set(hub.files("model", "user/student-4bit"))
+    assert "model.safetensors" not in there and "model.safetensors.index.json" in there
+
+
+def test_no_base_is_pushed_for_an_adapter_that_is_refused(hub, run, build_trainer):
+    build_trainer(run / "student", calibrate=True).save_model()
+    (run / "student" / "tokenizer_config.json").write_text(json.dumps({"note": TOKEN}))
+    with pytest.raises(ConfigError, match="holds the Hub's token"):
+        push_adapter(run / "student", "user/student")
+    assert not hub.repositories
 
 
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):

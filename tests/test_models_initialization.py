@@ -1,5 +1,6 @@
 """The start from the quantization error: optimal in closed form, better than zero on a model, refused with a reason."""
 
+import math
 import sys
 import weakref
 from functools import partial
@@ -516,3 +517,9 @@ def test_what_is_quantized_already_is_no_original(tiny_model, tiny_model_path, t
     for name, found in (("nf4", r"stored as torch\.uint8, quantized already"), ("fp8", "float8_e4m3fn")):
         with pytest.raises(ConfigError, match=found):
             OriginalWeights(str(tmp_path / name), tiny_model).read(NAME)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_inputs_count_alike_where_no_weight_can_be_known(value):
+    inputs = torch.randn(3, 2)
+    assert layer_inputs._scale(inputs, torch.tensor([1.0 if value else 0.0, value, value])) is inputs

@@ -11,14 +11,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from quantkd import QuantizedDistillationTrainer, Sampled
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, Sampled
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.loss.reference import compute_distillation_loss
 from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.collator import DistillationCollator
-from tests.conftest import TRAINING_PROMPTS, capture_set, relative
+from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set, relative
 
 
 class KeepGradients(TrainerCallback):
@@ -112,6 +112,41 @@ def test_a_name_is_trained_on_calibrated_codes(make_trainer, training_set, tiny_
     assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns != written
     make_trainer(calibrate=True, train_dataset=[training_set[0]])
     assert "rows that are no TransferSet have no digest" in caplog.text
+
+
+def test_calibrated_codes_are_those_of_the_model_that_is_named(make_trainer, tiny_tokenizer, tmp_path, caplog):
+    for seed, folder in enumerate(("one", "two")):
+        build_tiny_model(tiny_tokenizer, seed).save_pretrained(tmp_path / folder / "model")
+        tiny_tokenizer.save_pretrained(tmp_path / folder / "model")
+        last = make_trainer(model=str(tmp_path / folder / "model"), calibrate=True)
+    expected = build_tiny_model(tiny_tokenizer, 1).get_input_embeddings().weight
+    assert torch.equal(last.model.get_input_embeddings().weight, expected)
+    assert "quantized is replaced" in caplog.text
+
+
+def test_training_goes_on_from_the_codes_of_its_checkpoint(make_trainer):
+    trainer = make_trainer(calibrate=True, save_strategy="steps", save_steps=1)
+    trainer.train()
+    out = Path(trainer.args.output_dir)
+    written = (out / "quantized" / "model.safetensors").stat().st_mtime_ns
+    where = str(out / "checkpoint-1")
+    make_trainer(calibrate=True, seed=1, max_steps=2, resume_from_checkpoint=where).train(where)
+    assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_folder_that_no_run_made_stays(make_trainer, tmp_path):
+    (tmp_path / "out" / "quantized").mkdir(parents=True)
+    mine = tmp_path / "out" / "quantized" / "quantkd.json"
+    mine.write_text('{"export": {"form": "merged"}}')  # as `export` writes it
+    with pytest.raises(ConfigError, match="a folder that is not empty"):
+        make_trainer(calibrate=True)
+    assert mine.is_file()
+
+
+def test_arguments_serve_for_another_model(make_trainer, tiny_model_path, training_set):
+    args = QuantizedDistillationConfig(make_trainer().args.output_dir, report_to="none")
+    QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=training_set)
+    assert args.init_from is None
 
 
 def test_a_loaded_model_is_taken_as_it_is(make_trainer, tiny_model, tiny_tokenizer, tiny_model_path):

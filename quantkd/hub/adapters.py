@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from quantkd.errors import DataError, HubError
 from quantkd.files import write_file
-from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card
-from quantkd.hub.checkpoints import push_checkpoint
+from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card, render_checkpoint_card
+from quantkd.hub.checkpoints import push_checkpoint, read_checkpoint
 from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
 from quantkd.models import adapter_files
 from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
@@ -66,10 +66,13 @@ def push_adapter(
     folder = find_adapter(path)
     made = None if base_model else find_base(folder)
     if made is not None:
-        how: Any = {"private": private, "license": license, "token": token, "attempts": attempts}
-        base_model = push_checkpoint(made, f"{repo_id}-4bit", **how).repo_id
+        base_model = f"{repo_id}-4bit"
     files, values = _gather(folder, base_model, run_dir)
     _check_secrets({**files, CARD_NAME: render_adapter_card(repo_id, license=license, **values).encode()}, token)
+    if made is not None:
+        how: Any = {"private": private, "license": license, "token": token, "revision": revision, "attempts": attempts}
+        base_model = push_checkpoint(made, f"{repo_id}-4bit", **how).repo_id
+        files, values = _gather(folder, base_model, run_dir)  # with the owner's name
     base = values["adapter"]["base_model_name_or_path"]
     if not is_repository_name(base):
         logger.warning("The page names the base model %r, a local folder: name it with --base_model user/model.", base)
@@ -91,10 +94,16 @@ def push_adapter(
 def list_adapter_files(
     path: str | Path, *, base_model: str | None = None, run_dir: str | Path | None = None
 ) -> list[tuple[str, int]]:
-    """The names and sizes of what a push would upload."""
-    files, values = _gather(find_adapter(path), base_model, run_dir)
+    """The names and sizes of what a push would upload, those of the base's repository after NAME-4bit/."""
+    folder = find_adapter(path)
+    made = None if base_model else find_base(folder)
+    files, values = _gather(folder, base_model, run_dir)
     files[CARD_NAME] = render_adapter_card("user/name", license=None, **values).encode()
     _check_secrets(files, None)
+    if made is not None:
+        page = render_checkpoint_card("user/name-4bit", Provenance.read(made), license=None).encode()
+        base = {CARD_NAME: page, **read_checkpoint(made, None)}
+        files |= {f"NAME-4bit/{name}": content for name, content in base.items()}
     return sorted((name, CommitOperationAdd(name, content).upload_info.size) for name, content in files.items())
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from safetensors import SafetensorError, safe_open
 
 from quantkd.errors import DataError
 from quantkd.hub.cards import CARD_NAME, check_license, render_checkpoint_card
-from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, PushedRepository
+from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance
 from quantkd.remote import check_shareable, find_secrets, retry
 
@@ -25,15 +26,32 @@ def push_checkpoint(
     private: bool = True,
     license: str | None = None,
     token: str | None = None,
+    revision: str | None = None,
     attempts: int = PUSH_ATTEMPTS,
 ) -> PushedRepository:
     """Upload a checkpoint of `quantize` or of trained scales as a model repository, in one commit."""
     check_license(license)
-    facts, secrets = Provenance.read(folder), find_secrets(token)
-    made = facts.export or {}
-    if "quantized_from" not in made:
+    repository = HubRepository(repo_id, "model", token=token, branch=revision)
+    files, facts = read_checkpoint(folder, token), Provenance.read(folder)
+
+    def push() -> PushedRepository:
+        repository.ensure(private)
+        commit, there = repository.read(_CONFIG.__eq__, "checkpoint")
+        page = render_checkpoint_card(repository.repo_id, facts, license=license).encode()
+        added = [CommitOperationAdd(name, content) for name, content in {CARD_NAME: page, **files}.items()]
+        # One file in place of several, or the other way round: transformers would load those of the push before.
+        stale = [name for name in there if name not in files and (name in _TEXTS or fnmatch(name, _WEIGHTS))]
+        operations: list[Operation] = [*added, *map(CommitOperationDelete, stale)]
+        return repository.commit(operations, "Upload 4-bit checkpoint", commit)
+
+    return retry(push, attempts)
+
+
+def read_checkpoint(folder: Path, token: str | None) -> dict[str, bytes | Path]:
+    """The files of a push without the page; refuses a secret or a local path in them, and other folders."""
+    secrets = find_secrets(token)
+    if "quantized_from" not in (Provenance.read(folder).export or {}):
         raise DataError(f"{folder} is not a checkpoint of `quantkd quantize`; expected one with {PROVENANCE_NAME}.")
-    repository = HubRepository(repo_id, "model", token=token)
     texts = {name: (folder / name).read_bytes() for name in (*_TEXTS, *_TOKENIZER) if (folder / name).is_file()}
     weights = sorted(folder.glob(_WEIGHTS))
     for name, data in texts.items():
@@ -45,13 +63,4 @@ def push_checkpoint(
         except SafetensorError as error:
             raise DataError(f"{path} is not a safetensors file: {error}. Write the checkpoint again.") from error
         check_shareable(path.name, header, secrets)
-
-    def push() -> PushedRepository:
-        repository.ensure(private)
-        commit, _ = repository.read(_CONFIG.__eq__, "checkpoint")
-        page = render_checkpoint_card(repository.repo_id, facts, license=license).encode()
-        files: dict[str, bytes | Path] = {CARD_NAME: page, **texts, **{path.name: path for path in weights}}
-        added = [CommitOperationAdd(name, content) for name, content in files.items()]
-        return repository.commit(added, "Upload 4-bit checkpoint", commit)
-
-    return retry(push, attempts)
+    return {**texts, **{path.name: path for path in weights}}

@@ -7,6 +7,7 @@ does to the loss, by a backward pass before. The figures are in docs/quantize.md
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -156,7 +157,9 @@ def _tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
 
 def _scale(inputs: Tensor | None, weights: Tensor | None) -> Tensor | None:
     """Inputs by the root of their tokens' weights; as they are where no weight is known, as of an expert's part."""
-    if inputs is None or weights is None or len(weights) != len(inputs) or not bool(weights.any()):
+    if inputs is None or weights is None or len(weights) != len(inputs):
+        return inputs
+    if not 0 < float(weights.mean()) < math.inf:  # no loss depends on them, or a gradient overflowed
         return inputs
     # Half of the weight is the same for all: few tokens have most of the rest, and other rows have others.
     shares = (weights / weights.mean() + 1) / 2

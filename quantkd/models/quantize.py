@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
+from hashlib import sha256
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils.hub import extract_commit_hash
 
 from quantkd.errors import ConfigError
 from quantkd.files import new_folder, write_file
@@ -33,13 +36,14 @@ from quantkd.models.student import (
     refuse_quantized,
 )
 from quantkd.models.weights import head_width
-from quantkd.names import __version__, is_repository_name, public_name
+from quantkd.names import HUB_ARGUMENTS, __version__, find_file, is_repository_name, public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.compatibility import check_student, check_transfer_set
 
 logger = logging.getLogger(__name__)
 
 ROWS = 64  # of calibration; docs/quantize.md has the figures
+_SAMPLE = 4096  # bytes
 
 
 def quantize(
@@ -96,7 +100,7 @@ def quantize(
     made = {
         "form": "quantized", "codes": "calibrated", "rows": rows, "seed": seed, "quantkd_version": __version__,
         "quantized_from": public_name(name), "commit": commit_of(student.config),
-        "quantization": describe_quantization(student),
+        "quantization": describe_quantization(student), **_identify(name, **model_init_kwargs),
     }  # fmt: skip
     with new_folder(path) as folder:
         if file is None:
@@ -123,16 +127,26 @@ def quantize_once(
     if process_state().is_main_process:
         config = "nf4" if quantization_config is None else quantization_config
         config = default_quantization_config(parse_dtype(dtype), config) if isinstance(config, str) else config
+        given, folder = folder, folder.resolve()
         facts = Provenance.read(folder)
         wanted = {
             "quantized_from": public_name(model), "quantization": describe_config(config), "rows": ROWS, "seed": seed,
-            "quantkd_version": __version__,
+            "quantkd_version": __version__, **_identify(model, **kwargs),
         }  # fmt: skip
         made = facts.export or {}
         if facts.transfer_set_digest != transfer_set.digest or any(made.get(key) != wanted[key] for key in wanted):
-            if made:  # of an earlier run
+            if made.get("form") != "quantized":
+                check_output_dir(str(folder))
+            new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+            quantize(model, transfer_set, new, quantization_config=config, dtype=dtype, seed=seed, **kwargs)
+            if folder.exists():
+                logger.warning(
+                    "%s is replaced: it was made of another model, set, format, seed or version. Adapters that were "
+                    "trained on it fit no other checkpoint. Use another output folder to keep them.",
+                    given,
+                )
                 shutil.rmtree(folder)
-            quantize(model, transfer_set, folder, quantization_config=config, dtype=dtype, seed=seed, **kwargs)
+            new.rename(folder)
     process_state().wait_for_everyone()
 
 
@@ -195,6 +209,21 @@ def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
     # Of a local folder the name alone is stored: it is looked for beside the checkpoint, and here.
     places = (Path(name_or_path).resolve().parent / origin, Path(origin))
     return next(((str(place), None) for place in places if (place / "config.json").is_file()), None)
+
+
+def _identify(name: str, **model_init_kwargs: Any) -> dict[str, str]:
+    """What tells a checkpoint from others of its name: its commit; of a folder, a digest of samples of its weights."""
+    if not Path(name).is_dir():
+        where = {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS}
+        return {"commit": str(extract_commit_hash(str(find_file(name, "config.json", **where)), None) or "")}
+    digest = sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(0, size, max(_SAMPLE, size // 256)):
+                file.seek(place)
+                digest.update(file.read(_SAMPLE))
+    return {"samples_sha256": digest.hexdigest()}
 
 
 def _first(refused: dict[str, str]) -> str:

@@ -21,7 +21,7 @@ from quantkd.models.gguf_student import check_origin
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.network import context_length
 from quantkd.models.packing import why_not_packable
-from quantkd.models.provenance import Provenance
+from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import find_origin, quantize_once
 from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import attach_scales
@@ -123,7 +123,12 @@ def choose_base(
     if peft_config is not None:
         check_adapters(name, peft_config, train_scales=args.train_scales, **kwargs)
     folder = Path(str(args.output_dir), "quantized")
-    quantize_once(name, dataset, folder, quantization_config=quantization_config, seed=args.seed, **kwargs)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    base = find_base(Path(checkpoint), name) if checkpoint else None
+    if base is not None:  # its adapters fit no other
+        folder = base
+    else:
+        quantize_once(name, dataset, folder, quantization_config=quantization_config, seed=args.seed, **kwargs)
     if args.init != "zero" and Path(name).is_dir():
         args.init_from = args.init_from or name  # of a folder the checkpoint names the last part alone
     return str(folder)
@@ -143,6 +148,7 @@ def prepare_student(
     name = model if isinstance(model, str) else model.config.name_or_path or ""
     if isinstance(model, str):
         if (name := choose_base(model, args, train_dataset, quantization_config, peft_config, **init_kwargs)) != model:
+            quantization_config = None
             init_kwargs = {key: value for key, value in init_kwargs.items() if key not in HUB_ARGUMENTS}
         model = load_student(name, quantization_config=quantization_config, **init_kwargs)
     elif quantization_config is not None or init_kwargs:

@@ -126,6 +126,8 @@ class QuantizedDistillationTrainer(Trainer):
             raise ConfigError("teacher_model_init_kwargs is for a teacher_model given by name. Leave it out.")
         take_one_gpu(args)
         student, teacher = plain_name(model), plain_name(teacher_model)
+        if isinstance(student, str):
+            args = copy(args)  # the student's origin is noted in it, and the caller may train another one next
         processing_class = processing_class or load_student_tokenizer(
             student, **parse_object("model_init_kwargs", args.model_init_kwargs)
         )
