@@ -246,6 +246,13 @@ def test_tokens_weigh_as_much_as_an_error_there_changes_the_loss(tiny_model, tra
         torch.testing.assert_close(scaled.T @ scaled, (weights[:, None] * plain).T @ plain, rtol=1e-4, atol=1e-4)
 
 
+def test_a_long_row_is_weighed_in_part(tiny_model, monkeypatch):
+    monkeypatch.setattr(layer_inputs, "_MAX_WEIGHED", 6)
+    layer, ids = tiny_model.model.layers[0].mlp.up_proj, torch.arange(1, 21).view(2, 10)
+    weights = weigh_tokens(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].view(2, 10)
+    torch.testing.assert_close(weights[:, 6:], weights[:, :6].mean(1, keepdim=True).expand(2, 4))
+
+
 def test_what_is_drawn_has_the_curvature_of_the_kl():
     p = torch.tensor([0.7, 0.2, 0.05, 0.05])
     drawn = layer_inputs._draw_curvature(p.log().expand(200_000, 4))

@@ -20,7 +20,7 @@ from quantkd.models.network import Runner, base_network, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
 _MAX_TOKENS = 16384  # padded tokens of the forward pass: they bound the memory
-_MAX_TARGETS = 1024  # of a row whose loss is looked at: they bound the logits
+_MAX_WEIGHED = 2048  # tokens of a row in the backward pass: they bound its activations
 
 
 def visit_layers(
@@ -105,12 +105,14 @@ def weigh_tokens(
             torch.manual_seed(0)
             for number, (row, seen, own) in enumerate(zip(input_ids, mask.bool(), labels, strict=True), 1):
                 bar.set_postfix_str(f"token weights of row {number} of {len(labels)}")
-                ids, targets = row[seen][None], own[seen][None]
+                length = int(seen.sum())
+                ids, targets = (each[seen][None, :_MAX_WEIGHED] for each in (row, own))
                 targets = targets if bool((targets[:, 1:] != IGNORE_INDEX).any()) else ids
                 batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": targets}
-                states, tokens = runner.run(batch)
-                logits = states.logits(slice(None, None, max(1, -(-len(tokens) // _MAX_TARGETS))))
+                logits = runner.run(batch)[0].logits()
                 torch.autograd.grad(logits, first.pop(), _draw_curvature(logits))  # no parameter gets a gradient
+                for parts in found.values() if length > _MAX_WEIGHED else ():  # the others weigh as the mean
+                    parts.append(parts[-1].mean().expand(length - _MAX_WEIGHED))
     finally:
         for hook in hooks:
             hook.remove()

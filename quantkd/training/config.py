@@ -91,7 +91,7 @@ class QuantizedDistillationConfig(TrainingArguments):
     train_scales: bool = _option(
         False, "Train the 4-bit layers' block constants and the norms; with use_peft false, nothing else."
     )
-    scales_learning_rate: float = _option(1e-3, "Peak learning rate of what train_scales trains.")
+    scales_learning_rate: float = _option(3e-4, "Peak learning rate of what train_scales trains.")
     use_fused_loss: bool = _option(True, "Compute the loss from hidden states in chunks, without holding logits.")
     packing: bool = _option(False, "Concatenate the rows of a batch into one sequence, without padding.")
     model_init_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009  # None is not shared state
