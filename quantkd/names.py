@@ -68,6 +68,11 @@ def split_revision(place: str, revision: str | None = None) -> tuple[str | None,
     return name, behind or revision
 
 
+def names_gguf(name_or_path: str, gguf_file: str | None = None, **_: Any) -> bool:
+    """Whether a GGUF file is the student: named beside a model, or by its own path."""
+    return bool(gguf_file) or name_or_path.endswith(".gguf")
+
+
 def require_folder(name_or_path: str) -> None:
     """Refuse a path where nothing is; a name that may be on the Hub passes."""
     if (not name_or_path or name_or_path.startswith(_PATH_STARTS)) and not Path(name_or_path).expanduser().exists():

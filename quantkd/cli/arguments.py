@@ -18,7 +18,7 @@ from quantkd.hub.adapters import load_adapter
 from quantkd.models.gguf_student import load_student_tokenizer
 from quantkd.models.provenance import find_base
 from quantkd.models.student import STUDENT_FORMATS, load_student, stored_quantization
-from quantkd.names import naming
+from quantkd.names import names_gguf, naming
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.preparation import choose_base
 from quantkd.transfer_set import TransferSet
@@ -70,7 +70,7 @@ def refuse_training(args: StudentArguments, *, full_precision: bool = False) -> 
 def student_options(args: StudentArguments) -> dict[str, Any]:
     """What `load_student` takes beside the name: its config, None for a checkpoint as it is stored, and the rest."""
     name = args.model_name_or_path
-    is_gguf = _is_gguf(args)
+    is_gguf = names_gguf(args.model_name_or_path, args.gguf_file)
     dtype = parse_dtype("float32" if is_gguf and args.dtype == "auto" else args.dtype)  # the file's exact values
     args.dtype = str(dtype).removeprefix("torch.")
     options: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -87,13 +87,9 @@ def student_options(args: StudentArguments) -> dict[str, Any]:
     return {"quantization_config": get_quantization_config(args) if stored is None else None, "dtype": dtype, **options}
 
 
-def _is_gguf(args: StudentArguments) -> bool:
-    return args.gguf_file is not None or args.model_name_or_path.endswith(".gguf")
-
-
 def _naming(args: StudentArguments) -> Any:
     """`naming`, but for a GGUF file, which needs no config beside it."""
-    return nullcontext() if _is_gguf(args) else naming(args.model_name_or_path)
+    return nullcontext() if names_gguf(args.model_name_or_path, args.gguf_file) else naming(args.model_name_or_path)
 
 
 def load_student_from(args: StudentArguments) -> PreTrainedModel:

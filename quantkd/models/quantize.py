@@ -170,20 +170,17 @@ def calibrate(
     if not named:
         raise ConfigError("The model has no 4-bit layer of bitsandbytes. Codes are chosen for GGUF, nf4 and fp4 alone.")
     refused: dict[str, str] = {}
-    last: tuple[Tensor | None, InputMoment | None] = None, None
 
     def visit(layer: Any, inputs: Tensor | None) -> None:
-        nonlocal last
         try:
             original = read_original(weights, named[layer], layer)
             if inputs is None:
                 raise ConfigError("no token reaches it.")
-            if inputs is not last[0]:
-                last = inputs, InputMoment(inputs)
+            moment = InputMoment(inputs)  # each layer's own, for its tokens have weights of their own
             if hasattr(layer, "gguf_tensor"):
-                calibrate_gguf_layer(layer, model.config, original, last[1])
+                calibrate_gguf_layer(layer, model.config, original, moment)
             else:
-                calibrate_layer(layer, original, last[1])
+                calibrate_layer(layer, original, moment)
         except ConfigError as error:
             refused[named[layer]] = str(error)
 

@@ -27,7 +27,7 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import find_gguf, load_gguf
 from quantkd.models.network import base_network
 from quantkd.models.weights import is_quantized_layer
-from quantkd.names import HUB_ARGUMENTS, refuse_adapter
+from quantkd.names import HUB_ARGUMENTS, names_gguf, refuse_adapter
 
 logger = logging.getLogger(__name__)  # also says how much of a model is quantized; the command line prints it
 
@@ -130,7 +130,7 @@ def name_format(model: Any) -> str:
 
 def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str, Any] | None:
     """The quantization that a checkpoint is stored in already, from its config alone."""
-    if model_init_kwargs.get("gguf_file") or str(name_or_path).endswith(".gguf"):
+    if names_gguf(str(name_or_path), **model_init_kwargs):
         return None
     where = {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS}
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **where)

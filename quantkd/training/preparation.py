@@ -35,7 +35,7 @@ from quantkd.models.student import (
     stored_quantization,
 )
 from quantkd.models.weights import head_width
-from quantkd.names import HUB_ARGUMENTS, load_tokenizer
+from quantkd.names import HUB_ARGUMENTS, load_tokenizer, names_gguf
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
@@ -111,8 +111,12 @@ def choose_base(
     """The checkpoint to train on: with calibrated codes, written to the output folder; or `name` as it is."""
     config = quantization_config or "nf4"
     kind = config if isinstance(config, str) else format_of(config)
-    is_gguf = kwargs.get("gguf_file") is not None or name.endswith(".gguf")
-    if not args.calibrate or is_gguf or kind not in ("nf4", "fp4") or stored_quantization(name, **kwargs):
+    if (
+        not args.calibrate
+        or names_gguf(name, **kwargs)
+        or kind not in ("nf4", "fp4")
+        or stored_quantization(name, **kwargs)
+    ):
         return name
     if not isinstance(dataset, TransferSet) or shares_weights():
         why = "processes share the weights" if shares_weights() else "rows that are no TransferSet have no digest"
