@@ -1,5 +1,6 @@
 """The report: figures against independent sums, any arms, bins, what it says when it cannot say, the same bytes."""
 
+import itertools
 import json
 import math
 import os
@@ -7,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from transfer_sets import make_plan, write_set
 from quantkd.errors import DataError
 from quantkd.evaluation.stats import RowSums, bootstrap_interval, wilson_interval
 from quantkd.report import build_report, format_table
-from quantkd.report.figures import draw_bits
+from quantkd.report.figures import draw_bits, save_figure
 from quantkd.report.histograms import compute_histograms
 from quantkd.transfer_set import TransferSet
 from tests.report_arms import (
@@ -36,17 +36,17 @@ from tests.report_arms import (
     spoil,
 )
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 arms = pytest.fixture(make_arms)
 
 
-def describe(arm):
-    """Of an arm what its point in the chart needs."""
-    kl = sum(arm["fidelity"]["rows"]["kl_sum"]) / sum(TOKENS)
-    return {"bits_per_weight": arm["size"]["bits_per_weight"], "metrics": {"kl": {"value": kl, "interval": None}}}
+@pytest.fixture
+def pictures(monkeypatch):
+    monkeypatch.setattr("quantkd.report.figures.save_figure", save_figure)
 
 
-def test_metrics_are_ratios_of_sums(tmp_path, arms):
-    results, _ = build(tmp_path, arms)
+def test_metrics_are_ratios_of_sums_and_shares_are_of_the_gap(tmp_path, arms):
+    results, page = build(tmp_path, arms)
     for name, (level, solved) in LEVELS.items():
         metrics = results["arms"][name]["metrics"]
         kl = sum(n * level * (1 + 0.1 * i) for i, n in enumerate(TOKENS)) / 100
@@ -61,13 +61,9 @@ def test_metrics_are_ratios_of_sums(tmp_path, arms):
         assert metrics["accuracy_0_shot"]["interval"] == pytest.approx(wilson_interval(solved, 100))
         assert metrics["accuracy_0_shot"]["n"] == 100 and metrics["kl"]["n"] == 4
         assert results["arms"][name]["num_tokens"] == 100
-
-
-def test_gap_recovered(tmp_path, arms):
-    results, page = build(tmp_path, arms)
     shares = results["gap_recovered"]
-    assert shares["kl"] == pytest.approx(0.75) and shares["ce"] == pytest.approx(0.75)
-    assert shares["accuracy_0_shot"] == shares["accuracy_8_shot_strict"] == pytest.approx(0.75)
+    names = ("kl", "ce", "accuracy_0_shot", "accuracy_8_shot_strict")
+    assert [shares[name] for name in names] == pytest.approx([0.75] * 4)
     expected = (math.exp(0.4) - math.exp(0.7)) / (math.exp(0.3) - math.exp(0.7))
     assert shares["perplexity"] == pytest.approx(expected)
     low, high = results["gap_recovered_interval"]["accuracy_0_shot"]
@@ -101,7 +97,7 @@ def test_a_missing_part_is_said(tmp_path, arms, part, none, key, expected):
     assert "not evaluated" in build(tmp_path, arms)[1]
 
 
-def test_page_table_and_chart_show_each_arm_in_order(tmp_path, arms):
+def test_page_table_and_chart_show_each_arm_in_order(pictures, tmp_path, arms):
     results, page = build(tmp_path, arms)
     assert "](gap.png)" in page and "The before \\| arm" in page and len(read_tables(page)) == 6
     lines = format_table(results).splitlines()
@@ -112,7 +108,6 @@ def test_page_table_and_chart_show_each_arm_in_order(tmp_path, arms):
     assert sizes["Bits per weight"] == ["16.13", "4.13", "4.80"] and sizes["Adapters"][2] == "0.1 MB"
     parts = {"codes": 500_000, "constants": 16_000, "adapters": 84_000, "rest": 500_000, "total": 1_100_000}
     assert (results["arms"]["after"]["bytes"], results["arms"]["after"]["bits_per_weight"]) == (parts, 4.8)
-
     with Image.open(tmp_path / "gap.png") as image:
         colors = {color for count, color in image.convert("RGB").getcolors(1 << 20) if count > 2_000}
         assert image.width > image.height > 500
@@ -251,7 +246,10 @@ def test_the_report_says_what_an_export_cost_and_training_gave(tmp_path, arms, n
 
 def test_every_arm_is_a_labelled_point_over_its_bits(arms):
     arms |= {name: make_arm(name, level, 60) for name, level in (("start", 0.101), ("merged", 0.1), ("free", 0.0))}
-    compared = {name: {**describe(arm), "title": name} for name, arm in arms.items()}
+    compared = {}
+    for name, arm in arms.items():
+        kl = {"value": sum(arm["fidelity"]["rows"]["kl_sum"]) / sum(TOKENS), "interval": None}
+        compared[name] = {"title": name, "bits_per_weight": arm["size"]["bits_per_weight"], "metrics": {"kl": kl}}
     figure = draw_bits({"arms": compared, "confidence": 0.95})
     figure.draw_without_rendering()
     (panel,) = figure.axes
@@ -260,7 +258,7 @@ def test_every_arm_is_a_labelled_point_over_its_bits(arms):
     shown = {name: arm for name, arm in compared.items() if name not in ("teacher", "free")}  # a logarithm has no zero
     assert points == {name: (arm["bits_per_weight"], arm["metrics"]["kl"]["value"]) for name, arm in shown.items()}
     boxes = [Text.get_window_extent(text) for text in panel.texts]  # an annotation's own has its line too
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_the_control_is_tested_against_on_the_same_questions(tmp_path, arms):
@@ -323,7 +321,7 @@ def test_settings_that_differ_in_punctuation_alone_stay_apart(tmp_path, arms):
     assert [key for key in results["metric_order"] if "strict" not in key][:2] == ["accuracy_0_shot", "accuracy_8_shot"]
 
 
-def test_bytes_do_not_depend_on_place_hash_seed_locale_or_clock(tmp_path, arms):
+def test_bytes_do_not_depend_on_place_hash_seed_locale_or_clock(pictures, tmp_path, arms):
     arms["x-control"] = {**make_arm("x-control", 0.3, 60), "title": "Größe"}
     build(tmp_path / "a", arms)
     moved = tmp_path / "moved ö" / "b"
@@ -338,28 +336,26 @@ def test_bytes_do_not_depend_on_place_hash_seed_locale_or_clock(tmp_path, arms):
     assert (tmp_path / "c" / "results.json").read_bytes() == (moved / "results.json").read_bytes()
 
 
-NUM_ROWS = 12
 KL = {"teacher": 0.0, "before": 0.4, "after": 0.1, "control": 0.3}
 
 
 def make_binned_arm(name: str, dense: bool = True) -> dict[str, Any]:
     """KL grows with the row's number, with position and, threefold, with entropy; most bins have no token."""
-    level, rng = KL[name], np.random.default_rng(len(name))
-    tokens = np.array([[8, 4 + row % 3] for row in range(NUM_ROWS)])
-    kl = tokens * level * (1 + 0.05 * np.arange(NUM_ROWS))[:, None] * [0.5, 2.0]
+    level, rng, number = KL[name], np.random.default_rng(len(name)), np.arange(12)
+    tokens = np.stack([np.full(12, 8), 4 + number % 3], axis=1)
+    kl = tokens * level * (1 + 0.05 * number)[:, None] * [0.5, 2.0]
     by_entropy = np.stack([tokens[:, 0] - 2, tokens.sum(1) - tokens[:, 0] + 2], axis=1)
     entropy_kl = np.stack([kl.sum(1) / 4, 3 * kl.sum(1) / 4], axis=1)
     sure = by_entropy[:, ::-1]
-    correct = np.minimum(sure, np.stack([sure[:, 0] // 2, sure[:, 1] - (rng.random(NUM_ROWS) < level)], axis=1))
+    correct = np.minimum(sure, np.stack([sure[:, 0] // 2, sure[:, 1] - (rng.random(12) < level)], axis=1))
     count = tokens.sum(1)
     fidelity = make_fidelity(
-        count, kl.sum(1), count * (0.3 + level), count - np.arange(NUM_ROWS) % 2, dense,
+        count, kl.sum(1), count * (0.3 + level), count - number % 2, dense,
         position_tokens=tokens, position_kl_sum=kl, entropy_tokens=by_entropy, entropy_kl_sum=entropy_kl,
         confidence_tokens=sure, confidence_confidence_sum=sure * [0.4, 0.9], confidence_correct=correct,
     )  # fmt: skip
-    solved = {"teacher": 90, "before": 84, "after": 88, "control": 85}[name]
-    questions = {"0-shot": make_verdicts(solved)}
-    return {**make_arm(name, 0, 0), "title": f"the {name}", "fidelity": fidelity, "questions": questions}
+    verdicts = make_verdicts({"teacher": 90, "before": 84, "after": 88, "control": 85}[name])
+    return {**make_arm(name, 0, 0), "title": f"the {name}", "fidelity": fidelity, "questions": {"0-shot": verdicts}}
 
 
 @pytest.fixture
@@ -368,33 +364,25 @@ def binned():
 
 
 def test_divergences_and_calibration(tmp_path, binned):
+    """The interval of the calibration error is scipy's paired bootstrap over rows."""
     results, _ = build(tmp_path, binned)
-    for name, arm in binned.items():
-        metrics, bins = results["arms"][name]["metrics"], arm["fidelity"]["bins"]["confidence"]
-        tokens = sum(arm["fidelity"]["rows"]["tokens"])
-        for key, factor in (("reverse_kl", 1.5), ("dense_kl", 1.1), ("dense_reverse_kl", 1.7)):
-            assert metrics[key]["value"] == pytest.approx(factor * metrics["kl"]["value"])
-        assert metrics["dense_top1_agreement"]["value"] == 1
-        sums = [np.sum(bins[key], axis=0) for key in ("confidence_sum", "correct")]
-        ece = sum(abs(a - b) for a, b in zip(*sums, strict=True)) / tokens  # Guo et al. 2017, equation 3
-        assert metrics["ece"]["value"] == pytest.approx(ece)
-        low, high = metrics["ece"]["interval"]
-        assert 0 < low <= high < 1
-    assert results["gap_recovered"]["reverse_kl"] == pytest.approx(0.75)
-    assert results["metric_order"][-5:-3] == ["reverse_kl", "ece"]
-    assert "Calibration error (ECE)" in format_table(results)
 
-
-def test_the_calibration_interval_is_scipy_s_paired_bootstrap_over_rows(tmp_path, binned):
-    bins = binned["before"]["fidelity"]["bins"]["confidence"]
-    columns = [np.array(bins[key])[:, b] for key in ("confidence_sum", "correct", "tokens") for b in (0, 1)]
-
-    def ece(*drawn, axis=-1):
+    def ece(*drawn, axis=-1):  # Guo et al. 2017, equation 3
         sums = [one.sum(axis) for one in drawn]
         return (abs(sums[0] - sums[2]) + abs(sums[1] - sums[3])) / (sums[4] + sums[5])
 
-    found = build(tmp_path, binned)[0]["arms"]["before"]["metrics"]["ece"]["interval"]
-    assert tuple(found) == pytest.approx(bootstrap_by_scipy(columns, ece), rel=1e-9)
+    for name, arm in binned.items():
+        metrics, bins = results["arms"][name]["metrics"], arm["fidelity"]["bins"]["confidence"]
+        for key, factor in (("reverse_kl", 1.5), ("dense_kl", 1.1), ("dense_reverse_kl", 1.7)):
+            assert metrics[key]["value"] == pytest.approx(factor * metrics["kl"]["value"])
+        assert metrics["dense_top1_agreement"]["value"] == 1
+        columns = [np.array(bins[key])[:, b] for key in ("confidence_sum", "correct", "tokens") for b in (0, 1)]
+        assert metrics["ece"]["value"] == pytest.approx(ece(*columns))
+        assert metrics["ece"]["interval"] == pytest.approx(list(bootstrap_by_scipy(columns, ece)), rel=1e-9)
+        assert not np.any(np.array(bins["tokens"])[:, 2:]) and metrics["ece"]["interval"][0] > 0
+    assert results["gap_recovered"]["reverse_kl"] == pytest.approx(0.75)
+    assert results["metric_order"][-5:-3] == ["reverse_kl", "ece"]
+    assert "Calibration error (ECE)" in format_table(results)
 
 
 def test_differences_are_paired(tmp_path, binned):
@@ -414,19 +402,16 @@ def test_differences_are_paired(tmp_path, binned):
     assert "less the control" in page
 
 
-def test_kl_by_bin(tmp_path, binned):
+def test_kl_by_bin(pictures, tmp_path, binned):
     results, page = build(tmp_path, binned)
-    for name, arm in binned.items():
-        for kind in ("position", "entropy"):
-            bins, found = arm["fidelity"]["bins"][kind], results["arms"][name][f"kl_by_{kind}"]
-            sums, tokens = np.sum(bins["kl_sum"], axis=0), np.sum(bins["tokens"], axis=0)
-            assert [one["tokens"] for one in found] == tokens.tolist()
-            total = sum(one["value"] * one["tokens"] for one in found if one["tokens"])
-            assert total == pytest.approx(results["arms"][name]["metrics"]["kl"]["value"] * tokens.sum())
-            for one, nats, count in zip(found, sums, tokens, strict=True):
-                assert one["value"] == (pytest.approx(nats / count) if count else None)
-            dense = results["arms"][name][f"dense_kl_by_{kind}"]
-            assert dense[0]["value"] == pytest.approx(1.1 * found[0]["value"])
+    for name, kind in itertools.product(binned, ("position", "entropy")):
+        bins, found = binned[name]["fidelity"]["bins"][kind], results["arms"][name][f"kl_by_{kind}"]
+        sums, tokens = np.sum(bins["kl_sum"], axis=0), np.sum(bins["tokens"], axis=0)
+        assert [one["tokens"] for one in found] == tokens.tolist()
+        for one, nats, count in zip(found, sums, tokens, strict=True):
+            assert one["value"] == (pytest.approx(nats / count) if count else None)
+        dense = results["arms"][name][f"dense_kl_by_{kind}"]
+        assert dense[0]["value"] == pytest.approx(1.1 * found[0]["value"])
     first, last = results["arms"]["after"]["kl_by_position"][0], results["arms"]["after"]["kl_by_position"][-1]
     assert first["interval"][0] < first["value"] < first["interval"][1] and (first["from"], first["to"]) == (0, 8)
     assert last == {"from": 512, "to": None, "tokens": 0, "value": None, "interval": None}
