@@ -208,9 +208,18 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
+def refused(error, match, call, /, *args, **kwargs):
+    """The call raises the error, with a message that matches."""
+    with pytest.raises(error, match=match):
+        call(*args, **kwargs)
+
+
 @pytest.fixture
 def cli(capsys):
-    """Runs a command; its exit code, standard output and standard error."""
+    """Runs a command; its exit code, standard output and standard error. `cli.ok` runs one that ends well: its output.
+
+    `cli.fails` runs one that ends with exit code 1, or `code`, and says `said` in standard error.
+    """
     from quantkd.cli.main import main
 
     def run(*words):
@@ -221,6 +230,16 @@ def cli(capsys):
             code = stop.code or 0
         return code, *capsys.readouterr()
 
+    def succeed(*words):
+        code, out, err = run(*words)
+        assert code == 0, err
+        return out
+
+    def fail(said, *words, code=1):
+        found, _, err = run(*words)
+        assert found == code and said in err and "Traceback" not in err, err
+
+    run.ok, run.fails = succeed, fail
     return run
 
 

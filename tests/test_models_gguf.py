@@ -26,13 +26,19 @@ from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import calibrate
 from quantkd.models.stored_weights import compute_size, describe_weights
 from quantkd.models.student import attach_lora, default_lora_config, load_student, name_format
+from tests.conftest import build_tiny_model, refused
 
-KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+# What chosen codes leave of the error on correlated inputs at most, a tenth above what was measured.
+KINDS = {
+    "Q4_0": 0.5, "Q4_1": 0.43, "Q5_0": 0.45, "Q5_1": 0.41, "Q8_0": 0.45,
+    "Q2_K": 0.72, "Q3_K": 0.48, "Q4_K": 0.21, "Q5_K": 0.087, "Q6_K": 0.04,
+}  # fmt: skip
 ARCHITECTURES = {
     "Llama": "llama", "Llama, tied": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3",
     "Gemma": "gemma", "Gemma 2, soft-capped": "gemma2", "Gemma 3": "gemma3", "SmolLM 3": "smollm3",
     "Granite, scaled": "granite", "OLMo 2": "olmo2", "Phi-3": "phi3", "Starcoder 2": "starcoder2",
 }  # fmt: skip
+IDS = torch.arange(40).view(2, 20)
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +54,19 @@ def dequantized(path):
     return {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in read.tensors}
 
 
+def save_model(family, folder):
+    """A random model in `folder`, with norms and biases that tell, for some start as zeros."""
+    model, generator = build(family, 96), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1 and ARCHITECTURES[family] in ("gemma", "gemma2", "gemma3", "qwen2"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    model.save_pretrained(folder)
+    return model
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_the_weights_are_what_the_file_dequantizes_to(family, tmp_path):
-    model = build(family, 96)
-    if ARCHITECTURES[family] in ("gemma", "gemma2", "gemma3", "qwen2"):  # norms and biases start as zeros
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path / "full")
+    model = save_model(family, tmp_path / "full")
     path = write_gguf(model, tmp_path / "model.gguf", "Q8_0", architecture=ARCHITECTURES[family])
     student = load_student(str(tmp_path / "full"), gguf_file=str(path))
     values, found = dequantized(path), stored_weights(student, ARCHITECTURES[family])
@@ -63,23 +74,12 @@ def test_the_weights_are_what_the_file_dequantizes_to(family, tmp_path):
     for name, expected in values.items():
         assert np.array_equal(found[name].reshape(-1), expected.reshape(-1)) or "norm" in name, name
         assert np.allclose(found[name].reshape(-1), expected.reshape(-1), atol=1e-7, rtol=1e-6)
-    ids = torch.arange(40).view(2, 20)
-    close = torch.nn.functional.cosine_similarity(student(ids).logits, model(ids).logits, dim=-1).mean()
+    close = torch.nn.functional.cosine_similarity(student(IDS).logits, model(IDS).logits, dim=-1).mean()
     assert close > 0.99, "the rows or norms are in another order"
-
-
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma 2, soft-capped", "Gemma 3"])
-def test_transformers_reads_the_same(family, tmp_path):
-    """Its own loader keeps a file for inference; dequantized it is an independent reading."""
-    model = build(family, 96)
-    model.save_pretrained(tmp_path / "full")
-    path = write_gguf(model, tmp_path / "model.gguf", architecture=ARCHITECTURES[family])
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=path.name, config=model.config, quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )  # fmt: skip
-    ours = load_student(str(tmp_path / "full"), gguf_file=str(path))
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    if family in ("Llama", "Qwen2", "Qwen3", "Gemma 2, soft-capped", "Gemma 3"):  # which transformers reads, too
+        options = {"config": model.config, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, **options)
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), theirs.parameters(), strict=True))
 
 
 def random_tensor(kind, rows=12, blocks=2, seed=0):
@@ -129,15 +129,14 @@ def test_chosen_codes_have_less_error_on_the_inputs(kind, tiny_model):
     constants = split_blocks(tensor)["constants"]
     before = error()
     calibrate_gguf_layer(layer, tiny_model.config, original, InputMoment(inputs))
-    assert error() < 0.75 * before
+    assert error() < KINDS[kind] * before
     assert torch.equal(layer.weight, tensor.dequantize())
     assert torch.equal(split_blocks(tensor)["constants"], constants)
 
 
 def test_a_student_trains_and_is_described_by_its_file(q4_0, tiny_model_path, make_trainer, tmp_path, held_out, cli):
-    trainer = make_trainer(
-        model_init_kwargs={"gguf_file": str(q4_0)}, init="covariance", init_from=str(tiny_model_path), max_steps=1,
-    )  # fmt: skip
+    options = {"model_init_kwargs": {"gguf_file": str(q4_0)}, "init_from": str(tiny_model_path), "max_steps": 1}
+    trainer = make_trainer(init="covariance", **options)
     student = trainer.model
     assert name_format(student) == "q4_0"
     assert all(not parameter.requires_grad for name, parameter in student.named_parameters() if "lora" not in name)
@@ -154,22 +153,16 @@ def test_a_student_trains_and_is_described_by_its_file(q4_0, tiny_model_path, ma
     assert config["base_model_name_or_path"] == tiny_model_path.name
     assert 'gguf_file="tiny-Q4_0.gguf")' in (folder / "README.md").read_text(encoding="utf-8")
 
-    common = ["--model_name_or_path", tiny_model_path, "--gguf_file", q4_0, "--adapter", folder]
-    held = str(held_out.sources[0])
-    code, _, error = cli("evaluate", "--arm", "after", *common, "--held_out", held, "--run_dir", tmp_path / "run")
-    assert code == 0, error
+    other = write_gguf(AutoModelForCausalLM.from_pretrained(tiny_model_path), tmp_path / "other.gguf", "Q5_0")
+    common = ["--adapter", folder, "--model_name_or_path", tiny_model_path, "--gguf_file"]
+    words = ["evaluate", "--held_out", held_out.sources[0], "--run_dir", tmp_path / "run", "--arm", "after", *common]
+    cli.ok(*words, q4_0)
     arm = json.loads((tmp_path / "run" / "evaluation" / "after.json").read_text(encoding="utf-8"))
     assert arm["title"] == "q4_0, distilled"
-    other = write_gguf(AutoModelForCausalLM.from_pretrained(tiny_model_path), tmp_path / "other.gguf", "Q5_0")
-    common[3] = other
-    code, _, error = cli("evaluate", "--arm", "wrong", *common, "--held_out", held, "--run_dir", tmp_path / "run")
-    assert code == 1 and "quantized weights of digest" in error
-    common[3] = q4_0
-    code, _, error = cli("export", "--form", "merged", *common, "--output_dir", tmp_path / "merged")
-    assert code == 0, error
+    cli.fails("quantized weights of digest", *words, other)
+    cli.ok("export", "--form", "merged", "--output_dir", tmp_path / "merged", *common, q4_0)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    ids = torch.arange(40).view(2, 20)
-    assert torch.allclose(merged(ids).logits.float(), student(ids).logits.float(), atol=0.5)
+    assert torch.allclose(merged(IDS).logits.float(), student(IDS).logits.float(), atol=0.5)
 
 
 def test_bytes_and_digest_are_those_of_the_file(q4_0, tiny_model_path, tmp_path):
@@ -195,19 +188,15 @@ def test_a_file_by_itself_has_its_own_config_and_tokenizer(
     tiny_model.save_pretrained(tmp_path / "full")
     path = write_gguf(tiny_model, tmp_path / "alone.gguf", tokenizer=tiny_tokenizer)
     alone, named = load_student(str(path)), load_student(str(tmp_path / "full"), gguf_file=str(path))
-    ids = torch.arange(40).view(2, 20)
-    assert torch.allclose(alone(ids).logits, named(ids).logits, atol=1e-4)
+    assert torch.allclose(alone(IDS).logits, named(IDS).logits, atol=1e-4)
     assert "The config comes from alone.gguf" in caplog.text
     text = "Ann has 3 apples."
     for student in (str(path), alone):
         assert load_student_tokenizer(student)(text).input_ids == tiny_tokenizer(text).input_ids
     of_folder = load_student(str(tmp_path), gguf_file="alone.gguf")
-    assert torch.equal(of_folder(ids).logits, alone(ids).logits)
-    code, _, error = cli(
-        "train", "--model_name_or_path", path, "--init_from", tiny_model_path, "--transfer_set",
-        training_set.sources[0], "--output_dir", tmp_path / "out", "--max_steps", "1", "--report_to", "none",
-    )  # fmt: skip
-    assert code == 0, error
+    assert torch.equal(of_folder(IDS).logits, alone(IDS).logits)
+    words = ["--model_name_or_path", path, "--init_from", tiny_model_path, "--transfer_set", training_set.sources[0]]
+    cli.ok("train", *words, "--output_dir", tmp_path / "out", "--max_steps", "1", "--report_to", "none")
     assert name_format(load_student_from(StudentArguments(str(path)))) == "q4_0"
     facts = Provenance.read(tmp_path / "out")
     assert (facts.training["init"], facts.quantization["gguf_file"]) == ("covariance", "alone.gguf")
@@ -221,12 +210,8 @@ def test_quantize_writes_the_same_file_with_other_codes(q4_0, tiny_model_path, t
     def kl(file):
         return evaluate_fidelity(load_student(str(tiny_model_path), gguf_file=str(file)), held_out).means["kl"]
 
-    code, said, error = cli(
-        "quantize", tiny_model_path, "--gguf_file", q4_0, "--transfer_set", training_set.sources[0],
-        "--output_dir", tmp_path / "out",
-    )  # fmt: skip
-    assert code == 0, error
-    assert "tiny-Q4_0.gguf with calibrated codes" in said
+    words = ["--gguf_file", q4_0, "--transfer_set", training_set.sources[0], "--output_dir", tmp_path / "out"]
+    assert "tiny-Q4_0.gguf with calibrated codes" in cli.ok("quantize", tiny_model_path, *words)
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["quantkd.json", "tiny-Q4_0.gguf"]
     old, new = open_gguf(q4_0), open_gguf(tmp_path / "out" / "tiny-Q4_0.gguf")
     assert len(old.data) == len(new.data) and old.metadata == new.metadata and old.tensors.keys() == new.tensors.keys()
@@ -249,42 +234,30 @@ def test_quantize_writes_the_same_file_with_other_codes(q4_0, tiny_model_path, t
 
 
 def test_a_file_of_another_model_is_refused(q4_0, tiny_model_path, tiny_tokenizer, training_set, tmp_path):
-    from conftest import build_tiny_model
-
+    for family in ("Llama", "Qwen2", "Mamba"):
+        build(family, 96).save_pretrained(tmp_path / family)
+    model, bias = AutoModelForCausalLM.from_pretrained(tiny_model_path), {"blk.0.attn_q.bias": np.ones(64, np.float32)}
     other = write_gguf(build_tiny_model(tiny_tokenizer, seed=1), tmp_path / "other.gguf")
-    with pytest.raises(ConfigError, match=r"other.gguf does not fit .*farther from the checkpoint's than zero is"):
-        load_student(str(tiny_model_path), gguf_file=str(other))
-    build("Llama", 96).save_pretrained(tmp_path / "small")
-    with pytest.raises(
-        ConfigError, match=r"token_embd.weight of tiny-Q4_0.gguf has the shape \(320, 64\); expected \(96"
-    ):
-        load_student(str(tmp_path / "small"), gguf_file=str(q4_0))
-    build("Qwen2", 96).save_pretrained(tmp_path / "qwen")
-    with pytest.raises(ConfigError, match="has the architecture llama; expected qwen2"):
-        load_student(str(tmp_path / "qwen"), gguf_file=str(q4_0))
-    build("Mamba", 96).save_pretrained(tmp_path / "mamba")
-    with pytest.raises(ConfigError, match="of the type mamba, whose GGUF files quantkd does not read"):
-        load_student(str(tmp_path / "mamba"), gguf_file=str(q4_0))
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     lacking = write_gguf(model, tmp_path / "lacking.gguf", leave_out="blk.1.ffn_up.weight")
-    with pytest.raises(ConfigError, match=r"no tensor for model.layers.1.mlp.up_proj.weight"):
-        load_student(str(tiny_model_path), gguf_file=str(lacking))
-    more = write_gguf(model, tmp_path / "more.gguf", extra={"blk.0.attn_q.bias": np.ones(64, np.float32)})
-    with pytest.raises(ConfigError, match=r"has blk.0.attn_q.bias, which the model LlamaForCausalLM has no weight for"):
-        load_student(str(tiny_model_path), gguf_file=str(more))
-    for place, message in ((tmp_path, "holds no config.json"), (tmp_path / "nothing", "There is no folder")):
-        with pytest.raises(ConfigError, match=message):
-            load_student(str(place), gguf_file=str(q4_0))
-    odd = GgufTensor("odd", gguf.GGMLQuantizationType.Q8_1, (1, 32), np.zeros((1, 40), np.uint8))
-    with pytest.raises(ConfigError, match="odd is stored in Q8_1, which the package gguf does not read"):
-        odd.dequantize()
-    with pytest.raises(ConfigError, match="another format was asked for"):
-        load_student(str(tiny_model_path), gguf_file=str(q4_0), quantization_config="nf4")
-    with pytest.raises(ConfigError, match="which is no file here and none of"):
-        load_student(str(tiny_model_path), gguf_file="missing.gguf")
+    more = write_gguf(model, tmp_path / "more.gguf", extra=bias)
     half = write_gguf(model, tmp_path / "half.gguf", "F16")
-    with pytest.raises(ConfigError, match="it is stored as F16"):
-        quantize(tiny_model_path, training_set, tmp_path / "no", gguf_file=str(half))
+    for place, file, message in (
+        (tiny_model_path, other, r"other.gguf does not fit .*farther from the checkpoint's than zero is"),
+        (tmp_path / "Llama", q4_0, r"token_embd.weight of tiny-Q4_0.gguf has the shape \(320, 64\); expected \(96"),
+        (tmp_path / "Qwen2", q4_0, "has the architecture llama; expected qwen2"),
+        (tmp_path / "Mamba", q4_0, "of the type mamba, whose GGUF files quantkd does not read"),
+        (tiny_model_path, lacking, r"no tensor for model.layers.1.mlp.up_proj.weight"),
+        (tiny_model_path, more, r"has blk.0.attn_q.bias, which the model LlamaForCausalLM has no weight for"),
+        (tmp_path, q4_0, "holds no config.json"), (tmp_path / "nothing", q4_0, "There is no folder"),
+        (tiny_model_path, "missing.gguf", "which is no file here and none of"),
+    ):  # fmt: skip
+        refused(ConfigError, message, load_student, str(place), gguf_file=str(file))
+    odd = GgufTensor("odd", gguf.GGMLQuantizationType.Q8_1, (1, 32), np.zeros((1, 40), np.uint8))
+    refused(ConfigError, "odd is stored in Q8_1, which the package gguf does not read", odd.dequantize)
+    named = {"gguf_file": str(q4_0), "quantization_config": "nf4"}
+    refused(ConfigError, "another format was asked for", load_student, str(tiny_model_path), **named)
+    words = (tiny_model_path, training_set, tmp_path / "no")
+    refused(ConfigError, "it is stored as F16", quantize, *words, gguf_file=str(half))
     assert not (tmp_path / "no").exists()
 
 
@@ -303,6 +276,7 @@ def header(tensors=0, fields=1, version=3):
 ARCHITECTURE = text("general.architecture") + number(8, "I") + text("llama")
 TENSOR = text("t") + number(1, "I") + number(32) + number(0, "I")  # 32 values in F32, then its offset
 LARGE = 2**60
+KEY, ONE = header(0, 2) + ARCHITECTURE, header(1) + ARCHITECTURE  # another key, or a tensor, follows
 HOSTILE = {
     "an empty file": (b"", "too few for a GGUF file"),
     "another file": (b"PK\x03\x04" * 20, "expected b'GGUF'"),
@@ -318,74 +292,47 @@ HOSTILE = {
     "an array of arrays": (header() + text("a") + number(9, "I") + number(9, "I") + number(2), "an array of type 9"),
     "an unknown type": (header() + text("a") + number(77, "I"), "metadata of type 77"),
     "a key that is no text": (header() + number(1) + b"\xff" + number(4, "I"), "not UTF-8"),
-    "a key twice": (header(0, 2) + ARCHITECTURE * 2, "twice in its metadata"),
+    "a key twice": (KEY + ARCHITECTURE, "twice in its metadata"),
     "no architecture": (header() + text("a") + number(4, "I") + number(1, "I"), "does not name its architecture"),
-    "many layers": (
-        header(0, 2) + ARCHITECTURE + text("llama.block_count") + number(4, "I") + number(2**31, "I"),
-        "states 2147483648 layers"
-    ),
-    "a part": (header(0, 2) + ARCHITECTURE + text("split.count") + number(2, "I") + number(3, "H"), "one of 3 parts"),
-    "an alignment of none": (
-        header(1, 2) + ARCHITECTURE + text("general.alignment") + number(4, "I") + number(0, "I"), "alignment 0"
-    ),
-    "many dimensions": (header(1) + ARCHITECTURE + text("t") + number(2**31, "I"), "2147483648 dimensions"),
-    "a large tensor": (
-        header(1) + ARCHITECTURE + text("t") + number(2, "I") + number(2**63) + number(2**63) + number(0, "I")
-        + number(0), "is truncated"
-    ),
-    "an unknown tensor type": (
-        header(1) + ARCHITECTURE + text("t") + number(1, "I") + number(32) + number(999, "I") + number(0), "type 999"
-    ),
-    "no whole blocks": (
-        header(1) + ARCHITECTURE + text("t") + number(1, "I") + number(33) + number(2, "I") + number(0), "whole blocks"
-    ),
-    "a crooked offset": (header(1) + ARCHITECTURE + TENSOR + number(7), "multiple of 32"),
-    "an offset beyond the end": (header(1) + ARCHITECTURE + TENSOR + number(LARGE), "is truncated"),
-    "tensors on each other": (
-        header(2) + ARCHITECTURE + TENSOR + number(0) + TENSOR.replace(b"t", b"u") + number(64) + bytes(500),
-        "where another tensor is"
-    ),
+    "many layers": (KEY + text("llama.block_count") + number(4, "I") + number(2**31, "I"), "states 2147483648 layers"),
+    "a part": (KEY + text("split.count") + number(2, "I") + number(3, "H"), "one of 3 parts"),
+    "no alignment": (KEY + text("general.alignment") + number(4, "I") + number(0, "I"), "alignment 0"),
+    "many dimensions": (ONE + text("t") + number(2**31, "I"), "2147483648 dimensions"),
+    "a large tensor": (ONE + text("t") + number(2, "I") + number(2**63) * 2 + number(0, "I") + number(0), "truncated"),
+    "an unknown kind": (ONE + text("t") + number(1, "I") + number(32) + number(999, "I") + number(0), "type 999"),
+    "no whole blocks": (ONE + text("t") + number(1, "I") + number(33) + number(2, "I") + number(0), "whole blocks"),
+    "a crooked offset": (ONE + TENSOR + number(7), "multiple of 32"),
+    "an offset beyond the end": (ONE + TENSOR + number(LARGE), "is truncated"),
+    "tensors on each other": (header(2) + ARCHITECTURE + TENSOR + number(0) + TENSOR.replace(b"t", b"u") + number(64)
+                              + bytes(500), "where another tensor is"),
     "a tensor twice": (header(2) + ARCHITECTURE + TENSOR + number(0) + TENSOR + number(128) + bytes(500), "or twice"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_at_once(name, tmp_path):
-    data, message = HOSTILE[name]
-    path = tmp_path / "hostile.gguf"
-    path.write_bytes(data)
-    with pytest.raises(ConfigError, match=message):
-        open_gguf(path)
+    (tmp_path / "hostile.gguf").write_bytes(HOSTILE[name][0])
+    refused(ConfigError, HOSTILE[name][1], open_gguf, tmp_path / "hostile.gguf")
 
 
-def test_every_truncation_is_refused(q4_0, tmp_path):
+def test_truncations_and_values_that_are_not_finite_are_refused(q4_0, tiny_model_path, tmp_path):
     data, path = q4_0.read_bytes(), tmp_path / "cut.gguf"
     for length in [*range(0, 2000, 7), len(data) // 2, len(data) - 100]:
         path.write_bytes(data[:length])
-        with pytest.raises(ConfigError):
-            open_gguf(path)
-
-
-def test_values_that_are_not_finite_are_refused(q4_0, tiny_model_path, tmp_path):
+        refused(ConfigError, "", open_gguf, path)
     path = shutil.copyfile(q4_0, tmp_path / "broken.gguf")
     file = open_gguf(path)
     place = file.tensors["blk.1.ffn_up.weight"].blocks.ctypes.data - file.data.ctypes.data
     with path.open("r+b") as opened:
         opened.seek(place)
         opened.write(np.array([np.inf], np.float16).tobytes())
-    with pytest.raises(ConfigError, match=r"blk.1.ffn_up.weight .* not finite"):
-        load_student(str(tiny_model_path), gguf_file=str(path))
+    refused(ConfigError, r"blk.1.ffn_up.weight .* not finite", load_student, str(tiny_model_path), gguf_file=str(path))
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Gemma 3"])
-def test_start_and_codes_of_other_families(family, tmp_path):
+@pytest.mark.parametrize(("family", "limits"), [("Qwen2", (0.05, 0.0065)), ("Gemma 3", (0.63, 0.21))])
+def test_start_and_codes_of_other_families(family, limits, tmp_path):
     """Biases and shifted norms survive the way from the file to a corrected student."""
-    model = build(family, 96)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path / "full")
-    plain = {"token_embd": "F32", "output": "F32"}
+    model, plain = save_model(family, tmp_path / "full"), {"token_embd": "F32", "output": "F32"}
     path = write_gguf(model, tmp_path / "model.gguf", architecture=ARCHITECTURES[family], **plain)
     ids = torch.randint(0, 96, (8, 64), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits.log_softmax(-1).detach()
@@ -397,7 +344,7 @@ def test_start_and_codes_of_other_families(family, tmp_path):
     student, adapted = (load_student(str(tmp_path / "full"), gguf_file=str(path)) for _ in range(2))
     before, weights = kl(student), OriginalWeights(str(tmp_path / "full"), student)
     assert calibrate(student, weights, ids, torch.ones_like(ids), progress=False) == 12  # in rows of whole blocks
-    assert kl(student) < 0.7 * before
+    assert kl(student) < limits[0] * before
     adapted = attach_lora(adapted, default_lora_config(8))
     assert initialize_from_error(adapted, weights, ids, torch.ones_like(ids), progress=False) == 14
-    assert kl(adapted) < 0.7 * before
+    assert kl(adapted) < limits[1] * before
