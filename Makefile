@@ -1,6 +1,6 @@
 # One line of help a target: whatever follows `##`.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench docs vllm-env llamacpp-env llamacpp-tools
+.PHONY: help install demo test test-slow check bench gpu docs vllm-env llamacpp-env llamacpp-tools
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,7 +33,12 @@ check: $(VENV)/.installed  ## ruff, format, mypy, and the docs with warnings as 
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.demo  ## every benchmark; each prints one JSON line last
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python "$$script"; done
+	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python "$$script"; done
+
+# MODEL is a checkpoint folder to recover, GSM8K the folder of its questions, MINUTES the limit (10).
+gpu: $(VENV)/.installed  ## tests, benchmarks and recovery on a CUDA card in 10 minutes; MODEL=FOLDER names a checkpoint
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py $(if $(MODEL),--model "$(MODEL)") $(if $(GSM8K),--gsm8k "$(GSM8K)") \
+	  $(if $(MINUTES),--minutes "$(MINUTES)")
 
 docs: $(VENV)/.installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkd.data.demo_model import load_demo_model
 
-__all__ = ["add_sources", "find_gsm8k", "parse"]
+__all__ = ["add_sources", "find_gsm8k", "look_for_gsm8k", "parse"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = (_ROOT / "data" / "gsm8k", _ROOT.parent / "shared" / "data" / "gsm8k")
@@ -29,11 +29,16 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def look_for_gsm8k(folder: str | None) -> Path | None:
+    """The folder of GSM8K, if it is there."""
+    places = [Path(folder)] if folder else _FOLDERS
+    return next((place for place in places if (place / "train.jsonl").is_file()), None)
+
+
 def find_gsm8k(folder: str | None) -> str:
     """The folder of GSM8K; where there is none, the benchmark says so as its last line, and ends without an error."""
-    for place in [Path(folder)] if folder else _FOLDERS:
-        if (place / "train.jsonl").is_file():
-            return str(place)
+    if (place := look_for_gsm8k(folder)) is not None:
+        return str(place)
     said = f"no train.jsonl in {folder or ' or '.join(map(str, _FOLDERS))}; name the folder with --gsm8k"
     print(json.dumps({"skipped": said}))
     raise SystemExit(0)

@@ -10,10 +10,10 @@ Every contender answers the same prompts greedily in the same batches, with the 
 Time: in one process the contenders take turns at every batch, in another order each time, `capture` with a set of its
 own for each; the ratios are medians over the batches of all rounds.
 
-Memory: the batch of the longest prompts, each contender in processes of its own: the peak over what there was before
-the batch, as torch allocates it on a GPU, else the resident set, where every block of 64 kB or more is mapped for
-itself (`MALLOC_MMAP_THRESHOLD_`), so that holes of the heap do not count. `extra` is the peak over that of `generate`,
-and `memory_vs_step_logits` that as a share of one step's (batch, vocabulary) logits in float32.
+Memory: the batch of the longest prompts: the peak over what there was before the batch. On a GPU it is what torch
+allocates; else the resident set, each contender in processes of its own, where every block of 64 kB or more is mapped
+for itself (`MALLOC_MMAP_THRESHOLD_`), so that holes of the heap do not count. `extra` is the peak over that of
+`generate`, and `memory_vs_step_logits` that as a share of one step's (batch, vocabulary) logits in float32.
 
     python benchmarks/capture.py
 
@@ -206,14 +206,15 @@ def main() -> None:
         if (value := getattr(args, key)) is not None
     ]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    bench = Bench(args) if torch.cuda.is_available() else None
     for _ in range(args.processes):
         for name in CONTENDERS:
-            runs[name].append(run_alone(name, given))
+            runs[name].append(measure_memory(name, bench) if bench else run_alone(name, given))
     result: dict[str, Any] = {}
     if args.processes:
         result |= summarize_memory(runs)
     if args.rounds:
-        bench = Bench(args)
+        bench = bench or Bench(args)
         result |= summarize_time(measure_time(bench), len(bench.prompts))
         result |= {"dtype": str(bench.model.dtype).removeprefix("torch."), "device": str(bench.model.device)}
     print(json.dumps(result))

@@ -2,6 +2,7 @@
 
 Every contender runs in a process of its own on the same made-up inputs. All processes stay alive and take one step each
 in turn, after a warm-up, so that a machine that slows down slows all of them; `seconds` is the median over the rounds.
+On CUDA, where each keeps gigabytes, one process follows the other.
 
 `peak_mib` is what one full step adds to the process's resident memory: the highest resident size of the first full
 step less the resident size before it, when the inputs are in memory and a step of 8 positions has loaded what loads
@@ -19,7 +20,7 @@ this project's fused loss, Liger's and TRL's chunked divergences, TRL's divergen
 
 Axolotl's kernel renormalises the entries and drops the tail; it and Liger's compute the head's gradient although the
 head is frozen. Neither is compiled on a CPU. A peer that is not installed is skipped with a message. With CUDA a second
-table follows, in bfloat16. The last line is one JSON object.
+table follows, in bfloat16; with --device there is the table of that device alone. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -112,22 +113,24 @@ class Child:
 
 def compare(names: list[str], args: argparse.Namespace, device: str = "cpu", **shape: Any) -> dict[str, dict[str, Any]]:
     """Let all contenders take their turns, print the table, return what they measured."""
-    children = []
-    for name in names:
-        child = Child(name, args, device, **shape)
-        if "skipped" in child.first:
-            print(f"{name} skipped: {child.first['skipped']}")
-            child.stop()
-        else:
-            children.append(child)
-    seconds: dict[str, list[float]] = {child.name: [] for child in children}
-    for _ in range(args.rounds):
-        for child in children:
-            seconds[child.name].append(child.step())
     results: dict[str, dict[str, Any]] = {}
-    for child in children:
-        child.stop()
-        results[child.name] = {**child.first, "seconds": statistics.median(seconds[child.name])}
+    for group in [[name] for name in names] if device == "cuda" else [names]:
+        children = []
+        for name in group:
+            child = Child(name, args, device, **shape)
+            if "skipped" in child.first:
+                print(f"{name} skipped: {child.first['skipped']}")
+                child.stop()
+            else:
+                children.append(child)
+        seconds: dict[str, list[float]] = {child.name: [] for child in children}
+        for _ in range(args.rounds):
+            for child in children:
+                seconds[child.name].append(child.step())
+        for child in children:
+            child.stop()
+            results[child.name] = {**child.first, "seconds": statistics.median(seconds[child.name])}
+            print(f"{child.name}: {results[child.name]['seconds']:.4f} s", flush=True)
     ce, products = results["plain_ce"], results["matmuls"]
     print(f"{'contender':<12} {'seconds':>8} {'x matmuls':>9} {'x CE':>6} {'peak MiB':>9} {'x CE':>6}")
     for name, result in results.items():
@@ -161,8 +164,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=HERE.parent / "build" / "peers", help="folder of the peers")
     parser.add_argument("--install-peers", action="store_true", help="install them there, and end")
     parser.add_argument("--contender", choices=[*PLAIN, *PEERS], help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="this device alone, with the given sizes and dtype")
+    parser.add_argument("--dtype", default="float32", help="with --device")
     args = parser.parse_args()
     if args.install_peers:
         requirements = str(HERE / "requirements-loss.txt")
@@ -170,6 +173,9 @@ def main() -> None:
         sys.exit(subprocess.run([*pip, "-r", requirements], check=False).returncode)
     if args.contender:
         take_turns(args)
+        return
+    if args.device:
+        print(json.dumps(compare(list(ON_GPU), args, args.device, dtype=args.dtype)))
         return
     print(f"N={args.positions} H={args.hidden_size} V={args.vocab_size} float32, {args.threads} threads, frozen head")
     results = compare([*PLAIN, *PEERS], args)

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from _cache import keep_figures
 from _sources import add_sources, find_gsm8k, parse
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
@@ -89,6 +90,8 @@ def capture_sets(args: argparse.Namespace) -> None:
             storage=Nucleus(args.storage_mass, max_k=64), generation=GenerationSettings(args.max_new_tokens),
             run=RunSettings(batch_size=32),
         )  # fmt: skip
+    del teacher
+    clear_device_cache(garbage_collection=True)  # the arms run in processes of their own, on the same card
 
 
 def shared_arguments(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -151,9 +154,13 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     trainer = build(name, args, student, TransferSet(set_folder(args, "train")), tokenizer)
     start_seconds = time.perf_counter() - began
     result = {"start": measure_adapter(trainer.model, "start", held_out, args)} if name == "quantkd" else {}
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - began
+    result |= {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if on_gpu else {}
     result |= {"start_seconds": start_seconds, "train_seconds": train_seconds}
     result |= {"seconds": start_seconds + train_seconds, "steps": trainer.state.global_step}
     return result | measure_adapter(trainer.model, name, held_out, args)
@@ -236,6 +243,12 @@ def summarize(arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict
     return summary | {"dtype": str(native_compute_dtype()).removeprefix("torch."), "device": str(default_device())}
 
 
+def gather(arm: dict[str, Any]) -> dict[str, Any]:
+    """What one arm says without the others."""
+    found = {key: round(arm[key], 5) for key in ("kl", "top1_agreement", "seconds", "peak_mib") if key in arm}
+    return found | ({"start_kl": round(arm["start"]["kl"], 5)} if "start" in arm else {})
+
+
 def main() -> None:
     """Capture, run every arm, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,6 +277,8 @@ def main() -> None:
     if len(arms) == len(ARMS):
         arms = {"teacher": arms["teacher"], "before": arms["before"], "start": arms["quantkd"]["start"], **arms}
         print(json.dumps(summarize(arms, args)))
+    else:
+        print(json.dumps({name: gather(arm) for name, arm in arms.items()}))
 
 
 if __name__ == "__main__":

@@ -140,10 +140,12 @@ def measure_step(name: str, args: argparse.Namespace) -> dict[str, Any]:
     trainer = build_trainer(name, args, model, order)
     meter = Meter(trainer, memory, count_saved=args.parts)
     trainer.train()
-    result: dict[str, Any] = {"batch": meter.batch, "peak_mib": meter.peak / MIB}
+    result: dict[str, Any] = {
+        "batch": meter.batch, "peak_mib": meter.peak / MIB, "step_mib": (meter.peak - loaded) / MIB,
+    }  # fmt: skip
     if not args.parts:
         return {**result, "seconds": meter.seconds[args.warm_up :]}
-    return {**result, "step_mib": (meter.peak - loaded) / MIB, "parts_mib": meter.parts_mib(trainer.optimizer)}
+    return {**result, "parts_mib": meter.parts_mib(trainer.optimizer)}
 
 
 def measure_batches(name: str, args: argparse.Namespace) -> dict[str, Any]:

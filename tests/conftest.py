@@ -42,6 +42,10 @@ TRAINING_PROMPTS = [
 ]  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="of the tests marked gpu; cpu tries them without a card")
+
+
 def pytest_collection_finish():
     """What the tests import lives as long as they do: collections of garbage need not search it."""
     gc.collect()

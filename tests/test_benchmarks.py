@@ -6,8 +6,10 @@ import argparse
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -109,6 +111,86 @@ def test_weights_leave_their_grid_and_outputs_stay_near(sources, monkeypatch, ti
         _off_grid.leave_grid(str(tmp_path / "model"), rows, tmp_path / "refused")
 
 
+@pytest.fixture
+def gpu(sources):
+    import gpu
+
+    return gpu
+
+
+def test_a_part_that_runs_out_of_time_is_ended_and_the_others_run(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+
+    def python(code):
+        return [sys.executable, "-c", code]
+
+    own = python(f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+    hanging = python(f"import subprocess; print('begun', flush=True); subprocess.run({own!r})")
+    clock = gpu.Clock(600.0, time.monotonic())
+    found = {
+        name: gpu.run_part(gpu.Part(name, command, seconds, **options), tmp_path, clock)
+        for name, command, seconds, options in (
+            ("hangs", hanging, 3, {}),
+            ("works", python("print(1); print('{\"kl\": 0.5}')"), 60, {}),
+            ("fails", python("print('{\"failed\": 2}'); raise SystemExit('Why.')"), 60, {}),
+            ("has nothing", python('print(\'{"skipped": "no rows"}\')'), 60, {}),
+            ("needs", python(""), 60, {"needs": tmp_path / "none"}),
+        )
+    }
+    hangs, fails = found["hangs"], found["fails"]
+    assert hangs["status"] == "out of time" and hangs["said"] == ["begun"] and 3 <= hangs["seconds"] < 60
+    assert found["works"]["status"] == "done" and found["works"]["figures"] == {"kl": 0.5}
+    assert (fails["status"], fails["exit_status"], fails["figures"]) == ("failed", 1, {"failed": 2})
+    assert fails["said"][-1] == "Why." and found["has nothing"] == {"status": "skipped", "why": "no rows"}
+    assert "did not end" in found["needs"]["why"]
+    late = gpu.run_part(gpu.Part("late", python(""), 60), tmp_path, gpu.Clock(10.0, time.monotonic() - 20))
+    assert late == {"status": "skipped", "why": "0 s of 10 s were left"}
+    pid = int((tmp_path / "pid").read_text())  # what the part started went with it
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_figures_of_a_card_are_gathered(gpu, sources, monkeypatch, tmp_path, capsys):
+    figures = {
+        "tests": {"passed": 27, "skipped": 3},
+        "loss": {"fused_t1": {"time_vs_matmuls": 1.2, "time_vs_ce": 0.9, "memory_vs_ce": 0.1, "seconds": 1.0}},
+        "shapes": {"layers": 8},
+        "step.sft": {"seconds": [2.0, 9.0, 1.0], "step_mib": 100.0, "peak_mib": 400.0},
+        "step.quantkd_t1": {"seconds": [1.0, 1.0, 1.0], "step_mib": 80.0, "peak_mib": 380.4},
+        "step.quantkd_scales": {},
+        "capture": {"time_vs_generate": 1.05, "memory_vs_step_logits": 4.5},
+        "recovery": {"before": {"kl": 0.2}, "quantkd": {"kl": 0.02, "start_kl": 0.03, "peak_mib": 900.0}},
+    }
+    monkeypatch.setattr(gpu, "run_part", lambda part, *rest: {"status": "done", "figures": figures[part.name]})
+    words = ["gpu", "--device", "cpu", "--quick", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not ended.value.code and printed == json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert list(printed["parts"]) == list(figures) and printed["versions"]["torch"] == torch.__version__
+    assert printed["summary"] == {
+        "loss.time_vs_matmuls": 1.2, "loss.time_vs_ce": 0.9, "loss.memory_vs_ce": 0.1,
+        "step.quantkd_t1.time_vs_sft": 0.5, "step.quantkd_t1.memory_vs_sft": 0.8,
+        "capture.time_vs_generate": 1.05, "capture.memory_vs_step_logits": 4.5,
+        "recovery.kl": {"before": 0.2, "start": 0.03, "after": 0.02},
+        "peak_mib": {"sft": 400, "quantkd_t1": 380, "recovery": 900},
+    }  # fmt: skip
+    monkeypatch.setattr(gpu, "run_part", lambda part, *rest: {"status": "failed"})
+    monkeypatch.setattr(sys, "argv", [*words, "--parts", "step"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert ended.value.code == 1 and list(printed["parts"]) == ["step.sft", "step.quantkd_t1", "step.quantkd_scales"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_card_one_line_says_what_to_do(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit, match=r"^No CUDA device was found: torch .* TORCH=torch\), or try .* --quick$"):
+        gpu.main()
+    assert capsys.readouterr().out == ""
+
+
 pytestmark = pytest.mark.usefixtures("no_pictures")
 RANK, HIDDEN, INNER, KEYS, LAYERS, VOCABULARY = 16, 64, 128, 32, 2, 320
 
@@ -125,9 +207,28 @@ def step(monkeypatch):
 
 @pytest.fixture
 def make_args(tiny_model_path, training_set, tmp_path):
-    paths = {"model": str(tiny_model_path), "set": str(training_set.sources[0]), "scratch": str(tmp_path / "out")}
-    settings = {"steps": 1, "warm_up": 1, "rows": 8, "parts": True, "autocast": False}
-    return lambda **options: argparse.Namespace(**paths, **{**settings, **options})
+    settings = {"model": str(tiny_model_path), "set": str(training_set.sources[0]), "scratch": str(tmp_path / "out")}
+    settings |= {"steps": 1, "warm_up": 1, "rows": 8, "parts": True, "autocast": False}
+    return lambda **options: argparse.Namespace(**{**settings, **options})
+
+
+def test_steps_and_capture_run_on_the_model_that_stands_for_8b(gpu, step, make_args, tmp_path, capsys):
+    import capture
+
+    gpu.make_shapes(tmp_path, 2, gpu.TINY)
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["layers"] == 2 and made["parameters"] == 139_584
+    args = make_args(parts=False, warm_up=1, model=str(tmp_path / "shapes"), set=str(tmp_path / "rows"))
+    found = {name: step.measure_step(name, args) for name in gpu.STEPS}
+    for each in found.values():
+        assert each["batch"] == found["sft"]["batch"] and len(each["seconds"]) == 1 and each["peak_mib"] > 0
+    problems = tmp_path / "problems"
+    folder = gpu.find_questions(str(tmp_path / "none"), problems)
+    given = argparse.Namespace(
+        model=args.model, gsm8k=str(folder), prompts=4, batch_size=4, max_new_tokens=4, rounds=1, dtype=None
+    )
+    timed = capture.measure_time(capture.Bench(given))
+    assert folder == problems and {len(each) for each in timed["seconds"].values()} == {1}
 
 
 def test_every_contender_trains_the_same_student_on_the_same_rows(step, make_args, training_set):
