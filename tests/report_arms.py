@@ -46,11 +46,12 @@ def make_fidelity(
 
 
 def make_verdicts(solved: int, strict: int | None = None) -> dict[str, Any]:
-    """The first of 100 questions are solved."""
+    """The first of 100 questions are solved; to the others each arm has a number of its own."""
     flexible = [place < solved for place in range(100)]
     strictly = [place < (solved if strict is None else strict) for place in range(100)]
     settings = {"prompts": "aa", "golds": "bb", "max_new_tokens": 256}
-    return {"settings": settings, "correct_flexible": flexible, "correct_strict": strictly}
+    answers = [f"{place}" if right else f"{place}.{solved}" for place, right in enumerate(flexible)]
+    return {"settings": settings, "correct_flexible": flexible, "correct_strict": strictly, "answers": answers}
 
 
 def make_size(codes: int = 500_000, constants: int = 16_000, adapters: int = 0, rest: int = 500_000) -> dict[str, Any]:

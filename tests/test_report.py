@@ -143,7 +143,8 @@ GRADERS = ("correct_flexible", "correct_strict")
     ("fidelity/settings", {}, "settings: expected the digest of a transfer_set"),
     ("questions", [], "questions: expected an object"),
     ("questions/0-shot/correct_flexible/3", 1, "0-shot/correct_flexible: expected a list of true and false"),
-    ("questions/0-shot/correct_strict", [True], "expected two for each question, found '100 and 1 verdicts"),
+    ("questions/0-shot/correct_strict", [True], "expected two verdicts and an answer a question, found '100 and 1 "),
+    ("questions/0-shot/answers/3", 5, "0-shot/answers: expected a list of texts and null"),
     ("tasks", {"t": {}}, "tasks/t: expected the keys settings, figures, verdicts"),
     ("tasks", {"t": {**TASK, "figures": {"t": {"acc": {"value": "x", "stderr": 1, "n": 2}}}}},
      "tasks/t/figures/t/acc/value: expected numbers"),
@@ -161,7 +162,8 @@ def test_bad_arms_are_refused_by_file_field_and_value(tmp_path, arms, path, valu
     ("questions/0-shot/settings/prompts", "other", "not over the same questions: prompts differ"),
     ("questions/0-shot/settings/golds", "other", "not over the same questions: golds differ"),
     ("questions/0-shot/settings/max_new_tokens", 8, "not over the same questions: max_new_tokens differ"),
-    ("questions/0-shot", {**make_verdicts(3), **{key: [True] for key in GRADERS}}, "their number differ"),
+    ("questions/0-shot", {**make_verdicts(3), **{key: [True] for key in GRADERS}, "answers": ["3"]},
+     "their number differ"),
 ])  # fmt: skip
 def test_arms_over_other_items_are_not_compared(tmp_path, arms, path, value, message):
     spoil(arms["after"], path, value)
@@ -214,7 +216,8 @@ def test_any_set_of_arms_makes_a_report(tmp_path, names, subject):
     table = format_table(results)
     for name in names:
         assert f"The {name} | arm" in table and f"The {name} \\| arm" in page
-    absent = {f"There is no arm {name}, so no share of the gap." for name in ("teacher", "before") if name not in names}
+    lost = {"teacher": "no share of the gap and no answer agreement.", "before": "no share of the gap."}
+    absent = {f"There is no arm {name}, so {what}" for name, what in lost.items() if name not in names}
     assert {line for line in results["missing"] if "no share" in line} == absent
     assert ("gap recovered" in table) == (subject is not None) == ("## Gap recovered" in page)
     if subject and absent:

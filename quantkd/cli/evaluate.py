@@ -19,8 +19,9 @@ from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.gsm8k import load_gsm8k
 from quantkd.data.prompts import load_examples
-from quantkd.errors import ConfigError, refuse_unused
+from quantkd.errors import ConfigError, DataError, refuse_unused
 from quantkd.evaluation.accuracy import Questions, evaluate_prompts
+from quantkd.evaluation.agreement import compare_accuracy
 from quantkd.evaluation.arms import Arm, EvaluationSettings, check_arm_name
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.measure import evaluate_arm
@@ -165,7 +166,7 @@ def main(argv: Sequence[str]) -> None:
     if args.held_out or args.gsm8k or args.tasks:
         arm = evaluate_arm(model, tokenizer, args.run_dir, arm=args.arm, settings=settings, **given)
         if is_main:
-            say(f"{folder / args.arm}.json{_describe(arm)}")
+            say("\n".join([f"{folder / args.arm}.json{_describe(arm)}", *_describe_answers(arm, folder)]))
     if args.prompts:
         path = folder / f"{args.arm}-prompts.jsonl"
         if args.force and is_main:
@@ -205,6 +206,29 @@ def _describe(arm: Arm) -> str:
     found, rows = arm.fidelity.means, len(arm.fidelity.tokens)
     said = f": KL {found['kl']:.4f} nats per token, perplexity {found['perplexity']:.2f}, "
     return said + f"top-1 agreement {found['top1_agreement']:.1%} on {rows} rows"
+
+
+def _describe_answers(arm: Arm, folder: Path) -> list[str]:
+    """A line for each number of shots: what was solved, and how the answers differ from the teacher's."""
+    teacher, why = None, "the arm teacher did not answer the same questions"
+    if arm.name != "teacher" and (path := folder / "teacher.json").is_file():
+        try:
+            teacher = Arm.read(path)
+        except DataError as error:
+            why = str(error)
+    lines = []
+    for setting, own in arm.questions.items():
+        line = f"{setting}: {sum(own.verdicts['correct_flexible'])} of {own.count} solved"
+        theirs = teacher.questions.get(setting) if teacher else None
+        found = compare_accuracy(own, theirs) if theirs and not own.list_differences(theirs) else None
+        if found is not None:
+            share, (low, high), _ = found.agreement
+            line += f", answer agreement with the teacher {share:.1%} [{low:.1%}, {high:.1%}], flips: "
+            line += f"{found.right_to_wrong.sum()} right to wrong, {found.wrong_to_right.sum()} wrong to right"
+        elif arm.name != "teacher":
+            line += f"; no answer agreement: {why}"
+        lines.append(line)
+    return lines
 
 
 def _load_teacher(student: StudentArguments, other: str | None = None) -> Any:

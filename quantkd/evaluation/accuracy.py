@@ -108,6 +108,7 @@ class Questions:
             records = evaluate_gsm8k(model, tokenizer, self.rows, shots=shots, **given)
             graders = ("correct_flexible", "correct_strict")
             verdicts = {grader: [getattr(record, grader) for record in records] for grader in graders}
+            answers = [record.prediction_flexible for record in records]
             asked = {
                 "prompts": compute_digest([record.prompt for record in records]),
                 "golds": compute_digest([record.gold for record in records]),
@@ -115,7 +116,7 @@ class Questions:
             }
             if settings.chat_template and uses_date(tokenizer):
                 asked["date"] = find_date(path, settings.share)
-            arm = replace(arm, questions={**arm.questions, f"{count}-shot": Accuracy(verdicts, asked)})
+            arm = replace(arm, questions={**arm.questions, f"{count}-shot": Accuracy(verdicts, asked, answers)})
             yield arm
 
 

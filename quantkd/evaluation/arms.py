@@ -42,9 +42,10 @@ _LARGEST = 1e12  # no sum of nats or tokens of a row comes near it
 _ROUNDING = 1e-3  # nats per token by which the KL over stored entries may fall below 0
 _LONGEST_NAME = 100
 
-# The file: an object of these keys or, with `str`, of any; a list of one kind; and `Any`, which is not read.
+# The file: an object of these keys or, with `str`, of any; a list of one kind, of texts with null too; and `Any`, which
+# is not read.
 _ANY = {str: Any}
-_GSM8K = {"settings": _ANY, "correct_flexible": [bool], "correct_strict": [bool]}
+_GSM8K = {"settings": _ANY, "correct_flexible": [bool], "correct_strict": [bool], "answers": [str]}
 _FIGURE = {"value": float, "stderr": float, "n": float}
 _TASK = {"settings": _ANY, "figures": {str: {str: _FIGURE}}, "verdicts": {str: [bool]}}
 _TEXTS = ("arm", "title", "model", "fingerprint")
@@ -181,6 +182,7 @@ class Accuracy:
 
     verdicts: Mapping[str, Sequence[bool]]  # (N,) by grader, such as GSM8K's "correct_flexible" and "correct_strict"
     settings: Mapping[str, Any]  # what was asked and how; arms are compared where they are the same
+    answers: Sequence[str | None] | None = None  # (N,) the last number of each answer to GSM8K; None where it has none
 
     @property
     def count(self) -> int:
@@ -192,6 +194,12 @@ class Accuracy:
         """The share of correct answers: the main verdict under "", GSM8K's strict one under "_strict"."""
         names = {"correct": "", "correct_flexible": "", "correct_strict": "_strict"}
         return {names[grader]: RowSums(np.asarray(found)) for grader, found in self.verdicts.items()}
+
+    def list_differences(self, other: Accuracy) -> list[str]:
+        """In what the questions, or how they were asked, differ; nothing where arms can be compared."""
+        keys = sorted({*self.settings, *other.settings})
+        differing = [key for key in keys if self.settings.get(key) != other.settings.get(key)]
+        return differing or ["their number"] * (self.count != other.count)
 
 
 @dataclass(frozen=True)
@@ -233,7 +241,10 @@ class Arm:
             "arm": self.name,
             "size": {**asdict(self.size), "bits_per_weight": self.size.bits_per_weight},
             "fidelity": self.fidelity and self.fidelity.to_json(),
-            "questions": {key: {"settings": one.settings, **one.verdicts} for key, one in self.questions.items()},
+            "questions": {
+                key: {"settings": one.settings, **one.verdicts, "answers": one.answers}
+                for key, one in self.questions.items()
+            },
             "tasks": {name: vars(one) for name, one in self.tasks.items()},
         }
         text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
@@ -251,10 +262,12 @@ class Arm:
         fidelity = None if measured is None else Fidelity.from_json(measured, f"{path}, fidelity")
         questions = {}
         for setting, one in found["questions"].items():
-            if len(one["correct_flexible"]) != len(one["correct_strict"]):
-                counts = f"{len(one['correct_flexible'])} and {len(one['correct_strict'])} verdicts"
-                raise _refuse(f"{path}, questions/{setting}", counts, "two for each question")
-            questions[setting] = Accuracy({key: one[key] for key in one if key != "settings"}, one["settings"])
+            verdicts = {key: one[key] for key in ("correct_flexible", "correct_strict")}
+            counts = [len(each) for each in (*verdicts.values(), one["answers"])]
+            if len(set(counts)) > 1:
+                found_counts = "{} and {} verdicts, {} answers".format(*counts)
+                raise _refuse(f"{path}, questions/{setting}", found_counts, "two verdicts and an answer a question")
+            questions[setting] = Accuracy(verdicts, one["settings"], one["answers"])
         tasks = {name: TaskResult(**one) for name, one in found["tasks"].items()}
         title = " ".join(found["title"].split())
         size = ModelSize(**{key: value for key, value in found["size"].items() if key != "bits_per_weight"})
@@ -298,6 +311,8 @@ def _check(data: Any, place: str, kind: Any) -> Any:
             _check(value, inner, kind[str if str in kind else key])
     elif kind == [bool] and not (isinstance(data, list) and data and all(isinstance(one, bool) for one in data)):
         raise _refuse(place, data, "a list of true and false")
+    elif kind == [str] and not (isinstance(data, list) and data and {type(one) for one in data} <= {str, type(None)}):
+        raise _refuse(place, data, "a list of texts and null")
     elif kind is str and not (isinstance(data, str) and data.strip()):
         raise _refuse(place, data, "a text")
     elif kind is int and not (type(data) is int and 0 <= data < 2**53):

@@ -113,7 +113,8 @@ def _list_measured(results: dict[str, Any]) -> list[EvalResult]:
     """The metrics of the distilled arm as the Hub reads them."""
     held_out, found = describe_held_out(results), []
     for key, name, value in list_measured(results, "after"):
-        data, kind = ("questions of the evaluation", "accuracy") if key.startswith("accuracy_") else (held_out, key)
+        asked = key.startswith(("accuracy_", "agreement_"))
+        data, kind = ("questions of the evaluation", key.split("_")[0]) if asked else (held_out, key)
         found.append(EvalResult("text-generation", "quantkd", data, kind, value, metric_name=name))
     return found
 

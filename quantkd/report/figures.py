@@ -1,4 +1,4 @@
-"""The charts of a report: accuracy and KL per arm as bars, KL against bits per weight, and KL by bins as lines."""
+"""The charts of a report: figures of each arm as bars, KL against bits per weight, and KL by bins as lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from quantkd.errors import printable
 from quantkd.files import write_file
-from quantkd.report.page import tabulate_breakdown
+from quantkd.report.page import list_told_apart, tabulate_breakdown
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the hatches serve in a black-and-white print.
 _COLORS = ("#8C8C8C", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -27,27 +27,38 @@ _OWN_COLORS = {"teacher": 0, "before": 1, "after": 2, "control": 3, "start": 4, 
 _LABELS = {"Token": "Token of the answer, counted from 1", "Entropy (nats)": "Entropy of the teacher (nats)"}
 _INK = "#222222"
 _WIDEST = 14.0  # inches
-_WIDE_BARS = 10  # so many bars of accuracy have room for a decimal each
+_WIDE_BARS = 10  # so many bars in a panel of shares have room for a decimal each
 
 
 def draw_bars(results: dict[str, Any]) -> Figure | None:
-    """Accuracy and KL per arm; None where there is nothing to draw."""
+    """Accuracy, answer agreement and KL per arm; None where there is nothing to draw."""
     arms = results["arms"]
-    settings = [key for key in results["metrics"] if key.startswith("accuracy_") and not key.endswith("_strict")]
-    with_kl = [name for name, arm in arms.items() if "kl" in arm["metrics"] and name != "teacher"]
-    widths = [max(1.9, 0.36 * len(settings) * len(arms))] if settings else []
+    students = [name for name in arms if name != "teacher"]
+    # Where no test tells arms apart, bars of few questions would show differences that are noise.
+    groups = {
+        "Accuracy": (list(arms), [key for key, told in list_told_apart(results).items() if told]),
+        "Answer agreement": (students, [key for key in results["metrics"] if key.startswith("agreement_")]),
+    }
+    shares = {
+        title: (keys, names) for title, (candidates, keys) in groups.items()
+        if (names := [name for name in candidates if any(key in arms[name]["metrics"] for key in keys)])
+    }  # fmt: skip
+    with_kl = [name for name in students if "kl" in arms[name]["metrics"]]
+    widths = [max(1.9, 0.36 * len(keys) * len(names)) for keys, names in shares.values()]
     widths += [max(1.9, 0.95 * len(with_kl))] if with_kl else []
     if not widths:
         return None
     figure, panels = _make_panels(min(_WIDEST, max(5.6, 1.0 * len(widths) + 1.15 * sum(widths))), widths)
-    if settings:
-        _draw_accuracy(panels[0], results, settings)
+    for panel, (title, (keys, names)) in zip(panels, shares.items(), strict=False):
+        _draw_shares(panel, results, title, keys, names)
     if with_kl:
         _draw_kl(panels[-1], results, with_kl)
-    shown = arms if settings else with_kl
+    drawn = {*with_kl, *(name for _, names in shares.values() for name in names)}
+    shown = [name for name in arms if name in drawn]
     handles = [Patch(edgecolor="white", **_style(arms, name)) for name in shown]
     _add_legend(figure, handles, [arms[name]["title"] for name in shown])
-    sources = ["Wilson's for accuracy"] * bool(settings) + ["bootstrap over rows for KL"] * bool(with_kl)
+    sources = [f"Wilson's for {' and '.join(shares).lower()}"] if shares else []
+    sources += ["bootstrap over rows for KL"] * bool(with_kl)
     figure.supxlabel(f"Whiskers: {results['confidence']:.0%} intervals ({', '.join(sources)})", fontsize=8, color=_INK)
     return figure
 
@@ -108,21 +119,22 @@ def _make_panels(width: float, ratios: list[float]) -> tuple[Figure, Any]:
     return figure, figure.subplots(1, len(ratios), squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
 
 
-def _draw_accuracy(panel: Axes, results: dict[str, Any], settings: list[str]) -> None:
-    """A group of bars a setting, with Wilson intervals."""
+def _draw_shares(panel: Axes, results: dict[str, Any], title: str, keys: list[str], names: list[str]) -> None:
+    """A group of bars a metric, with Wilson intervals."""
     arms = results["arms"]
-    width = 0.8 / len(arms)
-    form = "{:.1f}" if len(arms) * len(settings) <= _WIDE_BARS else "{:.0f}"
-    for place, (name, arm) in enumerate(arms.items()):
-        shown = [group for group, key in enumerate(settings) if key in arm["metrics"]]
-        measured = [arm["metrics"][settings[group]] for group in shown]
-        lefts = [group + (place - (len(arms) - 1) / 2) * width for group in shown]
+    width = 0.8 / len(names)
+    form = "{:.1f}" if len(names) * len(keys) <= _WIDE_BARS else "{:.0f}"
+    for place, name in enumerate(names):
+        found = arms[name]["metrics"]
+        shown = [group for group, key in enumerate(keys) if key in found]
+        lefts = [group + (place - (len(names) - 1) / 2) * width for group in shown]
+        measured = [found[keys[group]] for group in shown]
         _draw_bars(panel, lefts, measured, 0.92 * width, _style(arms, name), scale=100, form=form)
-    counts = {arm["metrics"][key]["n"] for arm in arms.values() for key in settings if key in arm["metrics"]}
-    names = [fill(results["metrics"][key].removeprefix("Accuracy, "), 22) for key in settings]
-    panel.set_xticks(range(len(settings)), [_plain_text(name) for name in names], fontsize=9 if len(names) < 5 else 7)
-    panel.set_xlim(-0.55, len(settings) - 0.45)
-    _label_axes(panel, "Accuracy (%)", f"Accuracy ({', '.join(map(str, sorted(counts)))} questions)")
+    counts = {arms[name]["metrics"][key]["n"] for name in names for key in keys if key in arms[name]["metrics"]}
+    labels = [fill(results["metrics"][key].removeprefix(f"{title}, "), 22) for key in keys]
+    panel.set_xticks(range(len(keys)), [_plain_text(each) for each in labels], fontsize=9 if len(keys) < 5 else 7)
+    panel.set_xlim(-0.55, len(keys) - 0.45)
+    _label_axes(panel, f"{title} (%)", f"{title} ({', '.join(map(str, sorted(counts)))} questions)")
     # Room for the numbers above the intervals, yet no tick above 100%.
     panel.set_ylim(0, max(5.0, 1.08 * panel.dataLim.ymax))
     panel.set_yticks([tick for tick in panel.get_yticks() if 0 <= tick <= min(100, panel.get_ylim()[1])])

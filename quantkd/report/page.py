@@ -13,7 +13,7 @@ from markupsafe import Markup
 from quantkd.errors import code_span, markdown, printable
 from quantkd.report.results import name_breakdown, order_results
 
-_PERCENT = ("accuracy_", "top1_agreement", "dense_top1_agreement")
+_PERCENT = ("accuracy_", "agreement_", "top1_agreement", "dense_top1_agreement")
 _PARTS = {
     "codes": "Linear layers",
     "constants": "Block constants",
@@ -36,11 +36,38 @@ def tabulate(results: dict[str, Any]) -> list[list[str]]:
     for key, title in results["metrics"].items():
         cells = [_format_figure(key, arm["metrics"].get(key)) for arm in arms.values()]
         rows.append([title, *cells, _format_share(shares[key], short=True) if shares else ""])
+        if key.startswith("agreement_"):
+            rows += _tabulate_flips(arms, key, title.removeprefix("Answer agreement"))
     bits = [arm["bits_per_weight"] for arm in arms.values()]
     rows.append(["Bits per weight", *("none" if each is None else f"{each:.2f}" for each in bits), ""])
     for part, title in _PARTS.items():
         rows.append([title, *(_format_bytes(arm, part, arms.get("teacher")) for arm in arms.values()), ""])
     return rows
+
+
+def _tabulate_flips(arms: dict[str, Any], key: str, setting: str) -> list[list[str]]:
+    """How many verdicts differ from the teacher's, a line a direction; the teacher has none."""
+    return [
+        [
+            f"Flips{setting}, {direction.replace('_', ' ')}",
+            *(
+                "" if name == "teacher" else _format_figure(key, arm["flips"].get(key, {}).get(direction))
+                for name, arm in arms.items()
+            ),
+            "",
+        ]
+        for direction in ("right_to_wrong", "wrong_to_right")
+    ]
+
+
+def list_told_apart(results: dict[str, Any]) -> dict[str, bool]:
+    """Whether a paired test tells two arms apart, by accuracy; the strict ones are left out."""
+    level, keys = 1 - results["confidence"], results["metrics"]
+    return {
+        key: any(test["p_value"] < level for arm in results["arms"].values() for test in arm["mcnemar"][key].values())
+        for key in keys
+        if key.startswith("accuracy_") and not key.endswith("_strict")
+    }
 
 
 def list_notes(results: dict[str, Any]) -> list[str]:
@@ -117,6 +144,8 @@ def render_page(
         breakdown_name=breakdown_name,
         bits_name=bits_name,
         start=_describe_start(arms),
+        agreement=any(key.startswith("agreement_") for key in results["metrics"]),
+        not_drawn=[results["metrics"][key] for key, told in list_told_apart(results).items() if not told],
         every=every,
         shares=_tabulate_metrics(results, students, lambda _, share: _format_share(share)),
         breakdowns=[_tabulate_bins(arms, found) for kind in _TITLES if (found := tabulate_breakdown(results, kind))],

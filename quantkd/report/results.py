@@ -12,6 +12,7 @@ import numpy as np
 
 from quantkd.errors import DataError
 from quantkd.evaluation import stats
+from quantkd.evaluation.agreement import AnswerComparison, compare_accuracy
 from quantkd.evaluation.arms import Arm
 
 # More digits would differ between processors by the order of their sums.
@@ -27,6 +28,7 @@ _COMPARED_WITH: dict[str, tuple[str, ...]] = {
     "after": ("before", "control", "teacher"),
 }
 _OTHERS = ("before", "control", "teacher", "after")
+_AGREES = "agreement"  # a grader of our own: the answer ends in the teacher's number
 BREAKDOWNS = ("position", "entropy", "dense_position", "dense_entropy")
 
 
@@ -40,12 +42,20 @@ class Metric:
     setting: str | None = None
     grader: str = ""
 
-    def find(self, arm: Arm) -> stats.RowStatistic | None:
+    def find(self, arm: Arm, teacher: Arm | None) -> stats.RowStatistic | None:
         """One arm's figure; None if it was not evaluated."""
         if self.setting is None:
             return arm.fidelity.statistics.get(self.key) if arm.fidelity else None
+        if self.grader == _AGREES:
+            compared = self.compare_answers(arm, teacher)
+            return None if compared is None else stats.RowSums(compared.agrees)
         accuracy = arm.accuracy.get(self.setting)
         return None if accuracy is None else accuracy.statistics.get(self.grader)
+
+    def compare_answers(self, arm: Arm, teacher: Arm | None) -> AnswerComparison | None:
+        """One arm's answers against the teacher's."""
+        setting = str(self.setting)
+        return compare_accuracy(arm.questions.get(setting), teacher.questions.get(setting) if teacher else None)
 
 
 _FIDELITY = (
@@ -95,12 +105,10 @@ def _check_same_items(arms: list[Arm]) -> None:
         for setting, accuracy in arm.accuracy.items():
             first_arm = answered.setdefault(setting, arm)
             others = first_arm.accuracy[setting]
-            keys = sorted({*accuracy.settings, *others.settings})
-            differing = [key for key in keys if accuracy.settings.get(key) != others.settings.get(key)]
-            if differing or accuracy.count != others.count:
+            if differing := accuracy.list_differences(others):
                 raise DataError(
                     f"{setting} accuracy of {arm.name!r} and of {first_arm.name!r} are not over the same questions: "
-                    f"{', '.join(differing) or 'their number'} differ. Evaluate both on the same ones."
+                    f"{', '.join(differing)} differ. Evaluate both on the same ones."
                 )
 
 
@@ -115,9 +123,15 @@ def list_metrics(arms: list[Arm]) -> list[Metric]:
         name = next(name for name in names if name + grader not in accuracy)
         title = f"Accuracy, {setting}" + ", strict" * (grader == "_strict")
         accuracy[name + grader] = Metric(name + grader, title, True, setting, grader)
+    agreement = [
+        Metric(metric.key.replace("accuracy", _AGREES, 1), f"Answer agreement, {metric.setting}", True, metric.setting,
+               _AGREES)
+        for metric in accuracy.values()
+        if metric.grader == "" and any(arm.name == "teacher" and metric.setting in arm.questions for arm in arms)
+    ]  # fmt: skip
     found = {name for arm in arms if arm.fidelity for name in arm.fidelity.statistics}
     always = ("kl", "top1_agreement", "ce", "perplexity")
-    return [*accuracy.values(), *(metric for metric in _FIDELITY if metric.key in (*always, *found))]
+    return [*accuracy.values(), *agreement, *(metric for metric in _FIDELITY if metric.key in (*always, *found))]
 
 
 def _order_setting(named: tuple[str, str]) -> tuple[bool, int, str, str]:
@@ -172,6 +186,7 @@ def order_results(results: dict[str, Any]) -> dict[str, Any]:
 def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict[str, Any]:
     """One arm as JSON: its figures with intervals, None where it was not evaluated."""
     others = [arms[name] for name in _COMPARED_WITH.get(arm.name, _OTHERS) if name in arms]
+    teacher = arms.get("teacher")
     description: dict[str, Any] = {
         "title": arm.title,
         "model": arm.model,
@@ -179,22 +194,27 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
         "bits_per_weight": arm.size.bits_per_weight,
         "num_rows": len(arm.fidelity.tokens) if arm.fidelity else 0,
         "num_tokens": int(arm.fidelity.tokens.sum()) if arm.fidelity else 0,
-        "metrics": {metric.key: _measure(metric, found) for metric in metrics if (found := metric.find(arm))},
+        "metrics": {metric.key: _measure(metric, found) for metric in metrics if (found := metric.find(arm, teacher))},
         "differences": {other.name: {} for other in others},
         "mcnemar": {metric.key: {} for metric in metrics if metric.setting is not None},
         "gap_recovered": {},
+        "flips": {},
     }
     for metric in metrics:
-        own = metric.find(arm)
+        own = metric.find(arm, teacher)
         for other in others:
-            theirs = metric.find(other)
+            theirs = metric.find(other, teacher)
             if own is None or theirs is None:
                 continue
             description["differences"][other.name][metric.key] = stats.compute_difference(own, theirs)._asdict()
-            if metric.setting is not None:
+            # The teacher agrees with itself, so a test of agreement against it tests nothing.
+            if metric.setting is not None and not (metric.grader == _AGREES and "teacher" in (arm.name, other.name)):
                 description["mcnemar"][metric.key][other.name] = _compare(own, theirs)
         if arm.name not in ("teacher", "before"):
             description["gap_recovered"][metric.key] = _compute_share(arm, arms, metric)
+        if metric.grader == _AGREES and arm is not teacher and (compared := metric.compare_answers(arm, teacher)):
+            flips = {direction: share._asdict() for direction, share in compared.flips.items()}
+            description["flips"][metric.key] = flips
     for kind in BREAKDOWNS:
         bins = arm.fidelity.list_bins(kind) if arm.fidelity else None
         if bins is not None:
@@ -236,7 +256,8 @@ def _compare(own: stats.RowStatistic, others: stats.RowStatistic) -> dict[str, A
 
 def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, Any]:
     """The gap that one arm recovered in one metric, and why there is none."""
-    found = {name: metric.find(arms[name]) if name in arms else None for name in ("teacher", "before", arm.name)}
+    names = ("teacher", "before", arm.name)
+    found = {name: metric.find(arms[name], arms.get("teacher")) if name in arms else None for name in names}
     teacher, before, after = found.values()
     if teacher is None or before is None or after is None:
         lacking = [name for name, statistic in found.items() if statistic is None]
@@ -248,7 +269,8 @@ def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, 
 
 def _list_missing(arms: list[Arm], metrics: list[Metric]) -> list[str]:
     names = {arm.name for arm in arms}
-    absent = [f"There is no arm {name}, so no share of the gap." for name in ("teacher", "before") if name not in names]
+    lost = {"teacher": " and no answer agreement" * any(arm.questions for arm in arms), "before": ""}
+    absent = [f"There is no arm {name}, so no share of the gap{lost[name]}." for name in lost if name not in names]
     settings = list(dict.fromkeys(metric.setting for metric in metrics if metric.setting))
     missing = [] if settings else ["Accuracy was not evaluated for any arm."]
     for arm in arms:

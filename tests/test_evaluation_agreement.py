@@ -1,0 +1,200 @@
+"""Answer agreement and flips: against sums by hand, in odd cases, in the report, its chart, and on the command line."""
+
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from quantkd.data.arithmetic import generate_problems
+from quantkd.errors import DataError
+from quantkd.evaluation.accuracy import AnswerRecord
+from quantkd.evaluation.agreement import compare_answers
+from quantkd.evaluation.stats import mcnemar_exact
+from quantkd.report import compute_results, format_table, load_arms
+from quantkd.report.figures import draw_bars
+from tests.report_arms import build, make_arm, make_verdicts
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+Z = 1.959963984540054  # of the normal distribution at 0.975, from a table
+
+
+def wilson(count, n):
+    """Wilson 1927: the proportions p with |count / n - p| <= z sqrt(p (1 - p) / n), as the roots of that equation."""
+    a, b, c = n + Z**2, -(2 * count + Z**2), count**2 / n
+    root = math.sqrt(max(0.0, b * b - 4 * a * c))
+    return (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+def binomial_test(one, other):
+    """Twice the tail of a fair coin, in whole numbers."""
+    n = one + other
+    tail = sum(Fraction(math.comb(n, k), 2**n) for k in range(min(one, other) + 1))
+    return float(min(Fraction(1), 2 * tail))
+
+
+def answer(place, number, gold="4", prompt="{place}?"):
+    prompt = prompt.format(place=place)
+    right = number == gold
+    return AnswerRecord(place, f"{place}?", prompt, f"So {number}", gold, None, number, False, right, True, 3)
+
+
+def answers(*numbers, **options):
+    return [answer(place, number, **options) for place, number in enumerate(numbers)]
+
+
+@pytest.mark.parametrize(("teacher", "student", "agreeing", "flips"), [
+    (["4", "4", "5", "6"], ["4", "5", "5", "4"], [1, 0, 1, 0], (1, 1)),
+    ([None, None, "4"], [None, "4", None], [0, 0, 0], (1, 1)),  # without a number nothing agrees
+    ([".."], [".."], [0], (0, 0)),  # an ellipsis at the end, which the extractor takes
+    (["4"], ["4"], [1], (0, 0)), (["4"], ["4.0"], [0], (1, 0)),  # spellings are compared, as for the accuracy
+    (["-7"] * 40, ["-7"] * 40, [1] * 40, (0, 0)), (["4"] * 40, [None] * 40, [0] * 40, (40, 0)),
+])  # fmt: skip
+def test_counts_and_intervals(teacher, student, agreeing, flips):
+    found = compare_answers(answers(*student), answers(*teacher))
+    assert found.agrees.tolist() == [bool(one) for one in agreeing]
+    n, shares = len(agreeing), [found.agreement, *found.flips.values()]
+    assert list(found.flips) == ["right_to_wrong", "wrong_to_right"]
+    for share, count in zip(shares, (sum(agreeing), *flips), strict=True):
+        assert (share.value, share.n) == (count / n, n)
+        assert share.interval == pytest.approx(wilson(count, n), abs=1e-9)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ([], "Found 0 answers and 2 of the teacher's"), (answers("4"), "Found 1 answers and 2 of the teacher's"),
+    (answers("4", "4", gold="5"), "gold answers differ"), (answers("4", "4")[::-1], r"Answer 0 is to '1\?'"),
+    (answers("4", "4", prompt="Shot. {place}?"), "with the same shots"),
+])  # fmt: skip
+def test_other_questions_are_refused(given, message):
+    with pytest.raises(DataError, match=message):
+        compare_answers(given, answers("4", "4"))
+
+
+ARMS = {"before": 0.5, "start": 0.7, "after": 0.9, "control": 0.6}  # how often each has the teacher's number
+
+
+def make_answers(share, teacher, golds, rng):
+    """Verdicts and answers of an arm, as its file has them."""
+    given = [t if rng.random() < share else rng.choice(["1", "2", None]) for t in teacher]
+    right = [bool(a == gold) for a, gold in zip(given, golds, strict=True)]
+    return {**make_verdicts(0), "answers": given, "correct_flexible": right, "correct_strict": right}
+
+
+@pytest.fixture
+def arms():
+    """120 questions, of which the teacher solves about half and leaves some without a number."""
+    rng = np.random.default_rng(3)
+    golds = [str(one) for one in rng.integers(1, 4, 120)]
+    teacher = [rng.choice(["1", "2", "3", None], p=[0.4, 0.3, 0.25, 0.05]) for _ in golds]
+    made = {name: make_arm(name, 0.2, 50) for name in ("teacher", *ARMS)}
+    for name, arm in made.items():
+        arm["questions"] = {"0-shot": make_answers(ARMS.get(name, 1), teacher, golds, rng)}
+    return made
+
+
+def test_the_report_compares_answers_in_pairs(tmp_path, arms):
+    results, page = build(tmp_path, arms)
+    teacher, n = arms["teacher"]["questions"]["0-shot"], 120
+    agree = {}
+    for name, arm in arms.items():
+        own = arm["questions"]["0-shot"]
+        pairs = list(zip(own["answers"], teacher["answers"], strict=True))
+        agree[name] = [mine is not None and mine == theirs for mine, theirs in pairs]
+        found = results["arms"][name]["metrics"]["agreement_0_shot"]
+        assert (found["value"], found["n"]) == (pytest.approx(sum(agree[name]) / n), n)
+        assert found["interval"] == pytest.approx(wilson(sum(agree[name]), n), abs=1e-8)
+        verdicts = list(zip(teacher["correct_flexible"], own["correct_flexible"], strict=True))
+        for direction, flip in (("right_to_wrong", (True, False)), ("wrong_to_right", (False, True))):
+            if name != "teacher":
+                flips = results["arms"][name]["flips"]["agreement_0_shot"][direction]
+                assert flips["value"] == pytest.approx(verdicts.count(flip) / n)
+                assert flips["interval"] == pytest.approx(wilson(verdicts.count(flip), n), abs=1e-8)
+    assert sum(agree["teacher"]) == n - teacher["answers"].count(None) < n
+    for one, other in (("after", "before"), ("after", "control"), ("start", "after")):
+        test = results["arms"][one]["mcnemar"]["agreement_0_shot"][other]
+        only_one = sum(a and not b for a, b in zip(agree[one], agree[other], strict=True))
+        only_other = sum(b and not a for a, b in zip(agree[one], agree[other], strict=True))
+        assert (test["only_this"], test["only_other"]) == (only_one, only_other)
+        assert test["p_value"] == pytest.approx(binomial_test(only_one, only_other), rel=1e-8)
+    # The teacher agrees with itself: no test says anything about that.
+    assert all("teacher" not in arm["mcnemar"]["agreement_0_shot"] for arm in results["arms"].values())
+    share = (sum(agree["after"]) - sum(agree["before"])) / (sum(agree["teacher"]) - sum(agree["before"]))
+    assert results["gap_recovered"]["agreement_0_shot"] == pytest.approx(share)
+    rows = [line for line in format_table(results).splitlines() if line.startswith(("Answer agreement", "Flips"))]
+    assert [row.split("  ")[0] for row in rows] == [
+        "Answer agreement, 0-shot", "Flips, 0-shot, right to wrong", "Flips, 0-shot, wrong to right"
+    ]  # fmt: skip
+    assert f"{sum(agree['after']) / n:.1%} [" in rows[0] and rows[0].rstrip().endswith("]")
+    assert "- Answer agreement, 0-shot: **" in page and "Flips are questions" in page
+    assert "| Answer agreement, 0-shot | The start \\| arm | The after \\| arm |" in page
+
+
+def test_without_a_teacher_that_answered_the_same_there_is_none(tmp_path, arms):
+    asked = arms["teacher"]["questions"]
+    arms["teacher"]["questions"] = {"8-shot": asked["0-shot"]}
+    results, page = build(tmp_path / "other", arms)
+    assert results["arms"]["after"]["metrics"].keys().isdisjoint({"agreement_0_shot", "agreement_8_shot"})
+    assert "Answer agreement, 8-shot" in results["metrics"].values() and "Answer agreement, 0-shot" not in page
+    del arms["teacher"]
+    results, page = build(tmp_path / "none", arms)
+    assert "There is no arm teacher, so no share of the gap and no answer agreement." in results["missing"]
+    assert not any("agreement_0" in key for key in results["metrics"]) and "Flips" not in page
+    (tmp_path / "old" / "evaluation").mkdir(parents=True)
+    del arms["after"]["questions"]["0-shot"]["answers"]
+    (tmp_path / "old" / "evaluation" / "after.json").write_text(json.dumps(arms["after"]))
+    with pytest.raises(DataError, match=r"0-shot: expected the keys .*answers, found .* Evaluate this arm again"):
+        load_arms(tmp_path / "old" / "evaluation")
+
+
+def test_accuracy_is_drawn_only_where_a_paired_test_tells_arms_apart(tmp_path):
+    """5 of 100 questions that only one arm solves have p = 0.06, and 6 have 0.03."""
+    few = {name: make_arm(name, level, 50 + more) for name, level, more in (("teacher", 0, 5), ("before", 0.2, 0))}
+    few["after"] = make_arm("after", 0.1, 54)
+    few["teacher"]["questions"]["8-shot"] = make_verdicts(56)
+    results, page = build(tmp_path, few)
+    panels = {panel.get_title(): panel for panel in draw_bars(results).axes}
+    assert [title.split(" (")[0] for title in panels] == ["Accuracy", "Answer agreement", "KL to the teacher"]
+    (accuracy, agreement, _) = panels.values()
+    assert [tick.get_text() for tick in accuracy.get_xticklabels()] == ["8-shot"]
+    assert [tick.get_text() for tick in agreement.get_xticklabels()] == ["0-shot", "8-shot"]
+    heights = sorted({bar.get_height() for bar in agreement.patches})
+    assert heights == pytest.approx([50, 54])  # the teacher has none
+    assert "Not drawn: Accuracy, 0-shot. On these questions no paired test" in page
+    del few["teacher"]["questions"]["8-shot"], few["before"]["questions"]["8-shot"], few["after"]["questions"]["8-shot"]
+    results, _ = build(tmp_path, few)
+    figure = draw_bars(compute_results(load_arms(tmp_path / "evaluation")))
+    assert [panel.get_title().split(" (")[0] for panel in figure.axes] == ["Answer agreement", "KL to the teacher"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["The before | arm", "The after | arm"]
+    assert figure.get_supxlabel().startswith("Whiskers: 95% intervals (Wilson's for answer agreement, bootstrap")
+
+
+def test_the_command_says_how_an_arm_agrees_and_the_report_has_it_by_itself(tmp_path, tiny_model_path, cli):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in generate_problems(4, seed=0)))
+    words = f"--model_name_or_path {tiny_model_path} --dtype float32 --gsm8k {tmp_path}/q.jsonl --shots 0"
+    words += f" --run_dir {tmp_path}/run --max_new_tokens 12"
+
+    def evaluate(arm, *more):
+        code, out, err = cli("evaluate", "--arm", arm, *words.split(), *more)
+        assert code == 0, err
+        return out.splitlines()[-1]
+
+    assert evaluate("before").endswith(
+        "of 4 solved; no answer agreement: the arm teacher did not answer the same questions"
+    )
+    assert evaluate("teacher", "--full_precision").endswith("of 4 solved")
+    told = evaluate("before")
+    assert "answer agreement with the teacher" in told and "right to wrong" in told
+    records = {
+        arm: [json.loads(line) for line in (tmp_path / "run" / "evaluation" / f"{arm}-0-shot.jsonl").open()]
+        for arm in ("teacher", "before")
+    }
+    found = compare_answers(*([AnswerRecord(**each) for each in records[arm]] for arm in ("before", "teacher")))
+    assert f"teacher {found.agreement.value:.1%} [" in told
+    assert f"{found.right_to_wrong.sum()} right to wrong, {found.wrong_to_right.sum()} wrong to right" in told
+    code, out, _ = cli("report", tmp_path / "run")
+    assert code == 0 and "Answer agreement, 0-shot" in out and f"{found.agreement.value:.1%} [" in out
+    assert evaluate("after", "--limit", "2").endswith("did not answer the same questions")
+    (tmp_path / "run" / "evaluation" / "teacher.json").write_text("{}")
+    assert "no answer agreement: " in (told := evaluate("before")) and "teacher.json" in told
+    assert mcnemar_exact(found.agrees, found.agrees).p_value == 1
