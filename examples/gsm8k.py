@@ -29,6 +29,7 @@ from quantkd.hardware import parse_dtype, process_state
 from quantkd.report import format_table
 from quantkd.transfer_set.rules import parse_storage_rule
 
+CURVE_ROWS = 16  # further training questions, for the curve in training.png
 PRESETS = {
     "paper": {
         "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct",
@@ -96,7 +97,8 @@ def main() -> None:
     data, student, config = parser.parse_args_and_config()
     run_dir = Path(config.output_dir)
     config.output_dir = str(run_dir / "student")  # the adapter, and all that is pushed
-    questions = load_gsm8k(data.dataset_path, "train", data.train_rows)
+    train = load_gsm8k(data.dataset_path, "train", data.train_rows + CURVE_ROWS)
+    questions, curve = train[: data.train_rows], train[data.train_rows :]
     tests = load_gsm8k(data.dataset_path, "test", max(data.held_out_rows, data.test_rows))
     dtype = parse_dtype(student.dtype)
     student.dtype = str(dtype).removeprefix("torch.")
@@ -112,6 +114,7 @@ def main() -> None:
             train_rows=questions,
             held_out_rows=tests[: data.held_out_rows],
             test_rows=tests[: data.test_rows],
+            curve_rows=curve,
             few_shot_rows=questions[: max(data.shots)],
             shots=data.shots,
             storage=parse_storage_rule(data.storage),

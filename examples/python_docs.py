@@ -33,6 +33,7 @@ MODULES = (
     "hashlib heapq html inspect io itertools json math mimetypes operator os os.path pathlib pprint random re secrets "
     "shlex shutil statistics string struct tempfile textwrap time types unicodedata urllib.parse uuid zipfile zlib"
 )
+CURVE_ROWS = 16  # further functions, for the curve in training.png
 DEFAULTS = {
     "output_dir": "runs/python-docs",
     "save_strategy": "no",
@@ -99,6 +100,7 @@ def main() -> None:
             run_dir=run_dir,
             train_rows=[{"prompt": prompt} for prompt in prompts[: data.train_rows]],
             held_out_rows=[{"prompt": prompt} for prompt in prompts[data.train_rows : wanted]],
+            curve_rows=[{"prompt": prompt} for prompt in prompts[wanted : wanted + CURVE_ROWS]],
             make_prompt=lambda row: row["prompt"],
             generation=GenerationSettings(data.max_new_tokens),
             run=RunSettings(batch_size=16),

@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig, PeftModel
+from transformers.trainer_utils import IntervalStrategy
 
 from quantkd.data.gsm8k import build_prompt
 from quantkd.errors import ConfigError
@@ -33,12 +34,15 @@ from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
 from quantkd.teacher.capture import capture
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
+from quantkd.training.curves import was_evaluated
 from quantkd.training.trainer import QuantizedDistillationTrainer
 from quantkd.transfer_set.rules import StorageRule
 
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, str]
+
+_CURVE_STEP = 0.25  # of all steps: a start and four points show where the KL goes
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class Experiment:
     run_dir: Path
     train_rows: Sequence[Row]  # the teacher answers their prompts, and the student learns from that
     held_out_rows: Sequence[Row]  # for the fidelity
-    test_rows: Sequence[Row] = ()  # for the accuracy, in GSM8K's format
+    test_rows: Sequence[Row] = ()  # for the accuracy and the answer agreement, in GSM8K's format
+    # For the held-out points of training.png, measured a few times in training: neither trained on nor reported.
+    curve_rows: Sequence[Row] = ()
     few_shot_rows: Sequence[Row] = ()  # in the same format, disjoint from the test rows
     shots: Sequence[int] = (0,)
     make_prompt: Callable[[Row], Any] = lambda row: build_prompt(row["question"])  # of a training or held-out row
@@ -89,6 +95,8 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     _log("the teacher answers")
     refuse_quantized(experiment.model, **experiment.model_init_kwargs)
     teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
+    asked = {"transfer_set": experiment.train_rows, "held_out": experiment.held_out_rows}
+    asked |= {"curve": experiment.curve_rows} if experiment.curve_rows else {}
     sets = {
         name: capture(
             teacher,
@@ -100,8 +108,10 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             generation=experiment.generation,
             run=experiment.run,
         )
-        for name, rows in (("transfer_set", experiment.train_rows), ("held_out", experiment.held_out_rows))
+        for name, rows in asked.items()
     }
+    if "curve" in sets and args.eval_strategy == IntervalStrategy.NO:
+        args.eval_strategy, args.eval_steps, args.eval_on_start = IntervalStrategy.STEPS, _CURVE_STEP, True
 
     how = (experiment.eval_batch_size, experiment.generation.max_new_tokens, experiment.chat_template, experiment.force)
     # Replaced are the figures and answers of an adapter that was trained before.
@@ -120,13 +130,16 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             _load_student(experiment, base),
             own,
             train_dataset=sets["transfer_set"],
-            eval_dataset=sets["held_out"],
+            eval_dataset=sets.get("curve", sets["held_out"]),
             processing_class=tokenizer,
             peft_config=copy.deepcopy(experiment.peft_config),
         )
         if own is args and experiment.start and not own.resume_from_checkpoint:
             trainer.save_model(start, _internal_call=True)  # which does not push
         trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)
+        # Its last point, unless that is there or the best step was loaded.
+        if "curve" in sets and not (own.load_best_model_at_end or was_evaluated(trainer.state)):
+            trainer.evaluate()
         trainer.save_model()
         state.wait_for_everyone()  # process 0 writes what all of them load
         if own.push_to_hub:

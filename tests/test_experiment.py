@@ -44,7 +44,8 @@ def run(model, folder, *, max_steps=3, init="zero", train_scales=False, **option
 
 @pytest.fixture(scope="module")
 def whole(tiny_model_path, tmp_path_factory):
-    return run(tiny_model_path, tmp_path_factory.mktemp("whole"), control=True, exports=("merged", "requantized"))
+    options = {"exports": ("merged", "requantized"), "curve_rows": generate_problems(2, 5)}
+    return run(tiny_model_path, tmp_path_factory.mktemp("whole"), control=True, **options)
 
 
 def read_results(folder):
@@ -57,6 +58,18 @@ def read_adapter(folder):
 
 def count_models():
     return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """By folder, the steps at which held-out rows were measured, as the last picture shows them."""
+    steps = {}
+
+    def draw(history, path):
+        steps[path.parent.name] = [entry["step"] for entry in history if "eval_kl" in entry]
+
+    monkeypatch.setattr("quantkd.training.curves.draw_curves", draw)
+    return steps
 
 
 @pytest.fixture
@@ -161,6 +174,16 @@ def test_the_start_is_what_training_began_with_and_does_not_change_it(tiny_model
     assert {load_file(file)[next(iter(ours))].dtype for file in sizes} == {torch.bfloat16}
 
 
+def test_the_curve_is_of_rows_of_its_own_and_has_its_end(curves, tiny_model_path, tmp_path):
+    rows = generate_problems(10, 0)[8:]
+    run(tiny_model_path, tmp_path, max_steps=5, curve_rows=rows, start=False, calibrate=False)
+    assert curves == {"student": [0, 2, 4, 5]}
+    sets = {name: {tuple(row["input_ids"]) for row in TransferSet.open(tmp_path / name)}
+            for name in ("transfer_set", "held_out", "curve")}  # fmt: skip
+    assert [len(each) for each in sets.values()] == [5, 3, 2] and len(set.union(*sets.values())) == 10
+    assert read_results(tmp_path)["arms"]["after"]["metrics"]["kl"]["n"] == 3
+
+
 def test_what_would_spoil_the_figures_is_refused_before_the_teacher_answers(tiny_model_path, tmp_path):
     rows = generate_problems(2, 0)
     with pytest.raises(ConfigError, match=r"exports are of merged, requantized; found \['half'\]"):
@@ -212,7 +235,7 @@ def test_the_train_command_makes_a_control_beside_the_student(whole, tiny_model_
 
 
 @pytest.mark.parametrize("control", [True, False])
-def test_the_demo_runs_what_it_was_asked_for(control, tiny_model_path, tmp_path, monkeypatch, capsys):
+def test_the_demo_runs_what_it_was_asked_for(control, curves, tiny_model_path, tmp_path, monkeypatch, capsys):
     def run_short(experiment, args):
         short = replace(experiment, generation=GenerationSettings(8), run=RunSettings())
         return run_experiment(short, replace(args, disable_tqdm=True))
@@ -228,8 +251,10 @@ def test_the_demo_runs_what_it_was_asked_for(control, tiny_model_path, tmp_path,
         assert low <= arm["metrics"]["kl"]["value"] <= high and arm["metrics"]["kl"]["n"] == 3
     printed = capsys.readouterr().out
     assert str(tmp_path / "report.md") in printed and (arms["after"]["title"] in printed)
+    assert "Answer agreement, 0-shot" in printed and "Bits per weight" in printed
+    assert curves == {name: [0, 1] for name in ("student", *["student-control"] * control)}
     assert PeftConfig.from_pretrained(tmp_path / "student").r == 2
-    assert [len(TransferSet(tmp_path / name)) for name in ("transfer_set", "held_out")] == [6, 3]
+    assert [len(TransferSet(tmp_path / name)) for name in ("transfer_set", "held_out", "curve")] == [6, 3, 8]
 
 
 @pytest.fixture
@@ -246,9 +271,9 @@ def asked(monkeypatch, tmp_path):
 def test_no_problem_of_the_demo_is_in_two_sets(asked, tmp_path, seed):
     with pytest.raises(KeyboardInterrupt):
         demo.main(["--output_dir", str(tmp_path), "--seed", seed, "--train_rows", "400", "--test_rows", "300"])
-    sets = [asked().train_rows, asked().held_out_rows, asked().test_rows]
-    assert [len(rows) for rows in sets] == [400, 32, 300]
-    assert len({row["question"] for rows in sets for row in rows}) == 732
+    sets = [asked().train_rows, asked().held_out_rows, asked().test_rows, asked().curve_rows]
+    assert [len(rows) for rows in sets] == [400, 32, 300, 8]
+    assert len({row["question"] for rows in sets for row in rows}) == 740
 
 
 def test_the_example_passes_its_options_on(monkeypatch, asked, gsm8k_dir):

@@ -37,13 +37,29 @@ def test_lines_are_what_was_logged_and_bytes_are_repeated(tmp_path, drawn):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "t.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     lines = shown(drawn[0])
-    assert lines["loss"] == {"training": [[2, 0.7], [4, 0.5]], "held-out rows": [[3, 0.6]]}
-    assert lines["KL to the teacher"] == {"training": [[2, 0.2], [4, 0.1]], "held-out rows": [[3, 0.15]]}
+    assert lines["loss"] == {"training batches": [[2, 0.7], [4, 0.5]], "held-out rows": [[3, 0.6]]}
+    assert lines["KL to the teacher"] == {"training batches": [[2, 0.2], [4, 0.1]], "held-out rows": [[3, 0.15]]}
     assert lines["top-1 agreement with the teacher"] == {"held-out rows": [[3, 90]]}
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["training", "held-out rows"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["training batches", "held-out rows"]
     units = {panel.get_title(): panel.get_ylabel() for panel in drawn[0].axes}
     assert set(units.values()) == {"nats per token", "% of tokens"} and all(p.get_xlabel() for p in drawn[0].axes)
     assert all(panel.get_ylim()[0] == 0 for panel in drawn[0].axes if "nats" in panel.get_ylabel())
+
+
+def test_batches_are_dots_with_their_mean_and_the_ends_of_the_held_out_line_are_written(tmp_path, drawn):
+    losses = [0.9, 0.3, 0.6, 0.6, 0.0, 0.3]
+    history = [{"step": 2 * place, "kl": loss} for place, loss in enumerate(losses, start=1)]
+    history += [{"step": step, "eval_kl": kl} for step, kl in ((0, 0.5), (6, 0.25), (12, 0.125))]
+    draw_curves(history, tmp_path / "t.png")
+    (panel,) = drawn[0].axes
+    dots, mean, line = panel.get_lines()
+    assert (dots.get_linestyle(), line.get_linestyle()) == ("None", "-") and dots.get_alpha() < 0.5
+    assert mean.get_ydata().tolist() == pytest.approx([0.6, 0.6, 0.5, 0.4, 0.3, 0.15])  # of itself and its neighbors
+    assert mean.get_label() == "their moving mean" and mean.get_xdata().tolist() == [2, 4, 6, 8, 10, 12]
+    assert line.get_xydata().tolist() == [[0, 0.5], [6, 0.25], [12, 0.125]]
+    assert [text.get_text() for text in panel.texts] == ["0.125", "0.5"]
+    draw_curves(history[:5], tmp_path / "t.png")
+    assert len(drawn[1].axes[0].get_lines()) == 1  # of few dots there is no mean
 
 
 def test_a_loss_below_zero_is_shown_whole_and_nothing_logged_draws_nothing(tmp_path, drawn):
@@ -79,4 +95,4 @@ def test_a_run_leaves_a_picture_and_trackers_get_the_same_names(make_trainer, tr
 
 def test_a_run_shorter_than_logging_steps_has_its_first_and_last_step(make_trainer, drawn):
     make_trainer(curves=True, max_steps=3, logging_steps=10).train()
-    assert [step for step, _ in shown(drawn[0])["loss"]["training"]] == [1, 3]
+    assert [step for step, _ in shown(drawn[0])["loss"]["training batches"]] == [1, 3]

@@ -17,6 +17,7 @@ from quantkd.report import format_table
 from quantkd.teacher import GenerationSettings, RunSettings
 from quantkd.training.config import QuantizedDistillationConfig
 
+_CURVE_ROWS = 8  # a few seconds each time that they are measured
 _EXAMPLES = """examples:
   quantkd demo
   quantkd demo --control ce --exports merged requantized
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     train = generate_problems(args.train_rows, args.seed)
     held_out = generate_problems(args.held_out_rows, args.seed + 1, exclude=train)
     test = generate_problems(args.test_rows, args.seed + 2, exclude=[*train, *held_out])
+    curve = generate_problems(_CURVE_ROWS, args.seed + 3, exclude=[*train, *held_out, *test])
     run_dir = Path(args.output_dir)
     report = run_experiment(
         Experiment(
@@ -52,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
             train_rows=train,
             held_out_rows=held_out,
             test_rows=test,
+            curve_rows=curve,
             generation=GenerationSettings(128),
             run=RunSettings(batch_size=16),
             quantization_config=args.student_format,

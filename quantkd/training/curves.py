@@ -16,11 +16,16 @@ _PANELS = {
     "ce": ("cross-entropy", "nats per token", 1),
     "top1_agreement": ("top-1 agreement with the teacher", "% of tokens", 100),
 }
-# Colors of Okabe and Ito, which color-blind readers can tell apart. Markers, because a single point is not a line.
-_TRAINED: dict[str, Any] = {"color": "#0072B2", "linewidth": 1.5, "marker": ".", "markersize": 5, "label": "training"}
-_HELD_OUT: dict[str, Any] = {
-    "color": "#D55E00", "linewidth": 1.2, "linestyle": "--", "marker": "D", "markersize": 5, "label": "held-out rows",
+# Colors of Okabe and Ito, which color-blind readers can tell apart. Batches are dots: a line from one to the next would
+# show the difference between their rows.
+_BATCHES: dict[str, Any] = {
+    "color": "#0072B2", "linestyle": "none", "marker": ".", "markersize": 5, "alpha": 0.4, "label": "training batches",
 }  # fmt: skip
+_SMOOTHED: dict[str, Any] = {"color": "#0072B2", "linewidth": 1.2, "alpha": 0.5, "label": "their moving mean"}
+_HELD_OUT: dict[str, Any] = {
+    "color": "#D55E00", "linewidth": 1.6, "marker": "D", "markersize": 5, "label": "held-out rows", "zorder": 3,
+}  # fmt: skip
+_FEWEST = 6  # dots that a moving mean is drawn through
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool:
@@ -42,10 +47,14 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel, (name, (trained, held_out)) in zip(panels, curves.items(), strict=True):
         title, unit, factor = _PANELS[name]
-        for points, style in ((trained, _TRAINED), (held_out, _HELD_OUT)):
+        lines = [(trained, _BATCHES), (_smooth(trained), _SMOOTHED), (held_out, _HELD_OUT)]
+        for points, style in lines:
             if points:
                 values = [factor * value for value in points.values()]
                 handles[style["label"]] = panel.plot(list(points), values, **style)[0]
+        for step, side in {max(held_out): "right", min(held_out): "left"}.items() if held_out else ():
+            place = (step, factor * held_out[step])
+            panel.annotate(f"{place[1]:.3g}", place, (0, 6), textcoords="offset points", ha=side, fontsize=8)
         panel.set_title(title, fontsize=10)
         panel.set_ylabel(unit)
         panel.set_xlabel("optimizer step")
@@ -53,7 +62,8 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
         # From zero, so that a small wiggle looks small; the loss of a weighted row may be below zero.
         values = [*trained.values(), *held_out.values()]
         if name == "top1_agreement":
-            panel.set_ylim(None if min(values) < max(values) else 0, 100)
+            # The rest up to 100%, and room for the lowest point.
+            panel.set_ylim(max(0, 115 * min(values) - 15) if min(values) < max(values) else 0, 100)
         elif min(values) >= 0 and max(values) > 0:
             panel.set_ylim(0, 1.1 * max(values))
         if len(steps := {*trained, *held_out}) == 1:
@@ -61,9 +71,24 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
         panel.spines[["top", "right"]].set_visible(False)
         panel.yaxis.grid(True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, Path(path))
     return True
+
+
+def _smooth(points: dict[int, float]) -> dict[int, float]:
+    """The mean of a fifth of the points around each, at the ends of those that are there; none of few points."""
+    values = list(points.values())
+    if len(values) < _FEWEST:
+        return {}
+    reach = max(1, len(values) // 10)
+    near = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return {step: sum(each) / len(each) for step, each in zip(points, near, strict=True)}
+
+
+def was_evaluated(state: TrainerState) -> bool:
+    """Whether held-out rows were measured at the step that training is at."""
+    return state.global_step in _series(state.log_history, "eval_kl")
 
 
 def _series(log_history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
