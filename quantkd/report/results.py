@@ -212,9 +212,12 @@ def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict
                 description["mcnemar"][metric.key][other.name] = _compare(own, theirs)
         if arm.name not in ("teacher", "before"):
             description["gap_recovered"][metric.key] = _compute_share(arm, arms, metric)
-        if metric.grader == _AGREES and arm is not teacher and (compared := metric.compare_answers(arm, teacher)):
-            flips = {direction: share._asdict() for direction, share in compared.flips.items()}
-            description["flips"][metric.key] = flips
+        if metric.grader == _AGREES and (compared := metric.compare_answers(arm, teacher)):
+            if arm is teacher:
+                description["metrics"][metric.key]["interval"] = None  # what holds by definition is no estimate
+            else:
+                flips = {direction: share._asdict() for direction, share in compared.flips.items()}
+                description["flips"][metric.key] = flips
     for kind in BREAKDOWNS:
         bins = arm.fidelity.list_bins(kind) if arm.fidelity else None
         if bins is not None:
