@@ -29,6 +29,7 @@ from quantkd.models.student import (
     load_student,
     refuse_quantized,
 )
+from quantkd.names import names_gguf
 from quantkd.report import build_report
 from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
 from quantkd.teacher.capture import capture
@@ -80,6 +81,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if unknown := [form for form in self.exports if form not in CHECKPOINT_FORMS]:
             raise ConfigError(f"exports are of {', '.join(CHECKPOINT_FORMS)}; found {unknown}.")
+        if names_gguf(self.model, **self.model_init_kwargs):
+            raise ConfigError(
+                "model and model_init_kwargs are of the teacher, too, and name a GGUF file. Name the full-precision "
+                "checkpoint as model, and the file with quantization_config=GgufConfig(gguf_file=FILE)."
+            )
 
 
 def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, LlamaForCausalLM
 
 from quantkd import GenerationSettings, Nucleus, QuantizedDistillationConfig, RunSettings, TransferSet
 from quantkd.cli import demo
@@ -23,6 +23,7 @@ from quantkd.experiment import Experiment, run_experiment
 from quantkd.hardware import native_compute_dtype
 from quantkd.models.student import default_quantization_config, load_student
 from tests.conftest import REPOSITORY
+from tests.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
@@ -283,3 +284,27 @@ def test_the_example_passes_its_options_on(monkeypatch, asked, gsm8k_dir):
         runpy.run_path(str(REPOSITORY / "examples" / "gsm8k.py"), run_name="__main__")
     assert (asked().model, asked().generation.max_new_tokens) == ("meta-llama/Llama-3.1-8B-Instruct", 512)
     assert asked().run.batch_size == 3 and asked().storage == Nucleus(0.95, 64)
+
+
+def test_a_gguf_file_is_a_student(tiny_model_path, tmp_path):
+    pytest.importorskip("gguf")
+    tiny = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    file = write_gguf(tiny, tmp_path / "tiny-Q4_0.gguf", "Q4_0")
+    how = {"quantization_config": GgufConfig(gguf_file=str(file)), "exports": ("merged", "requantized")}
+    run(tiny_model_path, tmp_path / "run", init="covariance", **how)
+    results = read_results(tmp_path / "run")
+    assert results["arm_order"] == ["teacher", "before", "start", "after", "merged", "requantized"]
+    kl = {arm: found["metrics"]["kl"]["value"] for arm, found in results["arms"].items()}
+    assert kl["after"] < kl["start"] < kl["before"]
+    before, held_out = results["arms"]["before"], TransferSet.open(tmp_path / "run" / "held_out")
+    assert before["title"] == "q4_0, before" and before["bytes"]["total"] == file.stat().st_size
+    student = load_student(str(tiny_model_path), gguf_file=str(file))
+    assert evaluate_fidelity(student, held_out, progress=False).means["kl"] == pytest.approx(kl["before"], rel=1e-6)
+    adapted = PeftModel.from_pretrained(student, tmp_path / "run" / "student")
+    assert evaluate_fidelity(adapted, held_out, progress=False).means["kl"] == pytest.approx(kl["after"], rel=1e-6)
+
+
+@pytest.mark.parametrize("named", [{"model": "base.gguf"}, {"model_init_kwargs": {"gguf_file": "base.gguf"}}])
+def test_a_gguf_file_is_no_teacher(named, tmp_path):
+    with pytest.raises(ConfigError, match=r"full-precision checkpoint as model.*GgufConfig\(gguf_file=FILE\)"):
+        Experiment(**{"model": "m", "run_dir": tmp_path, "train_rows": [], "held_out_rows": [], **named})

@@ -1,6 +1,7 @@
 """Calibrated codes: never worse than the nearest ones, in bitsandbytes' own bytes, as an ordinary checkpoint."""
 
 import logging
+import re
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig
 
 from quantkd import quantize
 from quantkd.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from quantkd.models.quantize import calibrate, find_origin
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import load_student
 from quantkd.models.weights import dequantize_weight
+from tests.conftest import TRAINING_PROMPTS, capture_set
 
 
 def random_problem(rows, columns, tokens, seed=0):
@@ -192,6 +194,26 @@ def test_what_cannot_be_quantized_is_refused(tiny_model_path, training_set, tmp_
         quantize(tiny_model_path, training_set[:0], tmp_path / "none", **make)
     tiny_model.save_pretrained(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4bit", "other"]
+
+
+def test_experts_that_stay_as_they_are_are_said(tiny_tokenizer, tmp_path, caplog, cli):
+    config = Qwen3MoeConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for each in (model, tiny_tokenizer):
+        each.save_pretrained(tmp_path / "model")
+    capture_set(model, TRAINING_PROMPTS, tmp_path / "set", tokenizer=tiny_tokenizer, max_new_tokens=4)
+    words = ["--transfer_set", tmp_path / "set", "--output_dir", tmp_path / "4bit", "--dtype", "float32"]
+    code, *_ = cli("quantize", tmp_path / "model", *words)
+    found = re.search(
+        r"Only (\d+)% of the student's weights, .* are quantized; the largest rest is .*\.experts", caplog.text
+    )
+    assert not code and found and int(found[1]) < 50
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "4bit"))
+    assert any(".experts." in name for name in before)
+    assert all(torch.equal(each, after[name]) for name, each in before.items() if ".experts." in name)
 
 
 def test_turned_layers_and_layers_without_tokens(tmp_path, caplog):

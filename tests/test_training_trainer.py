@@ -110,8 +110,9 @@ def test_a_name_is_trained_on_calibrated_codes(make_trainer, training_set, tiny_
     assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
     make_trainer(calibrate=True, seed=1)
     assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns != written
-    make_trainer(calibrate=True, train_dataset=[training_set[0]])
-    assert "rows that are no TransferSet have no digest" in caplog.text
+    for rows, why in (([training_set[0]], "rows that are no TransferSet have no digest"), (None, "no train_dataset")):
+        make_trainer(calibrate=True, train_dataset=rows)
+        assert f"{why}. Choose them with `quantkd quantize`" in caplog.text
 
 
 def test_calibrated_codes_are_those_of_the_model_that_is_named(make_trainer, tiny_tokenizer, tmp_path, caplog):
@@ -132,6 +133,51 @@ def test_training_goes_on_from_the_codes_of_its_checkpoint(make_trainer):
     where = str(out / "checkpoint-1")
     make_trainer(calibrate=True, seed=1, max_steps=2, resume_from_checkpoint=where).train(where)
     assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_codes_of_a_run_that_was_killed_are_taken_up(make_trainer, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    out, rename = tmp_path / "out", Path.rename
+
+    def kill(path, target):
+        if target == out / "quantized":
+            raise Killed
+        return rename(path, target)
+
+    for seed in (0, 1):  # of the second the folder of the first is gone already
+        monkeypatch.setattr(Path, "rename", kill)
+        with pytest.raises(Killed):
+            make_trainer(calibrate=True, seed=seed)
+        monkeypatch.setattr(Path, "rename", rename)
+        (left,) = out.glob(".*")
+        written = (left / "model.safetensors").stat().st_mtime_ns
+        make_trainer(calibrate=True, seed=seed)
+        assert [path.name for path in out.iterdir()] == ["quantized"]
+        assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
+    monkeypatch.setattr(Path, "rename", kill)
+    with pytest.raises(Killed):
+        make_trainer(calibrate=True, seed=2)
+    monkeypatch.setattr(Path, "rename", rename)
+    make_trainer(calibrate=True, seed=3)  # whose codes they are not
+    assert [path.name for path in out.iterdir()] == ["quantized"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_goes_on_with_the_codes_that_it_had(make_trainer, before):
+    trainer = make_trainer(calibrate=before, save_strategy="steps", save_steps=1)
+    trainer.train()
+    where = str(Path(trainer.args.output_dir) / "checkpoint-1")
+    with pytest.raises(ConfigError, match=f"calibrate is {not before} now. Resume with calibrate={before}"):
+        make_trainer(calibrate=not before, resume_from_checkpoint=where)
+
+
+def test_a_checkpoint_without_a_tokenizer_says_how_to_get_one(make_trainer, tiny_model, tiny_tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    for options in ({}, {"processing_class": tiny_tokenizer}):
+        with pytest.raises(ConfigError, match=r"holds no tokenizer_config.json.*tokenizer.save_pretrained"):
+            make_trainer(model=str(tmp_path / "model"), calibrate=True, **options)
 
 
 def test_a_folder_that_no_run_made_stays(make_trainer, tmp_path):

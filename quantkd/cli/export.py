@@ -29,7 +29,7 @@ from quantkd.models.export import check_output_dir, export_adapter, export_check
 from quantkd.models.gguf_adapters import export_gguf_adapter
 from quantkd.models.provenance import Provenance
 from quantkd.models.vllm_limits import advise_vllm
-from quantkd.names import load_tokenizer
+from quantkd.names import load_tokenizer, names_gguf
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
     if args.form == "gguf_adapter":
-        is_file = student.gguf_file is not None or student.model_name_or_path.endswith(".gguf")
+        is_file = names_gguf(student.model_name_or_path, student.gguf_file)
         base: Any = load_student_from(student) if is_file else student.model_name_or_path
         return _describe(args.form, export_gguf_adapter(adapter, args.output_dir, base=base, outtype=args.outtype))
     # The tokenizer that was trained with is stored with the adapter, if it was saved at all.

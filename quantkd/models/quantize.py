@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import shutil
 from hashlib import sha256
 from os import PathLike, fspath
@@ -98,9 +97,8 @@ def quantize(
     file = getattr(student, "gguf_file", None)
     calibrate(student, weights, *draw_rows(transfer_set, rows, seed), progress=progress)
     made = {
-        "form": "quantized", "codes": "calibrated", "rows": rows, "seed": seed, "quantkd_version": __version__,
-        "quantized_from": public_name(name), "commit": commit_of(student.config),
-        "quantization": describe_quantization(student), **_identify(name, **model_init_kwargs),
+        "form": "quantized", "codes": "calibrated", "commit": commit_of(student.config),
+        **_identify(name, describe_quantization(student), rows, seed, **model_init_kwargs),
     }  # fmt: skip
     with new_folder(path) as folder:
         if file is None:
@@ -128,17 +126,20 @@ def quantize_once(
         config = "nf4" if quantization_config is None else quantization_config
         config = default_quantization_config(parse_dtype(dtype), config) if isinstance(config, str) else config
         given, folder = folder, folder.resolve()
-        facts = Provenance.read(folder)
-        wanted = {
-            "quantized_from": public_name(model), "quantization": describe_config(config), "rows": ROWS, "seed": seed,
-            "quantkd_version": __version__, **_identify(model, **kwargs),
-        }  # fmt: skip
-        made = facts.export or {}
-        if facts.transfer_set_digest != transfer_set.digest or any(made.get(key) != wanted[key] for key in wanted):
-            if made.get("form") != "quantized":
+        new = folder.with_name(f".{folder.name}.new")  # where that of a run that was killed is found again
+        wanted = _identify(model, describe_config(config), ROWS, seed, **kwargs)
+
+        def is_wanted(place: Path) -> bool:
+            facts = Provenance.read(place)
+            made = facts.export or {}
+            return facts.transfer_set_digest == transfer_set.digest and wanted.items() <= made.items()
+
+        if not is_wanted(folder):
+            if (Provenance.read(folder).export or {}).get("form") != "quantized":
                 check_output_dir(str(folder))
-            new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-            quantize(model, transfer_set, new, quantization_config=config, dtype=dtype, seed=seed, **kwargs)
+            if not is_wanted(new):
+                shutil.rmtree(new, ignore_errors=True)
+                quantize(model, transfer_set, new, quantization_config=config, dtype=dtype, seed=seed, **kwargs)
             if folder.exists():
                 logger.warning(
                     "%s is replaced: it was made of another model, set, format, seed or version. Adapters that were "
@@ -208,8 +209,16 @@ def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
     return next(((str(place), None) for place in places if (place / "config.json").is_file()), None)
 
 
-def _identify(name: str, **model_init_kwargs: Any) -> dict[str, str]:
-    """What tells a checkpoint from others of its name: its commit; of a folder, a digest of samples of its weights."""
+def _identify(name: str, quantization: Any, rows: int, seed: int, **model_init_kwargs: Any) -> dict[str, Any]:
+    """What tells a checkpoint from others that `quantize` would write from the same set."""
+    return {
+        "quantized_from": public_name(name), "quantization": quantization, "rows": rows, "seed": seed,
+        "quantkd_version": __version__, **_identify_origin(name, **model_init_kwargs),
+    }  # fmt: skip
+
+
+def _identify_origin(name: str, **model_init_kwargs: Any) -> dict[str, str]:
+    """What tells a model from others of its name: its commit; of a folder, a digest of samples of its weights."""
     if not Path(name).is_dir():
         where = {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS}
         return {"commit": str(extract_commit_hash(str(find_file(name, "config.json", **where)), None) or "")}

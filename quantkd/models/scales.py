@@ -48,8 +48,8 @@ def attach_scales(model: Any) -> None:
         )
     head, layers = network.get_output_embeddings(), list[Any]()
     for layer in network.modules():
-        if isinstance(layer, LoraLayer) and any(lora_variant_of(layer, each) for each in layer.active_adapters):
-            raise ConfigError("train_scales takes plain LoRA; DoRA's norms would miss the factors. Set use_dora=False.")
+        if isinstance(layer, LoraLayer):
+            refuse_dora(any(lora_variant_of(layer, each) for each in layer.active_adapters))
         if isinstance(layer, Linear4bit) and layer is not head:
             layers.append(layer)
     if not layers:
@@ -67,6 +67,12 @@ def attach_scales(model: Any) -> None:
     for parameter in scale_parameters(model).values():
         parameter.requires_grad_(True)
     keep_saveable(network)
+
+
+def refuse_dora(is_used: bool) -> None:
+    """Refuse DoRA beside trained scales."""
+    if is_used:
+        raise ConfigError("train_scales takes plain LoRA; DoRA's norms would miss the factors. Set use_dora=False.")
 
 
 def scale_parameters(model: Any) -> dict[str, nn.Parameter]:

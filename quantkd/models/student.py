@@ -337,10 +337,8 @@ def attach_lora(
     return adapted
 
 
-def check_adapters(name_or_path: str, peft_config: PeftConfig, *, train_scales: bool = False, **kwargs: Any) -> None:
+def check_adapters(name_or_path: str, peft_config: PeftConfig, **kwargs: Any) -> None:
     """Refuse adapters that PEFT would not attach to a checkpoint, by the outline of its model."""
-    if train_scales and getattr(peft_config, "use_dora", False):
-        raise ConfigError("train_scales takes plain LoRA; DoRA's norms would miss the factors. Set use_dora=False.")
     where = {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "trust_remote_code")}
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(

@@ -129,6 +129,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         refuse_unused(self, {"train_scales": "scales_learning_rate"})
         # A default follows the start that is really made, as `prepare_student` finds it.
         self.follows_start, self.start = self.learning_rate is None, self.init
+        self.codes: str | None = None  # of a student given by name: "calibrated" or "nearest", as `choose_base` notes
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.init]
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):

@@ -24,7 +24,7 @@ from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import find_origin, quantize_once
 from quantkd.models.row_attention import row_attention
-from quantkd.models.scales import attach_scales
+from quantkd.models.scales import attach_scales, refuse_dora
 from quantkd.models.student import (
     attach_lora,
     check_adapters,
@@ -111,23 +111,34 @@ def choose_base(
     """The checkpoint to train on: with calibrated codes, written to the output folder; or `name` as it is."""
     config = quantization_config or "nf4"
     kind = config if isinstance(config, str) else format_of(config)
-    if (
-        not args.calibrate
-        or names_gguf(name, **kwargs)
-        or kind not in ("nf4", "fp4")
-        or stored_quantization(name, **kwargs)
-    ):
+    if names_gguf(name, **kwargs) or kind not in ("nf4", "fp4") or stored_quantization(name, **kwargs):
+        return name
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    before = (Provenance.read(checkpoint).training or {}).get("codes") if checkpoint else None
+    if before == ("nearest" if args.calibrate else "calibrated") and isinstance(dataset, TransferSet):
+        raise ConfigError(
+            f"The run of {checkpoint} trained on the {before} codes, which its adapters fit alone, and calibrate is "
+            f"{args.calibrate} now. Resume with calibrate={before == 'calibrated'}, or leave resume_from_checkpoint "
+            "out."
+        )
+    args.codes = "nearest"
+    if not args.calibrate:
         return name
     if not isinstance(dataset, TransferSet) or shares_weights():
-        why = "processes share the weights" if shares_weights() else "rows that are no TransferSet have no digest"
-        logger.warning("The student's codes are the nearest ones: %s. `quantkd quantize` chooses them first.", why)
+        why = "there is no train_dataset" if dataset is None else "rows that are no TransferSet have no digest"
+        why = "processes share the weights" if shares_weights() else why
+        logger.warning(
+            "The student's codes are the nearest ones: %s. Choose them with `quantkd quantize`, and name the "
+            "checkpoint that it writes as the model; or set calibrate=False.",
+            why,
+        )
         return name
     # What would be refused afterwards is refused before codes are chosen, which takes minutes.
     check_transfer_set(dataset, load_tokenizer(name, **kwargs), args.temperature, args.divergence)
     if peft_config is not None:
-        check_adapters(name, peft_config, train_scales=args.train_scales, **kwargs)
-    folder = Path(str(args.output_dir), "quantized")
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+        refuse_dora(args.train_scales and getattr(peft_config, "use_dora", False))
+        check_adapters(name, peft_config, **kwargs)
+    folder, args.codes = Path(str(args.output_dir), "quantized"), "calibrated"
     base = find_base(Path(checkpoint), name) if checkpoint else None
     if base is not None:  # its adapters fit no other
         folder = base
