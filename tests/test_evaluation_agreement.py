@@ -148,26 +148,40 @@ def test_without_a_teacher_that_answered_the_same_there_is_none(tmp_path, arms):
         load_arms(tmp_path / "old" / "evaluation")
 
 
-def test_accuracy_is_drawn_only_where_a_paired_test_tells_arms_apart(tmp_path):
+def draw_panels(run, arms):
+    """By title the labels below the axis and the heights of the bars, the arms of the legend, and the report's page."""
+    _, page = build(run, arms)
+    figure = draw_bars(compute_results(load_arms(run / "evaluation")))
+    panels = {
+        panel.get_title().split(" (")[0]: (
+            [tick.get_text() for tick in panel.get_xticklabels()], {round(bar.get_height(), 3) for bar in panel.patches}
+        )
+        for panel in figure.axes
+    }  # fmt: skip
+    assert figure.get_supxlabel().startswith("Whiskers: 95% intervals (")
+    return panels, [text.get_text() for text in figure.legends[0].get_texts()], page
+
+
+def test_shares_are_drawn_only_where_a_paired_test_tells_arms_apart(tmp_path):
     """5 of 100 questions that only one arm solves have p = 0.06, and 6 have 0.03."""
-    few = {name: make_arm(name, level, 50 + more) for name, level, more in (("teacher", 0, 5), ("before", 0.2, 0))}
-    few["after"] = make_arm("after", 0.1, 54)
-    few["teacher"]["questions"]["8-shot"] = make_verdicts(56)
-    results, page = build(tmp_path, few)
-    panels = {panel.get_title(): panel for panel in draw_bars(results).axes}
-    assert [title.split(" (")[0] for title in panels] == ["Accuracy", "Answer agreement", "KL to the teacher"]
-    (accuracy, agreement, _) = panels.values()
-    assert [tick.get_text() for tick in accuracy.get_xticklabels()] == ["8-shot"]
-    assert [tick.get_text() for tick in agreement.get_xticklabels()] == ["0-shot", "8-shot"]
-    heights = sorted({bar.get_height() for bar in agreement.patches})
-    assert heights == pytest.approx([50, 54])  # the teacher has none
-    assert "Not drawn: Accuracy, 0-shot. On these questions no paired test" in page
-    del few["teacher"]["questions"]["8-shot"], few["before"]["questions"]["8-shot"], few["after"]["questions"]["8-shot"]
-    results, _ = build(tmp_path, few)
-    figure = draw_bars(compute_results(load_arms(tmp_path / "evaluation")))
-    assert [panel.get_title().split(" (")[0] for panel in figure.axes] == ["Answer agreement", "KL to the teacher"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["The before | arm", "The after | arm"]
-    assert figure.get_supxlabel().startswith("Whiskers: 95% intervals (Wilson's for answer agreement, bootstrap")
+    solved = {"teacher": 55, "before": 50, "after": 54}
+    arms = {name: make_arm(name, 0.1, count) for name, count in solved.items()}
+    arms["teacher"]["questions"]["8-shot"] = make_verdicts(56)
+    panels, legend, page = draw_panels(tmp_path, arms)
+    assert list(panels) == ["Accuracy", "KL to the teacher"] and len(legend) == 3
+    assert panels["Accuracy"] == (["8-shot"], {50, 54, 56})
+    left_out = "Accuracy, 0-shot; Answer agreement, 0-shot; Answer agreement, 8-shot"
+    assert f"Not drawn: {left_out}. On these questions no paired test" in page
+    for arm in arms.values():  # the teacher solves no more than the others, but has the numbers of one alone
+        arm["questions"] = {"0-shot": make_verdicts(50)}
+    arms["before"]["questions"]["0-shot"]["answers"][:20] = ["1.5"] * 20
+    panels, legend, page = draw_panels(tmp_path, arms)
+    assert list(panels) == ["Answer agreement", "KL to the teacher"]
+    assert panels["Answer agreement"] == (["0-shot"], {80, 100})  # the teacher has no bar
+    assert legend == ["The before | arm", "The after | arm"] and "Not drawn: Accuracy, 0-shot." in page
+    arms["before"]["questions"] = {"0-shot": make_verdicts(50)}
+    panels, _, page = draw_panels(tmp_path, arms)
+    assert list(panels) == ["KL to the teacher"] and "Not drawn: Accuracy, 0-shot; Answer agreement, 0-shot." in page
 
 
 def test_the_command_says_how_an_arm_agrees_and_the_report_has_it_by_itself(tmp_path, tiny_model_path, cli):

@@ -31,18 +31,16 @@ _WIDE_BARS = 10  # so many bars in a panel of shares have room for a decimal eac
 
 
 def draw_bars(results: dict[str, Any]) -> Figure | None:
-    """Accuracy, answer agreement and KL per arm; None where there is nothing to draw."""
+    """Accuracy, answer agreement and KL per arm, as far as they say something; None where nothing does."""
     arms = results["arms"]
     students = [name for name in arms if name != "teacher"]
     # Where no test tells arms apart, bars of few questions would show differences that are noise.
-    groups = {
-        "Accuracy": (list(arms), [key for key, told in list_told_apart(results).items() if told]),
-        "Answer agreement": (students, [key for key in results["metrics"] if key.startswith("agreement_")]),
-    }
-    shares = {
-        title: (keys, names) for title, (candidates, keys) in groups.items()
-        if (names := [name for name in candidates if any(key in arms[name]["metrics"] for key in keys)])
-    }  # fmt: skip
+    told = [key for key, is_told in list_told_apart(results).items() if is_told]
+    shares = {}
+    for title, prefix, candidates in (("Accuracy", "accuracy_", arms), ("Answer agreement", "agreement_", students)):
+        if keys := [key for key in told if key.startswith(prefix)]:
+            names = [name for name in candidates if any(key in arms[name]["metrics"] for key in keys)]
+            shares[title] = (keys, names)
     with_kl = [name for name in students if "kl" in arms[name]["metrics"]]
     widths = [max(1.9, 0.36 * len(keys) * len(names)) for keys, names in shares.values()]
     widths += [max(1.9, 0.95 * len(with_kl))] if with_kl else []
@@ -149,7 +147,7 @@ def _draw_kl(panel: Axes, results: dict[str, Any], names: list[str]) -> None:
     for name in names:
         share = arms[name]["gap_recovered"].get("kl", {}).get("value")
         labels.append("" if share is None else f"{round(100 * share)}% of the\ngap recovered")
-    panel.set_xticks(range(len(names)), labels, fontsize=8)
+    panel.set_xticks(range(len(names)), labels, fontsize=8 if len(names) < 5 else 7)
     panel.set_xlim(-0.6, len(names) - 0.4)
     num_rows = max(arms[name]["metrics"]["kl"]["n"] for name in names)
     _label_axes(panel, "KL (nats per token)", f"KL to the teacher ({num_rows} held-out row{'s' * (num_rows > 1)})")

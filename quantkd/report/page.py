@@ -61,12 +61,12 @@ def _tabulate_flips(arms: dict[str, Any], key: str, setting: str) -> list[list[s
 
 
 def list_told_apart(results: dict[str, Any]) -> dict[str, bool]:
-    """Whether a paired test tells two arms apart, by accuracy; the strict ones are left out."""
-    level, keys = 1 - results["confidence"], results["metrics"]
+    """Whether a paired test tells two arms apart, by accuracy and agreement; strict accuracies are left out."""
+    level, arms = 1 - results["confidence"], results["arms"].values()
     return {
-        key: any(test["p_value"] < level for arm in results["arms"].values() for test in arm["mcnemar"][key].values())
-        for key in keys
-        if key.startswith("accuracy_") and not key.endswith("_strict")
+        key: any(test["p_value"] < level for arm in arms for test in arm["mcnemar"][key].values())
+        for key in results["metrics"]
+        if key.startswith(("accuracy_", "agreement_")) and not key.endswith("_strict")
     }
 
 
