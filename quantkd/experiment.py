@@ -55,7 +55,7 @@ class Experiment:
     train_rows: Sequence[Row]  # the teacher answers their prompts, and the student learns from that
     held_out_rows: Sequence[Row]  # for the fidelity
     test_rows: Sequence[Row] = ()  # for the accuracy and the answer agreement, in GSM8K's format
-    # For the held-out points of training.png, measured a few times in training: neither trained on nor reported.
+    # For the held-out points of the student's training.png, measured a few times: neither trained on nor reported.
     curve_rows: Sequence[Row] = ()
     few_shot_rows: Sequence[Row] = ()  # in the same format, disjoint from the test rows
     shots: Sequence[int] = (0,)
@@ -116,8 +116,6 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         )
         for name, rows in asked.items()
     }
-    if "curve" in sets and args.eval_strategy == IntervalStrategy.NO:
-        args.eval_strategy, args.eval_steps, args.eval_on_start = IntervalStrategy.STEPS, _CURVE_STEP, True
 
     how = (experiment.eval_batch_size, experiment.generation.max_new_tokens, experiment.chat_template, experiment.force)
     # Replaced are the figures and answers of an adapter that was trained before.
@@ -144,7 +142,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             trainer.save_model(start, _internal_call=True)  # which does not push
         trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)
         # Its last point, unless that is there or the best step was loaded.
-        if "curve" in sets and not (own.load_best_model_at_end or was_evaluated(trainer.state)):
+        if own is args and "curve" in sets and not (own.load_best_model_at_end or was_evaluated(trainer.state)):
             trainer.evaluate()
         trainer.save_model()
         state.wait_for_everyone()  # process 0 writes what all of them load
@@ -168,6 +166,9 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         control.alpha, control.push_to_hub, control.resume_from_checkpoint = 0.0, False, None
         control.output_dir = f"{args.output_dir}-control"
         arms = {"control": control, **arms}
+    # Not of the control, whose points would take as long again.
+    if "curve" in sets and args.eval_strategy == IntervalStrategy.NO:
+        args.eval_strategy, args.eval_steps, args.eval_on_start = IntervalStrategy.STEPS, _CURVE_STEP, True
     for arm, own in arms.items():
         _log("training the control, by cross-entropy alone" if arm == "control" else "distillation")
         train(own)

@@ -17,7 +17,7 @@ from quantkd.report import format_table
 from quantkd.teacher import GenerationSettings, RunSettings
 from quantkd.training.config import QuantizedDistillationConfig
 
-_CURVE_ROWS = 8  # a few seconds each time that they are measured
+_CURVE_ROWS = 8  # six seconds on one core each time that they are measured
 _EXAMPLES = """examples:
   quantkd demo
   quantkd demo --control ce --exports merged requantized
