@@ -212,6 +212,21 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
+def save_adapter(model, folder, **config):
+    """A random adapter on the model, saved by PEFT; the adapted model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(model, LoraConfig(**{**options, **config}))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora" not in name:
+            parameter.data += torch.randn_like(parameter) * 0.02
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def refused(error, match, call, /, *args, **kwargs):
     """The call raises the error, with a message that matches."""
     with pytest.raises(error, match=match):

@@ -125,9 +125,8 @@ def running_hub(monkeypatch: Any, cache: Any, *, seconds: float = 60) -> Iterato
             raise Killed
 
     hooks: Any = {"request": [_http.hf_request_event_hook, die]}
-    huggingface_hub.set_client_factory(
-        lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds, trust_env=False)
-    )
+    options: Any = {"follow_redirects": True, "timeout": seconds, "trust_env": False}
+    huggingface_hub.set_client_factory(lambda: httpx.Client(event_hooks=hooks, **options))
     try:
         yield hub
     finally:
@@ -224,14 +223,18 @@ class _Handler(BaseHTTPRequestHandler):
             return refuse(404, "Invalid rev id", "RevisionNotFound")
         if action == "resolve":
             return self._resolve(commit, page[5])
-        if action == "preupload":
-            return 200, {"files": [upload_mode(commit, file["path"]) for file in json.loads(body)["files"]]}, {}
-        if action == "batch":
-            offers = [self._offer(each) for each in json.loads(body)["objects"]]
-            return 200, {"transfer": "basic", "objects": offers}, {}
         if action == "commit":
             return self._commit(repository, revision, f"{'datasets/' if kind == 'dataset' else ''}{name}", body)
-        files = [describe_file(file, data) for file, data in commit.files.items()]
+        if action == "batch":
+            return 200, {"transfer": "basic", "objects": [*map(self._offer, json.loads(body)["objects"])]}, {}
+        if action == "preupload":
+            modes = [{"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False,
+                      "oid": oid_of(path, commit.files[path]) if path in commit.files else None}
+                     for path in (file["path"] for file in json.loads(body)["files"])]  # fmt: skip
+            return 200, {"files": modes}, {}
+        files = [{"rfilename": path, "size": len(data), "blobId": git_hash(data), "lfs":
+                  {"sha256": oid_of(path, data), "size": len(data), "pointerSize": 130} if is_lfs(path) else None}
+                 for path, data in commit.files.items()]  # fmt: skip
         return 200, {"id": name, "sha": commit.sha, "private": repository.private, "siblings": files}, {}
 
     def _create(self, asked: dict[str, Any]) -> Answer:
@@ -291,13 +294,3 @@ def git_hash(data: bytes) -> str:
 
 def oid_of(path: str, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest() if is_lfs(path) else git_hash(data)
-
-
-def describe_file(path: str, data: bytes) -> dict[str, Any]:
-    lfs = {"sha256": oid_of(path, data), "size": len(data), "pointerSize": 130} if is_lfs(path) else None
-    return {"rfilename": path, "size": len(data), "blobId": git_hash(data), "lfs": lfs}
-
-
-def upload_mode(commit: Commit, path: str) -> dict[str, Any]:
-    oid = oid_of(path, commit.files[path]) if path in commit.files else None
-    return {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False, "oid": oid}

@@ -23,21 +23,19 @@ def write_gguf(
 
     config = model.config.get_text_config()
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
-        add(width)
+    for name, value in {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+        "vocab_size": config.vocab_size, "layer_norm_rms_eps": getattr(config, "rms_norm_eps", 1e-5),
+        **dict.fromkeys(("rope_dimension_count", "key_length", "value_length"), width),
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_rope_freq_base(rope.get("full_attention", rope).get("rope_theta", 10000.0))
     if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
-    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
-    writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     if tokenizer is not None:
         add_tokenizer(writer, tokenizer)
@@ -49,9 +47,8 @@ def write_gguf(
         if values.ndim < 2 or values.shape[-1] % gguf.GGML_QUANT_SIZES[whole][0]:
             whole = gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, encode(values, whole), raw_dtype=whole)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
     writer.close()
     return path
 
@@ -61,15 +58,13 @@ def add_tokenizer(writer: Any, tokenizer: Any) -> None:
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     merges = [each if isinstance(each, str) else " ".join(each) for each in described["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if each in tokenizer.all_special_tokens else 1 for each in tokens])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
+    types = [3 if each in tokenizer.all_special_tokens else 1 for each in tokens]
+    for name, value in {
+        "tokenizer_model": "gpt2", "tokenizer_pre": "default", "token_list": tokens, "token_types": types,
+        "token_merges": merges, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, "chat_template": tokenizer.chat_template,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
 
 
 def stored_weights(model: Any, architecture: str) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ PUSHED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "gap.png", "quantkd.json",
     "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
+run = pytest.fixture(lambda trained_run, tmp_path: shutil.copytree(trained_run, tmp_path / "mine"))
 
 
 def read_page(files: dict[str, bytes]) -> tuple[dict, str]:
@@ -55,13 +56,7 @@ def trained_run(build_trainer, tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def run(trained_run, tmp_path):
-    return shutil.copytree(trained_run, tmp_path / "mine")
-
-
 @pytest.fixture(scope="session")
 def load_base(tiny_model_path):
-    return lambda: AutoModelForCausalLM.from_pretrained(
-        tiny_model_path, dtype=torch.float32, quantization_config=default_quantization_config(torch.float32)
-    )
+    options = {"dtype": torch.float32, "quantization_config": default_quantization_config(torch.float32)}
+    return lambda: AutoModelForCausalLM.from_pretrained(tiny_model_path, **options)

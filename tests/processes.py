@@ -42,19 +42,6 @@ def start(words: Sequence[object], output: Path, processes: int = 1) -> list[Bas
     return family
 
 
-def finish(family: Sequence[BaseProcess], output: Path) -> str:
-    """Wait until they end without an error; what they printed."""
-    try:
-        for process in family:
-            assert end(process) == 0, f"{process.name} ended with exit code {process.exitcode}"
-    except AssertionError as error:
-        raise AssertionError(f"{error}: {output.read_text()[-4000:]}") from None
-    finally:
-        for process in family:
-            process.kill()
-    return output.read_text()
-
-
 def end(process: BaseProcess, seconds: float = _SECONDS) -> int:
     """Wait until it ends; its exit code. One that does not end is killed, and the test fails."""
     process.join(seconds)
@@ -74,8 +61,17 @@ def wait_until(reached: Callable[[], object], family: Sequence[BaseProcess], out
 
 
 def run(words: Sequence[object], output: Path, processes: int = 1) -> str:
-    """Start them and wait."""
-    return finish(start(words, output, processes), output)
+    """Start them, and wait until they end without an error; what they printed."""
+    family = start(words, output, processes)
+    try:
+        for process in family:
+            assert end(process) == 0, f"{process.name} ended with exit code {process.exitcode}"
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {output.read_text()[-4000:]}") from None
+    finally:
+        for process in family:
+            process.kill()
+    return output.read_text()
 
 
 def _run(words: list[str], environment: dict[str, str], output: str) -> None:

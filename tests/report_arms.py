@@ -13,7 +13,8 @@ from quantkd.evaluation.arms import BINNED, EDGES, Fidelity
 from quantkd.report import build_report
 
 TOKENS = [10, 20, 30, 40]
-SIZES = {name: {"adapters": 84_000} for name in ("start", "after", "control")} | {"merged": {"codes": 2_000_000}}
+SIZES = {name: {"adapters": 84_000} for name in ("start", "after", "control")}
+SIZES |= {name: {"codes": 2_000_000} for name in ("teacher", "merged")}
 LEVELS = {"teacher": (0.0, 90), "before": (0.4, 50), "after": (0.1, 80)}  # KL per token, questions solved of 100
 
 
@@ -54,20 +55,15 @@ def make_verdicts(solved: int, strict: int | None = None) -> dict[str, Any]:
     return {"settings": settings, "correct_flexible": flexible, "correct_strict": strictly, "answers": answers}
 
 
-def make_size(codes: int = 500_000, constants: int = 16_000, adapters: int = 0, rest: int = 500_000) -> dict[str, Any]:
-    """Of a million weights in linear layers."""
-    bits = 8e-6 * (codes + constants + adapters)
-    parts = {"codes": codes, "constants": constants, "adapters": adapters, "rest": rest}
-    return {**parts, "linear_weights": 1_000_000, "bits_per_weight": bits}
-
-
 def make_arm(name: str, level: float, solved: int) -> dict[str, Any]:
-    """The JSON of an arm; KL grows with the row's number."""
+    """The JSON of an arm, of a million weights in linear layers; KL grows with the row's number."""
     tokens = np.array(TOKENS)
     kl = tokens * level * (1 + 0.1 * np.arange(4))
+    parts = {"codes": 500_000, "constants": 16_000, "adapters": 0, "rest": 500_000, **SIZES.get(name, {})}
+    bits = 8e-6 * (sum(parts.values()) - parts["rest"])
     return {
         "arm": name, "title": f"The {name} | arm", "model": "tiny", "fingerprint": name, "tasks": {},
-        "size": make_size(**({"codes": 2_000_000} if name == "teacher" else SIZES.get(name, {}))),
+        "size": {**parts, "linear_weights": 1_000_000, "bits_per_weight": bits},
         "fidelity": make_fidelity(tokens, kl, tokens * (0.3 + level), np.round(tokens * (1 - level / 2))),
         "questions": {setting: make_verdicts(solved, solved - 5) for setting in ("8-shot", "0-shot")},
     }  # fmt: skip
@@ -84,8 +80,7 @@ def build(run: Path, arms: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], s
         (run / "evaluation" / f"{name}.json").write_text(json.dumps(arm))
     assert build_report(run) == run / "report.md"
     page = (run / "report.md").read_text()
-    assert all(len(widths) == 1 for widths in read_tables(page))
-    assert "\n\n\n" not in page and not page.startswith("\n")
+    assert all(len(widths) == 1 for widths in read_tables(page)) and "\n\n\n" not in page and not page.startswith("\n")
     return json.loads((run / "results.json").read_text()), page
 
 

@@ -64,5 +64,4 @@ def assert_entries(row, model, rule) -> None:
         np.testing.assert_allclose(values, ranked[:count], atol=1e-4)
         np.testing.assert_allclose(values, target[torch.from_numpy(ids)], atol=1e-4)
         place += count
-    assert place == len(row.token_ids)
-    assert not row.log_normalizers.any()
+    assert place == len(row.token_ids) and not row.log_normalizers.any()

@@ -1,5 +1,7 @@
 """Fixtures of the tests of teachers on other engines: a fake server of each kind, and a teacher that asks it."""
 
+from contextlib import ExitStack
+
 import pytest
 from fake_openai_server import FakeServer
 from teacher_rows import RULE, SETTINGS, TEXTS
@@ -15,15 +17,9 @@ def prompts(tiny_tokenizer):
 
 @pytest.fixture
 def serve(tiny_model, tiny_tokenizer):
-    running = []
-
-    def start(**kwargs):
-        running.append(FakeServer(tiny_model, [tiny_tokenizer.eos_token_id], **kwargs).__enter__())
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.__exit__()
+    with ExitStack() as running:
+        ends = [tiny_tokenizer.eos_token_id]
+        yield lambda **kwargs: running.enter_context(FakeServer(tiny_model, ends, **kwargs))
 
 
 @pytest.fixture

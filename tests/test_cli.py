@@ -14,10 +14,9 @@ from unittest.mock import Mock
 import pytest
 import safetensors
 
-from quantkd.cli.arguments import StudentArguments
 from quantkd.cli.main import COMMANDS, main
 from quantkd.loss.states import TargetStates
-from tests.conftest import TRAINING_PROMPTS
+from tests.conftest import TRAINING_PROMPTS, refused
 from tests.fake_hub import TOKEN
 from tests.hub_runs import damage
 
@@ -64,37 +63,33 @@ def test_a_command_shows_examples_that_it_takes(name, cli):
         assert flags - set(re.findall(r"--[\w-]+", options)) == set(), line
 
 
-def test_inspect_shows_facts_and_alternatives(cli, training_set, tiny_model_path):
-    code, out, _ = cli("inspect", training_set.sources[0], "--tokenizer", tiny_model_path, "--rows", 1)
+def test_inspect_verify_and_convert(cli, training_set, tiny_model_path, tmp_path):
+    out = cli.ok("inspect", training_set.sources[0], "--tokenizer", tiny_model_path, "--rows", 1)
     expected = ("teacher", tiny_model_path.name, "bytes per response token", "entries per token", " nats ", "tail")
-    assert code == 0 and [piece for piece in (*expected, TRAINING_PROMPTS[0]) if piece not in out] == []
-    assert "--tokenizer" in cli("inspect", training_set.sources[0], "--rows", 1)[1]
-    code, out, _ = cli("inspect", training_set.sources[0], "--json", "--rows", 2)
-    found = json.loads(out)
-    assert code == 0 and found["num_rows"] == 8 and len(found["sample"]) == 2
+    assert [piece for piece in (*expected, TRAINING_PROMPTS[0]) if piece not in out] == []
+    assert "--tokenizer" in cli.ok("inspect", training_set.sources[0], "--rows", 1)
+    found = json.loads(cli.ok("inspect", training_set.sources[0], "--json", "--rows", 2))
+    assert found["num_rows"] == 8 and len(found["sample"]) == 2
     assert sum(found["histograms"]["entries"]) == found["num_response_tokens"]
     probabilities = [entry["probability"] for entry in found["sample"][0]["tokens"][0]["entries"]]
     assert probabilities == sorted(probabilities, reverse=True)
 
-
-def test_verify_and_convert_and_main_leaves_the_process_as_it_is(cli, training_set, tmp_path):
     def state():
         return dict(os.environ), signal.getsignal(signal.SIGTERM), logging.getLogger("quantkd.experiment").level
 
     before, words = state(), ("verify", training_set.sources[0])
-    code, out, _ = cli(*words)
-    assert code == 0 and "8 rows" in out and cli(*words)[:2] == (code, out) and state() == before
-    code, out, _ = cli("convert", training_set.sources[0], tmp_path / "small", "--storage", "nucleus:0.9")
-    assert code == 0 and "nucleus(max_k=64, p=0.9)" in out
+    out = cli.ok(*words)
+    assert "8 rows" in out and cli.ok(*words) == out and state() == before
+    small = ("convert", training_set.sources[0], tmp_path / "small", "--storage", "nucleus:0.9")
+    assert "nucleus(max_k=64, p=0.9)" in cli.ok(*small)
     shard = next((tmp_path / "small").glob("*.safetensors"))
     shard.write_bytes(damage(shard.read_bytes()))
-    code, _, err = cli("verify", tmp_path / "small")
-    assert code == 1 and shard.name in err
+    cli.fails(shard.name, "verify", tmp_path / "small")
 
 
 def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tiny_model_path, monkeypatch):
-    code, out, _ = cli("selftest", tiny_model_path)
-    assert code == 0 and out.count("pass") == 7 and "FAIL" not in out
+    out = cli.ok("selftest", tiny_model_path)
+    assert out.count("pass") == 7 and "FAIL" not in out
     sound = TargetStates.at_targets
     misaligned = lambda self, *places: sound(TargetStates(self.values.roll(1, 1)), *places)  # noqa: E731
     monkeypatch.setattr(TargetStates, "at_targets", misaligned)
@@ -103,67 +98,59 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
 
 
 @pytest.mark.parametrize(("words", "code", "said"), [
-    ("capture --frobnicate 1", 2, "required"),
+    ("capture --frobnicate 1", 2, "required"), ("CONFIG unknown.yaml --output_dir o", 2, "no option --colour"),
     ("capture --model M --prompts p --output_dir o --colour", 2, "no option --colour"),
-    ("capture --config bad.yaml", 1, "is not YAML: see line 2. Expected"),
-    ("capture --config=text.yaml", 1, "text.yaml holds a str"),
-    ("capture --config unknown.yaml --output_dir o", 2, "no option --colour"),
-    ("capture --config no.yaml", 1, "No such file or directory"), ("capture --config", 2, "expected one argument"),
+    ("CONFIG bad.yaml", 1, "is not YAML: see line 2. Exp"), ("capture --config=text.yaml", 1, "text.yaml holds a str"),
+    ("CONFIG no.yaml", 1, "No such file or directory"), ("CONFIG", 2, "expected one argument"),
     ("capture --model ./nowhere --prompts p.jsonl --output_dir o", 1, "no folder './nowhere'"),
     ("capture --model empty --prompts p.jsonl --output_dir o", 1, "empty holds no config.json"),
     ("capture --model no/model --prompts p.jsonl --output_dir o", 1, "'no/model' could not be"),
-    ("capture OUT p.jsonl", 1, "p.jsonl is a file; the"), ("capture OUT p.jsonl/x", 1, "p.jsonl is a file; the"),
-    ("capture OUT o --storage x", 1, "the storage rule 'x'"),
-    ("capture OUT o --teacher_adapter empty", 1, "adapter_config.json"),  # before the model is looked for
-    ("capture OUT o --temperature 2", 2, "did you mean --temperatures?"),
-    ("capture OUT o --max_tokens 3", 2, "mean --max_new_"), ("capture OUT o --seed x", 2, "invalid int value: 'x'"),
-    ("inspect SET --rows -1", 2, "found '-1'; expected a whole"),
+    ("OUT p.jsonl", 1, "p.jsonl is a file; the"), ("OUT p.jsonl/x", 1, "p.jsonl is a file; the"),
+    ("OUT o --storage x", 1, "the storage rule 'x'"),
+    ("OUT o --teacher_adapter empty", 1, "adapter_config.json"),  # before the model is looked for
+    ("OUT o --temperature 2", 2, "did you mean --temperatures?"),
+    ("OUT o --max_tokens 3", 2, "mean --max_new_"), ("OUT o --seed x", 2, "invalid int value: 'x'"),
+    ("inspect SET --rows -1", 2, "found '-1'; expected a whole"), ("TRAIN --num_train_epochs 0", 1, "Nothing would be"),
     ("inspect SET --tokenizer empty", 1, "holds no tokenizer_config.json"),
-    ("train TRAIN --temperature 4.0", 1, "capture again with --temperatures 4.0"),
-    ("capture TEACHER no.jsonl", 1, "no.jsonl"),
-    ("capture TEACHER p.jsonl --attn_implementation flash_attention_2", 1, "FlashAttention2"),
+    ("TRAIN --temperature 4.0", 1, "capture again with --temperatures 4.0"), ("TEACHER no.jsonl", 1, "no.jsonl"),
+    ("TEACHER p.jsonl --attn_implementation flash_attention_2", 1, "FlashAttention2"),
     ("inspect nothing", 1, "nothing"), ("inspect empty", 1, "neither index.json nor plan.json"),
     ("verify empty", 1, "neither index.json nor plan.json"), ("report nowhere", 1, "nowhere/evaluation holds no arms"),
-    ("train TRAIN --num_train_epochs 0", 1, "Nothing would be"),
-    ("train TRAIN --gradient_accumulation_steps 0", 1, "accumulation_steps is 0"),
-    ("train TRAIN --alpha 2", 1, "alpha is 2.0"),
-    ("train TRAIN --resume_from_checkpoint true", 1, "no checkpoint to resume"),
-    ("train TRAIN --resume_from_checkpoint r", 1, "is no checkpoint"),
-    ("train TRAIN --eval_strategy steps", 1, "there are no held-out rows. Give eval_dataset"),
-    ("train TRAIN --report_to notrack", 1, "names notrack; installed"),
-    ("train TRAIN --bf16 true --fp16 true", 1, "but not both. `quantkd train --help` lists the"),
-    ("capture --config twice.yaml", 1, "twice.yaml has model in lines 1 and 3. Remove one."),
-    ('train TRAIN --model_init_kwargs {"revision":"x"}', 1, "for models that Python code gives by name. Use"),
-    ('train TRAIN --teacher_model_init_kwargs {"a":1}', 1, "for models that Python code gives by name. Use"),
-    ("train TRAIN --student_format nf4 --bnb_4bit_quant_type fp4", 1, "is nf4, and another option says fp4"),
-    ("sweep TRAIN --space alpha=0,1 --eval_fraction 0.3 --control ce", 1, "takes no --control, --push_to_hub and"),
+    ("TRAIN --gradient_accumulation_steps 0", 1, "accumulation_steps is 0"), ("TRAIN --alpha 2", 1, "alpha is 2.0"),
+    ("TRAIN --resume_from_checkpoint true", 1, "no checkpoint to resume"),
+    ("TRAIN --resume_from_checkpoint r", 1, "is no checkpoint"),
+    ("TRAIN --eval_strategy steps", 1, "there are no held-out rows. Give eval_dataset"),
+    ("TRAIN --report_to notrack", 1, "names notrack; installed"), ("EXPORT --lora_r 4", 1, "lora_r has no effect here"),
+    ("TRAIN --bf16 true --fp16 true", 1, "but not both. `quantkd train --help` lists the"),
+    ("CONFIG twice.yaml", 1, "twice.yaml has model in lines 1 and 3. Remove one."),
+    ('TRAIN --model_init_kwargs {"revision":"x"}', 1, "for models that Python code gives by name. Use"),
+    ('TRAIN --teacher_model_init_kwargs {"a":1}', 1, "for models that Python code gives by name. Use"),
+    ("TRAIN --student_format nf4 --bnb_4bit_quant_type fp4", 1, "is nf4, and another option says fp4"),
+    ("SWEEP --control ce", 1, "takes no --control, --push_to_hub and"),
     ("verify SET --rows 3", 1, "rows has no effect without teacher"),
-    ("export EXPORT --form adapter --save_dtype float16", 1, "without form=merged or form=requantized"),
-    ("export EXPORT --form adapter --lora_r 4", 1, "lora_r has no effect here"),
+    ("EXPORT --save_dtype float16", 1, "without form=merged or form=requantized"),
     ("view --held_out SET --adapter a --output o.html --model_name_or_path m --use_dora", 1, "use_dora has no effect"),
-    ("evaluate EVALUATE --arm x --held_out SET --lora_alpha 4", 1, "lora_alpha has no effect here"),
-    ("evaluate EVALUATE --arm x --held_out SET --full_precision --load_in_8bit", 1, "load_in_8bit has no effect here"),
-    ("evaluate EVALUATE --arm x --held_out SET --shots 2", 1, "shots has no effect without gsm8k"),
-    ("evaluate EVALUATE --arm x --held_out SET --limit 2", 1, "limit has no effect without gsm8k or prompts"),
-    ("evaluate EVALUATE --arm x --held_out SET --rerun_tasks", 1, "rerun_tasks has no effect without tasks"),
-    ("evaluate EVALUATE --arm x --prompts p.jsonl --title x", 1, "title has no effect without held_out or gsm8k or"),
-    ("train TRAIN --scales_learning_rate 0.1", 1, "scales_learning_rate has no effect without train_scales"),
-    ("train TRAIN --train_scales --student_format int8", 1, "the student has no 4-bit layer of bitsandbytes"),
-    ("train TRAIN --train_scales --use_dora", 1, "train_scales takes plain LoRA"),
-    ("train TRAIN --train_scales --push_to_hub", 1, "train_scales changes the student below it. Leave one of them"),
-    ("train TRAIN --use_peft false", 1, "leave use_peft on, or train its scales with train_scales"),
-    ("sweep TRAIN --space alpha=0,1 --eval_fraction 0.3 --train_scales", 1, "which train_scales would change. Leave"),
-    ("train TRAIN --lora_r 0", 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
-    ("evaluate EVALUATE --arm ../x --prompts p.jsonl", 1, "- and _, found '../x'"),
-    ("evaluate EVALUATE --arm x --held_out SET --batch_size -2", 1, "batch_size is -2"),
-    ("evaluate EVALUATE --arm x --held_out SET --adapter empty", 1, "adapter_config.json"),
+    ("HELD --lora_alpha 4", 1, "lora_alpha has no effect here"),
+    ("HELD --full_precision --load_in_8bit", 1, "load_in_8bit has no effect here"),
+    ("HELD --shots 2", 1, "shots has no effect without gsm8k"),
+    ("HELD --limit 2", 1, "limit has no effect without gsm8k or prompts"),
+    ("HELD --rerun_tasks", 1, "rerun_tasks has no effect without tasks"),
+    ("EVALUATE --arm x --prompts p.jsonl --title x", 1, "title has no effect without held_out or gsm8k or"),
+    ("TRAIN --scales_learning_rate 0.1", 1, "scales_learning_rate has no effect without train_scales"),
+    ("TRAIN --train_scales --student_format int8", 1, "the student has no 4-bit layer of bitsandbytes"),
+    ("TRAIN --train_scales --use_dora", 1, "train_scales takes plain LoRA"),
+    ("TRAIN --train_scales --push_to_hub", 1, "train_scales changes the student below it. Leave one of them"),
+    ("TRAIN --use_peft false", 1, "leave use_peft on, or train its scales with train_scales"),
+    ("SWEEP --train_scales", 1, "which train_scales would change. Leave"),
+    ("TRAIN --lora_r 0", 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
+    ("EVALUATE --arm ../x --prompts p.jsonl", 1, "- and _, found '../x'"),
+    ("HELD --batch_size -2", 1, "batch_size is -2"), ("HELD --adapter empty", 1, "adapter_config.json"),
     ("evaluate --run_dir r --arm x --full_precision", 1, "required: --model_"),
-    ("evaluate --model_name_or_path no --run_dir r --arm x --held_out empty", 1, "neither index.json nor plan.json"),
-    ("evaluate --model_name_or_path no --run_dir r --arm x --prompts p.txt", 1, "'p.txt' is neither a file"),
-    ("evaluate --model_name_or_path no --run_dir r --arm x --prompts p.jsonl --adapter empty", 1, "adapter_config"),
+    ("NOWHERE --held_out empty", 1, "neither index.json nor plan.json"),
+    ("NOWHERE --prompts p.txt", 1, "'p.txt' is neither a file"), ("selftest empty", 1, "empty holds no config.json"),
+    ("NOWHERE --prompts p.jsonl --adapter empty", 1, "adapter_config"),
     ("view --held_out SET --adapter empty --output o.html --model_name_or_path no", 1, "adapter_config.json"),
     ("capture --model_name_or_path ./no --prompts p.jsonl --output_dir o", 1, "no folder './no'"),
-    ("selftest empty", 1, "empty holds no config.json"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, training_set, tiny_model_path, words, code, said):
     monkeypatch.chdir(tmp_path)
@@ -173,26 +160,22 @@ def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, training_set, tiny_
     (tmp_path / "text.yaml").write_text("hello\n")
     (tmp_path / "twice.yaml").write_text("model: m\nprompts: p\nmodel: n\n")
     (tmp_path / "unknown.yaml").write_text("model: m\nprompts: p\ncolour: blue\n")
-    student = ["--model_name_or_path", tiny_model_path]
+    named, train = ["--model_name_or_path", tiny_model_path], ["--transfer_set", training_set.sources[0]]
+    train, evaluate = [*named, *train, "--output_dir", "o"], ["evaluate", *named, "--run_dir", "r"]
     stands_for = {
-        "SET": training_set.sources,
-        "OUT": ["--model", "no", "--prompts", "p.jsonl", "--output_dir"],
-        "TEACHER": ["--model", tiny_model_path, "--output_dir", "o", "--prompts"],
-        "TRAIN": [*student, "--transfer_set", training_set.sources[0], "--output_dir", "o"],
-        "EXPORT": [*student, "--adapter", "a", "--output_dir", "o"],
-        "EVALUATE": [*student, "--run_dir", "r"],
-    }
+        "SET": training_set.sources, "OUT": ["capture", "--model", "no", "--prompts", "p.jsonl", "--output_dir"],
+        "TEACHER": ["capture", "--model", tiny_model_path, "--output_dir", "o", "--prompts"],
+        "CONFIG": ["capture", "--config"], "TRAIN": ["train", *train], "EVALUATE": evaluate,
+        "SWEEP": ["sweep", *train, "--space", "alpha=0,1", "--eval_fraction", 0.3],
+        "EXPORT": ["export", *named, "--output_dir", "o", "--adapter", "a", "--form", "adapter"],
+        "HELD": [*evaluate, "--arm", "x", "--held_out", training_set.sources[0]],
+        "NOWHERE": ["evaluate", "--model_name_or_path", "no", "--run_dir", "r", "--arm", "x"],
+    }  # fmt: skip
     found, out, err = cli(*(part for word in words.split() for part in stands_for.get(word, [word])))
     last = [line for line in err.splitlines() if "quantkd " in line][-1]
     assert found == code and said in last
     assert [text for text in ("Traceback", "usage:", TOKEN[-6:]) if text in out + err] == []
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_eight_bit_is_asked_for_with_one_option():
-    args = StudentArguments(model_name_or_path="m", load_in_8bit=True)
-    assert (args.load_in_8bit, args.load_in_4bit) == (True, False)
-    assert StudentArguments(model_name_or_path="m").load_in_4bit
 
 
 FULL = "[enforce fail] . PytorchStreamWriter failed writing file"
@@ -208,5 +191,4 @@ def test_a_full_disk_is_one_line_a_bug_is_not_and_no_secret_is_printed(cli, monk
     monkeypatch.setattr("quantkd.cli.verify.main", Mock(side_effect=[raised, RuntimeError("a bug")]))
     found, _, err = cli("verify", "x")
     assert found == 1 and said in err and len(err.splitlines()) == 1
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["verify", "x"])
+    refused(RuntimeError, "a bug", main, ["verify", "x"])

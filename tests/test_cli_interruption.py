@@ -17,7 +17,7 @@ from quantkd.errors import ConfigError
 from quantkd.files import COMMIT_STEPS, DISK
 from quantkd.report import build_report
 from quantkd.training.checkpoints import find_checkpoint
-from tests.conftest import capture_set
+from tests.conftest import capture_set, refused
 from tests.report_arms import build, make_arm, make_arms
 from tests.transfer_sets import hashes
 
@@ -80,13 +80,11 @@ def test_train_goes_on_to_the_same_weights(folder, train, sent, seen):
 
 
 def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, train, monkeypatch):
-    assert cli(*train, "o", "--max_steps", "4")[0] == 0
-    assert find_checkpoint("true", "o") == "o/checkpoint-4"
+    assert cli(*train, "o", "--max_steps", "4")[0] == 0 and find_checkpoint("true", "o") == "o/checkpoint-4"
 
     monkeypatch.setattr(Trainer, "_save_rng_state", Mock(side_effect=SystemExit(9)))
     assert cli(*train, "o", "--max_steps", "4", "--seed", "1")[0] == 9
-    with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
-        find_checkpoint("true", "o")
+    refused(ConfigError, "holds no checkpoint to resume from", find_checkpoint, "true", "o")
 
 
 def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
@@ -98,15 +96,13 @@ def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     assert "Traceback" not in said
 
 
-def report_until(run, step):
-    """Build the report of a run, and die at the n-th step of writing its files."""
-    steps = itertools.count(1)
-    DISK.reach = lambda name: next(steps) == step and os.kill(os.getpid(), signal.SIGKILL)
-    build_report(run)
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_a_killed_report_leaves_each_file_as_it_was_or_as_it_will_be(folder):
+    def report_until(run, step):  # and die at the n-th step of writing its files
+        steps = itertools.count(1)
+        DISK.reach = lambda name: next(steps) == step and os.kill(os.getpid(), signal.SIGKILL)
+        build_report(run)
+
     names, arms = ("results.json", "report.md"), make_arms()
     build(folder / "old", arms)
     build(folder / "new", {**arms, "after": make_arm("after", 0.2, 70)})
@@ -126,8 +122,7 @@ def test_a_killed_report_leaves_each_file_as_it_was_or_as_it_will_be(folder):
 
 def test_what_only_reads_says_that_nothing_was_changed(cli, monkeypatch):
     monkeypatch.setattr("quantkd.cli.verify.main", Mock(side_effect=KeyboardInterrupt))
-    code, _, err = cli("verify", "s")
-    assert code == 130 and err == "quantkd verify: interrupted. Nothing was changed.\n"
+    cli.fails("quantkd verify: interrupted. Nothing was changed.\n", "verify", "s", code=130)
 
 
 def test_the_last_whole_checkpoint_is_found(tmp_path):
@@ -140,8 +135,7 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
     asked = {"true": last, "True": last, True: last, named: named, None: None, "false": None}
     assert {each: find_checkpoint(each, tmp_path) for each in asked} == asked
     for where in ("checkpoint-2", "nowhere"):
-        with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
-            find_checkpoint("true", tmp_path / where)
+        refused(ConfigError, "holds no checkpoint to resume from", find_checkpoint, "true", tmp_path / where)
     with pytest.raises(ConfigError, match="which is not a complete checkpoint"):
         find_checkpoint(str(tmp_path / "checkpoint-12"), tmp_path)
 
@@ -149,18 +143,14 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
 def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, tiny_model_path):
     words = ["-m", "quantkd", "capture", "--model", tiny_model_path, "--prompts", "p.jsonl", "--dtype", "float32"]
     words += ["--max_new_tokens", 60, "--rows_per_shard", 2, "--batch_size", 2, "--output_dir"]
-
-    def count_shards():
-        return len(list(Path("s").glob("shard-*.json")))
-
     family = processes.start([*words, "s"], folder / "output", 2)
-    processes.wait_until(lambda: count_shards() >= 3, family, folder / "output")
+    processes.wait_until(lambda: len([*Path("s").glob("shard-*.json")]) >= 3, family, folder / "output")
     for process in family:
         os.kill(process.pid, signal.SIGSTOP)  # so that neither acts on the death of the other
     for process in family:
         process.kill()
         processes.end(process)
-    assert 3 <= count_shards() < 8
+    assert 3 <= len([*Path("s").glob("shard-*.json")]) < 8
     for name, count in (("s", 2), ("whole", 1)):
         processes.run([*words, name], folder / "output", count)
     assert hashes(Path("s")) == hashes(Path("whole")) and len(hashes(Path("s"))) == 17

@@ -41,8 +41,7 @@ def test_a_run_is_repeated_from_its_own_configuration(words, monkeypatch):
     again = yaml.safe_load(Path("second/config.yaml").read_text())
     assert {**again, "output_dir": "first"} == options
     weights = [Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("first", "second")]
-    assert weights[0] == weights[1]
-    assert Path("first/training.png").is_file()
+    assert weights[0] == weights[1] and Path("first/training.png").is_file()
     kept = [file for folder in ("first", "second") for file in Path(folder).rglob("*") if file.is_file()]
     assert [file for file in kept if CANARY.encode() in file.read_bytes()] == []
 
@@ -73,5 +72,4 @@ def test_bars_are_quiet_where_there_is_no_terminal(tiny_model_path, tmp_path):
     words = [sys.executable, "-m", "quantkd", "capture", "--model", tiny_model_path, "--prompts", tmp_path / "p.jsonl"]
     words += ["--output_dir", tmp_path / "s", "--max_new_tokens", "4"]
     said = subprocess.run(words, capture_output=True, text=True, timeout=240, check=True).stderr
-    assert "it/s]" not in said and "%|" not in said and "\r" not in said
-    assert "plan" in said.splitlines()
+    assert "it/s]" not in said and "%|" not in said and "\r" not in said and "plan" in said.splitlines()

@@ -12,15 +12,17 @@ from quantkd.data.encoding import at_date, encode_conversation, encode_examples,
 from quantkd.data.prompts import Example, load_examples, with_context
 from quantkd.errors import DataError
 from quantkd.models.generation import build_generation_config
-from tests.conftest import CHAT_TEMPLATE, capture_set
+from tests.conftest import CHAT_TEMPLATE, capture_set, refused
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
 
 CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "How many apples?"},
-    {"role": "assistant", "content": "She has 7."},
-    {"role": "user", "content": "How far in 5 hours?"},
-    {"role": "assistant", "content": "300 miles."},
-]
+    turn("system", "Be brief."), turn("user", "How many apples?"), turn("assistant", "She has 7."),
+    turn("user", "How far in 5 hours?"), turn("assistant", "300 miles."),
+]  # fmt: skip
 # The turns of the tiny tokenizer's ChatML, the assistant's up to and with its end token marked.
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
@@ -46,7 +48,7 @@ READING = (
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
-THOUGHT = {"role": "assistant", "content": "two", "reasoning_content": "one and one"}
+THOUGHT = {**turn("assistant", "two"), "reasoning_content": "one and one"}
 
 
 @pytest.fixture
@@ -63,10 +65,6 @@ def encode(tokenizer, example, **kwargs):
     return encode_examples([example], tokenizer, **kwargs).row(0)
 
 
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
 def by_hand(tokenizer):
     """ChatML written out, each part tokenised alone: special tokens and newlines keep parts apart."""
     ids, spans = [], []
@@ -80,25 +78,26 @@ def by_hand(tokenizer):
     return ids[:-1], spans
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
-def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, template):
+@pytest.mark.parametrize(("template", "end"), [
+    (CHAT_TEMPLATE, "<|im_end|>"), (MARKED, "<|im_end|>"),
+    (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), ""),
+])  # fmt: skip
+def test_every_assistant_turn_is_supervised_with_its_end_token_or_as_it_is_marked(with_template, template, end):
     tokenizer = with_template(template)
-    assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
-
-
-def test_generation_blocks_decide_what_is_supervised(with_template):
-    marked = MARKED.replace("<|im_end|>{% endgen", "{% endgen")
-    tokenizer = with_template(marked.replace("endgeneration %}", "endgeneration %}<|im_end|>"))
     ids, spans = encode_conversation(tokenizer, CONVERSATION)
-    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == ["She has 7.", "300 miles."]
-    assert len(ids) == spans[-1][1]
+    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == [f"She has 7.{end}", f"300 miles.{end}"]
+    assert len(ids) == spans[-1][1] and ((ids, spans) == by_hand(tokenizer)) == bool(end)
 
 
-def test_one_turn_is_prompt_and_completion(tiny_tokenizer):
+def test_one_turn_is_prompt_and_completion_and_the_last_user_turn_is_answered(tiny_tokenizer):
     one = encode(tiny_tokenizer, Example(CONVERSATION[1:3]), given=True)
     pair = encode(tiny_tokenizer, Example("How many apples?", "She has 7."), given=True)
     assert (one.prompt_ids, one.completion_ids) == (pair.prompt_ids, pair.completion_ids)
     assert one.spans == ((len(one.prompt_ids), len(one.prompt_ids) + len(one.completion_ids)),) and pair.spans is None
+    made = encode(tiny_tokenizer, Example(CONVERSATION[:-1]), given=False)
+    assert made.completion_ids is made.spans is None
+    ids, turns = by_hand(tiny_tokenizer)
+    assert made.prompt_ids == ids[: turns[-1][0]]
 
 
 def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_template):
@@ -128,22 +127,24 @@ def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_temp
     (NO_ROLES, Example([turn("assistant", "Hello")]), "first token belongs to an assistant turn"),
 ])  # fmt: skip
 def test_given_answers_that_cannot_be_taken_are_refused_by_row(with_template, template, example, message):
-    with pytest.raises(DataError, match=message):
-        encode(with_template(template), example, given=True)
+    refused(DataError, message, encode, with_template(template), example, given=True)
 
 
-def test_examples_that_do_not_fit_the_responses_are_refused_by_row(tiny_tokenizer):
+def test_examples_that_do_not_fit_the_responses_or_the_template_are_refused_by_row(tiny_tokenizer, with_template):
     with pytest.raises(DataError, match=r"Row 1 ends in an assistant turn.*responses='given'"):
         encode_examples([Example("Hello"), Example(CONVERSATION)], tiny_tokenizer, given=False)
     with pytest.raises(DataError, match="Row 0 is a conversation, and plain prompts"):
         encode(tiny_tokenizer, Example(CONVERSATION), given=True, chat_template=False)
-
-
-def test_the_last_user_turn_is_answered(tiny_tokenizer):
-    made = encode(tiny_tokenizer, Example(CONVERSATION[:-1]), given=False)
-    assert made.completion_ids is made.spans is None
-    ids, turns = by_hand(tiny_tokenizer)
-    assert made.prompt_ids == ids[: turns[-1][0]]
+    deaf = with_template(MARKED.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}"))
+    with pytest.raises(DataError, match=r"Row 1: .*leaves out 'content' of message 1 \(critic\)"):
+        encode_prompts(deaf, [ASKED, [*ASKED, turn("critic", "user"), *ASKED]])
+    parts = "{% for m in messages %}{{ m.content[0].type }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(DataError, match=r"Row 0: .*leaves out 'content' of message 0 \(user\)"):
+        encode_prompts(with_template(parts + "<|im_start|>"), [ASKED])  # of a model for images, which reads parts
+    with pytest.raises(DataError, match=r"Row 0: a plain prompt must be text, found 1 chat messages, tools"):
+        encode_prompts(deaf, load_examples([{"prompt": "?", "tools": [{"name": "add"}]}]), chat_template=False)
+    with pytest.raises(DataError, match=r"Row 0: .*refuses messages of the roles user: .*concatenate"):
+        encode_prompts(with_template("{{ 'a' + messages[0].name }}"), [[{**ASKED[0], "name": 7}]])
 
 
 def test_columns_of_conversations(tmp_path):
@@ -163,15 +164,10 @@ def test_columns_of_conversations(tmp_path):
         ({"prompt": "?", "completion": [thought]}, "row 0: the completion has reasoning_content beside its content"),
         ({"prompt": "?", "tools": "add"}, "row 0: tools is 'add'; expected a list, or one as JSON"),
         ({"messages": [{**CONVERSATION[1], "tool_calls": [{"name": "f"}]}]}, "calls tools"),
-        (
-            {"messages": [*CONVERSATION[:4], turn("assistant", " ")]},
-            r"row 0: message 4 \(assistant\) has no text",
-        ),
+        ({"messages": [*CONVERSATION[:4], turn("assistant", " ")]}, r"row 0: message 4 \(assistant\) has no text"),
     ):
-        with pytest.raises(DataError, match=message):
-            load_examples([row])
-    with pytest.raises(DataError, match=r"\['messages'\]; 'question' was asked for"):
-        load_examples(rows, prompt_column="question")
+        refused(DataError, message, load_examples, [row])
+    refused(DataError, r"\['messages'\]; 'question' was asked for", load_examples, rows, prompt_column="question")
 
 
 def test_system_prompt_and_few_shot_are_turns_before_the_prompt():
@@ -180,10 +176,8 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt():
     plain, own = Example("3 + 3?", "6"), Example(CONVERSATION[:2])
     system = turn("system", "Think.")
     made = with_context([plain, own], system_prompt="Think.", few_shot=shots)
-    assert made == [
-        Example([system, *solved, turn("user", "3 + 3?")], "6"),
-        Example([CONVERSATION[0], *solved, CONVERSATION[1]]),
-    ]
+    asked = Example([system, *solved, turn("user", "3 + 3?")], "6")
+    assert made == [asked, Example([CONVERSATION[0], *solved, CONVERSATION[1]])]
     assert with_context([plain, own]) == [plain, own]
     (whole,) = with_context([Example(CONVERSATION[1:])], system_prompt="Think.")
     assert whole.messages == [system, *CONVERSATION[1:]]
@@ -301,18 +295,4 @@ def test_what_a_row_hands_to_the_template_is_rendered_or_refused(with_template, 
         used, unused = (encode_examples([each], reading, given=given) for each in (example, Example(bare)))
         assert (used.digest() == unused.digest()) == (used.row(0) == unused.row(0))
     if key is not None:
-        with pytest.raises(DataError, match=f"Row 0: .*{key}"):
-            encode(with_template(MARKED), example, given=given)
-
-
-def test_messages_that_the_template_leaves_out_are_refused_and_plain_prompts_take_no_arguments(with_template):
-    deaf = with_template(MARKED.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}"))
-    with pytest.raises(DataError, match=r"Row 1: .*leaves out 'content' of message 1 \(critic\)"):
-        encode_prompts(deaf, [ASKED, [*ASKED, turn("critic", "user"), *ASKED]])
-    parts = "{% for m in messages %}{{ m.content[0].type }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
-    with pytest.raises(DataError, match=r"Row 0: .*leaves out 'content' of message 0 \(user\)"):
-        encode_prompts(with_template(parts + "<|im_start|>"), [ASKED])  # of a model for images, which reads parts
-    with pytest.raises(DataError, match=r"Row 0: a plain prompt must be text, found 1 chat messages, tools"):
-        encode_prompts(deaf, load_examples([{"prompt": "?", "tools": [{"name": "add"}]}]), chat_template=False)
-    with pytest.raises(DataError, match=r"Row 0: .*refuses messages of the roles user: .*concatenate"):
-        encode_prompts(with_template("{{ 'a' + messages[0].name }}"), [[{**ASKED[0], "name": 7}]])
+        refused(DataError, f"Row 0: .*{key}", encode, with_template(MARKED), example, given=given)

@@ -31,7 +31,8 @@ ANSWERS = [
 ]  # fmt: skip
 TWO_BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ONE_ROW = {"per_device_train_batch_size": 1}
-SCALES = {"train_scales": True, "scales_learning_rate": 1.0}  # beside adapters
+# Scales beside adapters, and a start that the main process alone computes.
+SPECIAL = {"scales": {"train_scales": True, "scales_learning_rate": 1.0}, "start": {"init": "covariance"}}
 STUDENTS = ["nf4", "lora", "lora, head", "full"]
 
 
@@ -79,7 +80,8 @@ def launch(tiny_model_path, given_set, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(launch):
     jobs = {student: train(student, {"per_device_train_batch_size": 8}) for student in STUDENTS}
-    jobs["scales"] = train("nf4", {"per_device_train_batch_size": 8, **SCALES})
+    for name, options in SPECIAL.items():
+        jobs[name] = train("nf4", {"per_device_train_batch_size": 8, **options})
     rows = {"one row": ONE_ROW, "two rows": {"per_device_train_batch_size": 2}}
     return launch({**jobs, **{name: train("lora", arguments) for name, arguments in rows.items()}})
 
@@ -89,8 +91,8 @@ def ddp(launch):
     """The reports of two processes, as `torchrun` and `accelerate launch` with cpu.yaml start them."""
     rows = {"one row": ONE_ROW, "one row, by process": {**ONE_ROW, "average_tokens_across_devices": False}}
     jobs = {name: train("lora", arguments) for name, arguments in rows.items()}
-    jobs["scales"] = train("nf4", {**TWO_BY_TWO, **SCALES})
-    return launch({**STEPS, **jobs}, count=2)
+    special = {name: train("nf4", {**TWO_BY_TWO, **options}) for name, options in SPECIAL.items()}
+    return launch({**STEPS, **jobs, **special}, count=2)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def check_digest(report, model_path):
     assert found == describe_weights(load_student(str(model_path), dtype="float32"))
 
 
-@pytest.mark.parametrize("student", [*STUDENTS, "scales"])
+@pytest.mark.parametrize("student", [*STUDENTS, *SPECIAL])
 def test_ddp(ddp, alone, tiny_model_path, student):
     report = ddp[student]
     assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
@@ -189,8 +191,7 @@ def test_without_average_tokens_each_process_averages_its_own(alone, ddp, given_
     first, both = (alone[name]["logs"]["loss"] for name in ("one row", "two rows"))
     second = (both * sum(counts) - first * counts[0]) / counts[1]
     on, by_process = ddp["one row"]["logs"]["loss"], ddp["one row, by process"]["logs"]
-    assert math.isclose(on, both, rel_tol=1e-5)
-    assert math.isclose(by_process["loss"], (first + second) / 2, rel_tol=1e-5)
+    assert math.isclose(on, both, rel_tol=1e-5) and math.isclose(by_process["loss"], (first + second) / 2, rel_tol=1e-5)
     assert math.isclose(by_process["loss"], 0.5 * by_process["ce"] + 0.5 * by_process["kl"], rel_tol=1e-5)
     assert not math.isclose(on, by_process["loss"], rel_tol=1e-3)
 

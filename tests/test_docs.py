@@ -127,7 +127,7 @@ def test_blocks_run(page, stand_ins, cli):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_block_is_overlooked(page):
+def test_no_block_is_overlooked_targets_exist_and_links_resolve(page):
     """Every fence is one of a block that is run, or says why not; no command hides in an indented block."""
     text, blocks = page.read_text(encoding="utf-8"), read_blocks(page)
     fences = re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)
@@ -144,15 +144,21 @@ def test_no_block_is_overlooked(page):
             assert any(Path(file).stem in code for code in others), f"{block.place}: no block uses {file}"
         allowed = {"given", "needs", *(["file"] if block.language in ("yaml", "json") else [])}
         assert block.marks.keys() in ({"not run"}, block.marks.keys() & allowed), f"{block.place}: {block.marks}"
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_most_blocks_are_run():
+def test_most_blocks_are_run_and_every_command_is_on_its_page():
     """What needs a GPU, an engine or minutes are commands; of each other language at most one block has such a need."""
     blocks = [block for page in PAGES for block in read_blocks(page) if block.language in LANGUAGES]
     assert {"README.md", "docs/training.md", "docs/cli.md"} <= {name_of(page) for page in RUN_PAGES}
     for language in LANGUAGES - {"bash"}:
         left_out = [block.place for block in blocks if block.language == language and not block.is_run]
         assert len(left_out) <= 1, f"{language} blocks need no GPU or engine as a rule; not run: {left_out}"
+    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(COMMANDS)
 
 
 SCRIPTS = ("benchmarks/", "examples/", "tests/")
@@ -171,11 +177,6 @@ def list_flags():
         if re.match("[a-z]", "".join(own[:1])):  # not COMMAND
             shown.setdefault(own[0], set()).update(flags)
     return sorted(shown.items())
-
-
-def test_the_page_of_the_command_line_has_every_command():
-    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize(("name", "flags"), list_flags())
@@ -208,15 +209,6 @@ def test_launchers_take_the_flags_and_files_and_extras_exist_that_pages_use():
     assert ["--num_processes", "1"] in launchers
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_make_targets_exist_and_relative_links_resolve(page):
-    text = page.read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
-    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
-    assert [link for link in links if not (page.parent / link).exists()] == []
-
-
 def test_troubleshooting_quotes_messages_that_exist():
     messages = []  # every string in the package's source, with ... for what is filled in
     for path in sorted((REPOSITORY / "quantkd").rglob("*.py")):
@@ -228,8 +220,7 @@ def test_troubleshooting_quotes_messages_that_exist():
                 messages.append(re.sub(r"%[sdr]", "...", node.value))
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
-    assert quoted
-    assert [quote for quote in quoted if not any(quote.strip(". ") in message for message in messages)] == []
+    assert quoted and [quote for quote in quoted if not any(quote.strip(". ") in message for message in messages)] == []
 
 
 SAID = {"distil": ["of what the codes leave recovered"], "look_inside": ["rows, ", "top 50"]}

@@ -28,6 +28,7 @@ from quantkd.evaluation.metric import GSM8KAccuracy
 from quantkd.evaluation.sharing import deal_batches, gather_rounds
 from quantkd.evaluation.stats import wilson_interval
 from quantkd.models.network import base_network
+from tests.conftest import refused
 
 ROWS = generate_problems(7, seed=0)
 SHOTS = generate_problems(1, seed=1, exclude=ROWS)
@@ -89,10 +90,8 @@ def test_a_stopped_evaluation_is_taken_up_and_ends_in_the_same_bytes(tmp_path, m
         return generate_greedy(model, tokenizer, prompts, batches, *limits)
 
     monkeypatch.setattr(accuracy, "generate_greedy", count)
-    assert evaluate(records_path=path) == expected
-    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert evaluate(records_path=str(path)) == expected
-    assert asked == [3, 0]
+    assert evaluate(records_path=path) == expected and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert evaluate(records_path=str(path)) == expected and asked == [3, 0]
 
 
 def test_records_of_another_evaluation_are_refused(tmp_path, tiny_model, evaluate):
@@ -101,14 +100,11 @@ def test_records_of_another_evaluation_are_refused(tmp_path, tiny_model, evaluat
     for rows, options, message in (
         (ROWS[:2], {"max_new_tokens": 9}, "max_new_tokens is 8, not 9"), (ROWS[1:3], {}, "prompts is"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=message):
-            go(rows, **options)
+        refused(DataError, message, go, rows, **options)
     tiny_model.model.layers[1].mlp.down_proj.weight.data += 1e-4
-    with pytest.raises(DataError, match="model is"):
-        go(ROWS[:2])
+    refused(DataError, "model is", go, ROWS[:2])
     (tmp_path / "records.jsonl.settings.json").unlink()
-    with pytest.raises(DataError, match=r"settings.json beside it is missing"):
-        go(ROWS[:2])
+    refused(DataError, r"settings.json beside it is missing", go, ROWS[:2])
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -139,8 +135,7 @@ def test_damaged_records_are_refused_by_file_and_line(tmp_path, evaluate, line, 
         line = second.replace(old, new, 1)
         assert line != second
     path.write_bytes(first + line)
-    with pytest.raises(DataError, match=rf"records\.jsonl, line 2 is damaged: .*{message}"):
-        evaluate(ROWS[:2], records_path=path)
+    refused(DataError, rf"records\.jsonl, line 2 is damaged: .*{message}", evaluate, ROWS[:2], records_path=path)
     assert path.read_bytes() == first + line
 
 
@@ -152,8 +147,7 @@ def test_bad_rows(evaluate, tiny_model, tiny_tokenizer):
         (ROWS, ROWS[2:3], "Few-shot example 0 is the question of row 2 with its answer"),
         ([{**ROWS[0], "question": "\ud83d"}], (), r"Row 0: the text holds half of a surrogate pair, .*\\ud83d'"),
     ):
-        with pytest.raises(DataError, match=message):
-            evaluate(rows, shots=shots)
+        refused(DataError, message, evaluate, rows, shots=shots)
     with pytest.raises(DataError, match="Few-shot example 1 is the question of row 0"):
         Questions(ROWS[:1], [*SHOTS, {**ROWS[0], "question": ROWS[0]["question"] + "\n"}], shots=(0, 2))
     alike = {"question": "Two cafés,\u200b 2\u00a0or 3?"}
@@ -167,10 +161,8 @@ def test_bad_rows(evaluate, tiny_model, tiny_tokenizer):
         (wider, Example("<new>"), "Row 1 has the token id 320, '<new>'"),
         (tiny_tokenizer, Example("1", template_kwargs={"tools": [{}]}), "Row 1: the chat template does not read tools"),
     ):
-        with pytest.raises(DataError, match=message):
-            evaluate_prompts(tiny_model, tokenizer, [Example("one"), last])
-    with pytest.raises(ConfigError, match="batch_size is 0"):
-        evaluate(batch_size=0)
+        refused(DataError, message, evaluate_prompts, tiny_model, tokenizer, [Example("one"), last])
+    refused(ConfigError, "batch_size is 0", evaluate, batch_size=0)
 
 
 def test_other_prompts(tmp_path, tiny_model, tiny_tokenizer):
@@ -219,16 +211,13 @@ def test_equals_greedy_by_hand(tiny_model, tiny_tokenizer, prompts, batch_size, 
     assert_greedy(answer(model, tiny_tokenizer, prompts, batch_size), model, tiny_tokenizer, prompts, 12)
 
 
-def test_end_tokens_finish_an_answer_and_the_limit_does_not(tiny_model, tiny_tokenizer, prompts):
+def test_end_tokens_and_stop_text_finish_an_answer_and_the_limit_does_not(tiny_model, tiny_tokenizer, prompts):
     # Let the third token of the first answer be an end token of the model: that answer is then three tokens long.
     ids = tiny_model.double().generate(torch.tensor([prompts[0]]), max_new_tokens=3, do_sample=False)[0, -3:].tolist()
     tiny_model.generation_config.eos_token_id = [tiny_tokenizer.eos_token_id, ids[2]]
     found = answer(tiny_model, tiny_tokenizer, prompts, max_new_tokens=40)
     assert found[0].num_tokens == ids.index(ids[2]) + 1 and not all(one.finished for one in found)
     assert_greedy(found, tiny_model, tiny_tokenizer, prompts, 40, ids[2:])
-
-
-def test_stop_text_ends_an_answer(tiny_model, tiny_tokenizer, prompts):
     free = answer(tiny_model, tiny_tokenizer, prompts, max_new_tokens=20)
     whole = next(one for one in free if len(one.text) > 8 and one.text[4:6] not in one.text[:5])
     stop = whole.text[4:6]
@@ -239,7 +228,7 @@ def test_stop_text_ends_an_answer(tiny_model, tiny_tokenizer, prompts):
         assert after.text == before.text.split(stop)[0]
 
 
-def test_the_models_own_generation_settings_are_set_aside_and_put_back(tiny_model, tiny_tokenizer, prompts):
+def test_own_generation_settings_are_set_aside_and_an_adapter_answers(tiny_model, tiny_tokenizer, prompts):
     expected = answer(tiny_model, tiny_tokenizer, prompts)
     own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, no_repeat_ngram_size=1,
                            suppress_tokens=list(range(60)), eos_token_id=tiny_tokenizer.eos_token_id)  # fmt: skip
@@ -249,16 +238,10 @@ def test_the_models_own_generation_settings_are_set_aside_and_put_back(tiny_mode
     tiny_model.train()
     assert answer(tiny_model, tiny_tokenizer, prompts) == expected
     assert tiny_model.generation_config is own and tiny_model.training
-
-
-def test_lora_model_answers_with_its_adapter(tiny_model, tiny_tokenizer, prompts):
-    plain = answer(tiny_model, tiny_tokenizer, prompts)
     model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    adapted = answer(model, tiny_tokenizer, prompts)
-    assert [one.text for one in adapted] != [one.text for one in plain]
+    assert [one.text for one in answer(model, tiny_tokenizer, prompts)] != [one.text for one in expected]
     with model.disable_adapter():
-        assert answer(model, tiny_tokenizer, prompts) == plain
-    model.merge_and_unload()
+        assert answer(model, tiny_tokenizer, prompts) == expected
 
 
 def test_the_metric_also_from_its_file_without_network(tmp_path):
@@ -268,8 +251,7 @@ def test_the_metric_also_from_its_file_without_network(tmp_path):
     assert (scores["accuracy"], scores["accuracy_strict"], scores["num_answers"]) == (0.5, 0.25, 4)
     for correct, suffix in ((2, ""), (1, "_strict")):
         assert (scores[f"ci95_low{suffix}"], scores[f"ci95_high{suffix}"]) == wilson_interval(correct, 4)
-    with pytest.raises(DataError, match="no predictions"):
-        GSM8KAccuracy().compute(predictions=[], references=[])
+    refused(DataError, "no predictions", GSM8KAccuracy().compute, predictions=[], references=[])
     (tmp_path / "script.py").write_text(
         "import json, os, socket\n"
         "def refuse(*args): raise AssertionError('network')\n"
@@ -329,10 +311,8 @@ def test_batches_are_dealt_in_turn(monkeypatch):
     monkeypatch.setattr("quantkd.evaluation.sharing.process_state", State)
     assert deal_batches(lengths, 2, share=True) == [[1, 3], [2]]
     monkeypatch.setattr(State, "process_index", 1)
-    assert deal_batches(lengths, 2, share=True) == [[4, 0]]
-    assert deal_batches([], 2, share=True) == []
-    with pytest.raises(ConfigError, match="batch_size is -2"):
-        deal_batches(lengths, -2, share=False)
+    assert deal_batches(lengths, 2, share=True) == [[4, 0]] and deal_batches([], 2, share=True) == []
+    refused(ConfigError, "batch_size is -2", deal_batches, lengths, -2, share=False)
     # The process with fewer batches joins the last round with nothing, so that nobody waits for it.
     rounds: list[list[str]] = []
     monkeypatch.setattr("quantkd.evaluation.sharing.gather_object", lambda mine: rounds.append(mine) or mine)

@@ -14,13 +14,10 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, find_bins
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.report import build_report
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, refused
 from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
 
-
-@pytest.fixture
-def student(tiny_model):
-    return add_noise(tiny_model)
+student = pytest.fixture(lambda tiny_model: add_noise(tiny_model))
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +30,10 @@ def dense_rows(model, held_out):
     return [(dense_logprobs(model, item), item["labels"][item["labels"] != -100]) for item in held_out]
 
 
-def test_dense_figures_equal_float64_expressions(student, teacher, held_out):
+def test_figures_equal_float64_expressions(student, teacher, held_out):
     found = evaluate_fidelity(student, held_out, teacher=teacher, batch_size=2, progress=False)
+    sparse = evaluate_fidelity(student, held_out, batch_size=3, progress=False)
+    assert "dense_kl" not in sparse.means and sparse.list_bins("dense_position") is None
     tokens = 0
     rows = zip(dense_rows(student, held_out), dense_rows(teacher, held_out), strict=True)
     for place, ((log_q, targets), (log_p, _)) in enumerate(rows):
@@ -48,18 +47,13 @@ def test_dense_figures_equal_float64_expressions(student, teacher, held_out):
         assert row["dense_agree"] == row["agree"] == int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
         assert row["tokens"] == len(targets)
         tokens += len(targets)
+        expected = sparse_divergences(held_out[place]["teacher"], log_q).sum(1)
+        for each in (found, sparse):
+            sums = [each.columns[name][place] for name in ("kl_sum", "reverse_kl_sum")]
+            np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-5)
     figures = found.means
     assert figures["perplexity"] == pytest.approx(math.exp(float(found.columns["ce_sum"].sum()) / tokens))
     assert 0.01 < figures["kl"] <= figures["dense_kl"] + 1e-6  # merging classes into a tail loses KL, never adds
-
-
-def test_sparse_figures_equal_float64_expressions(student, held_out):
-    found = evaluate_fidelity(student, held_out, batch_size=3, progress=False)
-    for place, (log_q, _) in enumerate(dense_rows(student, held_out)):
-        sums = [found.columns[name][place] for name in ("kl_sum", "reverse_kl_sum")]
-        expected = sparse_divergences(held_out[place]["teacher"], log_q).sum(1)
-        np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-5)
-    assert "dense_kl" not in found.means and found.list_bins("dense_position") is None
 
 
 def test_bins_add_up_and_hold_what_they_say(student, teacher, held_out):
@@ -135,8 +129,7 @@ def test_what_cannot_be_compared_is_refused(tiny_model, held_out, tiny_tokenizer
         (small, held_out, None, r"head has 300 rows, .* up to 319"),
         (tiny_model, held_out[:0], None, "holds 0 rows; expected at least one"),
     ):
-        with pytest.raises((ConfigError, DataError), match=message):
-            evaluate_fidelity(model, rows, teacher=teacher, progress=False)
+        refused((ConfigError, DataError), message, evaluate_fidelity, model, rows, teacher=teacher, progress=False)
 
 
 def test_bin_borders():

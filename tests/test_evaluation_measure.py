@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from quantkd.cli.main import main
 from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.evaluation.accuracy import Questions
@@ -22,10 +21,11 @@ from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.models.student import load_student
 from quantkd.report import build_report
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, refused, save_adapter
 
 ROWS = generate_problems(3, seed=0)
 QUESTIONS = Questions(ROWS)
+file = pytest.fixture(lambda tmp_path: tmp_path / "evaluation" / "after.json")
 
 
 def evaluate_model(model, tokenizer, run_dir, arm="after", held_out=None, questions=None, **settings):
@@ -38,11 +38,6 @@ def evaluate_model(model, tokenizer, run_dir, arm="after", held_out=None, questi
 @pytest.fixture
 def evaluate(tiny_model, tiny_tokenizer, tmp_path):
     return partial(evaluate_model, tiny_model, tiny_tokenizer, tmp_path)
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "evaluation" / "after.json"
 
 
 @pytest.fixture
@@ -62,20 +57,22 @@ def measured(monkeypatch):
     return counts
 
 
-def test_fidelity_is_measured_once_for_a_model_its_data_and_its_settings(evaluate, held_out, measured, file, change):
+def test_fidelity_is_measured_once_and_anew_if_damaged(evaluate, held_out, measured, file, change, caplog):
+    """For a model, its data and its settings."""
     evaluate(held_out=held_out)
     first = file.read_bytes()
     evaluate(held_out=held_out)
     assert measured == [5] and file.read_bytes() == first
+    for damaged in (first[:-20], b"[]", b"\xff"):
+        file.write_bytes(damaged)
+        evaluate(held_out=held_out)
+        assert file.read_bytes() == first and "after.json" in caplog.messages[-1]
     two = {"held_out": held_out[:2], "batch_size": 2}
-    for options, expected in (
-        ({"held_out": held_out, "batch_size": 2}, [5, 5]), (two, [5, 5, 2]), ({**two, "force": True}, [5, 5, 2, 2]),
-    ):  # fmt: skip
+    for options in ({"held_out": held_out, "batch_size": 2}, two, {**two, "force": True}):
         evaluate(**options)
-        assert measured == expected
     change()
     evaluate(**two)
-    assert measured == [5, 5, 2, 2, 2]
+    assert measured == [5, 5, 5, 5, 5, 2, 2, 2]
 
 
 def test_parts_of_one_model_add_up_also_after_a_stop(evaluate, held_out, measured, file, change, monkeypatch):
@@ -88,19 +85,8 @@ def test_parts_of_one_model_add_up_also_after_a_stop(evaluate, held_out, measure
     evaluate(held_out=held_out)
     assert measured == [5] and file.read_bytes() == first
     change()
-    with pytest.raises(DataError, match="records of another evaluation"):
-        evaluate(questions=QUESTIONS)
+    refused(DataError, "records of another evaluation", evaluate, questions=QUESTIONS)
     assert evaluate(questions=QUESTIONS, force=True).fidelity is None
-
-
-def test_a_damaged_file_is_measured_anew(evaluate, held_out, measured, file, caplog):
-    evaluate(held_out=held_out)
-    first = file.read_bytes()
-    for damaged in (first[:-20], b"[]", b"\xff"):
-        file.write_bytes(damaged)
-        evaluate(held_out=held_out)
-        assert file.read_bytes() == first and "after.json" in caplog.messages[-1]
-    assert measured == [5, 5, 5, 5]
 
 
 def test_another_models_arm_is_replaced_on_request(evaluate, held_out, file, change):
@@ -176,8 +162,7 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path, tiny_model, tiny_tokeni
 
 def test_a_scaling_and_a_config_are_part_of_the_model(tmp_path, tiny_model, tiny_tokenizer, held_out):
     """No weight differs: an adapter whose lora_alpha was edited, and a model with other positional frequencies."""
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(build_tiny_model(tiny_tokenizer), config).save_pretrained(tmp_path / "adapter")
+    save_adapter(build_tiny_model(tiny_tokenizer), tmp_path / "adapter")
     kls, file = [], tmp_path / "adapter" / "adapter_config.json"
     for alpha in (8, 32):
         file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": alpha}))
@@ -200,8 +185,7 @@ def test_damaged_settings_are_reported_and_force_mends_them(evaluate, file):
     first, settings = file.read_bytes(), file.parent / "after-0-shot.jsonl.settings.json"
     for text in (settings.read_text()[:30], "[]", "\x00"):
         settings.write_text(text)
-        with pytest.raises(DataError, match=r"settings\.json is damaged: .*--force"):
-            evaluate(questions=QUESTIONS)
+        refused(DataError, r"settings\.json is damaged: .*--force", evaluate, questions=QUESTIONS)
     evaluate(questions=QUESTIONS, force=True)
     assert file.read_bytes() == first
 
@@ -260,21 +244,14 @@ def test_what_would_mean_something_else_is_refused(tmp_path, monkeypatch, cli, s
     assert code and said in err and not list(Path("r").rglob("*.jsonl"))
 
 
-@pytest.fixture
-def ask(tmp_path, tiny_model_path):
-    """Asks the prompts of a file of some rows from the command line, in a folder of that name; the file of answers."""
-
-    def ask(name, rows, *options):
+def test_a_file_of_more_rows_than_are_asked_says_so_and_force_asks_again(tmp_path, tiny_model_path, cli, caplog):
+    def ask(name, rows, *options):  # the file of answers
         (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(rows)))
         words = ["evaluate", "--arm", "x", "--model_name_or_path", tiny_model_path, "--full_precision", "--dtype"]
         words += ["float32", "--prompts", tmp_path / "p.jsonl", "--batch_size", 50, "--run_dir", tmp_path / name]
-        main([str(word) for word in (*words, *options)])
+        cli.ok(*words, *options)
         return tmp_path / name / "evaluation" / "x-prompts.jsonl"
 
-    return ask
-
-
-def test_a_file_of_more_rows_than_are_asked_says_so(ask, tmp_path, caplog):
     for name, rows, options, count in (
         ("a", 101, [], 100), ("b", 100, [], 100), ("c", 101, ["--limit", "101"], 101), ("d", 101, ["--limit", "3"], 3)
     ):  # fmt: skip
@@ -283,18 +260,14 @@ def test_a_file_of_more_rows_than_are_asked_says_so(ask, tmp_path, caplog):
         said = [record.getMessage() for record in caplog.records if "--limit" in record.getMessage()]
         told = f"{tmp_path}/p.jsonl has more than 100 rows; the first 100 are asked. --limit asks more."
         assert said == [told] * (name == "a")
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "a.json", "é", "²", "x" * 101])
-def test_an_arms_name_is_a_plain_file_name(name):
-    with pytest.raises(ConfigError, match="An arm's name is a file name"):
-        check_arm_name(name)
-
-
-def test_force_asks_other_prompts_again(ask):
-    options = ("a", 2, "--max_new_tokens", 4)
+    options = ("e", 2, "--max_new_tokens", 4)
     first = ask(*options).read_text()
     spoilt = first.replace('"output": "', '"output": "old ', 1)
     ask(*options).write_text(spoilt)
     assert ask(*options).read_text() == spoilt  # kept
     assert ask(*options, "--force").read_text() == first != spoilt
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "a.json", "é", "²", "x" * 101])
+def test_an_arms_name_is_a_plain_file_name(name):
+    refused(ConfigError, "An arm's name is a file name", check_arm_name, name)

@@ -1,6 +1,7 @@
 """A served student's figures are those of the same model in this process; what a server does not list is bounded."""
 
 import json
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -12,27 +13,17 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.report import build_report
 from quantkd.teacher.model_server import ModelServer
 from quantkd.teacher.served import FLOOR, evaluate_served
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, refused
 from tests.fake_openai_server import FakeServer
 from tests.teacher_rows import KINDS, add_noise, dense_logprobs
 
-
-@pytest.fixture(scope="module")
-def student(tiny_tokenizer):
-    return add_noise(build_tiny_model(tiny_tokenizer))
+student = pytest.fixture(lambda tiny_tokenizer: add_noise(build_tiny_model(tiny_tokenizer)), scope="module")
 
 
 @pytest.fixture
 def serve(student):
-    running = []
-
-    def start(**kwargs):
-        running.append(FakeServer(student, [], max_logprobs=320, **kwargs).__enter__())
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.__exit__()
+    with ExitStack() as running:
+        yield lambda **kwargs: running.enter_context(FakeServer(student, [], max_logprobs=320, **kwargs))
 
 
 @pytest.fixture
@@ -45,9 +36,7 @@ def evaluate(held_out, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_served_model_is_an_arm_with_the_figures_of_the_same_model_here(
-    serve, evaluate, student, held_out, tmp_path, kind
-):
+def test_a_served_model_is_an_arm_with_its_figures_here(serve, evaluate, student, held_out, tmp_path, kind):
     server = serve(kind=kind)
     server.faults = [] if kind == "vllm" else [503, "reset", "malformed"]
     arm = evaluate(server, top_logprobs=320, title="Served")
@@ -57,9 +46,8 @@ def test_a_served_model_is_an_arm_with_the_figures_of_the_same_model_here(
         np.testing.assert_allclose(arm.fidelity.columns[name], sums, rtol=1e-4, atol=1e-5, err_msg=name)
     low, high = arm.fidelity.settings["kl_bounds"]
     assert low == pytest.approx(high, abs=1e-7) and arm.fidelity.settings["not_listed"] == 0
-    (tmp_path / "evaluation" / "before.json").write_text(
-        (tmp_path / "evaluation" / "served.json").read_text().replace('"served"', '"before"')
-    )
+    text = (tmp_path / "evaluation" / "served.json").read_text().replace('"served"', '"before"')
+    (tmp_path / "evaluation" / "before.json").write_text(text)
     build_report(tmp_path)
     assert "Served" in (tmp_path / "report.md").read_text()
 
@@ -98,8 +86,7 @@ def test_llama_cpp_is_asked_for_more_and_goes_on_inside_a_character(serve, evalu
     assert {1, 16, 256} <= {body["n_probs"] for _, _, body in server.requests if body}
     assert any("logit_bias" in body for _, _, body in server.requests if body)
     server.halves = set(range(320))
-    with pytest.raises(TeacherError, match=r"gave no log-probabilities after \d+ tokens of a row"):
-        evaluate(server, rows)
+    refused(TeacherError, r"gave no log-probabilities after \d+ tokens of a row", evaluate, server, rows)
 
 
 def cut_prompt(body):
@@ -112,6 +99,12 @@ def put(body, token, logprob):
     return body
 
 
+def flatten(body):
+    for each in body["completion_probabilities"][0]["top_logprobs"]:
+        each["logprob"] = -1.0
+    return body
+
+
 @pytest.mark.parametrize(("kind", "mangle", "message"), [
     ("vllm", cut_prompt, r"answered row 0 with 0 tokens|log-probabilities of"),
     ("vllm", partial(put, token=5, logprob=float("nan")), "row 0 with the log-probability nan"),
@@ -120,59 +113,37 @@ def put(body, token, logprob):
     ("vllm", partial(put, token=-1, logprob=-1.0), "the token id -1"),
     ("llama.cpp", lambda body: {**body, "tokens_evaluated": 1}, r"another shape.*it read 1 tokens of a prompt"),
     ("llama.cpp", lambda body: {**body, "completion_probabilities": "none"}, "another shape"),
+    ("llama.cpp", flatten, r"of total probability \d+\.\d+ at target 0; expected"),
     ("sglang", lambda body: {**body, "meta_info": {}}, "another shape"),
 ])  # fmt: skip
 def test_a_server_that_lies_is_refused(serve, evaluate, kind, mangle, message):
-    with pytest.raises(TeacherError, match=message):
-        evaluate(serve(kind=kind, mangle=mangle))
+    refused(TeacherError, message, evaluate, serve(kind=kind, mangle=mangle))
 
 
-def test_lists_that_sum_to_more_than_one_are_refused(serve, evaluate):
-    def flatten(body):
-        for each in body["completion_probabilities"][0]["top_logprobs"]:
-            each["logprob"] = -1.0
-        return body
-
-    with pytest.raises(TeacherError, match=r"of total probability \d+\.\d+ at target 0; expected"):
-        evaluate(serve(kind="llama.cpp", mangle=flatten))
-
-
-def test_rows_that_the_server_cannot_hold_are_refused_before_it_is_asked(serve, evaluate, held_out):
+def test_what_a_server_cannot_hold_or_does_not_name_is_refused_before_it_is_asked(serve, evaluate, held_out):
     server = serve()
-    with pytest.raises(DataError, match="0 rows"):
-        evaluate(server, held_out[:0])
-    with pytest.raises(ConfigError, match="top_logprobs and concurrency are 0 and 8"):
-        evaluate(server, top_logprobs=0)
+    refused(DataError, "0 rows", evaluate, server, held_out[:0])
+    refused(ConfigError, "top_logprobs and concurrency are 0 and 8", evaluate, server, top_logprobs=0)
     with pytest.raises(ConfigError, match="head has 100 rows"):
         evaluate_served(ModelServer(server.url, vocab_size=100), held_out, "x", arm="served")
     assert not [body for _, _, body in server.requests if body]
+    server = serve()
+    server.cards = ["tiny", "other"]
+    refused(ConfigError, "serves 'tiny', 'other', and no name was given", evaluate, server)
 
 
 def test_the_command_measures_a_server_and_prints_its_bounds(serve, cli, held_out, tmp_path):
     server, where = serve(kind="sglang"), held_out.sources[0].path
     words = ["evaluate", "--engine", "server", "--base_url", server.url, "--held_out", where]
     words += ["--run_dir", tmp_path, "--arm", "served", "--engine_kwargs", '{"vocab_size": 320}', "--top_logprobs", 2]
-    code, out, _ = cli(*words)
-    assert code == 0 and "stored entries were not listed, so its KL is from 0." in out
+    assert "stored entries were not listed, so its KL is from 0." in cli.ok(*words)
     file = json.loads((tmp_path / "evaluation" / "served.json").read_text())
     assert file["model"] == "tiny" and file["fidelity"]["settings"]["engine"] == "sglang"
     assert server.url.split("/")[2] not in json.dumps(file)
-    for more, message in (
-        (["--model_name_or_path", "huge"], "serves 'tiny', and 'huge' was asked for"),
-        (["--gsm8k", "hub"], "gsm8k has no effect without engine=transformers"),
-        (["--student_format", "nf4"], "student_format has no effect here"),
-        (["--engine_kwargs", '{"colour": 1}'], "engine_kwargs:"),
-    ):
-        code, _, err = cli(*words, *more)
-        assert code and message in err, err
-    code, _, err = cli(*words[:3], *words[5:])
-    assert code and "give --base_url and --held_out" in err
-    code, _, err = cli("evaluate", "--held_out", where, "--run_dir", tmp_path, "--arm", "x")
-    assert code and "required: --model_name_or_path" in err
-
-
-def test_of_several_models_one_must_be_named(serve, evaluate):
-    server = serve()
-    server.cards = ["tiny", "other"]
-    with pytest.raises(ConfigError, match="serves 'tiny', 'other', and no name was given"):
-        evaluate(server)
+    cli.fails("serves 'tiny', and 'huge' was asked for", *words, "--model_name_or_path", "huge")
+    cli.fails("gsm8k has no effect without engine=transformers", *words, "--gsm8k", "hub")
+    cli.fails("student_format has no effect here", *words, "--student_format", "nf4")
+    cli.fails("engine_kwargs:", *words, "--engine_kwargs", '{"colour": 1}')
+    cli.fails("give --base_url and --held_out", *words[:3], *words[5:])
+    words = ["evaluate", "--held_out", where, "--run_dir", tmp_path, "--arm", "x"]
+    cli.fails("required: --model_name_or_path", *words)

@@ -9,16 +9,23 @@ import pytest
 from quantkd.errors import DataError
 from quantkd.evaluation import stats
 from quantkd.evaluation.stats import CalibrationSums, GapRecovered, RowSums, bootstrap_interval, wilson_interval
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, refused
 from tests.report_arms import bootstrap_by_scipy
 
+NEEDED = stats.compute_questions_needed
 
-@pytest.mark.parametrize(("correct", "n", "expected"), [
+
+@pytest.mark.parametrize(("function", "given", "expected"), [
     # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
-    (81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0000, 0.1611)), (1, 29, (0.0061, 0.1718)),
+    (wilson_interval, (81, 263), (0.2553, 0.3662)), (wilson_interval, (15, 148), (0.0624, 0.1605)),
+    (wilson_interval, (0, 20), (0.0000, 0.1611)), (wilson_interval, (1, 29), (0.0061, 0.1718)),
+    (NEEDED, (5, 45, 100), 23),  # the calculator of powerandsamplesize.com, which cites Connor 1987, page 209
+    (NEEDED, (30, 15, 100), 155),  # that of clinicaltrials-tools.vercel.app, which cites Connor 1987
+    (NEEDED, (15, 30, 100), 155), (NEEDED, (300, 150, 1000), 155), (NEEDED, (7, 7, 99), None),
+    (NEEDED, (0, 0, 5), None),
 ])  # fmt: skip
-def test_wilson_interval_as_published(correct, n, expected):
-    assert wilson_interval(correct, n) == pytest.approx(expected, abs=5e-5)
+def test_figures_as_published(function, given, expected):
+    assert function(*given) == (expected if expected is None else pytest.approx(expected, abs=5e-5))
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(9, 2), (2, 9), (0, 6), (5, 5), (1, 0), (40, 20), (0, 0)])
@@ -29,15 +36,6 @@ def test_mcnemar_equals_the_sum_of_binomial_terms(only_a, only_b):
     result = stats.mcnemar_exact(*map(list, zip(*pairs, strict=True)))
     assert (result.only_a, result.only_b) == (only_a, only_b)
     assert result.p_value == pytest.approx(min(1, 2 * tail), rel=1e-12)
-
-
-@pytest.mark.parametrize(("only_a", "only_b", "n", "expected"), [
-    (5, 45, 100, 23),  # the calculator of powerandsamplesize.com, which cites Connor 1987, page 209
-    (30, 15, 100, 155),  # that of clinicaltrials-tools.vercel.app, which cites Connor 1987
-    (15, 30, 100, 155), (300, 150, 1000, 155), (7, 7, 100, None), (0, 0, 5, None),
-])  # fmt: skip
-def test_questions_needed_as_published(only_a, only_b, n, expected):
-    assert stats.compute_questions_needed(only_a, only_b, n) == expected
 
 
 def test_examples_of_the_page():
@@ -55,8 +53,7 @@ def test_known_shares_of_the_gap():
     assert gap([0.0] * 50) == GapRecovered(1.0, None, (1.0, 1.0))
     assert gap([2.0, 4.0] * 25) == GapRecovered(0.0, None, (0.0, 0.0))
     result = gap([1.5, 0.0] * 25)
-    assert result.value == 0.75 and result.interval is not None
-    assert result.interval[0] < 0.75 < result.interval[1] < 1.0
+    assert result.value == 0.75 and result.interval is not None and result.interval[0] < 0.75 < result.interval[1] < 1.0
     assert gap([3.0, 6.0] * 25).value == pytest.approx(-0.5)  # worse than before
     # Rows differ a thousandfold, and each recovers exactly half: only a paired interval has no width.
     before = np.logspace(0, 3, 50)
@@ -68,18 +65,14 @@ def test_known_shares_of_the_gap():
 
 
 def test_what_is_not_measurable():
+    """Of ten questions four are solved by the teacher alone: a bootstrap calls that a gap, McNemar has p = 0.125."""
     before = np.random.default_rng(0).normal(0.01, 1.0, 50)
     result = gap(before, before=before)
     assert result.value is result.interval is None and "inside noise (95% interval" in str(result.reason)
     assert gap([1.0] * 50, before=[0.0] * 50).reason == "teacher and before score the same"
     assert gap([1.0], teacher=[0.0], before=[2.0]).reason == "a single row gives no interval"
     assert "teacher scores worse" in str(gap([1.0] * 50, higher_is_better=True, teacher=[0.0] * 50).reason)
-    with pytest.raises(DataError, match=r"\[50, 50, 49\] rows"):
-        gap([0.0] * 49)
-
-
-def test_few_verdicts_are_judged_by_the_exact_test():
-    """Of ten questions four are solved by the teacher alone: a bootstrap calls that a gap, McNemar has p = 0.125."""
+    refused(DataError, r"\[50, 50, 49\] rows", gap, [0.0] * 49)
     teacher, before = [1.0] * 8 + [0.0] * 2, [1.0] * 4 + [0.0] * 6
     assert gap(teacher, teacher=teacher, before=before, higher_is_better=True).value == 1.0
     result = gap(teacher, teacher=teacher, before=before, higher_is_better=True, binary=True)
@@ -107,8 +100,7 @@ def test_difference_is_that_of_scipy_and_paired():
     apart = [bootstrap_interval(RowSums(sums, tokens)) for sums in (a, b)]
     assert found.interval[1] < 0 and apart[0][1] > apart[1][0]  # paired, they differ; their own intervals overlap
     assert stats.compute_difference(RowSums([3.0]), RowSums([1.0])).interval is None
-    with pytest.raises(DataError, match=r"\[60, 59\] rows"):
-        stats.compute_difference(RowSums(a), RowSums(b[1:]))
+    refused(DataError, r"\[60, 59\] rows", stats.compute_difference, RowSums(a), RowSums(b[1:]))
 
 
 @pytest.mark.parametrize(("function", "given", "message"), [
@@ -125,5 +117,4 @@ def test_difference_is_that_of_scipy_and_paired():
     (stats.mcnemar_exact, ([True], [True, False]), "same questions"),
 ])  # fmt: skip
 def test_impossible_figures_are_refused(function, given, message):
-    with pytest.raises(DataError, match=message):
-        function(*given)
+    refused(DataError, message, function, *given)

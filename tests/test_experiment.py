@@ -22,7 +22,7 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.experiment import Experiment, run_experiment
 from quantkd.hardware import native_compute_dtype
 from quantkd.models.student import default_quantization_config, load_student
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, refused
 from tests.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -57,10 +57,6 @@ def read_adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def count_models():
-    return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
-
-
 @pytest.fixture
 def curves(monkeypatch):
     """By folder, the steps at which held-out rows were measured, as the last picture shows them."""
@@ -71,20 +67,6 @@ def curves(monkeypatch):
 
     monkeypatch.setattr("quantkd.training.curves.draw_curves", draw)
     return steps
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """The rows of every fidelity that is really measured; no other model is in memory then."""
-    counts, others = [], count_models()
-
-    def count(model, rows, **options):
-        counts.append(len(rows))
-        assert count_models() == others + 1
-        return evaluate_fidelity(model, rows, **options)
-
-    monkeypatch.setattr("quantkd.evaluation.fidelity.evaluate_fidelity", count)
-    return counts
 
 
 def test_the_control_is_an_arm_of_its_own(whole, tiny_model_path, tmp_path):
@@ -118,29 +100,23 @@ def test_two_processes_share_an_experiment(whole, tiny_model_path, tmp_path):
     """The adapter, which process 0 writes late, is loaded by both."""
     (tmp_path / "twice.py").write_text(TWICE)
     processes.run([tmp_path / "twice.py", tiny_model_path, tmp_path / "run"], tmp_path / "said.txt", 2)
-    one, two = ({arm: read_results(folder)["arms"][arm]["metrics"]["kl"]["value"] for arm in ("before", "after")}
-                for folder in (whole, tmp_path / "run"))  # fmt: skip
-    assert two["before"] == pytest.approx(one["before"], rel=1e-5) and two["after"] < two["before"]
+    one, two = (read_results(folder)["arms"] for folder in (whole, tmp_path / "run"))
+    before, same, after = (arm["metrics"]["kl"]["value"] for arm in (one["before"], two["before"], two["after"]))
+    assert same == pytest.approx(before, rel=1e-5) and after < same
 
 
 def test_exported_forms_are_arms_and_every_arm_loads_with_its_figures(whole, tiny_model_path):
-    results = read_results(whole)
-    for name in ("start", "control", "merged", "requantized"):
-        assert results["arms"][name]["title"] in (whole / "report.md").read_text()
-
-    def load(**options):
-        return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, **options)
-
-    four_bit = {"quantization_config": default_quantization_config(torch.float32)}
-
-    def load_written(form):
-        dtype = native_compute_dtype()  # float32 where bfloat16 is emulated, also of a checkpoint in 16 bits
-        return AutoModelForCausalLM.from_pretrained(whole / form, dtype="auto" if dtype == torch.bfloat16 else dtype)
-
-    plainly = {"teacher": load(), "before": load(**four_bit), "codes": load_written("quantized")}
+    titles, page = (each["title"] for each in read_results(whole)["arms"].values()), (whole / "report.md").read_text()
+    assert [title for title in titles if title not in page] == []
+    dtype = native_compute_dtype()  # float32 where bfloat16 is emulated, also of a checkpoint in 16 bits
+    stored = {"dtype": "auto" if dtype == torch.bfloat16 else dtype}
+    load, full = AutoModelForCausalLM.from_pretrained, {"dtype": torch.float32}
+    four_bit = {"quantization_config": default_quantization_config(torch.float32), **full}
+    plainly = {"teacher": load(tiny_model_path, **full), "before": load(tiny_model_path, **four_bit)}
+    for arm, folder in (("codes", "quantized"), ("merged", "merged"), ("requantized", "requantized")):
+        plainly[arm] = load(whole / folder, **stored)
     for arm, folder in (("start", "student-start"), ("after", "student")):
-        plainly[arm] = PeftModel.from_pretrained(load_written("quantized"), whole / folder)
-    plainly |= {form: load_written(form) for form in ("merged", "requantized")}
+        plainly[arm] = PeftModel.from_pretrained(load(whole / "quantized", **stored), whole / folder)
     held_out = TransferSet.open(whole / "held_out")
     for name, model in plainly.items():
         found = evaluate_fidelity(model, held_out, progress=False)
@@ -160,19 +136,16 @@ def test_trained_scales_are_measured_as_they_load(tiny_model_path, tmp_path, lor
 
 
 def test_the_start_is_what_training_began_with_and_does_not_change_it(tiny_model_path, tmp_path):
-    runs = {
-        start: run(tiny_model_path, tmp_path / str(start), start=start, init="covariance") for start in (True, False)
-    }
-    ours, theirs = (read_adapter(folder / "student") for folder in runs.values())
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and not (runs[False] / "student-start").exists()
-    first, arms = read_adapter(runs[True] / "student-start"), read_results(runs[True])["arms"]
+    folder, other = (run(tiny_model_path, tmp_path / str(x), start=x, init="covariance") for x in (True, False))
+    ours, theirs = read_adapter(folder / "student"), read_adapter(other / "student")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and not (other / "student-start").exists()
+    first, arms = read_adapter(folder / "student-start"), read_results(folder)["arms"]
     assert any(not torch.equal(first[name], ours[name]) for name in ours)
     kl = {name: arm["metrics"]["kl"]["value"] for name, arm in arms.items()}
     assert kl["start"] < 0.7 * kl["before"] and kl["start"] != kl["after"]
     assert arms["start"]["differences"]["after"]["kl"]["value"] == pytest.approx(kl["start"] - kl["after"], abs=1e-9)
     assert arms["start"]["bytes"] == arms["after"]["bytes"] and arms["before"]["bytes"]["adapters"] == 0
-    sizes = (runs[True] / name / "adapter_model.safetensors" for name in ("student-start", "student"))
-    assert {load_file(file)[next(iter(ours))].dtype for file in sizes} == {torch.bfloat16}
+    assert {each.dtype for adapter in (first, ours) for each in adapter.values()} == {torch.bfloat16}
 
 
 def test_the_curve_is_of_rows_of_its_own_and_has_its_end(curves, tiny_model_path, tmp_path):
@@ -194,11 +167,23 @@ def test_what_would_spoil_the_figures_is_refused_before_the_teacher_answers(tiny
     with pytest.raises(ConfigError, match=r"exports is \('merged',\), which merge an adapter"):
         run("nowhere", tmp_path, train_scales=True, exports=("merged",))
     load_student(str(tiny_model_path), dtype="float32").save_pretrained(tmp_path / "nf4")
-    with pytest.raises(ConfigError, match="is stored in nf4, and full precision was asked for"):
-        run(tmp_path / "nf4", tmp_path)
+    refused(ConfigError, "is stored in nf4, and full precision was asked for", run, tmp_path / "nf4", tmp_path)
 
 
-def test_what_was_measured_of_the_same_model_is_not_measured_again(measured, tiny_model_path, tmp_path):
+def test_what_was_measured_of_the_same_model_is_not_measured_again(tiny_model_path, tmp_path, monkeypatch):
+    """The rows of every fidelity that is really measured are counted; no other model is in memory then."""
+
+    def count_models():
+        return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
+
+    def count(model, rows, **options):
+        measured.append(len(rows))
+        assert count_models() == others + 1
+        return evaluate_fidelity(model, rows, **options)
+
+    measured, others = [], count_models()
+    monkeypatch.setattr("quantkd.evaluation.fidelity.evaluate_fidelity", count)
+
     def go(**options):
         run(tiny_model_path, tmp_path, test_rows=generate_problems(2, 9), **options)
         return len(measured)
@@ -226,13 +211,11 @@ def test_the_train_command_makes_a_control_beside_the_student(whole, tiny_model_
     words = f"train --model_name_or_path {whole}/quantized --transfer_set {whole}/transfer_set --max_steps 3 "
     words += f"--output_dir {tmp_path}/s --per_device_train_batch_size 2 --learning_rate 1e-3 --alpha 0.7 --init zero "
     words += "--save_strategy no --dtype float32 --lora_alpha 32 --control ce"
-    code, out, _ = cli(*words.split())
-    assert code == 0 and "s-control" in out and not (tmp_path / "s").exists()
+    assert "s-control" in cli.ok(*words.split()) and not (tmp_path / "s").exists()
     expected = read_adapter(whole / "student-control")
     for name, tensor in read_adapter(tmp_path / "s-control").items():
         assert tensor.allclose(expected[name], rtol=1e-2, atol=1e-6), name
-    code, _, err = cli(*words.split(), "--push_to_hub", "true")
-    assert code and "not to be published" in err
+    cli.fails("not to be published", *words.split(), "--push_to_hub", "true")
 
 
 @pytest.mark.parametrize("control", [True, False])

@@ -10,39 +10,33 @@ from transfer_sets import FaultyDisk
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.files import COMMIT_STEPS, FileLock, FileSystem, new_folder, read_regular, write_file
+from tests.conftest import refused
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     steps, filesystem = [], FileSystem()
     filesystem.reach = steps.append
     path = tmp_path / "new" / "folder" / "file.json"
     write_file(path, b"bytes", filesystem=filesystem, what="index")
     assert path.read_bytes() == b"bytes" and steps == [f"index:{step}" for step in COMMIT_STEPS]
     write_file(path, "caf\u00e9\n")
-    assert path.read_bytes() == b"caf\xc3\xa9\n"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
+    assert path.read_bytes() == b"caf\xc3\xa9\n" and [entry.name for entry in path.parent.iterdir()] == ["file.json"]
     mask = os.umask(0o027)
     try:
         write_file(path, "")
         assert path.stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(mask)
-
-
-def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path):
-    path = tmp_path / "file"
+    path, counted = tmp_path / "disk" / "file", FaultyDisk()
+    write_file(path, b"new", filesystem=counted)
     write_file(path, b"old")
-    counted = FaultyDisk()
-    write_file(tmp_path / "counted", b"new", filesystem=counted)
-    (tmp_path / "counted").unlink()
     for number in range(1, counted.calls):  # the last one flushes the folder, when the new file is there
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             write_file(path, b"new", filesystem=FaultyDisk(number, errno.ENOSPC))
-        assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"file": b"old"}
+        assert {entry.name: entry.read_bytes() for entry in path.parent.iterdir()} == {"file": b"old"}
         write_file(path, b"old", filesystem=FaultyDisk(number, "short"))  # goes on with the rest
         assert path.read_bytes() == b"old"
-    with pytest.raises(OSError, match="took 0 of 3 bytes"):
-        write_file(path, b"new", filesystem=FaultyDisk(2, "nothing"))
+    refused(OSError, "took 0 of 3 bytes", write_file, path, b"new", filesystem=FaultyDisk(2, "nothing"))
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -63,18 +57,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with new_folder(tmp_path / "empty") as folder:
         (folder / "file").touch()
     assert (tmp_path / "empty" / "file").exists()
-
-
-def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
-    left, other, kept = (tmp_path / name for name in (".set-0123abcd", ".set-2-0123abcd", ".set-mine"))
+    # What a killed process left is removed, and what another writes is not.
+    parent = tmp_path / "shared"
+    left, other, kept = (parent / name for name in (".set-0123abcd", ".set-2-0123abcd", ".set-mine"))
     for folder in (left, other, kept):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "file").touch()
-    with new_folder(tmp_path / "set") as first:
+    with new_folder(parent / "set") as first:
         assert not left.exists()
-        with new_folder(tmp_path / "set") as second:
+        with new_folder(parent / "set") as second:
             assert first.exists() and second.exists()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".set-2-0123abcd", ".set-mine", "set"]
+    assert sorted(entry.name for entry in parent.iterdir()) == [".set-2-0123abcd", ".set-mine", "set"]
 
 
 def test_only_plain_files_within_the_limit_are_read(tmp_path):
@@ -87,22 +80,17 @@ def test_only_plain_files_within_the_limit_are_read(tmp_path):
         (file, "is larger than 4 bytes"), (tmp_path / "link", "is a symbolic link"),
         (tmp_path / "pipe", "not a plain file"), (tmp_path, "not a plain file"), (tmp_path / "no", "No such file"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=message):
-            read_regular(path, 4)
-        with pytest.raises(ConfigError, match=message):
-            read_regular(path, 4, error=ConfigError)
+        refused(DataError, message, read_regular, path, 4)
+        refused(ConfigError, message, read_regular, path, 4, error=ConfigError)
 
 
-def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path):
+def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path, monkeypatch):
     first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
     for one, other in ((first, second), (second, first), (first, second)):
         assert one.acquire() and not other.acquire()
         one.release()
         one.release()  # a second time does nothing
         assert not (tmp_path / "lock").exists()
-
-
-def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path, monkeypatch):
     real, calls = fcntl.flock, []
 
     def flock(descriptor, operation):
@@ -116,8 +104,6 @@ def test_a_lock_file_that_is_removed_between_open_and_lock(tmp_path, monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", flock)
     lock = FileLock(tmp_path / "lock")
-    assert lock.acquire() and len(calls) == 3
-    assert not FileLock(tmp_path / "lock").acquire()
+    assert lock.acquire() and len(calls) == 3 and not FileLock(tmp_path / "lock").acquire()
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
-    with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
-        FileLock(tmp_path / "other").acquire()
+    refused(OSError, os.strerror(errno.ENOLCK), FileLock(tmp_path / "other").acquire)

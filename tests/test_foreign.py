@@ -27,13 +27,18 @@ def adapted(**options):
     return get_peft_model(model, LoraConfig(r=2, target_modules=["1"], init_lora_weights=False, **options))
 
 
-def test_attention(tiny_model):
+def test_attention_and_a_cache_that_can_be_repeated(tiny_model, monkeypatch):
     assert foreign.attention_of(tiny_model.config) == "sdpa" and foreign.attention_of(SimpleNamespace()) is None
     with foreign.registered_attention("mine", print):
         assert AttentionInterface()["mine"] is print
         assert AttentionMaskInterface()["mine"] is AttentionMaskInterface()["sdpa"]
     assert "mine" not in AttentionInterface() and "mine" not in AttentionMaskInterface()
     assert "sdpa" in AttentionInterface()
+    sliding = LlamaConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, sliding_window=4)
+    assert foreign.is_plain_cache(DynamicCache(config=tiny_model.config))
+    assert not foreign.is_plain_cache(DynamicCache(config=sliding))
+    empty_module(monkeypatch, "transformers.cache_utils")
+    assert not foreign.is_plain_cache(DynamicCache(config=tiny_model.config))
 
 
 def test_the_commit_of_a_model(tmp_path, monkeypatch):
@@ -54,15 +59,22 @@ def test_the_commit_of_a_model(tmp_path, monkeypatch):
     assert foreign.commit_of(config) == "abc" and "abc" not in config.to_json_string()
 
 
-def test_a_model_s_quantization(tiny_model, tiny_model_path):
+def test_a_model_s_quantization_ties_keys_and_float32_modules(tiny_model, tiny_model_path):
     student = load_student(str(tiny_model_path), dtype="float32")
     assert foreign.is_trainable(student) and foreign.is_trainable(tiny_model)
     assert student.is_quantized and student.is_loaded_in_4bit
     foreign.remove_quantization(student)
-    assert not student.is_quantized and not student.is_loaded_in_4bit
-    assert not hasattr(student.config, "quantization_config") and not hasattr(student, "hf_device_map")
+    assert not (student.is_quantized or student.is_loaded_in_4bit or hasattr(student, "hf_device_map"))
+    assert not hasattr(student.config, "quantization_config")
     student.hf_quantizer = SimpleNamespace(is_trainable=False)
     assert not foreign.is_trainable(student)
+    tiny_model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    foreign.untie_weights(tiny_model)
+    assert tiny_model.all_tied_weights_keys == {}
+    assert foreign.float32_modules(tiny_model) == set() == foreign.float32_modules(SimpleNamespace())
+    tiny_model._keep_in_fp32_modules_strict = {"norm"}
+    assert foreign.float32_modules(tiny_model) == {"norm"}
+    assert foreign.map_checkpoint([KEY], tiny_model) == ({KEY: KEY}, set())
 
 
 def test_a_model_that_was_stored_quantized(tiny_model_path, tmp_path):
@@ -83,21 +95,8 @@ def test_a_model_that_was_stored_quantized(tiny_model_path, tmp_path):
     assert again.is_quantized
 
 
-def test_a_model_s_ties_and_float32_modules(tiny_model):
-    tiny_model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    foreign.untie_weights(tiny_model)
-    assert tiny_model.all_tied_weights_keys == {}
-    assert foreign.float32_modules(tiny_model) == set() == foreign.float32_modules(SimpleNamespace())
-    tiny_model._keep_in_fp32_modules_strict = {"norm"}
-    assert foreign.float32_modules(tiny_model) == {"norm"}
-
-
 KEY = "model.layers.0.mlp.up_proj.weight"
 OLD, STATE = SimpleNamespace(), SimpleNamespace(process_index=1, num_processes=2)
-
-
-def test_the_keys_of_a_checkpoint(tiny_model):
-    assert foreign.map_checkpoint([KEY], tiny_model) == ({KEY: KEY}, set())
 
 
 @pytest.mark.parametrize(("module", "call", "arguments", "said"), [
@@ -124,24 +123,23 @@ def test_what_a_release_does_not_have_is_named(monkeypatch, module, call, argume
             pass
 
 
-def test_a_cache_that_can_be_repeated(tiny_model, monkeypatch):
-    sliding = LlamaConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, sliding_window=4)
-    assert foreign.is_plain_cache(DynamicCache(config=tiny_model.config))
-    assert not foreign.is_plain_cache(DynamicCache(config=sliding))
-    empty_module(monkeypatch, "transformers.cache_utils")
-    assert not foreign.is_plain_cache(DynamicCache(config=tiny_model.config))
-
-
-def test_the_trainer_s_environment(tmp_path, monkeypatch):
+def test_the_environment_of_the_trainer_and_of_a_harness(tmp_path, monkeypatch):
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     args._n_gpu = 4
     foreign.use_one_gpu(args)
-    assert args.n_gpu == 1
-    assert isinstance(foreign.installed_trackers(), list)
+    assert args.n_gpu == 1 and isinstance(foreign.installed_trackers(), list)
     assert not foreign.is_zero3() and not foreign.shares_weights() and foreign.mixed_precision() == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` writes it
     assert foreign.shares_weights() and foreign.mixed_precision() == "bf16"
+
+    class Harnessed:  # as lm-eval's: the public names read the private ones
+        rank = property(lambda self: self._rank)
+        world_size = property(lambda self: self._world_size)
+
+    harnessed = Harnessed()
+    foreign.spread_harness(harnessed, STATE)
+    assert (harnessed.rank, harnessed.world_size, harnessed.accelerator) == (1, 2, STATE)
 
 
 def test_the_shape_of_a_partitioned_parameter():
@@ -176,7 +174,7 @@ def test_a_module_that_is_trained_whole(options):
     assert type(trained) is nn.Embedding and foreign.unwrap_trained_module(nn.Linear(2, 2)) is None
 
 
-def test_bitsandbytes_repacking():
+def test_bitsandbytes_repacking_and_int8_scales():
     layer = Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32, bias=False)
     layer.load_state_dict({"weight": torch.randn(64, 64)})
     layer = layer.to("cpu").eval()
@@ -191,24 +189,11 @@ def test_bitsandbytes_repacking():
         assert torch.equal(data.flatten(), before.flatten()) and not foreign.is_repacked(state)
     foreign.keep_from_repacking(layer)
     assert not foreign.repacks_on_cpu(layer)
-
-
-def test_int8_scales_before_and_after_a_forward_pass():
     scales = torch.ones(4)
     weight = Int8Params(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False, has_fp16_weights=False, SCB=scales)
     assert foreign.int8_scales(SimpleNamespace(weight=weight)) is scales
     moved = SimpleNamespace(weight=SimpleNamespace(SCB=None), state=SimpleNamespace(SCB=scales))
     assert foreign.int8_scales(moved) is scales
-
-
-def test_a_harness_whose_processes_share():
-    class Harnessed:  # as lm-eval's: the public names read the private ones
-        rank = property(lambda self: self._rank)
-        world_size = property(lambda self: self._world_size)
-
-    harnessed = Harnessed()
-    foreign.spread_harness(harnessed, STATE)
-    assert (harnessed.rank, harnessed.world_size, harnessed.accelerator) == (1, 2, STATE)
 
 
 UNDOCUMENTED = (
@@ -220,14 +205,11 @@ UNDOCUMENTED = (
 )  # fmt: skip
 
 
-def test_no_other_module_touches_these_names():
+def test_no_other_module_touches_these_names_and_every_function_is_tested_here():
     package = Path(foreign.__file__).parent
     pattern = re.compile("|".join(rf"\b{name}\b" if name[-1] != "_" else name for name in UNDOCUMENTED))
     places = {path for path in package.rglob("*.py") if path.name != "foreign.py"}
     assert [path.name for path in sorted(places) if pattern.search(path.read_text(encoding="utf-8"))] == []
-
-
-def test_every_function_is_tested_here():
     names = [name for name, value in vars(foreign).items() if getattr(value, "__module__", "") == foreign.__name__]
     source = Path(__file__).read_text(encoding="utf-8")
     assert [name for name in names if not name.startswith("_") and f"foreign.{name}" not in source] == []

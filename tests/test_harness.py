@@ -24,6 +24,7 @@ from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.harness import HarnessTasks
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.report import build_report
+from tests.conftest import refused
 
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 FIRST = {"function": "take_first"}
@@ -164,20 +165,17 @@ def test_a_finished_task_is_not_run_again(tiny_model, task_dir, tmp_path, measur
     first = evaluate()
     assert evaluate() == first and run.call_count == 1
     assert evaluate(rerun=True) == first and run.call_count == 2
-    with pytest.raises(DataError, match="limit is 3, not 4"):
-        evaluate(limit=4)
+    refused(DataError, "limit is 3, not 4", evaluate, limit=4)
     lines = (task_dir / "docs.jsonl").read_text()
     (task_dir / "docs.jsonl").write_text(lines.replace("1 + 2", "2 + 1"))
-    with pytest.raises(DataError, match="another evaluation: items is"):
-        evaluate()
+    refused(DataError, "another evaluation: items is", evaluate)
     (task_dir / "docs.jsonl").write_text(lines)
     assert evaluate() == first and run.call_count == 2
     # Its items are there, but the process ended before the figures were written.
     (tmp_path / "evaluation" / "x.json").unlink()
     assert evaluate() == first and run.call_count == 3
     tiny_model.lm_head.weight.data.mul_(0.5)
-    with pytest.raises(DataError, match="another evaluation: model is"):
-        evaluate()
+    refused(DataError, "another evaluation: model is", evaluate)
     assert evaluate(rerun=True).settings == first.settings
 
 

@@ -20,6 +20,7 @@ from quantkd.models.provenance import Provenance
 from quantkd.names import load_tokenizer
 from quantkd.report import format_table
 from quantkd.training.checkpoints import find_checkpoint
+from tests.conftest import refused
 from tests.report_arms import build, make_arms, make_verdicts
 
 MarkdownIt = pytest.importorskip("markdown_it", reason="no markdown-it-py; it comes with rich").MarkdownIt
@@ -116,8 +117,7 @@ def test_cards(tmp_path, small_set):
         _, front, text = card.split("---\n", 2)
         assert yaml.safe_load(front)["license"] == "mit" and is_shown_as_it_is(card)
         tags, page = render(text)
-        assert set(tags) <= PAGE
-        assert re.findall(r"<img[^>]*src=\"([^\"]*)", page) in ([], ["gap.png"])
+        assert set(tags) <= PAGE and re.findall(r"<img[^>]*src=\"([^\"]*)", page) in ([], ["gap.png"])
         code = re.search(r"```python\n(.*?)\n```\n", text, re.DOTALL)[1]
         compile(code, "card", "exec")
     assert is_shown_as_it_is(format_info(info))
@@ -162,7 +162,5 @@ def test_tokenizer_files_that_are_none(tiny_tokenizer, tmp_path, file, content):
 def test_json_beside_an_adapter_that_is_none(tmp_path, content):
     for name in ("quantkd.json", "trainer_state.json"):
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match="is not JSON"):
-        Provenance.read(tmp_path)
-    with pytest.raises(ConfigError, match="is not a complete checkpoint"):
-        find_checkpoint(str(tmp_path), tmp_path)
+    refused(DataError, "is not JSON", Provenance.read, tmp_path)
+    refused(ConfigError, "is not a complete checkpoint", find_checkpoint, str(tmp_path), tmp_path)

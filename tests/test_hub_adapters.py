@@ -17,6 +17,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.hub.adapters import list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
+from tests.conftest import refused
 from tests.report_arms import read_tables
 
 pytest_plugins = ["hub_runs"]
@@ -44,21 +45,24 @@ def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, tr
 
 
 def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, training_set):
-    trainer = build_trainer(run / "student", calibrate=True)
-    trainer.save_model()
+    build_trainer(run / "student", calibrate=True).save_model()
+    config = run / "student" / "tokenizer_config.json"
+    kept = config.read_text()
+    config.write_text(json.dumps({"note": TOKEN}))  # of an adapter that is refused no base is pushed
+    refused(ConfigError, "holds the Hub's token", push_adapter, run / "student", "user/student")
+    assert not hub.repositories
+    config.write_text(kept)
     push_adapter(run / "student", "user/student", license="mit")
     page, _ = read_page(hub.files("model", "user/student"))
     assert page["base_model"] == "user/student-4bit"
     base_page, text = read_page(hub.files("model", "user/student-4bit"))
     assert base_page["license"] == "mit" and "bitsandbytes" in text
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/student-4bit"), "user/student").eval()
-    local = AutoModelForCausalLM.from_pretrained(run / "student" / "quantized")
-    local = PeftModel.from_pretrained(local, run / "student").eval()
-    with torch.inference_mode():
-        one, two = (model(training_set[0]["input_ids"][None]).logits for model in (plain, local))
-    assert torch.equal(one, two)
-    with pytest.raises(DataError, match="is not a checkpoint of `quantkd quantize`"):
-        push_checkpoint(run, "user/other")
+    logits = []
+    for base, adapter in (("user/student-4bit", "user/student"), (run / "student" / "quantized", run / "student")):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        logits.append(model(training_set[0]["input_ids"][None]).logits)
+    assert torch.equal(*logits)
+    refused(DataError, "is not a checkpoint of `quantkd quantize`", push_checkpoint, run, "user/other")
     listed = [name for name, _ in list_adapter_files(run / "student")]
     assert {"adapter_model.safetensors", "NAME-4bit/model.safetensors"} < set(listed)
     made = run / "student" / "quantized"
@@ -69,18 +73,9 @@ def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, trai
     assert "model.safetensors" not in there and "model.safetensors.index.json" in there
 
 
-def test_no_base_is_pushed_for_an_adapter_that_is_refused(hub, run, build_trainer):
-    build_trainer(run / "student", calibrate=True).save_model()
-    (run / "student" / "tokenizer_config.json").write_text(json.dumps({"note": TOKEN}))
-    with pytest.raises(ConfigError, match="holds the Hub's token"):
-        push_adapter(run / "student", "user/student")
-    assert not hub.repositories
-
-
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):
     shutil.copytree(run / "student", run / "other")
-    with pytest.raises(DataError, match="the adapters other, student; expected one"):
-        push_adapter(run, "user/student")
+    refused(DataError, "the adapters other, student; expected one", push_adapter, run, "user/student")
     push_adapter(run / "student", "user/student")
     assert "gap.png" not in hub.files("model", "user/student")
     push_adapter(run / "student", "user/student", run_dir=run)
@@ -98,10 +93,8 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, run, small_se
         hub.make(kind, "user/blank", {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"}, private=True)
     hub.make("dataset", "user/folder", {"data/x.parquet": b"1"}, private=True)
     held = "user/other holds config.json, data/x.bin, and no"
-    with pytest.raises(ConfigError, match=f"{held} adapter; .*Choose another name"):
-        push_adapter(run, "user/other")
-    with pytest.raises(ConfigError, match=f"{held} transfer set"):
-        push_transfer_set(small_set, "user/other")
+    refused(ConfigError, f"{held} adapter; .*Choose another name", push_adapter, run, "user/other")
+    refused(ConfigError, f"{held} transfer set", push_transfer_set, small_set, "user/other")
     with pytest.raises(ConfigError, match=r"user/folder holds data/x.parquet, and no transfer set"):
         push_transfer_set(small_set, "user/folder")
     assert all(len(hub.repositories[kind, "user/other"].commits) == 2 for kind in ("model", "dataset"))
@@ -110,15 +103,34 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, run, small_se
     assert TransferSet.open("user/blank").digest == small_set.digest
 
 
-def test_the_trainer_pushes_by_name_and_into_a_private_repository(hub, build_trainer, training_set, tmp_path, caplog):
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_nothing_becomes_public_by_mistake(hub, run, small_set, kind):
+    def push(name, **options):
+        return push_adapter(run, name, **options) if kind == "model" else push_transfer_set(small_set, name, **options)
+
+    hub.make(kind, "user/open", {})
+    refused(ConfigError, r"user/open is public.*--public", push, "user/open")
+    assert len(hub.repositories[kind, "user/open"].commits) == 1
+    for name in ("user/open", "user/new"):
+        assert not push(name, private=False).private and not hub.repositories[kind, name].private
+    push("user/closed")
+    assert push("user/closed", private=False).private  # stays as it is
+
+
+def test_the_trainer_pushes_and_makes_nothing_public_by_mistake(hub, build_trainer, tmp_path, training_set, caplog):
+    hub.make("model", "user/open", {})
+    refused(ConfigError, "is public", build_trainer, tmp_path / "s", push_to_hub=True, hub_model_id="user/open")
+    trainer = build_trainer(tmp_path / "s", hub_model_id="user/open", hub_private_repo=False)
+    assert not trainer.push_to_hub().private
+    with pytest.raises(ConfigError, match="optimizer and random states"):
+        build_trainer(tmp_path / "s", push_to_hub=True, hub_strategy="all_checkpoints")
     commit = push_transfer_set(training_set, "user/set").commit
     options = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_model_id": "user/student"}
     trainer = build_trainer(tmp_path / "student", train_dataset=TransferSet.open("user/set"), **options)
     repository = hub.repositories["model", "user/student"]
     assert repository.private  # made when the trainer was
     trainer.train()
-    with pytest.raises(TypeError, match="unexpected keyword argument 'dataset_name'"):
-        trainer.push_to_hub(dataset_name="gsm8k")
+    refused(TypeError, "unexpected keyword argument 'dataset_name'", trainer.push_to_hub, dataset_name="gsm8k")
     pushed = trainer.push_to_hub(license="mit")
     steps = [f"Training in progress, step {step}" for step in (1, 2)]
     assert [each.title for each in repository.commits] == ["initial commit", *steps, "End of training"]
@@ -135,31 +147,6 @@ def test_the_trainer_pushes_by_name_and_into_a_private_repository(hub, build_tra
     hub.fault = lambda number, method, path: "503"
     trainer.train()
     assert trainer.state.global_step == 2 and "Training goes on" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["model", "dataset"])
-def test_nothing_becomes_public_by_mistake(hub, run, small_set, kind):
-    def push(name, **options):
-        return push_adapter(run, name, **options) if kind == "model" else push_transfer_set(small_set, name, **options)
-
-    hub.make(kind, "user/open", {})
-    with pytest.raises(ConfigError, match=r"user/open is public.*--public"):
-        push("user/open")
-    assert len(hub.repositories[kind, "user/open"].commits) == 1
-    for name in ("user/open", "user/new"):
-        assert not push(name, private=False).private and not hub.repositories[kind, name].private
-    push("user/closed")
-    assert push("user/closed", private=False).private  # stays as it is
-
-
-def test_the_trainer_makes_nothing_public_by_mistake(hub, build_trainer, tmp_path):
-    hub.make("model", "user/open", {})
-    with pytest.raises(ConfigError, match="is public"):
-        build_trainer(tmp_path / "s", push_to_hub=True, hub_model_id="user/open")
-    trainer = build_trainer(tmp_path / "s", hub_model_id="user/open", hub_private_repo=False)
-    assert not trainer.push_to_hub().private
-    with pytest.raises(ConfigError, match="optimizer and random states"):
-        build_trainer(tmp_path / "s", push_to_hub=True, hub_strategy="all_checkpoints")
 
 
 def test_every_saved_folder_has_its_own_page_and_no_pickle(build_trainer, training_set, tmp_path, monkeypatch):
@@ -191,7 +178,7 @@ def test_training_loads_neither_the_hub_s_nor_the_report_s_modules(tmp_path):
     assert [name for name in loaded if name.startswith(("quantkd.hub", "quantkd.report"))] == []
 
 
-def test_the_page(hub, run, training_set):
+def test_the_page_and_its_snippet(hub, run, training_set, load_base, tiny_model_path, monkeypatch):
     push_adapter(run / "student", "user/student", license="apache-2.0", base_model="maker/base")
     files = hub.files("model", "user/student")
     metadata, text = read_page(files)
@@ -208,13 +195,7 @@ def test_the_page(hub, run, training_set):
     assert [fact for fact in facts if fact not in text] == []
     assert [len(cells) for cells in read_tables(text)] == [1, 1]  # the lines of a table are equally long
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "maker/base"
-
-
-def test_the_snippet_runs_and_gives_the_student_that_was_evaluated(
-    hub, run, load_base, tiny_model_path, training_set, monkeypatch
-):
-    push_adapter(run / "student", "user/student", base_model="maker/base")
-    (block,) = read_page(hub.files("model", "user/student"))[1].split("```python\n")[1:]
+    (block,) = text.split("```python\n")[1:]
     monkeypatch.chdir(run.parent)
     shutil.copytree(tiny_model_path, run.parent / "maker" / "base")
     names: dict = {}
@@ -239,8 +220,7 @@ def test_the_page_says_how_many_bits(hub, run, quantization, tags, words):
     push_adapter(run / "student", "user/student")
     metadata, text = read_page(hub.files("model", "user/student"))
     assert set(metadata["tags"]) & {"4-bit", "8-bit"} == tags
-    assert words in text and f"**{next(iter(tags), 'quantized')}**" in text
-    assert ("4-bit" in text) == ("4-bit" in tags)
+    assert words in text and f"**{next(iter(tags), 'quantized')}**" in text and ("4-bit" in text) == ("4-bit" in tags)
 
 
 def test_what_is_not_known_is_said_on_the_page(hub, run, tiny_model_path, caplog):

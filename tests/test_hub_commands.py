@@ -33,9 +33,7 @@ def say(cli, caplog):
 
     def say(*words):
         caplog.clear()
-        code, out, err = cli(*words)
-        assert code == 0, err
-        return out + caplog.text
+        return cli.ok(*words) + caplog.text
 
     return say
 
@@ -76,8 +74,8 @@ def test_every_command_that_takes_an_adapter(hub, run, trapped, tiny_model_path,
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
     words = ["capture", "--model", tiny_model_path, "--prompts", tmp_path / "prompts.jsonl", "--max_new_tokens", "4"]
     words += ["--dtype", "float32", "--teacher_adapter"]
-    code, _, error = cli(*words, folder, "--output_dir", tmp_path / "refused")
-    assert code and "The base model has no quantized weights; expected for the adapter" in error
+    said = "The base model has no quantized weights; expected for the adapter"
+    cli.fails(said, *words, folder, "--output_dir", tmp_path / "refused")
     facts = json.dumps({**json.loads((run / "student" / "quantkd.json").read_text()), "weights": None})
     (run / "student" / "quantkd.json").write_text(facts)  # as if it was not trained on quantized weights
     files = {**hub.files("model", "user/student"), "quantkd.json": facts.encode()}
@@ -113,9 +111,8 @@ def test_every_command_that_takes_a_set(hub, trapped, tiny_model_path, training_
     ("user/student@v9", "Could not fetch adapter_config.json of user/student at v9"),
 ])  # fmt: skip
 def test_what_is_refused_is_refused_in_one_line(hub, trapped, tiny_model_path, cli, name, said):
-    words = f"--model_name_or_path {tiny_model_path} --adapter {name} --held_out user/held --arm x --run_dir r".split()
-    code, _, error = cli("evaluate", *words)
-    assert code == 1 and said in error and "Traceback" not in error
+    words = f"--model_name_or_path {tiny_model_path} --adapter {name} --held_out user/held --arm x --run_dir r"
+    cli.fails(said, "evaluate", *words.split())
 
 
 def test_push(hub, run, small_set, tmp_path, cli, say, monkeypatch):
@@ -130,13 +127,9 @@ def test_push(hub, run, small_set, tmp_path, cli, say, monkeypatch):
     assert f"{hub.endpoint}/user/student at {commit} (private)" in text
     say("push", folder, "user/set", "--public")
     assert not hub.repositories["dataset", "user/set"].private
-    for words, said in (
-        ([folder, "user/set"], "--public"),
-        ([folder, "user/set", "--base_model", "x"], "is a transfer set"),
-        ([tmp_path, "user/set"], "expected one adapter"),
-    ):
-        code, _, err = cli("push", *words)
-        assert code == 1 and said in err
+    cli.fails("--public", "push", folder, "user/set")
+    cli.fails("is a transfer set", "push", folder, "user/set", "--base_model", "x")
+    cli.fails("expected one adapter", "push", tmp_path, "user/set")
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
     for words in ([folder, "user/set"], [run, "user/student"], [run, "s"]):

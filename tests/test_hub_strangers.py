@@ -5,10 +5,11 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load, save
 from transfer_sets import write_set
 
@@ -18,7 +19,7 @@ from quantkd.hub import load_adapter, push_adapter
 from quantkd.models.export import export_adapter
 from quantkd.models.student import load_student
 from quantkd.teacher import load_teacher
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, refused, save_adapter
 
 pytest_plugins = ["hub_runs"]
 
@@ -46,9 +47,7 @@ def watch(audited):
 @pytest.fixture(scope="module")
 def files(tiny_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(build_tiny_model(tiny_tokenizer), config).save_pretrained(folder)
+    save_adapter(build_tiny_model(tiny_tokenizer), folder, r=2, target_modules=["q_proj", "v_proj"])
     fields = json.loads((folder / "adapter_config.json").read_text())
     config = json.dumps({**fields, "base_model_name_or_path": "maker/tiny"}).encode()
     weights = (folder / "adapter_model.safetensors").read_bytes()
@@ -86,8 +85,7 @@ def assert_holds(loaded, files):
     """The model has the file's weights, and no others, in its adapter."""
     expected = load(files["adapter_model.safetensors"])
     state = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 class Trap:
@@ -102,8 +100,7 @@ TRAPS = dict.fromkeys(("adapter_model.bin", "training_args.bin", "optimizer.pt",
 
 
 def test_no_pickle_is_opened(hub, files, attach, watch, tmp_path):
-    with pytest.raises(AssertionError, match="a pickle was opened"):
-        pickle.loads(PICKLE)
+    refused(AssertionError, "a pickle was opened", pickle.loads, PICKLE)
     assert watch["pickle.find_class"].pop() and not watch["pickle.find_class"]  # the watch sees one
     write_set(tmp_path / "set")
     folder = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
@@ -119,8 +116,7 @@ def test_no_pickle_is_opened(hub, files, attach, watch, tmp_path):
 def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load_model):
     hub.make("model", "user/adapter", files)
     hub.make("model", "maker/tiny", {"config.json": b"{}"})
-    with pytest.raises(ConfigError, match="user/adapter holds an adapter and no model"):
-        load_model("user/adapter")
+    refused(ConfigError, "user/adapter holds an adapter and no model", load_model, "user/adapter")
     assert not [path for verb, path in hub.requests if "maker/tiny" in path]
 
 
@@ -145,9 +141,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, t
     ("maker/tiny", "maker/tiny", ""), ("maker/tiny", "other/tiny", "says that it was trained on 'maker/tiny'"),
     ("maker/tiny", "/models/big", "says that it was trained on 'maker/tiny'"), ("", "/models/tiny", ""),
 ])  # fmt: skip
-def test_the_base_model_that_it_names_is_compared_and_never_loaded(
-    hub, attach, files, tiny_model, tiny_tokenizer, tmp_path, caplog, named, own, warned
-):
+def test_named_bases_are_compared(hub, attach, files, tiny_model, tiny_tokenizer, tmp_path, caplog, named, own, warned):
     tiny_model.config.name_or_path = own
     loaded = attach(base_model_name_or_path=named)
     assert loaded.hub_revision.startswith("user/adapter at ")
@@ -158,29 +152,23 @@ def test_the_base_model_that_it_names_is_compared_and_never_loaded(
 
 
 def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, monkeypatch):
-    asked = {}
-
-    def load_base(name, **kwargs):
-        asked.update(kwargs, name=name)
-        raise KeyboardInterrupt
-
+    load_base = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr("quantkd.hub.adapters.load_student", load_base)
     hub.make("model", "user/fine", files)
     with pytest.raises(KeyboardInterrupt):
         load_adapter(str(tiny_model_path), "user/fine")
-    assert asked == {"name": str(tiny_model_path), "trust_remote_code": False}
+    load_base.assert_called_once_with(str(tiny_model_path), trust_remote_code=False)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"megatron_config": {"a": 1}}, "sets megatron_config"), ({"megatron_core": "os"}, "sets megatron_core"),
     ({"layer_replication": [[0, 10**9]]}, "sets layer_replication"),
-    ({"something_new": {"path": "/etc/passwd"}}, "sets something_new"),
+    ({"something_new": {"path": "/etc/passwd"}}, "sets something_new"), ({"target_modules": ["q_proj"]}, "fit"),
     ({"init_lora_weights": "pissa"}, "started with 'pissa', which changes the base model's weights"),
     ({"init_lora_weights": "loftq"}, "started with 'loftq'"), ({"init_lora_weights": 7}, "started with '7'"),
     ({"target_modules": ["(a+)+$"]}, "plain names"), ({"rank_pattern": {"(a+)+$": 3}}, "plain names"),
     ({"target_modules": {"q_proj": 1}}, "plain names"), ({"modules_to_save": ["x" * 999]}, "plain names"),
     ({"peft_type": "PROMPT_TUNING"}, "of the kind 'PROMPT_TUNING'"), ({"peft_type": None}, "expected LORA"),
-    ({"target_modules": ["q_proj"]}, "fit"),
     ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "does not fit its own configuration: 4 weights"),
     ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
     ({"r": 3}, "has rank 2, and adapter_config.json says 3"), ({"rank_pattern": {"q_proj": 2**14}}, "says 16384"),
@@ -188,8 +176,7 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
     ({"target_modules": [["q_proj"]]}, "plain names"), ({"exclude_modules": {"a": 1}}, "plain names"),
 ])  # fmt: skip
 def test_configurations_that_ask_for_more_or_for_what_cannot_be(attach, watch, changes, message):
-    with pytest.raises(DataError, match=message):
-        attach(**changes)
+    refused(DataError, message, attach, **changes)
     assert watch["pickle.find_class"] == []
 
 
@@ -204,8 +191,7 @@ def test_configurations_that_ask_for_more_or_for_what_cannot_be(attach, watch, c
 ])  # fmt: skip
 def test_a_field_that_cannot_be_is_refused_by_name_and_value(attach, tiny_model, name, value):
     said = rf"{name} in adapter_config.json of .* is {re.escape(repr(value)[:80])}; expected"
-    with pytest.raises(DataError, match=said):
-        attach(**{name: value})
+    refused(DataError, said, attach, **{name: value})
     assert not isinstance(tiny_model, PeftModel) and not any("lora" in key for key in tiny_model.state_dict())
 
 
@@ -226,8 +212,7 @@ def test_weights_that_cannot_be_are_refused(attach, files, tiny_model, tiny_toke
         lambda: load_adapter(tiny_model, folder),
         lambda: export_adapter(str(folder), tiny_tokenizer, tmp_path / "export", base="maker/tiny"),
     ):
-        with pytest.raises(DataError, match=rf"lora_A.weight of .* holds {found}; expected floating-point numbers"):
-            load_or_export()
+        refused(DataError, rf"lora_A.weight of .* holds {found}; expected floating-point numbers", load_or_export)
     assert not (tmp_path / "export").exists()
 
 
@@ -241,47 +226,34 @@ def test_a_checkpoint_is_checked_before_it_is_resumed(make_trainer, caplog):
     assert "says that it was trained on 'maker/tiny'" in caplog.text
     for changes, said in (({"lora_alpha": "x"}, "lora_alpha in"), ({"weight": WEIGHTS["nan"]}, "nan")):
         write(checkpoint, alter(saved, **changes))
-        with pytest.raises(DataError, match=said):
-            make_trainer(max_steps=3).train(resume_from_checkpoint=str(checkpoint))
+        refused(DataError, said, make_trainer(max_steps=3).train, resume_from_checkpoint=str(checkpoint))
 
 
-def test_the_class_that_an_adapter_names_is_not_imported(attach, files, watch):
-    """PEFT writes it where the maker gave no task type."""
-    loaded = attach(task_type=None, auto_mapping={"base_model_class": "Trap", "parent_library": "trap_library"})
+def test_a_class_is_not_imported_and_a_regular_expression_not_run(attach, files, watch):
+    """PEFT writes a class where the maker gave no task type, and the expression of modules that the maker gave."""
+    trap = {"task_type": None, "auto_mapping": {"base_model_class": "Trap", "parent_library": "trap_library"}}
+    loaded = attach(target_modules="(x+x+)+y|.*\\.(q|v)_proj", exclude_modules="(x+x+)+y", **trap)
     assert watch["pickle.find_class"] == [] and "trap_library" not in watch["import"]
-    assert_holds(loaded, files)
-
-
-def test_a_regular_expression_is_not_run(attach, files):
-    """PEFT saves one where the maker gave one; the weights tell which modules it meant."""
-    loaded = attach(target_modules="(x+x+)+y|.*\\.(q|v)_proj", exclude_modules="(x+x+)+y")
-    assert_holds(loaded, files)
+    assert_holds(loaded, files)  # the weights tell which modules were meant
     assert all(name.count(".") > 2 for name in loaded.peft_config["default"].target_modules)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 10**5])
-def test_a_configuration_that_is_none(attach, text):
-    with pytest.raises(DataError, match=r"is not a LoRA configuration|holds a list; expected an object"):
-        attach({"adapter_config.json": text})
+NONE = r"is not a LoRA configuration|holds a list; expected an object"
 
 
-@pytest.mark.parametrize("size", [0, 7, 100, None])
-def test_weights_that_are_cut_or_of_other_shapes(attach, files, size):
-    weights = load(files["adapter_model.safetensors"])
-    wide = save({**weights, sorted(weights)[0]: torch.zeros(2, 999)})
-    data = wide if size is None else files["adapter_model.safetensors"][:size]
-    with pytest.raises(DataError, match="does not fit the base model" if size is None else "does not open"):
-        attach({"adapter_model.safetensors": data})
+@pytest.mark.parametrize(("name", "change", "message"), [
+    *(("config.json", lambda data, text=text: text, NONE) for text in (b"", b"[]", b"{", b"\xff\xfe", b"[" * 10**5)),
+    *(("model.safetensors", lambda data, size=size: data[:size], "does not open") for size in (0, 7, 100)),
+    ("model.safetensors", lambda data: save({name: torch.zeros(2, 999) for name in load(data)}), "not fit the base"),
+])  # fmt: skip
+def test_files_that_are_none_are_cut_or_do_not_fit(attach, files, name, change, message):
+    refused(DataError, message, attach, {f"adapter_{name}": change(files[f"adapter_{name}"])})
 
 
 def test_files_that_are_missing_or_huge(hub, files, attach, tiny_model, tmp_path):
-    with pytest.raises(HubError, match="expected at most 1048576"):
-        attach({"adapter_config.json": b" " * (2**20 + 1)})
+    refused(HubError, "expected at most 1048576", attach, {"adapter_config.json": b" " * (2**20 + 1)})
     assert hub.count("GET", "user/adapter/.*json") == 0
     hub.make("model", "user/empty", {"README.md": b"hello"})
-    with pytest.raises(DataError, match=r"holds no adapter_config.json"):
-        load_adapter(tiny_model, "user/empty")
-    with pytest.raises(DataError, match="expected an adapter that PEFT saved"):
-        load_adapter(tiny_model, tmp_path)
-    with pytest.raises(HubError, match="user/absent"):
-        load_adapter(tiny_model, "user/absent")
+    refused(DataError, r"holds no adapter_config.json", load_adapter, tiny_model, "user/empty")
+    refused(DataError, "expected an adapter that PEFT saved", load_adapter, tiny_model, tmp_path)
+    refused(HubError, "user/absent", load_adapter, tiny_model, "user/absent")

@@ -48,10 +48,6 @@ def reference(teacher, student, labels, ids_per_position, alpha, temperature, di
     return total
 
 
-def ids_of(entries):
-    return [entries.token_ids[entries.offsets[n] : entries.offsets[n + 1]].numpy() for n in range(len(entries))]
-
-
 @pytest.mark.parametrize(
     ("divergence", "temperature", "rule"),
     list(itertools.product(DIVERGENCES, (1.0, 2.0), (TopK(1), TopK(5), TopK(22), TopK(23), Nucleus(0.9, 8), "dense"))),
@@ -65,13 +61,14 @@ def test_value_and_gradient_match_the_dense_reference(divergence, temperature, r
     labels = torch.randint(vocab, (positions,), generator=generator)
     dense = rule == "dense"
     entries = TopKLogprobs.from_dense(teacher, (1.0, 2.0)) if dense else select_entries(teacher, rule, (1.0, 2.0))
+    ids = [each.numpy() for each in entries.token_ids.split(entries.counts.tolist())]
     student.requires_grad_()
     terms = compute_position_terms(student, labels, entries, temperature=temperature, divergence=divergence, beta=beta)
     loss = terms.mix(alpha, temperature).sum()
     loss.backward()
 
     def expected(moved):
-        return reference(teacher.numpy(), moved, labels.numpy(), ids_of(entries), alpha, temperature, divergence, beta)
+        return reference(teacher.numpy(), moved, labels.numpy(), ids, alpha, temperature, divergence, beta)
 
     wide = student.detach().double().numpy()
     assert loss.item() == pytest.approx(expected(wide), rel=1e-5)
@@ -132,11 +129,13 @@ def test_batch_loss_shifts_once_and_ignores_padding():
 
 
 def test_nothing_to_learn_gives_zero_and_a_zero_gradient():
-    logits = torch.randn(1, 4, 9, requires_grad=True)
+    logits, nothing = torch.randn(2, 3, 9, requires_grad=True), torch.full((2, 3), -100)
     empty = select_entries(torch.randn(0, 9), TopK(3), (1.0,))
-    loss = compute_distillation_loss(logits, torch.full((1, 4), -100), empty, alpha=0.5)
+    loss = compute_distillation_loss(logits, nothing, empty, alpha=0.5)
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().sum() == 0
+    rows = compute_row_metrics(TargetStates(logits.detach()), nothing, empty, Objective(1.0))
+    assert rows.shape == (2, 5) and not rows.any() and summarize_rows(rows)["perplexity"] == 1
 
 
 def test_sampled_entries_estimate_the_dense_gradient_without_bias():
@@ -153,10 +152,9 @@ def test_sampled_entries_estimate_the_dense_gradient_without_bias():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"alpha": 1.5}, r"alpha is 1.5; expected .*\[0, 1\]"),
+    ({"alpha": 1.5}, r"alpha is 1.5; expected .*\[0, 1\]"), ({"divergence": "kl"}, "forward_kl, reverse_kl, jsd"),
     ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
     ({"temperature": 4.0}, r"known for temperatures \[1.0, 2.0\]; 4.0 was asked for.*--temperatures 4.0"),
-    ({"divergence": "kl"}, "forward_kl, reverse_kl, jsd"),
     ({"divergence": "jsd", "beta": 1.0}, "beta is 1.0; jsd needs 0 < beta < 1"),
 ])  # fmt: skip
 def test_refusals_say_what_to_do(change, message):
@@ -176,22 +174,10 @@ def test_mismatched_positions_and_vocabularies_are_refused():
             compute_distillation_loss(torch.randn(shape), torch.tensor([labels]), entries, alpha=0.5)
 
 
-VOCAB = 37
-# Nothing predicts a first token, so the 7 is not a target; the last row has none.
-
-
 def test_positions_are_cut_into_parts_that_fit_and_there_is_one_at_least():
-    narrow, wide = torch.empty(5, VOCAB, device="meta"), torch.empty(5, 2**24, device="meta")
+    narrow, wide = torch.empty(5, 37, device="meta"), torch.empty(5, 2**24, device="meta")
     assert cut_positions(TargetStates(narrow), dense=True) == [slice(0, 5)]
     assert cut_positions(TargetStates(narrow[:0]), dense=True) == [slice(0, 0)]
     # 512 MiB on an accelerator: two positions of this width with their copies, one where two models are compared.
     assert cut_positions(TargetStates(wide), dense=False) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert len(cut_positions(TargetStates(wide), dense=True)) == 5
-
-
-def test_no_target_at_all_makes_sums_of_zero():
-    states = TargetStates(torch.randn(2, 3, VOCAB))
-    nothing = torch.full((2, 3), -100)
-    entries = select_entries(torch.randn(0, VOCAB), TopK(2), (1.0,))
-    rows = compute_row_metrics(states, nothing, entries, Objective(1.0))
-    assert rows.shape == (2, 5) and not rows.any() and summarize_rows(rows)["perplexity"] == 1

@@ -88,13 +88,22 @@ def test_the_weight_is_what_the_stored_numbers_say(name, tiny_model, tiny_model_
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_the_weight_of_a_packed_checkpoint_is_what_was_packed(method, tiny_model_path, tmp_path):
+def test_a_packed_checkpoint_trains_by_name(method, tiny_model_path, make_trainer, training_set, tmp_path, caplog):
+    """And its weights are those that were packed."""
     require_package(method)
     truth = write_packed_checkpoint(method, tiny_model_path, tmp_path / method)
     layers = projections(load_student(str(tmp_path / method), dtype="float32"))
     assert layers.keys() == truth.keys()
     for path, layer in layers.items():
         torch.testing.assert_close(dequantize_weight(layer).double(), truth[path], atol=1e-3, rtol=2e-3)
+    options = {"init": "covariance", "learning_rate": 1e-3, "eval_dataset": training_set}
+    kl = {}
+    for source in (None, str(tiny_model_path)):
+        trainer = make_trainer(str(tmp_path / method), init_from=source, **options)
+        kl[source] = trainer.evaluate()["eval_kl"]
+        trainer.train()
+    assert "14 of 14 adapters start from zero" in caplog.text and "as init_from" in caplog.text
+    assert kl[source] < 0.8 * kl[None] and trainer.evaluate()["eval_kl"] < kl[source]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -110,7 +119,7 @@ def test_the_weight_is_what_the_layer_computes_with(student, training):
 
 
 def gradients(model):
-    model.train()
+    model.train().zero_grad()
     model(IDS, labels=IDS).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
@@ -132,36 +141,16 @@ def test_gradients_are_those_of_the_dequantized_model(student, tiny_model):
         assert cosine > (0.98 if name == "int8" else 0.9999), (key, float(cosine))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_packed_checkpoint_trains_by_name(method, tiny_model_path, make_trainer, training_set, tmp_path, caplog):
-    require_package(method)
-    write_packed_checkpoint(method, tiny_model_path, tmp_path / method)
-    options = {"init": "covariance", "learning_rate": 1e-3, "eval_dataset": training_set}
-    kl = {}
-    for source in (None, str(tiny_model_path)):
-        trainer = make_trainer(str(tmp_path / method), init_from=source, **options)
-        kl[source] = trainer.evaluate()["eval_kl"]
-        trainer.train()
-    assert "14 of 14 adapters start from zero" in caplog.text and "as init_from" in caplog.text
-    assert kl[source] < 0.8 * kl[None] and trainer.evaluate()["eval_kl"] < kl[source]
-
-
-def gradient(model):
-    model.train().zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-
-
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_evaluation_leaves_gradients_bit_for_bit_as_they_were(tiny_model_path, guard):
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = attach_lora(load_student(str(tiny_model_path), dtype="float32"), config)
-    before = gradient(model)
+    before = gradients(model)
     for _ in range(2):
         with guard():
             model.eval()(IDS)
         model.state_dict()  # as a checkpoint does
-        assert torch.equal(gradient(model), before)
+        torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("guards", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])

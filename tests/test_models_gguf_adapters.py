@@ -11,7 +11,6 @@ import pytest
 import torch
 from families import build
 from gguf_files import write_gguf
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -20,7 +19,8 @@ from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
 from quantkd.models.provenance import Provenance
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import load_student
-from tests.conftest import REPOSITORY
+from tests import conftest
+from tests.conftest import REPOSITORY, refused
 
 gguf = pytest.importorskip("gguf")
 CONVERTER = REPOSITORY / ".venv-llamacpp" / "llama.cpp" / "convert_lora_to_gguf.py"
@@ -39,14 +39,10 @@ def bases(tmp_path_factory):
 
 
 def save_adapter(model, folder, dtype=torch.float32, **config):
-    """A random adapter, its PEFT model, and the folder that PEFT saved it to."""
-    torch.manual_seed(1)
-    options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **config}
-    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **options))
-    wrapped.save_pretrained(folder)
-    if dtype is not torch.float32:
-        weights = load_file(folder / "adapter_model.safetensors")
-        save_file({name: each.to(dtype) for name, each in weights.items()}, folder / "adapter_model.safetensors")
+    """A random adapter, in the dtype, in a folder; its PEFT model."""
+    wrapped = conftest.save_adapter(copy.deepcopy(model), folder, **{"lora_alpha": 6, **config})
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: each.to(dtype) for name, each in weights.items()}, folder / "adapter_model.safetensors")
     return wrapped
 
 
@@ -111,7 +107,7 @@ def test_the_file_holds_pefts_product(bases, tmp_path, family, config):
     assert 2 * checked == len(tensors) and checked in (1, 14)
 
 
-def test_the_metadata_say_where_it_comes_from(bases, tmp_path):
+def test_the_metadata_and_the_command(bases, tmp_path, cli, held_out):
     folder, model = bases["Llama"]
     save_adapter(model, tmp_path / "adapter")
     weights = {"sha256": "ab" * 32, "sums": []}
@@ -126,21 +122,49 @@ def test_the_metadata_say_where_it_comes_from(bases, tmp_path):
     assert str(tmp_path) not in (out / FILE_NAME).read_bytes().decode(errors="replace")
     assert {kind for kind, *_ in tensors.values()} == {"Q8_0", "F16"}  # rank 4 is no multiple of 32
     assert sorted(each.name for each in out.iterdir()) == [FILE_NAME, "quantkd.json"]
+    (tmp_path / "adapter" / "quantkd.json").unlink()
+    words = ["export", "--model_name_or_path", folder, "--adapter", tmp_path / "adapter"]
+    words += ["--form", "gguf_adapter", "--output_dir"]
+    assert "new: gguf_adapter, " in cli.ok(*words, tmp_path / "new", "--outtype", "f16")
+    assert (tmp_path / "new" / FILE_NAME).is_file()
+    cli.fails("quantkd evaluate --engine server", *words, tmp_path / "b", "--held_out", held_out.sources[0].path)
 
 
-def test_another_file_than_that_of_the_training_is_refused(bases, tmp_path):
+def test_an_adapter_for_another_file_or_other_tensors_is_refused(bases, tmp_path):
     folder, model = bases["Llama"]
-    students = {
-        kind: load_student(str(folder), gguf_file=str(write_gguf(model, tmp_path / f"{kind}.gguf", kind)))
-        for kind in ("Q4_0", "Q5_0")
-    }
-    save_adapter(students["Q4_0"], tmp_path / "adapter")
+    files = (write_gguf(model, tmp_path / f"{kind}.gguf", kind) for kind in ("Q4_0", "Q5_0"))
+    own, other = (load_student(str(folder), gguf_file=str(file)) for file in files)
+    save_adapter(own, tmp_path / "adapter")
     named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(folder)
-    Provenance(weights=describe_weights(students["Q4_0"])).write(tmp_path / "adapter")
-    with pytest.raises(DataError, match=r"base model has quantized weights of digest .* expected for the adapter"):
-        export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=students["Q5_0"])
-    export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=students["Q4_0"])
+    Provenance(weights=describe_weights(own)).write(tmp_path / "adapter")
+    said, where = "base model has quantized weights of digest .* expected for", (tmp_path / "adapter", tmp_path / "out")
+    refused(DataError, said, export_gguf_adapter, *map(str, where), base=other)
+    export_gguf_adapter(*map(str, where), base=own)
+    adapter, where = tmp_path / "other", (str(tmp_path / "other"), tmp_path / "new")
+    save_adapter(model, adapter)
+    file, weights = adapter / "adapter_model.safetensors", load_file(adapter / "adapter_model.safetensors")
+    key = next(each for each in weights if "layers.1.mlp.up_proj" in each and "lora_B" in each)
+    AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4).save_pretrained(tmp_path / "gpt2")
+    AutoConfig.from_pretrained(folder, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    head = {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(shape)
+            for part, shape in (("A", (4, 32)), ("B", (320, 4)))}  # fmt: skip
+    for message, changed, base, outtype in (
+        ("no second factor at .*up_proj", {n: w for n, w in weights.items() if n != key}, folder, "q8_0"),
+        ("factors for a layer of 7 x 32 at .*up_proj, where the base model has one of",
+         {**weights, key: torch.ones(7, 4)}, folder, "q8_0"),
+        ("where the base model has no linear layer",
+         {n.replace("layers.1", "layers.9"): w for n, w in weights.items()}, folder, "q8_0"),
+        ("outtype is 'q4_0'", weights, folder, "q4_0"),
+        ("of the type gpt2, whose GGUF files", weights, tmp_path / "gpt2", "q8_0"),
+        ("on the head, which is tied", {**weights, **head}, tmp_path / "tied", "q8_0"),
+    ):  # fmt: skip
+        save_file(changed, file)
+        refused((DataError, ConfigError), message, export_gguf_adapter, *where, base=str(base), outtype=outtype)
+    save_adapter(model, adapter, alpha_pattern={"up_proj": 60})  # ten times the others', in the factors
+    save_file({name: torch.full_like(each, 6553.5) for name, each in load_file(file).items()}, file)
+    said = "numbers do not fit F16: the largest is 65535"
+    refused(DataError, said, export_gguf_adapter, *where, base=str(folder))
 
 
 @pytest.mark.parametrize(("config", "message"), [
@@ -152,60 +176,8 @@ def test_another_file_than_that_of_the_training_is_refused(bases, tmp_path):
 def test_other_adapters_are_refused_by_name(bases, tmp_path, config, message):
     folder, model = bases["Llama"]
     save_adapter(model, tmp_path / "adapter", **config)
-    with pytest.raises(DataError, match=message):
-        export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
+    refused(DataError, message, export_gguf_adapter, str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
     assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_for_other_tensors_is_refused(bases, tmp_path):
-    folder, model = bases["Llama"]
-    save_adapter(model, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
-    key = next(each for each in weights if "layers.1.mlp.up_proj" in each and "lora_B" in each)
-
-    def refuse(message, changed, base=folder, **options):
-        save_file(changed, file)
-        with pytest.raises((DataError, ConfigError), match=message):
-            export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(base), **options)
-
-    refuse("no second factor at model.layers.1.mlp.up_proj", {n: w for n, w in weights.items() if n != key})
-    refuse(
-        r"factors for a layer of 7 x 32 at .*up_proj, where the base model has one of",
-        {**weights, key: torch.ones(7, 4)},
-    )
-    refuse(
-        "where the base model has no linear layer", {n.replace("layers.1", "layers.9"): w for n, w in weights.items()}
-    )
-    refuse("outtype is 'q4_0'", weights, outtype="q4_0")
-    AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4).save_pretrained(tmp_path / "gpt2")
-    refuse("of the type gpt2, whose GGUF files", weights, tmp_path / "gpt2")
-    tied = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
-    tied.save_pretrained(tmp_path / "tied")
-    for part, shape in (("A", (4, 32)), ("B", (320, 4))):
-        weights[f"base_model.model.lm_head.lora_{part}.weight"] = torch.ones(shape)
-    refuse("on the head, which is tied", weights, tmp_path / "tied")
-
-
-def test_scales_that_do_not_fit_are_refused(bases, tmp_path):
-    folder, model = bases["Llama"]
-    save_adapter(model, tmp_path / "adapter", alpha_pattern={"up_proj": 60})  # ten times the others', in the factors
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({name: torch.full_like(each, 6553.5) for name, each in load_file(file).items()}, file)
-    with pytest.raises(DataError, match="numbers do not fit F16: the largest is 65535"):
-        export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
-
-
-def test_the_command_writes_it_and_sends_measurements_to_the_engine(bases, tmp_path, cli, held_out):
-    folder, model = bases["Llama"]
-    save_adapter(model, tmp_path / "adapter")
-    words = ["export", "--model_name_or_path", folder, "--adapter", tmp_path / "adapter"]
-    code, out, err = cli(*words, "--form", "gguf_adapter", "--outtype", "f16", "--output_dir", tmp_path / "out")
-    assert code == 0 and "out: gguf_adapter, " in out, err
-    assert (tmp_path / "out" / FILE_NAME).is_file()
-    more = ["--form", "gguf_adapter", "--held_out", held_out.sources[0].path, "--output_dir", tmp_path / "b"]
-    code, _, err = cli(*words, *more)
-    assert code and "quantkd evaluate --engine server" in err
 
 
 @pytest.mark.parametrize(("config", "said"), [
@@ -219,5 +191,4 @@ def test_the_adapter_form_says_what_vllm_needs(bases, tmp_path, cli, tiny_tokeni
     save_adapter(model, tmp_path / "adapter", **{"target_modules": ["q_proj"], **config})
     tiny_tokenizer.save_pretrained(tmp_path / "adapter")
     words = ["--form", "adapter", "--model_name_or_path", folder, "--adapter", tmp_path / "adapter"]
-    code, out, err = cli("export", *words, "--output_dir", tmp_path / "out")
-    assert code == 0 and said in out, out + err
+    assert said in cli.ok("export", *words, "--output_dir", tmp_path / "out")

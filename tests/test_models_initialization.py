@@ -8,7 +8,6 @@ from importlib import import_module
 from types import ModuleType
 from unittest.mock import Mock
 
-import processes
 import pytest
 import torch
 from datasets import IterableDataset
@@ -35,24 +34,7 @@ from quantkd.transfer_set import IGNORE_INDEX
 from tests.conftest import refused
 
 IDS = torch.arange(120).view(6, 20)
-PROCESS = """
-import sys
-from unittest.mock import Mock
-import torch
-from quantkd import TransferSet
-from quantkd.hardware import process_state
-from quantkd.models import initialization
-from quantkd.models.student import attach_lora, load_student
-
-model_path, set_path, folder = sys.argv[1:]
-rank = process_state().process_index
-if rank:  # only the main process may compute
-    initialization.initialize_from_error = Mock(side_effect=AssertionError("a second process computed the start"))
-torch.manual_seed(rank)
-model = attach_lora(load_student(model_path, dtype="float32"))
-initialization.initialize_from_rows(model, TransferSet.open(set_path), model_path)
-torch.save({name: p.detach() for name, p in model.named_parameters() if "lora_" in name}, f"{folder}/{rank}.pt")
-"""
+load = pytest.fixture(lambda tiny_model_path: partial(load_student, str(tiny_model_path), dtype="float32"))
 
 
 def weighted_error(error, correction, moment):
@@ -86,7 +68,7 @@ def least_error(error, moment, rank):
 
 
 @pytest.mark.parametrize(("shape", "rank", "dtype", "limit"), [
-    *(((9, 7, tokens), rank, torch.float64, 1 + 1e-6) for tokens in (50, 4, 1) for rank in (1, 3, 6)),
+    *(((9, 7, tokens), rank, torch.float64, 1 + 2e-6) for tokens in (50, 4, 1) for rank in (1, 3, 6)),
     ((200, 150, 900), 16, torch.float32, 1.02),  # by the randomized iteration
 ])  # fmt: skip
 def test_no_other_matrix_of_the_rank_does_better(shape, rank, dtype, limit):
@@ -94,7 +76,7 @@ def test_no_other_matrix_of_the_rank_does_better(shape, rank, dtype, limit):
     up, down = compute_correction(error, inputs, rank)
     moment = shrunk_moment(inputs)
     least = least_error(error, moment, rank)
-    assert least <= weighted_error(error.double(), (up @ down).double(), moment) * (1 + 1e-6) <= limit**2 * least
+    assert least <= weighted_error(error.double(), (up @ down).double(), moment) * (1 + 1e-6) <= limit * least
     assert up.shape == (shape[0], rank) and down.shape == (rank, shape[1])
     torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))
 
@@ -117,11 +99,6 @@ def test_without_inputs_it_is_peft_s_loftq_and_full_rank_gives_back_the_whole_er
 @pytest.fixture
 def build(make_trainer, training_set):
     return partial(make_trainer, init="covariance", eval_dataset=training_set)
-
-
-@pytest.fixture
-def load(tiny_model_path):
-    return partial(load_student, str(tiny_model_path), dtype="float32")
 
 
 def adapters(model, factor="lora_"):
@@ -237,20 +214,13 @@ def test_tokens_weigh_as_much_as_an_error_there_changes_the_loss(tiny_model, tra
         torch.testing.assert_close(scaled.T @ scaled, (weights[:, None] * plain).T @ plain, rtol=1e-4, atol=1e-4)
 
 
-def test_a_long_row_is_weighed_in_part(tiny_model, monkeypatch):
-    monkeypatch.setattr(layer_inputs, "_MAX_WEIGHED", 6)
-    layer, ids = tiny_model.model.layers[0].mlp.up_proj, torch.arange(1, 21).view(2, 10)
-    weights = weigh_tokens(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].view(2, 10)
-    torch.testing.assert_close(weights[:, 6:], weights[:, :6].mean(1, keepdim=True).expand(2, 4))
-
-
 def test_what_is_drawn_has_the_curvature_of_the_kl():
     p = torch.tensor([0.7, 0.2, 0.05, 0.05])
     drawn = layer_inputs._draw_curvature(p.log().expand(200_000, 4))
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), p.diag() - p.outer(p), rtol=0.02, atol=1e-3)
 
 
-def test_rows_are_drawn_until_the_padded_batch_is_full():
+def test_rows_are_drawn_until_the_padded_batch_is_full_and_a_long_one_is_weighed_in_part(tiny_model, monkeypatch):
     dataset = [{"input_ids": list(range(1, length + 1))} for length in (5, 3, 9, 40_000)]
     ids, mask, _ = draw_rows(dataset[:3], 8, seed=0)
     assert ids.shape == (3, 9) and sorted(mask.sum(1).tolist()) == [3, 5, 9]
@@ -258,6 +228,10 @@ def test_rows_are_drawn_until_the_padded_batch_is_full():
     assert draw_rows(dataset[:3], 2, seed=0)[0].shape[0] == 2
     assert draw_rows(dataset[3:], 8, seed=0)[0].shape == (1, 16384)
     assert draw_rows([dataset[3]] * 5, 5, seed=0)[0].numel() <= 16384
+    monkeypatch.setattr(layer_inputs, "_MAX_WEIGHED", 6)
+    layer, ids = tiny_model.model.layers[0].mlp.up_proj, torch.arange(1, 21).view(2, 10)
+    weights = weigh_tokens(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].view(2, 10)
+    torch.testing.assert_close(weights[:, 6:], weights[:, :6].mean(1, keepdim=True).expand(2, 4))
 
 
 def test_what_is_saved_is_a_plain_adapter_and_a_resumed_run_keeps_it(load, tmp_path, monkeypatch, build):
@@ -343,8 +317,7 @@ def test_a_tied_head_and_modules_saved_whole_stay_as_they_are(tiny_model, tmp_pa
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = attach_lora(load_student(str(tmp_path), dtype="float32"), config)
     head = model.get_output_embeddings().weight.clone()
-    assert correct(model, tmp_path) == 4
-    assert torch.equal(model.get_output_embeddings().weight, head)
+    assert correct(model, tmp_path) == 4 and torch.equal(model.get_output_embeddings().weight, head)
 
 
 @pytest.mark.parametrize(("part", "change", "kept", "reason"), [
@@ -395,18 +368,6 @@ def test_one_layer_is_held_at_a_time(load, tiny_model_path, monkeypatch):
     weights, tokens, numbers = (max(each) for each in zip(*most, strict=True))
     assert len(most) == 14 and weights <= 1 and tokens <= _MAX_INPUTS
     assert numbers <= (_MAX_INPUTS + 64) * 128  # the widest layer's
-
-
-def test_processes_start_from_the_same_adapters(load, tiny_model_path, training_set, tmp_path):
-    (tmp_path / "process.py").write_text(PROCESS)
-    words = [tmp_path / "process.py", tiny_model_path, training_set.sources[0], tmp_path]
-    processes.run(words, tmp_path / "out.txt", 2)
-    model = attach_lora(load())
-    initialization.initialize_from_rows(model, training_set, str(tiny_model_path))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, value in adapters(model).items():
-        assert value.any() and torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value)
 
 
 def test_the_learning_rate_follows_the_start_that_was_made(load, tiny_model_path, tmp_path, build, training_set):
@@ -460,7 +421,7 @@ def test_every_linear_layer_is_read(tiny_model, tmp_path, saved, read, size):
         refused(ConfigError, r"has no tensor for lm_head\.weight", weights.read, "lm_head")
 
 
-def test_names_follow_the_mapping_of_transformers(tmp_path):
+def test_names_follow_the_mapping_of_transformers_or_all_is_loaded(tmp_path, tiny_model, monkeypatch, caplog):
     """A Mixtral checkpoint as Mistral published it: its experts are merged when it is loaded, its attention is not."""
     model = build_family("Mixtral", 64)
     model.save_pretrained(tmp_path)
@@ -470,12 +431,9 @@ def test_names_follow_the_mapping_of_transformers(tmp_path):
         name = f"model.layers.0.{name}"
         assert torch.equal(weights.read(name), model.get_submodule(name).weight)
     assert "model.layers.0.mlp.experts.gate_up_proj" in weights._converted
-
-
-def test_without_the_mapping_the_checkpoint_is_loaded_whole(tiny_model, tmp_path, monkeypatch, caplog):
-    tiny_model.save_pretrained(tmp_path)
+    tiny_model.save_pretrained(tmp_path / "tiny")
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", ModuleType("transformers.conversion_mapping"))
-    weights = OriginalWeights(str(tmp_path), tiny_model)
+    weights = OriginalWeights(str(tmp_path / "tiny"), tiny_model)
     assert "The checkpoint is loaded whole" in caplog.text and "has no transformers.conversion_mapping" in caplog.text
     assert torch.equal(weights.read(NAME), tiny_model.get_submodule(NAME).weight)
     refused(ConfigError, r"has no tensor for nothing\.weight", weights.read, "nothing")

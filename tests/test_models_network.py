@@ -25,7 +25,7 @@ def run(make_trainer, training_set, tiny_tokenizer):
 
 
 @pytest.fixture
-def assert_equal_to_logits_path(run):
+def check_path(run):
     """Loss and gradient with `use_fused_loss` on and off, each on a model of its own; whether it was fused."""
 
     def check(make_model):
@@ -39,16 +39,17 @@ def assert_equal_to_logits_path(run):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"RecurrentGemma"}))
-def test_loss_and_gradient_equal_the_logits_path(family, assert_equal_to_logits_path, tiny_tokenizer):
+def test_loss_and_gradient_equal_the_logits_path(family, check_path, tiny_tokenizer):
     model = build(family, len(tiny_tokenizer))
-    assert why_not_fusable(model) is None
-    assert assert_equal_to_logits_path(lambda: model).uses_fused_loss
+    assert why_not_fusable(model) is None and check_path(lambda: model).uses_fused_loss
 
 
-def test_what_else_a_family_does_to_its_logits_is_found(run, tiny_tokenizer, caplog):
+def test_what_is_not_a_plain_head_is_told_as_the_reason(run, check_path, load_quantized_head, tiny_tokenizer, caplog):
     trainer, *_ = run(build("RecurrentGemma", len(tiny_tokenizer)))
     assert not trainer.uses_fused_loss
     assert caplog.text.count("its logits are not what its head makes of the last hidden states") == 1
+    assert not check_path(lambda: load_quantized_head(load_in_8bit=True)).uses_fused_loss
+    assert "its head is bitsandbytes's Linear8bitLt, not a plain linear layer" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma 2, soft-capped", "Cohere, scaled", "Granite, scaled", "Falcon"])
@@ -72,9 +73,9 @@ def adapt(family, vocab_size, targets, **options):
     return get_peft_model(build(family, vocab_size), config)
 
 
-def test_an_adapter_on_the_head_is_told_as_the_reason(assert_equal_to_logits_path, run, tiny_tokenizer, caplog):
+def test_an_adapter_on_the_head_is_told_as_the_reason(check_path, run, tiny_tokenizer, caplog):
     adapted = partial(adapt, "Llama", len(tiny_tokenizer), ["q_proj", "lm_head"], init_lora_weights=False)
-    assert not assert_equal_to_logits_path(adapted).uses_fused_loss
+    assert not check_path(adapted).uses_fused_loss
     assert caplog.text.count("its head is peft's Linear, not a plain linear layer") == 1
     # The adapter is in the logits: against the merged model, which has no adapters and a plain head.
     model, merged = adapted().eval(), adapted().merge_and_unload().eval().requires_grad_(True)
@@ -84,10 +85,10 @@ def test_an_adapter_on_the_head_is_told_as_the_reason(assert_equal_to_logits_pat
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_peft_trains_whole_is_fused(tied, assert_equal_to_logits_path, tiny_tokenizer):
+def test_a_head_that_peft_trains_whole_is_fused(tied, check_path, tiny_tokenizer):
     family = "Llama, tied" if tied else "Llama"
     adapted = partial(adapt, family, len(tiny_tokenizer), ["q_proj"], modules_to_save=["lm_head"])
-    assert assert_equal_to_logits_path(adapted).uses_fused_loss
+    assert check_path(adapted).uses_fused_loss
     model = adapted()
     wrapper = model.get_output_embeddings()
     with gathered_head(model) as head:
@@ -97,7 +98,7 @@ def test_a_head_that_peft_trains_whole_is_fused(tied, assert_equal_to_logits_pat
 
 
 @pytest.fixture
-def load_with_quantized_head(tiny_model_path):
+def load_quantized_head(tiny_model_path):
     def load(dropout=0.0, **options):
         torch.manual_seed(0)
         config = BitsAndBytesConfig(llm_int8_skip_modules=[], **options)
@@ -109,32 +110,26 @@ def load_with_quantized_head(tiny_model_path):
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
-def test_a_4_bit_head_is_fused(double, storage, load_with_quantized_head, assert_equal_to_logits_path, tiny_tokenizer):
+def test_a_4_bit_head_is_fused(double, storage, load_quantized_head, check_path, tiny_tokenizer):
     config = {"quant_type": "nf4", "use_double_quant": double, "compute_dtype": torch.float32, "quant_storage": storage}
     config = {f"bnb_4bit_{name}": value for name, value in config.items()}
-    load = partial(load_with_quantized_head, load_in_4bit=True, **config)
+    load = partial(load_quantized_head, load_in_4bit=True, **config)
     assert type(load().get_output_embeddings()).__name__ == "Linear4bit"
-    trainer = assert_equal_to_logits_path(load)
+    trainer = check_path(load)
     assert trainer.uses_fused_loss
     with gathered_head(trainer.model) as head:
         assert head.weight.shape == (len(tiny_tokenizer), 64)
 
 
-def test_an_8_bit_head_falls_back_with_the_reason(load_with_quantized_head, assert_equal_to_logits_path, caplog):
-    assert not assert_equal_to_logits_path(lambda: load_with_quantized_head(load_in_8bit=True)).uses_fused_loss
-    assert "its head is bitsandbytes's Linear8bitLt, not a plain linear layer" in caplog.text
-
-
-def test_the_probe_leaves_no_trace(load_with_quantized_head, tiny_tokenizer):
-    model = load_with_quantized_head(dropout=0.5, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+def test_the_probe_leaves_no_trace(load_quantized_head, tiny_tokenizer):
+    model = load_quantized_head(dropout=0.5, load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model.train()
     model.base_model.model.model.layers[0].eval()  # modes are kept layer by layer
     modes = [module.training for module in model.modules()]
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = torch.random.get_rng_state()
-    assert why_not_fusable(model) is None
-    assert torch.equal(torch.random.get_rng_state(), state)
+    assert why_not_fusable(model) is None and torch.equal(torch.random.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -2,12 +2,13 @@
 
 import logging
 import re
+import shutil
 
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig
 
@@ -22,7 +23,7 @@ from quantkd.models.quantize import calibrate, find_origin
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import load_student
 from quantkd.models.weights import dequantize_weight
-from tests.conftest import TRAINING_PROMPTS, capture_set
+from tests.conftest import TRAINING_PROMPTS, capture_set, refused
 
 
 def random_problem(rows, columns, tokens, seed=0):
@@ -38,9 +39,8 @@ def quantized(weight, *, kind="nf4", nested=True, blocksize=64, storage=torch.ui
 
     rows, columns = weight.shape
     layer = Linear4bit(columns, rows, bias=False, compute_dtype=torch.float32, quant_type=kind, quant_storage=storage)
-    packed, state = bnb.quantize_4bit(
-        weight, quant_type=kind, compress_statistics=nested, blocksize=blocksize, quant_storage=storage
-    )
+    options = {"compress_statistics": nested, "blocksize": blocksize, "quant_storage": storage}
+    packed, state = bnb.quantize_4bit(weight, quant_type=kind, **options)
     layer.weight = Params4bit(packed, requires_grad=False, quant_state=state, quant_type=kind, bnb_quantized=True)
     return layer
 
@@ -52,14 +52,8 @@ def output_errors(weight, layer, inputs):
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    rows=strategies.integers(1, 9),
-    columns=strategies.sampled_from([3, 33, 64, 99, 128, 192]),
-    tokens=strategies.sampled_from([1, 5, 300]),
-    kind=strategies.sampled_from(["nf4", "fp4"]),
-    nested=strategies.booleans(),
-    seed=strategies.integers(0, 9),
-)
+@given(st.integers(1, 9), st.sampled_from([3, 33, 64, 99, 128, 192]), st.sampled_from([1, 5, 300]),
+       st.sampled_from(["nf4", "fp4"]), st.booleans(), st.integers(0, 9))  # fmt: skip
 def test_no_row_is_worse_than_with_the_nearest_codes(rows, columns, tokens, kind, nested, seed):
     weight, inputs = random_problem(rows, columns, tokens, seed)
     inputs[:, columns // 2] = 0  # a dead input
@@ -122,30 +116,23 @@ def test_storage_constants_and_odd_layers():
         constants = read_constants(state).clone()
         calibrate_layer(layer, weight, InputMoment(inputs))
         assert layer.weight.quant_state is state and (layer.weight.shape, layer.weight.dtype) == (shape, dtype)
-        assert torch.equal(read_constants(state), constants)
-        assert torch.isfinite(dequantize_weight(layer)).all()
+        assert torch.equal(read_constants(state), constants) and torch.isfinite(dequantize_weight(layer)).all()
     wide = quantized(torch.ones(3, 96) * torch.arange(1.0, 4.0).unsqueeze(1))
     if not torch.allclose(dequantize_weight(wide)[:, 0], torch.arange(1.0, 4.0), rtol=0.1):
-        with pytest.raises(ConfigError, match="takes other constants"):
-            calibrate_layer(wide, torch.ones(3, 96), None)
+        refused(ConfigError, "takes other constants", calibrate_layer, wide, torch.ones(3, 96), None)
     InputMoment(torch.zeros(4, 6))  # a layer that gets zeros alone
-    with pytest.raises(ConfigError, match="inputs are not finite"):
-        InputMoment(torch.tensor([[torch.inf, 1.0]]))
+    refused(ConfigError, "inputs are not finite", InputMoment, torch.tensor([[torch.inf, 1.0]]))
 
 
-@pytest.mark.parametrize("quantization_config", ["nf4", "fp4"])
-def test_a_checkpoint_that_plain_transformers_loads(
-    quantization_config, tiny_model_path, training_set, held_out, tmp_path
-):
-    folder = quantize(
-        tiny_model_path, training_set, tmp_path / "4bit", quantization_config=quantization_config, dtype="float32"
-    )
-    plain = load_student(tiny_model_path, quantization_config=quantization_config, dtype="float32")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_checkpoint_that_plain_transformers_loads(kind, tiny_model_path, training_set, held_out, tmp_path):
+    options = {"quantization_config": kind, "dtype": "float32"}
+    folder = quantize(tiny_model_path, training_set, tmp_path / "4bit", **options)
+    plain = load_student(tiny_model_path, **options)
     plain.save_pretrained(tmp_path / "plain")
     ours, theirs = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "plain"))
-    assert {name: (each.shape, each.dtype) for name, each in ours.items()} == {
-        name: (each.shape, each.dtype) for name, each in theirs.items()
-    }
+    shapes = [{name: (each.shape, each.dtype) for name, each in tensors.items()} for tensors in (ours, theirs)]
+    assert shapes[0] == shapes[1]
     changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
     assert changed and all(name.endswith("proj.weight") for name in changed)  # codes alone, no constant
     before = evaluate_fidelity(plain, held_out).means["kl"]
@@ -154,46 +141,28 @@ def test_a_checkpoint_that_plain_transformers_loads(
     assert Provenance.read(folder).weights == describe_weights(loaded) == describe_weights(plain)
     after = evaluate_fidelity(loaded, held_out).means["kl"]
     assert after == evaluate_fidelity(plain, held_out).means["kl"] < before
-    again = quantize(
-        tiny_model_path, training_set, tmp_path / "again", quantization_config=quantization_config, dtype="float32"
-    )
+    again = quantize(tiny_model_path, training_set, tmp_path / "again", **options)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_what_was_made_names_its_origin_and_no_path(tiny_model_path, training_set, tmp_path, cli):
-    import shutil
-
+def test_what_was_made_names_its_origin_and_what_cannot_be_is_refused(tiny_model_path, training_set, tmp_path, cli):
     shutil.copytree(tiny_model_path, tmp_path / "model")
-    training_set_folder = str(training_set.sources[0])
-    _, said, _ = cli(
-        "quantize", tmp_path / "model", "--transfer_set", training_set_folder, "--output_dir", tmp_path / "4bit",
-        "--rows", "2", "--dtype", "float32",
-    )  # fmt: skip
-    assert "calibrated codes" in said
-    written = "".join(
-        file.read_text(encoding="utf-8") for file in (tmp_path / "4bit").glob("*.json") if file.name != "tokenizer.json"
-    )
-    assert str(tmp_path) not in written
+    words = ["--output_dir", tmp_path / "4bit", "--rows", "2", "--dtype", "float32"]
+    words = ["quantize", tmp_path / "model", "--transfer_set", training_set.sources[0], *words]
+    assert "calibrated codes" in cli.ok(*words)
+    files = [file for file in (tmp_path / "4bit").glob("*.json") if file.name != "tokenizer.json"]
+    assert files and str(tmp_path) not in "".join(file.read_text(encoding="utf-8") for file in files)
     assert find_origin(str(tmp_path / "4bit")) == (str(tmp_path / "model"), None)
     shutil.rmtree(tmp_path / "model")
     assert find_origin(str(tmp_path / "4bit")) is None is find_origin(tiny_model_path)
-
-
-def test_what_cannot_be_quantized_is_refused(tiny_model_path, training_set, tmp_path, tiny_model):
-    make = {"rows": 2, "dtype": "float32"}
-    folder = quantize(tiny_model_path, training_set, tmp_path / "4bit", **make)
-    with pytest.raises(ConfigError, match="not empty"):
-        quantize(tiny_model_path, training_set, folder, **make)
-    with pytest.raises(ConfigError, match="stored in nf4"):
-        quantize(folder, training_set, tmp_path / "again", **make)
-    with pytest.raises(ConfigError, match="nf4 and fp4"):
-        quantize(tiny_model_path, training_set, tmp_path / "int8", quantization_config="int8", **make)
-    with pytest.raises(ConfigError, match="rows is 0"):
-        quantize(tiny_model_path, training_set, tmp_path / "none", rows=0)
-    with pytest.raises((ConfigError, DataError), match="0 rows"):
-        quantize(tiny_model_path, training_set[:0], tmp_path / "none", **make)
-    tiny_model.save_pretrained(tmp_path / "other")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["4bit", "other"]
+    make, folder, new = {"rows": 2, "dtype": "float32"}, tmp_path / "4bit", tmp_path / "none"
+    refused(ConfigError, "not empty", quantize, tiny_model_path, training_set, folder, **make)
+    refused(ConfigError, "stored in nf4", quantize, folder, training_set, new, **make)
+    int8 = {"quantization_config": "int8", **make}
+    refused(ConfigError, "nf4 and fp4", quantize, tiny_model_path, training_set, new, **int8)
+    refused(ConfigError, "rows is 0", quantize, tiny_model_path, training_set, new, rows=0)
+    refused((ConfigError, DataError), "0 rows", quantize, tiny_model_path, training_set[:0], new, **make)
+    assert [path.name for path in tmp_path.iterdir()] == ["4bit"]
 
 
 def test_experts_that_stay_as_they_are_are_said(tiny_tokenizer, tmp_path, caplog, cli):

@@ -22,6 +22,7 @@ from quantkd.names import load_tokenizer
 SHAPES = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]  # of one of the two layers
 COUNT = 2 * sum(rows * columns for rows, columns in SHAPES)
 IDS = torch.arange(40).view(2, 20)
+adapter = pytest.fixture(lambda trained, tmp_path: Path(shutil.copytree(trained, tmp_path / "adapter")))
 
 
 def load(path, **options):
@@ -81,11 +82,6 @@ def trained(build_trainer, held_out, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def adapter(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / "adapter"))
-
-
 def change_codes(model):
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data ^= 0x11  # each code by one
@@ -120,22 +116,18 @@ def test_an_adapter_is_refused_on_other_weights(tiny_model, tiny_model_path, tra
     load_adapter(build(), adapter)
 
 
-def test_commands_and_a_resumed_training_refuse_other_weights(
-    cli, build_trainer, tiny_model_path, training_set, adapter, tmp_path
-):
+def test_commands_and_a_resumed_run_refuse_others(cli, build_trainer, tiny_model_path, training_set, adapter, tmp_path):
     other = load(tiny_model_path)
     change_codes(other)
     other.save_pretrained(tmp_path / "other")
     load_tokenizer(str(tiny_model_path)).save_pretrained(tmp_path / "other")
     common = ["--model_name_or_path", tmp_path / "other", "--dtype", "float32", "--adapter", adapter]
     held = ["--held_out", training_set.sources[0]]
-    for words in (
-        ["evaluate", *held, "--arm", "after", "--run_dir", tmp_path / "run"],
-        ["view", *held, "--output", tmp_path / "page.html"],
-        ["export", "--form", "merged", "--output_dir", tmp_path / "merged"],
-    ):
-        code, _, err = cli(*words, *common)
-        assert code and "Load the checkpoint that it was trained on" in err and not (tmp_path / "merged").exists()
+    said = "Load the checkpoint that it was trained on"
+    cli.fails(said, "evaluate", *held, "--arm", "after", "--run_dir", tmp_path / "run", *common)
+    cli.fails(said, "view", *held, "--output", tmp_path / "page.html", *common)
+    cli.fails(said, "export", "--form", "merged", "--output_dir", tmp_path / "merged", *common)
+    assert not (tmp_path / "merged").exists()
     trainer = build_trainer(adapter, model=str(tmp_path / "other"), save_strategy="steps", save_steps=1)
     with pytest.raises(DataError, match="checkpoint-1: those of digest"):
         trainer.train(resume_from_checkpoint=str(adapter / "checkpoint-1"))
@@ -149,14 +141,14 @@ def test_an_adapter_is_saved_in_16_bit_and_measured_so(trained, tiny_model_path,
     sizes = [file.stat().st_size - int.from_bytes(file.read_bytes()[:8], "little") - 8 for file in files]
     assert 2 * sizes[0] == sizes[1]  # less the headers
     words = f"evaluate --arm after --model_name_or_path {tiny_model_path} --dtype float32 --adapter {trained} "
-    code, _, err = cli(*f"{words}--held_out {held_out.sources[0]} --run_dir {tmp_path}".split())
-    assert code == 0, err
+    cli.ok(*f"{words}--held_out {held_out.sources[0]} --run_dir {tmp_path}".split())
     reported = json.loads((tmp_path / "evaluation" / "after.json").read_text())["fidelity"]["rows"]
     plain = PeftModel.from_pretrained(load(tiny_model_path), trained)
     assert reported == evaluate_fidelity(plain, held_out, progress=False).to_json()["rows"]
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_the_16_bits_are_those_that_the_layers_compute_in(build_trainer, tmp_path, dtype, expected):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_16_bits_are_those_that_the_layers_compute_in(build_trainer, tmp_path, dtype):
     build_trainer(tmp_path, model_init_kwargs={"dtype": dtype}).save_model()
-    assert {each.dtype for each in load_file(tmp_path / "adapter_model.safetensors").values()} == {expected}
+    found = {each.dtype for each in load_file(tmp_path / "adapter_model.safetensors").values()}
+    assert found == {getattr(torch, dtype)}

@@ -19,6 +19,7 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.merging import merge_adapters
 from quantkd.models.student import attach_lora, check_trainable, choose_kernel, format_of, load_student
 from quantkd.models.weights import dequantize_weight
+from tests.conftest import refused
 
 IDS = torch.arange(120).view(6, 20)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -54,31 +55,21 @@ def test_how_much_is_quantized_and_adapted_is_said(family, tmp_path, caplog):
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
     if share < 0.5:
-        with pytest.raises(ConfigError, match="experts in one parameter, which are not merged"):
-            merge_adapters(loaded)
+        refused(ConfigError, "experts in one parameter, which are not merged", merge_adapters, loaded)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
-def test_a_name_stands_for_transformers_own_config(name, tiny_model_path):
+def test_a_name_is_transformers_own_config_and_what_is_stored_stays(name, tiny_model_path, tmp_path):
     config = student.default_quantization_config(torch.float32, name)
     assert format_of(config) == name == format_of(config.to_dict())
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_path, quantization_config=config, dtype=torch.float32)
-    ours = load_student(str(tiny_model_path), quantization_config=name, dtype="float32")
-    keep_trainable_on_cpu(ours)  # twice is once
-    given = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
+    plain.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = plain.eval()(IDS).logits
-        assert torch.equal(ours.eval()(IDS).logits, expected) and torch.equal(given.eval()(IDS).logits, expected)
-
-
-def test_what_is_stored_quantized_is_loaded_as_it_is(tiny_model_path, tmp_path):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
-    first = load_student(str(tiny_model_path), quantization_config=config, dtype="float32")
-    expected = dequantize_weight(first.model.layers[0].mlp.up_proj)
-    first.save_pretrained(tmp_path)
-    for wanted in (None, "fp4"):
-        again = load_student(str(tmp_path), quantization_config=wanted, dtype="float32")
-        assert torch.equal(dequantize_weight(again.model.layers[0].mlp.up_proj), expected)
+        for path, wanted in ((tiny_model_path, name), (tiny_model_path, config), (tmp_path, None), (tmp_path, name)):
+            ours = load_student(str(path), quantization_config=wanted, dtype="float32")
+            keep_trainable_on_cpu(ours)  # twice is once
+            assert torch.equal(ours.eval()(IDS).logits, expected)
 
 
 def test_torchao_s_4_bit_config_is_evaluated_and_not_trained(tiny_model_path):
@@ -96,18 +87,15 @@ def test_torchao_s_4_bit_config_is_evaluated_and_not_trained(tiny_model_path):
         q, scale, zero = (getattr(layer.weight, part).double() for part in ("qdata", "scale", "zero_point"))
         expected = (q.view(len(q), -1, 32) - zero.view(len(q), -1, 1)) * scale.view(len(q), -1, 1)
         torch.testing.assert_close(dequantize_weight(layer).double(), expected.view_as(q), atol=1e-6, rtol=1e-5)
-    with pytest.raises(ConfigError, match=r"in torchao, which transformers does not train. Train nf4, fp4 or int8"):
-        attach_lora(model)
+    refused(ConfigError, r"in torchao, which transformers does not train. Train nf4, fp4 or int8", attach_lora, model)
 
 
 @pytest.mark.parametrize(("config", "name", "bits"), [
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8", 8),
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", 4),  # of old, without its method
-    ({"load_in_4bit": True}, "fp4", 4),  # bitsandbytes' default
-    (BitsAndBytesConfig(load_in_4bit=True), "fp4", 4),
-    ({"quant_method": "hqq", "nbits": 2}, "hqq", 2),
+    ({"load_in_4bit": True}, "fp4", 4), (BitsAndBytesConfig(load_in_4bit=True), "fp4", 4),  # bitsandbytes' default
+    ({"quant_method": "hqq", "nbits": 2}, "hqq", 2), ({"quant_method": "gptq", "bits": 3}, "gptq", 3),
     ({"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao", None),
-    ({"quant_method": "gptq", "bits": 3}, "gptq", 3),
     ({"quant_method": "fp8"}, "fp8", None),
 ])  # fmt: skip
 def test_a_quantization_has_a_name_and_a_number_of_bits(config, name, bits):
@@ -136,6 +124,8 @@ def test_packed_checkpoints_get_a_kernel_that_can_be_trained_where_it_runs():
 
 
 def test_a_format_is_named_on_the_command_line_or_refused(tiny_model_path):
+    eight, four = StudentArguments("m", load_in_8bit=True), StudentArguments("m")
+    assert (eight.load_in_8bit, eight.load_in_4bit, four.load_in_4bit) == (True, False, True)
     for name in ("fp4", "int8"):
         args = StudentArguments(str(tiny_model_path), student_format=name, dtype="float32")
         assert format_of(load_student_from(args).config.quantization_config) == name
@@ -145,8 +135,7 @@ def test_a_format_is_named_on_the_command_line_or_refused(tiny_model_path):
         ("int3", "student's format is 'int3'; expected one of nf4, fp4, int8. Pass a quantization config"),
         (HqqConfig(nbits=4), "in HQQ, which transformers 5 neither quantizes nor reads.*hqq's own library and pass it"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            load_student(str(tiny_model_path), quantization_config=config)
+        refused(ConfigError, message, load_student, str(tiny_model_path), quantization_config=config)
 
 
 @pytest.mark.parametrize(("stored", "wanted", "found"), [
@@ -162,27 +151,22 @@ def test_another_format_than_the_stored_one_is_refused(stored, wanted, found, tm
 
 
 def test_only_4_bit_bitsandbytes_is_shared_out(tiny_model_path, tmp_path, monkeypatch):
-    loaded = {
-        "int8": load_in("int8", tiny_model_path),
-        "the format of another library": load_in("hqq", tiny_model_path),
-    }
+    names = {"int8": "int8", "the format of another library": "hqq"}
+    loaded = {said: load_in(name, tiny_model_path) for said, name in names.items()}
     for model in loaded.values():
         check_trainable(model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     message = "The student is in int8, and FSDP or ZeRO-3 would shard its weights.*DDP.*or use nf4"
-    with pytest.raises(ConfigError, match=message):
-        load_student(str(tiny_model_path), quantization_config="int8", dtype="float32")
+    refused(ConfigError, message, load_student, str(tiny_model_path), quantization_config="int8", dtype="float32")
     for name, model in loaded.items():  # loaded before
-        with pytest.raises(ConfigError, match=f"The student is in {name}, and FSDP"):
-            check_trainable(model)
+        refused(ConfigError, f"The student is in {name}, and FSDP", check_trainable, model)
     # Stored 4-bit weights would be destroyed by a cast.
     stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16).to_dict()
     for config, message in (
         ({"quant_method": "gptq", "bits": 4}, "The student is in gptq, and FSDP"),
         (stored, r"is torch.bfloat16, and .* gathered in torch.float32.* stored so; load the"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            load_student(write_config(tmp_path, config), dtype="float32")
+        refused(ConfigError, message, load_student, write_config(tmp_path, config), dtype="float32")
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()])

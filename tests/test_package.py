@@ -34,8 +34,9 @@ SETUP = configparser.ConfigParser()
 SETUP.read(REPOSITORY / "setup.cfg", encoding="utf-8")
 
 
-def test_import_is_light():
-    code = f"import sys, quantkd; print([name for name in {HEAVY} if name in sys.modules])"
+@pytest.mark.parametrize(("module", "heavy"), [("", HEAVY), (".data.gsm8k", ["datasets", "torch", "transformers"])])
+def test_import_is_light(module, heavy):
+    code = f"import sys, quantkd{module}; print([name for name in {heavy} if name in sys.modules])"
     words = [sys.executable, "-c", code]
     assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=120).stdout == "[]\n"
 
@@ -50,11 +51,7 @@ def test_public_names():
         assert {name for name in PUBLIC_NAMES if not re.search(rf"\b{name}\b", text)} == set(), page
 
 
-def test_version_is_the_one_in_setup_cfg():
-    assert importlib.metadata.version("quantkd") == SETUP["metadata"]["version"] == quantkd.__version__
-
-
-def test_every_file_of_the_package_is_shipped():
+def test_every_file_of_the_package_is_shipped_in_the_version_of_setup_cfg():
     package = REPOSITORY / "quantkd"
     patterns = SETUP["options.package_data"]["quantkd"].split()
     files = [path for path in list_checkout() if path.is_relative_to(package)]
@@ -63,6 +60,7 @@ def test_every_file_of_the_package_is_shipped():
     assert [name for name in data if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
     folders = {path.parent for path in package.rglob("*.py")}
     assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert importlib.metadata.version("quantkd") == SETUP["metadata"]["version"] == quantkd.__version__
 
 
 def test_no_file_is_too_large_for_the_repository_or_names_a_home_folder():

@@ -23,6 +23,7 @@ from quantkd.report import build_report, format_table
 from quantkd.report.figures import draw_bits, save_figure
 from quantkd.report.histograms import compute_histograms
 from quantkd.transfer_set import TransferSet
+from tests.conftest import refused
 from tests.report_arms import (
     LEVELS,
     TOKENS,
@@ -38,6 +39,7 @@ from tests.report_arms import (
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 arms = pytest.fixture(make_arms)
+binned = pytest.fixture(lambda: {name: make_binned_arm(name) for name in KL})
 
 
 @pytest.fixture
@@ -67,8 +69,7 @@ def test_metrics_are_ratios_of_sums_and_shares_are_of_the_gap(tmp_path, arms):
     expected = (math.exp(0.4) - math.exp(0.7)) / (math.exp(0.3) - math.exp(0.7))
     assert shares["perplexity"] == pytest.approx(expected)
     low, high = results["gap_recovered_interval"]["accuracy_0_shot"]
-    assert 0.5 < low < 0.75 < high < 1
-    assert list(results["not_measurable"]) == ["ece"] and results["missing"] == []
+    assert 0.5 < low < 0.75 < high < 1 and list(results["not_measurable"]) == ["ece"] and results["missing"] == []
     assert "**75.0% [" in page
 
 
@@ -121,11 +122,10 @@ GRADERS = ("correct_flexible", "correct_strict")
 
 @pytest.mark.parametrize(("path", "value", "message"), [
     ("arm", "before", "arm: expected 'after', the file's name, found 'before'"),
-    ("title", " ", "title: expected a text, found ' '"),
+    ("title", " ", "title: expected a text, found ' '"), ("extra", 1, ": expected the keys arm, .*'extra'"),
     ("title", 5, "title: expected a text, found 5"), ("size/codes", 1e6, "size/codes: expected a number of bytes"),
     ("size/rest", -1, "size/rest: expected a number of bytes, found -1"), ("size", {}, "size: expected the keys codes"),
     ("size/bits_per_weight", "4", "size/bits_per_weight: expected numbers"),
-    ("extra", 1, ": expected the keys arm, .*'extra'"),
     ("fidelity/rows/kl_sum", [], r"fidelity/rows/kl_sum: expected numbers of shape \(4,\), found \[\]"),
     ("fidelity/rows/kl_sum", None, r"rows/kl_sum: expected numbers of shape \(4,\), found None"),
     ("fidelity/rows/tokens", None, "tokens: expected numbers"), ("fidelity/rows/tokens", 4, "tokens: expected numbers"),
@@ -152,8 +152,7 @@ GRADERS = ("correct_flexible", "correct_strict")
 ])  # fmt: skip
 def test_bad_arms_are_refused_by_file_field_and_value(tmp_path, arms, path, value, message):
     spoil(arms["after"], path, value)
-    with pytest.raises(DataError, match=rf"after\.json.*{message}"):
-        build(tmp_path, arms)
+    refused(DataError, rf"after\.json.*{message}", build, tmp_path, arms)
 
 
 @pytest.mark.parametrize(("path", "value", "message"), [
@@ -170,8 +169,7 @@ def test_arms_over_other_items_are_not_compared(tmp_path, arms, path, value, mes
     if path.startswith("fidelity/rows"):
         for kind in ("position", "entropy", "confidence"):
             spoil(arms["after"], f"fidelity/bins/{kind}/tokens/1/0", 21)
-    with pytest.raises(DataError, match=message):
-        build(tmp_path, arms)
+    refused(DataError, message, build, tmp_path, arms)
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -185,14 +183,12 @@ def test_damaged_files_leave_the_report_that_is_there(tmp_path, arms, content, m
     build(tmp_path, arms)
     written = {name: (tmp_path / name).read_bytes() for name in ("results.json", "report.md", "gap.png")}
     (tmp_path / "evaluation" / "after.json").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        build_report(tmp_path)
+    refused(DataError, message, build_report, tmp_path)
     assert written == {name: (tmp_path / name).read_bytes() for name in written}
 
 
 def test_missing_arms_and_parts_and_a_chart_of_an_earlier_report(tmp_path, arms):
-    with pytest.raises(DataError, match=r"holds no arms; expected files such as teacher\.json"):
-        build(tmp_path / "empty", {})
+    refused(DataError, r"holds no arms; expected files such as teacher\.json", build, tmp_path / "empty", {})
     with pytest.raises(DataError, match="neither fidelity nor accuracy"):
         build(tmp_path / "none", {"after": {**arms["after"], "fidelity": None, "questions": {}}})
     build(tmp_path, arms)
@@ -306,8 +302,7 @@ def test_all_right_and_all_wrong_and_a_single_row_without_an_interval(tmp_path, 
     assert results["questions_needed"]["accuracy_0_shot"] is None
     assert after["metrics"]["kl"] == {"interval": None, "n": 1, "value": pytest.approx(0.1)}
     assert results["not_measurable"]["kl"] == "a single row gives no interval"
-    assert after["differences"]["before"]["kl"]["interval"] is None
-    assert "over 1 held-out row with 10" in page
+    assert after["differences"]["before"]["kl"]["interval"] is None and "over 1 held-out row with 10" in page
 
 
 def test_settings_that_differ_in_punctuation_alone_stay_apart(tmp_path, arms):
@@ -361,14 +356,9 @@ def make_binned_arm(name: str, dense: bool = True) -> dict[str, Any]:
     return {**make_arm(name, 0, 0), "title": f"the {name}", "fidelity": fidelity, "questions": {"0-shot": verdicts}}
 
 
-@pytest.fixture
-def binned():
-    return {name: make_binned_arm(name) for name in KL}
-
-
-def test_divergences_and_calibration(tmp_path, binned):
+def test_divergences_calibration_and_paired_differences(tmp_path, binned):
     """The interval of the calibration error is scipy's paired bootstrap over rows."""
-    results, _ = build(tmp_path, binned)
+    results, page = build(tmp_path, binned)
 
     def ece(*drawn, axis=-1):  # Guo et al. 2017, equation 3
         sums = [one.sum(axis) for one in drawn]
@@ -386,10 +376,6 @@ def test_divergences_and_calibration(tmp_path, binned):
     assert results["gap_recovered"]["reverse_kl"] == pytest.approx(0.75)
     assert results["metric_order"][-5:-3] == ["reverse_kl", "ece"]
     assert "Calibration error (ECE)" in format_table(results)
-
-
-def test_differences_are_paired(tmp_path, binned):
-    results, page = build(tmp_path, binned)
     after = results["arms"]["after"]
     assert list(after["differences"]) == ["before", "control", "teacher"]
     for other, found in after["differences"].items():
@@ -459,5 +445,4 @@ def test_histograms(tmp_path, temperatures):
             entropies.append(float(-(p[p > 0] * np.log(p[p > 0])).sum()))
     assert found.entries.tolist() == np.bincount(sizes).tolist()
     wanted = np.histogram(entropies, bins=np.append(found.entropy_edges[:-1], 1e9))[0]
-    assert found.entropy.tolist() == wanted.tolist()
-    assert compute_histograms(transfer_set[:0]).entropy.sum() == 0
+    assert found.entropy.tolist() == wanted.tolist() and compute_histograms(transfer_set[:0]).entropy.sum() == 0

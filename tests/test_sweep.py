@@ -17,11 +17,7 @@ from quantkd.training.sweep import parse_space, run_sweep
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SPACE = ("learning_rate=1e-4:1e-2:log", "lora_r=2,4", "temperature=1.0,2.0")
-
-
-@pytest.fixture(scope="module")
-def sets(training_set):
-    return training_set[:6].split(0.34, seed=0)
+sets = pytest.fixture(lambda training_set: training_set[:6].split(0.34, seed=0), scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +112,9 @@ def test_the_command(tiny_model_path, training_set, tmp_path, cli, monkeypatch):
     options |= {"space": ["learning_rate=1e-4,1e-3", "num_train_epochs=0.5:2", "lora_r=2:4"], "n_trials": 2}
     (tmp_path / "sweep.yaml").write_text(json.dumps({**options, "output_dir": str(tmp_path / "out")}))
     words = ["sweep", "--config", str(tmp_path / "sweep.yaml")]
-    code, out, _ = cli(*words, "--eval_fraction", "0.34")
+    out = cli.ok(*words, "--eval_fraction", "0.34")
     lines = [line.split() for line in out.splitlines() if line.startswith("held-out KL ")]
-    assert code == 0 and len(lines) == 2 and float(lines[0][2]) <= float(lines[1][2])
-    code, _, err = cli(*words)
-    assert code == 1 and "needs held-out rows" in err
+    assert len(lines) == 2 and float(lines[0][2]) <= float(lines[1][2])
+    cli.fails("needs held-out rows", *words)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    code, _, err = cli(*words, "--eval_fraction", "0.34")
-    assert code == 1 and "pip install quantkd[sweep]" in err
+    cli.fails("pip install quantkd[sweep]", *words, "--eval_fraction", "0.34")

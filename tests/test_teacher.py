@@ -6,7 +6,7 @@ from teacher_rows import assert_stored, dense_logprobs
 
 from quantkd import Nucleus, Sampled, TopK
 from quantkd.errors import DataError, TeacherError
-from tests.conftest import capture_set
+from tests.conftest import capture_set, refused
 
 PROMPTS = ["What is two plus three?", "Name a colour.", "How many legs has a cat, and how many have two cats?"]
 
@@ -43,8 +43,7 @@ def test_entries_and_normalizers_are_the_teachers_own(set_of, tiny_model, storag
             step = expected.abs() / 1024 + 1e-4
             scaled = (teacher.logprobs.double() / temperature).exp()
             scaled = torch.zeros_like(found).index_add_(0, teacher.positions, scaled)
-            assert (found >= expected - step).all()
-            assert (found <= torch.maximum(expected, scaled.log()) + step).all()
+            assert (found >= expected - step).all() and (found <= torch.maximum(expected, scaled.log()) + step).all()
 
 
 @pytest.mark.parametrize(("bias", "limit"), [(1, 6), (60, 40)])
@@ -58,15 +57,18 @@ def test_the_end_token_closes_an_answer_and_cut_answers_are_counted(tiny_model, 
         assert end not in response[:-1] and int(row["labels"][-1]) == response[-1]
         assert bool(row["finished"]) == (response[-1] == end) and (len(response) == limit or row["finished"])
         finished.append(bool(row["finished"]))
-    assert transfer_set.info.counters["responses_cut"] == finished.count(False)
-    assert any(finished) == (bias > 1)
+    assert transfer_set.info.counters["responses_cut"] == finished.count(False) and any(finished) == (bias > 1)
 
 
-def test_sampled_answers_differ_and_do_not_depend_on_the_batch(set_of):
+def test_samples_differ_in_no_batch_and_the_checkpoints_own_settings_change_nothing(set_of, tiny_model, tiny_tokenizer):
     sampling = {"do_sample": True, "num_samples": 3}
     sets = [set_of(f"{size}-{seed}", batch_size=size, seed=seed, **sampling) for size, seed in ((2, 3), (9, 3), (9, 4))]
     alone, together, other = ([tuple(row["input_ids"].tolist()) for row in each] for each in sets)
     assert alone == together != other and len(alone) == 9 and len(set(alone)) > 6
+    plain = set_of("plain")
+    tiny_model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=3.0)
+    assert set_of("again").digest == plain.digest
+    assert tiny_model.generation_config.repetition_penalty == 5.0  # the model gets its own back
 
 
 @pytest.mark.parametrize("responses", ["generate", "given"])
@@ -85,22 +87,11 @@ def test_sampled_entries_are_shares_of_the_draws_in_any_batch(set_of, responses)
         assert mass.tolist() == [20] * len(teacher)
 
 
-def test_the_checkpoints_own_generation_settings_change_nothing(tiny_model, tiny_tokenizer, set_of):
-    plain = set_of("plain")
-    tiny_model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=3.0)
-    assert set_of("again").digest == plain.digest
-    assert tiny_model.generation_config.repetition_penalty == 5.0  # the model gets its own back
-
-
-def test_a_teacher_that_emits_nan_is_named_with_prompt_and_position(tiny_model, set_of):
-    tiny_model.lm_head.weight.data[3] = float("nan")
-    with pytest.raises(TeacherError, match=r"prompt \d+ are not finite at response position 0.*--dtype"):
-        set_of()
-
-
-def test_no_chat_template_is_refused_unless_plain_prompts_are_asked_for(tiny_tokenizer, set_of, monkeypatch):
+def test_what_cannot_be_captured_is_refused(tiny_tokenizer, set_of, monkeypatch, tiny_model):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
-    with pytest.raises(DataError, match=r"no chat template.*plain_prompts"):
-        set_of("refused")
+    refused(DataError, r"no chat template.*plain_prompts", set_of, "refused")
     row = set_of("plain", chat_template=False)[0]
     assert tiny_tokenizer.decode(row["input_ids"][row["labels"] == -100], skip_special_tokens=True) == PROMPTS[0]
+    tiny_model.lm_head.weight.data[3] = float("nan")
+    said = r"prompt \d+ are not finite at response position 0.*--dtype"
+    refused(TeacherError, said, set_of, "nan", chat_template=False)

@@ -8,7 +8,6 @@ from unittest.mock import DEFAULT, Mock
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from teacher_rows import dense_logprobs
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,7 @@ from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, R
 from quantkd.transfer_set import TransferRow, TransferSetWriter
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.index import read_begun_plan, read_index
-from tests.conftest import build_tiny_model, capture_set
+from tests.conftest import build_tiny_model, capture_set, refused, save_adapter
 
 PROMPTS = [f"What is {a} + {b}?" for a in range(3) for b in range(4)]
 NEW = {"role": "assistant", "content": "<new>"}
@@ -69,7 +68,7 @@ def padded(model, rows):
     return model
 
 
-def test_what_is_left_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_path):
+def test_what_filters_leave_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_path, caplog):
     def no_one_plus(example, text):
         return "1 +" not in example.prompt
 
@@ -80,14 +79,10 @@ def test_what_is_left_out_is_counted_by_its_first_reason(tiny_tokenizer, tmp_pat
     counters = transfer_set.info.counters
     assert (counters["filtered_unfinished"], counters["filtered_short"], counters["filtered_no_one_plus"]) == (3, 3, 2)
     assert transfer_set.info.num_rows == 4 and transfer_set.info.num_prompts == 12
-    with pytest.raises(TransferSetError, match="differ"):
-        run(FakeTeacher(tiny_tokenizer), tmp_path / "s")
-
-
-def test_filters_of_ones_own_and_a_set_that_ends_up_empty(tiny_tokenizer, tmp_path, caplog):
+    refused(TransferSetError, "differ", run, FakeTeacher(tiny_tokenizer), tmp_path / "s")
     rows = [{"prompt": p, "completion": "#### 1" if i % 2 else "#### 2"} for i, p in enumerate(PROMPTS)]
     is_odd = CorrectOnly(verifier=lambda text, reference: reference.endswith("1"))
-    kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", rows, filters=[is_odd])
+    kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "odd", rows, filters=[is_odd])
     assert len(kept) == 6 and kept.info.counters["filtered_incorrect"] == 6 and not caplog.text
     assert len(run(FakeTeacher(tiny_tokenizer), tmp_path / "t", filters=[ResponseLength(9)])) == 0
     assert "No row passed the filters" in caplog.text
@@ -96,32 +91,34 @@ def test_filters_of_ones_own_and_a_set_that_ends_up_empty(tiny_tokenizer, tmp_pa
         (ConfigError, [CorrectOnly()], {"responses": "given"}, "responses='given' takes the data set's"),
         (ConfigError, ["finished"], {}, "expected a filter of quantkd"),
     ):
-        with pytest.raises(error, match=message):
-            run(FakeTeacher(tiny_tokenizer), tmp_path / "u", filters=filters, **options)
-    with pytest.raises(ConfigError, match="1 <= min_response_tokens <= max_response_tokens"):
-        ResponseLength(5, 2)
+        refused(error, message, run, FakeTeacher(tiny_tokenizer), tmp_path / "u", filters=filters, **options)
+    refused(ConfigError, "1 <= min_response_tokens <= max_response_tokens", ResponseLength, 5, 2)
 
 
 def test_duplicate_prompts_and_answers_are_dropped(tiny_model, tiny_tokenizer, tmp_path):
     kept = run(FakeTeacher(tiny_tokenizer), tmp_path / "s", [*PROMPTS, *PROMPTS[:5]], filters=[DropDuplicates()])
     assert len(kept) == 12 and kept.info.counters["filtered_duplicate_prompts"] == 5
-    sampled = capture_set(
-        tiny_model, PROMPTS[:2], tmp_path / "t", tokenizer=tiny_tokenizer, num_samples=4, do_sample=True,
-        generation_temperature=1e-4, max_new_tokens=4, filters=[DropDuplicates()],
-    )  # fmt: skip
+    options = {"num_samples": 4, "do_sample": True, "generation_temperature": 1e-4, "filters": [DropDuplicates()]}
+    options |= {"max_new_tokens": 4, "tokenizer": tiny_tokenizer}
+    sampled = capture_set(tiny_model, PROMPTS[:2], tmp_path / "t", **options)
     assert len(sampled) == 2 and sampled.info.counters["filtered_duplicate"] == 6
 
 
-def test_a_batch_is_halved_only_where_the_bytes_stay(tiny_tokenizer, tmp_path):
+def test_a_batch_is_halved_where_the_bytes_stay_and_a_probe_is_asked_once(tiny_tokenizer, tmp_path):
     expected = run(FakeTeacher(tiny_tokenizer), tmp_path / "plain").digest
     invariant = FakeTeacher(tiny_tokenizer, fits=1)
     invariant.batch_invariant = True
     assert run(invariant, tmp_path / "halved").digest == expected and invariant.failures > 0
-    with pytest.raises(TeacherError, match=r"Memory ran out twice in a batch of 4 prompts.*--batch_size 2"):
-        run(FakeTeacher(tiny_tokenizer, fits=2), tmp_path / "other")
-    invariant.fits = 0
-    with pytest.raises(TeacherError, match=r"in a batch of 1 prompts, first prompt 0 of 28 tokens.*Shorten it"):
-        run(invariant, tmp_path / "none")
+    two, said = FakeTeacher(tiny_tokenizer, fits=2), r"Memory ran out twice in a batch of 4 prompts.*--batch_size 2"
+    refused(TeacherError, said, run, two, tmp_path / "other")
+    invariant.fits, said = 0, r"in a batch of 1 prompts, first prompt 0 of 28 tokens.*Shorten it"
+    refused(TeacherError, said, run, invariant, tmp_path / "none")
+    teacher, again, none = (FakeTeacher(tiny_tokenizer, fits=fits) for fits in (5, 5, 0))
+    for each in (teacher, again):
+        run(each, tmp_path / "s", auto_find_batch_size=True, rows_per_shard=None)
+    chosen = read_index(tmp_path / "s").plan.batch_size
+    assert chosen == 4 and max(teacher.batches[-12 // chosen :]) <= chosen and again.batches == []
+    refused(TeacherError, "does not fit into memory", run, none, tmp_path / "t", auto_find_batch_size=True)
 
 
 @pytest.mark.parametrize("message", [
@@ -135,20 +132,7 @@ def test_an_unlucky_batch_is_tried_again_and_other_errors_pass_through(tiny_toke
     unlucky.answer = Mock(side_effect=[RuntimeError(message), *[DEFAULT] * 3], wraps=unlucky.answer)
     assert run(unlucky, tmp_path / "s").digest == expected
     unlucky.answer = Mock(side_effect=RuntimeError("shapes do not match"))
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        run(unlucky, tmp_path / "u")
-
-
-def test_the_probe_stays_below_what_fits_and_is_asked_once(tiny_tokenizer, tmp_path):
-    teacher = FakeTeacher(tiny_tokenizer, fits=5)
-    run(teacher, tmp_path / "s", auto_find_batch_size=True, rows_per_shard=None)
-    chosen = read_index(tmp_path / "s").plan.batch_size
-    assert chosen == 4 and max(teacher.batches[-12 // chosen :]) <= chosen
-    again = FakeTeacher(tiny_tokenizer, fits=5)
-    run(again, tmp_path / "s", auto_find_batch_size=True, rows_per_shard=None)
-    assert again.batches == []
-    with pytest.raises(TeacherError, match="does not fit into memory"):
-        run(FakeTeacher(tiny_tokenizer, fits=0), tmp_path / "t", auto_find_batch_size=True)
+    refused(RuntimeError, "shapes do not match", run, unlucky, tmp_path / "u")
 
 
 def test_a_teacher_of_ones_own_says_what_capture_asks(tiny_tokenizer, tmp_path):
@@ -164,23 +148,18 @@ def test_a_teacher_of_ones_own_says_what_capture_asks(tiny_tokenizer, tmp_path):
         ("built with the generation settings", {"max_new_tokens": 5}),
         ("given by name; found a Teacher", {"dtype": "float32"}),
     ):
-        with pytest.raises(ConfigError, match=said):
-            run(FakeTeacher(tiny_tokenizer), tmp_path / "s", **asked)
+        refused(ConfigError, said, run, FakeTeacher(tiny_tokenizer), tmp_path / "s", **asked)
 
 
 def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tokenizer, tmp_path):
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    save_adapter(build_tiny_model(tiny_tokenizer), tmp_path / "adapter", target_modules=["q_proj"])
     options = {"model": tiny_model_path, "prompts": PROMPTS[:3], "max_new_tokens": 5}
     plain = capture_set(folder=tmp_path / "plain", **options)
     adapted = capture_set(folder=tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options)
     assert adapted.digest != plain.digest and plain.info.teacher_name == tiny_model_path.name
     for file in (*(tmp_path / "plain").iterdir(), *(tmp_path / "adapted").iterdir()):
         assert not any(str(path).encode() in file.read_bytes() for path in (tmp_path, tiny_model_path.parent)), file
-    with pytest.raises(TransferSetError, match="another plan"):
-        capture_set(folder=tmp_path / "adapted", **options)
+    refused(TransferSetError, "another plan", capture_set, folder=tmp_path / "adapted", **options)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "generation_temperature": 3.0}])
@@ -218,8 +197,7 @@ def test_a_bigger_teacher_teaches_a_smaller_student(make_trainer, tiny_tokenizer
     trainer = make_trainer(tmp_path / "student", **options)  # a path is taken as its text
     trainer.train()
     losses = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
-    assert len(losses) == 3 and losses[2] < losses[0]
-    assert np.isfinite(trainer.evaluate()["eval_kl"])
+    assert len(losses) == 3 and losses[2] < losses[0] and np.isfinite(trainer.evaluate()["eval_kl"])
 
 
 @pytest.mark.parametrize(("row", "options"), [

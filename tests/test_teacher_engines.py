@@ -16,18 +16,24 @@ from quantkd.teacher import EncodedPrompt, GenerationSettings
 from quantkd.teacher.logprobs import RowBuilder, TopLogprobs
 from quantkd.teacher.server import ServerTeacher
 from quantkd.teacher.vllm import VLLMTeacher
+from tests.conftest import refused
 
 pytest_plugins = ["teacher_servers"]
 
 
-def test_what_no_engine_of_log_probabilities_can_give(connect, tiny_tokenizer):
+def test_what_no_engine_of_log_probabilities_can_give(connect, tiny_tokenizer, monkeypatch):
     for build in (VLLMTeacher, partial(ServerTeacher, "http://h")):
         with pytest.raises(ConfigError, match=r"Sampled\(n=8\) draws from the whole distribution"):
             build("tiny", tiny_tokenizer, Sampled(8), (1.0,), SETTINGS)
         with pytest.raises(ConfigError, match=r"temperature 1.0 alone; .* \[1.0, 2.0\]"):
             build("tiny", tiny_tokenizer, TopK(5), (1.0, 2.0), SETTINGS)
-    with pytest.raises(ConfigError, match="exceeds the teacher's vocabulary"):
-        connect("http://127.0.0.1:9", TopK(321))
+    refused(ConfigError, "exceeds the teacher's vocabulary", connect, "http://127.0.0.1:9", TopK(321))
+    for option, message in (
+        ({"max_logprobs": 20}, "max_logprobs=20 allows fewer"), ({"logprobs_mode": "raw_logits"}, "logprobs_mode"),
+    ):  # fmt: skip
+        refused(ConfigError, message, VLLMTeacher, "tiny", tiny_tokenizer, TopK(50), (1.0,), SETTINGS, **option)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    refused(MissingDependencyError, "pip install vllm", VLLMTeacher, "tiny", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)
 
 
 def row_of(pairs, rule, vocab_size=10, targets=None, first=0):
@@ -64,8 +70,7 @@ def test_candidates_are_sorted_joined_and_cut():
     ([[(1, -0.1), (2, -0.1)]], {}, r"answer to prompt 4: The entries of target 0 hold a mass of 1\.8"),
 ])  # fmt: skip
 def test_what_cannot_be_stored(pairs, options, message):
-    with pytest.raises(TeacherError, match=message):
-        row_of(pairs, TopK(len(pairs[0]) or 1), **options)
+    refused(TeacherError, message, row_of, pairs, TopK(len(pairs[0]) or 1), **options)
 
 
 @pytest.fixture(params=["flat", "dictionaries"])
@@ -136,14 +141,3 @@ def test_vllm_samples_by_the_rows_own_seed(fake_vllm, prompts, tiny_model, tiny_
     assert_entries(alone, tiny_model, TopK(5))
     other = VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), GenerationSettings(8, True, 1.7, seed=4))
     assert [row.input_ids.tolist() for row in other.answer(prompts)] != [row.input_ids.tolist() for row in rows]
-
-
-def test_vllm_refuses_in_words(monkeypatch, tiny_tokenizer):
-    for option, message in (
-        ({"max_logprobs": 20}, "max_logprobs=20 allows fewer"), ({"logprobs_mode": "raw_logits"}, "logprobs_mode"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
-            VLLMTeacher("tiny", tiny_tokenizer, TopK(50), (1.0,), SETTINGS, **option)
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(MissingDependencyError, match="pip install vllm"):
-        VLLMTeacher("tiny", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)

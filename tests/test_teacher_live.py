@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.student import load_student
-from tests.conftest import build_tiny_model, loss_and_gradient, relative
+from tests.conftest import build_tiny_model, loss_and_gradient, refused, relative
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_equal_to_dense_kl(make_live, rows, tiny_model, divergence, temperature,
     assert not any(p.requires_grad or p.grad is not None for p in trainer.live_teacher.model.parameters())
 
 
-def test_it_trains_evaluates_and_starts_from_the_quantization_error(make_live, rows, training_set):
+def test_it_starts_from_the_error_trains_and_evaluates(make_live, rows, training_set):
     zero = make_live(eval_dataset=rows).evaluate()
     trainer = make_live(eval_dataset=rows, init="covariance", max_steps=8, alpha=1.0, learning_rate=1e-3)
     start = trainer.evaluate()
@@ -67,14 +67,9 @@ def test_it_trains_evaluates_and_starts_from_the_quantization_error(make_live, r
     assert trainer.evaluate()["eval_kl"] < start["eval_kl"] < zero["eval_kl"]
     stored = make_live(eval_dataset=training_set[:3]).evaluate()
     assert stored["eval_kl"] == pytest.approx(zero["eval_kl"], rel=1e-6)  # entries are not read
-
-
-def test_rows_that_accelerate_cuts_into_batches_of_its_own(make_live, rows):
-    losses = [
-        make_live(train_dataset=each, train_sampling_strategy="sequential", max_steps=1).train().training_loss
-        for each in (rows, rows.to_iterable_dataset())
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    step = {"train_sampling_strategy": "sequential", "max_steps": 1}  # accelerate cuts the others into batches
+    one, other = (make_live(train_dataset=each, **step).train() for each in (rows, rows.to_iterable_dataset()))
+    assert other.training_loss == pytest.approx(one.training_loss, rel=1e-6)
 
 
 def test_what_cannot_teach_is_refused(make_live, make_trainer, rows, tiny_model_path, tiny_model, monkeypatch):
@@ -84,13 +79,10 @@ def test_what_cannot_teach_is_refused(make_live, make_trainer, rows, tiny_model_
         (load_student(str(tiny_model_path), dtype="float32"), "teacher_model is quantized"),
         (tiny_model, r"vocabulary has \d+ ids, the teacher_model's"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            make_live(teacher_model=teacher)
-    with pytest.raises(DataError, match=r"holds no teacher entries.*teacher_model="):
-        make_trainer(train_dataset=rows).train()
+        refused(ConfigError, message, make_live, teacher_model=teacher)
+    refused(DataError, r"holds no teacher entries.*teacher_model=", make_trainer(train_dataset=rows).train)
     monkeypatch.setattr("quantkd.teacher.live.is_zero3", lambda: True)
-    with pytest.raises(ConfigError, match="cannot run beside a student under DeepSpeed ZeRO-3"):
-        make_live()
+    refused(ConfigError, "cannot run beside a student under DeepSpeed ZeRO-3", make_live)
 
 
 def test_a_teacher_that_cannot_be_fused_gives_its_logits(make_live, rows, tiny_tokenizer, caplog):
@@ -105,6 +97,5 @@ def test_a_teacher_that_cannot_be_fused_gives_its_logits(make_live, rows, tiny_t
 
     teacher.forward = shifted
     held = loss_and_gradient(make_live(teacher_model=teacher), list(rows))
-    assert "The teacher's logits are held" in caplog.text
-    assert held[0] == pytest.approx(plain[0], rel=1e-5)
+    assert "The teacher's logits are held" in caplog.text and held[0] == pytest.approx(plain[0], rel=1e-5)
     torch.testing.assert_close(held[1], plain[1], rtol=1e-4, atol=1e-6)

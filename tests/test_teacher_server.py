@@ -12,7 +12,7 @@ from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher import EncodedPrompt, GenerationSettings, TransformersTeacher
 from quantkd.teacher.server import ServerTeacher
 from quantkd.teacher.server_dialects import DIALECTS, Completion
-from tests.conftest import capture_set
+from tests.conftest import capture_set, refused
 
 pytest_plugins = ["teacher_servers"]
 
@@ -49,12 +49,6 @@ def test_given_answers_are_scored_turn_by_turn(serve, connect, tiny_model, kind)
     assert [row.finished for row in rows] == [False, False, True]
 
 
-def test_what_a_kind_of_server_cannot_do(serve, connect):
-    settings = GenerationSettings(8, do_sample=True, generation_temperature=0.7)
-    with pytest.raises(ConfigError, match="after the sampling temperature"):
-        connect(serve(kind="sglang"), settings=settings)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_ends_with_its_end_token(serve, connect, prompts, tiny_model, tiny_tokenizer, kind):
     greedy = connect(serve()).answer(prompts[:1])[0].input_ids[len(prompts[0].prompt_ids) :].tolist()
@@ -65,22 +59,30 @@ def test_an_answer_ends_with_its_end_token(serve, connect, prompts, tiny_model, 
         teacher = connect(server)
         teacher.ends = [end]
         (row,) = teacher.answer(prompts[:1])
-        assert row.finished
-        assert row.input_ids[len(prompts[0].prompt_ids) :].tolist() == greedy[: greedy.index(end) + 1]
+        assert row.finished and row.input_ids[len(prompts[0].prompt_ids) :].tolist() == greedy[: greedy.index(end) + 1]
         assert_entries(row, tiny_model, TopK(5))
 
 
-def test_a_server_that_drops_the_end_token_is_refused(serve, connect, prompts):
+def test_dropped_end_tokens_and_too_few_logprobs_are_refused(serve, connect, prompts):
     def drop(body):
         if len(body["choices"][0]["logprobs"]["tokens"]) > 1:
             body["choices"][0]["finish_reason"] = "stop"
         return body
 
-    with pytest.raises(TeacherError, match="without one of the end tokens"):
-        connect(serve(mangle=drop)).answer(prompts)
+    refused(TeacherError, "without one of the end tokens", connect(serve(mangle=drop)).answer, prompts)
+
+    def cut(body):
+        for target in body["choices"][0]["logprobs"]["top_logprobs"]:
+            for token in list(target)[3:]:
+                del target[token]
+        return body
+
+    refused(TeacherError, r"with 3 log-probabilities at token 0 .* TopK\(k=5\) needs 5", connect, serve(mangle=cut))
+    refused(TeacherError, "max-logprobs", connect, serve(max_logprobs=4))
+    connect(serve(mangle=cut), Nucleus(1e-6, max_k=5))  # three are more than it keeps
 
 
-def test_tokens_inside_a_character_are_left_out_of_the_targets(serve, connect, prompts, tiny_model, caplog):
+def test_tokens_of_no_certain_place_are_left_out(serve, connect, prompts, tiny_model, caplog):
     def drop(body):
         if len(body["completion_probabilities"]) > 4:
             del body["completion_probabilities"][2:4]
@@ -95,9 +97,6 @@ def test_tokens_inside_a_character_are_left_out_of_the_targets(serve, connect, p
     assert row.spans.tolist() == [[start, start + 2], [start + 4, stop]]
     assert_entries(row, tiny_model, TopK(5))
     assert "left out of the targets" in caplog.text
-
-
-def test_a_token_whose_place_is_not_certain_is_left_out():
     completion = Completion("tiny", [1], 1, SETTINGS, 0, [2])
     for ids, tokens, places in (
         ([7, 3, 8], [7, 3, 3, 8], [0, 3]),  # candidates for 7, one of the threes, and 8
@@ -106,8 +105,7 @@ def test_a_token_whose_place_is_not_certain_is_left_out():
         steps = [{"id": token, "top_logprobs": [{"id": token, "logprob": -0.5}]} for token in ids]
         body = {"tokens": tokens, "completion_probabilities": steps, "stop_type": "limit", "tokens_evaluated": 1}
         answer = DIALECTS["llama.cpp"].read(body, completion)
-        assert answer.places == places
-        assert answer.candidates.token_ids.tolist() == [tokens[place] for place in places]
+        assert answer.places == places and answer.candidates.token_ids.tolist() == [tokens[place] for place in places]
 
 
 def test_rows_keep_their_order_and_run_at_once(serve, connect, prompts):
@@ -159,20 +157,6 @@ def test_every_fault_is_tried_again(serve, connect, prompts, kind, caplog):
         assert word in caplog.text
 
 
-def test_a_server_that_stays_down_or_is_slow_is_one_line(serve, connect, prompts):
-    server = serve()
-    teacher, hasty = connect(server, max_retries=3), connect(server, timeout_seconds=0.2, max_retries=1)
-    server.faults = [500] * 4
-    with pytest.raises(TeacherError, match=r"did not answer /v1/completions after 4 attempts.*HTTP 500"):
-        teacher.answer(prompts[:1])
-    server.delay_seconds = 0.6
-    with pytest.raises(TeacherError, match=r"2 attempts.*(timed out|TimeoutError)"):
-        hasty.answer(prompts[:1])
-    server.__exit__()
-    with pytest.raises(TeacherError, match="ConnectionRefusedError"):
-        connect(server)
-
-
 HEAD = b"HTTP/1.1 200 OK\r\n"
 
 
@@ -185,27 +169,31 @@ def test_an_answer_that_drips_ends_in_time(serve, connect, prompts, start, part)
     server = serve()
     teacher = connect(server, timeout_seconds=0.3, max_retries=0)
     server.drip = [start, *[part] * 100]  # no single wait is long, and all together take 2 seconds
-    with pytest.raises(TeacherError, match=r"timed out|TimeoutError"):
-        teacher.answer(prompts[:1])
+    refused(TeacherError, r"timed out|TimeoutError", teacher.answer, prompts[:1])
 
 
-def test_bodies_are_bounded_in_bytes_and_depth(serve, connect, prompts, monkeypatch):
+def test_bodies_are_bounded_and_a_server_that_stays_down_or_is_slow_is_one_line(serve, connect, prompts, monkeypatch):
     server = serve()
     teacher = connect(server, max_retries=0)
     server.respond = lambda path, body: (200, "[" * 200_000)
-    with pytest.raises(TeacherError, match="nested too deeply"):
-        teacher.answer(prompts[:1])
+    refused(TeacherError, "nested too deeply", teacher.answer, prompts[:1])
     server.respond = lambda path, body: (200, '{"choices": "' + "x" * 5000)
     monkeypatch.setattr("quantkd.teacher.server_client.MAX_BODY_BYTES", 1000)
-    with pytest.raises(TeacherError, match="more than 1000 bytes"):
-        teacher.answer(prompts[:1])
+    refused(TeacherError, "more than 1000 bytes", teacher.answer, prompts[:1])
+    server = serve()
+    teacher, hasty = connect(server, max_retries=3), connect(server, timeout_seconds=0.2, max_retries=1)
+    server.faults = [500] * 4
+    refused(TeacherError, r"did not answer /v1/completions after 4 attempts.*HTTP 500", teacher.answer, prompts[:1])
+    server.delay_seconds = 0.6
+    refused(TeacherError, r"2 attempts.*(timed out|TimeoutError)", hasty.answer, prompts[:1])
+    server.__exit__()
+    refused(TeacherError, "ConnectionRefusedError", connect, server)
 
 
 @pytest.mark.parametrize(("kind", "mangle", "message"), [
-    ("other", None, "names tokens by their text"),
+    ("other", None, "names tokens by their text"), ("vllm", lambda body: [], "another shape than expected"),
     ("vllm", lambda body: {"choices": [{**body["choices"][0], "logprobs": None}]}, "no log-probabilities"),
     ("vllm", lambda body: {"error": "what"}, "another shape than expected"),
-    ("vllm", lambda body: [], "another shape than expected"),
     ("vllm", lambda body: put(body, "token_id:" + "9" * 30), "another shape than expected"),
     ("vllm", lambda body: put(body, "token_id:1_0"), "names tokens by their text"),
     ("llama.cpp", lambda body: {**body, "tokens": [5] * 50}, "gave 50 tokens|another shape"),
@@ -214,22 +202,7 @@ def test_bodies_are_bounded_in_bytes_and_depth(serve, connect, prompts, monkeypa
     ("llama.cpp", lambda body: {**body, "tokens": []}, "another shape than expected"),
 ])  # fmt: skip
 def test_answers_that_cannot_be_stored_are_refused_before_any_work(serve, connect, kind, mangle, message):
-    with pytest.raises(TeacherError, match=message):
-        connect(serve(kind=kind, mangle=mangle))
-
-
-def test_fewer_logprobs_than_asked_for_are_refused(serve, connect):
-    def cut(body):
-        for target in body["choices"][0]["logprobs"]["top_logprobs"]:
-            for token in list(target)[3:]:
-                del target[token]
-        return body
-
-    with pytest.raises(TeacherError, match=r"with 3 log-probabilities at token 0 .* TopK\(k=5\) needs 5"):
-        connect(serve(mangle=cut))
-    with pytest.raises(TeacherError, match="max-logprobs"):
-        connect(serve(max_logprobs=4))
-    connect(serve(mangle=cut), Nucleus(1e-6, max_k=5))  # three are more than it keeps
+    refused(TeacherError, message, connect, serve(kind=kind, mangle=mangle))
 
 
 def test_another_model_and_addresses_that_cannot_be(serve, connect, tiny_tokenizer):
@@ -241,10 +214,12 @@ def test_another_model_and_addresses_that_cannot_be(serve, connect, tiny_tokeniz
         ("http://user:hunter2@host/v1", {}, "OPENAI_API_KEY"),
         (server, {"dialect": "tgi"}, "dialect is one of"),
     ):
-        with pytest.raises(ConfigError, match=message) as refused:
+        with pytest.raises(ConfigError, match=message) as caught:
             connect(url, **options)
-        assert "hunter2" not in str(refused.value)
+        assert "hunter2" not in str(caught.value)
     connect(server.url.removesuffix("/v1") + "/")
+    settings = GenerationSettings(8, do_sample=True, generation_temperature=0.7)
+    refused(ConfigError, "after the sampling temperature", connect, serve(kind="sglang"), settings=settings)
 
 
 def test_the_key_is_sent_and_never_shown(serve, connect, prompts, monkeypatch, caplog):
@@ -267,13 +242,12 @@ def test_the_key_is_sent_and_never_shown(serve, connect, prompts, monkeypatch, c
     assert KEY not in "".join(errors) + caplog.text + repr(teacher) + repr(vars(teacher))
     other = serve()
     server.redirect_to = other.url + "/models"  # which is not followed
-    with pytest.raises(TeacherError, match="redirects"):
-        connect(server)
+    refused(TeacherError, "redirects", connect, server)
     assert other.requests == []
     monkeypatch.setenv("OPENAI_API_KEY", "line\r\nbreak-hunter2")
-    with pytest.raises(ConfigError, match="cannot be sent") as refused:
+    with pytest.raises(ConfigError, match="cannot be sent") as caught:
         connect(server)
-    assert "hunter2" not in str(refused.value)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_capture_resumes_and_stores_no_secret(serve, prompts, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
@@ -287,8 +261,7 @@ def test_a_capture_resumes_and_stores_no_secret(serve, prompts, tiny_model, tiny
     answered = server.respond
     # The probe, the first shard's two prompts, and then the server is down.
     server.respond = lambda *asked: answered(*asked) if len(server.requests) <= 4 else (503, KEY)
-    with pytest.raises(TeacherError, match="HTTP 503"):
-        capture_set("tiny", TEXTS, tmp_path / "set", **kwargs)
+    refused(TeacherError, "HTTP 503", capture_set, "tiny", TEXTS, tmp_path / "set", **kwargs)
     server.respond = answered
     before = len(server.requests)
     transfer_set = capture_set("tiny", TEXTS, tmp_path / "set", **kwargs)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 from teacher_rows import dense_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,11 +31,7 @@ pytestmark = [
 QUESTIONS = ["What is 12 * 7?", "Name three colours of the rainbow.", "A train travels 60 miles in one hour. And in 5?"]
 WIDTH, NEW_TOKENS, CONTEXT = 64, 24, 1024
 SETTINGS = GenerationSettings(max_new_tokens=NEW_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+tokenizer = pytest.fixture(lambda smol_path: AutoTokenizer.from_pretrained(smol_path), scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +60,9 @@ def serve_command():
 
 @pytest.fixture(scope="module")
 def server_url(smol_path, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm-serve") / "log"
+    port, log = free_port(), tmp_path_factory.mktemp("vllm-serve") / "log"
     command = [*serve_command(), str(smol_path), "--served-model-name", "smol"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", str(CONTEXT), "--max-logprobs", str(WIDTH)]
     with log.open("wb") as output:
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2"}
@@ -77,7 +71,7 @@ def server_url(smol_path, tmp_path_factory):
         for _ in range(600):
             assert server.poll() is None, log.read_text()[-4000:]
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
                     break
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"

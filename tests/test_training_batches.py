@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from quantkd.models.row_attention import ROW_ATTENTION, row_attention
 from quantkd.training.order import LengthGroupedBatches, row_lengths
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator, position_ids_of
-from tests.conftest import loss_and_gradient, relative
+from tests.conftest import loss_and_gradient, refused, relative
+
+sets = pytest.fixture(lambda training_set: [training_set[:2], training_set[2:4]])
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -59,16 +62,10 @@ def test_a_gpu_that_has_flash_attention_uses_it_for_a_loaded_student_too(found, 
 
 def test_attention_by_row_ends_with_the_training(make_trainer):
     """It is registered in transformers' global tables, which outlive every model."""
-
-    class Seen(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            names.append(attention_of(model.config))
-
-        def on_train_end(self, args, state, control, **kwargs):
-            raise KeyboardInterrupt
-
-    names = []
-    trainer = make_trainer(packing=True, max_steps=1, callbacks=[Seen()])
+    names, seen = [], TrainerCallback()
+    seen.on_step_end = lambda *args, model, **kwargs: names.append(attention_of(model.config))
+    seen.on_train_end = Mock(side_effect=KeyboardInterrupt)
+    trainer = make_trainer(packing=True, max_steps=1, callbacks=[seen])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert names == [ROW_ATTENTION] and attention_of(trainer.model.config) == "sdpa"
@@ -102,12 +99,10 @@ def test_a_packed_run_trains_and_evaluates_like_a_padded_one(make_trainer, train
 def test_a_rows_first_token_is_never_the_target_of_the_row_before(training_set):
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
     batch = DistillationCollator(0, packing=True)(rows)
-    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]] and batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]] and "teacher" not in batch
     assert position_ids_of(torch.tensor([1, 1, 2])).tolist() == [0, 0, 0, 1]
-    with pytest.raises(DataError, match="1 of 2 rows hold no teacher entries"):
-        DistillationCollator(0)([training_set[0], rows[0]])
+    refused(DataError, "1 of 2 rows hold no teacher entries", DistillationCollator(0), [training_set[0], rows[0]])
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Mistral", "GPT-2", "Bloom", "Mamba"])
@@ -125,11 +120,6 @@ def test_what_cannot_be_packed_is_refused_before_the_first_step(make_trainer, ti
         make_trainer(model, packing=True, processing_class=tiny_tokenizer)
     with pytest.raises(ConfigError, match="packs with a DistillationCollator, found the data_collator function"):
         make_trainer(packing=True, data_collator=lambda rows: rows)
-
-
-@pytest.fixture
-def sets(training_set):
-    return [training_set[:2], training_set[2:4]]
 
 
 @pytest.fixture
@@ -204,8 +194,4 @@ def test_epochs_and_seeds_differ_and_batches_hold_little_padding():
     assert sum(lengths) / padded > 0.9
     starts = [max(lengths[row] for row in batch) for batch in batches[1:-1]]
     assert sum(a > b for a, b in pairwise(starts)) < 0.8 * len(starts)  # not sorted any more
-
-
-def test_lengths_come_from_rows_or_not_at_all():
-    assert row_lengths([{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]) == [3, 1]
-    assert row_lengths(iter([])) is None
+    assert row_lengths([{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]) == [3, 1] and row_lengths(iter([])) is None

@@ -76,8 +76,7 @@ def test_optimizers_of_bitsandbytes_train(make_student, optim):
     trainer = make_student(optim=optim, learning_rate=3e-2, max_steps=8, logging_steps=1, alpha=0.9)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert "bitsandbytes" in type(trainer.optimizer.optimizer).__module__
-    assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
+    assert "bitsandbytes" in type(trainer.optimizer.optimizer).__module__ and sum(losses[-2:]) < 0.5 * sum(losses[:2])
 
 
 # The format, and whether what is not quantized has 16 bits too.
@@ -140,5 +139,4 @@ def test_bf16_is_on_where_an_accelerator_has_it(monkeypatch, tmp_path, options, 
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     args = QuantizedDistillationConfig(str(tmp_path), **options)
-    assert args.bf16 is expected
-    assert args.accelerator_config.non_blocking is args.dataloader_pin_memory
+    assert args.bf16 is expected and args.accelerator_config.non_blocking is args.dataloader_pin_memory

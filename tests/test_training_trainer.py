@@ -18,24 +18,21 @@ from quantkd.loss.reference import compute_distillation_loss
 from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.collator import DistillationCollator
-from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set, relative
-
-
-class KeepGradients(TrainerCallback):
-    """Copies the gradient of every trainable parameter just before an optimizer step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.kept = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
+from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set, refused, relative
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_loss_and_gradient_depend_neither_on_the_split_nor_on_padding(make_trainer, tiny_tokenizer, divergence):
     def run(**options):
+        def keep(*args, model, **kwargs):
+            kept.extend(p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None)
+
         objective = {"alpha": 0.5, "temperature": 2.0, "divergence": divergence}
-        keeper = KeepGradients()
+        kept, keeper = [], TrainerCallback()
+        keeper.on_pre_optimizer_step = keep
         trainer = make_trainer(max_grad_norm=0.0, max_steps=1, callbacks=[keeper], **objective, **options)
         trainer.train()
-        return keeper.kept, trainer.state.log_history[0]
+        return torch.cat(kept), trainer.state.log_history[0]
 
     gradient, logs = run()
     wide = {"data_collator": DistillationCollator(tiny_tokenizer.pad_token_id, pad_to_multiple_of=128)}
@@ -95,7 +92,8 @@ def test_it_learns_and_the_saved_adapter_gives_the_same_logits(make_trainer, tra
 
 
 def test_a_name_is_trained_on_calibrated_codes(make_trainer, training_set, tiny_model_path, caplog):
-    trainer = make_trainer(calibrate=True, init="covariance", init_from=None)
+    options = {"init": "covariance", "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(calibrate=True, init_from=None, **options)
     assert trainer.args.init_from == str(tiny_model_path) and trainer.args.start == "covariance"
     trainer.train()
     trainer.save_model()
@@ -106,6 +104,8 @@ def test_a_name_is_trained_on_calibrated_codes(make_trainer, training_set, tiny_
     kept = evaluate_fidelity(loaded, training_set, progress=False).means["kl"]
     assert kept == pytest.approx(trainer.evaluate(training_set)["eval_kl"], rel=0.02)  # saved in 16 bit
     written = (out / "quantized" / "model.safetensors").stat().st_mtime_ns
+    where = str(out / "checkpoint-1")  # from whose codes training goes on, whatever the seed is now
+    make_trainer(calibrate=True, seed=1, max_steps=2, resume_from_checkpoint=where).train(where)
     make_trainer(calibrate=True)  # again: what is there is kept
     assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
     make_trainer(calibrate=True, seed=1)
@@ -121,18 +121,7 @@ def test_calibrated_codes_are_those_of_the_model_that_is_named(make_trainer, tin
         tiny_tokenizer.save_pretrained(tmp_path / folder / "model")
         last = make_trainer(model=str(tmp_path / folder / "model"), calibrate=True)
     expected = build_tiny_model(tiny_tokenizer, 1).get_input_embeddings().weight
-    assert torch.equal(last.model.get_input_embeddings().weight, expected)
-    assert "quantized is replaced" in caplog.text
-
-
-def test_training_goes_on_from_the_codes_of_its_checkpoint(make_trainer):
-    trainer = make_trainer(calibrate=True, save_strategy="steps", save_steps=1)
-    trainer.train()
-    out = Path(trainer.args.output_dir)
-    written = (out / "quantized" / "model.safetensors").stat().st_mtime_ns
-    where = str(out / "checkpoint-1")
-    make_trainer(calibrate=True, seed=1, max_steps=2, resume_from_checkpoint=where).train(where)
-    assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
+    assert torch.equal(last.model.get_input_embeddings().weight, expected) and "quantized is replaced" in caplog.text
 
 
 def test_codes_of_a_run_that_was_killed_are_taken_up(make_trainer, tmp_path, monkeypatch):
@@ -184,30 +173,25 @@ def test_a_folder_that_no_run_made_stays(make_trainer, tmp_path):
     (tmp_path / "out" / "quantized").mkdir(parents=True)
     mine = tmp_path / "out" / "quantized" / "quantkd.json"
     mine.write_text('{"export": {"form": "merged"}}')  # as `export` writes it
-    with pytest.raises(ConfigError, match="a folder that is not empty"):
-        make_trainer(calibrate=True)
+    refused(ConfigError, "a folder that is not empty", make_trainer, calibrate=True)
     assert mine.is_file()
 
 
-def test_arguments_serve_for_another_model(make_trainer, tiny_model_path, training_set):
-    args = QuantizedDistillationConfig(make_trainer().args.output_dir, report_to="none")
-    QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=training_set)
-    assert args.init_from is None
-
-
-def test_a_loaded_model_is_taken_as_it_is(make_trainer, tiny_model, tiny_tokenizer, tiny_model_path):
+def test_a_loaded_model_is_taken_as_it_is(make_trainer, tiny_model, tiny_tokenizer, tiny_model_path, training_set):
     trainer = make_trainer(model=tiny_model, processing_class=tiny_tokenizer)
     assert trainer.model is tiny_model and all(p.requires_grad for p in tiny_model.parameters())
     adapted = make_trainer(model=load_student(str(tiny_model_path), dtype="float32")).model
     assert isinstance(adapted, PeftModel) and make_trainer(model=adapted).model is adapted
+    args = QuantizedDistillationConfig(make_trainer().args.output_dir, report_to="none")
+    QuantizedDistillationTrainer(str(tiny_model_path), args, train_dataset=training_set)
+    assert args.init_from is None
 
 
 def test_several_held_out_sets_are_named_apart_and_empty_ones_refused(make_trainer, training_set):
     trainer = make_trainer(eval_dataset={"easy": training_set[:2], "hard": training_set[2:]})
     assert {"eval_easy_kl", "eval_hard_kl", "eval_hard_top1_agreement"} <= set(trainer.evaluate())
     for rows in ([], training_set[:0]):
-        with pytest.raises(DataError, match=r"\(eval\) holds no rows; expected at least one"):
-            trainer.evaluate(rows)
+        refused(DataError, r"\(eval\) holds no rows; expected at least one", trainer.evaluate, rows)
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(make_trainer, tiny_model, tiny_tokenizer):
@@ -228,15 +212,13 @@ def test_what_does_not_fit_is_refused_before_the_first_step(make_trainer, tiny_m
         (DataError, {**loaded, "model": short}, "the student's context holds 16"),
         (ConfigError, {**loaded, "model": small}, r"head has \d+ rows, and the transfer set's entries may have ids up"),
     ):
-        with pytest.raises(error, match=message):
-            make_trainer(**options)
+        refused(error, message, make_trainer, **options)
 
 
 def test_sampled_sets_refuse_reverse_kl(make_trainer, tiny_model_path, tmp_path):
     options = {"storage": Sampled(10), "max_new_tokens": 4}
     sampled = capture_set(tiny_model_path, TRAINING_PROMPTS, tmp_path / "s", **options)
-    with pytest.raises(ConfigError, match="reverse KL is infinite"):
-        make_trainer(train_dataset=sampled, divergence="reverse_kl")
+    refused(ConfigError, "reverse KL is infinite", make_trainer, train_dataset=sampled, divergence="reverse_kl")
     make_trainer(train_dataset=sampled, max_steps=1).train()
 
 

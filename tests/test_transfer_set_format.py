@@ -20,6 +20,7 @@ from quantkd.transfer_set import FORMAT_VERSION, TransferRow, TransferSet, verif
 from quantkd.transfer_set.codec import BLOCK_BYTES, BLOCK_ROWS, encode_logprobs, encode_normalizers
 from quantkd.transfer_set.documents import canonical_json, parse_canonical_json, quote
 from quantkd.transfer_set.rules import Nucleus
+from tests.conftest import refused
 
 UNIT = 2.0**-11  # half a step of float16, relative
 
@@ -181,8 +182,7 @@ def test_blocks_hold_a_few_rows_and_a_long_row_alone(tmp_path):
     ({"log_normalizers": np.array([[0, math.inf], [0, 1]], np.float32)}, "`log_normalizers` must be finite"),
 ])  # fmt: skip
 def test_rows_that_are_refused(fields, message):
-    with pytest.raises(TransferSetError, match=message):
-        dataclasses.replace(VALID, **fields).validate(10, (1.0, 2.0))
+    refused(TransferSetError, message, dataclasses.replace(VALID, **fields).validate, 10, (1.0, 2.0))
 
 
 def test_sure_and_hopeless_entries_have_a_value_and_documents_are_canonical():
@@ -190,8 +190,7 @@ def test_sure_and_hopeless_entries_have_a_value_and_documents_are_canonical():
     assert stored.tolist() == [0.0, 0.0, -65504.0]
     value = {"b": [1, 2.5, None, True, "ok\n\t"], "a": "caf\u00e9 \\[{"}
     assert parse_canonical_json(canonical_json(value), "x.json") == value
-    with pytest.raises(TransferSetError, match="plain JSON"):
-        canonical_json({"x": math.nan})
+    refused(TransferSetError, "plain JSON", canonical_json, {"x": math.nan})
     with pytest.raises(TransferSetError, match=r"x.json is not in canonical form at byte 1"):
         parse_canonical_json(b'{ "a":1}\n', "x.json")
     assert quote("\x1b" * 500) == "\\x1b" * 50 + "..."

@@ -17,6 +17,7 @@ from transfer_sets import make_plan, make_row, write_rows, write_set
 
 from quantkd.errors import TransferSetError
 from quantkd.transfer_set import TransferSet, verify
+from tests.conftest import refused
 
 SECONDS = 2.0
 FILES = ["index.json", "shard-00000.safetensors", "shard-00001.safetensors"]
@@ -121,8 +122,7 @@ def test_mutated_sets(folder, tmp_path, examples):
 
 
 def test_a_sandbox_that_dies_says_so_at_once(tmp_path):
-    with pytest.raises(AssertionError, match="the sandbox died with exit code 7"):
-        in_sandbox(lambda watch: os._exit(7), tmp_path)
+    refused(AssertionError, "the sandbox died with exit code 7", in_sandbox, lambda watch: os._exit(7), tmp_path)
 
 
 @pytest.fixture
@@ -154,12 +154,10 @@ def test_missing_swapped_and_foreign_shards(copy, tmp_path):
     kept = second.read_bytes()
     for harm in (second.unlink, lambda: shutil.copy(first, second)):
         harm()
-        with pytest.raises(TransferSetError, match=FILES[2]):
-            verify(copy)
+        refused(TransferSetError, FILES[2], verify, copy)
     second.write_bytes(kept)
     shutil.copy(first, copy / "shard-00002.safetensors")
-    with pytest.raises(TransferSetError, match=r"shard-00002.safetensors is not a shard of the index"):
-        verify(copy)
+    refused(TransferSetError, r"shard-00002.safetensors is not a shard of the index", verify, copy)
     # The same rows in the other order: every number of the index agrees, only the digest does not.
     plan = make_plan(num_prompts=2, rows_per_shard=1, vocab_size=10)
     rows = [make_row(plan, prompt, tokens=2) for prompt in (0, 0)]
@@ -168,10 +166,8 @@ def test_missing_swapped_and_foreign_shards(copy, tmp_path):
     write_rows(tmp_path / "b", plan, rows[::-1].__getitem__)
     shutil.copy(tmp_path / "b" / FILES[1], tmp_path / "a" / FILES[1])
     TransferSet(tmp_path / "a")[0]  # cheap checks do not hash
-    with pytest.raises(TransferSetError, match="another shard"):
-        verify(tmp_path / "a")
-    with pytest.raises(TransferSetError, match="sha256"):
-        TransferSet(tmp_path / "a", verify="full")
+    refused(TransferSetError, "another shard", verify, tmp_path / "a")
+    refused(TransferSetError, "sha256", TransferSet, tmp_path / "a", verify="full")
 
 
 def test_damage_is_named_by_rows_and_bytes(tmp_path):
@@ -199,5 +195,4 @@ def test_downloaded_sets_are_hashed_when_opened(copy):
     (copy / FILES[1]).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     TransferSet(copy)
     (copy / ".cache" / "huggingface").mkdir(parents=True)
-    with pytest.raises(TransferSetError, match="sha256"):
-        TransferSet(copy)
+    refused(TransferSetError, "sha256", TransferSet, copy)

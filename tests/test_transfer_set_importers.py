@@ -13,6 +13,7 @@ from quantkd.errors import DataError, TransferSetError
 from quantkd.transfer_set import TransferSet, verify
 from quantkd.transfer_set.fingerprint import compute_fingerprint
 from quantkd.transfer_set.importers import CompressedLayout, import_table
+from tests.conftest import refused
 
 FACTS = {"vocab_size": 100, "teacher_name": "peer", "tokenizer_fingerprint": "a" * 64}
 axolotl = partial(import_table, toolkit="axolotl", **FACTS)
@@ -77,8 +78,7 @@ def test_distillkit(tmp_path):
 ])  # fmt: skip
 def test_tables_that_cannot_be_imported(tmp_path, column, values, found):
     row = {name: value for name, value in {**axolotl_rows()[1], column: values}.items() if value is not None}
-    with pytest.raises((DataError, TransferSetError), match=found):
-        axolotl(Dataset.from_list([row]), tmp_path / "set")
+    refused((DataError, TransferSetError), found, axolotl, Dataset.from_list([row]), tmp_path / "set")
 
 
 def to_bytes(values, dtype):
@@ -141,8 +141,7 @@ def test_compressed_positions_are_decoded(layout):
     bits = math.ceil(math.log2(layout.d))
     np.testing.assert_array_equal(layout.decode_ids([list(to_bits(row, bits)) for row in ids]), ids)
     for decode, wrong in ((layout.decode_logprobs, [[*positions[0][0], 0]]), (layout.decode_ids, [[0] * 99])):
-        with pytest.raises(ValueError, match="bytes per position"):
-            decode(wrong)
+        refused(ValueError, "bytes per position", decode, wrong)
 
 
 def compressed_folder(folder, logprobs, ids):
@@ -172,23 +171,19 @@ def test_distillkit_compressed(tmp_path):
     wanted = [0.6, 0.25, math.exp(-0.25) / total, math.exp(-1.125) / total]
     # A bfloat16 of 1 to 2 nats is off by 2**-8.
     np.testing.assert_allclose(np.exp(row.logprobs), wanted, rtol=2**-8 + 2**-10)
-
-
-def test_distillkit_tables_that_cannot_be_imported(tmp_path):
-    row = compressed_folder(tmp_path / "table", [[-0.5, -2.0]], [[4, 99]])
-    Dataset.from_list([{**row, "bytepacked_indices": [[1]]}]).to_parquet(tmp_path / "table" / "data_0.parquet")
+    row = compressed_folder(tmp_path / "bad", [[-0.5, -2.0]], [[4, 99]])
+    Dataset.from_list([{**row, "bytepacked_indices": [[1]]}]).to_parquet(tmp_path / "bad" / "data_0.parquet")
     for name in ("empty", "text"):
         (tmp_path / name).mkdir()
     (tmp_path / "text" / "a.parquet").write_text("no")
     for source, found in (
         (Dataset.from_list([row]), "a table in memory does not say how"),
-        (tmp_path / "table", "Row 0 has lists that do not fit together: ids of shape"),
+        (tmp_path / "bad", "Row 0 has lists that do not fit together: ids of shape"),
         (tmp_path / "nothing", "nothing cannot be read"),
         (tmp_path / "empty", r"holds no \*.parquet"),
         (tmp_path / "text", r"a\.parquet cannot be read"),
     ):
-        with pytest.raises(DataError, match=found):
-            distillkit(source, tmp_path / "set")
+        refused(DataError, found, distillkit, source, tmp_path / "new")
 
 
 @pytest.mark.parametrize(("change", "found"), [
@@ -199,11 +194,9 @@ def test_distillkit_tables_that_cannot_be_imported(tmp_path):
 def test_layouts_that_make_no_sense(tmp_path, change, found):
     file = tmp_path / "compression_config.yaml"
     file.write_text(yaml.safe_dump({"d": 9, "k": 2, "exact_k": 2, "residual_bins": [], **change} if change else [1]))
-    with pytest.raises(DataError, match=found):
-        CompressedLayout.beside(tmp_path)
+    refused(DataError, found, CompressedLayout.beside, tmp_path)
     file.write_text("a: [")
-    with pytest.raises(DataError, match="does not say how"):
-        CompressedLayout.beside(tmp_path)
+    refused(DataError, "does not say how", CompressedLayout.beside, tmp_path)
 
 
 @pytest.mark.parametrize("toolkit", ["axolotl", "distillkit"])

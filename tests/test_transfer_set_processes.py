@@ -75,8 +75,7 @@ def test_the_nth_call_fails(tmp_path, reference, kind, for_good):
             assert TransferSet(folder, verify="full").digest == reference
         except TransferSetError:
             assert not (folder / "index.json").exists()
-        assert capture_slowly(folder, tmp_path / "log") == reference
-        assert len(hashes(folder)) == 5
+        assert capture_slowly(folder, tmp_path / "log") == reference and len(hashes(folder)) == 5
 
 
 @pytest.mark.parametrize(("killed", "processes"), [(0, 1), (0, 2), (0, 4), (3, 1), (1, 4), (4, 2)])
@@ -93,8 +92,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, killed, processe
         assert time.monotonic() < deadline, "the launch is stuck"
         with contextlib.suppress(TransferSetError):
             rows.append(len(list(TransferSet.open(tmp_path / "set", allow_incomplete=True, verify="full"))))
-    assert rows == sorted(rows)
-    assert [end(process) for process in launch] == [0] * processes
+    assert rows == sorted(rows) and [end(process) for process in launch] == [0] * processes
     TransferSet(tmp_path / "set", verify="full")
     assert hashes(tmp_path / "set") == hashes(tmp_path / "reference")
 
@@ -118,8 +116,7 @@ def test_two_ranks_with_four_workers_each_read_the_same(tmp_path):
     view = TransferSet(tmp_path / "set")[2:20]
     expected = content_of([view.__getitems__(range(start, start + 3)) for start in range(0, 18, 3)])
     data = pickle.dumps(view)
-    assert len(data) < 10_000
-    assert read_with_workers(data, 0) == expected
+    assert len(data) < 10_000 and read_with_workers(data, 0) == expected
     with ProcessPoolExecutor(2, mp_context=fork) as ranks:
         assert list(ranks.map(read_with_workers, [data, data], [4, 4], timeout=120)) == [expected, expected]
 

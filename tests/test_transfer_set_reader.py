@@ -13,6 +13,9 @@ from quantkd.transfer_set import TransferSet, TransferSetWriter, store, verify
 from quantkd.transfer_set.index import read_plan, read_record
 from quantkd.transfer_set.rules import Sampled, parse_storage_rule, select_entries
 from quantkd.transfer_set.topk import TopKLogprobs
+from tests.conftest import refused
+
+transfer_set = pytest.fixture(lambda path: TransferSet(path))
 
 
 @pytest.fixture(scope="module")
@@ -22,40 +25,29 @@ def path(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def transfer_set(path):
-    return TransferSet(path)
-
-
 def numbers(transfer_set):
     return [tuple(row["input_ids"].tolist()) for row in transfer_set]
 
 
-def test_a_row(transfer_set):
+def test_rows_and_a_batch_which_is_its_rows_end_to_end(transfer_set):
     for number in (0, 5, 22, -1):
-        wanted = make_row(transfer_set.plan, number % 23)
-        row = transfer_set[number]
-        assert set(row) == {"input_ids", "labels", "teacher", "finished"}
-        start = int(wanted.spans[0, 0])
-        np.testing.assert_array_equal(row["input_ids"], wanted.input_ids)
-        assert row["labels"][:start].eq(-100).all()
-        np.testing.assert_array_equal(row["labels"][start:], wanted.input_ids[start:])
-        assert isinstance(row["teacher"], TopKLogprobs)
-        assert (row["teacher"].temperatures, row["teacher"].vocab_size) == ((1.0, 2.0), 1000)
-        np.testing.assert_array_equal(row["teacher"].counts, wanted.counts)
-        np.testing.assert_array_equal(row["teacher"].token_ids, wanted.token_ids[storage_order(wanted)])
-        assert row["finished"] is wanted.finished
+        wanted, row = make_row(transfer_set.plan, number % 23), transfer_set[number]
+        teacher, start = row["teacher"], int(wanted.spans[0, 0])
+        assert set(row) == {"input_ids", "labels", "teacher", "finished"} and row["finished"] is wanted.finished
+        assert isinstance(teacher, TopKLogprobs) and (teacher.temperatures, teacher.vocab_size) == ((1.0, 2.0), 1000)
+        labels = np.append(np.full(start, -100), wanted.input_ids[start:])
+        for found, expected in (
+            (row["input_ids"], wanted.input_ids), (row["labels"], labels), (teacher.counts, wanted.counts),
+            (teacher.token_ids, wanted.token_ids[storage_order(wanted)]),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(found, expected)
         for temperature in (1.0, 2.0):
-            logprobs, tail = row["teacher"].at_temperature(temperature)
+            logprobs, tail = teacher.at_temperature(temperature)
             assert (tail >= 0).all() and torch.isfinite(logprobs).all()
-
-
-def test_a_batch_is_its_rows_end_to_end(transfer_set):
     chosen = [7, 8, 9, 3, 22, 3, 4, -1, 0, 1]
     batch = transfer_set.__getitems__(chosen)
     rows = [transfer_set[number] for number in chosen]
-    assert len(batch) == len(chosen)
-    assert torch.equal(batch.input_ids, torch.cat([row["input_ids"] for row in rows]))
+    assert len(batch) == len(chosen) and torch.equal(batch.input_ids, torch.cat([row["input_ids"] for row in rows]))
     assert torch.equal(batch.labels, torch.cat([row["labels"] for row in rows]))
     assert batch.lengths.tolist() == [len(row["input_ids"]) for row in rows]
     assert batch.target_counts.tolist() == [int((row["labels"] != -100).sum()) for row in rows]
@@ -67,24 +59,18 @@ def test_a_batch_is_its_rows_end_to_end(transfer_set):
     empty = transfer_set.__getitems__([])
     assert len(empty) == empty.input_ids.numel() == len(empty.teacher) == 0
     for number in (23, -24, 10**9):
-        with pytest.raises(IndexError, match="23 rows"):
-            transfer_set.select([number])
+        refused(IndexError, "23 rows", transfer_set.select, [number])
 
 
-def test_views(transfer_set):
+def test_views_and_splits(transfer_set, path):
     every = numbers(transfer_set)
-    assert numbers(transfer_set[3:11:2]) == every[3:11:2]
-    assert numbers(transfer_set[10:][2:5]) == every[12:15]
+    assert numbers(transfer_set[3:11:2]) == every[3:11:2] and numbers(transfer_set[10:][2:5]) == every[12:15]
     assert numbers(transfer_set[::-1]) == every[::-1]
     assert numbers(transfer_set.select([4, -1, 4])) == [every[4], every[-1], every[4]]
     assert numbers(transfer_set.select(np.arange(23) % 5 == 0)) == every[::5]
     assert len(transfer_set[5:5]) == 0 and transfer_set[5:5].info.num_tokens == 0
     assert transfer_set[2:4].lengths.tolist() == [len(row) for row in every[2:4]]
-    with pytest.raises(ConfigError, match="mask has 3 values for 23 rows"):
-        transfer_set.select(np.array([True, False, True]))
-
-
-def test_split(path, transfer_set):
+    refused(ConfigError, "mask has 3 values for 23 rows", transfer_set.select, np.array([True, False, True]))
     state = (random.getstate(), str(np.random.get_state()), torch.random.get_rng_state().tolist())
     rest, held_out = transfer_set.split(0.25, seed=0)
     every = numbers(transfer_set)
@@ -93,13 +79,11 @@ def test_split(path, transfer_set):
     assert TransferSet(path).split(0.25, seed=0)[0].digest == rest.digest != transfer_set.split(0.25, seed=1)[0].digest
     assert state == (random.getstate(), str(np.random.get_state()), torch.random.get_rng_state().tolist())
     for fraction in (0.0, 1.0, 0.01, 0.99, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="leaves one part empty"):
-            transfer_set.split(fraction, seed=0)
-    with pytest.raises(ConfigError, match="seed is -1; expected a number of at least 0"):
-        transfer_set.split(0.5, seed=-1)
+        refused(ConfigError, "leaves one part empty", transfer_set.split, fraction, seed=0)
+    refused(ConfigError, "seed is -1; expected a number of at least 0", transfer_set.split, 0.5, seed=-1)
 
 
-def test_joined_sets(transfer_set, tmp_path):
+def test_joined_sets_and_what_cannot_be_joined(transfer_set, tmp_path):
     write_set(tmp_path / "other", make_plan(num_prompts=5, teacher_name="second"))
     first, second = transfer_set, TransferSet(tmp_path / "other")
     joined = TransferSet.concatenate([first, second[1:4], first[:1]])
@@ -113,35 +97,28 @@ def test_joined_sets(transfer_set, tmp_path):
     assert len({joined.digest, first.digest, second.digest, TransferSet.concatenate([first]).digest}) == 3
     weighted = TransferSet.concatenate([TransferSet.concatenate([first, second], [2.0, 1.0]), second], [1.0, 0.5])
     batch = weighted.__getitems__([0, 23, 28])
-    assert batch.weights is not None and batch.weights.tolist() == [2.0, 1.0, 0.5]
-    assert weighted[0]["weight"] == 2.0
+    assert batch.weights is not None and batch.weights.tolist() == [2.0, 1.0, 0.5] and weighted[0]["weight"] == 2.0
     assert weighted.digest != TransferSet.concatenate([first, second, second]).digest
     mixed = TransferSet.concatenate([first, second, weighted]).__getitems__([0, 28])
     assert mixed.weights is not None and mixed.weights.tolist() == [1.0, 2.0]
-
-
-def test_sets_that_cannot_be_joined(transfer_set, tmp_path):
-    write_set(tmp_path / "other", make_plan(tokenizer_fingerprint="f" * 64, num_prompts=2))
-    sets = [transfer_set, TransferSet(tmp_path / "other")]
+    write_set(tmp_path / "third", make_plan(tokenizer_fingerprint="f" * 64, num_prompts=2))
+    sets = [transfer_set, TransferSet(tmp_path / "third")]
     bad_weights = ([1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, float("nan")])
     for message, *arguments in (
         ("differ in tokenizer_fingerprint", sets),
         ("at least one", []),
         *(("finite number above 0", sets, weights) for weights in bad_weights),
     ):
-        with pytest.raises(ConfigError, match=message):
-            TransferSet.concatenate(*arguments)
+        refused(ConfigError, message, TransferSet.concatenate, *arguments)
     with pytest.raises(ConfigError, match="one vocabulary size"):
         TopKLogprobs.concatenate([TopKLogprobs.from_dense(torch.zeros(1, size)) for size in (3, 4)])
 
 
 def test_entries_that_are_picked():
     assert TopKLogprobs.from_dense(torch.zeros(2, 3)).select(torch.tensor([False, True])).counts.tolist() == [3]
-    with pytest.raises(ConfigError, match=r"needs uniforms of shape \(N, 2\)"):
-        select_entries(torch.zeros(1, 3), Sampled(2), (1.0,))
+    refused(ConfigError, r"needs uniforms of shape \(N, 2\)", select_entries, torch.zeros(1, 3), Sampled(2), (1.0,))
     for text, message in (("topk", "Cannot read"), ("evil:3", "Cannot read"), ("topk:0", "at least 1, found 0")):
-        with pytest.raises(ConfigError, match=message):
-            parse_storage_rule(text)
+        refused(ConfigError, message, parse_storage_rule, text)
 
 
 def test_info(path, transfer_set):
@@ -179,8 +156,7 @@ def test_wrong_arguments_and_missing_sets(path, tmp_path):
         (tmp_path / "nowhere", {}, "is not a folder"),
         (tmp_path, {}, r"it has neither index\.json nor plan\.json"),
     ):
-        with pytest.raises((ConfigError, TransferSetError), match=message):
-            TransferSet.open(source, **options)
+        refused((ConfigError, TransferSetError), message, TransferSet.open, source, **options)
 
 
 def commit(writer, *tasks):
@@ -192,12 +168,10 @@ def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):
     with TransferSetWriter.open(tmp_path / "set", make_plan()) as writer:
         first, second, third = writer.claim()
         commit(writer, first, third)
-        with pytest.raises(TransferSetError, match="the first 1 of 3 shards"):
-            TransferSet(tmp_path / "set")
+        refused(TransferSetError, "the first 1 of 3 shards", TransferSet, tmp_path / "set")
         prefix = TransferSet(tmp_path / "set", allow_incomplete=True)
         assert (len(prefix), prefix.info.complete) == (4, False)
-        with pytest.raises(TransferSetError, match="unfinished: it has the first 1 of 3 shards"):
-            verify(tmp_path / "set")
+        refused(TransferSetError, "unfinished: it has the first 1 of 3 shards", verify, tmp_path / "set")
         assert verify(tmp_path / "set", allow_incomplete=True).rows == 4
         commit(writer, second)
         whole = TransferSet(tmp_path / "set", allow_incomplete=True)

@@ -17,15 +17,17 @@ from quantkd.files import FileLock
 from quantkd.transfer_set import ShardTask, TransferSet, TransferSetWriter, convert, estimate_bytes, verify
 from quantkd.transfer_set.conversion import expect_entries, trim
 from quantkd.transfer_set.rules import Nucleus, Sampled, TopK, max_entries, narrow, storage_rule_to_dict
+from tests.conftest import refused
 
 ANSWERS = Path(__file__).parent / "golden" / "answers"  # SmolLM2-135M's to 8 questions of GSM8K, nucleus 0.95
 
 
 @pytest.fixture
 def open_writer(tmp_path):
-    return lambda path="set", process=(0, 1), **changes: TransferSetWriter.open(
-        tmp_path / path, make_plan(**changes), process=process
-    )
+    def build(path="set", process=(0, 1), **changes):
+        return TransferSetWriter.open(tmp_path / path, make_plan(**changes), process=process)
+
+    return build
 
 
 def rows_of(plan, task):
@@ -45,15 +47,18 @@ def test_what_is_committed_is_not_written_again(open_writer, tmp_path):
         task = next(first.claim())
         assert task == ShardTask(0, 0, 4)
         first.commit(task, rows_of(first.plan, task))
-        with pytest.raises(TransferSetError, match="Shard 0 is not claimed"):
-            first.commit(task, rows_of(first.plan, task))
+        refused(TransferSetError, "Shard 0 is not claimed", first.commit, task, rows_of(first.plan, task))
     stamp = os.stat(tmp_path / "set" / "shard-00000.safetensors").st_mtime_ns
     with open_writer() as second:
         assert commit_all(second) == [1, 2]
         digest = second.finalize()
+    kept = {*hashes(tmp_path / "set"), "README.md"}
+    for name in ("plan.json", "shard-00000.json", "shard-00001.safetensors.tmp", "writer-1-of-2.lock", "README.md"):
+        (tmp_path / "set" / name).write_text("{}")  # leftovers of a crash in the cleanup, and a file that is not ours
     for process in ((0, 1), (0, 2), (1, 2)):
         with open_writer(process=process) as again:
             assert again.is_complete and list(again.claim()) == [] and again.finalize() == digest
+        assert set(hashes(tmp_path / "set")) == kept
     assert os.stat(tmp_path / "set" / "shard-00000.safetensors").st_mtime_ns == stamp
 
 
@@ -62,24 +67,28 @@ def test_other_plans_and_folders_are_refused(open_writer, tmp_path):
     with pytest.raises(TransferSetError, match="another plan; it differs in teacher_dtype, batch_size"):
         open_writer(teacher_dtype="bfloat16", batch_size=4)
     write_set(tmp_path / "set")
-    with pytest.raises(TransferSetError, match="differs in num_prompts"):
-        open_writer(num_prompts=11)
+    refused(TransferSetError, "differs in num_prompts", open_writer, num_prompts=11)
     (tmp_path / "set" / "index.json").unlink()
-    with pytest.raises(TransferSetError, match=r"shard-00000.safetensors but neither plan.json nor index.json"):
-        open_writer()
+    refused(TransferSetError, r"shard-00000.safetensors but neither plan.json nor index.json", open_writer)
     (tmp_path / "file").write_text("")
-    with pytest.raises(TransferSetError, match="Could not write the transfer set"):
-        open_writer("file/set")
+    refused(TransferSetError, "Could not write the transfer set", open_writer, "file/set")
 
 
-def test_a_second_writer_fails_clearly(open_writer, tmp_path):
+def test_one_writer_at_a_time_and_nobody_waits_for_one_that_has_ended(open_writer, tmp_path, monkeypatch):
     with open_writer(process=(0, 2)):
         open_writer(process=(1, 2)).close()
         for process in ((0, 2), (0, 1), (2, 3), (0, 3)):
-            with pytest.raises(TransferSetError, match="Another writer is at work"):
-                open_writer(process=process)
+            refused(TransferSetError, "Another writer is at work", open_writer, process=process)
     assert sorted(hashes(tmp_path / "set")) == ["plan.json"], "a lock that was given back is removed"
     open_writer(process=(2, 3)).close()
+    monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.0)
+    with open_writer(process=(0, 2)) as first:
+        commit_all(first)
+        refused(TransferSetError, "Process 1 of 2 ended before the transfer set", first.finalize)
+        with open_writer(process=(1, 2)) as second:
+            monkeypatch.setattr("quantkd.transfer_set.writer.time.sleep", lambda seconds: commit_all(second))
+            digest = first.finalize()
+            assert second.finalize() == digest
 
 
 def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(open_writer, tmp_path, monkeypatch):
@@ -100,8 +109,7 @@ def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(open_writer,
     assert done == [[1], digest, []]
     assert set(hashes(tmp_path / "set")) == {"index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
     monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.1)
-    with pytest.raises(TransferSetError, match="Process 0 of 2 has not begun"):
-        open_writer("other", process=(1, 2))
+    refused(TransferSetError, "Process 0 of 2 has not begun", open_writer, "other", process=(1, 2))
 
 
 def test_a_lock_that_a_killed_launch_left_stops_no_two_who_look_at_it_at_once(open_writer, tmp_path, monkeypatch):
@@ -119,18 +127,6 @@ def test_a_lock_that_a_killed_launch_left_stops_no_two_who_look_at_it_at_once(op
     with open_writer(process=(0, 2)), late[1]:
         pass
     assert sorted(hashes(tmp_path / "set")) == ["plan.json"]
-
-
-def test_nobody_waits_for_a_process_that_has_ended(open_writer, monkeypatch):
-    monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.0)
-    with open_writer(process=(0, 2)) as first:
-        commit_all(first)
-        with pytest.raises(TransferSetError, match="Process 1 of 2 ended before the transfer set"):
-            first.finalize()
-        with open_writer(process=(1, 2)) as second:
-            monkeypatch.setattr("quantkd.transfer_set.writer.time.sleep", lambda seconds: commit_all(second))
-            digest = first.finalize()
-            assert second.finalize() == digest
 
 
 @pytest.mark.parametrize("has_plan", [True, False])
@@ -160,8 +156,7 @@ def test_what_commit_and_finalize_refuse(open_writer, tmp_path, monkeypatch):
             (r"Row 2 of shard 0: .*at most 0", likelier),
             ("counters", rows, {"responses_cut": -1}),
         ):
-            with pytest.raises(TransferSetError, match=message):
-                first.commit(task, *arguments)
+            refused(TransferSetError, message, first.commit, task, *arguments)
         for limit, most, message in (
             ("codec.MAX_SHARD_SPANS", 3, "Plan fewer rows per shard"),
             ("row.MAX_ROW_ENTRIES", 2, "at most 2 entries, found"),
@@ -170,8 +165,7 @@ def test_what_commit_and_finalize_refuse(open_writer, tmp_path, monkeypatch):
                 limits.setattr(f"quantkd.transfer_set.{limit}", most)
                 first.commit(task, rows)
         first.commit(task, rows[:2])
-        with pytest.raises(TransferSetError, match="lacks 2 of 3 shards, first 1"):
-            first.finalize()
+        refused(TransferSetError, "lacks 2 of 3 shards, first 1", first.finalize)
         assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == 2
         commit_all(first)
         file = tmp_path / "set" / "shard-00001.safetensors"
@@ -179,18 +173,7 @@ def test_what_commit_and_finalize_refuse(open_writer, tmp_path, monkeypatch):
             (lambda: os.truncate(file, 100), r"has 100 bytes; its record promises \d+"), (file.unlink, "No such file"),
         ):  # fmt: skip
             harm()
-            with pytest.raises(TransferSetError, match=message):
-                first.finalize()
-
-
-def test_leftovers_of_a_crash_in_the_cleanup_are_removed(open_writer, tmp_path):
-    write_set(tmp_path / "set")
-    for name in ("plan.json", "shard-00000.json", "shard-00001.safetensors.tmp", "writer-1-of-2.lock"):
-        (tmp_path / "set" / name).write_text("{}")
-    (tmp_path / "set" / "README.md").write_text("mine")
-    open_writer().close()
-    kept = {"README.md", "index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
-    assert set(hashes(tmp_path / "set")) == kept
+            refused(TransferSetError, message, first.finalize)
 
 
 def test_convert_to_fewer_entries(tmp_path):
@@ -199,8 +182,7 @@ def test_convert_to_fewer_entries(tmp_path):
     source, small = TransferSet(tmp_path / "set"), TransferSet(tmp_path / "small")
     assert verify(tmp_path / "small").digest == digest == small.digest
     assert small.info.storage == {"kind": "nucleus", "p": 0.7, "max_k": 16}
-    assert small.info.num_entries < source.info.num_entries
-    assert small.plan.extra == {"converted_from": source.digest}
+    assert small.info.num_entries < source.info.num_entries and small.plan.extra == {"converted_from": source.digest}
     for number in range(40):
         before, after = source.row(number), small.row(number)
         np.testing.assert_array_equal(after.input_ids, before.input_ids)
@@ -223,8 +205,7 @@ def test_convert_to_fewer_entries(tmp_path):
 ])  # fmt: skip
 def test_narrow(stored, wanted, result):
     if result is None:
-        with pytest.raises(ConfigError, match="draws would lose their balance"):
-            narrow(stored, wanted)
+        refused(ConfigError, "draws would lose their balance", narrow, stored, wanted)
     else:
         assert narrow(stored, wanted) == narrow(result, result) == result
 
@@ -266,9 +247,7 @@ def test_the_estimate_is_within_a_tenth_on_answers_of_a_real_model(tmp_path, voc
 
 
 def test_expected_entries():
-    assert expect_entries(TopK(50)) == 50
-    assert 5 < expect_entries(Sampled(50)) < 6.5
+    found = [expect_entries(rule) for rule in (TopK(50), Nucleus(1.0, max_k=64))]
+    assert found == [50, 64] and max_entries(Nucleus(0.9, max_k=64), 10) == 10 and 5 < expect_entries(Sampled(50)) < 6.5
     for p, entries in ((0.9, 5.0), (0.95, 9.1), (0.99, 22.3)):  # measured, see DESIGN
         assert abs(expect_entries(Nucleus(p)) / entries - 1) < 0.25
-    assert expect_entries(Nucleus(1.0, max_k=64)) == 64
-    assert max_entries(Nucleus(0.9, max_k=64), 10) == 10

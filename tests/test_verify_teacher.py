@@ -1,6 +1,7 @@
 """`verify --teacher` sees what no format check can: distributions and answers that the teacher would not have given."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -44,10 +45,6 @@ def other_token(row):
     return replace(row, token_ids=ids)
 
 
-def flatter(row):
-    return replace(row, logprobs=(row.logprobs - np.float32(0.5)).astype(np.float32))
-
-
 def other_answer(row):
     ids = row.input_ids.copy()
     ids[int(row.spans[0, 0]) :] = 30
@@ -71,7 +68,7 @@ def check(cli, tmp_path, tiny_model_path):
     return check
 
 
-def test_an_honest_set_passes_in_any_batch(write, check):
+def test_an_honest_set_passes_in_any_batch_and_answers_that_rounding_decided_count_as_greedy(write, check, tmp_path):
     write(lambda row: row)
     code, out, _ = check("--rows", "99", "--batch_size", "3")
     assert code == 0 and "rows        16 of 16, drawn with seed 0" in out
@@ -80,15 +77,15 @@ def test_an_honest_set_passes_in_any_batch(write, check):
     assert float(re.search(r"on average, ([^ ]+) in the worst row", out)[1]) < 1e-4
     _, out, _ = check("--rows", "5", "--seed", "3")
     assert "rows        5 of 16, drawn with seed 3" in out
-
-
-def test_answers_that_rounding_decided_count_as_greedy(check, write):
+    shutil.rmtree(tmp_path / "s")
     row = write(tied)[POISONED]
     assert (row["input_ids"][-1] != row["teacher"].top_ids[-1]).item()
     assert "greedy      100.0%" in check("--rows", "99")[1]
 
 
-@pytest.mark.parametrize("poison", [other_token, flatter, other_answer])
+@pytest.mark.parametrize("poison", [
+    other_token, other_answer, lambda row: replace(row, logprobs=(row.logprobs - np.float32(0.5)).astype(np.float32)),
+], ids=["token", "answer", "flatter"])  # fmt: skip
 def test_a_poisoned_row_is_named(check, cli, write, tmp_path, poison):
     write(poison)
     assert cli("verify", tmp_path / "s")[0] == 0  # its form is perfect

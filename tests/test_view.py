@@ -22,7 +22,7 @@ from quantkd.transfer_set.row import TransferRow
 from quantkd.view import collect_divergence, render_page, write_page
 from quantkd.view.divergence import KL_EDGES
 from quantkd.view.spelling import decode_text, spell_tokens
-from tests.conftest import build_tiny_model, build_tiny_tokenizer
+from tests.conftest import build_tiny_model, build_tiny_tokenizer, refused
 from tests.divergence_pages import HOSTILE, Reader, make_divergence, make_page_divergence, make_row
 from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
 from tests.transfer_sets import make_plan, make_row as make_set_row, write_rows
@@ -51,25 +51,23 @@ def test_every_number_equals_a_plain_pass(held_out, student, batch_size):
         with student.disable_adapter():
             before = dense_logprobs(student, item)
         after = dense_logprobs(student, item)
-        assert row.token_ids.tolist() == item["labels"][item["labels"] != -100].tolist()
-        assert row.top_before.tolist() == before.argmax(-1).tolist()
-        assert row.top_after.tolist() == after.argmax(-1).tolist()
+        expected = item["labels"][item["labels"] != -100], before.argmax(-1), after.argmax(-1)
+        for mine, theirs in zip((row.token_ids, row.top_before, row.top_after), expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
         kls.append([sparse_divergences(item["teacher"], dense)[0] for dense in (before, after)])
         np.testing.assert_allclose([row.kl_before, row.kl_after], kls[-1], rtol=0, atol=2e-4)
         teacher = item["teacher"]
         entries = list(zip(teacher.token_ids.tolist(), teacher.logprobs.tolist(), strict=True))
         for place, (start, stop) in enumerate(itertools.pairwise(teacher.offsets.tolist())):
-            stored = dict(entries[start:stop])
-            own = slice(row.alternatives.offsets[place], row.alternatives.offsets[place + 1])
-            ids = row.alternatives.token_ids[own].tolist()
+            stored, known = dict(entries[start:stop]), row.alternatives
+            own = slice(known.offsets[place], known.offsets[place + 1])
+            ids = known.token_ids[own].tolist()
             ranked = sorted(stored, key=lambda token: -stored[token])[:3]
-            assert ids[: len(ranked)] == ranked
             extra = {int(row.token_ids[place]), int(before[place].argmax()), int(after[place].argmax())}
-            assert set(ids) == {*ranked, *extra} and len(ids) == len(set(ids))
-            known = [stored.get(token, math.nan) for token in ids]
-            np.testing.assert_allclose(row.alternatives.teacher[own], known, atol=1e-6)
-            np.testing.assert_allclose(row.alternatives.before[own], before[place, ids], atol=2e-4)
-            np.testing.assert_allclose(row.alternatives.after[own], after[place, ids], atol=2e-4)
+            assert ids[: len(ranked)] == ranked and sorted(ids) == sorted({*ranked, *extra})
+            np.testing.assert_allclose(known.teacher[own], [stored.get(each, math.nan) for each in ids], atol=1e-6)
+            np.testing.assert_allclose(known.before[own], before[place, ids], atol=2e-4)
+            np.testing.assert_allclose(known.after[own], after[place, ids], atol=2e-4)
     means = np.concatenate(kls, axis=1).mean(1)
     assert found.mean_kl == pytest.approx(tuple(means), abs=1e-4)
     assert min(means) > 0.05  # so that a mistake would be seen
@@ -122,45 +120,36 @@ def test_rows_are_limited_and_the_model_is_as_it_was(held_out, student, frozen):
     found = collect_divergence(student, held_out, BYTE_LEVEL, rows=2)
     assert [row.index for row in found.rows] == [0, 1] and found.num_rows == 5
     assert modes == [module.training for module in student.modules()]
-    assert trained == [parameter.requires_grad for parameter in student.parameters()]
-    assert any(trained) != frozen
+    assert trained == [parameter.requires_grad for parameter in student.parameters()] and any(trained) != frozen
     assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
 
 
 def test_what_cannot_be_shown_is_refused(held_out, student):
-    with pytest.raises(ConfigError, match="expected a PeftModel"):
-        collect_divergence(student.get_base_model(), held_out, BYTE_LEVEL)
-    with pytest.raises(DataError, match="no rows to show"):
-        collect_divergence(student, held_out[:0], BYTE_LEVEL)
+    refused(ConfigError, "expected a PeftModel", collect_divergence, student.get_base_model(), held_out, BYTE_LEVEL)
+    refused(DataError, "no rows to show", collect_divergence, student, held_out[:0], BYTE_LEVEL)
     other = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL._tokenizer, eos_token="<|pad|>")
-    with pytest.raises(TransferSetError, match="tokenizer"):
-        collect_divergence(student, held_out, other)
+    refused(TransferSetError, "tokenizer", collect_divergence, student, held_out, other)
     with torch.no_grad():
         student.get_base_model().model.norm.weight.fill_(math.nan)
-    with pytest.raises(DataError, match=r"KL at row \d is not finite"):
-        collect_divergence(student, held_out, BYTE_LEVEL)
+    refused(DataError, r"KL at row \d is not finite", collect_divergence, student, held_out, BYTE_LEVEL)
 
 
 def test_the_command_writes_the_page(cli, tmp_path, held_out, tiny_model_path, student):
     student.save_pretrained(tmp_path / "adapter")
     words = f"view --held_out {held_out.sources[0]} --model_name_or_path {tiny_model_path} --dtype float32".split()
     page, adapter = tmp_path / "page.html", ["--adapter", tmp_path / "adapter"]
-    code, out, _ = cli(*words, *adapter, "--output", page, "--rows", 3, "--alternatives", 2)
-    assert code == 0 and f"{page}: 3 rows, " in out
+    out = cli.ok(*words, *adapter, "--output", page, "--rows", 3, "--alternatives", 2)
+    assert f"{page}: 3 rows, " in out
     text = page.read_text(encoding="utf-8")
     rows = Reader(text).data["rows"]
     means = [np.mean([kl for row in rows for kl in row[name]]) for name in ("before", "after")]
     printed = re.search(r"KL ([\d.]+) before, ([\d.]+) after", out)
     assert printed and [float(each) for each in printed.groups()] == pytest.approx(means, rel=5e-3)
     assert str(tmp_path) not in text and str(Path.home()) not in text  # no local path
-    for more, said in (
-        (["--output", "page.txt", *adapter], "expected a file name that ends in .html"),
-        (["--output", page, "--rows", 0, *adapter], "--rows is 0; expected at least 1"),
-        (["--output", page, "--adapter", tmp_path], "adapter_config.json"),
-        (["--output", page, "--adapter", tmp_path / "nowhere"], "nowhere"),
-    ):
-        code, _, err = cli(*words, *more)
-        assert code == 1 and said in err and "Traceback" not in err
+    cli.fails("expected a file name that ends in .html", *words, "--output", "page.txt", *adapter)
+    cli.fails("--rows is 0; expected at least 1", *words, "--output", page, "--rows", 0, *adapter)
+    for folder, said in ((tmp_path, "adapter_config.json"), (tmp_path / "nowhere", "nowhere")):
+        cli.fails(said, *words, "--output", page, "--adapter", folder)
     assert page.read_text(encoding="utf-8") == text
 
 
@@ -177,7 +166,7 @@ def test_the_pieces_of_a_text_are_its_bytes(text):
                 piece.decode()
 
 
-def test_sentencepiece_tokens_keep_their_space_and_bytes():
+def test_sentencepiece_tokens_keep_their_space_and_bytes_and_unknown_ids_have_a_name():
     """A vocabulary as Llama 2's: ▁ for a space, <0xNN> for bytes, and a decoder that drops the first space."""
     texts = {"▁a": " a", "▁": " ", "▁the": " the", "a": "a", "é": "é", "<0xF0>": b"\xf0", "<0x0A>": "\n", "<0x41>": "A"}
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "▁the", "é"]
@@ -188,16 +177,20 @@ def test_sentencepiece_tokens_keep_their_space_and_bytes():
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     for name, text in texts.items():
         assert spell_tokens(wrapped, [ids[name]]) == {ids[name]: text}
-
-
-def test_special_and_unknown_ids_have_a_name():
     end = BYTE_LEVEL.convert_tokens_to_ids("<|im_end|>")
     assert spell_tokens(BYTE_LEVEL, [end, 5000, end]) == {end: "<|im_end|>", 5000: "<id 5000>"}
     assert decode_text(BYTE_LEVEL, [end, *BYTE_LEVEL.encode(" a , b", add_special_tokens=False)]) == "<|im_end|> a , b"
 
 
-def test_the_page_needs_nothing_from_outside():
-    page = render_page(make_divergence(make_page_divergence().rows[:1], ["a"] * 40))
+def test_the_page_needs_nothing_from_outside_and_is_the_same_bytes_each_time(tmp_path):
+    found = make_page_divergence()
+    path = write_page(found, tmp_path / "new" / "page.html")
+    first = path.read_bytes()
+    path.write_text("old")
+    assert write_page(found, str(path)).read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+    refused(ConfigError, "is a folder; expected a file name", write_page, found, tmp_path)
+    page = render_page(make_divergence(found.rows[:1], ["a"] * 40))
     reader = Reader(page)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", page.split('type="application/json"')[0])
     assert "http" not in reader.texts["script"][1] and "http" not in reader.texts["style"][0]
@@ -232,17 +225,6 @@ def test_hostile_tokens_and_names_stay_text():
     assert raw.isascii() and not set("<>&") & set(raw) and not re.search("[\u202e\x1b\u200b\u3164]", page)
 
 
-def test_the_same_divergence_gives_the_same_bytes_and_replaces_the_file(tmp_path):
-    found = make_page_divergence()
-    path = write_page(found, tmp_path / "new" / "page.html")
-    first = path.read_bytes()
-    path.write_text("old")
-    assert write_page(found, str(path)).read_bytes() == first
-    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
-    with pytest.raises(ConfigError, match="is a folder; expected a file name"):
-        write_page(found, tmp_path)
-
-
 @pytest.mark.parametrize(("before", "after", "said"), [
     (0.2, 0.05, "75% lower than before"), (0.1, 0.3, "higher than before"), (0.2, -1e-9, "100% lower than before"),
     (1e-9, 1e-9, "the same as the teacher, before and after"), (-1e-9, 5.0, "higher than before"),
@@ -252,5 +234,4 @@ def test_the_summary_says_how_the_kl_changed(before, after, said):
     row.kl_before[:], row.kl_after[:] = before, after
     summary = render_page(make_divergence([row], ["a"] * 40)).split("<main>")[1].split('<div class="toolbar"')[0]
     text = " ".join(re.sub(r"<[^>]*>", " ", summary).split())
-    assert said in text and "-0.000" not in text and "nan" not in text
-    assert f"before {max(before, 0):.3f}" in text
+    assert said in text and "-0.000" not in text and "nan" not in text and f"before {max(before, 0):.3f}" in text

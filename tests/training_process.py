@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
+from quantkd.models import initialization
 from quantkd.training.curves import TrainingCurves
 
 ARGUMENTS = {
@@ -65,6 +67,8 @@ class KeepParameters(TrainerCallback):
 
 
 def main(job):
+    if PartialState().process_index:
+        initialization.initialize_from_error = Mock(side_effect=AssertionError("another process computed the start"))
     folder, rows = Path(job["folder"]), TransferSet(job["transfer_set"])
     student, peft_config = build_student(job["student"], job["model"])
     named = {"model_init_kwargs": {"dtype": "float32"}} if isinstance(student, str) else {}
