@@ -104,16 +104,10 @@ def capture_set(model, prompts, folder, **options):
     return capture(model, prompts, folder, generation=generation, run=RunSettings(**run), **options)
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer():
-    """The tokenizer of `build_tiny_tokenizer`; shared, so do not change it."""
-    return build_tiny_tokenizer()
-
-
-@pytest.fixture
-def tiny_model(tiny_tokenizer):
-    """A fresh copy of the seeded random Llama for each test, so that a test may train it."""
-    return build_tiny_model(tiny_tokenizer)
+# The tokenizer is shared, so do not change it; the model is a fresh copy for each test, so that a test may train it.
+tiny_tokenizer = pytest.fixture(build_tiny_tokenizer, scope="session")
+tiny_model = pytest.fixture(lambda tiny_tokenizer: build_tiny_model(tiny_tokenizer))
+make_trainer = pytest.fixture(lambda build_trainer, tmp_path: partial(build_trainer, tmp_path / "out"))
 
 
 @pytest.fixture(scope="session")
@@ -168,11 +162,6 @@ def build_trainer(tiny_model_path, training_set):
         return trainer
 
     return build
-
-
-@pytest.fixture
-def make_trainer(build_trainer, tmp_path):
-    return partial(build_trainer, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

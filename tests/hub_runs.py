@@ -9,7 +9,6 @@ from fake_hub import TOKEN, running_hub
 from transfer_sets import write_set
 from transformers import AutoModelForCausalLM
 
-from quantkd import TransferSet
 from quantkd.models.student import default_quantization_config
 from tests.report_arms import build, make_arms
 
@@ -17,6 +16,7 @@ PUSHED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "gap.png", "quantkd.json",
     "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
+small_set = pytest.fixture(lambda tmp_path: write_set(tmp_path / "small"))
 run = pytest.fixture(lambda trained_run, tmp_path: shutil.copytree(trained_run, tmp_path / "mine"))
 
 
@@ -33,12 +33,6 @@ def damage(data: bytes) -> bytes:
 def hub(monkeypatch, tmp_path):
     with running_hub(monkeypatch, tmp_path / "cache") as hub:
         yield hub
-
-
-@pytest.fixture
-def small_set(tmp_path):
-    write_set(tmp_path / "small")
-    return TransferSet.open(tmp_path / "small")
 
 
 @pytest.fixture(scope="module")

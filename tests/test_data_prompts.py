@@ -17,9 +17,7 @@ from tests.conftest import refused
 
 ROWS = [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "2"}]
 EXPECTED = [Example("one", "1"), Example("two", "2")]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{{ 'assistant' if add_generation_prompt }}"
 
 
 @pytest.fixture

@@ -31,9 +31,7 @@ def sets(tmp_path_factory):
         "larger": make_plan(num_prompts=20, prompts_digest="3" * 64, temperatures=(1.0,)),
         "grown": make_plan(num_prompts=20, prompts_digest="4" * 64),
     }
-    for name, plan in plans.items():
-        write_set(folder / name, plan)
-    opened = {name: TransferSet.open(folder / name) for name in plans}
+    opened = {name: write_set(folder / name, plan) for name, plan in plans.items()}
     for shard in range(3):  # so that growth is what it says
         same = [(folder / name / f"shard-{shard:05d}.safetensors").read_bytes() for name in ("old", "grown")]
         assert same[0] == same[1]

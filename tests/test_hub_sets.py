@@ -63,8 +63,7 @@ def test_shards_come_when_they_are_touched_and_the_token_stays_here(hub, small_s
 def test_the_revision_is_fixed_when_the_set_is_opened(hub, small_set, tmp_path):
     first = push_transfer_set(small_set, "user/set").commit
     opened = TransferSet.open("user/set")
-    write_set(tmp_path / "other", make_plan(prompts_digest="2" * 64, num_prompts=5))
-    other = TransferSet.open(tmp_path / "other")
+    other = write_set(tmp_path / "other", make_plan(prompts_digest="2" * 64, num_prompts=5))
     push_transfer_set(other, "user/set")
     assert_equal(opened, small_set)  # read after the branch has moved on
     assert_equal(TransferSet.open("user/set"), other)
@@ -127,9 +126,8 @@ def test_a_folder_wins_and_only_whole_and_sound_sets_are_pushed(hub, small_set, 
     shard = tmp_path / "small" / "shard-00001.safetensors"
     shard.write_bytes(damage(shard.read_bytes()))
     refused(TransferSetError, "damaged", push_transfer_set, small_set, "user/set")
-    write_set(tmp_path / "told", make_plan(teacher_name=str(Path.home() / "models" / "llama")))
-    with pytest.raises(ConfigError, match=r"index\.json names your home folder"):
-        push_transfer_set(TransferSet.open(tmp_path / "told"), "user/set")
+    told = write_set(tmp_path / "told", make_plan(teacher_name=str(Path.home() / "models" / "llama")))
+    refused(ConfigError, r"index\.json names your home folder", push_transfer_set, told, "user/set")
     assert hub.requests == []
 
 

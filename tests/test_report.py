@@ -22,7 +22,6 @@ from quantkd.evaluation.stats import RowSums, bootstrap_interval, wilson_interva
 from quantkd.report import build_report, format_table
 from quantkd.report.figures import draw_bits, save_figure
 from quantkd.report.histograms import compute_histograms
-from quantkd.transfer_set import TransferSet
 from tests.conftest import refused
 from tests.report_arms import (
     LEVELS,
@@ -434,8 +433,7 @@ def test_questions_needed(tmp_path, binned):
 
 @pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0,)])
 def test_histograms(tmp_path, temperatures):
-    write_set(tmp_path / "set", make_plan(num_prompts=12, temperatures=temperatures))
-    transfer_set = TransferSet(tmp_path / "set")
+    transfer_set = write_set(tmp_path / "set", make_plan(num_prompts=12, temperatures=temperatures))
     found = compute_histograms(transfer_set)
     sizes, entropies = [], []
     for row in transfer_set.rows(range(12)):

@@ -119,12 +119,11 @@ def write_position(layout, rng):
         numbers.append(sum(c * term for c, term in zip(coefficients, terms, strict=True)))
     place = layout.exact_k
     for part in layout.residual_bins or ():
-        codes = [int(x) for x in rng.integers(0, 2 ** part["element_bits"], part["num_elements"])]
-        data += to_bytes([0.25], part["scale_dtype"]) + to_bits(codes, part["element_bits"])
-        for code in codes:
-            step = (-1, 1)[code] if part["element_bits"] == 1 else code - 2 ** (part["element_bits"] - 1)
-            numbers[place] += 0.25 * step
-            place += 1
+        bits, codes = part["element_bits"], rng.integers(0, 2 ** part["element_bits"], part["num_elements"]).tolist()
+        data += to_bytes([0.25], part["scale_dtype"]) + to_bits(codes, bits)
+        for at, code in enumerate(codes, place):
+            numbers[at] += 0.25 * ((-1, 1)[code] if bits == 1 else code - 2 ** (bits - 1))
+        place += len(codes)
     if layout.delta_encoding:
         numbers = [sum(numbers[: stop + 1]) for stop in range(len(numbers))]
     return data, numbers
@@ -150,11 +149,8 @@ def compressed_folder(folder, logprobs, ids):
     config |= {"term_dtype": "float32", "delta_encoding": False, "error_diffusion": False, "normalize_t": False}
     folder.mkdir()
     (folder / "compression_config.yaml").write_text(yaml.safe_dump(config))
-    row = {
-        "input_ids": list(range(3, 4 + len(ids))),
-        "compressed_logprobs": [list(to_bytes(values, "bfloat16")) for values in logprobs],
-        "bytepacked_indices": [list(to_bits(values, 7)) for values in ids],
-    }
+    row = {"input_ids": [*range(3, 4 + len(ids))], "bytepacked_indices": [list(to_bits(values, 7)) for values in ids]}
+    row["compressed_logprobs"] = [list(to_bytes(values, "bfloat16")) for values in logprobs]
     Dataset.from_list([row]).to_parquet(folder / "data_0.parquet")
     return row
 

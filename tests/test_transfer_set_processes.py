@@ -112,8 +112,7 @@ def read_with_workers(data, workers):
 
 def test_two_ranks_with_four_workers_each_read_the_same(tmp_path):
     """Each rank gets a view pickled, and its workers fork it, all while its maps are open here."""
-    write_set(tmp_path / "set", make_plan(num_prompts=24))
-    view = TransferSet(tmp_path / "set")[2:20]
+    view = write_set(tmp_path / "set", make_plan(num_prompts=24))[2:20]
     expected = content_of([view.__getitems__(range(start, start + 3)) for start in range(0, 18, 3)])
     data = pickle.dumps(view)
     assert len(data) < 10_000 and read_with_workers(data, 0) == expected

@@ -84,8 +84,7 @@ def test_views_and_splits(transfer_set, path):
 
 
 def test_joined_sets_and_what_cannot_be_joined(transfer_set, tmp_path):
-    write_set(tmp_path / "other", make_plan(num_prompts=5, teacher_name="second"))
-    first, second = transfer_set, TransferSet(tmp_path / "other")
+    first, second = transfer_set, write_set(tmp_path / "other", make_plan(num_prompts=5, teacher_name="second"))
     joined = TransferSet.concatenate([first, second[1:4], first[:1]])
     assert numbers(joined) == numbers(first) + numbers(second[1:4]) + numbers(first[:1])
     assert joined.info.teacher_name == "tiny-teacher, second"
@@ -101,8 +100,7 @@ def test_joined_sets_and_what_cannot_be_joined(transfer_set, tmp_path):
     assert weighted.digest != TransferSet.concatenate([first, second, second]).digest
     mixed = TransferSet.concatenate([first, second, weighted]).__getitems__([0, 28])
     assert mixed.weights is not None and mixed.weights.tolist() == [1.0, 2.0]
-    write_set(tmp_path / "third", make_plan(tokenizer_fingerprint="f" * 64, num_prompts=2))
-    sets = [transfer_set, TransferSet(tmp_path / "third")]
+    sets = [first, write_set(tmp_path / "third", make_plan(tokenizer_fingerprint="f" * 64, num_prompts=2))]
     bad_weights = ([1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, float("nan")])
     for message, *arguments in (
         ("differ in tokenizer_fingerprint", sets),

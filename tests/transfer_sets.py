@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from quantkd import TransferSet
 from quantkd.files import FileSystem
 from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import TransferRow
@@ -85,7 +86,8 @@ def write_rows(path, plan, make, **options):
 
 def write_set(path, plan=None, **row):
     plan = plan or make_plan()
-    return write_rows(path, plan, lambda prompt: make_row(plan, prompt, **row))
+    write_rows(path, plan, lambda prompt: make_row(plan, prompt, **row))
+    return TransferSet(path)
 
 
 def capture_slowly(path, log, seconds=0.0, process=(0, 1), disk=None):
