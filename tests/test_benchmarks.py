@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, TRAINING_PROMPTS, build_tiny_model, capture_set
+from tests.conftest import REPOSITORY, TRAINING_PROMPTS, build_tiny_model, capture_set, refused
 
 SCRIPTS = sorted((REPOSITORY / "benchmarks").glob("[a-z]*.py"))
 
@@ -183,8 +183,7 @@ def test_the_figures_of_a_card_are_gathered(gpu, sources, monkeypatch, tmp_path,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_card_one_line_says_what_to_do(gpu, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu"])
-    with pytest.raises(SystemExit, match=r"^No CUDA device was found: torch .* TORCH=torch\), or try .* --quick$"):
-        gpu.main()
+    refused(SystemExit, r"^No CUDA device was found: torch .* TORCH=torch\), or try .* --quick$", gpu.main)
     assert capsys.readouterr().out == ""
 
 

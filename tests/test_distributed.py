@@ -134,6 +134,8 @@ def test_ddp(ddp, alone, tiny_model_path, student):
     report = ddp[student]
     assert (report["world_size"], report["wrapper"], report["fused"]) == (2, "DistributedDataParallel", True)
     assert_equal(report, alone[student])
+    if student == "start":
+        assert report["starts"] == alone[student]["starts"] * 2
     if student == "nf4":
         check_digest(report, tiny_model_path)
 

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -79,6 +79,8 @@ def main(job):
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
     )  # fmt: skip
     trainer.remove_callback(TrainingCurves)  # a picture takes longer than the step
+    adapters = [each.detach().abs().sum() for name, each in trainer.model.named_parameters() if "lora_" in name]
+    starts = gather_object([float(sum(adapters))])  # before DDP makes them equal
     trainer.train()
     after = read_parameters(trainer.model)
     metrics = trainer.evaluate()
@@ -89,7 +91,7 @@ def main(job):
         weights = [parameter for name, parameter in model.named_parameters() if name.endswith("base_layer.weight")]
         report = {
             "logs": first, "metrics": metrics, "world_size": args.world_size, "fused": trainer.uses_fused_loss,
-            "wrapper": type(model).__name__,
+            "wrapper": type(model).__name__, "starts": starts,
             "sharded_base": sum(hasattr(w, "placements") or hasattr(w, "ds_shape") for w in weights),
         }  # fmt: skip
         # Of plain SGD with a rate of 1, whatever DDP, FSDP2 or DeepSpeed do with gradients.
