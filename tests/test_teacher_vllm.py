@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkd import TopK
 from quantkd.data.encoding import encode_prompts
 from quantkd.errors import TeacherError
+from quantkd.models.student import load_student
 from quantkd.teacher import EncodedPrompt, GenerationSettings
 from quantkd.teacher.server import ServerTeacher
+from tests.conftest import build_tiny_model
 
 pytestmark = [
     pytest.mark.vllm, pytest.mark.skipif(not find_spec("vllm"), reason="vllm is not installed; see make vllm-env"),
@@ -135,3 +138,31 @@ def test_server(server_url, smol_path, prompts, reference, tokenizer):
     compare(teacher.score(with_answers(rows, prompts)), reference, tokenizer, "server, given")
     with pytest.raises(TeacherError, match="max-logprobs"):
         ServerTeacher(server_url, "smol", tokenizer, TopK(WIDTH + 1), (1.0,), SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_that_vllm_quantizes_as_it_loads_has_our_codes(tiny_tokenizer, tmp_path, monkeypatch, dtype):
+    """By vLLM's plugin for bitsandbytes, which quantizes what the checkpoint stores, in the dtype that it has there."""
+    why = "vllm-bnb-plugin is not installed; see make vllm-env"
+    plugin = pytest.importorskip("vllm_bnb_plugin.bitsandbytes_loader", reason=why)
+    from vllm.config.load import LoadConfig
+
+    build_tiny_model(tiny_tokenizer).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in load_student(str(tmp_path), dtype=dtype).named_modules()
+        if hasattr(layer, "quant_state")
+    }
+    for name, value in (("world_size", 1), ("rank", 0)):
+        monkeypatch.setattr(plugin, f"get_tensor_model_parallel_{name}", lambda value=value: value)
+    loader = plugin.BitsAndBytesModelLoader(LoadConfig())
+    loader.target_modules = loader.unsharded_weights_modules = list(layers)
+    weights, states = loader._get_quantized_weights_iterator(str(tmp_path), None)
+    found = dict(weights)
+    assert len(layers) == len(states) == 14
+    for name, layer in layers.items():
+        theirs, state = found[f"{name}.weight"], states[f"{name}.weight"]
+        assert torch.equal(theirs, layer.weight), name
+        ours = {key: each for key, each in layer.weight.quant_state.as_dict().items() if torch.is_tensor(each)}
+        same = state.as_dict()
+        assert ours.keys() <= same.keys() and all(torch.equal(each, same[key]) for key, each in ours.items()), name
