@@ -245,7 +245,7 @@ def main() -> None:
     home = Path(args.cache) / Path(args.model).name
 
     def capture(model: str, home: Path) -> TransferSet:
-        place = argparse.Namespace(**{**vars(args), "model": model, "cache": str(home)})
+        place = argparse.Namespace(**{**vars(args), "domain": "gsm8k", "model": model, "cache": str(home)})
         capture_sets(place)
         return TransferSet.open(set_folder(place, "train"))
 

@@ -285,7 +285,7 @@ def main() -> None:
     args = parse(parser)
 
     def open_sets(model: str, home: Path) -> list[TransferSet]:
-        place = argparse.Namespace(**{**vars(args), "model": model, "cache": str(home)})
+        place = argparse.Namespace(**{**vars(args), "domain": "gsm8k", "model": model, "cache": str(home)})
         capture_sets(place)
         return [TransferSet.open(set_folder(place, name)) for name in ("train", "held_out")]
 

@@ -8,7 +8,7 @@ ended with the processes that it started, and recorded so; the others run.
 - `shapes`: a random model of Llama-3.1-8B's widths, of --layers layers, and its distributions of word problems;
 - `step.sft`, `step.quantkd_t1`, `step.quantkd_scales`: steps of step.py on its NF4 copy;
 - `capture`: capture.py with it as the teacher;
-- `recovery`: recovery.py's arms `before` and `quantkd` on --model, in the time that is left.
+- `recovery`: recovery.py's arms `before`, `start` and `quantkd-0` on --model, in the time that is left.
 
     make gpu MODEL=FOLDER
     python benchmarks/gpu.py --model FOLDER
@@ -151,7 +151,7 @@ def build_parts(args: argparse.Namespace, scratch: Path) -> list[Part]:
         Part("capture", script("capture", model=shapes, gsm8k=problems, prompts=prompts, batch_size=prompts,
                                max_new_tokens=tokens, rounds=1), 60, needs=shapes),
         Part("recovery", [*script("recovery", model=model, gsm8k=questions, cache=args.output / "recovery", **trained),
-                          "--arms", "before", "quantkd"], 600, skipped=missing),
+                          "--arms", "before", "start", "quantkd-0"], 600, skipped=missing),
     ]  # fmt: skip
 
 
@@ -267,12 +267,11 @@ def summarize(parts: dict[str, Figures]) -> Figures:
         if key in found.get("capture", {}):
             summary[f"capture.{key}"] = found["capture"][key]
     arms = found.get("recovery", {})
-    if "quantkd" in arms:
-        summary["recovery.kl"] = {"before": arms["before"]["kl"], "start": arms["quantkd"]["start_kl"],
-                                  "after": arms["quantkd"]["kl"]}  # fmt: skip
+    if arms:
+        summary["recovery.kl"] = {name: round(arm["kl"], 5) for name, arm in arms.items()}
     peaks = {name: steps[name]["peak_mib"] for name in steps}
-    if "peak_mib" in arms.get("quantkd", {}):
-        peaks["recovery"] = arms["quantkd"]["peak_mib"]
+    if "memory" in arms.get("quantkd-0", {}):
+        peaks["recovery"] = arms["quantkd-0"]["memory"] / 2**20
     return summary | ({"peak_mib": {name: round(peak) for name, peak in peaks.items()}} if peaks else {})
 
 

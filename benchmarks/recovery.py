@@ -1,40 +1,44 @@
-"""How much of what 4 bits took comes back on GSM8K, beside a control without the teacher and beside TRL's GKDTrainer.
+"""How much of what 4 bits took comes back, what training adds to the start, and other trainers from the same start.
 
-The teacher answers training questions (at most 512) and 128 test questions, once. On the training answers three
-trainers train the same student, each in a process of its own: the model in NF4, LoRA of one rank on all linear layers,
-the same rows, batch size and number of optimizer steps:
+The teacher answers training questions and test questions, once. All students have the same rows, adapters of one rank
+on all linear layers, batch size and optimizer steps, and each is trained in a process of its own:
 
-- `quantkd`: `QuantizedDistillationTrainer` on the stored distributions, from its covariance start, rows packed;
-- `ce_control`: the same trainer, start and steps by cross-entropy alone (`alpha=0`), without the distributions;
-- `gkd`: TRL's `GKDTrainer` with the teacher in memory, `lmbda=0` and `beta=0` (the given answers, forward KL). It
+- `start`: NF4 with calibrated codes (`quantkd quantize`) and adapters at their covariance start, before any step;
+- `quantkd-0`, `quantkd-1`, ...: that start, distilled from the stored distributions with `train_scales`, by seed;
+- `nearest_start`, `nearest`: the same from NF4's nearest codes;
+- `ce_control`: as `quantkd-0`, by cross-entropy alone (`alpha=0`), without the distributions;
+- `gkd`, `gkd_zero`: TRL's `GKDTrainer` with the teacher in memory, `lmbda=0` and `beta=0` (the given answers, forward
+  KL), on the same codes, with the same trainable parameters and learning rates; from that start, and from zero. It
   rounds adapters to bfloat16; they are put back to the precision of the others.
 
-Every student is then measured by one function on the test questions' answers: forward KL to the teacher at every
-answer token, with 95% bootstrap intervals over rows. `before` is the student without adapters, `start` the covariance
-start before the first step.
+Every student is measured as it is saved, by one function, on the test questions' answers: forward KL to the teacher at
+every answer token, with 95% bootstrap intervals over rows. `before` is NF4 to the nearest code. Bits per weight count
+codes, constants and adapters of the linear layers.
 
-Time is what a trainer takes from the loaded student to the trained one: quantkd's start and training, GKD's teacher and
-training. The answers cost all of them the same.
+Seconds are those of the steps; `start_seconds` those of codes and adapters, which all but `gkd_zero` need. Memory is
+the peak of the process, on a GPU that of the card.
 
-The learning rates come from runs on built-in word problems, which share no question with GSM8K: 2e-5 and 5e-5 were the
-best of four from the covariance start, and from a zero start 3e-4 and 1e-3 did not differ (docs/recipes.md).
+    python benchmarks/recovery.py
+    python benchmarks/recovery.py --domain arithmetic
 
-    python benchmarks/recovery.py --cache runs/recovery
-
-What was captured, trained and measured is kept in --cache, arm by arm, and found again there. The last line is one JSON
-object. `kl_vs_*` and `time_vs_*` are quantkd's as a share of the other's.
+`--domain arithmetic` asks the built-in word problems, in place of GSM8K. What was captured, trained and measured is
+kept in --cache, arm by arm, and found again there. The last line is one JSON object. `training_share_of_rest` is how
+much of the KL that the start leaves training takes, from the mean over seeds; `kl_vs_*` and `time_vs_gkd` are
+`quantkd-0`'s as a share of the other's. The learning rates were chosen on training questions (docs/recipes.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _cache import keep_figures
 from _sources import add_sources, find_gsm8k, parse
@@ -52,26 +56,36 @@ from quantkd import (
     TransferSet,
     capture,
 )
+from quantkd.data.arithmetic import generate_problems
 from quantkd.data.gsm8k import build_prompt, load_gsm8k
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.stats import RowSums, bootstrap_interval, compute_gap_recovered
 from quantkd.hardware import default_device, native_compute_dtype
-from quantkd.models.student import attach_lora, default_lora_config, load_student
+from quantkd.models.adapter_files import round_adapter
+from quantkd.models.quantize import quantize
+from quantkd.models.scales import attach_scales, folded_scales, group_by_scale, save_base, scale_parameters
+from quantkd.models.stored_weights import compute_size
+from quantkd.models.student import attach_lora, default_lora_config, load_student, short_dtype
 from quantkd.teacher import load_teacher
 
-ARMS = ("teacher", "before", "quantkd", "ce_control", "gkd")
-TRAINED = ("quantkd", "ce_control", "gkd")
-LEARNING_RATES = {"quantkd": 3e-5, "ce_control": 3e-5, "gkd": 2e-4}
+LOADED = ("teacher", "before")
+STARTS = {"start": "codes", "nearest_start": "nearest"}  # and what their adapters correct
+OTHERS = ("nearest", "ce_control", "gkd", "gkd_zero")
 # What an arm's figures depend on, beside its name; a cached arm is found again by it.
-SETTINGS = ("model", "gsm8k", "rows", "held_out_rows", "max_new_tokens", "rank", "epochs", "batch_size", "storage_mass")
+SETTINGS = (
+    "model", "gsm8k", "domain", "rows", "held_out_rows", "max_new_tokens", "storage_mass", "rank", "epochs",
+    "batch_size", "learning_rate", "scales_learning_rate",
+)  # fmt: skip
 
 
 def question_prompts(args: argparse.Namespace, name: str) -> list[str]:
     """The prompts of the training or of the held-out set."""
-    if name == "train":
-        rows = load_gsm8k(find_gsm8k(args.gsm8k), "train", args.rows)
+    count = args.rows if name == "train" else args.held_out_rows
+    if args.domain == "arithmetic":
+        train = generate_problems(args.rows, seed=0)
+        rows = train if name == "train" else generate_problems(count, seed=1, exclude=train)
     else:
-        rows = load_gsm8k(find_gsm8k(args.gsm8k), "test", args.held_out_rows)
+        rows = load_gsm8k(find_gsm8k(args.gsm8k), "train" if name == "train" else "test", count)
     return [build_prompt(row["question"]) for row in rows]
 
 
@@ -94,33 +108,55 @@ def capture_sets(args: argparse.Namespace) -> None:
     clear_device_cache(garbage_collection=True)  # the arms run in processes of their own, on the same card
 
 
+def student_folder(args: argparse.Namespace, name: str) -> Path:
+    """Where a start is kept, or what an arm trained."""
+    return Path(args.cache) / "students" / f"{name}-{args.rank}-{args.rows}-{args.epochs:g}"
+
+
+def choose_base(args: argparse.Namespace, kind: str) -> str:
+    """The student's name: with calibrated codes, made once, or the model's, put into NF4 as it is loaded."""
+    folder = Path(args.cache) / "students" / f"codes-{args.rows}"
+    if kind == "codes" and not folder.exists():
+        quantize(args.model, TransferSet(set_folder(args, "train")), folder)
+    return str(folder) if kind == "codes" else args.model
+
+
 def shared_arguments(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Training arguments of every contender."""
     return {
-        "output_dir": str(Path(args.cache) / "students" / name), "per_device_train_batch_size": args.batch_size,
-        "num_train_epochs": args.epochs, "learning_rate": LEARNING_RATES.get(name, 1e-4),
+        "output_dir": str(student_folder(args, name).with_suffix(".run")), "num_train_epochs": args.epochs,
+        "per_device_train_batch_size": args.batch_size, "learning_rate": args.learning_rate,
         "lr_scheduler_type": "cosine", "warmup_steps": 4, "logging_steps": 10, "save_strategy": "no", "report_to": [],
         "disable_tqdm": True, "remove_unused_columns": False, "bf16": torch.cuda.is_available(),
         "use_cpu": default_device().type == "cpu",
     }  # fmt: skip
 
 
-def build_quantkd(name: str, args: argparse.Namespace, student: Any, rows: TransferSet, tokenizer: Any) -> Trainer:
+def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | None) -> Trainer:
     """This library's trainer: the whole loss soft, or for the control all of it hard."""
     arguments = QuantizedDistillationConfig(
-        **shared_arguments(args, name), alpha=0.0 if name == "ce_control" else 1.0, packing=True
-    )
+        **shared_arguments(args, name), alpha=0.0 if name == "ce_control" else 1.0, packing=True, calibrate=False,
+        seed=int(name.partition("-")[2] or 0), train_scales=True, scales_learning_rate=args.scales_learning_rate,
+        init_from=args.model,
+    )  # fmt: skip
+    student = load_student(base)
     return QuantizedDistillationTrainer(
-        student, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=default_lora_config(args.rank)
-    )
+        student if start is None else PeftModel.from_pretrained(student, start, is_trainable=True), arguments,
+        train_dataset=TransferSet(set_folder(args, "train")), processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=default_lora_config(args.rank) if start is None else None,
+    )  # fmt: skip
 
 
-def build_gkd(name: str, args: argparse.Namespace, student: Any, rows: TransferSet, tokenizer: Any) -> Trainer:
-    """TRL's trainer, given the same token ids, with the teacher in memory."""
+def build_gkd(name: str, args: argparse.Namespace, base: str, start: Path | None) -> Trainer:
+    """TRL's trainer, given the same token ids and trainable parameters, with the teacher in memory."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     torch.manual_seed(0)
-    model = attach_lora(student, default_lora_config(args.rank))
+    model = attach_lora(load_student(base), default_lora_config(args.rank))
+    if start is not None:
+        model.load_adapter(str(start), "default", is_trainable=True)
+    attach_scales(model)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.padding_side = "right"
     plain = [
         {
@@ -128,7 +164,7 @@ def build_gkd(name: str, args: argparse.Namespace, student: Any, rows: TransferS
             "completion_mask": (row["labels"] != -100).int().tolist(),
             "prompt": "",  # asked for, and not used where there are ids and a mask
         }
-        for row in rows
+        for row in TransferSet(set_folder(args, "train"))
     ]
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=native_compute_dtype()).eval().to(default_device())
     arguments = GKDConfig(
@@ -136,54 +172,68 @@ def build_gkd(name: str, args: argparse.Namespace, student: Any, rows: TransferS
         train_sampling_strategy="group_by_length",
     )  # fmt: skip
     trainer = GKDTrainer(model, teacher, arguments, train_dataset=Dataset.from_list(plain), processing_class=tokenizer)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    own = scale_parameters(model)
+    adapters = [each for key, each in model.named_parameters() if ".lora_" in key]
+    for parameter in (*adapters, *own.values()):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    groups = [{"params": adapters}]
+    groups += [{"params": each, "lr": args.scales_learning_rate * scale} for each, scale in group_by_scale(own)]
+    trainer.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=0.0)
     return trainer
 
 
 def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm in this process if it is trained, and measure it."""
-    held_out = TransferSet(set_folder(args, "held_out"))
-    if name not in TRAINED:
-        model = load_teacher(args.model)[0] if name == "teacher" else load_student(args.model)
-        return measure(model, held_out)
-    tokenizer, student = AutoTokenizer.from_pretrained(args.model), load_student(args.model)
-    build = build_gkd if name == "gkd" else build_quantkd
+    """One arm in this process: train it if it is trained, and measure it."""
+    if name in LOADED:
+        return measure(load_teacher(args.model)[0] if name == "teacher" else load_student(args.model), args)
+    nearest, folder = name.startswith("nearest"), student_folder(args, name)
     began = time.perf_counter()
-    trainer = build(name, args, student, TransferSet(set_folder(args, "train")), tokenizer)
-    start_seconds = time.perf_counter() - began
-    result = {"start": measure_adapter(trainer.model, "start", held_out, args)} if name == "quantkd" else {}
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    trainer.train()
-    train_seconds = time.perf_counter() - began
-    result |= {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if on_gpu else {}
-    result |= {"start_seconds": start_seconds, "train_seconds": train_seconds}
-    result |= {"seconds": start_seconds + train_seconds, "steps": trainer.state.global_step}
-    return result | measure_adapter(trainer.model, name, held_out, args)
+    base = choose_base(args, "nearest" if nearest else "codes")
+    if name in STARTS:
+        model = build_quantkd(name, args, base, None).model
+        seconds = {"start_seconds": time.perf_counter() - began}
+        model.save_pretrained(folder)
+    else:
+        start = student_folder(args, "nearest_start" if nearest else "start")
+        build = build_gkd if name.startswith("gkd") else build_quantkd
+        trainer = build(name, args, base, None if name == "gkd_zero" else start)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        trainer.train()
+        seconds = {"seconds": time.perf_counter() - began, "steps": trainer.state.global_step, "memory": peak_memory()}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with folded_scales(model):
+            save_base(model, folder / "scaled")
+        model.save_pretrained(folder)
+        base = str(folder / "scaled")
+        round_adapter(folder, short_dtype(model))
+        del trainer
+    del model
+    return seconds | measure(PeftModel.from_pretrained(load_student(base), folder), args)
 
 
-def measure_adapter(model: Any, name: str, held_out: TransferSet, args: argparse.Namespace) -> dict[str, Any]:
-    """Fidelity of the adapter on a student as others load it: while one trains, its norms and head are in float32."""
-    folder = Path(args.cache) / "students" / f"{name}-{args.rank}-{args.rows}-{args.epochs}"
-    model.save_pretrained(folder)
-    loaded = PeftModel.from_pretrained(load_student(args.model), folder)
-    return measure(loaded, held_out)
+def peak_memory() -> int:
+    """Bytes: the card's peak, or the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(model: Any, held_out: TransferSet) -> dict[str, Any]:
-    """Every figure of the fidelity, and KL and tokens of every held-out row."""
-    found = evaluate_fidelity(model, held_out, batch_size=16)
-    return {**found.means, **{key: found.columns[key].tolist() for key in ("kl_sum", "tokens")}}
+def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of the fidelity, KL and tokens of every held-out row, and bits per weight of the linear layers."""
+    size, found = (
+        compute_size(model),
+        evaluate_fidelity(model, TransferSet(set_folder(args, "held_out")), batch_size=16),
+    )
+    bits = 8 * (size.codes + size.constants + size.adapters) / size.linear_weights
+    return {**found.means, **{key: found.columns[key].tolist() for key in ("kl_sum", "tokens")}, "bits": bits}
 
 
 def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """An arm's figures: from the cache, or from a process of its own."""
-    settings = {key: str(getattr(args, key)) for key in SETTINGS}
-    settings |= {"name": name, "learning_rate": str(LEARNING_RATES.get(name))}
+    settings = {key: str(getattr(args, key)) for key in SETTINGS} | {"name": name}
 
     def run() -> dict[str, Any]:
         given = [f"--{key}={value}" for key, value in vars(args).items() if key in (*SETTINGS, "cache") and value]
@@ -193,8 +243,7 @@ def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return found
 
     result = keep_figures(args.cache, name, settings, run)
-    timed = f", {result['seconds']:.0f} s, {result['steps']} steps" if name in TRAINED else ""
-    print(f"{name}: KL {result['kl']:.4f} nats per token{timed}", flush=True)
+    print(f"{name}: KL {result['kl']:.4f} nats per token", flush=True)
     return result
 
 
@@ -211,74 +260,86 @@ def gap_recovered(arms: dict[str, dict[str, Any]], name: str) -> tuple[float, li
     return round(share.value, 4), [round(bound, 4) for bound in share.interval]
 
 
-def ratio(arms: dict[str, dict[str, Any]], name: str, other: str) -> tuple[float, list[float]]:
+def ratio(arm: dict[str, Any], other: dict[str, Any]) -> tuple[float, list[float]]:
     """One arm's KL as a share of another's, with the interval of a paired bootstrap over rows."""
-    own, others = (sums(arms[each]).to_columns()[:, 0] for each in (name, other))
-    interval = bootstrap_interval(RowSums(own, others))
-    return round(float(own.sum() / others.sum()), 4), [round(bound, 4) for bound in interval]
+    interval = bootstrap_interval(RowSums(arm["kl_sum"], other["kl_sum"]))
+    return round(sum(arm["kl_sum"]) / sum(other["kl_sum"]), 4), [round(bound, 4) for bound in interval]
 
 
 def summarize(arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """The table, and the JSON line."""
-    print(f"\n{'':12}{'KL':>8}  {'95% interval':18}{'recovered':>10}{'top-1':>8}{'seconds':>9}{'steps':>7}")
+    columns = f"{'arm':14}{'bits':>6}{'KL':>8}  {'95% interval':18}{'recovered':>10}"
+    print(f"\n{columns}{'top-1':>8}{'seconds':>9}{'steps':>7}{'GB':>6}")
     for name, arm in arms.items():
         low, high = bootstrap_interval(sums(arm))
-        share = "" if name in ("teacher", "before") else f"{gap_recovered(arms, name)[0]:.1%}"
-        seconds, steps = (f"{arm[key]:.0f}" if key in arm else "" for key in ("seconds", "steps"))
+        share = "" if name in LOADED else f"{gap_recovered(arms, name)[0]:.1%}"
+        steps, gigabytes = str(arm.get("steps", "")), f"{arm['memory'] / 1e9:.1f}" if "memory" in arm else ""
+        seconds = f"{arm[key]:.0f}" if (key := "start_seconds" if name in STARTS else "seconds") in arm else ""
         print(
-            f"{name:12}{arm['kl']:8.4f}  {f'[{low:.4f}, {high:.4f}]':18}{share:>10}{arm['top1_agreement']:8.3f}"
-            f"{seconds:>9}{steps:>7}"
+            f"{name:14}{arm['bits']:6.2f}{arm['kl']:8.4f}  {f'[{low:.4f}, {high:.4f}]':18}{share:>10}"
+            f"{arm['top1_agreement']:8.3f}{seconds:>9}{steps:>7}{gigabytes:>6}"
         )
-    if len({arms[name]["steps"] for name in TRAINED}) > 1:
+    if len({arm["steps"] for arm in arms.values() if "steps" in arm}) > 1:
         raise SystemExit("The arms took different numbers of optimizer steps; nothing can be compared.")
-    summary: dict[str, Any] = {}
-    summary["kl_gap_recovered"], summary["kl_gap_recovered_ci95"] = gap_recovered(arms, "quantkd")
-    for key, other in (("kl_vs_ce_control", "ce_control"), ("kl_vs_gkd", "gkd")):
-        summary[key], summary[f"{key}_ci95"] = ratio(arms, "quantkd", other)
-    summary["time_vs_gkd"] = round(arms["quantkd"]["seconds"] / arms["gkd"]["seconds"], 3)
+    seeds = [arm for name, arm in arms.items() if name.startswith("quantkd-")]
+    own, mean = seeds[0], {"kl_sum": np.mean([arm["kl_sum"] for arm in seeds], axis=0).tolist()}
+    summary: dict[str, Any] = {"bits_per_weight": round(own["bits"], 3)}
+    summary["kl_gap_recovered"], summary["kl_gap_recovered_ci95"] = gap_recovered(arms, "quantkd-0")
+    pairs = {
+        "training_share_of_rest": (mean, "start"),
+        "nearest.training_share_of_rest": (arms["nearest"], "nearest_start"),
+    }
+    for key, (arm, other) in pairs.items():
+        left, (low, high) = ratio(arm, arms[other])
+        summary |= {key: round(1 - left, 4), f"{key}_ci95": [round(1 - high, 4), round(1 - low, 4)]}
+    summary["training_share_of_rest_by_seed"] = [round(1 - ratio(arm, arms["start"])[0], 4) for arm in seeds]
+    for other in ("gkd", "gkd_zero", "ce_control"):
+        summary[f"kl_vs_{other}"], summary[f"kl_vs_{other}_ci95"] = ratio(own, arms[other])
+    summary["time_vs_gkd"] = round(own["seconds"] / arms["gkd"]["seconds"], 3)
+    summary["memory_vs_gkd"] = round(own["memory"] / arms["gkd"]["memory"], 3)
     summary["kl"] = {name: round(arm["kl"], 5) for name, arm in arms.items()}
-    summary["seconds"] = {name: round(arms[name]["seconds"], 1) for name in TRAINED}
-    summary |= {"steps": arms["quantkd"]["steps"], "learning_rates": LEARNING_RATES}
-    summary |= {key: getattr(args, key) for key in ("rows", "held_out_rows", "rank", "epochs", "batch_size")}
+    summary |= {"steps": own["steps"]} | {key: getattr(args, key) for key in SETTINGS if key not in ("model", "gsm8k")}
     return summary | {"dtype": str(native_compute_dtype()).removeprefix("torch."), "device": str(default_device())}
-
-
-def gather(arm: dict[str, Any]) -> dict[str, Any]:
-    """What one arm says without the others."""
-    found = {key: round(arm[key], 5) for key in ("kl", "top1_agreement", "seconds", "peak_mib") if key in arm}
-    return found | ({"start_kl": round(arm["start"]["kl"], 5)} if "start" in arm else {})
 
 
 def main() -> None:
     """Capture, run every arm, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sources(parser)
+    parser.add_argument("--domain", choices=("gsm8k", "arithmetic"), default="gsm8k", help="which questions")
     parser.add_argument("--cache", default="runs/recovery", help="where everything is kept and found again")
-    parser.add_argument("--rows", type=int, default=256, help="training questions, at most 512")
+    parser.add_argument("--rows", type=int, default=256, help="training questions")
     parser.add_argument("--held_out_rows", type=int, default=128, help="test questions to measure on")
     parser.add_argument("--max_new_tokens", type=int, default=160, help="length limit of an answer")
     parser.add_argument("--storage_mass", type=float, default=0.95, help="of the nucleus that is stored")
-    parser.add_argument("--rank", type=int, default=128, help="of the adapters")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=8, help="rows an optimizer step")
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of the adapters")
+    parser.add_argument("--scales_learning_rate", type=float, default=3e-4, help="of block constants and norms")
+    parser.add_argument("--seeds", type=int, default=3, help="runs from the calibrated start")
     parser.add_argument("--quick", action="store_true", help="16 rows, 8 held out, rank 8: for a look at the figures")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="run these alone; the figures need all")
-    parser.add_argument("--only", choices=ARMS, help="this arm alone, in this process; the sets must be there")
+    parser.add_argument("--arms", nargs="+", help="run these alone; the figures need all")
+    parser.add_argument("--only", help="this arm alone, in this process; the sets and its start must be there")
     args = parse(parser)
     if args.quick:
-        args.rows, args.held_out_rows, args.max_new_tokens, args.rank = 16, 8, 64, 8
-    if args.rows > 512:
-        parser.error(f"The comparison is over at most 512 training questions, found {args.rows}.")
+        args.rows, args.held_out_rows, args.max_new_tokens, args.rank, args.seeds = 16, 8, 64, 8, 1
+    if args.domain != "gsm8k" and not args.only:
+        args.cache = f"{args.cache}-{args.domain}"
+    everything = (*LOADED, *STARTS, *(f"quantkd-{seed}" for seed in range(args.seeds)), *OTHERS)
+    for name in (*(args.arms or ()), *([args.only] if args.only else ())):
+        if name not in everything:
+            parser.error(f"The arm is {name!r}; expected one of {', '.join(everything)}.")
     if args.only:
         print("\n" + json.dumps(run_arm(args.only, args)))
         return
     capture_sets(args)
-    arms = {name: cached_arm(name, args) for name in ARMS if name in args.arms}
-    if len(arms) == len(ARMS):
-        arms = {"teacher": arms["teacher"], "before": arms["before"], "start": arms["quantkd"]["start"], **arms}
+    arms = {name: cached_arm(name, args) for name in everything if not args.arms or name in args.arms}
+    if len(arms) == len(everything):
         print(json.dumps(summarize(arms, args)))
     else:
-        print(json.dumps({name: gather(arm) for name, arm in arms.items()}))
+        keys = ("kl", "top1_agreement", "seconds", "memory")
+        print(json.dumps({name: {key: arm[key] for key in keys if key in arm} for name, arm in arms.items()}))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_the_figures_of_a_card_are_gathered(gpu, sources, monkeypatch, tmp_path,
         "step.quantkd_t1": {"seconds": [1.0, 1.0, 1.0], "step_mib": 80.0, "peak_mib": 380.4},
         "step.quantkd_scales": {},
         "capture": {"time_vs_generate": 1.05, "memory_vs_step_logits": 4.5},
-        "recovery": {"before": {"kl": 0.2}, "quantkd": {"kl": 0.02, "start_kl": 0.03, "peak_mib": 900.0}},
+        "recovery": {"before": {"kl": 0.2}, "start": {"kl": 0.03}, "quantkd-0": {"kl": 0.02, "memory": 900 * 2**20}},
     }
     monkeypatch.setattr(gpu, "run_part", lambda part, *rest: {"status": "done", "figures": figures[part.name]})
     words = ["gpu", "--device", "cpu", "--quick", "--output", str(tmp_path / "out")]
@@ -169,7 +169,7 @@ def test_the_figures_of_a_card_are_gathered(gpu, sources, monkeypatch, tmp_path,
         "loss.time_vs_matmuls": 1.2, "loss.time_vs_ce": 0.9, "loss.memory_vs_ce": 0.1,
         "step.quantkd_t1.time_vs_sft": 0.5, "step.quantkd_t1.memory_vs_sft": 0.8,
         "capture.time_vs_generate": 1.05, "capture.memory_vs_step_logits": 4.5,
-        "recovery.kl": {"before": 0.2, "start": 0.03, "after": 0.02},
+        "recovery.kl": {"before": 0.2, "start": 0.03, "quantkd-0": 0.02},
         "peak_mib": {"sft": 400, "quantkd_t1": 380, "recovery": 900},
     }  # fmt: skip
     monkeypatch.setattr(gpu, "run_part", lambda part, *rest: {"status": "failed"})

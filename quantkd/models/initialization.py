@@ -115,7 +115,7 @@ def initialize_from_rows(
     if state.is_main_process:
         try:
             weights = OriginalWeights(name_or_path, base_network(model), revision)
-            drawn = draw_rows(dataset, rows, seed)[:2] if start == "covariance" else (None, None)
+            drawn = draw_rows(dataset, rows, seed, model)[:2] if start == "covariance" else (None, None)
             initialize_from_error(model, weights, *drawn)
         except (ConfigError, OSError) as error:
             logger.warning("The adapters start from zero: %s", error)

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from quantkd.models.network import Runner, base_network, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
-_MAX_TOKENS = 16384  # padded tokens of the forward pass: they bound the memory
+# Padded tokens of the forward pass, by a model whose widest layer reads `_WIDTH` values, as of a Llama of 8 billion
+# parameters; they bound the memory, and a narrower model takes more.
+_MAX_TOKENS, _WIDTH = 16384, 14336
 _MAX_WEIGHED = 2048  # tokens of a row in the backward pass: they bound its activations
 
 
@@ -120,16 +122,19 @@ def weigh_tokens(
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-def draw_rows(dataset: Any, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, mask and labels, (rows, T) each, of rows drawn at random, as many as asked for or memory allows."""
+    modules = () if model is None else base_network(model).modules()
+    widest = max((each.in_features for each in modules if hasattr(each, "in_features")), default=_WIDTH)
+    most = max(_MAX_TOKENS, _MAX_TOKENS * _WIDTH // widest)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows]
     chosen: list[list[Tensor]] = []
     longest = 0
     for number in order.tolist():
         row = dataset[number]
-        parts = [torch.as_tensor(row[name])[:_MAX_TOKENS] for name in ("input_ids", "labels") if name in row]
+        parts = [torch.as_tensor(row[name])[:most] for name in ("input_ids", "labels") if name in row]
         longest_now = max(longest, len(parts[0]))
-        if (len(chosen) + 1) * longest_now > _MAX_TOKENS:
+        if (len(chosen) + 1) * longest_now > most:
             break
         chosen.append(parts)
         longest = longest_now

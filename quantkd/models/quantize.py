@@ -41,7 +41,7 @@ from quantkd.transfer_set.compatibility import check_student, check_transfer_set
 
 logger = logging.getLogger(__name__)
 
-ROWS = 64  # of calibration; docs/quantize.md has the figures
+ROWS = 256  # of calibration; docs/quantize.md has the figures
 _SAMPLE = 4096  # bytes
 
 
@@ -71,7 +71,8 @@ def quantize(
         output_dir: a new folder. It appears when it is complete.
         quantization_config: `"nf4"` (the default), `"fp4"`, or a `BitsAndBytesConfig` in 4 bit.
         dtype: of the weights that stay, and of the 4-bit layers' products; by the hardware if None.
-        rows: of the transfer set, drawn at random; fewer if 16,384 padded tokens are reached.
+        rows: of the transfer set, drawn at random; fewer if the padded tokens reach 16,384 times 14,336 / the width of the
+            widest layer's inputs, which bounds the memory.
         seed: of the draw.
         progress: show a bar if there is a terminal.
         **model_init_kwargs: further arguments of `from_pretrained`, such as `revision`, or `gguf_file`.
@@ -95,7 +96,7 @@ def quantize(
     check_student(transfer_set, head_width(student), context_length(student))
     weights = OriginalWeights(name, student, model_init_kwargs.get("revision"))
     file = getattr(student, "gguf_file", None)
-    calibrate(student, weights, *draw_rows(transfer_set, rows, seed), progress=progress)
+    calibrate(student, weights, *draw_rows(transfer_set, rows, seed, student), progress=progress)
     made = {
         "form": "quantized", "codes": "calibrated", "commit": commit_of(student.config),
         **_identify(name, describe_quantization(student), rows, seed, **model_init_kwargs),
