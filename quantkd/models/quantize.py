@@ -71,8 +71,8 @@ def quantize(
         output_dir: a new folder. It appears when it is complete.
         quantization_config: `"nf4"` (the default), `"fp4"`, or a `BitsAndBytesConfig` in 4 bit.
         dtype: of the weights that stay, and of the 4-bit layers' products; by the hardware if None.
-        rows: of the transfer set, drawn at random; fewer if the padded tokens reach 16,384 times 14,336 / the width of the
-            widest layer's inputs, which bounds the memory.
+        rows: of the transfer set, drawn at random; fewer where their padded tokens would take too much memory
+            (docs/quantize.md).
         seed: of the draw.
         progress: show a bar if there is a terminal.
         **model_init_kwargs: further arguments of `from_pretrained`, such as `revision`, or `gguf_file`.
