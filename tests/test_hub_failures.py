@@ -45,12 +45,6 @@ def hub(tmp_path_factory):
         yield hub
 
 
-@pytest.fixture
-def fresh(hub):
-    hub.empty()
-    return hub
-
-
 @pytest.fixture(scope="module")
 def read(sets):
     """What a reader gets at each revision of a repository, repeats left out; equal trees are read once."""
@@ -87,10 +81,10 @@ def schedule(seed: int):
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is_not(fresh, sets, read, block):
+def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is_not(hub, sets, read, block):
     kills = 0
     for seed in range(block * SEQUENCES // 10, (block + 1) * SEQUENCES // 10):
-        fresh.empty()
+        hub.empty()
         target, path = [
             ("old", ["incomplete", "old"]),
             ("smaller", ["incomplete", "old", "incomplete", "smaller"]),
@@ -99,16 +93,16 @@ def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is
         ][seed % 4]
         if target != "old":
             push_transfer_set(sets["old"], NAME)
-        fresh.fault = schedule(seed)
+        hub.fault = schedule(seed)
         for _ in range(60):  # the push is started again whenever it died or gave up
             with contextlib.suppress(Killed, HubError):
                 push_transfer_set(sets[target], NAME, max_commit_bytes=SMALL_COMMIT)
                 break
-            kills, fresh.killed = kills + fresh.killed, False
+            kills, hub.killed = kills + hub.killed, False
         else:
             raise AssertionError("the push does not converge")
-        fresh.fail()
-        repository = fresh.repositories["dataset", NAME]
+        hub.fail()
+        repository = hub.repositories["dataset", NAME]
         assert repository.private
         assert read(repository) == path, (seed, [commit.title for commit in repository.commits])
         before, last = (commit.files for commit in repository.commits[-2:])
@@ -118,13 +112,14 @@ def test_seeded_failures_converge_and_every_revision_is_whole_or_says_that_it_is
     assert kills > 3
 
 
-def test_a_push_gives_up_and_goes_on_later_and_a_refusal_is_not_tried_again(fresh, sets):
-    fresh.fault = lambda number, method, path: "503" if method == "PUT" else None
+def test_a_push_gives_up_and_goes_on_later_and_a_refusal_is_not_tried_again(hub, sets):
+    hub.empty()
+    hub.fault = lambda number, method, path: "503" if method == "PUT" else None
     refused(HubError, r"After 8 attempts: .*The same call goes on", push_transfer_set, sets["old"], NAME)
-    fresh.fail()
+    hub.fail()
     push_transfer_set(sets["old"], NAME)
     assert TransferSet.open(NAME).digest == sets["old"].digest
-    fresh.requests.clear()
-    fresh.fault = lambda number, method, path: "403" if "/commit/" in path else None
+    hub.requests.clear()
+    hub.fault = lambda number, method, path: "403" if "/commit/" in path else None
     refused(HubError, "403", push_transfer_set, sets["smaller"], NAME)
-    assert fresh.count("POST", "/commit/") == 1
+    assert hub.count("POST", "/commit/") == 1

@@ -34,6 +34,8 @@ VARIANTS = {
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "trained rows": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
 }  # fmt: skip
+# The adapted student is loaded anew for each merge, which uses it up.
+load = pytest.fixture(lambda tiny_model_path, saved_adapter: lambda: load_adapted(tiny_model_path, saved_adapter))
 adapter = pytest.fixture(lambda saved_adapter, tmp_path: Path(shutil.copytree(saved_adapter, tmp_path / "adapter")))
 
 
@@ -58,12 +60,6 @@ def saved_adapter(tiny_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "adapter"
     save_adapter(load_student(str(tiny_model_path), dtype="float32"), folder)
     return folder
-
-
-@pytest.fixture
-def load(tiny_model_path, saved_adapter):
-    """A function that loads the adapted student anew; a merge uses it up."""
-    return lambda: load_adapted(tiny_model_path, saved_adapter)
 
 
 @pytest.mark.parametrize(("name", "kind"), [*product(VARIANTS, ("untied", "tied")), ("plain", "GPT-2")])

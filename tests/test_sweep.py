@@ -17,13 +17,9 @@ from quantkd.training.sweep import parse_space, run_sweep
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SPACE = ("learning_rate=1e-4:1e-2:log", "lora_r=2,4", "temperature=1.0,2.0")
+# One loaded model for all tests: a sweep leaves it as it was.
+student = pytest.fixture(lambda tiny_model_path: load_student(str(tiny_model_path), dtype="float32"), scope="module")
 sets = pytest.fixture(lambda training_set: training_set[:6].split(0.34, seed=0), scope="module")
-
-
-@pytest.fixture(scope="module")
-def student(tiny_model_path):
-    """One loaded model for all tests: a sweep leaves it as it was."""
-    return load_student(str(tiny_model_path), dtype="float32")
 
 
 def lora(rank=4):
