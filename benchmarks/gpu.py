@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,8 +56,12 @@ Figures = dict[str, Any]
 
 
 def read_figures(text: str) -> Figures:
-    """The last JSON object in what a benchmark printed."""
-    return next((json.loads(line) for line in reversed(text.splitlines()) if line.startswith("{")), {})
+    """The last JSON object in what a benchmark printed; a Trainer's figures are Python's, and a line may be half."""
+    for line in reversed(text.splitlines()):
+        with suppress(ValueError):
+            if line.startswith("{"):
+                return dict(json.loads(line))
+    return {}
 
 
 def count_tests(text: str) -> Figures:
@@ -131,7 +135,7 @@ def build_parts(args: argparse.Namespace, scratch: Path) -> list[Part]:
     sizes = {"positions": 8192, "hidden_size": 4096, "vocab_size": 128_256, "rounds": 5, "dtype": "bfloat16"}
     tokens, prompts, trained = 64, 32, {"rows": 32, "held_out_rows": 16, "max_new_tokens": 96, "rank": 16}
     if args.quick:
-        sizes |= {"positions": 16, "hidden_size": 32, "vocab_size": 512, "rounds": 1, "dtype": "float32"}
+        sizes |= {"positions": 256, "hidden_size": 64, "vocab_size": 8192, "rounds": 1, "dtype": "float32"}
         tokens, prompts, trained = 4, 4, {"rows": 8, "held_out_rows": 4, "max_new_tokens": 8, "rank": 4}
 
     def script(name: str, **options: Any) -> list[str]:
@@ -150,7 +154,7 @@ def build_parts(args: argparse.Namespace, scratch: Path) -> list[Part]:
         *(Part(f"step.{name}", script("step", only=name, **step), 45, needs=rows) for name in STEPS),
         Part("capture", script("capture", model=shapes, gsm8k=problems, prompts=prompts, batch_size=prompts,
                                max_new_tokens=tokens, rounds=1), 60, needs=shapes),
-        Part("recovery", [*script("recovery", model=model, gsm8k=questions, cache=args.output / "recovery", **trained),
+        Part("recovery", [*script("recovery", model=model, gsm8k=questions, cache=scratch / "recovery", **trained),
                           "--arms", "before", "start", "quantkd-0"], 600, skipped=missing),
     ]  # fmt: skip
 

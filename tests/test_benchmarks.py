@@ -122,7 +122,9 @@ def test_a_part_that_runs_out_of_time_is_ended_and_the_others_run(gpu, monkeypat
         return [sys.executable, "-c", code]
 
     own = python(f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)")
-    hanging = python(f"import subprocess; print('begun', flush=True); subprocess.run({own!r})")
+    hanging = python(
+        f"import subprocess; print({{'loss': 1}}, '{{\"half', sep='\\n', flush=True); subprocess.run({own!r})"
+    )
     clock = gpu.Clock(600.0, time.monotonic())
     found = {
         name: gpu.run_part(gpu.Part(name, command, seconds, **options), tmp_path, clock)
@@ -135,7 +137,12 @@ def test_a_part_that_runs_out_of_time_is_ended_and_the_others_run(gpu, monkeypat
         )
     }
     hangs, fails = found["hangs"], found["fails"]
-    assert hangs["status"] == "out of time" and hangs["said"] == ["begun"] and 3 <= hangs["seconds"] < 60
+    assert (
+        hangs["status"] == "out of time"
+        and hangs["said"] == ["{'loss': 1}", '{"half']
+        and "figures" not in hangs
+        and 3 <= hangs["seconds"] < 60
+    )
     assert found["works"]["status"] == "done" and found["works"]["figures"] == {"kl": 0.5}
     assert (fails["status"], fails["exit_status"], fails["figures"]) == ("failed", 1, {"failed": 2})
     assert fails["said"][-1] == "Why." and found["has nothing"] == {"status": "skipped", "why": "no rows"}
