@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=8, help="rows an optimizer step")
-    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of the adapters")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the adapters")
     parser.add_argument("--scales_learning_rate", type=float, default=3e-4, help="of block constants and norms")
     parser.add_argument("--seeds", type=int, default=3, help="runs from the calibrated start")
     parser.add_argument("--quick", action="store_true", help="16 rows, 8 held out, rank 8: for a look at the figures")

@@ -28,6 +28,7 @@ from quantkd.models.initialization import _MAX_INPUTS, compute_correction, initi
 from quantkd.models.layer_inputs import draw_rows, visit_layers, weigh_tokens
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
+from quantkd.models.quantize import quantize
 from quantkd.models.student import attach_lora, load_student
 from quantkd.models.weights import dequantize_weight
 from quantkd.transfer_set import IGNORE_INDEX
@@ -377,10 +378,14 @@ def test_the_learning_rate_follows_the_start_that_was_made(load, tiny_model_path
 
     load().save_pretrained(tmp_path / "nf4")
     stored = {"model": str(tmp_path / "nf4"), "processing_class": AutoTokenizer.from_pretrained(tiny_model_path)}
+    quantize(str(tiny_model_path), training_set, tmp_path / "codes", progress=False)
+    codes = {**stored, "model": str(tmp_path / "codes")}
     for options, rate in (
         ({}, 3e-5),
         ({"init": "loftq"}, 3e-5),
         ({"init": "zero"}, 3e-4),
+        ({**codes, "init_from": str(tiny_model_path)}, 1e-4),
+        ({**codes, "init": "zero"}, 3e-4),
         ({"learning_rate": 7e-5, "init": "zero"}, 7e-5),
         (stored, 3e-4),  # without originals beside it
         ({**stored, "learning_rate": 3e-5}, 3e-5),

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--test_rows", type=int, default=32, help="problems to solve before and after training (32)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
     parser.add_argument("--student_format", default="nf4", choices=STUDENT_FORMATS, help="student's format (nf4)")
-    parser.add_argument("--rank", type=int, default=64, help="LoRA rank (64)")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank (16)")
     control = "also train a student with cross-entropy only, for comparison (ce)"
     parser.add_argument("--control", default="ce", choices=["ce", "none"], help=control)
     exports = "also export the student in these forms and measure them"

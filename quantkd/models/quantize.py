@@ -195,11 +195,16 @@ def calibrate(
     return len(named) - len(refused)
 
 
-def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
-    """The full-precision checkpoint of a folder of `quantize`, and its commit; None if it is not known or not here."""
+def read_origin(name_or_path: str) -> dict[str, Any]:
+    """What `quantize` wrote of a checkpoint; nothing if another wrote it."""
     if Path(name_or_path).is_file():  # a GGUF file, beside which it stands
         name_or_path = str(Path(name_or_path).parent)
-    made = Provenance.read(name_or_path).export or {}
+    return Provenance.read(name_or_path).export or {}
+
+
+def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
+    """The full-precision checkpoint of a folder of `quantize`, and its commit; None if it is not known or not here."""
+    made = read_origin(name_or_path)
     origin, commit = made.get("quantized_from"), made.get("commit")
     if not isinstance(origin, str):
         return None

@@ -22,7 +22,7 @@ from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.network import context_length
 from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance, find_base
-from quantkd.models.quantize import find_origin, quantize_once
+from quantkd.models.quantize import find_origin, quantize_once, read_origin
 from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import attach_scales, refuse_dora
 from quantkd.models.student import (
@@ -37,7 +37,7 @@ from quantkd.models.student import (
 from quantkd.models.weights import head_width
 from quantkd.names import HUB_ARGUMENTS, load_tokenizer, names_gguf
 from quantkd.training.checkpoints import find_checkpoint
-from quantkd.training.config import LEARNING_RATES, QuantizedDistillationConfig
+from quantkd.training.config import CALIBRATED_RATE, LEARNING_RATES, QuantizedDistillationConfig
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student, check_transfer_set
@@ -186,22 +186,23 @@ def prepare_student(
             )
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, commit_of(adapted.config) or init_kwargs.get("revision"))
-    _note_start(adapted, args)
+    _note_start(adapted, args, is_calibrated=is_new and read_origin(name).get("codes") == "calibrated")
     if args.train_scales:
         attach_scales(adapted)
     return adapted
 
 
-def _note_start(model: Any, args: QuantizedDistillationConfig) -> None:
+def _note_start(model: Any, args: QuantizedDistillationConfig, *, is_calibrated: bool) -> None:
     """Note the start that was made, whatever was asked for; a learning rate that was not given is the one for it."""
     if not isinstance(model, PeftModel):
         return  # trained whole, from where it is
     # PEFT starts at B = 0. Single layers may have no correction.
     factors = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
     is_zero = 2 * sum(bool(each.detach().any()) for each in factors) <= len(factors)
+    corrected = CALIBRATED_RATE if is_calibrated else LEARNING_RATES["loftq"]
     facts: dict[str, Any] = {
         "init": "zero" if is_zero else args.init,
-        "learning_rate": LEARNING_RATES["zero" if is_zero else "loftq"],
+        "learning_rate": LEARNING_RATES["zero"] if is_zero else corrected,
     }
     if (checkpoint := find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))) is not None:
         facts |= Provenance.read(checkpoint).training or {}
