@@ -17,6 +17,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.hub.adapters import list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
+from quantkd.models.quantize import find_origin
 from tests.conftest import refused
 from tests.report_arms import read_tables
 
@@ -233,6 +234,7 @@ def test_what_is_not_known_is_said_on_the_page(hub, run, tiny_model_path, caplog
     assert "gap.png" not in files and "quantkd.json" not in files
     assert not {"license", "model-index", "base_model"} & set(metadata)
     base = tiny_model_path.name
+    assert find_origin("user/student") is None is find_origin("user/gone")
     assert f"names the base model {base!r}" in caplog.text and "--base_model" in caplog.text
     assert f'AutoTokenizer.from_pretrained("{base}")' in text and "apply_chat_template" not in text
     assert f"name on the Hub was not given. {base} is the name of a local folder" in " ".join(text.split())

@@ -189,7 +189,9 @@ def test_a_file_by_itself(tmp_path, tiny_model, tiny_tokenizer, tiny_model_path,
     load_student(str(tmp_path / "full"), gguf_file="../scaled.gguf")
 
 
-def test_quantize_writes_the_same_file_with_other_codes(q4_0, tiny_model_path, training_set, held_out, tmp_path, cli):
+def test_quantize_writes_the_same_file_with_other_codes(
+    q4_0, tiny_model_path, training_set, held_out, tmp_path, cli, make_trainer
+):
     def kl(file):
         return evaluate_fidelity(load_student(str(tiny_model_path), gguf_file=str(file)), held_out).means["kl"]
 
@@ -211,6 +213,9 @@ def test_quantize_writes_the_same_file_with_other_codes(q4_0, tiny_model_path, t
     assert facts.export["codes"] == "calibrated" and facts.export["quantized_from"] == tiny_model_path.name
     student = load_student(str(tiny_model_path), gguf_file=str(new.path))
     assert facts.weights == describe_weights(student)
+    for file, rate in ((q4_0, 3e-5), (new.path, 1e-4)):
+        options = {"model_init_kwargs": {"gguf_file": str(file)}, "init_from": str(tiny_model_path)}
+        assert make_trainer(init="covariance", learning_rate=None, **options).args.learning_rate == rate
     again = quantize(tiny_model_path, training_set, tmp_path / "again", gguf_file=str(q4_0))
     assert (again / "tiny-Q4_0.gguf").read_bytes() == new.path.read_bytes()
 

@@ -229,7 +229,10 @@ def test_rows_are_drawn_until_the_padded_batch_is_full_and_a_long_one_is_weighed
     assert draw_rows(dataset[:3], 2, seed=0)[0].shape[0] == 2
     assert draw_rows(dataset[3:], 8, seed=0)[0].shape == (1, 16384)
     assert draw_rows([dataset[3]] * 5, 5, seed=0)[0].numel() <= 16384
-    assert draw_rows([dataset[3]] * 5, 5, 0, tiny_model)[0].shape == (5, 40_000)  # its layers read 128 values at most
+    # Of a model whose layers read 128 values at most, more tokens; no more entries of the attention's mask.
+    for length, shape in ((1000, (200, 1000)), (2048, (64, 2048)), (40_000, (1, 16384))):
+        rows = [{"input_ids": list(range(1, length + 1))}] * 200
+        assert draw_rows(rows, 200, 0, tiny_model)[0].shape == shape
     monkeypatch.setattr(layer_inputs, "_MAX_WEIGHED", 6)
     layer, ids = tiny_model.model.layers[0].mlp.up_proj, torch.arange(1, 21).view(2, 10)
     weights = weigh_tokens(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].view(2, 10)

@@ -145,7 +145,9 @@ def test_a_checkpoint_that_plain_transformers_loads(kind, tiny_model_path, train
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_what_was_made_names_its_origin_and_what_cannot_be_is_refused(tiny_model_path, training_set, tmp_path, cli):
+def test_what_was_made_names_its_origin_and_what_cannot_be_is_refused(
+    tiny_model_path, training_set, tmp_path, cli, monkeypatch
+):
     shutil.copytree(tiny_model_path, tmp_path / "model")
     words = ["--output_dir", tmp_path / "4bit", "--rows", "2", "--dtype", "float32"]
     words = ["quantize", tmp_path / "model", "--transfer_set", training_set.sources[0], *words]
@@ -153,6 +155,8 @@ def test_what_was_made_names_its_origin_and_what_cannot_be_is_refused(tiny_model
     files = [file for file in (tmp_path / "4bit").glob("*.json") if file.name != "tokenizer.json"]
     assert files and str(tmp_path) not in "".join(file.read_text(encoding="utf-8") for file in files)
     assert find_origin(str(tmp_path / "4bit")) == (str(tmp_path / "model"), None)
+    monkeypatch.chdir(tmp_path / "4bit")
+    assert find_origin("") is None  # a loaded model may have no name
     shutil.rmtree(tmp_path / "model")
     assert find_origin(str(tmp_path / "4bit")) is None is find_origin(tiny_model_path)
     make, folder, new = {"rows": 2, "dtype": "float32"}, tmp_path / "4bit", tmp_path / "none"

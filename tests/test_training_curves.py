@@ -1,5 +1,6 @@
 """The picture of a run: what it shows is what was logged."""
 
+import math
 import re
 
 import pytest
@@ -48,6 +49,11 @@ def test_lines_are_what_was_logged_and_bytes_are_repeated(tmp_path, drawn):
     assert not (tmp_path / "u.png").exists()
     draw_curves([{"step": step, "loss": loss} for step, loss in ((1, 0.5), (2, -0.5))], tmp_path / "u.png")
     assert drawn[-1].axes[0].get_ylim()[0] < -0.5
+    diverged = [{"step": step, "kl": 0.5 / step, "eval_kl": 0.5} for step in range(1, 8)]
+    diverged += [{"step": 8, "kl": math.nan}, {"step": 9, "kl": math.inf, "eval_kl": math.inf}]
+    draw_curves(diverged, tmp_path / "u.png")
+    assert len(shown(drawn[-1])["KL to the teacher"]["training batches"]) == 7
+    assert not draw_curves([{"step": 1, "kl": math.inf}], tmp_path / "v.png")
 
 
 def test_batches_are_dots_with_their_mean_and_the_ends_of_the_held_out_line_are_written(tmp_path, drawn):

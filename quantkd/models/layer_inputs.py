@@ -132,9 +132,10 @@ def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> tuple[Te
     longest = 0
     for number in order.tolist():
         row = dataset[number]
-        parts = [torch.as_tensor(row[name])[:most] for name in ("input_ids", "labels") if name in row]
+        parts = [torch.as_tensor(row[name])[:_MAX_TOKENS] for name in ("input_ids", "labels") if name in row]
         longest_now = max(longest, len(parts[0]))
-        if (len(chosen) + 1) * longest_now > most:
+        # The mask of the attention has `longest` entries for each token, whatever the width.
+        if (len(chosen) + 1) * longest_now > min(most, _MAX_TOKENS**2 // longest_now):
             break
         chosen.append(parts)
         longest = longest_now

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.hub import extract_commit_hash
@@ -196,10 +197,13 @@ def calibrate(
 
 
 def read_origin(name_or_path: str) -> dict[str, Any]:
-    """What `quantize` wrote of a checkpoint; nothing if another wrote it."""
+    """What `quantize` wrote of a checkpoint; nothing if another wrote it, or if it is not there any more."""
     if Path(name_or_path).is_file():  # a GGUF file, beside which it stands
         name_or_path = str(Path(name_or_path).parent)
-    return Provenance.read(name_or_path).export or {}
+    try:
+        return (Provenance.read(name_or_path).export or {}) if name_or_path else {}
+    except RepositoryNotFoundError:  # a loaded model may have the name of a folder that was moved, or any
+        return {}
 
 
 def find_origin(name_or_path: str) -> tuple[str, str | None] | None:

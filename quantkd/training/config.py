@@ -16,7 +16,7 @@ from quantkd.hardware import copies_from_pinned_memory, has_accelerator, native_
 from quantkd.loss.reference import Objective
 
 # The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): the steps that a start
-# from zero needs lead a start near the optimum away from it. On calibrated codes there is less to correct.
+# from zero needs lead a start near the optimum away from it.
 LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}
 CALIBRATED_RATE = 1e-4
 STARTS = tuple(LEARNING_RATES)
@@ -62,11 +62,10 @@ class QuantizedDistillationConfig(TrainingArguments):
         teacher_model_init_kwargs: the same for the trainer's `teacher_model`, if that is given by name.
 
     Six defaults differ from `TrainingArguments`: `bf16` (on where an accelerator has bfloat16, unless `fp16` is on or
-    `accelerate launch` or DeepSpeed decides), `learning_rate` (1e-4 where adapters start
-    at a correction of calibrated codes, 3e-5 of others, 3e-4 from zero),
-    `logging_steps` (10), `logging_first_step` (on), `remove_unused_columns` (off, because rows carry the teacher's
-    entries) and `train_sampling_strategy` (`group_by_length`: rows of similar length share a batch, which reduces
-    padding).
+    `accelerate launch` or DeepSpeed decides), `learning_rate` (1e-4 where adapters start at a correction of calibrated
+    codes, 3e-5 of others, 3e-4 from zero), `logging_steps` (10), `logging_first_step` (on), `remove_unused_columns`
+    (off, because rows carry the teacher's entries) and `train_sampling_strategy` (`group_by_length`: rows of similar
+    length share a batch, which reduces padding).
 
     Raises:
         ConfigError: an objective that has no meaning, or an unknown start.

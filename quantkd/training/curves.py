@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,9 @@ def was_evaluated(state: TrainerState) -> bool:
 
 
 def _series(log_history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
-    """Value by step; of several at one step, as of two evaluations, the last. The summary at the end is left out."""
-    return {entry["step"]: entry[name] for entry in log_history if name in entry and "train_runtime" not in entry}
+    """Value by step; of several at one step, the last. The summary at the end is left out, and NaN and infinity."""
+    logged = [entry for entry in log_history if name in entry and "train_runtime" not in entry]
+    return {entry["step"]: entry[name] for entry in logged if math.isfinite(entry[name])}
 
 
 class TrainingCurves(TrainerCallback):

@@ -19,7 +19,7 @@ from quantkd.foreign import commit_of, shares_weights, use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import check_origin
 from quantkd.models.initialization import initialize_from_rows
-from quantkd.models.network import context_length
+from quantkd.models.network import base_network, context_length
 from quantkd.models.packing import why_not_packable
 from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import find_origin, quantize_once, read_origin
@@ -117,7 +117,7 @@ def choose_base(
     before = (Provenance.read(checkpoint).training or {}).get("codes") if checkpoint else None
     if before == ("nearest" if args.calibrate else "calibrated") and isinstance(dataset, TransferSet):
         raise ConfigError(
-            f"The run of {checkpoint} trained on the {before} codes, which its adapters fit alone, and calibrate is "
+            f"The run of {checkpoint} trained on the {before} codes, and its adapters fit no others; calibrate is "
             f"{args.calibrate} now. Resume with calibrate={before == 'calibrated'}, or leave resume_from_checkpoint "
             "out."
         )
@@ -186,7 +186,9 @@ def prepare_student(
             )
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, commit_of(adapted.config) or init_kwargs.get("revision"))
-    _note_start(adapted, args, is_calibrated=is_new and read_origin(name).get("codes") == "calibrated")
+    file = getattr(base_network(adapted), "gguf_file", None)
+    made = read_origin(str(file.path) if file else name) if is_new else {}
+    _note_start(adapted, args, is_calibrated=made.get("codes") == "calibrated")
     if args.train_scales:
         attach_scales(adapted)
     return adapted
