@@ -38,11 +38,13 @@ from typing import Any
 
 import torch
 from _sources import add_sources, look_for_gsm8k
+from transformers import AutoConfig
 
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.demo_model import load_demo_model
-from quantkd.errors import MissingDependencyError
+from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.files import write_file
+from quantkd.names import naming
 
 BEGAN = time.monotonic()
 HERE = Path(__file__).resolve().parent
@@ -50,6 +52,7 @@ LIBRARIES = ("quantkd", "torch", "transformers", "bitsandbytes", "peft", "accele
 WIDE = {"hidden": 4096, "inner": 14_336, "heads": 32, "keys": 8, "vocabulary": 128_256}  # Llama-3.1-8B
 TINY = {"hidden": 64, "inner": 128, "heads": 4, "keys": 2, "vocabulary": 512}
 SHARPER = 6  # times the usual head: logits as far apart as a trained model's, and so few entries per token
+PARTS = ("tests", "loss", "shapes", "step", "capture", "recovery")
 STEPS = ("sft", "quantkd_t1", "quantkd_scales")
 LEAST_SECONDS = 5  # a part is not begun with less
 Figures = dict[str, Any]
@@ -168,7 +171,7 @@ def find_model(name: str | None) -> tuple[str, str]:
 
 
 def find_questions(folder: str | None, problems: Path) -> Path:
-    """GSM8K's folder, or one with built-in word problems in its form, which is made in any case."""
+    """GSM8K's folder; where none is named or found, one with built-in word problems in its form, made in any case."""
     problems.mkdir()
     for seed, name in enumerate(("train", "test")):
         lines = [json.dumps(row) for row in generate_problems(64, seed)]
@@ -279,6 +282,20 @@ def summarize(parts: dict[str, Figures]) -> Figures:
     return summary | ({"peak_mib": {name: round(peak) for name, peak in peaks.items()}} if peaks else {})
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what the last part would fail at, before the first."""
+    if args.minutes <= 0:
+        parser.error(f"--minutes is {args.minutes}; expected more than 0.")
+    if args.gsm8k and look_for_gsm8k(args.gsm8k) is None:
+        parser.error(f"There is no train.jsonl in {args.gsm8k}. Name GSM8K's folder, or none for built-in problems.")
+    if args.model:
+        try:
+            with naming(args.model):
+                AutoConfig.from_pretrained(args.model)
+        except ConfigError as error:
+            parser.error(str(error))
+
+
 @contextmanager
 def made_folder(output: Path) -> Iterator[Path]:
     """A folder for gigabytes, which goes at the end."""
@@ -294,7 +311,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of the JSON and of the logs")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
     parser.add_argument("--layers", type=int, default=8, help="of the 8B model's 32; all of them need 16 GB of disk")
-    parser.add_argument("--parts", nargs="+", help="run these alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="run these alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the parts run")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # make the shapes there
@@ -304,10 +321,15 @@ def main() -> None:
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(say_what_is_missing())
+    check(parser, args)
     args.layers = 2 if args.quick else args.layers
     clock = Clock(60 * args.minutes - 5)
     report: Figures = {"card": describe_card(args.device), "versions": list_versions()}
     report["settings"] = {key: getattr(args, key) for key in ("minutes", "layers", "device", "quick")}
+    report["settings"] |= {
+        "model": args.model and Path(args.model).name,
+        "gsm8k": look_for_gsm8k(args.gsm8k) is not None,
+    }
     parts: dict[str, Figures] = {}
     with made_folder(args.output) as scratch:
         for part in build_parts(args, scratch):

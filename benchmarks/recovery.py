@@ -62,7 +62,7 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.stats import RowSums, bootstrap_interval, compute_gap_recovered
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.adapter_files import round_adapter
-from quantkd.models.quantize import quantize
+from quantkd.models.quantize import quantize_once
 from quantkd.models.scales import attach_scales, folded_scales, group_by_scale, save_base, scale_parameters
 from quantkd.models.stored_weights import compute_size
 from quantkd.models.student import attach_lora, default_lora_config, load_student, short_dtype
@@ -117,8 +117,8 @@ def student_folder(args: argparse.Namespace, name: str) -> Path:
 def choose_base(args: argparse.Namespace, kind: str) -> str:
     """The student's name: with calibrated codes, made once, or the model's, put into NF4 as it is loaded."""
     folder = Path(args.cache) / "students" / f"codes-{args.rows}"
-    if kind == "codes" and not folder.exists():
-        quantize(args.model, TransferSet(set_folder(args, "train")), folder)
+    if kind == "codes":
+        quantize_once(args.model, TransferSet(set_folder(args, "train")), folder)
     return str(folder) if kind == "codes" else args.model
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from quantkd.models.provenance import Provenance
 from tests.conftest import REPOSITORY, TRAINING_PROMPTS, build_tiny_model, capture_set, refused
 
 SCRIPTS = sorted((REPOSITORY / "benchmarks").glob("[a-z]*.py"))
@@ -192,6 +193,28 @@ def test_without_a_card_one_line_says_what_to_do(gpu, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu"])
     refused(SystemExit, r"^No CUDA device was found: torch .* TORCH=torch\), or try .* --quick$", gpu.main)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--minutes", "0"], "--minutes is 0.0; expected more than 0"), (["--parts", "steps"], "invalid choice: 'steps'"),
+    (["--gsm8k", "typo"], "no train.jsonl in typo"), (["--model", "./typo"], "There is no folder './typo'"),
+])  # fmt: skip
+def test_what_is_not_there_is_refused_before_the_first_part(gpu, monkeypatch, tmp_path, capsys, words, message):
+    monkeypatch.setattr(gpu, "run_part", None)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--quick", "--output", str(tmp_path), *words])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_codes_of_other_answers_are_not_taken(sources, monkeypatch, tiny_model_path, tmp_path):
+    import recovery
+
+    args = argparse.Namespace(cache=tmp_path, model=str(tiny_model_path), rows=4)
+    for count in (4, 3):
+        made = capture_set(tiny_model_path, TRAINING_PROMPTS[:count], tmp_path / str(count), max_new_tokens=4)
+        monkeypatch.setattr(recovery, "set_folder", lambda *_, count=count: tmp_path / str(count))
+        assert Provenance.read(recovery.choose_base(args, "codes")).transfer_set_digest == made.digest
 
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
