@@ -195,7 +195,6 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name in STARTS:
         model = build_quantkd(name, args, base, None).model
         seconds = {"start_seconds": time.perf_counter() - began}
-        model.save_pretrained(folder)
     else:
         start = student_folder(args, "nearest_start" if nearest else "start")
         build = build_gkd if name.startswith("gkd") else build_quantkd
@@ -208,10 +207,10 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
         model = trainer.accelerator.unwrap_model(trainer.model)
         with folded_scales(model):
             save_base(model, folder / "scaled")
-        model.save_pretrained(folder)
         base = str(folder / "scaled")
-        round_adapter(folder, short_dtype(model))
         del trainer
+    model.save_pretrained(folder)
+    round_adapter(folder, short_dtype(model))
     del model
     return seconds | measure(PeftModel.from_pretrained(load_student(base), folder), args)
 
