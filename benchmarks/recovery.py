@@ -69,7 +69,7 @@ from quantkd.models.student import attach_lora, default_lora_config, load_studen
 from quantkd.teacher import load_teacher
 
 LOADED = ("teacher", "before")
-STARTS = {"start": "codes", "nearest_start": "nearest"}  # and what their adapters correct
+STARTS = ("start", "nearest_start")
 NEAREST_RATE = 3e-5  # from a start on the nearest codes; both are the trainer's defaults
 OTHERS = ("nearest", "ce_control", "gkd", "gkd_zero")
 # What an arm's figures depend on, beside its name; a cached arm is found again by it.
@@ -190,13 +190,15 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name in LOADED:
         return measure(load_teacher(args.model)[0] if name == "teacher" else load_student(args.model), args)
     nearest, folder = name.startswith("nearest"), student_folder(args, name)
+    start = student_folder(args, needed := "nearest_start" if nearest else "start")
+    if name not in (*STARTS, "gkd_zero") and not start.exists():
+        raise SystemExit(f"{name} trains from {start}, which is not there. Run --arms {needed} first.")
     began = time.perf_counter()
     base = choose_base(args, "nearest" if nearest else "codes")
     if name in STARTS:
         model = build_quantkd(name, args, base, None).model
         seconds = {"start_seconds": time.perf_counter() - began}
     else:
-        start = student_folder(args, "nearest_start" if nearest else "start")
         build = build_gkd if name.startswith("gkd") else build_quantkd
         trainer = build(name, args, base, None if name == "gkd_zero" else start)
         if torch.cuda.is_available():
@@ -328,6 +330,8 @@ def main() -> None:
         args.rows, args.held_out_rows, args.max_new_tokens, args.rank, args.seeds = 16, 8, 64, 8, 1
     if args.domain != "gsm8k" and not args.only:
         args.cache = f"{args.cache}-{args.domain}"
+    if args.seeds < 1:
+        parser.error(f"--seeds is {args.seeds}; expected at least 1.")
     everything = (*LOADED, *STARTS, *(f"quantkd-{seed}" for seed in range(args.seeds)), *OTHERS)
     for name in (*(args.arms or ()), *([args.only] if args.only else ())):
         if name not in everything:
