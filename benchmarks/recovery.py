@@ -67,10 +67,10 @@ from quantkd.models.scales import attach_scales, folded_scales, group_by_scale, 
 from quantkd.models.stored_weights import compute_size
 from quantkd.models.student import attach_lora, default_lora_config, load_student, short_dtype
 from quantkd.teacher import load_teacher
+from quantkd.training.config import CALIBRATED_RATE, LEARNING_RATES
 
 LOADED = ("teacher", "before")
 STARTS = ("start", "nearest_start")
-NEAREST_RATE = 3e-5  # from a start on the nearest codes; both are the trainer's defaults
 OTHERS = ("nearest", "ce_control", "gkd", "gkd_zero")
 # What an arm's figures depend on, beside its name; a cached arm is found again by it.
 SETTINGS = (
@@ -127,7 +127,7 @@ def shared_arguments(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return {
         "output_dir": str(student_folder(args, name).with_suffix(".run")), "num_train_epochs": args.epochs,
         "per_device_train_batch_size": args.batch_size,
-        "learning_rate": NEAREST_RATE if name == "nearest" else args.learning_rate,
+        "learning_rate": LEARNING_RATES["covariance"] if name == "nearest" else args.learning_rate,
         "lr_scheduler_type": "cosine", "warmup_steps": 4, "logging_steps": 10, "save_strategy": "no", "report_to": [],
         "disable_tqdm": True, "remove_unused_columns": False, "bf16": torch.cuda.is_available(),
         "use_cpu": default_device().type == "cpu",
@@ -237,7 +237,7 @@ def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """An arm's figures: from the cache, or from a process of its own."""
     settings = {key: str(getattr(args, key)) for key in SETTINGS} | {"name": name}
-    settings |= {"learning_rate": str(NEAREST_RATE)} if name == "nearest" else {}
+    settings |= {"learning_rate": str(LEARNING_RATES["covariance"])} if name == "nearest" else {}
 
     def run() -> dict[str, Any]:
         given = [f"--{key}={value}" for key, value in vars(args).items() if key in (*SETTINGS, "cache") and value]
@@ -319,7 +319,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=8, help="rows an optimizer step")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the adapters on calibrated codes")
+    parser.add_argument(
+        "--learning_rate", type=float, default=CALIBRATED_RATE, help="of the adapters on calibrated codes"
+    )
     parser.add_argument("--scales_learning_rate", type=float, default=3e-4, help="of block constants and norms")
     parser.add_argument("--seeds", type=int, default=3, help="runs from the calibrated start")
     parser.add_argument("--quick", action="store_true", help="16 rows, 8 held out, rank 8: for a look at the figures")

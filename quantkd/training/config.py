@@ -18,7 +18,7 @@ from quantkd.loss.reference import Objective
 # The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): the steps that a start
 # from zero needs lead a start near the optimum away from it.
 LEARNING_RATES = {"covariance": 3e-5, "loftq": 3e-5, "zero": 3e-4}
-CALIBRATED_RATE = 1e-4
+CALIBRATED_RATE = 1e-4  # from a correction of codes that `quantize` chose
 STARTS = tuple(LEARNING_RATES)
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _LEAST = {**dict.fromkeys(_COUNTS, 1), **dict.fromkeys(("neftune_noise_alpha", "weight_decay", "max_grad_norm"), 0)}
