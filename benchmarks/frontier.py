@@ -9,6 +9,10 @@ calibrated on the rows that `codes` sees). This library's arms are NF4:
 - `codes+adapter@B`: an adapter at its covariance start on `codes`, of the largest rank that fits B bits per weight;
 - `scales+adapter@B`: constants, norms and such an adapter distilled together.
 
+With --off_grid there are llama.cpp's block types too, as the package gguf writes them (it writes no K-quants): `q4_0`,
+`q4_1`, `q5_0`, `q5_1`, `q8_0`, and `codes-q4_0` and `codes-q4_0+adapter@5.0`, this library's codes and adapter on the
+first. Without it the teacher's weights are those of a Q4_1 file, for which some of them would look perfect.
+
 Every arm is measured as it is saved, by one function, on the answers to the test questions: forward KL to the teacher
 at every answer token, with 95% bootstrap intervals over rows. Bits per weight are those of the quantized linear layers:
 codes, constants and adapters. HQQ and torchao hold some codes in wider integers; bits count them as if packed, and MB
@@ -17,7 +21,7 @@ is what is held. A format whose library is not installed is skipped, and stderr 
     python benchmarks/frontier.py
     python benchmarks/frontier.py --off_grid
 
-`--off_grid` takes the teacher's weights off the grid of the file that they come from first (`_off_grid.py`). What was
+`--off_grid` takes the teacher's weights off the grid of the file that they come from (`_off_grid.py`). What was
 captured, trained and measured is kept in --cache. The table is Markdown; frontier.json and frontier.png are in the
 teacher's folder there.
 
@@ -45,6 +49,8 @@ from _sources import add_sources, parse
 from matplotlib.figure import Figure
 from peft import PeftModel
 from recovery import capture_sets, set_folder
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet
@@ -54,9 +60,11 @@ from quantkd.evaluation.stats import RowSums, bootstrap_interval
 from quantkd.files import write_file
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.adapter_files import round_adapter
+from quantkd.models.gguf_files import GgufTensor
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.layer_inputs import draw_rows
-from quantkd.models.quantize import ROWS, quantize
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.quantize import ROWS, calibrate, quantize
 from quantkd.models.stored_weights import compute_size
 from quantkd.models.student import attach_lora, default_lora_config, load_student, short_dtype
 from quantkd.models.weights import is_quantized_layer
@@ -64,6 +72,7 @@ from quantkd.models.weights import is_quantized_layer
 GROUP = 64
 BITSANDBYTES = (("nf4", 4), ("fp4", 4), ("int8", 8))
 BUDGETS = (4.5, 5.0)  # bits per weight
+BLOCK_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # of GGUF
 Figures = dict[str, Any]
 Load = Callable[[], Any]
 
@@ -116,6 +125,27 @@ def load_gptq(model: str, bits: int, train: TransferSet, folder: Path) -> Any:
     return load_student(str(folder))
 
 
+def load_blocks(model: str, kind: str, blocks: Path | None = None) -> Any:
+    """A model whose linear layers have the values of a GGUF type, rounded by the package gguf or as in a file."""
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind.upper()]
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=native_compute_dtype()).to(default_device())
+    stored = {} if blocks is None else load_file(blocks)
+    for name, layer in list_linear(network):
+        weight = layer.weight.detach().float().cpu().numpy()
+        found = stored[name].numpy() if name in stored else gguf.quants.quantize(weight, number)
+        layer.gguf_tensor = GgufTensor(name, number, weight.shape, found)
+        layer.weight.data.copy_(layer.gguf_tensor.dequantize())
+    return network
+
+
+def list_linear(network: Any) -> list[tuple[str, Any]]:
+    """The linear layers but the head, by name."""
+    head = network.get_output_embeddings()
+    return [(name, each) for name, each in network.named_modules() if type(each) is nn.Linear and each is not head]
+
+
 class Ours:
     """This library's arms for one teacher; what they train is kept in its folder."""
 
@@ -129,15 +159,25 @@ class Ours:
             quantize(self.model, self.train, self.codes)
         return load_student(str(self.codes))
 
-    def load_adapter(self, budget: float) -> Any:
+    def load_block_codes(self, kind: str) -> Any:
+        """Calibrated codes in a GGUF type."""
+        path = self.home / f"codes-{kind}.safetensors"
+        if not path.exists():
+            network = load_blocks(self.model, kind)
+            calibrate(network, OriginalWeights(self.model, network), *draw_rows(self.train, ROWS, 0, network))
+            save_file({name: torch.from_numpy(each.gguf_tensor.blocks) for name, each in list_linear(network)}, path)
+        return load_blocks(self.model, kind, path)
+
+    def load_adapter(self, budget: float, name: str = "codes", load: Load | None = None) -> Any:
         """An adapter at its start, through the file it is saved in."""
-        student = self.load_codes()
-        adapted = attach_lora(student, default_lora_config(find_rank(student, budget)))
+        load = load or self.load_codes
+        adapted = load()
+        adapted = attach_lora(adapted, default_lora_config(find_rank(adapted, budget)))
         initialize_from_rows(adapted, self.train, self.model, rows=ROWS)
-        folder = self.home / f"codes+adapter@{budget}"
+        folder = self.home / f"{name}+adapter@{budget}"
         adapted.save_pretrained(folder)
         round_adapter(folder, short_dtype(adapted))
-        return PeftModel.from_pretrained(load_student(str(self.codes)), folder)
+        return PeftModel.from_pretrained(load(), folder)
 
     def load_scales(self, budget: float | None) -> Any:
         """Block constants and norms after a short training, beside an adapter if there is a budget for one."""
@@ -179,6 +219,10 @@ def list_arms(model: str, train: TransferSet, home: Path, args: argparse.Namespa
     for budget in BUDGETS:
         own[f"codes+adapter@{budget}"] = 4, partial(ours.load_adapter, budget)
         own[f"scales+adapter@{budget}"] = 4, partial(ours.load_scales, budget)
+    if args.off_grid:
+        plain |= {kind: (int(kind[1]), partial(load_blocks, model, kind)) for kind in BLOCK_TYPES}
+        own["codes-q4_0"] = 4, (codes := partial(ours.load_block_codes, "q4_0"))
+        own["codes-q4_0+adapter@5.0"] = 4, partial(ours.load_adapter, 5.0, "codes-q4_0", codes)
     return {**plain, **own}
 
 
@@ -224,7 +268,7 @@ def draw(arms: dict[str, Figures], teacher: str) -> Figure:
         bits, kl = ([arm[key] for arm in chosen.values()] for key in ("bits_per_weight", "kl"))
         errors = [bootstrap_interval(RowSums(arm["kl_sum"], arm["tokens"])) for arm in chosen.values()]
         spread = [[abs(value - pair[side]) for value, pair in zip(kl, errors, strict=True)] for side in (0, 1)]
-        label = "quantkd, on NF4" if own else "formats as they are"
+        label = "quantkd" if own else "formats as they are"
         axes.errorbar(bits, kl, yerr=spread, fmt=marker, color=color, capsize=2, label=label)
         for name, x, y in zip(chosen, bits, kl, strict=True):
             # Arms of the same bits lie close: one's label goes up, the other's down.
