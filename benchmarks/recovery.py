@@ -5,7 +5,7 @@ on all linear layers, batch size and optimizer steps, and each is trained in a p
 
 - `start`: NF4 with calibrated codes (`quantkd quantize`) and adapters at their covariance start, before any step;
 - `quantkd-0`, `quantkd-1`, ...: that start, distilled from the stored distributions with `train_scales`, by seed;
-- `nearest_start`, `nearest`: the same from NF4's nearest codes;
+- `nearest_start`, `nearest`: the same from NF4's nearest codes; `nearest_zero`: from these and adapters at zero;
 - `ce_control`: as `quantkd-0`, by cross-entropy alone (`alpha=0`), without the distributions;
 - `gkd`, `gkd_zero`: TRL's `GKDTrainer` with the teacher in memory, `lmbda=0` and `beta=0` (the given answers, forward
   KL), on the same codes, with the same trainable parameters and learning rates; from that start, and from zero. It
@@ -71,7 +71,8 @@ from quantkd.training.config import CALIBRATED_RATE, LEARNING_RATES
 
 LOADED = ("teacher", "before")
 STARTS = ("start", "nearest_start")
-OTHERS = ("nearest", "ce_control", "gkd", "gkd_zero")
+OTHERS = ("nearest", "nearest_zero", "ce_control", "gkd", "gkd_zero")
+FROM_ZERO = ("nearest_zero", "gkd_zero")
 # What an arm's figures depend on, beside its name; a cached arm is found again by it.
 SETTINGS = (
     "model", "gsm8k", "domain", "rows", "held_out_rows", "max_new_tokens", "storage_mass", "rank", "epochs",
@@ -81,19 +82,29 @@ SETTINGS = (
 
 def question_prompts(args: argparse.Namespace, name: str) -> list[str]:
     """The prompts of the training or of the held-out set."""
-    count = args.rows if name == "train" else args.held_out_rows
+    count = count_rows(args, name)
     if args.domain == "arithmetic":
-        train = generate_problems(args.rows, seed=0)
+        train = generate_problems(count_rows(args, "train"), seed=0)
         rows = train if name == "train" else generate_problems(count, seed=1, exclude=train)
     else:
         rows = load_gsm8k(find_gsm8k(args.gsm8k), "train" if name == "train" else "test", count)
     return [build_prompt(row["question"]) for row in rows]
 
 
+def count_rows(args: argparse.Namespace, name: str) -> int:
+    """The questions that are answered; of those for training the first `rows` are used."""
+    return max(args.capture_rows, args.rows) if name == "train" else args.held_out_rows
+
+
 def set_folder(args: argparse.Namespace, name: str) -> Path:
     """Where the answers to the training or the held-out questions are kept."""
-    count = args.rows if name == "train" else args.held_out_rows
-    return Path(args.cache) / f"{name}-{count}-{args.max_new_tokens}-{args.storage_mass}"
+    return Path(args.cache) / f"{name}-{count_rows(args, name)}-{args.max_new_tokens}-{args.storage_mass}"
+
+
+def open_train(args: argparse.Namespace) -> TransferSet:
+    """The answers that students are made from."""
+    found = TransferSet(set_folder(args, "train"))
+    return found[: args.rows] if len(found) > args.rows else found
 
 
 def capture_sets(args: argparse.Namespace) -> None:
@@ -111,14 +122,15 @@ def capture_sets(args: argparse.Namespace) -> None:
 
 def student_folder(args: argparse.Namespace, name: str) -> Path:
     """Where a start is kept, or what an arm trained."""
-    return Path(args.cache) / "students" / f"{name}-{args.rank}-{args.rows}-{args.epochs:g}"
+    epochs = "" if name in STARTS else f"-{args.epochs:g}"
+    return Path(args.cache) / "students" / f"{name}-{args.rank}-{args.rows}{epochs}"
 
 
 def choose_base(args: argparse.Namespace, kind: str) -> str:
     """The student's name: with calibrated codes, made once, or the model's, put into NF4 as it is loaded."""
     folder = Path(args.cache) / "students" / f"codes-{args.rows}"
     if kind == "codes":
-        quantize_once(args.model, TransferSet(set_folder(args, "train")), folder)
+        quantize_once(args.model, open_train(args), folder)
     return str(folder) if kind == "codes" else args.model
 
 
@@ -127,24 +139,31 @@ def shared_arguments(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return {
         "output_dir": str(student_folder(args, name).with_suffix(".run")), "num_train_epochs": args.epochs,
         "per_device_train_batch_size": args.batch_size,
-        "learning_rate": LEARNING_RATES["covariance"] if name == "nearest" else args.learning_rate,
+        "learning_rate": choose_rate(args, name),
         "lr_scheduler_type": "cosine", "warmup_steps": 4, "logging_steps": 10, "save_strategy": "no", "report_to": [],
         "disable_tqdm": True, "remove_unused_columns": False, "bf16": torch.cuda.is_available(),
         "use_cpu": default_device().type == "cpu",
     }  # fmt: skip
 
 
+def choose_rate(args: argparse.Namespace, name: str) -> float:
+    """The adapters' learning rate: the default of the start, on the nearest codes."""
+    defaults = {"nearest": LEARNING_RATES["covariance"], "nearest_zero": LEARNING_RATES["zero"]}
+    return defaults.get(name, float(args.learning_rate))
+
+
 def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | None) -> Trainer:
     """This library's trainer: the whole loss soft, or for the control all of it hard."""
+    corrected = {"init": "zero"} if name == "nearest_zero" else {"init_from": args.model}
     arguments = QuantizedDistillationConfig(
-        **shared_arguments(args, name), alpha=0.0 if name == "ce_control" else 1.0, packing=True, calibrate=False,
-        seed=int(name.partition("-")[2] or 0), train_scales=True, scales_learning_rate=args.scales_learning_rate,
-        init_from=args.model,
+        **shared_arguments(args, name), **corrected, alpha=0.0 if name == "ce_control" else 1.0, packing=True,
+        calibrate=False, train_scales=True, scales_learning_rate=args.scales_learning_rate,
+        seed=int(name.partition("-")[2] or 0),
     )  # fmt: skip
     student = load_student(base)
     return QuantizedDistillationTrainer(
         student if start is None else PeftModel.from_pretrained(student, start, is_trainable=True), arguments,
-        train_dataset=TransferSet(set_folder(args, "train")), processing_class=AutoTokenizer.from_pretrained(base),
+        train_dataset=open_train(args), processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=default_lora_config(args.rank) if start is None else None,
     )  # fmt: skip
 
@@ -166,7 +185,7 @@ def build_gkd(name: str, args: argparse.Namespace, base: str, start: Path | None
             "completion_mask": (row["labels"] != -100).int().tolist(),
             "prompt": "",  # asked for, and not used where there are ids and a mask
         }
-        for row in TransferSet(set_folder(args, "train"))
+        for row in open_train(args)
     ]
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=native_compute_dtype()).eval().to(default_device())
     arguments = GKDConfig(
@@ -191,7 +210,7 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return measure(load_teacher(args.model)[0] if name == "teacher" else load_student(args.model), args)
     nearest, folder = name.startswith("nearest"), student_folder(args, name)
     start = student_folder(args, needed := "nearest_start" if nearest else "start")
-    if name not in (*STARTS, "gkd_zero") and not start.exists():
+    if name not in (*STARTS, *FROM_ZERO) and not start.exists():
         raise SystemExit(f"{name} trains from {start}, which is not there. Run --arms {needed} first.")
     began = time.perf_counter()
     base = choose_base(args, "nearest" if nearest else "codes")
@@ -200,7 +219,7 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
         seconds = {"start_seconds": time.perf_counter() - began}
     else:
         build = build_gkd if name.startswith("gkd") else build_quantkd
-        trainer = build(name, args, base, None if name == "gkd_zero" else start)
+        trainer = build(name, args, base, None if name in FROM_ZERO else start)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -237,10 +256,13 @@ def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """An arm's figures: from the cache, or from a process of its own."""
     settings = {key: str(getattr(args, key)) for key in SETTINGS} | {"name": name}
-    settings |= {"learning_rate": str(LEARNING_RATES["covariance"])} if name == "nearest" else {}
+    for key in ("epochs", "batch_size", "learning_rate", "scales_learning_rate") if name in STARTS else ():
+        del settings[key]
+    settings |= {} if name in STARTS else {"learning_rate": str(choose_rate(args, name))}
 
     def run() -> dict[str, Any]:
-        given = [f"--{key}={value}" for key, value in vars(args).items() if key in (*SETTINGS, "cache") and value]
+        keys = (*SETTINGS, "cache", "capture_rows")
+        given = [f"--{key}={value}" for key, value in vars(args).items() if key in keys and value]
         command = [sys.executable, __file__, "--only", name, *given]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
@@ -270,6 +292,18 @@ def ratio(arm: dict[str, Any], other: dict[str, Any]) -> tuple[float, list[float
     return round(sum(arm["kl_sum"]) / sum(other["kl_sum"]), 4), [round(bound, 4) for bound in interval]
 
 
+def join_seeds(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The mean KL, row by row, of the runs from the calibrated start."""
+    seeds = [arm for name, arm in arms.items() if name.startswith("quantkd-")]
+    return {"kl_sum": np.mean([arm["kl_sum"] for arm in seeds], axis=0).tolist(), "tokens": seeds[0]["tokens"]}
+
+
+def training_share(arm: dict[str, Any], start: dict[str, Any]) -> tuple[float, list[float]]:
+    """How much of the KL that a start leaves training takes, with its interval."""
+    left, (low, high) = ratio(arm, start)
+    return round(1 - left, 4), [round(1 - high, 4), round(1 - low, 4)]
+
+
 def summarize(arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """The table, and the JSON line."""
     columns = f"{'arm':14}{'bits':>6}{'KL':>8}  {'95% interval':18}{'recovered':>10}"
@@ -286,17 +320,17 @@ def summarize(arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict
     if len({arm["steps"] for arm in arms.values() if "steps" in arm}) > 1:
         raise SystemExit("The arms took different numbers of optimizer steps; nothing can be compared.")
     seeds = [arm for name, arm in arms.items() if name.startswith("quantkd-")]
-    own, mean = seeds[0], {"kl_sum": np.mean([arm["kl_sum"] for arm in seeds], axis=0).tolist()}
+    own = seeds[0]
     summary: dict[str, Any] = {"bits_per_weight": round(own["bits"], 3)}
     summary["kl_gap_recovered"], summary["kl_gap_recovered_ci95"] = gap_recovered(arms, "quantkd-0")
     pairs = {
-        "training_share_of_rest": (mean, "start"),
+        "training_share_of_rest": (join_seeds(arms), "start"),
         "nearest.training_share_of_rest": (arms["nearest"], "nearest_start"),
+        "nearest_zero.training_share": (arms["nearest_zero"], "before"),
     }
     for key, (arm, other) in pairs.items():
-        left, (low, high) = ratio(arm, arms[other])
-        summary |= {key: round(1 - left, 4), f"{key}_ci95": [round(1 - high, 4), round(1 - low, 4)]}
-    summary["training_share_of_rest_by_seed"] = [round(1 - ratio(arm, arms["start"])[0], 4) for arm in seeds]
+        summary[key], summary[f"{key}_ci95"] = training_share(arm, arms[other])
+    summary["training_share_of_rest_by_seed"] = [training_share(arm, arms["start"])[0] for arm in seeds]
     for other in ("gkd", "gkd_zero", "ce_control"):
         summary[f"kl_vs_{other}"], summary[f"kl_vs_{other}_ci95"] = ratio(own, arms[other])
     summary["time_vs_gkd"] = round(own["seconds"] / arms["gkd"]["seconds"], 3)
@@ -306,13 +340,14 @@ def summarize(arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict
     return summary | {"dtype": str(native_compute_dtype()).removeprefix("torch."), "device": str(default_device())}
 
 
-def main() -> None:
-    """Capture, run every arm, print."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options; `curves.py` takes their defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sources(parser)
     parser.add_argument("--domain", choices=("gsm8k", "arithmetic"), default="gsm8k", help="which questions")
     parser.add_argument("--cache", default="runs/recovery", help="where everything is kept and found again")
     parser.add_argument("--rows", type=int, default=256, help="training questions")
+    parser.add_argument("--capture_rows", type=int, default=0, help="answered for training, if more than --rows")
     parser.add_argument("--held_out_rows", type=int, default=128, help="test questions to measure on")
     parser.add_argument("--max_new_tokens", type=int, default=160, help="length limit of an answer")
     parser.add_argument("--storage_mass", type=float, default=0.95, help="of the nucleus that is stored")
@@ -327,7 +362,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16 rows, 8 held out, rank 8: for a look at the figures")
     parser.add_argument("--arms", nargs="+", help="run these alone; the figures need all")
     parser.add_argument("--only", help="this arm alone, in this process; the sets and its start must be there")
-    args = parse(parser)
+    return parser
+
+
+def main() -> None:
+    """Capture, run every arm, print."""
+    args = parse(parser := build_parser())
     if args.quick:
         args.rows, args.held_out_rows, args.max_new_tokens, args.rank, args.seeds = 16, 8, 64, 8, 1
     if args.domain != "gsm8k" and not args.only:

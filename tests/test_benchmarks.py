@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from quantkd.models.provenance import Provenance
+from quantkd.models.stored_weights import compute_size
 from tests.conftest import REPOSITORY, TRAINING_PROMPTS, build_tiny_model, capture_set, refused
 
 SCRIPTS = sorted((REPOSITORY / "benchmarks").glob("[a-z]*.py"))
@@ -43,7 +45,8 @@ def test_no_argument_is_required(script, sources, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     with pytest.raises(Parsed) as ended:
         runpy.run_path(str(script), run_name="__main__")
-    assert "--model" not in ended.value.args[1] or "add_sources(" in script.read_text()
+    finds = ("add_sources(", "build_parser(")  # the latter is recovery.py's
+    assert "--model" not in ended.value.args[1] or any(each in script.read_text() for each in finds)
 
 
 def test_model_and_questions_are_found_and_figures_measured_once(sources, monkeypatch, tmp_path, capsys):
@@ -81,6 +84,52 @@ def test_frontier_compares_the_best_within_its_bits(sources, capsys):
     assert found["at_4_5_bits.kl_vs_best_plain_5_5"] == 3 / 2 and found["at_5_bits.kl_gap_recovered"] == 1 - 1 / 8
     assert found["scales.kl_gap_recovered"] is None and "scales.kl_gap_recovered is null" in capsys.readouterr().err
     assert "| codes | 4.10 | 0.0 | 1.5000 [1.0000, 2.0000] | 62.5% [50.0%, 75.0%] |" in frontier.tabulate(arms)
+
+
+def test_frontier_rounds_to_the_types_of_gguf(sources, tiny_model_path, monkeypatch, tmp_path):
+    import frontier
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(frontier, "native_compute_dtype", lambda: torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_path).model.layers[0].mlp.up_proj.weight
+    for kind, bits, most in (("q4_0", 4.5, 1 / 8), ("q8_0", 8.5, 1 / 254)):
+        layer = (model := frontier.load_blocks(str(tiny_model_path), kind)).model.layers[0].mlp.up_proj
+        size = compute_size(model)
+        assert 8 * (size.codes + size.constants) / size.linear_weights == bits
+        largest = plain.unflatten(1, (-1, 32)).abs().amax(2).repeat_interleave(32, 1)
+        assert bool(((layer.weight - plain).abs() <= 1.15 * most * largest).all()) and not torch.equal(
+            layer.weight, plain
+        )
+    # What was chosen is found again in a file.
+    blocks = {name: torch.from_numpy(each.gguf_tensor.blocks) for name, each in frontier.list_linear(model)}
+    blocks["model.layers.0.mlp.up_proj"][:] = 0
+    save_file(blocks, tmp_path / "blocks.safetensors")
+    found = frontier.load_blocks(str(tiny_model_path), "q8_0", tmp_path / "blocks.safetensors").model.layers[0].mlp
+    assert not found.up_proj.weight.any() and torch.equal(
+        found.down_proj.weight, model.model.layers[0].mlp.down_proj.weight
+    )
+
+
+def test_curves_vary_one_setting_at_a_time(sources, monkeypatch, tmp_path, capsys):
+    import curves
+
+    def measure(name, args):
+        left = {"teacher": 0.0, "before": 4.0, "start": 1.0 / args.rank}
+        kl = left.get(name, 1.0 / args.rank - args.rows * args.epochs / 1000 - (name[-1] == "1") / 500)
+        return {"kl_sum": [kl, kl], "tokens": [1, 1]}
+
+    captured = []
+    monkeypatch.setattr(curves, "capture_sets", captured.append)
+    monkeypatch.setattr(curves, "cached_arm", measure)
+    base, varied = ["--rows", "2", "--rank", "1", "--seeds", "2"], ["--all_epochs", "1", "8", "--all_ranks", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["curves", "--cache", str(tmp_path), *base, *varied, "--all_rows", "1", "2", "4"])
+    curves.main()
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert captured[0].capture_rows == 4 and (tmp_path / "curves.png").stat().st_size > 1000
+    assert found["rows"]["4"]["start"] == [0.75, [0.75, 0.75]] and found["epochs"]["8.0"]["trained"][0] == 0.7542
+    assert [found["rank"][each]["training_share_of_rest"][0] for each in ("1", "2")] == [0.003, 0.006]
+    assert "| rank 2 | 87.5% [87.5%, 87.5%] | 87.6% [87.6%, 87.6%] | 0.6% [0.6%, 0.6%] |" in printed
 
 
 def test_weights_leave_their_grid_and_outputs_stay_near(sources, monkeypatch, tiny_tokenizer, tmp_path):
