@@ -91,6 +91,7 @@ class Experiment:
 def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) -> Path:
     """Run all steps and write the report. Under a launcher, processes share every step."""
     state, run_dir = process_state(), Path(experiment.run_dir)
+    args = copy.copy(args)  # the caller's stay as they are
     args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     if args.train_scales and experiment.peft_config is None and experiment.exports:
         raise ConfigError(

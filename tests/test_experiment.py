@@ -40,6 +40,7 @@ def run(model, folder, *, max_steps=3, init="zero", train_scales=False, **option
         alpha=1.0, init=init, save_strategy="no", disable_tqdm=True, train_scales=train_scales,
     )  # fmt: skip
     run_experiment(experiment, args)
+    assert args.eval_strategy == "no"  # the caller's stay as they are
     return folder
 
 

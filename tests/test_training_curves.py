@@ -49,6 +49,9 @@ def test_lines_are_what_was_logged_and_bytes_are_repeated(tmp_path, drawn):
     assert not (tmp_path / "u.png").exists()
     draw_curves([{"step": step, "loss": loss} for step, loss in ((1, 0.5), (2, -0.5))], tmp_path / "u.png")
     assert drawn[-1].axes[0].get_ylim()[0] < -0.5
+    same = [{"step": step, "loss": 0.5 / step, "kl": 0.50001 / step, "ce": 1.0} for step in (1, 2)]
+    draw_curves(same, tmp_path / "u.png")
+    assert list(shown(drawn[-1])) == ["KL to the teacher", "cross-entropy"]  # without a second picture of the KL
     diverged = [{"step": step, "kl": 0.5 / step, "eval_kl": 0.5} for step in range(1, 8)]
     diverged += [{"step": 8, "kl": math.nan}, {"step": 9, "kl": math.inf, "eval_kl": math.inf}]
     draw_curves(diverged, tmp_path / "u.png")
@@ -81,7 +84,7 @@ def test_a_run_leaves_a_picture_and_trackers_get_the_same_names(make_trainer, tr
     assert not (tmp_path / "out" / "training.png").exists()  # nothing was trained
     trainer.train()
     trainer.evaluate()
-    assert (tmp_path / "out" / "training.png").is_file() and len(drawn[-1].axes) == 4
+    assert (tmp_path / "out" / "training.png").is_file() and len(drawn[-1].axes) == 3
     steps = [step for step, _ in shown(drawn[-1])["KL to the teacher"]["held-out rows"]]
     assert steps == [0, 1, 2]  # before, during and after
     assert {"loss", "ce", "kl", "eval_kl", "eval_ce", "eval_top1_agreement", "eval_perplexity"} <= names
@@ -91,4 +94,4 @@ def test_a_run_leaves_a_picture_and_trackers_get_the_same_names(make_trainer, tr
     listed = set(re.findall(r"`((?:train|eval)/\w+)`", page))
     assert {"train/kl", "eval/kl"} <= listed <= sent
     make_trainer(curves=True, max_steps=3, logging_steps=10).train()
-    assert [step for step, _ in shown(drawn[-1])["loss"]["training batches"]] == [1, 3]  # the first and the last
+    assert [step for step, _ in shown(drawn[-1])["KL to the teacher"]["training batches"]] == [1, 3]  # the first and the last

@@ -89,7 +89,7 @@ def draw_bits(results: dict[str, Any]) -> Figure | None:
         look: dict[str, Any] = {"color": _COLORS[styles[name]], "marker": _MARKERS[styles[name]]}
         panel.errorbar([arm["bits_per_weight"]], values, yerr=errors, capsize=2.5, elinewidth=1, linewidth=0, **look)
     bits, heights = ([arm["bits_per_weight"] for arm in arms.values()], panel.get_ylim())
-    panel.set_xlim(min(bits) / 1.12, max(bits) * 1.9)  # room for the labels
+    panel.set_xlim(min(bits) / 1.12, max(bits) * 1.6)  # room for the labels
     panel.set_ylim(heights[0] / 1.2, heights[1] * 1.2)
     _label_points(
         panel, [(arm["bits_per_weight"], arm["metrics"]["kl"]["value"], arm["title"]) for arm in arms.values()]
@@ -193,17 +193,16 @@ def _draw_lines(panel: Axes, arms: dict[str, Any], table: dict[str, Any]) -> Non
 
 
 def _label_points(panel: Axes, points: list[tuple[float, float, str]]) -> None:
-    """A label to the right of each point, moved up where it would hide the one below."""
+    """Labels in a column to the right of all points, moved up where one would hide the one below."""
     low, high = map(math.log, panel.get_ylim())
     line = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
-    lowest = -math.inf
+    right, lowest = 1.08 * max(x for x, *_ in points), -math.inf
     for x, y, title in sorted(points, key=lambda point: point[1]):
         place = max((math.log(y) - low) / (high - low), lowest)  # a share of the panel's height
         lowest = place + 0.06
         text = _plain_text(title if len(title) <= 40 else title[:37] + "...")
         panel.annotate(
-            text, (x, y), (9, (place - (math.log(y) - low) / (high - low)) * 200), textcoords="offset points",
-            va="center", fontsize=8, arrowprops=line,
+            text, (x, y), (right, math.exp(low + place * (high - low))), va="center", fontsize=8, arrowprops=line
         )  # fmt: skip
 
 

@@ -30,9 +30,11 @@ _FEWEST = 6  # dots that a moving mean is drawn through
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool:
-    """Draw loss, KL, cross-entropy and agreement over steps, as far as they were logged; whether any was."""
+    """Draw loss, KL, cross-entropy and agreement over steps, as far as they were logged and differ; whether any was."""
     curves = {name: (_series(log_history, name), _series(log_history, f"eval_{name}")) for name in _PANELS}
     curves = {name: pair for name, pair in curves.items() if pair[0] or pair[1]}
+    if _agree(*(curves.get(name, ({}, {}))[0] for name in ("loss", "kl"))):
+        del curves["loss"]  # which is the KL alone
     if not curves:
         return False
     from matplotlib.figure import Figure  # a second to import, and only needed here
@@ -75,6 +77,12 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, Path(path))
     return True
+
+
+def _agree(one: dict[int, float], other: dict[int, float]) -> bool:
+    """Whether two series have points, and the same."""
+    near = [math.isclose(one[step], other[step], rel_tol=1e-3) for step in one.keys() & other.keys()]
+    return bool(one) and one.keys() == other.keys() and all(near)
 
 
 def _smooth(points: dict[int, float]) -> dict[int, float]:
