@@ -23,9 +23,10 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
-from quantkd.models import initialization, layer_inputs
+from quantkd.models import curvature, initialization, layer_inputs
+from quantkd.models.curvature import weigh_tokens
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, initialize_from_error
-from quantkd.models.layer_inputs import draw_rows, visit_layers, weigh_tokens
+from quantkd.models.layer_inputs import draw_rows, visit_layers
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import quantize
@@ -217,7 +218,7 @@ def test_tokens_weigh_as_much_as_an_error_there_changes_the_loss(tiny_model, tra
 
 def test_what_is_drawn_has_the_curvature_of_the_kl():
     p = torch.tensor([0.7, 0.2, 0.05, 0.05])
-    drawn = layer_inputs._draw_curvature(p.log().expand(200_000, 4))
+    drawn = curvature.draw_curvature(p.log().expand(200_000, 4))
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), p.diag() - p.outer(p), rtol=0.02, atol=1e-3)
 
 
@@ -233,7 +234,7 @@ def test_rows_are_drawn_until_the_padded_batch_is_full_and_a_long_one_is_weighed
     for length, shape in ((1000, (200, 1000)), (2048, (64, 2048)), (40_000, (1, 16384))):
         rows = [{"input_ids": list(range(1, length + 1))}] * 200
         assert draw_rows(rows, 200, 0, tiny_model)[0].shape == shape
-    monkeypatch.setattr(layer_inputs, "_MAX_WEIGHED", 6)
+    monkeypatch.setattr(curvature, "_MAX_TOKENS", 6)
     layer, ids = tiny_model.model.layers[0].mlp.up_proj, torch.arange(1, 21).view(2, 10)
     weights = weigh_tokens(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].view(2, 10)
     torch.testing.assert_close(weights[:, 6:], weights[:, :6].mean(1, keepdim=True).expand(2, 4))

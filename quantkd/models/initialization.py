@@ -12,6 +12,7 @@ so that whatever comes later sees corrected inputs; one layer's inputs and origi
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from quantkd.errors import ConfigError
 from quantkd.foreign import lora_variant_of
 from quantkd.hardware import process_state
+from quantkd.models.curvature import weigh_outputs
 from quantkd.models.layer_inputs import draw_rows, visit_layers
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
@@ -31,18 +33,20 @@ from quantkd.models.weights import dequantize_weight, is_sharded
 logger = logging.getLogger(__name__)
 
 # The measured choice of docs/initialization.md.
-SHRINKAGE = 1e-2
+SHRINKAGE, COST_OF_ALL = 1e-2, 0.1
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
 _MAX_INPUTS = 4096  # tokens that one correction looks at: they bound its time
 
 
 def compute_correction(
-    error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE
+    error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE, costs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the rank-r matrix D = B A that minimises `trace((E - D) C (E - D)^T)`."""
+    """Factors of the rank-r matrix D = B A that minimises `trace(H (E - D) C (E - D)^T)`; H is `costs`, or I."""
     # C is X^T X / N plus a share of its mean eigenvalue on the diagonal, for directions that no token took. The leading
     # eigenvectors come from randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
+    root = None if costs is None else torch.linalg.cholesky(costs).T
+    error = error if root is None else root @ error
 
     def apply(block: Tensor) -> Tensor:  # E C E^T, on (out, q)
         back = error.T @ block
@@ -60,7 +64,8 @@ def compute_correction(
     _, vectors = torch.linalg.eigh(basis.T @ apply(basis))  # ascending
     up = basis @ vectors.flip(1)[:, :rank]
     down = up.T @ error
-    balance = down.norm(dim=1).sqrt()
+    up = up if root is None else torch.linalg.solve_triangular(root, up, upper=True)
+    balance = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
     up, down = up * balance, down / balance.unsqueeze(1).clamp_min(torch.finfo(down.dtype).tiny)
     missing = rank - up.shape[1]
     return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
@@ -71,22 +76,29 @@ def initialize_from_error(
     weights: OriginalWeights,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
     *,
     shrinkage: float = SHRINKAGE,
     progress: bool = True,
 ) -> int:
-    """Set every LoRA adapter to the best correction of its layer's error, without inputs where no row reaches it."""
+    """Set every LoRA adapter to the best correction of its layer's error, without inputs where no row reaches it.
+
+    With labels, an error of a layer's output counts by what it does to the loss.
+    """
     network = base_network(model)
     adapted: dict[Any, str] = {each: name for name, each in network.named_modules() if isinstance(each, LoraLayer)}
     refused: dict[str, str] = {}
 
     def settle(layer: Any, inputs: Tensor | None) -> None:
         try:
-            _correct(layer, weights, adapted[layer], inputs, shrinkage)
+            _correct(layer, weights, adapted[layer], inputs, _costs(sketches.pop(layer, None)), shrinkage)
         except ConfigError as error:
             refused[adapted[layer]] = str(error)
 
     bar = tqdm(total=len(adapted), desc="initialization", unit="adapter", disable=None if progress else True)
+    sketches: dict[Any, Tensor] = {}
+    if input_ids is not None and labels is not None:
+        sketches = weigh_outputs(model, adapted, input_ids, attention_mask, labels, bar)
     visit_layers(model, adapted, settle, input_ids, attention_mask, bar)
     if refused:
         name, reason = next(iter(refused.items()))
@@ -115,7 +127,7 @@ def initialize_from_rows(
     if state.is_main_process:
         try:
             weights = OriginalWeights(name_or_path, base_network(model), revision)
-            drawn = draw_rows(dataset, rows, seed, model)[:2] if start == "covariance" else (None, None)
+            drawn = draw_rows(dataset, rows, seed, model) if start == "covariance" else ()
             initialize_from_error(model, weights, *drawn)
         except (ConfigError, OSError) as error:
             logger.warning("The adapters start from zero: %s", error)
@@ -124,7 +136,19 @@ def initialize_from_rows(
             parameter.data.copy_(broadcast(parameter.data.to(state.device)))
 
 
-def _correct(layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | None, shrinkage: float) -> None:
+def _costs(sketch: Tensor | None) -> Tensor | None:
+    """(out, out): what errors in each direction cost, as a share of the mean, and a part that is the same for all."""
+    if sketch is None:
+        return None
+    mean = float(sketch.square().sum(0).mean())
+    if not 0 < mean < math.inf:  # no loss depends on them, or a gradient overflowed
+        return None
+    return sketch.T @ sketch / mean + COST_OF_ALL * torch.eye(sketch.shape[1], device=sketch.device)
+
+
+def _correct(
+    layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | None, costs: Tensor | None, shrinkage: float
+) -> None:
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(adapters) != 1:
         raise ConfigError(f"it has {len(adapters)} active adapters; expected one.")
@@ -136,7 +160,7 @@ def _correct(layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | N
     error = read_original(weights, name, base).to(quantized.device, torch.float32) - quantized.float()
     if inputs is not None:
         inputs = inputs[:: -(-len(inputs) // _MAX_INPUTS)]
-    up, down = compute_correction(error, inputs, layer.r[adapter], shrinkage=shrinkage)
+    up, down = compute_correction(error, inputs, layer.r[adapter], shrinkage=shrinkage, costs=costs)
     layer.lora_B[adapter].weight.data.copy_(up / layer.scaling[adapter])
     # Where there is nothing to correct, PEFT's own start stays: with both factors at zero neither gets a gradient.
     used = down.any(dim=1, keepdim=True)

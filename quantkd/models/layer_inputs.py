@@ -1,14 +1,13 @@
 """The inputs of a model's layers, by one forward pass over a few rows: each layer is shown its own before it runs.
 
 What is done to a layer then, such as choosing its codes or its adapter, is seen by all that come after it, and one
-layer's inputs are held at a time. An error does not cost the same at every token, so inputs are weighted by what it
-does to the loss, by a backward pass before. The figures are in docs/quantize.md.
+layer's inputs are held at a time. An error does not cost the same at every token, so inputs can be weighted by what it
+does to the loss (`curvature.py`). The figures are in docs/quantize.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantkd.models.network import Runner, base_network, undisturbed
+from quantkd.models.curvature import weigh_tokens
+from quantkd.models.network import base_network, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
 # Padded tokens of the forward pass, by a model whose widest layer reads `_WIDTH` values, as of a Llama of 8 billion
 # parameters; they bound the memory, and a narrower model takes more.
 _MAX_TOKENS, _WIDTH = 16384, 14336
-_MAX_WEIGHED = 2048  # tokens of a row in the backward pass: they bound its activations
 
 
 def visit_layers(
@@ -74,54 +73,6 @@ def visit_layers(
             bar.update()
 
 
-def weigh_tokens(
-    model: Any,
-    layers: Iterable[nn.Module],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
-    bar: tqdm[Any],
-) -> dict[nn.Module, Tensor]:
-    """(N,) for each layer: how much an error of its output at each token costs, padding left out.
-
-    It is the squared gradient, by that output, of the logits at the rows' targets times `_draw_curvature`: its mean is
-    the curvature of the KL to the model's own distribution, summed over the targets (Fisher information).
-    """
-    found: dict[nn.Module, list[Tensor]] = defaultdict(list)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    embeddings = model.get_input_embeddings()
-    first: list[Tensor] = []
-
-    def follow(layer: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda grad: found[layer].append(grad.float().square().sum(-1).flatten()))
-
-    def begin(layer: nn.Module, args: Any, output: Tensor) -> None:
-        first.append(output.requires_grad_())
-
-    runner = Runner(model)
-    hooks = [layer.register_forward_hook(follow) for layer in layers]
-    hooks.append(embeddings.register_forward_hook(begin))
-    try:
-        with torch.enable_grad(), undisturbed(model, embeddings.weight.device):
-            torch.manual_seed(0)
-            for number, (row, seen, own) in enumerate(zip(input_ids, mask.bool(), labels, strict=True), 1):
-                bar.set_postfix_str(f"token weights of row {number} of {len(labels)}")
-                length = int(seen.sum())
-                ids, targets = (each[seen][None, :_MAX_WEIGHED] for each in (row, own))
-                targets = targets if bool((targets[:, 1:] != IGNORE_INDEX).any()) else ids
-                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": targets}
-                logits = runner.run(batch)[0].logits()
-                torch.autograd.grad(logits, first.pop(), _draw_curvature(logits))  # no parameter gets a gradient
-                for parts in found.values() if length > _MAX_WEIGHED else ():  # the others weigh as the mean
-                    parts.append(parts[-1].mean().expand(length - _MAX_WEIGHED))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    bar.set_postfix_str("")
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
-
-
 def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, mask and labels, (rows, T) each, of rows drawn at random, as many as asked for or memory allows."""
     modules = () if model is None else base_network(model).modules()
@@ -145,14 +96,6 @@ def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> tuple[Te
         for place, padding in ((0, 0), (-1, IGNORE_INDEX))
     )
     return ids, (torch.arange(longest) < lengths.unsqueeze(1)).long(), labels
-
-
-def _draw_curvature(logits: Tensor) -> Tensor:
-    """Random (N, V) rows whose mean outer product is the curvature of the KL, diag(p) - p p^T."""
-    # Drawing tokens has the same mean and varies more: where the model is sure, most draws say nothing.
-    p = logits.detach().softmax(-1)
-    root = p.sqrt() * torch.randn_like(p)
-    return root - p * root.sum(-1, keepdim=True)
 
 
 def _tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:

@@ -1,0 +1,115 @@
+"""What an error of a layer's output costs at each token, and in each direction, by the curvature of the KL.
+
+Where a model agrees with its teacher the KL has no gradient; what an error costs there is its second derivative by the
+logits, diag(p) - p p^T. Random directions of that covariance go backward through the model once, all targets of a row
+together, and the second moment of what arrives at a layer's output is what its errors cost (Fisher information, as in
+YAQA, Tseng et al. 2025, arXiv:2505.22988). The figures are in docs/quantize.md and docs/initialization.md.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quantkd.models.network import Runner, undisturbed
+from quantkd.transfer_set import IGNORE_INDEX
+
+_MAX_TOKENS = 2048  # of a row in the backward pass: they bound its activations
+_SKETCH = 512  # rows of what is kept of a layer's second moment
+
+
+def weigh_tokens(
+    model: Any,
+    layers: Iterable[nn.Module],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    bar: tqdm[Any],
+) -> dict[nn.Module, Tensor]:
+    """(N,) for each layer: how much an error of its output at each token costs, padding left out."""
+    found: dict[nn.Module, list[Tensor]] = defaultdict(list)
+
+    def keep(layer: nn.Module, gradient: Tensor, rest: int) -> None:
+        weights = gradient.square().sum(-1)
+        # Those that are cut off weigh as the mean.
+        found[layer] += [weights, weights.mean().expand(rest)]
+
+    _follow_gradients(model, layers, input_ids, attention_mask, labels, bar, keep)
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def weigh_outputs(
+    model: Any,
+    layers: Iterable[nn.Module],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    bar: tqdm[Any],
+) -> dict[nn.Module, Tensor]:
+    """(q, out) for each layer: a matrix S for which `|S e|^2` is about what an error e of its output costs."""
+    # A random projection over the tokens: S^T S has the second moment as its mean, and of a wide layer is far smaller.
+    found: dict[nn.Module, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def add(layer: nn.Module, gradient: Tensor, rest: int) -> None:
+        projection = torch.randn(_SKETCH, len(gradient), generator=generator).to(gradient) / _SKETCH**0.5
+        part = projection @ gradient
+        found[layer] = found[layer].add_(part) if layer in found else part
+
+    _follow_gradients(model, layers, input_ids, attention_mask, labels, bar, add)
+    return found
+
+
+def _follow_gradients(
+    model: Any,
+    layers: Iterable[nn.Module],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    bar: tqdm[Any],
+    take: Callable[[nn.Module, Tensor, int], None],
+) -> None:
+    """Hand each layer's (N, out) gradients of a row to `take`, and how many further tokens the row has."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    embeddings = model.get_input_embeddings()
+    first: list[Tensor] = []
+    rest = 0
+
+    def follow(layer: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: take(layer, grad.float().flatten(0, -2), rest))
+
+    def begin(layer: nn.Module, args: Any, output: Tensor) -> None:
+        first.append(output.requires_grad_())
+
+    runner = Runner(model)
+    hooks = [layer.register_forward_hook(follow) for layer in layers]
+    hooks.append(embeddings.register_forward_hook(begin))
+    try:
+        with torch.enable_grad(), undisturbed(model, embeddings.weight.device):
+            torch.manual_seed(0)
+            for number, (row, seen, own) in enumerate(zip(input_ids, mask.bool(), labels, strict=True), 1):
+                bar.set_postfix_str(f"token weights of row {number} of {len(labels)}")
+                rest = max(0, int(seen.sum()) - _MAX_TOKENS)
+                ids, targets = (each[seen][None, :_MAX_TOKENS] for each in (row, own))
+                targets = targets if bool((targets[:, 1:] != IGNORE_INDEX).any()) else ids
+                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": targets}
+                logits = runner.run(batch)[0].logits()
+                torch.autograd.grad(logits, first.pop(), draw_curvature(logits))  # no parameter gets a gradient
+    finally:
+        for hook in hooks:
+            hook.remove()
+    bar.set_postfix_str("")
+
+
+def draw_curvature(logits: Tensor) -> Tensor:
+    """Random (N, V) rows whose mean outer product is the curvature of the KL, diag(p) - p p^T."""
+    # Drawing tokens has the same mean and varies more: where the model is sure, most draws say nothing.
+    p = logits.detach().softmax(-1)
+    root = p.sqrt() * torch.randn_like(p)
+    return root - p * root.sum(-1, keepdim=True)
