@@ -51,7 +51,6 @@ from quantkd.data.gsm8k import load_gsm8k, remove_calculator_marks
 from quantkd.files import write_file
 from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
 from quantkd.models.initialization import initialize_from_rows
-from quantkd.models.quantize import ROWS
 from quantkd.models.student import attach_lora, default_lora_config, load_student
 
 SPEED_TOKENS = 96
@@ -106,7 +105,7 @@ class Files:
         def make(folder: Path) -> None:
             student = load_student(self.model, gguf_file=str(base))
             adapted = attach_lora(student, default_lora_config(self.args.rank))
-            initialize_from_rows(adapted, self.train, self.model, rows=ROWS)
+            initialize_from_rows(adapted, self.train, self.model)
             adapted.save_pretrained(folder)
 
         return self._export(once(self._beside(base, "start"), make))
@@ -116,7 +115,7 @@ class Files:
 
         def make(folder: Path) -> None:
             args = QuantizedDistillationConfig(
-                str(folder) + "-run", init="covariance", init_from=self.model, init_rows=ROWS, alpha=1.0,
+                str(folder) + "-run", init="covariance", init_from=self.model, alpha=1.0,
                 num_train_epochs=1, per_device_train_batch_size=8, learning_rate=self.args.learning_rate,
                 lr_scheduler_type="cosine", warmup_steps=2, packing=True, save_strategy="no", report_to=[],
                 disable_tqdm=True, logging_steps=4,

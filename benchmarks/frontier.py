@@ -173,7 +173,7 @@ class Ours:
         load = load or self.load_codes
         adapted = load()
         adapted = attach_lora(adapted, default_lora_config(find_rank(adapted, budget)))
-        initialize_from_rows(adapted, self.train, self.model, rows=ROWS)
+        initialize_from_rows(adapted, self.train, self.model)
         folder = self.home / f"{name}+adapter@{budget}"
         adapted.save_pretrained(folder)
         round_adapter(folder, short_dtype(adapted))

@@ -16,7 +16,7 @@ from quantkd import quantize
 from quantkd.cli.arguments import StudentArguments, load_student_from
 from quantkd.errors import ConfigError
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.models.codes import InputMoment
+from quantkd.models.codes import moments_of
 from quantkd.models.gguf_codes import calibrate_gguf_layer, split_blocks, with_codes
 from quantkd.models.gguf_files import GgufTensor, open_gguf
 from quantkd.models.gguf_student import load_student_tokenizer
@@ -116,7 +116,7 @@ def test_codes_are_where_the_format_has_them_and_chosen_ones_have_less_error(kin
         return float((inputs.double() @ difference.T).square().sum().detach())
 
     before = error()
-    calibrate_gguf_layer(layer, tiny_model.config, original, InputMoment(inputs))
+    calibrate_gguf_layer(layer, tiny_model.config, original, moments_of(inputs)[0])
     assert error() < KINDS[kind] * before and torch.equal(layer.weight, tensor.dequantize())
     assert torch.equal(split_blocks(tensor)["constants"], own["constants"])
 

@@ -23,10 +23,10 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
-from quantkd.models import curvature, initialization, layer_inputs
-from quantkd.models.curvature import weigh_tokens
+from quantkd.models import curvature, initialization
+from quantkd.models.curvature import Costs, measure_costs, weigh_inputs
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, initialize_from_error
-from quantkd.models.layer_inputs import draw_rows, visit_layers
+from quantkd.models.layer_inputs import draw_rows
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import quantize
@@ -69,16 +69,23 @@ def least_error(error, moment, rank):
     return least
 
 
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize(("shape", "rank", "dtype", "limit"), [
     *(((9, 7, tokens), rank, torch.float64, 1 + 2e-6) for tokens in (50, 4, 1) for rank in (1, 3, 6)),
     ((200, 150, 900), 16, torch.float32, 1.02),  # by the randomized iteration
 ])  # fmt: skip
-def test_no_other_matrix_of_the_rank_does_better(shape, rank, dtype, limit):
+def test_no_other_matrix_of_the_rank_does_better(shape, rank, dtype, limit, weighed):
     error, inputs = random_problem(*shape, dtype)
-    up, down = compute_correction(error, inputs, rank)
+    gradients = random_problem(shape[0], shape[0], 40, dtype)[1]
+    groups = gradients.tensor_split(2, dim=1) if weighed else ()
+    costs = [each.T @ each / 40 + 0.1 * torch.eye(each.shape[1], dtype=dtype) for each in groups]
+    up, down = compute_correction(error, inputs, rank, costs=costs)
     moment = shrunk_moment(inputs)
-    least = least_error(error, moment, rank)
-    assert least <= weighted_error(error.double(), (up @ down).double(), moment) * (1 + 1e-6) <= limit * least
+    whole = torch.block_diag(*costs).double() if weighed else torch.eye(shape[0], dtype=torch.float64)
+    root = torch.linalg.cholesky(whole).T
+    least = least_error(root @ error.double(), moment, rank)
+    found = weighted_error(root @ error.double(), root @ (up @ down).double(), moment)
+    assert least <= found * (1 + 1e-6) <= limit * least
     assert up.shape == (shape[0], rank) and down.shape == (rank, shape[1])
     torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))
 
@@ -183,14 +190,15 @@ def test_rows_of_padding_do_not_count(tiny_model, tiny_model_path, training_set)
     torch.testing.assert_close(products(model), plain, rtol=1e-3, atol=1e-4)
 
 
-def test_tokens_weigh_as_much_as_an_error_there_changes_the_loss(tiny_model, training_set):
+def test_an_error_costs_what_it_changes_the_loss_by_token_and_direction(tiny_model, training_set, monkeypatch):
     """Against the gradients that autograd keeps, row by row; what is drawn, and every parameter, stays as it was."""
     drawn, seen = draw_rows(training_set, 3, 0), {}
     ids, mask, labels = drawn
     layers = [each for each in tiny_model.model.layers.modules() if isinstance(each, nn.Linear)]
     state = torch.get_rng_state()
     bar = tqdm(disable=True)
-    found = weigh_tokens(tiny_model.train(), layers, *drawn, bar)
+    monkeypatch.setattr(curvature, "_GROUP", 50)
+    found = measure_costs(tiny_model.train(), layers, *drawn, bar)
     assert torch.equal(state, torch.get_rng_state()) and tiny_model.training
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
     expected = {layer: [] for layer in layers}
@@ -203,17 +211,20 @@ def test_tokens_weigh_as_much_as_an_error_there_changes_the_loss(tiny_model, tra
         root = p.sqrt() * torch.randn_like(p)
         loss = (logits[at] * (root - p * root.sum(1, keepdim=True))).sum()
         for layer, grad in zip(layers, torch.autograd.grad(loss, [seen[each] for each in layers]), strict=True):
-            expected[layer].append(grad[0].square().sum(-1))
+            expected[layer].append(grad[0])
         [hook.remove() for hook in hooks]
     for layer in layers:
-        torch.testing.assert_close(found[layer], torch.cat(expected[layer]), rtol=1e-4, atol=1e-9)
-    # Half of what a layer is shown is weighted so; without labels it is the inputs themselves.
-    shown = {}
-    for given in (labels, None):
-        visit_layers(tiny_model, layers, lambda each, x: shown.setdefault(each, []).append(x), ids, mask, bar, given)
-    for layer, (scaled, plain) in shown.items():
-        weights = (found[layer] / found[layer].mean() + 1) / 2
-        torch.testing.assert_close(scaled.T @ scaled, (weights[:, None] * plain).T @ plain, rtol=1e-4, atol=1e-4)
+        gradients = torch.cat(expected[layer])
+        tokens = gradients.square().sum(-1)
+        torch.testing.assert_close(found[layer].tokens, tokens, rtol=1e-4, atol=1e-9)
+        # Half of what the inputs count is weighted so.
+        inputs, weights = torch.randn(len(tokens), 5), (tokens / tokens.mean() + 1) / 2
+        scaled = weigh_inputs(inputs, found[layer])
+        torch.testing.assert_close(scaled.T @ scaled, (weights[:, None] * inputs).T @ inputs, rtol=1e-4, atol=1e-4)
+        # In groups, which are as equal as they can be.
+        parts = gradients.tensor_split(math.ceil(gradients.shape[1] / 50), dim=1)
+        for block, part in zip(found[layer].outputs, parts, strict=True):
+            torch.testing.assert_close(block, part.T @ part, rtol=1e-4, atol=1e-4 * float(block.abs().max()))
 
 
 def test_what_is_drawn_has_the_curvature_of_the_kl():
@@ -236,7 +247,7 @@ def test_rows_are_drawn_until_the_padded_batch_is_full_and_a_long_one_is_weighed
         assert draw_rows(rows, 200, 0, tiny_model)[0].shape == shape
     monkeypatch.setattr(curvature, "_MAX_TOKENS", 6)
     layer, ids = tiny_model.model.layers[0].mlp.up_proj, torch.arange(1, 21).view(2, 10)
-    weights = weigh_tokens(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].view(2, 10)
+    weights = measure_costs(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].tokens.view(2, 10)
     torch.testing.assert_close(weights[:, 6:], weights[:, :6].mean(1, keepdim=True).expand(2, 4))
 
 
@@ -474,7 +485,10 @@ def test_what_is_quantized_already_is_no_original(tiny_model, tiny_model_path, t
         refused(ConfigError, found, OriginalWeights(str(tmp_path / name), tiny_model).read, NAME)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_inputs_count_alike_where_no_weight_can_be_known(value):
-    inputs = torch.randn(3, 2)
-    assert layer_inputs._scale(inputs, torch.tensor([1.0 if value else 0.0, value, value])) is inputs
+def test_inputs_count_alike_where_no_cost_can_be_known(tiny_model, monkeypatch):
+    inputs, layer, ids = torch.randn(3, 2), tiny_model.model.layers[0].mlp.up_proj, torch.arange(8).view(1, 8)
+    assert weigh_inputs(inputs, None) is inputs
+    assert weigh_inputs(inputs, Costs(torch.ones(4), [])) is inputs  # of an expert, a part of the tokens
+    for value in (0.0, math.nan, math.inf):  # no loss depends on it, or a gradient overflowed
+        monkeypatch.setattr(curvature, "draw_curvature", lambda logits, value=value: torch.full_like(logits, value))
+        assert not measure_costs(tiny_model, [layer], ids, None, ids, tqdm(disable=True))

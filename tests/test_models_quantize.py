@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from quantkd import quantize
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
-from quantkd.models.codes import InputMoment, calibrate_layer, choose_codes, read_constants
+from quantkd.models.codes import Moment, calibrate_layer, choose_codes, moments_of, read_constants
 from quantkd.models.layer_inputs import draw_rows
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
@@ -59,7 +59,7 @@ def test_no_row_is_worse_than_with_the_nearest_codes(rows, columns, tokens, kind
     inputs[:, columns // 2] = 0  # a dead input
     layer = quantized(weight, kind=kind, nested=nested)
     before = output_errors(weight, layer, inputs)
-    calibrate_layer(layer, weight, InputMoment(inputs))
+    calibrate_layer(layer, weight, moments_of(inputs)[0])
     assert (output_errors(weight, layer, inputs) <= before * (1 + 1e-6)).all()
 
 
@@ -70,7 +70,7 @@ def test_inputs_without_a_preference_give_the_nearest_codes(kind, nested):
     inputs = torch.eye(91) * 91**0.5
     layers = [quantized(weight, kind=kind, nested=nested) for _ in range(3)]
     nearest = dequantize_weight(layers[0])
-    for layer, moment in zip(layers[1:], (None, InputMoment(inputs)), strict=True):
+    for layer, moment in zip(layers[1:], (None, moments_of(inputs)[0]), strict=True):
         calibrate_layer(layer, weight, moment)
         if nested:  # bitsandbytes rounds before it quantizes the constants, and so on other ones
             assert (weight - dequantize_weight(layer)).abs().max() <= (weight - nearest).abs().max()
@@ -83,7 +83,7 @@ def test_the_error_is_far_less_on_correlated_inputs():
     weight, inputs = random_problem(32, 128, 4000)
     layer = quantized(weight)
     before = output_errors(weight, layer, inputs).sum()
-    calibrate_layer(layer, weight, InputMoment(inputs))
+    calibrate_layer(layer, weight, moments_of(inputs)[0])
     assert output_errors(weight, layer, inputs).sum() < before / 2
 
 
@@ -93,7 +93,7 @@ def test_feedback_is_that_of_the_textbook():
     layer = quantized(weight, nested=False)
     state = layer.weight.quant_state
     scales = read_constants(state).repeat_interleave(64)[:120].reshape(3, 40)
-    moment = InputMoment(inputs)
+    moment = moments_of(inputs)[0]
     left, matrix, levels = weight.double(), moment.matrix.double(), state.code.double()
     matrix = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(40)
     left, divisors = left[:, moment.order], scales.double()[:, moment.order]
@@ -114,14 +114,14 @@ def test_storage_constants_and_odd_layers():
         layer = quantized(weight, storage=storage)
         state, shape, dtype = layer.weight.quant_state, layer.weight.shape, layer.weight.dtype
         constants = read_constants(state).clone()
-        calibrate_layer(layer, weight, InputMoment(inputs))
+        calibrate_layer(layer, weight, moments_of(inputs)[0])
         assert layer.weight.quant_state is state and (layer.weight.shape, layer.weight.dtype) == (shape, dtype)
         assert torch.equal(read_constants(state), constants) and torch.isfinite(dequantize_weight(layer)).all()
     wide = quantized(torch.ones(3, 96) * torch.arange(1.0, 4.0).unsqueeze(1))
     if not torch.allclose(dequantize_weight(wide)[:, 0], torch.arange(1.0, 4.0), rtol=0.1):
         refused(ConfigError, "takes other constants", calibrate_layer, wide, torch.ones(3, 96), None)
-    InputMoment(torch.zeros(4, 6))  # a layer that gets zeros alone
-    refused(ConfigError, "inputs are not finite", InputMoment, torch.tensor([[torch.inf, 1.0]]))
+    Moment(torch.zeros(6, 6))  # a layer that gets zeros alone
+    refused(ConfigError, "inputs are not finite", moments_of, torch.tensor([[torch.inf, 1.0]]))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -2,13 +2,16 @@
 
 Rounding every weight to its nearest code ignores what a layer reads. With C the second moment of the inputs, the output
 error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and the rounding error of each is
-spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. A row
-for which this is no better than the nearest codes keeps those. The derivation and the figures are in docs/quantize.md.
+spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. With
+H the second moment of the gradients of the outputs, an error costs trace(H E C E^T), and the errors of rows are spread
+over further rows in the same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C
+than the nearest codes keeps those. The derivation and the figures are in docs/quantize.md.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,21 +19,22 @@ from torch import Tensor, nn
 
 from quantkd.errors import ConfigError
 from quantkd.models.cpu_repacking import forget_repacked, restore_weight
+from quantkd.models.curvature import Costs, weigh_inputs
 
 # The measured choice of docs/quantize.md.
-DAMPING = 1e-2
+DAMPING, OUTPUT_DAMPING = 1e-2, 1.0
 _COLUMNS = 128  # that are rounded before the rest of a matrix is updated by one product
+_ROWS = 64  # that are chosen together
 
 
-class InputMoment:
-    """The second moment of a layer's inputs, `X^T X / N`, and what choosing codes needs of it."""
+class Moment:
+    """A second moment, of a layer's inputs or of the gradients of its outputs, and what choosing codes needs of it."""
 
-    def __init__(self, inputs: Tensor, *, damping: float = DAMPING) -> None:
-        matrix = inputs.T @ inputs / len(inputs)
+    def __init__(self, matrix: Tensor, *, damping: float = DAMPING) -> None:
         if not bool(torch.isfinite(matrix).all()):
             raise ConfigError("its inputs are not finite.")
         self.order = matrix.diagonal().argsort(descending=True)
-        self.matrix = matrix[self.order][:, self.order]  # (in, in), largest inputs first
+        self.matrix = matrix[self.order][:, self.order]  # largest first
         damped, ridge = self.matrix.clone(), damping * float(matrix.diagonal().mean()) or 1.0
         failed = True
         while failed:  # more than once where rounding made it indefinite
@@ -42,36 +46,63 @@ class InputMoment:
         self.feedback = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
-def choose_codes(weight: Tensor, scales: Tensor, levels: Tensor, moment: InputMoment | None) -> Tensor:
+def moments_of(inputs: Tensor, costs: Costs | None = None) -> tuple[Moment, list[Moment]]:
+    """The moment of a layer's (N, in) inputs, by what they cost, and those of its groups of outputs."""
+    inputs = weigh_inputs(inputs, costs)
+    outputs = [] if costs is None else costs.outputs
+    return Moment(inputs.T @ inputs / len(inputs)), [Moment(each, damping=OUTPUT_DAMPING) for each in outputs]
+
+
+def choose_codes(
+    weight: Tensor, scales: Tensor, levels: Tensor, inputs: Moment | None, outputs: Sequence[Moment] = ()
+) -> Tensor:
     """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
 
-    weight and scales are (out, in); without a moment the nearest codes are chosen.
+    weight and scales are (out, in); without the inputs' moment the nearest codes are chosen. With those of the outputs
+    the rows of each group are chosen in blocks, and the errors of a block are spread over those to come.
     """
     grid, places = levels.sort()  # FP4's are in no order
     edges = (grid[1:] + grid[:-1]) / 2
     divisors = torch.where(scales == 0, torch.ones_like(scales), scales)  # a block of zeros takes any code
+    nearest = torch.bucketize((weight / divisors).contiguous(), edges)
+    if inputs is None:
+        return places[nearest]
+    first, found = 0, torch.empty_like(nearest)
+    groups: Sequence[Moment | None] = outputs or [None]
+    for group in groups:
+        order = first + (torch.arange(len(weight), device=weight.device) if group is None else group.order)
+        first, left = first + len(order), weight[order]
+        for start, end in _blocks(len(order), len(order) if group is None else _ROWS):
+            rows = order[start:end]
+            found[rows] = _choose_columns(left[start:end], scales[rows], divisors[rows], grid, edges, inputs)
+            if group is not None:
+                errors, own = left[start:end] - grid[found[rows]] * scales[rows], group.feedback[start:end]
+                spread = torch.linalg.solve_triangular(own[:, start:end].T, errors, upper=False)
+                left[end:] -= own[:, end:].T @ spread
+    ours, theirs = (
+        compute_output_error((weight - grid[each] * scales)[:, inputs.order], inputs.matrix)
+        for each in (found, nearest)
+    )
+    # By a margin, for the comparison is itself rounded.
+    return places[torch.where((ours < theirs * (1 - 1e-5)).unsqueeze(1), found, nearest)]
 
-    def find_nearest(values: Tensor, divisor: Tensor) -> Tensor:
-        return torch.bucketize(values / divisor, edges)
 
-    if moment is None:
-        return places[find_nearest(weight, divisors)]
+def _choose_columns(
+    weight: Tensor, scales: Tensor, divisors: Tensor, grid: Tensor, edges: Tensor, moment: Moment
+) -> Tensor:
+    """(out, in) places in the grid, column by column, the error of each spread over those to come."""
     # Columns become rows, which are contiguous.
-    wanted, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
-    nearest, left = find_nearest(wanted, divisors), wanted.clone()
-    found = torch.empty_like(nearest)
-    for start, end in _blocks(len(wanted)):
+    left, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
+    found = torch.empty(left.shape, dtype=torch.long, device=left.device)
+    for start, end in _blocks(len(left), _COLUMNS):
         errors = torch.empty_like(left[start:end])
         for column in range(start, end):
             onward = moment.feedback[column]
-            found[column] = find_nearest(left[column], divisors[column])
+            found[column] = torch.bucketize(left[column] / divisors[column], edges)
             errors[column - start] = (left[column] - grid[found[column]] * scales[column]) / onward[column]
             left[column + 1 : end] -= torch.outer(onward[column + 1 : end], errors[column - start])
         left[end:] -= moment.feedback[start:end, end:].T @ errors
-    ours, theirs = (compute_output_error((wanted - grid[each] * scales).T, moment.matrix) for each in (found, nearest))
-    # By a margin, for the comparison is itself rounded.
-    found = torch.where(ours < theirs * (1 - 1e-5), found, nearest)
-    return places[found[moment.order.argsort()].T]
+    return found[moment.order.argsort()].T
 
 
 def compute_output_error(error: Tensor, moment: Tensor) -> Tensor:
@@ -105,18 +136,18 @@ def read_scales(packed: Tensor, state: Any) -> Tensor:
     return scales
 
 
-def calibrate_layer(layer: Any, original: Tensor, moment: InputMoment | None) -> None:
+def calibrate_layer(layer: Any, original: Tensor, inputs: Moment | None, outputs: Sequence[Moment] = ()) -> None:
     """Choose the codes of bitsandbytes' 4-bit layer anew, for the inputs it gets; its constants stay."""
     restore_weight(layer)
     packed, state = layer.weight.data, layer.weight.quant_state
     weight = original.to(packed.device, torch.float32)
     scales = read_scales(packed, state)
-    codes = choose_codes(weight, scales, state.code.float(), moment).flatten().to(torch.uint8)
+    codes = choose_codes(weight, scales, state.code.float(), inputs, outputs).flatten().to(torch.uint8)
     codes = nn.functional.pad(codes, (0, codes.numel() % 2))
     both = (codes[0::2] << 4) | codes[1::2]  # bitsandbytes' order in a byte
     packed.copy_(both.view(packed.dtype).reshape(packed.shape))
     forget_repacked(layer)
 
 
-def _blocks(columns: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _COLUMNS, columns)) for start in range(0, columns, _COLUMNS)]
+def _blocks(count: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]

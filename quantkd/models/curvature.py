@@ -8,9 +8,10 @@ YAQA, Tseng et al. 2025, arXiv:2505.22988). The figures are in docs/quantize.md 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,49 +21,50 @@ from quantkd.models.network import Runner, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
 _MAX_TOKENS = 2048  # of a row in the backward pass: they bound its activations
-_SKETCH = 512  # rows of what is kept of a layer's second moment
+_GROUP = 1024  # channels of an output between which costs are kept: they bound the memory
 
 
-def weigh_tokens(
+class Costs(NamedTuple):
+    """What an error of a layer's output costs."""
+
+    tokens: Tensor  # (N,) by token, padding left out
+    outputs: list[Tensor]  # (group, group) for groups of channels one after the other: e^T H e of an error e of each
+
+
+def measure_costs(
     model: Any,
     layers: Iterable[nn.Module],
     input_ids: Tensor,
     attention_mask: Tensor | None,
     labels: Tensor,
     bar: tqdm[Any],
-) -> dict[nn.Module, Tensor]:
-    """(N,) for each layer: how much an error of its output at each token costs, padding left out."""
-    found: dict[nn.Module, list[Tensor]] = defaultdict(list)
+) -> dict[nn.Module, Costs]:
+    """The costs of every layer that the targets depend on; those of no finite curvature are left out."""
+    tokens: dict[nn.Module, list[Tensor]] = defaultdict(list)
+    outputs: dict[nn.Module, list[Tensor]] = {}
 
-    def keep(layer: nn.Module, gradient: Tensor, rest: int) -> None:
+    def take(layer: nn.Module, gradient: Tensor, rest: int) -> None:
         weights = gradient.square().sum(-1)
-        # Those that are cut off weigh as the mean.
-        found[layer] += [weights, weights.mean().expand(rest)]
+        tokens[layer] += [weights, weights.mean().expand(rest)]  # those that are cut off weigh as the mean
+        parts = gradient.tensor_split(-(-gradient.shape[-1] // _GROUP), dim=-1)
+        if layer not in outputs:
+            outputs[layer] = [part.T @ part for part in parts]
+        else:
+            for moment, part in zip(outputs[layer], parts, strict=True):
+                moment.addmm_(part.T, part)
 
-    _follow_gradients(model, layers, input_ids, attention_mask, labels, bar, keep)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    _follow_gradients(model, layers, input_ids, attention_mask, labels, bar, take)
+    found = {layer: Costs(torch.cat(parts), outputs[layer]) for layer, parts in tokens.items()}
+    return {layer: costs for layer, costs in found.items() if 0 < float(costs.tokens.mean()) < math.inf}
 
 
-def weigh_outputs(
-    model: Any,
-    layers: Iterable[nn.Module],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
-    bar: tqdm[Any],
-) -> dict[nn.Module, Tensor]:
-    """(q, out) for each layer: a matrix S for which `|S e|^2` is about what an error e of its output costs."""
-    # A random projection over the tokens: S^T S has the second moment as its mean, and of a wide layer is far smaller.
-    found: dict[nn.Module, Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
-
-    def add(layer: nn.Module, gradient: Tensor, rest: int) -> None:
-        projection = torch.randn(_SKETCH, len(gradient), generator=generator).to(gradient) / _SKETCH**0.5
-        part = projection @ gradient
-        found[layer] = found[layer].add_(part) if layer in found else part
-
-    _follow_gradients(model, layers, input_ids, attention_mask, labels, bar, add)
-    return found
+def weigh_inputs(inputs: Tensor, costs: Costs | None) -> Tensor:
+    """A layer's (N, in) inputs by the root of their tokens' costs; as they are where these are not known."""
+    if costs is None or len(costs.tokens) != len(inputs):  # as of an expert, which gets a part of them
+        return inputs
+    # Half of the weight is the same for all: few tokens have most of the rest, and other rows have others.
+    shares = (costs.tokens / costs.tokens.mean() + 1) / 2
+    return inputs * shares.sqrt().unsqueeze(1).to(inputs.device)
 
 
 def _follow_gradients(
@@ -94,7 +96,7 @@ def _follow_gradients(
         with torch.enable_grad(), undisturbed(model, embeddings.weight.device):
             torch.manual_seed(0)
             for number, (row, seen, own) in enumerate(zip(input_ids, mask.bool(), labels, strict=True), 1):
-                bar.set_postfix_str(f"token weights of row {number} of {len(labels)}")
+                bar.set_postfix_str(f"curvature of row {number} of {len(labels)}")
                 rest = max(0, int(seen.sum()) - _MAX_TOKENS)
                 ids, targets = (each[seen][None, :_MAX_TOKENS] for each in (row, own))
                 targets = targets if bool((targets[:, 1:] != IGNORE_INDEX).any()) else ids

@@ -7,7 +7,7 @@ codes at their lowest and at their highest. So here is only where codes are stor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkd.errors import ConfigError
-from quantkd.models.codes import InputMoment, choose_codes
+from quantkd.models.codes import Moment, choose_codes
 from quantkd.models.gguf_files import GgufTensor, order_rows
 
 Blocks = NDArray[np.uint8]  # (blocks, bytes) or codes (blocks, values)
@@ -89,19 +89,21 @@ def split_blocks(tensor: GgufTensor) -> dict[str, Tensor]:
     return {"codes": blocks[:, ~constant], "constants": blocks[:, constant]}
 
 
-def calibrate_gguf_layer(layer: Any, config: Any, original: Tensor, moment: InputMoment | None) -> None:
+def calibrate_gguf_layer(
+    layer: Any, config: Any, original: Tensor, inputs: Moment | None, outputs: Sequence[Moment] = ()
+) -> None:
     """Choose the codes of a layer's tensor anew, for the inputs it gets, in the file's bytes and in the layer."""
     tensor: GgufTensor = layer.gguf_tensor
     if not has_codes(tensor):
         raise ConfigError(f"it is stored as {tensor.format}; codes are chosen for {', '.join(_FORMATS)}.")
     order = order_rows(config, tensor.name, len(original))
-    weight = original.float() if order is None else original.float()[order]
-    count = _FORMATS[tensor.format][0]
+    stored = torch.arange(len(original)) if order is None else order
+    back, weight, count = stored.argsort(), original.float(), _FORMATS[tensor.format][0]
     lowest, highest = (
-        tensor.replace_blocks(with_codes(tensor, np.array(code))).dequantize().to(weight) for code in (0, count - 1)
+        tensor.replace_blocks(with_codes(tensor, np.array(code))).dequantize()[back].to(weight)
+        for code in (0, count - 1)
     )
     step = (highest - lowest) / (count - 1)
-    codes = choose_codes(weight - lowest, step, torch.arange(count).to(weight), moment)
-    tensor.blocks[...] = with_codes(tensor, codes.cpu().numpy())
-    values = tensor.dequantize()
-    layer.weight.data.copy_(values if order is None else values[order.argsort()])
+    codes = choose_codes(weight - lowest, step, torch.arange(count).to(weight), inputs, outputs).cpu()
+    tensor.blocks[...] = with_codes(tensor, codes[stored].numpy())
+    layer.weight.data.copy_(tensor.dequantize()[back])

@@ -12,7 +12,7 @@ so that whatever comes later sees corrected inputs; one layer's inputs and origi
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from quantkd.errors import ConfigError
 from quantkd.foreign import lora_variant_of
 from quantkd.hardware import process_state
-from quantkd.models.curvature import weigh_outputs
+from quantkd.models.curvature import Costs, measure_costs
 from quantkd.models.layer_inputs import draw_rows, visit_layers
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
@@ -33,20 +33,25 @@ from quantkd.models.weights import dequantize_weight, is_sharded
 logger = logging.getLogger(__name__)
 
 # The measured choice of docs/initialization.md.
-SHRINKAGE, COST_OF_ALL = 1e-2, 0.1
+SHRINKAGE, OUTPUT_SHRINKAGE = 1e-2, 0.1
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
 _MAX_INPUTS = 4096  # tokens that one correction looks at: they bound its time
 
 
 def compute_correction(
-    error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE, costs: Tensor | None = None
+    error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE, costs: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the rank-r matrix D = B A that minimises `trace(H (E - D) C (E - D)^T)`; H is `costs`, or I."""
+    """Factors of the rank-r matrix D = B A that minimises `trace(H (E - D) C (E - D)^T)`.
+
+    H has `costs` as the blocks of its diagonal, or is I.
+    """
     # C is X^T X / N plus a share of its mean eigenvalue on the diagonal, for directions that no token took. The leading
     # eigenvectors come from randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
-    root = None if costs is None else torch.linalg.cholesky(costs).T
-    error = error if root is None else root @ error
+    roots = [torch.linalg.cholesky(block).T for block in costs]
+    sizes = [len(block) for block in costs] or [len(error)]
+    if roots:
+        error = torch.cat([root @ part for root, part in zip(roots, error.split(sizes), strict=True)])
 
     def apply(block: Tensor) -> Tensor:  # E C E^T, on (out, q)
         back = error.T @ block
@@ -64,7 +69,9 @@ def compute_correction(
     _, vectors = torch.linalg.eigh(basis.T @ apply(basis))  # ascending
     up = basis @ vectors.flip(1)[:, :rank]
     down = up.T @ error
-    up = up if root is None else torch.linalg.solve_triangular(root, up, upper=True)
+    if roots:
+        solved = zip(roots, up.split(sizes), strict=True)
+        up = torch.cat([torch.linalg.solve_triangular(root, part, upper=True) for root, part in solved])
     balance = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
     up, down = up * balance, down / balance.unsqueeze(1).clamp_min(torch.finfo(down.dtype).tiny)
     missing = rank - up.shape[1]
@@ -91,14 +98,14 @@ def initialize_from_error(
 
     def settle(layer: Any, inputs: Tensor | None) -> None:
         try:
-            _correct(layer, weights, adapted[layer], inputs, _costs(sketches.pop(layer, None)), shrinkage)
+            _correct(layer, weights, adapted[layer], inputs, _shrink(costs.pop(layer, None)), shrinkage)
         except ConfigError as error:
             refused[adapted[layer]] = str(error)
 
     bar = tqdm(total=len(adapted), desc="initialization", unit="adapter", disable=None if progress else True)
-    sketches: dict[Any, Tensor] = {}
+    costs: dict[Any, Costs] = {}
     if input_ids is not None and labels is not None:
-        sketches = weigh_outputs(model, adapted, input_ids, attention_mask, labels, bar)
+        costs = measure_costs(model, adapted, input_ids, attention_mask, labels, bar)
     visit_layers(model, adapted, settle, input_ids, attention_mask, bar)
     if refused:
         name, reason = next(iter(refused.items()))
@@ -115,7 +122,7 @@ def initialize_from_rows(
     *,
     start: str = "covariance",
     revision: str | None = None,
-    rows: int = 16,
+    rows: int = 64,
     seed: int = 0,
 ) -> None:
     """`initialize_from_error` on rows of a data set, by the main process; where that cannot be done, from zero."""
@@ -136,18 +143,16 @@ def initialize_from_rows(
             parameter.data.copy_(broadcast(parameter.data.to(state.device)))
 
 
-def _costs(sketch: Tensor | None) -> Tensor | None:
-    """(out, out): what errors in each direction cost, as a share of the mean, and a part that is the same for all."""
-    if sketch is None:
-        return None
-    mean = float(sketch.square().sum(0).mean())
-    if not 0 < mean < math.inf:  # no loss depends on them, or a gradient overflowed
-        return None
-    return sketch.T @ sketch / mean + COST_OF_ALL * torch.eye(sketch.shape[1], device=sketch.device)
+def _shrink(costs: Costs | None) -> list[Tensor]:
+    """What errors of a layer's output cost, as a share of the mean, and a part that is the same in all directions."""
+    if costs is None:
+        return []
+    mean = torch.cat([block.diagonal() for block in costs.outputs]).mean()
+    return [block / mean + OUTPUT_SHRINKAGE * torch.eye(len(block), device=block.device) for block in costs.outputs]
 
 
 def _correct(
-    layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | None, costs: Tensor | None, shrinkage: float
+    layer: Any, weights: OriginalWeights, name: str, inputs: Tensor | None, costs: list[Tensor], shrinkage: float
 ) -> None:
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(adapters) != 1:

@@ -1,13 +1,11 @@
 """The inputs of a model's layers, by one forward pass over a few rows: each layer is shown its own before it runs.
 
 What is done to a layer then, such as choosing its codes or its adapter, is seen by all that come after it, and one
-layer's inputs are held at a time. An error does not cost the same at every token, so inputs can be weighted by what it
-does to the loss (`curvature.py`). The figures are in docs/quantize.md.
+layer's inputs are held at a time.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantkd.models.curvature import weigh_tokens
 from quantkd.models.network import base_network, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
@@ -31,16 +28,9 @@ def visit_layers(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     bar: tqdm[Any],
-    labels: Tensor | None = None,
 ) -> None:
-    """Call `visit` once per layer, with its (N, in) inputs without padding; with None where no token reaches it.
-
-    With labels, inputs are scaled by token, so that what they cost by `weigh_tokens` counts in their second moment.
-    """
+    """Call `visit` once per layer, with its (N, in) inputs without padding; with None where no token reaches it."""
     waiting: dict[Any, Any] = dict.fromkeys(layers)
-    weights: dict[Any, Tensor] = {}
-    if input_ids is not None and labels is not None:
-        weights = weigh_tokens(model, waiting, input_ids, attention_mask, labels, bar)
     # Layers that read the same states (query, key and value) come one after the other, and are shown one tensor.
     last: tuple[Tensor | None, Tensor | None] = None, None
 
@@ -49,7 +39,7 @@ def visit_layers(
         waiting.pop(layer).remove()
         if args[0] is not last[0]:
             last = args[0], _tokens(args[0], mask.bool())
-        visit(layer, _scale(last[1], weights.pop(layer, None)))
+        visit(layer, last[1])
         bar.update()
 
     with torch.no_grad(), bar:
@@ -104,14 +94,3 @@ def _tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
     if len(rows) == mask.numel():  # else a part of the tokens, as an expert gets them
         rows = rows[mask.flatten().to(rows.device)]
     return rows.float() if len(rows) else None
-
-
-def _scale(inputs: Tensor | None, weights: Tensor | None) -> Tensor | None:
-    """Inputs by the root of their tokens' weights; as they are where no weight is known, as of an expert's part."""
-    if inputs is None or weights is None or len(weights) != len(inputs):
-        return inputs
-    if not 0 < float(weights.mean()) < math.inf:  # no loss depends on them, or a gradient overflowed
-        return inputs
-    # Half of the weight is the same for all: few tokens have most of the rest, and other rows have others.
-    shares = (weights / weights.mean() + 1) / 2
-    return inputs * shares.sqrt().unsqueeze(1).to(inputs.device)

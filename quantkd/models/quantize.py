@@ -19,7 +19,8 @@ from quantkd.errors import ConfigError
 from quantkd.files import new_folder, write_file
 from quantkd.foreign import commit_of
 from quantkd.hardware import parse_dtype, process_state
-from quantkd.models.codes import InputMoment, calibrate_layer
+from quantkd.models.codes import calibrate_layer, moments_of
+from quantkd.models.curvature import Costs, measure_costs
 from quantkd.models.export import check_output_dir
 from quantkd.models.gguf_codes import calibrate_gguf_layer
 from quantkd.models.gguf_student import load_student_tokenizer
@@ -179,16 +180,19 @@ def calibrate(
             original = read_original(weights, named[layer], layer)
             if inputs is None:
                 raise ConfigError("no token reaches it.")
-            moment = InputMoment(inputs)  # each layer's own, for its tokens have weights of their own
+            moments = moments_of(inputs, costs.pop(layer, None))  # each layer's own, for tokens have weights by layer
             if hasattr(layer, "gguf_tensor"):
-                calibrate_gguf_layer(layer, model.config, original, moment)
+                calibrate_gguf_layer(layer, model.config, original, *moments)
             else:
-                calibrate_layer(layer, original, moment)
+                calibrate_layer(layer, original, *moments)
         except ConfigError as error:
             refused[named[layer]] = str(error)
 
     bar = tqdm(total=len(named), desc="codes", unit="layer", disable=None if progress else True)
-    visit_layers(model, named, visit, input_ids, attention_mask, bar, labels)
+    costs: dict[Any, Costs] = {}
+    if labels is not None:
+        costs = measure_costs(model, named, input_ids, attention_mask, labels, bar)
+    visit_layers(model, named, visit, input_ids, attention_mask, bar)
     if len(refused) == len(named):
         raise ConfigError(f"The codes of no layer could be chosen. {_first(refused)}")
     if refused:

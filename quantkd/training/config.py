@@ -85,7 +85,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         "Start of new adapters: covariance (from the quantization error and the inputs), loftq (from the quantization "
         "error alone) or zero.",
     )
-    init_rows: int = _option(16, "Rows of the transfer set that init=covariance looks at.")
+    init_rows: int = _option(64, "Rows of the transfer set that init=covariance looks at.")
     init_from: str | None = _option(
         None, "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
     )
