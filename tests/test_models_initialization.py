@@ -197,7 +197,7 @@ def test_an_error_costs_what_it_changes_the_loss_by_token_and_direction(tiny_mod
     layers = [each for each in tiny_model.model.layers.modules() if isinstance(each, nn.Linear)]
     state = torch.get_rng_state()
     bar = tqdm(disable=True)
-    monkeypatch.setattr(curvature, "_GROUP", 50)
+    monkeypatch.setattr(curvature, "_MAX_COSTS", 50 * sum(each.out_features for each in layers))
     found = measure_costs(tiny_model.train(), layers, *drawn, bar)
     assert torch.equal(state, torch.get_rng_state()) and tiny_model.training
     assert all(parameter.grad is None for parameter in tiny_model.parameters())

@@ -21,7 +21,7 @@ from quantkd.models.network import Runner, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
 _MAX_TOKENS = 2048  # of a row in the backward pass: they bound its activations
-_GROUP = 1024  # channels of an output between which costs are kept: they bound the memory
+_MAX_COSTS = 2**30  # float32 values of all layers' costs; they bound how many channels of an output form a group
 
 
 class Costs(NamedTuple):
@@ -42,11 +42,13 @@ def measure_costs(
     """The costs of every layer that the targets depend on; those of no finite curvature are left out."""
     tokens: dict[nn.Module, list[Tensor]] = defaultdict(list)
     outputs: dict[nn.Module, list[Tensor]] = {}
+    layers = list(layers)
+    group = max(1, _MAX_COSTS // sum(getattr(each, "out_features", 4096) for each in layers))
 
     def take(layer: nn.Module, gradient: Tensor, rest: int) -> None:
         weights = gradient.square().sum(-1)
         tokens[layer] += [weights, weights.mean().expand(rest)]  # those that are cut off weigh as the mean
-        parts = gradient.tensor_split(-(-gradient.shape[-1] // _GROUP), dim=-1)
+        parts = gradient.tensor_split(-(-gradient.shape[-1] // group), dim=-1)
         if layer not in outputs:
             outputs[layer] = [part.T @ part for part in parts]
         else:
