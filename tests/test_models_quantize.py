@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from quantkd import quantize
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.models import codes
 from quantkd.models.codes import Moment, calibrate_layer, choose_codes, moments_of, read_constants
+from quantkd.models.curvature import Costs
 from quantkd.models.layer_inputs import draw_rows
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
@@ -59,7 +61,9 @@ def test_no_row_is_worse_than_with_the_nearest_codes(rows, columns, tokens, kind
     inputs[:, columns // 2] = 0  # a dead input
     layer = quantized(weight, kind=kind, nested=nested)
     before = output_errors(weight, layer, inputs)
-    calibrate_layer(layer, weight, moments_of(inputs)[0])
+    gradients = random_problem(rows, rows, 5, seed)[1]
+    costs = [each.T @ each for each in gradients.tensor_split(2, dim=1) if each.shape[1]] * (seed % 2)
+    calibrate_layer(layer, weight, moments_of(inputs)[0], [codes.Moment(each) for each in costs])
     assert (output_errors(weight, layer, inputs) <= before * (1 + 1e-6)).all()
 
 
@@ -105,6 +109,45 @@ def test_feedback_is_that_of_the_textbook():
         left[:, column:] -= torch.outer(error, inverse[0])
     found = choose_codes(weight, scales, state.code, moment)
     assert (found[:, moment.order] == expected).double().mean() > 0.98  # ties aside
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_feedback_between_rows_is_that_of_the_textbook(block, monkeypatch):
+    """The rows to come make up for an error by their best change, from the inverse of what is left of the moment."""
+    monkeypatch.setattr(codes, "_ROWS", block)
+    weight, inputs = random_problem(24, 64, 200)
+    gradients = random_problem(24, 24, 60)[1]
+    scales, levels = torch.full_like(weight, weight.abs().max()), quantized(weight).weight.quant_state.code
+    own, costs = moments_of(inputs)[0], Moment(gradients.T @ gradients, damping=0.5)
+    damped, order = costs.matrix.double(), costs.order
+    damped = damped + 0.5 * damped.diagonal().mean() * torch.eye(24)
+    left, expected = weight.double(), torch.empty(24, 64, dtype=torch.long)
+    for start in range(0, 24, block):
+        now, later = order[start : start + block], order[start + block :]
+        inverse = torch.linalg.inv(damped[start:, start:])
+        expected[now] = choose_codes(left[now].float(), scales[now], levels, own)
+        error = left[now] - levels[expected[now]].double() * scales[now].double()
+        left[later] -= inverse[block:, :block] @ torch.linalg.solve(inverse[:block, :block], error)
+    found = choose_codes(weight, scales, levels, own, [costs])
+    assert (found == expected).double().mean() > 0.98  # ties aside
+
+    def cost(chosen):
+        error = (weight - levels[chosen] * scales)[order][:, own.order]
+        return float((costs.matrix @ error @ own.matrix * error).sum())
+
+    nearest, alone = (choose_codes(weight, scales, levels, each) for each in (None, own))
+    assert cost(found) < 0.95 * cost(alone) < 0.5 * cost(nearest)
+
+
+def test_groups_of_outputs_are_chosen_apart():
+    weight, inputs = random_problem(12, 64, 200)
+    costs = [each.T @ each for each in (random_problem(6, 6, 9)[1], random_problem(6, 6, 7)[1])]
+    scales, levels = torch.ones_like(weight) * weight.abs().max(), quantized(weight).weight.quant_state.code
+    own, groups = moments_of(inputs, Costs(torch.ones(len(inputs)), costs))
+    whole = choose_codes(weight, scales, levels, own, groups)
+    parts = [choose_codes(weight[rows], scales[rows], levels, own, [group])
+             for rows, group in zip((slice(6), slice(6, 12)), groups, strict=True)]  # fmt: skip
+    assert torch.equal(whole, torch.cat(parts))
 
 
 def test_storage_constants_and_odd_layers():
