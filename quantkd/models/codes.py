@@ -59,7 +59,7 @@ def choose_codes(
     """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
 
     weight and scales are (out, in); without the inputs' moment the nearest codes are chosen. With those of the outputs
-    the rows of each group are chosen in blocks, and the errors of a block are spread over those to come.
+    the rows of a group are chosen in blocks, and the errors of each are spread over those to come.
     """
     grid, places = levels.sort()  # FP4's are in no order
     edges = (grid[1:] + grid[:-1]) / 2
@@ -67,18 +67,20 @@ def choose_codes(
     nearest = torch.bucketize((weight / divisors).contiguous(), edges)
     if inputs is None:
         return places[nearest]
-    first, found = 0, torch.empty_like(nearest)
-    groups: Sequence[Moment | None] = outputs or [None]
-    for group in groups:
-        order = first + (torch.arange(len(weight), device=weight.device) if group is None else group.order)
-        first, left = first + len(order), weight[order]
-        for start, end in _blocks(len(order), len(order) if group is None else _ROWS):
-            rows = order[start:end]
-            found[rows] = _choose_columns(left[start:end], scales[rows], divisors[rows], grid, edges, inputs)
-            if group is not None:
-                errors, own = left[start:end] - grid[found[rows]] * scales[rows], group.feedback[start:end]
-                spread = torch.linalg.solve_triangular(own[:, start:end].T, errors, upper=False)
-                left[end:] -= own[:, end:].T @ spread
+    left, found = weight.clone(), torch.empty_like(nearest)
+    ends = torch.tensor([0, *(len(group.order) for group in outputs)]).cumsum(0).tolist()
+    orders = [first + group.order for first, group in zip(ends[:-1], outputs, strict=True)]
+    everything = torch.arange(len(weight), device=weight.device)
+    for start in range(0, max(map(len, orders), default=1), _ROWS):
+        parts = [order[start : start + _ROWS] for order in orders] or [everything]
+        rows = torch.cat(parts)  # of all groups, which do not depend on each other
+        found[rows] = _choose_columns(left[rows], scales[rows], divisors[rows], grid, edges, inputs)
+        for group, order, now in zip(outputs, orders, parts, strict=False):
+            end = start + len(now)
+            own, later = group.feedback[start:end], order[end:]
+            errors = left[now] - grid[found[now]] * scales[now]
+            spread = torch.linalg.solve_triangular(own[:, start:end].T, errors, upper=False)
+            left[later] -= own[:, end:].T @ spread
     ours, theirs = (
         compute_output_error((weight - grid[each] * scales)[:, inputs.order], inputs.matrix)
         for each in (found, nearest)
