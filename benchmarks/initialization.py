@@ -70,7 +70,7 @@ def measure(domain: str, student: Any, args: argparse.Namespace) -> Iterator[dic
             yield {"domain": domain, "start": "zero", "rank": "any", "rows": 0, "tokens": 0, "kl": zero, "seconds": 0.0}
         for start in args.starts:
             for rows in args.rows if start == "covariance" else (0,):
-                drawn = draw_rows(train, rows, seed=0)[:2] if rows else (None, None)
+                drawn = draw_rows(train, rows, seed=0) if rows else (None, None)
                 for name, parameter in model.named_parameters():
                     if ".lora_B." in name:
                         parameter.data.zero_()
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=("gsm8k", "arithmetic"), default=["gsm8k", "arithmetic"])
     parser.add_argument("--starts", nargs="+", choices=("loftq", "covariance"), default=["loftq", "covariance"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 32, 64])
-    parser.add_argument("--rows", nargs="+", type=int, default=[16], help="numbers of rows that covariance looks at")
+    parser.add_argument("--rows", nargs="+", type=int, default=[64], help="numbers of rows that covariance looks at")
     parser.add_argument("--held_out_rows", type=int, default=32)
     parser.add_argument("--shrinkage", type=float, default=SHRINKAGE)
     args = parse(parser)
