@@ -244,7 +244,9 @@ def main() -> None:
     home = Path(args.cache) / Path(args.model).name
 
     def capture(model: str, home: Path) -> TransferSet:
-        place = argparse.Namespace(**{**vars(args), "domain": "gsm8k", "model": model, "cache": str(home)})
+        place = argparse.Namespace(
+            **{**vars(args), "domain": "gsm8k", "capture_rows": 0, "model": model, "cache": str(home)}
+        )
         capture_sets(place)
         return TransferSet.open(set_folder(place, "train"))
 

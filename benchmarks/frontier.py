@@ -329,7 +329,9 @@ def main() -> None:
     args = parse(parser)
 
     def open_sets(model: str, home: Path) -> list[TransferSet]:
-        place = argparse.Namespace(**{**vars(args), "domain": "gsm8k", "model": model, "cache": str(home)})
+        place = argparse.Namespace(
+            **{**vars(args), "domain": "gsm8k", "capture_rows": 0, "model": model, "cache": str(home)}
+        )
         capture_sets(place)
         return [TransferSet.open(set_folder(place, name)) for name in ("train", "held_out")]
 
