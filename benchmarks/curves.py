@@ -17,10 +17,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from _sources import parse
 from matplotlib.figure import Figure
 from recovery import build_parser, cached_arm, capture_sets, gap_recovered, join_seeds, training_share
-
-from _sources import parse  # isort: skip
 
 ROWS, EPOCHS, RANKS = (32, 64, 128, 256, 1000), (1, 2, 4), (4, 16, 64)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,12 +40,15 @@ def measure_costs(
     bar: tqdm[Any],
 ) -> dict[nn.Module, Costs]:
     """The costs of every layer that the targets depend on; those of no finite curvature are left out."""
+    layers, embeddings = list(layers), model.get_input_embeddings()
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    group = max(1, _MAX_COSTS // sum(getattr(each, "out_features", 4096) for each in layers))
     tokens: dict[nn.Module, list[Tensor]] = defaultdict(list)
     outputs: dict[nn.Module, list[Tensor]] = {}
-    layers = list(layers)
-    group = max(1, _MAX_COSTS // sum(getattr(each, "out_features", 4096) for each in layers))
+    first: list[Tensor] = []
+    rest = 0  # tokens of a row that are cut off
 
-    def take(layer: nn.Module, gradient: Tensor, rest: int) -> None:
+    def add(layer: nn.Module, gradient: Tensor) -> None:
         weights = gradient.square().sum(-1)
         tokens[layer] += [weights, weights.mean().expand(rest)]  # those that are cut off weigh as the mean
         parts = gradient.tensor_split(-(-gradient.shape[-1] // group), dim=-1)
@@ -55,38 +58,9 @@ def measure_costs(
             for moment, part in zip(outputs[layer], parts, strict=True):
                 moment.addmm_(part.T, part)
 
-    _follow_gradients(model, layers, input_ids, attention_mask, labels, bar, take)
-    found = {layer: Costs(torch.cat(parts), outputs[layer]) for layer, parts in tokens.items()}
-    return {layer: costs for layer, costs in found.items() if 0 < float(costs.tokens.mean()) < math.inf}
-
-
-def weigh_inputs(inputs: Tensor, costs: Costs | None) -> Tensor:
-    """A layer's (N, in) inputs by the root of their tokens' costs; as they are where these are not known."""
-    if costs is None or len(costs.tokens) != len(inputs):  # as of an expert, which gets a part of them
-        return inputs
-    # Half of the weight is the same for all: few tokens have most of the rest, and other rows have others.
-    shares = (costs.tokens / costs.tokens.mean() + 1) / 2
-    return inputs * shares.sqrt().unsqueeze(1).to(inputs.device)
-
-
-def _follow_gradients(
-    model: Any,
-    layers: Iterable[nn.Module],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
-    bar: tqdm[Any],
-    take: Callable[[nn.Module, Tensor, int], None],
-) -> None:
-    """Hand each layer's (N, out) gradients of a row to `take`, and how many further tokens the row has."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    embeddings = model.get_input_embeddings()
-    first: list[Tensor] = []
-    rest = 0
-
     def follow(layer: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda grad: take(layer, grad.float().flatten(0, -2), rest))
+            output.register_hook(lambda gradient: add(layer, gradient.float().flatten(0, -2)))
 
     def begin(layer: nn.Module, args: Any, output: Tensor) -> None:
         first.append(output.requires_grad_())
@@ -109,6 +83,17 @@ def _follow_gradients(
         for hook in hooks:
             hook.remove()
     bar.set_postfix_str("")
+    found = {layer: Costs(torch.cat(parts), outputs[layer]) for layer, parts in tokens.items()}
+    return {layer: costs for layer, costs in found.items() if 0 < float(costs.tokens.mean()) < math.inf}
+
+
+def weigh_inputs(inputs: Tensor, costs: Costs | None) -> Tensor:
+    """A layer's (N, in) inputs by the root of their tokens' costs; as they are where these are not known."""
+    if costs is None or len(costs.tokens) != len(inputs):  # as of an expert, which gets a part of them
+        return inputs
+    # Half of the weight is the same for all: few tokens have most of the rest, and other rows have others.
+    shares = (costs.tokens / costs.tokens.mean() + 1) / 2
+    return inputs * shares.sqrt().unsqueeze(1).to(inputs.device)
 
 
 def draw_curvature(logits: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 With E = W - dequantize(Q(W)) and C the second moment of a layer's inputs, the rank-r correction D that least disturbs
 the layer's output, min E_x |(E - D) x|^2, is the rank-r SVD of E C^(1/2), with C^(1/2) undone on the right (EoRA, Liu
 et al. 2024, arXiv:2410.21271; QERA, Zhang et al. 2024, arXiv:2410.06040). That is D = U U^T E, where U holds the r
-leading eigenvectors of E C E^T, the second moment of the output's error: C is neither factorised nor inverted.
+leading eigenvectors of E C E^T, the second moment of the output's error: C is neither factorised nor inverted. Where H
+says what an error costs in each direction of the output (`curvature.py`), the same is done for L E, with H = L^T L.
 
 One forward pass over a few rows is enough. Each adapter is set when its layer's input arrives, before the layer runs,
 so that whatever comes later sees corrected inputs; one layer's inputs and original weight are held at a time.
