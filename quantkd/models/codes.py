@@ -24,7 +24,7 @@ from quantkd.models.curvature import Costs, weigh_inputs
 # The measured choice of docs/quantize.md.
 DAMPING, OUTPUT_DAMPING = 1e-2, 1.0
 _COLUMNS = 128  # that are rounded before the rest of a matrix is updated by one product
-_ROWS = 64  # that are chosen together
+_PARTS = 6  # of a layer's rows, each of which is chosen together
 
 
 class Moment:
@@ -41,9 +41,11 @@ class Moment:
             damped.diagonal().add_(ridge)  # for directions that no token took
             lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
             failed, ridge = bool(info), 10 * ridge
-        # The upper Cholesky factor of the inverse: its row i says how the error of column i goes to the later ones.
+        # The upper Cholesky factor of the inverse, by its diagonal: row i says how the error of column i goes to the
+        # later ones.
         eye = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
         self.feedback = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+        self.feedback /= self.feedback.diagonal().clone().unsqueeze(1)
 
 
 def moments_of(inputs: Tensor, costs: Costs | None = None) -> tuple[Moment, list[Moment]]:
@@ -71,8 +73,10 @@ def choose_codes(
     ends = torch.tensor([0, *(len(group.order) for group in outputs)]).cumsum(0).tolist()
     orders = [first + group.order for first, group in zip(ends[:-1], outputs, strict=True)]
     everything = torch.arange(len(weight), device=weight.device)
-    for start in range(0, max(map(len, orders), default=1), _ROWS):
-        parts = [order[start : start + _ROWS] for order in orders] or [everything]
+    longest = max(map(len, orders), default=1)
+    size = -(-longest // _PARTS)
+    for start in range(0, longest, size):
+        parts = [order[start : start + size] for order in orders] or [everything]
         rows = torch.cat(parts)  # of all groups, which do not depend on each other
         found[rows] = _choose_columns(left[rows], scales[rows], divisors[rows], grid, edges, inputs)
         for group, order, now in zip(outputs, orders, parts, strict=False):
@@ -97,13 +101,13 @@ def _choose_columns(
     left, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
     found = torch.empty(left.shape, dtype=torch.long, device=left.device)
     for start, end in _blocks(len(left), _COLUMNS):
-        errors = torch.empty_like(left[start:end])
-        for column in range(start, end):
-            onward = moment.feedback[column]
-            found[column] = torch.bucketize(left[column] / divisors[column], edges)
-            errors[column - start] = (left[column] - grid[found[column]] * scales[column]) / onward[column]
-            left[column + 1 : end] -= torch.outer(onward[column + 1 : end], errors[column - start])
-        left[end:] -= moment.feedback[start:end, end:].T @ errors
+        errors, feedback = torch.empty_like(left[start:end]), moment.feedback[start:end, start:end]
+        columns = zip(*(each[start:end] for each in (left, scales, divisors, found)), errors, feedback, strict=True)
+        for done, (column, scale, divisor, code, error, onward) in enumerate(columns, 1):
+            torch.bucketize(column / divisor, edges, out=code)
+            torch.addcmul(column, grid.take(code), scale, value=-1, out=error)
+            left[start + done : end].addr_(onward[done:], error, alpha=-1)
+        left[end:].addmm_(moment.feedback[start:end, end:].T, errors, alpha=-1)
     return found[moment.order.argsort()].T
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ from quantkd.models.network import Runner, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
 _MAX_TOKENS = 2048  # of a row in the backward pass: they bound its activations
+_BATCH_TOKENS = 1024  # of shorter rows that go together, for each pass dequantizes every weight
 _MAX_COSTS = 2**30  # float32 values of all layers' costs; they bound how many channels of an output form a group
+_Row = tuple[Tensor, Tensor]  # token ids and labels, (T,) each
 
 
 class Costs(NamedTuple):
@@ -46,21 +49,27 @@ def measure_costs(
     tokens: dict[nn.Module, list[Tensor]] = defaultdict(list)
     outputs: dict[nn.Module, list[Tensor]] = {}
     first: list[Tensor] = []
-    rest = 0  # tokens of a row that are cut off
+    lengths: list[int] = []  # of the rows of a batch, before they are cut
 
     def add(layer: nn.Module, gradient: Tensor) -> None:
-        weights = gradient.square().sum(-1)
-        tokens[layer] += [weights, weights.mean().expand(rest)]  # those that are cut off weigh as the mean
-        parts = gradient.tensor_split(-(-gradient.shape[-1] // group), dim=-1)
-        if layer not in outputs:
-            outputs[layer] = [part.T @ part for part in parts]
-        else:
-            for moment, part in zip(outputs[layer], parts, strict=True):
-                moment.addmm_(part.T, part)
+        costs = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+        for weights, length in zip(costs, lengths, strict=True):
+            kept = weights[:length]
+            tokens[layer] += [kept, kept.mean().expand(length - len(kept))]  # those that are cut off weigh as the mean
+        # bfloat16 as it is makes the products twice as fast; float16 would overflow. Padding has zeros.
+        gradient = gradient if gradient.dtype == torch.bfloat16 else gradient.float()
+        parts = gradient.flatten(0, -2).tensor_split(-(-gradient.shape[-1] // group), dim=-1)
+        moments = outputs.setdefault(layer, [])
+        for place, part in enumerate(parts):
+            moment = (part.T @ part).float()
+            if place < len(moments):
+                moments[place] += moment
+            else:
+                moments.append(moment)
 
     def follow(layer: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda gradient: add(layer, gradient.float().flatten(0, -2)))
+            output.register_hook(partial(add, layer))
 
     def begin(layer: nn.Module, args: Any, output: Tensor) -> None:
         first.append(output.requires_grad_())
@@ -71,13 +80,11 @@ def measure_costs(
     try:
         with torch.enable_grad(), undisturbed(model, embeddings.weight.device):
             torch.manual_seed(0)
-            for number, (row, seen, own) in enumerate(zip(input_ids, mask.bool(), labels, strict=True), 1):
-                bar.set_postfix_str(f"curvature of row {number} of {len(labels)}")
-                rest = max(0, int(seen.sum()) - _MAX_TOKENS)
-                ids, targets = (each[seen][None, :_MAX_TOKENS] for each in (row, own))
-                targets = targets if bool((targets[:, 1:] != IGNORE_INDEX).any()) else ids
-                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": targets}
-                logits = runner.run(batch)[0].logits()
+            rows = [(row[seen], own[seen]) for row, seen, own in zip(input_ids, mask.bool(), labels, strict=True)]
+            for done, batch in _batches(rows):
+                bar.set_postfix_str(f"curvature of row {done} of {len(rows)}")
+                lengths[:] = [len(row) for row, _ in batch]
+                logits = runner.run(_pad(batch))[0].logits()
                 torch.autograd.grad(logits, first.pop(), draw_curvature(logits))  # no parameter gets a gradient
     finally:
         for hook in hooks:
@@ -102,3 +109,27 @@ def draw_curvature(logits: Tensor) -> Tensor:
     p = logits.detach().softmax(-1)
     root = p.sqrt() * torch.randn_like(p)
     return root - p * root.sum(-1, keepdim=True)
+
+
+def _batches(rows: list[_Row]) -> Iterator[tuple[int, list[_Row]]]:
+    """Rows that fit together into `_BATCH_TOKENS`, one at least, and how many rows there were by then."""
+    start = longest = 0
+    for place, (row, _) in enumerate(rows):
+        longest = max(longest, min(len(row), _MAX_TOKENS))
+        if place > start and (place + 1 - start) * longest > _BATCH_TOKENS:
+            yield place, rows[start:place]
+            start, longest = place, min(len(row), _MAX_TOKENS)
+    yield len(rows), rows[start:]
+
+
+def _pad(rows: list[_Row]) -> dict[str, Tensor]:
+    """A batch of token ids and labels, padded on the right; all tokens of a row without targets are its targets."""
+    cut = [(row[:_MAX_TOKENS], own[:_MAX_TOKENS]) for row, own in rows]
+    targets = [own if bool((own[1:] != IGNORE_INDEX).any()) else row for row, own in cut]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = [row for row, _ in cut]
+    return {
+        "input_ids": pad(ids),
+        "attention_mask": pad([torch.ones_like(row) for row in ids]),
+        "labels": pad(targets, padding_value=IGNORE_INDEX),
+    }
