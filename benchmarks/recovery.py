@@ -120,15 +120,20 @@ def capture_sets(args: argparse.Namespace) -> None:
     clear_device_cache(garbage_collection=True)  # the arms run in processes of their own, on the same card
 
 
+def students_folder(args: argparse.Namespace) -> Path:
+    """Where the students of these rows are kept."""
+    return Path(args.cache) / "students" / f"{args.rows}-{args.max_new_tokens}-{args.storage_mass}"
+
+
 def student_folder(args: argparse.Namespace, name: str) -> Path:
     """Where a start is kept, or what an arm trained."""
     epochs = "" if name in STARTS else f"-{args.epochs:g}"
-    return Path(args.cache) / "students" / f"{name}-{args.rank}-{args.rows}{epochs}"
+    return students_folder(args) / f"{name}-{args.rank}{epochs}"
 
 
 def choose_base(args: argparse.Namespace, kind: str) -> str:
     """The student's name: with calibrated codes, made once, or the model's, put into NF4 as it is loaded."""
-    folder = Path(args.cache) / "students" / f"codes-{args.rows}"
+    folder = students_folder(args) / "codes"
     if kind == "codes":
         quantize_once(args.model, open_train(args), folder)
     return str(folder) if kind == "codes" else args.model
