@@ -259,7 +259,7 @@ def test_what_is_not_there_is_refused_before_the_first_part(gpu, monkeypatch, tm
 def test_codes_of_other_answers_are_not_taken(sources, monkeypatch, tiny_model_path, tmp_path):
     import recovery
 
-    args = argparse.Namespace(cache=tmp_path, model=str(tiny_model_path), rows=4)
+    args = argparse.Namespace(cache=tmp_path, model=str(tiny_model_path), rows=4, max_new_tokens=4, storage_mass=0.95)
     for count in (4, 3):
         made = capture_set(tiny_model_path, TRAINING_PROMPTS[:count], tmp_path / str(count), max_new_tokens=4)
         monkeypatch.setattr(recovery, "set_folder", lambda *_, count=count: tmp_path / str(count))
