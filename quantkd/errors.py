@@ -78,17 +78,16 @@ class MissingDependencyError(QuantKDError, ImportError):
 
 def refuse_unused(options: Any, needs: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> None:
     """Refuse named options that are given without any of those that they need, each as "name" or "name=value"."""
-    if defaults is None:
-        own = {
-            each.name: each.default if each.default_factory is MISSING else each.default_factory()
-            for each in fields(options)
-        }
+    defaults = defaults or {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(options)
+    }
     for needed, names in needs.items():
         wanted = [name.partition("=") for name in needed.split()]
         is_met = any(
             str(getattr(options, name)) == value if value else getattr(options, name) for name, _, value in wanted
         )
         for name in names.split():
-            if not is_met and getattr(options, name) != (defaults or own)[name]:
+            if not is_met and getattr(options, name) != defaults[name]:
                 without = f"without {' or '.join(needed.split())}" if needed else "here"
                 raise ConfigError(f"{name} has no effect {without}. Leave it out, or change that.")

@@ -48,7 +48,10 @@ def native_compute_dtype(device: torch.device | None = None) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        # Before torch 2.11 it cannot be asked for.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        has_bfloat16 = any("bf16" in name and bool(found) for name, found in capabilities.items())
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     return torch.bfloat16 if device.type in ("xpu", "npu", "hpu") else torch.float32
 
 
@@ -84,9 +87,3 @@ def parse_dtype(name: str | torch.dtype | None, device: torch.device | None = No
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"Expected a dtype of float32, bfloat16, float16 or auto, found {name!r}.")
     return dtype
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU does; False before torch 2.11, which cannot say."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any("bf16" in name and bool(found) for name, found in capabilities.items())

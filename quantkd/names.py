@@ -25,6 +25,11 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 _PATH_STARTS = ("/", "~", "./", "../")
 
 
+def hub_arguments(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained` that say where on the Hub a model is, and how it is fetched."""
+    return {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
+
+
 def lazy(package: str, exports: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a package whose names, by module, are imported when first used."""
     modules = {name: f"{package}.{module}" for module, names in exports.items() for name in names.split()}

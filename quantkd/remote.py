@@ -13,16 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from huggingface_hub import (
-    DryRunFileInfo,
-    errors,
-    file_exists,
-    get_hf_file_metadata,
-    get_token,
-    hf_hub_download,
-    hf_hub_url,
-    is_offline_mode,
-)
+import huggingface_hub
+from huggingface_hub import errors
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client's HTTP library, under the name that huggingface_hub gives it
 
 from quantkd.errors import ConfigError, HubError
@@ -55,7 +47,7 @@ def find_secrets(token: str | None = None) -> dict[str, str]:
         is_word = len(value) < 8 or value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
         if _SECRET_VARIABLE.search(name) and not is_word and not value.startswith(("/", "~", ".")):
             secrets[value] = f"the value of {name}"
-    tokens = ((get_token(), "the Hub's token"), (token, "the token that was passed"))
+    tokens = ((huggingface_hub.get_token(), "the Hub's token"), (token, "the token that was passed"))
     return secrets | {secret: what for secret, what in tokens if secret}
 
 
@@ -143,7 +135,7 @@ class RemoteFiles:
         """A file in the Hub's cache, fetched if need be; None if the revision does not hold it."""
         cached = self._find_cached(name)
         is_fixed = _COMMIT.fullmatch(self.revision) is not None
-        if cached is None or not (is_fixed or is_offline_mode()):
+        if cached is None or not (is_fixed or huggingface_hub.is_offline_mode()):
             try:
                 if not retry(lambda: self._download(name, max_bytes), 1 if cached else _READ_ATTEMPTS):
                     return None
@@ -161,22 +153,24 @@ class RemoteFiles:
     def holds(self, name: str) -> bool:
         """Whether the revision holds a file, which is not fetched."""
         with hub_errors(f"look for {name} in {self}", self._token):
-            return file_exists(self.repo_id, name, revision=self.revision, repo_type=self.repo_type, token=self._token)
+            return huggingface_hub.file_exists(filename=name, token=self._token, **self._place())
 
-    def _find_cached(self, name: str) -> DryRunFileInfo | None:
+    def _place(self) -> dict[str, Any]:
+        return {"repo_id": self.repo_id, "repo_type": self.repo_type, "revision": self.revision}
+
+    def _find_cached(self, name: str) -> huggingface_hub.DryRunFileInfo | None:
         try:
-            where: dict[str, Any] = {"repo_id": self.repo_id, "revision": self.revision, "repo_type": self.repo_type}
-            found: DryRunFileInfo = hf_hub_download(filename=name, local_files_only=True, dry_run=True, **where)
-            return found
+            how: Any = {**self._place(), "local_files_only": True, "dry_run": True}
+            return huggingface_hub.hf_hub_download(filename=name, **how)  # type: ignore[no-any-return]
         except (errors.LocalEntryNotFoundError, errors.HFValidationError):
             return None
 
     def _download(self, name: str, max_bytes: int) -> bool:
         """Fetch a file into the cache, unless it is too large; returns whether the revision holds it."""
         with hub_errors(f"fetch {name} of {self}", self._token):
-            url = hf_hub_url(self.repo_id, name, revision=self.revision, repo_type=self.repo_type)
+            url = huggingface_hub.hf_hub_url(filename=name, **self._place())
             try:
-                size = get_hf_file_metadata(url, token=self._token).size
+                size = huggingface_hub.get_hf_file_metadata(url, token=self._token).size
             except errors.RemoteEntryNotFoundError:
                 return False
             if size is not None and size > max_bytes:
@@ -184,5 +178,5 @@ class RemoteFiles:
                     f"{name} of {self} has {size} bytes; expected at most {max_bytes}. It was not fetched: ask for "
                     "another revision."
                 )
-            hf_hub_download(self.repo_id, name, revision=self.revision, repo_type=self.repo_type, token=self._token)
+            huggingface_hub.hf_hub_download(filename=name, token=self._token, **self._place())
             return True

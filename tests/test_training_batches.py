@@ -13,8 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.foreign import attention_of
-from quantkd.models.packing import why_not_packable
-from quantkd.models.row_attention import ROW_ATTENTION, row_attention
+from quantkd.models.packing import ROW_ATTENTION, row_attention, why_not_packable
 from quantkd.training.order import LengthGroupedBatches, row_lengths
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.collator import DistillationCollator, position_ids_of
@@ -50,7 +49,7 @@ def test_attention_by_row_equals_one_masked_attention(make_trainer, training_set
 @pytest.mark.parametrize("found, expected", [((8, 0), True), ((7, 5), False), (None, False)])
 def test_a_gpu_that_has_flash_attention_uses_it_for_a_loaded_student_too(found, expected, monkeypatch):
     asked = []
-    monkeypatch.setattr("quantkd.models.row_attention.is_flash_attn_2_available", lambda: found is not None)
+    monkeypatch.setattr("quantkd.models.packing.is_flash_attn_2_available", lambda: found is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
     model = build("Qwen2", 64, attention="sdpa").bfloat16()
     model.config.dtype = torch.bfloat16

@@ -42,9 +42,7 @@ class StudentArguments(ModelConfig):
     student_format: str | None = option(
         "By default that of the checkpoint if it is quantized, else nf4.", None, choices=list(STUDENT_FORMATS)
     )
-    gguf_file: str | None = option(
-        "Make this GGUF file of the model the student: a path, or a file of its folder.", None
-    )
+    gguf_file: str | None = option("Make this GGUF file the student: a path, or a file of the model's folder.", None)
     load_in_4bit: bool = option("Load the student in 4 bit (bitsandbytes).", True)
     use_bnb_nested_quant: bool = option("Quantize the quantization constants too.", True)
     trust_remote_code: bool = option("Run code from the model's repository.", False)
@@ -61,10 +59,9 @@ class StudentArguments(ModelConfig):
             self.load_in_4bit = False
         super().__post_init__()  # type: ignore[no-untyped-call]
 
-
-def refuse_training(args: StudentArguments, *, full_precision: bool = False) -> None:
-    """Refuse options of adapters where none are trained, and of the format where there is none."""
-    refuse_unused(args, {"": _FORMAT * full_precision + _TRAINING}, vars(StudentArguments("")))
+    def refuse_training(self, *, full_precision: bool = False) -> None:
+        """Refuse options of adapters where none are trained, and of the format where there is none."""
+        refuse_unused(self, {"": _FORMAT * full_precision + _TRAINING}, vars(StudentArguments("")))
 
 
 def student_options(args: StudentArguments) -> dict[str, Any]:

@@ -8,13 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkd.cli.arguments import (
-    StudentArguments,
-    load_adapted_from,
-    load_student_from,
-    load_tokenizer_from,
-    refuse_training,
-)
+from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_student_from, load_tokenizer_from
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.gsm8k import load_gsm8k
@@ -90,17 +84,11 @@ class EvaluationArguments:
     batch_size: int = option("Rows or questions a batch.", 8)
     max_new_tokens: int = option("Length limit of an answer.", 256)
     plain_prompts: bool = option("Use no chat template, as for a base model.", False)
-    engine: Literal["transformers", "server"] = option(
-        "What runs the model; server: one that runs already.", "transformers"
-    )
+    engine: Literal["transformers", "server"] = option("Runs the model; server: one that runs already.", "transformers")
     base_url: str | None = option("Address of the server engine's server.", None)
     top_logprobs: int = option("Log-probabilities a token that a server is asked for.", TOP_LOGPROBS)
-    served_files: list[str] | None = option(
-        "GGUF files that the server runs, a model and its adapter, for its size.", None
-    )
-    engine_kwargs: str | None = option(
-        'Further arguments of the server engine, as JSON: \'{"dialect": "vllm"}\'.', None
-    )
+    served_files: list[str] | None = option("GGUF files that the server runs, for its size.", None)
+    engine_kwargs: str | None = option('More for the server engine, as JSON: \'{"dialect": "vllm"}\'.', None)
 
 
 @dataclass
@@ -123,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     refuse_unused(args, _NEEDS)
     if args.engine == "server":
         return _evaluate_served(args, student)
-    refuse_training(student, full_precision=args.full_precision)
+    student.refuse_training(full_precision=args.full_precision)
     check_arm_name(args.arm)
     # Errors in the data are reported before a model is loaded.
     given: dict[str, Any] = {"model_name": student.model_name_or_path, "title": args.title}

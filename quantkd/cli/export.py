@@ -11,13 +11,7 @@ from typing import Any, Literal
 
 from accelerate.utils.memory import clear_device_cache
 
-from quantkd.cli.arguments import (
-    StudentArguments,
-    load_adapted_from,
-    load_student_from,
-    load_tokenizer_from,
-    refuse_training,
-)
+from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_student_from, load_tokenizer_from
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError, refuse_unused
@@ -25,10 +19,10 @@ from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.measure import evaluate_arm
 from quantkd.hardware import process_state
 from quantkd.hub.adapters import fetch_adapter
+from quantkd.models.adapter_files import CONFIG, read_fields
 from quantkd.models.export import check_output_dir, export_adapter, export_checkpoint, load_exported
 from quantkd.models.gguf_adapters import export_gguf_adapter
 from quantkd.models.provenance import Provenance
-from quantkd.models.vllm_limits import advise_vllm
 from quantkd.names import load_tokenizer, names_gguf
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
@@ -47,6 +41,7 @@ _NEEDS = {
     "held_out": "run_dir batch_size", "form=requantized": "accept_loss", "form=merged form=requantized": "save_dtype",
     "form=gguf_adapter": "outtype",
 }  # fmt: skip
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
 @dataclass
@@ -70,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, export, score."""
     args, student = parse_options([ExportArguments, StudentArguments], argv, prog="quantkd export", examples=_EXAMPLES)
     _check(args)
-    refuse_training(student)
+    student.refuse_training()
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
     if args.form == "gguf_adapter":
@@ -126,8 +121,24 @@ def _describe(form: str, path: Path) -> None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     say(f"{path}: {form}, {format_bytes(size)}.")
     if form == "adapter":
-        for advice in advise_vllm(path):
-            say(advice)
+        say(_advise_vllm(read_fields(path / CONFIG, str(path)), path.name))
+
+
+def _advise_vllm(fields: dict[str, Any], name: str) -> str:
+    """Why vLLM does not serve an adapter, or what it must be started with (vLLM's `LoRAConfig` and `PEFTHelper`)."""
+    # It reads one rank and one alpha, and multiplies every layer by their quotient.
+    unknown = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "rank_pattern", "alpha_pattern")
+    refused = [field for field in unknown if fields.get(field)]
+    if fields.get("bias", "none") != "none":
+        refused.append("bias")
+    rank = fields.get("r", 8)
+    if rank > _VLLM_RANKS[-1]:
+        refused.append(f"rank {rank}, of at most {_VLLM_RANKS[-1]}")
+    if refused:
+        return f"vLLM does not serve this adapter as it is ({', '.join(refused)}); --form merged does without."
+    least = next(each for each in _VLLM_RANKS if each >= rank)
+    option = f" --max-lora-rank {least}" if least > 16 else ""  # its default
+    return f"vLLM: --enable-lora{option} --lora-modules NAME={name}"
 
 
 def _check(args: ExportArguments) -> None:

@@ -24,17 +24,13 @@ def main(argv: Sequence[str]) -> None:
     """Quantize, and say where and how large."""
     parser = plain_parser("quantkd quantize", _EXAMPLES)
     parser.add_argument("model", help="the full-precision checkpoint: a Hub name or a folder")
-    parser.add_argument(
-        "--transfer_set", required=True, help="folder of the model's own answers, which give the inputs"
-    )
+    parser.add_argument("--transfer_set", required=True, help="folder of the model's own answers")
     parser.add_argument("--output_dir", required=True, help="a new folder for the checkpoint")
     parser.add_argument("--student_format", choices=("nf4", "fp4"), help="4-bit format (nf4)")
     parser.add_argument("--gguf_file", help="or: choose the codes of this GGUF file of the model, on its own grid")
     parser.add_argument("--rows", type=whole_number(1), default=ROWS, help=f"rows that give the inputs ({ROWS})")
     parser.add_argument("--seed", type=int, default=0, help="of the rows' draw (0)")
-    parser.add_argument(
-        "--dtype", help="of all other weights: bfloat16, float16 or float32; by the hardware if left out"
-    )
+    parser.add_argument("--dtype", help="of other weights: bfloat16, float16 or float32; by the hardware if left out")
     parser.add_argument("--model_revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code from the model's repository")
     args = parser.parse_args(argv)

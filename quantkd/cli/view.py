@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_tokenizer_from, refuse_training
+from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_tokenizer_from
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError
@@ -43,7 +43,7 @@ class ViewArguments:
 def main(argv: Sequence[str]) -> None:
     """Parse, run the student twice, write the page."""
     args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
-    refuse_training(student)
+    student.refuse_training()
     held_out, adapter = TransferSet.open(args.held_out), fetch_adapter(args.adapter)
     model, tokenizer = load_adapted_from(student, adapter), load_tokenizer_from(student)
     how = {name: getattr(args, name) for name in ("rows", "alternatives", "batch_size")}

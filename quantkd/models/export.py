@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError
 from quantkd.files import new_folder
@@ -55,7 +55,10 @@ def export_checkpoint(
     if form not in CHECKPOINT_FORMS:
         raise ConfigError(f"form is {form!r}; expected one of {', '.join(CHECKPOINT_FORMS)}.")
     path, dtype = check_output_dir(output_dir), parse_dtype(dtype)
-    quantization, config = describe_quantization(model), _four_bit_config(model)
+    quantization = describe_quantization(model)
+    config: Any = getattr(model.get_base_model().config, "quantization_config", None)
+    if not getattr(config, "load_in_4bit", False):
+        config = default_quantization_config()
     made = {"form": form, "dtype": str(dtype).removeprefix("torch."), "dequantized_from": quantization}
     with new_folder(path) as folder:
         merged = folder / "merged" if form == "requantized" else folder
@@ -103,11 +106,6 @@ def load_exported(path: str | Path) -> PreTrainedModel:
         )
     keep_trainable_on_cpu(model)
     return model
-
-
-def _four_bit_config(model: PeftModel) -> BitsAndBytesConfig:
-    config: Any = getattr(model.get_base_model().config, "quantization_config", None)
-    return config if getattr(config, "load_in_4bit", False) else default_quantization_config()
 
 
 def _finish(folder: Path, tokenizer: PreTrainedTokenizerBase, provenance: Provenance, made: dict[str, Any]) -> None:

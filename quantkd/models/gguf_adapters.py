@@ -136,11 +136,8 @@ def _pack(tensor: Tensor, outtype: str) -> tuple[Any, Any]:
 
 def _refuse_others(config: LoraConfig, place: str) -> None:
     """llama.cpp adds the product of two matrices to a linear layer's output, and nothing else."""
-    fields: dict[str, Any] = {
-        name: getattr(config, name, None) for name in ("use_dora", "modules_to_save", "lora_bias")
-    }
-    fields |= {"target_parameters": config.target_parameters, "fan_in_fan_out": config.fan_in_fan_out}
-    found = [name for name, value in fields.items() if value]
+    others = ("use_dora", "modules_to_save", "lora_bias", "target_parameters", "fan_in_fan_out")
+    found = [name for name in others if getattr(config, name, None)]
     if config.bias != "none":
         found.append(f"bias={config.bias}")
     if found:

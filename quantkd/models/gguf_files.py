@@ -132,9 +132,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
             "`llama-gguf-split --merge`."
         )
     blocks = metadata.get(f"{architecture}.block_count", 0)
-    if (
-        type(blocks) is not int or not 0 <= blocks <= count
-    ):  # lists of this length are made before a tensor is looked up
+    # Lists of this length are made before a tensor is looked up.
+    if type(blocks) is not int or not 0 <= blocks <= count:
         raise header.broken(f"states {blocks!r:.40} layers and {count} tensors; expected more tensors than layers")
     places = sorted(header.tensors(count, metadata.get("general.alignment", _ALIGNMENT)), key=lambda each: each[-2])
     last = 0

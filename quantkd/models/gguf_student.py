@@ -27,7 +27,7 @@ from quantkd.models.gguf_files import (
 )
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
-from quantkd.names import HUB_ARGUMENTS, find_file, load_tokenizer, naming
+from quantkd.names import HUB_ARGUMENTS, find_file, hub_arguments, load_tokenizer, naming
 
 logger = logging.getLogger(__name__)  # says how much memory a file takes; the command line prints it
 
@@ -43,7 +43,7 @@ def find_gguf(
     gguf_file = gguf_file or getattr(quantization_config, "gguf_file", None)
     if gguf_file is None:
         return open_gguf(name_or_path) if name_or_path.endswith(".gguf") else None
-    where = _hub_arguments(model_init_kwargs)
+    where = hub_arguments(model_init_kwargs)
     path = Path(gguf_file) if Path(gguf_file).is_file() else find_file(name_or_path, str(gguf_file), **where)
     if path is None:
         raise ConfigError(
@@ -58,7 +58,7 @@ def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_ini
     options = {key: value for key, value in model_init_kwargs.items() if key not in (*HUB_ARGUMENTS, "gguf_file")}
     trusted = {"trust_remote_code": options.pop("trust_remote_code", False)}
     checkpoint = _is_checkpoint(name_or_path, file, model_init_kwargs)
-    config = _read_config(name_or_path if checkpoint else None, file, {**_hub_arguments(model_init_kwargs), **trusted})
+    config = _read_config(name_or_path if checkpoint else None, file, {**hub_arguments(model_init_kwargs), **trusted})
     with torch.device("meta"):
         outline: Any = AutoModelForCausalLM.from_config(config, **trusted)
     tensors = _match(file, outline)
@@ -78,9 +78,7 @@ def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_ini
             layer.gguf_tensor = tensors[f"{name}.weight"]
     if checkpoint:
         with suppress(OSError):  # there is none
-            model.generation_config = GenerationConfig.from_pretrained(
-                name_or_path, **_hub_arguments(model_init_kwargs)
-            )
+            model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub_arguments(model_init_kwargs))
         if Path(name_or_path).is_dir():
             check_origin(name_or_path, model)
     return model  # type: ignore[no-any-return]
@@ -187,13 +185,9 @@ def _is_checkpoint(name_or_path: str, file: GgufFile, model_init_kwargs: dict[st
     if Path(name_or_path).is_file():
         return False
     files = (
-        find_file(name_or_path, each, **_hub_arguments(model_init_kwargs)) for each in ("config.json", file.path.name)
+        find_file(name_or_path, each, **hub_arguments(model_init_kwargs)) for each in ("config.json", file.path.name)
     )
     return next(files) is not None or next(files) is None
-
-
-def _hub_arguments(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
 
 
 def _unread(file: GgufFile, what: str, error: Exception) -> str:

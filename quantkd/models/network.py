@@ -150,11 +150,10 @@ def _is_linear(head: nn.Module) -> bool:
 
 
 class _PassThrough(torch.autograd.Function):
-    """The hidden states, tied to the head's trained parameters without giving them a gradient.
+    """The hidden states, tied to the head's trained parameters without giving them a gradient."""
 
-    DDP walks the graph from the model's output to find parameters that will get none. It must find the head's, whose
-    gradient comes from the loss.
-    """
+    # DDP walks the graph from the model's output to find parameters that will get none. It must find the head's, whose
+    # gradient comes from the loss.
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *trained: Tensor) -> Tensor:
@@ -169,21 +168,6 @@ class _PassThrough(torch.autograd.Function):
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each layer's own mode returns, and the random state is what it was."""
-    # 4-bit layers go in training mode meanwhile, for on some CPUs bitsandbytes repacks their weights in the other.
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = hasattr(module, "quant_state")
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode; at the end, and after an error, each layer is in its own mode again."""
     modes = {module: module.training for model in models for module in model.modules()}
@@ -194,6 +178,15 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode; afterwards the random state is what it was, too."""
+    with evaluation_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for module in model.modules():  # 4-bit layers train: on some CPUs bitsandbytes repacks their weights otherwise
+            module.training = hasattr(module, "quant_state")
+        yield
 
 
 def context_length(model: Any) -> int | None:

@@ -27,7 +27,7 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import find_gguf, load_gguf
 from quantkd.models.network import base_network
 from quantkd.models.weights import is_quantized_layer
-from quantkd.names import HUB_ARGUMENTS, names_gguf, refuse_adapter
+from quantkd.names import hub_arguments, names_gguf, refuse_adapter
 
 logger = logging.getLogger(__name__)  # also says how much of a model is quantized; the command line prints it
 
@@ -132,8 +132,7 @@ def stored_quantization(name_or_path: str, **model_init_kwargs: Any) -> dict[str
     """The quantization that a checkpoint is stored in already, from its config alone."""
     if names_gguf(str(name_or_path), **model_init_kwargs):
         return None
-    where = {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS}
-    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **where)
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments(model_init_kwargs))
     stored: dict[str, Any] | None = config.get("quantization_config")
     return stored
 
@@ -295,30 +294,24 @@ def check_trainable(model: Any) -> None:
         )
 
 
-def freeze(
-    model: PreTrainedModel, *, gradient_checkpointing: bool, gradient_checkpointing_kwargs: dict[str, Any] | None
-) -> PreTrainedModel:
-    """A quantized model with everything frozen, and in float32 what is not quantized, as PEFT prepares it."""
+def freeze(model: PreTrainedModel, checkpointing: dict[str, Any] | None) -> PreTrainedModel:
+    """A quantized model with all frozen, and in float32 what is not quantized; checkpointing is off if it is None."""
     check_trainable(model)
-    kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    kwargs = {"use_reentrant": False, **(checkpointing or {})}
     if hasattr(model, "gguf_file"):  # PEFT would hold in float32 what was asked for in 16 bits
         model.requires_grad_(False)
-        if gradient_checkpointing:
+        if checkpointing is not None:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         return model
     prepared: PreTrainedModel = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs=kwargs
+        model, use_gradient_checkpointing=checkpointing is not None, gradient_checkpointing_kwargs=kwargs
     )
     return prepared
 
 
 def attach_lora(
-    model: PreTrainedModel,
-    peft_config: PeftConfig | None = None,
-    *,
-    gradient_checkpointing: bool = False,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    model: PreTrainedModel, peft_config: PeftConfig | None = None, checkpointing: dict[str, Any] | None = None
 ) -> PeftModel:
     """Freeze the model and attach trainable adapters; a quantized one is prepared by PEFT first."""
     if getattr(peft_config, "lora_alpha", 1) == 0:
@@ -326,11 +319,7 @@ def attach_lora(
             "lora_alpha is 0, with which adapters have no effect. Set it above 0; twice the rank is usual."
         )
     if is_quantized(model):
-        model = freeze(
-            model,
-            gradient_checkpointing=gradient_checkpointing,
-            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
-        )
+        model = freeze(model, checkpointing)
     adapted = get_peft_model(model, _name_linear_layers(model, peft_config or default_lora_config()))
     keep_trainable_on_cpu(adapted)
     _say_share(adapted, "have adapters")
@@ -339,11 +328,10 @@ def attach_lora(
 
 def check_adapters(name_or_path: str, peft_config: PeftConfig, **kwargs: Any) -> None:
     """Refuse adapters that PEFT would not attach to a checkpoint, by the outline of its model."""
-    where = {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "trust_remote_code")}
+    trusted = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    stored = AutoConfig.from_pretrained(name_or_path, **hub_arguments(kwargs), **trusted)
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(name_or_path, **where), trust_remote_code=where.get("trust_remote_code", False)
-        )
+        outline = AutoModelForCausalLM.from_config(stored, **trusted)
     config: Any = copy.copy(_name_linear_layers(outline, peft_config))
     config.init_lora_weights, config.use_dora = False, False  # they compute with weights, and an outline has none
     get_peft_model(outline, config)

@@ -20,10 +20,9 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import check_origin
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.network import base_network, context_length
-from quantkd.models.packing import why_not_packable
+from quantkd.models.packing import row_attention, why_not_packable
 from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import find_origin, quantize_once, read_origin
-from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import attach_scales, refuse_dora
 from quantkd.models.student import (
     attach_lora,
@@ -39,25 +38,9 @@ from quantkd.names import HUB_ARGUMENTS, load_tokenizer, names_gguf
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import CALIBRATED_RATE, LEARNING_RATES, QuantizedDistillationConfig
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
-from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student, check_transfer_set
 
 logger = logging.getLogger(__name__)
-
-
-def find_transfer_sets(train_dataset: Any, eval_dataset: Any) -> list[TransferSet]:
-    """The transfer sets among the trainer's data."""
-    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    return [dataset for dataset in (train_dataset, *held_out) if isinstance(dataset, TransferSet)]
-
-
-def check_collator(collator: Any, args: QuantizedDistillationConfig) -> None:
-    """Refuse packing with a collator that does not know how."""
-    if args.packing and not isinstance(collator, DistillationCollator):
-        raise ConfigError(
-            f"packing=True packs with a DistillationCollator, found the data_collator {type(collator).__name__}. "
-            "Leave data_collator out, or pack in your own and leave packing off."
-        )
 
 
 def check_rows(dataset: Any, tokenizer: Any, vocab_size: int) -> None:
@@ -257,8 +240,8 @@ def _with_adapters(
     if peft_config is None and not is_quantized(model):
         return model  # a full-precision model that the caller chose to train whole
     kwargs = parse_object("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
-    how: Any = {"gradient_checkpointing": bool(args.gradient_checkpointing), "gradient_checkpointing_kwargs": kwargs}
+    checkpointing = kwargs if args.gradient_checkpointing else None
     if peft_config is None and args.train_scales:
-        return freeze(model, **how)
+        return freeze(model, checkpointing)
     torch.manual_seed(args.seed)
-    return attach_lora(model, peft_config, **how)
+    return attach_lora(model, peft_config, checkpointing)

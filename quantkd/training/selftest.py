@@ -16,10 +16,11 @@ from quantkd.loss.reference import Objective, compute_distillation_loss, compute
 from quantkd.loss.states import TargetStates
 from quantkd.teacher.teacher import GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
-from quantkd.transfer_set import IGNORE_INDEX, TransferRow
+from quantkd.transfer_set import TransferRow
+from quantkd.transfer_set.batch import RowBatch
 from quantkd.transfer_set.collator import DistillationCollator
 from quantkd.transfer_set.rules import TopK
-from quantkd.transfer_set.topk import TopKLogprobs, offsets_of
+from quantkd.transfer_set.topk import TopKLogprobs
 
 _PROMPTS = (
     "A pencil costs 3 coins. How many coins do 7 pencils cost?",
@@ -48,17 +49,15 @@ def run_selftest(
     rule = TopK(min(50, model.get_output_embeddings().weight.shape[0]))
     teacher = TransformersTeacher(model, tokenizer, rule, (1.0, 2.0), GenerationSettings(max_new_tokens))
     prompts = encode_prompts(tokenizer, _PROMPTS, chat_template=chat_template)
-    answers = teacher.answer([EncodedPrompt(index, ids) for index, ids in enumerate(prompts)])
-    rows = [_as_item(row, teacher) for row in answers]
+    rows = list(teacher.answer([EncodedPrompt(index, ids) for index, ids in enumerate(prompts)]))
     model.eval()
-    yield from _agreement_checks(model, rows)
-    yield from _gradient_checks(model, rows)
+    yield from _agreement_checks(model, _collate(rows, teacher))
+    yield from _gradient_checks(model, rows, teacher)
 
 
 @torch.no_grad()
-def _agreement_checks(model: Any, rows: list[dict[str, Any]]) -> Iterator[Check]:
+def _agreement_checks(model: Any, batch: dict[str, Any]) -> Iterator[Check]:
     """Whether teacher and student, the same model, agree where they should and only there."""
-    batch = DistillationCollator(pad_token_id=0)(rows)
     logits = _logits(model, batch)
     states, targets = TargetStates(logits).at_targets(batch["labels"])
     own = compute_row_metrics(TargetStates(logits), batch["labels"], batch["teacher"], Objective(alpha=1.0))
@@ -82,14 +81,13 @@ def _agreement_checks(model: Any, rows: list[dict[str, Any]]) -> Iterator[Check]
     yield Check("with every class stored, KL is the dense KL", error < 1e-5, f"relative error {error:.1e}")
 
 
-def _gradient_checks(model: Any, rows: list[dict[str, Any]]) -> Iterator[Check]:
+def _gradient_checks(model: Any, rows: list[TransferRow], teacher: TransformersTeacher) -> Iterator[Check]:
     """Whether the gradient is the same however the same rows are split and padded."""
-    collate = DistillationCollator(pad_token_id=0)
-    whole = _gradient(model, [collate(rows)])
+    whole = _gradient(model, [_collate(rows, teacher)])
     splits = {
-        "one row at a time": [collate([row]) for row in rows],
-        "unequal micro-batches": [collate(rows[:1]), collate(rows[1:])],
-        "more padding": [DistillationCollator(0, pad_to_multiple_of=64)(rows)],
+        "one row at a time": [_collate([row], teacher) for row in rows],
+        "unequal micro-batches": [_collate(rows[:1], teacher), _collate(rows[1:], teacher)],
+        "more padding": [_collate(rows, teacher, pad_to_multiple_of=64)],
     }
     for name, batches in splits.items():
         error = float((_gradient(model, batches) - whole).norm() / whole.norm())
@@ -118,18 +116,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
     return logits.cpu()
 
 
-def _as_item(row: TransferRow, teacher: TransformersTeacher) -> dict[str, Any]:
-    """A row as `TransferSet` would give it, without the rounding of a store."""
-    input_ids = torch.from_numpy(row.input_ids)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    start, stop = row.spans[0]
-    labels[start:stop] = input_ids[start:stop]
-    entries = TopKLogprobs(
-        offsets=offsets_of(torch.from_numpy(row.counts)),
-        token_ids=torch.from_numpy(row.token_ids),
-        logprobs=torch.from_numpy(row.logprobs),
-        log_normalizers=torch.from_numpy(row.log_normalizers),
-        temperatures=teacher.temperatures,
-        vocab_size=teacher.vocab_size,
-    )
-    return {"input_ids": input_ids, "labels": labels, "teacher": entries}
+def _collate(rows: list[TransferRow], teacher: TransformersTeacher, **options: Any) -> dict[str, Any]:
+    """A batch as that of a `TransferSet`, without the rounding of a store."""
+    batch = RowBatch.from_rows(rows, teacher.temperatures, teacher.vocab_size, [None] * len(rows))
+    return DistillationCollator(pad_token_id=0, **options)(batch)

@@ -29,8 +29,8 @@ from quantkd.loss.states import TargetStates
 from quantkd.models.adapter_files import round_adapter
 from quantkd.models.gguf_student import load_student_tokenizer
 from quantkd.models.network import run_model, why_not_fusable
+from quantkd.models.packing import row_attention
 from quantkd.models.provenance import Provenance, name_base_model
-from quantkd.models.row_attention import row_attention
 from quantkd.models.scales import (
     SCALED_NAME,
     folded_scales,
@@ -49,14 +49,7 @@ from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
-from quantkd.training.preparation import (
-    check_collator,
-    check_evaluation,
-    check_rows,
-    find_transfer_sets,
-    prepare_student,
-    take_one_gpu,
-)
+from quantkd.training.preparation import check_evaluation, check_rows, prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.batch import find_targets
 from quantkd.transfer_set.collator import DistillationCollator
@@ -131,7 +124,8 @@ class QuantizedDistillationTrainer(Trainer):
         processing_class = processing_class or load_student_tokenizer(
             student, **parse_object("model_init_kwargs", args.model_init_kwargs)
         )
-        self.transfer_sets = find_transfer_sets(train_dataset, eval_dataset)
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        self.transfer_sets = [dataset for dataset in datasets if isinstance(dataset, TransferSet)]
         for transfer_set in self.transfer_sets:
             check_transfer_set(transfer_set, processing_class, args.temperature, args.divergence)
         how = {"peft_config": peft_config, "quantization_config": quantization_config}
@@ -141,16 +135,16 @@ class QuantizedDistillationTrainer(Trainer):
             options = parse_object("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
             self.live_teacher = LiveTeacher(teacher, model, **options)
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class, embedding_rows(model))
-        check_collator(data_collator, args)
-        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+        if args.packing and not isinstance(data_collator, DistillationCollator):
+            raise ConfigError(
+                "packing=True packs with a DistillationCollator, found the data_collator "
+                f"{type(data_collator).__name__}. Leave data_collator out, or pack in your own and leave packing off."
+            )
+        for dataset in datasets:
             check_rows(dataset, processing_class, embedding_rows(model))
-        given: Any = {
-            "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset,
-            "processing_class": processing_class,
-        }
+        given: Any = (train_dataset, eval_dataset, processing_class)
         with trainable_without_adapters(model) if args.train_scales else nullcontext():
-            super().__init__(model, args, data_collator, **given, **trainer_kwargs)
+            super().__init__(model, args, data_collator, *given, **trainer_kwargs)
         self.add_callback(TrainingCurves())
         self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
@@ -176,15 +170,6 @@ class QuantizedDistillationTrainer(Trainer):
         """`sum over targets of (1 - alpha) * ce + alpha * T^2 * divergence`, over the targets of the global batch.
 
         The weight of a row multiplies its targets' part of the sum, and does not change what the sum is divided by.
-
-        Args:
-            model: the student, wrapped or not.
-            inputs: a batch of `DistillationCollator`.
-            return_outputs: also return the model's outputs.
-            num_items_in_batch: targets in all accumulated micro-batches of all processes; those here if None.
-
-        Returns:
-            The scalar loss in nats, or `(loss, outputs)`.
         """
         inputs = self._with_targets(inputs)
         with self._run(model, inputs) as (states, teacher, outputs):
@@ -209,10 +194,8 @@ class QuantizedDistillationTrainer(Trainer):
     def _run(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> Iterator[tuple[TargetStates, TopKLogprobs | TargetStates, Any]]:
-        """The student's states at all positions, the teacher's distributions at the N targets, and all outputs.
-
-        Everything inside is under autocast, which accelerate puts around the student's forward pass alone.
-        """
+        """The student's states at all positions, the teacher's distributions at the N targets, and all outputs."""
+        # Under autocast, also what is done inside: accelerate puts it around the student's forward pass alone.
         device = inputs["labels"].device
         if self.live_teacher is None and "teacher" not in inputs:
             raise DataError(
@@ -266,7 +249,7 @@ class QuantizedDistillationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's, packed if asked for. Evaluation is not: its metrics are sums over the rows of a batch."""
         trainer = self
-        if self.args.packing and isinstance(self.data_collator, DistillationCollator):  # no other, by `check_collator`
+        if self.args.packing and isinstance(self.data_collator, DistillationCollator):  # no other, as was checked
             trainer = copy(self)  # the loader is built from a trainer's collator, and evaluation keeps this one's
             trainer.data_collator = replace(self.data_collator, packing=True)
         loader = Trainer.get_train_dataloader(trainer)
@@ -333,24 +316,17 @@ class QuantizedDistillationTrainer(Trainer):
             loss = (rows[:, -1].sum() / rows[:, 0].sum().clamp_min(1)).float()
         return loss, logits, None if prediction_loss_only else inputs["labels"]
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop, with the metrics of `prediction_step` added; its loss is per target token."""
-        self._eval_rows = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._eval_rows, prefix = [], kwargs.get("metric_key_prefix", "eval")
+        output = super().evaluation_loop(*args, **kwargs)
         if not self._eval_rows:
             raise DataError(
-                f"The evaluation data set ({metric_key_prefix}) holds no rows; expected at least one. Give rows, or "
+                f"The evaluation data set ({prefix}) holds no rows; expected at least one. Give rows, or "
                 "leave eval_dataset out."
             )
         means = summarize_rows(torch.cat(self._eval_rows).cpu())
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        named = {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -473,10 +449,7 @@ class QuantizedDistillationTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        options |= {
-            "commit_message": commit_message or "Upload adapter",
-            "revision": revision or self.args.hub_revision,
-        }
+        options |= {"commit_message": commit_message or "Upload adapter", "revision": revision}
         return self._push(str(self.args.output_dir), private, token, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -487,16 +460,16 @@ class QuantizedDistillationTrainer(Trainer):
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         try:
-            options: Any = {"commit_message": f"Training in progress, {progress}", "revision": self.args.hub_revision}
-            self._push(checkpoint_folder, None, None, attempts=2, **options)
+            self._push(checkpoint_folder, commit_message=f"Training in progress, {progress}", attempts=2)
         except HubError as error:
             logger.warning("The adapter of %s was not pushed. %s Training goes on.", progress, error)
 
-    def _push(self, folder: str, private: bool | None, token: str | None, **options: Any) -> Any:
+    def _push(self, folder: str, private: bool | None = None, token: str | None = None, **options: Any) -> Any:
         from quantkd.hub.adapters import push_adapter
 
-        own: Any = {"private": self._is_private(private), "token": token or self.args.hub_token}
-        return push_adapter(folder, str(self.hub_model_id), **own, **options)
+        options |= {"private": self._is_private(private), "token": token or self.args.hub_token}
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        return push_adapter(folder, str(self.hub_model_id), **options)
 
     def _is_private(self, private: bool | None) -> bool:
         return (self.args.hub_private_repo if private is None else private) is not False
