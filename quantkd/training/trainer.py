@@ -142,9 +142,13 @@ class QuantizedDistillationTrainer(Trainer):
             )
         for dataset in datasets:
             check_rows(dataset, processing_class, embedding_rows(model))
-        given: Any = (train_dataset, eval_dataset, processing_class)
+        given: Any = {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
         with trainable_without_adapters(model) if args.train_scales else nullcontext():
-            super().__init__(model, args, data_collator, *given, **trainer_kwargs)
+            super().__init__(model, args, data_collator, **given, **trainer_kwargs)
         self.add_callback(TrainingCurves())
         self.add_callback(_ArgumentsRemoved())
         # So that the Trainer counts the target tokens of the accumulated batch, which `compute_loss` divides by.
@@ -170,6 +174,15 @@ class QuantizedDistillationTrainer(Trainer):
         """`sum over targets of (1 - alpha) * ce + alpha * T^2 * divergence`, over the targets of the global batch.
 
         The weight of a row multiplies its targets' part of the sum, and does not change what the sum is divided by.
+
+        Args:
+            model: the student, wrapped or not.
+            inputs: a batch of `DistillationCollator`.
+            return_outputs: also return the model's outputs.
+            num_items_in_batch: targets in all accumulated micro-batches of all processes; those here if None.
+
+        Returns:
+            The scalar loss in nats, or `(loss, outputs)`.
         """
         inputs = self._with_targets(inputs)
         with self._run(model, inputs) as (states, teacher, outputs):
@@ -316,17 +329,24 @@ class QuantizedDistillationTrainer(Trainer):
             loss = (rows[:, -1].sum() / rows[:, 0].sum().clamp_min(1)).float()
         return loss, logits, None if prediction_loss_only else inputs["labels"]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """The Trainer's loop, with the metrics of `prediction_step` added; its loss is per target token."""
-        self._eval_rows, prefix = [], kwargs.get("metric_key_prefix", "eval")
-        output = super().evaluation_loop(*args, **kwargs)
+        self._eval_rows = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not self._eval_rows:
             raise DataError(
-                f"The evaluation data set ({prefix}) holds no rows; expected at least one. Give rows, or "
+                f"The evaluation data set ({metric_key_prefix}) holds no rows; expected at least one. Give rows, or "
                 "leave eval_dataset out."
             )
         means = summarize_rows(torch.cat(self._eval_rows).cpu())
-        named = {f"{prefix}_{name}": value for name, value in means.items()}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
