@@ -411,6 +411,7 @@ def test_the_learning_rate_follows_the_start_that_was_made(load, tiny_model_path
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(training_set))}, 3e-4),
         ({"model": get_peft_model(load(), lora())}, 3e-4),
         ({"model": build(init="loftq").model}, 3e-5),  # adapters that were trained before
+        ({"model": build(**codes, init_from=str(tiny_model_path)).model}, 1e-4),
         ({"model": AutoModelForCausalLM.from_pretrained(tiny_model_path)}, 3e-5),  # trained whole
     ):
         assert build(**{"learning_rate": None, **options}).args.learning_rate == rate, options

@@ -170,7 +170,7 @@ def prepare_student(
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, commit_of(adapted.config) or init_kwargs.get("revision"))
     file = getattr(base_network(adapted), "gguf_file", None)
-    made = read_origin(str(file.path) if file else name) if is_new else {}
+    made = read_origin(str(file.path) if file else name) if isinstance(adapted, PeftModel) else {}
     _note_start(adapted, args, is_calibrated=made.get("codes") == "calibrated")
     if args.train_scales:
         attach_scales(adapted)
