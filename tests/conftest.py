@@ -73,15 +73,15 @@ def build_tiny_tokenizer():
     return wrapped
 
 
-def build_tiny_model(tokenizer, seed=0):
-    """A random Llama of two layers and hidden size 64 in float32, its weights a function of `seed` alone."""
+def build_tiny_model(tokenizer, seed=0, layers=2):
+    """A random Llama of hidden size 64 in float32, its weights a function of `seed` and the number of layers."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, **special,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, **special,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,12 +110,21 @@ tiny_model = pytest.fixture(lambda tiny_tokenizer: build_tiny_model(tiny_tokeniz
 make_trainer = pytest.fixture(lambda build_trainer, tmp_path: partial(build_trainer, tmp_path / "out"))
 
 
+def save_tiny_model(tokenizer, folder, **options):
+    build_tiny_model(tokenizer, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model_path(tiny_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-model")
-    build_tiny_model(tiny_tokenizer).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_model(tiny_tokenizer, tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def one_layer_path(tiny_tokenizer, tmp_path_factory):
+    """For tests that run it often, and that a second layer would tell nothing new."""
+    return save_tiny_model(tiny_tokenizer, tmp_path_factory.mktemp("one-layer"), layers=1)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from quantkd.names import load_tokenizer
 def page_model_path(tiny_tokenizer, tmp_path_factory):
     """The tiny model with a context for eight shots and answers that end soon."""
     folder = tmp_path_factory.mktemp("page-model")
-    model = build_tiny_model(tiny_tokenizer)
+    model = build_tiny_model(tiny_tokenizer, layers=1)
     model.config.max_position_embeddings = 2048  # its rotary embeddings have no weights that would have to grow
     model.lm_head.weight.data[tiny_tokenizer.eos_token_id] *= 3
     model.save_pretrained(folder)
