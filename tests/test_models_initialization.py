@@ -251,6 +251,27 @@ def test_rows_are_drawn_until_the_padded_batch_is_full_and_a_long_one_is_weighed
     torch.testing.assert_close(weights[:, 6:], weights[:, :6].mean(1, keepdim=True).expand(2, 4))
 
 
+def test_rows_that_share_a_pass_cost_what_they_cost_alone(tiny_model, training_set, monkeypatch):
+    """Also those that are cut, and those without targets, of which all tokens count."""
+    monkeypatch.setattr(curvature, "draw_curvature", lambda logits: logits.detach())
+    monkeypatch.setattr(curvature, "_MAX_TOKENS", 30)
+    ids, mask, labels = draw_rows(training_set, 6, seed=0)
+    labels[2] = -100
+    assert len(set(mask.sum(1).tolist())) > 1 and int(mask.sum(1).max()) > 30
+    layers = [tiny_model.model.layers[0].mlp.up_proj, tiny_model.model.layers[1].self_attn.o_proj]
+    found = []
+    for tokens in (1, 70, 1024):  # a row, two and all of them in a pass
+        monkeypatch.setattr(curvature, "_BATCH_TOKENS", tokens)
+        found.append(measure_costs(tiny_model, layers, ids, mask, labels, tqdm(disable=True)))
+    for layer in layers:
+        alone, *together = (each[layer] for each in found)
+        assert len(alone.tokens) == mask.sum()
+        for costs in together:
+            torch.testing.assert_close(costs.tokens, alone.tokens, rtol=1e-3, atol=1e-4 * float(alone.tokens.max()))
+            whole = alone.outputs[0]
+            torch.testing.assert_close(costs.outputs[0], whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
 def test_what_is_saved_is_a_plain_adapter_and_a_resumed_run_keeps_it(load, tmp_path, monkeypatch, build):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "seed": 3}
     trainer = build(**options)

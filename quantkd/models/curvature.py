@@ -119,7 +119,8 @@ def _batches(rows: list[_Row]) -> Iterator[tuple[int, list[_Row]]]:
         if place > start and (place + 1 - start) * longest > _BATCH_TOKENS:
             yield place, rows[start:place]
             start, longest = place, min(len(row), _MAX_TOKENS)
-    yield len(rows), rows[start:]
+    if rows[start:]:
+        yield len(rows), rows[start:]
 
 
 def _pad(rows: list[_Row]) -> dict[str, Tensor]:
