@@ -43,7 +43,7 @@ from _cache import keep_figures
 from _llamacpp import CONVERTER, PACKAGES, measure_kld, run_tool, serve, tool
 from _off_grid import leave_grid
 from _sources import add_sources, find_gsm8k, parse
-from recovery import build_parser, capture_sets, set_folder
+from recovery import capture_sets, complete, set_folder
 from transformers import AutoTokenizer
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, quantize
@@ -244,8 +244,7 @@ def main() -> None:
     home = Path(args.cache) / Path(args.model).name
 
     def capture(model: str, home: Path) -> TransferSet:
-        others = vars(build_parser().parse_args([]))
-        place = argparse.Namespace(**{**others, **vars(args), "model": model, "cache": str(home)})
+        place = complete(args, model=model, cache=str(home))
         capture_sets(place)
         return TransferSet.open(set_folder(place, "train"))
 

@@ -48,7 +48,7 @@ from _off_grid import leave_grid
 from _sources import add_sources, parse
 from matplotlib.figure import Figure
 from peft import PeftModel
-from recovery import build_parser, capture_sets, set_folder
+from recovery import capture_sets, complete, set_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
@@ -329,8 +329,7 @@ def main() -> None:
     args = parse(parser)
 
     def open_sets(model: str, home: Path) -> list[TransferSet]:
-        others = vars(build_parser().parse_args([]))
-        place = argparse.Namespace(**{**others, **vars(args), "model": model, "cache": str(home)})
+        place = complete(args, model=model, cache=str(home))
         capture_sets(place)
         return [TransferSet.open(set_folder(place, name)) for name in ("train", "held_out")]
 

@@ -120,7 +120,7 @@ def capture_sets(args: argparse.Namespace) -> None:
     clear_device_cache(garbage_collection=True)  # the arms run in processes of their own, on the same card
 
 
-def students_folder(args: argparse.Namespace) -> Path:
+def rows_folder(args: argparse.Namespace) -> Path:
     """Where the students of these rows are kept."""
     return Path(args.cache) / "students" / f"{args.rows}-{args.max_new_tokens}-{args.storage_mass}"
 
@@ -128,12 +128,12 @@ def students_folder(args: argparse.Namespace) -> Path:
 def student_folder(args: argparse.Namespace, name: str) -> Path:
     """Where a start is kept, or what an arm trained."""
     epochs = "" if name in STARTS else f"-{args.epochs:g}"
-    return students_folder(args) / f"{name}-{args.rank}{epochs}"
+    return rows_folder(args) / f"{name}-{args.rank}{epochs}"
 
 
 def choose_base(args: argparse.Namespace, kind: str) -> str:
     """The student's name: with calibrated codes, made once, or the model's, put into NF4 as it is loaded."""
-    folder = students_folder(args) / "codes"
+    folder = rows_folder(args) / "codes"
     if kind == "codes":
         quantize_once(args.model, open_train(args), folder)
     return str(folder) if kind == "codes" else args.model
@@ -368,6 +368,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", help="run these alone; the figures need all")
     parser.add_argument("--only", help="this arm alone, in this process; the sets and its start must be there")
     return parser
+
+
+def complete(args: argparse.Namespace, **changed: Any) -> argparse.Namespace:
+    """The arguments of another script, some of them changed, with the defaults of this one's that it lacks."""
+    return argparse.Namespace(**{**vars(build_parser().parse_args([])), **vars(args), **changed})
 
 
 def main() -> None:

@@ -45,9 +45,9 @@ def stop(words, seen, sent):
     (signal.SIGINT, "s/evaluation/x-prompts.jsonl",
      ["evaluate", "--arm", "x", "--batch_size", 1, "--model_name_or_path", "TINY", "--run_dir"]),
 ])  # fmt: skip
-def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, one_layer_path, sent, seen, words):
+def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, tiny_model_path, sent, seen, words):
     """SIGTERM, which a scheduler sends, ends the program as Ctrl-C does."""
-    name, *words = [one_layer_path if word == "TINY" else word for word in words]
+    name, *words = [tiny_model_path if word == "TINY" else word for word in words]
     words = [name, "--prompts", "p.jsonl", "--max_new_tokens", 24, "--dtype", "float32", *words]
     code, said = stop([*words, "s"], seen, sent)
     assert code == 130 and said.endswith(f"quantkd {name}: interrupted. Run the same command again to go on.\n")
@@ -57,17 +57,17 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, one_layer_path
 
 
 @pytest.fixture
-def train(folder, one_layer_path):
-    capture_set(one_layer_path, PROMPTS[:16], "set", max_new_tokens=8)
-    return ["train", "--model_name_or_path", str(one_layer_path), "--transfer_set", "set", "--dtype", "float32",
+def train(folder, tiny_model_path):
+    capture_set(tiny_model_path, PROMPTS, "set", max_new_tokens=8)
+    return ["train", "--model_name_or_path", str(tiny_model_path), "--transfer_set", "set", "--dtype", "float32",
             "--report_to", "none", "--per_device_train_batch_size", "2", "--num_train_epochs", "2",
-            "--save_steps", "3", "--output_dir"]  # fmt: skip
+            "--save_steps", "4", "--output_dir"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sent", "seen"), [(signal.SIGINT, "trainer_state.json"), (signal.SIGKILL, "optimizer.pt")])
 def test_train_goes_on_to_the_same_weights(folder, train, sent, seen):
     """After Ctrl-C, and killed amid a checkpoint; as many threads in each process, for they decide sums of floats."""
-    code, said = stop([*train, "o"], f"o/checkpoint-6/{seen}", sent)
+    code, said = stop([*train, "o"], f"o/checkpoint-8/{seen}", sent)
     assert code == (130 if sent == signal.SIGINT else -9) and "Traceback" not in said
     go_on = "quantkd train: interrupted. Run the same command with --resume_from_checkpoint true"
     assert (go_on in said) == (sent == signal.SIGINT) and not Path("o/adapter_model.safetensors").exists()
@@ -80,16 +80,16 @@ def test_train_goes_on_to_the_same_weights(folder, train, sent, seen):
 
 
 def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, train, monkeypatch):
-    assert cli(*train, "o", "--max_steps", "3")[0] == 0 and find_checkpoint("true", "o") == "o/checkpoint-3"
+    assert cli(*train, "o", "--max_steps", "4")[0] == 0 and find_checkpoint("true", "o") == "o/checkpoint-4"
 
     monkeypatch.setattr(Trainer, "_save_rng_state", Mock(side_effect=SystemExit(9)))
-    assert cli(*train, "o", "--max_steps", "3", "--seed", "1")[0] == 9
+    assert cli(*train, "o", "--max_steps", "4", "--seed", "1")[0] == 9
     refused(ConfigError, "holds no checkpoint to resume from", find_checkpoint, "true", "o")
 
 
 def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     family = processes.start(["-m", "quantkd", *train, "o", "--num_train_epochs", "200"], folder / "output", 2)
-    processes.wait_until(Path("o/checkpoint-3/trainer_state.json").exists, family, Path("output"))
+    processes.wait_until(Path("o/checkpoint-4/trainer_state.json").exists, family, Path("output"))
     family[1].kill()
     code, said = processes.end(family[0], 60), Path("output").read_text()
     assert code == 1 and "quantkd train: another process of this launch ended, and its own" in said, said
@@ -140,9 +140,9 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
         find_checkpoint(str(tmp_path / "checkpoint-12"), tmp_path)
 
 
-def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, one_layer_path):
-    words = ["-m", "quantkd", "capture", "--model", one_layer_path, "--prompts", "p.jsonl", "--limit", 20]
-    words += ["--dtype", "float32", "--max_new_tokens", 60, "--rows_per_shard", 2, "--batch_size", 2, "--output_dir"]
+def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, tiny_model_path):
+    words = ["-m", "quantkd", "capture", "--model", tiny_model_path, "--prompts", "p.jsonl", "--dtype", "float32"]
+    words += ["--max_new_tokens", 60, "--rows_per_shard", 2, "--batch_size", 2, "--output_dir"]
     family = processes.start([*words, "s"], folder / "output", 2)
     processes.wait_until(lambda: len([*Path("s").glob("shard-*.json")]) >= 3, family, folder / "output")
     for process in family:
@@ -153,4 +153,4 @@ def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, 
     assert 3 <= len([*Path("s").glob("shard-*.json")]) < 8
     for name, count in (("s", 2), ("whole", 1)):
         processes.run([*words, name], folder / "output", count)
-    assert hashes(Path("s")) == hashes(Path("whole")) and len(hashes(Path("s"))) == 11
+    assert hashes(Path("s")) == hashes(Path("whole")) and len(hashes(Path("s"))) == 17

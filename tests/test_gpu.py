@@ -192,4 +192,4 @@ def test_what_is_merged_and_exported_is_what_was_trained(device, make_trainer, t
 
 
 def test_the_pretended_device_refuses_what_this_one_refuses(card):
-    check_refusals(torch.ones(3, device=card))
+    check_refusals(torch.ones(3, device=card), (RuntimeError, TypeError))

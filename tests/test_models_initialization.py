@@ -1,5 +1,6 @@
 """The start from the quantization error: optimal in closed form, better than zero on a model, refused with a reason."""
 
+import copy
 import math
 import sys
 import weakref
@@ -229,7 +230,7 @@ def test_an_error_costs_what_it_changes_the_loss_by_token_and_direction(tiny_mod
 
 def test_what_is_drawn_has_the_curvature_of_the_kl():
     p = torch.tensor([0.7, 0.2, 0.05, 0.05])
-    drawn = curvature.draw_curvature(p.log().expand(200_000, 4))
+    drawn = curvature.draw_curvature(p.log().expand(200_000, 4), [100_000] * 2)
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), p.diag() - p.outer(p), rtol=0.02, atol=1e-3)
 
 
@@ -253,7 +254,6 @@ def test_rows_are_drawn_until_the_padded_batch_is_full_and_a_long_one_is_weighed
 
 def test_rows_that_share_a_pass_cost_what_they_cost_alone(tiny_model, training_set, monkeypatch):
     """Also those that are cut, and those without targets, of which all tokens count."""
-    monkeypatch.setattr(curvature, "draw_curvature", lambda logits: logits.detach())
     monkeypatch.setattr(curvature, "_MAX_TOKENS", 30)
     ids, mask, labels = draw_rows(training_set, 6, seed=0)
     labels[2] = -100
@@ -507,10 +507,41 @@ def test_what_is_quantized_already_is_no_original(tiny_model, tiny_model_path, t
         refused(ConfigError, found, OriginalWeights(str(tmp_path / name), tiny_model).read, NAME)
 
 
+class Experts(nn.Module):
+    """A layer's work done by two copies of it, each on a part of the tokens."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.experts = nn.ModuleList([copy.deepcopy(layer), copy.deepcopy(layer)])
+
+    def forward(self, inputs):
+        flat = inputs.flatten(0, 1)
+        first = torch.arange(len(flat)) % 3 == 0
+        outputs = flat.new_empty(len(flat), self.experts[0].out_features)
+        outputs[first], outputs[~first] = (
+            expert(flat[part]) for expert, part in zip(self.experts, [first, ~first], strict=True)
+        )
+        return outputs.view(*inputs.shape[:2], -1)
+
+
+def test_costs_of_experts_that_see_a_part_of_the_tokens(tiny_model, training_set):
+    ids, mask, labels = draw_rows(training_set, 4, seed=0)
+    mlp = tiny_model.model.layers[0].mlp
+    layer = mlp.up_proj
+    [whole] = measure_costs(tiny_model, [layer], ids, mask, labels, tqdm(disable=True)).values()
+    mlp.up_proj = Experts(layer)
+    parts = measure_costs(tiny_model, list(mlp.up_proj.experts), ids, mask, labels, tqdm(disable=True))
+    assert len(parts) == 2 and all(len(costs.tokens) == 0 for costs in parts.values())
+    total = sum(costs.outputs[0] for costs in parts.values())
+    torch.testing.assert_close(total, whole.outputs[0], rtol=1e-4, atol=1e-4 * float(total.abs().max()))
+
+
 def test_inputs_count_alike_where_no_cost_can_be_known(tiny_model, monkeypatch):
     inputs, layer, ids = torch.randn(3, 2), tiny_model.model.layers[0].mlp.up_proj, torch.arange(8).view(1, 8)
     assert weigh_inputs(inputs, None) is inputs
     assert weigh_inputs(inputs, Costs(torch.ones(4), [])) is inputs  # of an expert, a part of the tokens
     for value in (0.0, math.nan, math.inf):  # no loss depends on it, or a gradient overflowed
-        monkeypatch.setattr(curvature, "draw_curvature", lambda logits, value=value: torch.full_like(logits, value))
+        monkeypatch.setattr(
+            curvature, "draw_curvature", lambda logits, counts, value=value: torch.full_like(logits, value)
+        )
         assert not measure_costs(tiny_model, [layer], ids, None, ids, tqdm(disable=True))

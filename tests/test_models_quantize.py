@@ -8,7 +8,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig
 
@@ -56,6 +56,7 @@ def output_errors(weight, layer, inputs):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 9), st.sampled_from([3, 33, 64, 99, 128, 192]), st.sampled_from([1, 5, 300]),
        st.sampled_from(["nf4", "fp4"]), st.booleans(), st.integers(0, 9))  # fmt: skip
+@example(6, 33, 300, "nf4", True, 3)  # bitsandbytes' codes, by constants that it has not quantized yet, are better
 def test_no_row_is_worse_than_with_the_nearest_codes(rows, columns, tokens, kind, nested, seed):
     weight, inputs = random_problem(rows, columns, tokens, seed)
     inputs[:, columns // 2] = 0  # a dead input
@@ -168,7 +169,9 @@ def test_storage_constants_and_odd_layers():
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_checkpoint_that_plain_transformers_loads(kind, tiny_model_path, training_set, held_out, tmp_path):
+def test_a_checkpoint_that_plain_transformers_loads(kind, tiny_model_path, held_out, tmp_path):
+    # Longer answers than those of `training_set`, whose few tokens say too little of a random model in fp4.
+    training_set = capture_set(tiny_model_path, TRAINING_PROMPTS, tmp_path / "set", max_new_tokens=40)
     options = {"quantization_config": kind, "dtype": "float32"}
     folder = quantize(tiny_model_path, training_set, tmp_path / "4bit", **options)
     plain = load_student(tiny_model_path, **options)
@@ -183,8 +186,7 @@ def test_a_checkpoint_that_plain_transformers_loads(kind, tiny_model_path, train
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert Provenance.read(folder).weights == describe_weights(loaded) == describe_weights(plain)
     after = evaluate_fidelity(loaded, held_out).means["kl"]
-    assert after == evaluate_fidelity(plain, held_out).means["kl"]
-    assert after < before or kind == "fp4"  # whose gain on a random model is within the noise of 24 rows
+    assert after == evaluate_fidelity(plain, held_out).means["kl"] < 0.9 * before
     again = quantize(tiny_model_path, training_set, tmp_path / "again", **options)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 

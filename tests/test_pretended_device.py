@@ -3,7 +3,6 @@
 import copy
 import re
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -64,21 +63,21 @@ def own(waits):
     return [each for each in waits if each.startswith(PACKAGE)]
 
 
-def check_refusals(there):
+def check_refusals(there, error):
     """What CUDA refuses of a tensor of three ones, and what it takes."""
     for wrong in (
         lambda: there + torch.ones(3), lambda: torch.ones(3)[there.long()], there.numpy,
         lambda: there.gather(0, torch.zeros(1, dtype=torch.long)),
         lambda: torch.multinomial(there, 1, generator=torch.Generator()),
     ):  # fmt: skip
-        refused((RuntimeError, TypeError), r"device|numpy", wrong)
+        refused(error, r"device|numpy", wrong)
     assert (there + torch.tensor(1.0))[torch.tensor([0])].cpu().tolist() == [2.0]
 
 
 def test_it_refuses_what_cuda_refuses_and_counts_waits(waits):
     there = torch.ones(3, device="cuda")
     assert isinstance(there, DeviceTensor) and there.device == DEVICE
-    check_refusals(there)
+    check_refusals(there, RuntimeError)
     assert torch.multinomial(there, 1, generator=torch.Generator(device="cuda")).device == DEVICE
     here = torch.ones(3, requires_grad=True)
     (here.to("cuda") * 2).cpu().sum().backward()
@@ -99,9 +98,8 @@ def test_it_refuses_what_cuda_refuses_and_counts_waits(waits):
     assert waits == []
 
 
-@pytest.mark.parametrize(("mode", "rule"), [
-    *product(["greedy", "given"], [Nucleus(0.9), TopK(4), Sampled(6)]), ("sampled", Nucleus(0.9)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("rule", [Nucleus(0.9), TopK(4), Sampled(6)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "given"])
 def test_capture(tiny_model, tiny_tokenizer, tmp_path, mode, rule):
     def run(model, name, tokens):
         options = {"do_sample": True, "top_k": 20, "top_p": 0.9} if mode == "sampled" else {}

@@ -84,11 +84,17 @@ class EvaluationArguments:
     batch_size: int = option("Rows or questions a batch.", 8)
     max_new_tokens: int = option("Length limit of an answer.", 256)
     plain_prompts: bool = option("Use no chat template, as for a base model.", False)
-    engine: Literal["transformers", "server"] = option("Runs the model; server: one that runs already.", "transformers")
+    engine: Literal["transformers", "server"] = option(
+        "What runs the model; server: one that runs already.", "transformers"
+    )
     base_url: str | None = option("Address of the server engine's server.", None)
     top_logprobs: int = option("Log-probabilities a token that a server is asked for.", TOP_LOGPROBS)
-    served_files: list[str] | None = option("GGUF files that the server runs, for its size.", None)
-    engine_kwargs: str | None = option('More for the server engine, as JSON: \'{"dialect": "vllm"}\'.', None)
+    served_files: list[str] | None = option(
+        "GGUF files that the server runs, a model and its adapter, for its size.", None
+    )
+    engine_kwargs: str | None = option(
+        'Further arguments of the server engine, as JSON: \'{"dialect": "vllm"}\'.', None
+    )
 
 
 @dataclass

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     """Quantize, and say where and how large."""
     parser = plain_parser("quantkd quantize", _EXAMPLES)
     parser.add_argument("model", help="the full-precision checkpoint: a Hub name or a folder")
-    parser.add_argument("--transfer_set", required=True, help="folder of the model's own answers")
+    parser.add_argument("--transfer_set", required=True, help="the model's own answers, whose rows give the inputs")
     parser.add_argument("--output_dir", required=True, help="a new folder for the checkpoint")
     parser.add_argument("--student_format", choices=("nf4", "fp4"), help="4-bit format (nf4)")
     parser.add_argument("--gguf_file", help="or: choose the codes of this GGUF file of the model, on its own grid")

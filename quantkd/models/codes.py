@@ -5,7 +5,7 @@ error of a row of weights is trace(E C E^T). Columns are rounded one after the o
 spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. With
 H the second moment of the gradients of the outputs, an error costs trace(H E C E^T), and the errors of rows are spread
 over further rows in the same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C
-than the nearest codes keeps those. The derivation and the figures are in docs/quantize.md.
+than its codes before keeps those. The derivation and the figures are in docs/quantize.md.
 """
 
 from __future__ import annotations
@@ -56,19 +56,26 @@ def moments_of(inputs: Tensor, costs: Costs | None = None) -> tuple[Moment, list
 
 
 def choose_codes(
-    weight: Tensor, scales: Tensor, levels: Tensor, inputs: Moment | None, outputs: Sequence[Moment] = ()
+    weight: Tensor,
+    scales: Tensor,
+    levels: Tensor,
+    inputs: Moment | None,
+    outputs: Sequence[Moment] = (),
+    before: Tensor | None = None,
 ) -> Tensor:
     """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
 
     weight and scales are (out, in); without the inputs' moment the nearest codes are chosen. With those of the outputs
-    the rows of a group are chosen in blocks, and the errors of each are spread over those to come.
+    the rows of a group are chosen in blocks, and the errors of each are spread over those to come. A row that gains
+    nothing keeps its codes from before, or takes the nearest.
     """
     grid, places = levels.sort()  # FP4's are in no order
     edges = (grid[1:] + grid[:-1]) / 2
     divisors = torch.where(scales == 0, torch.ones_like(scales), scales)  # a block of zeros takes any code
-    nearest = torch.bucketize((weight / divisors).contiguous(), edges)
+    nearest = places[torch.bucketize((weight / divisors).contiguous(), edges)]
     if inputs is None:
-        return places[nearest]
+        return nearest
+    before = nearest if before is None else before
     left, found = weight.clone(), torch.empty_like(nearest)
     ends = torch.tensor([0, *(len(group.order) for group in outputs)]).cumsum(0).tolist()
     orders = [first + group.order for first, group in zip(ends[:-1], outputs, strict=True)]
@@ -85,12 +92,13 @@ def choose_codes(
             errors = left[now] - grid[found[now]] * scales[now]
             spread = torch.linalg.solve_triangular(own[:, start:end].T, errors, upper=False)
             left[later] -= own[:, end:].T @ spread
+    chosen = places[found]
     ours, theirs = (
-        compute_output_error((weight - grid[each] * scales)[:, inputs.order], inputs.matrix)
-        for each in (found, nearest)
+        compute_output_error((weight - levels[each] * scales)[:, inputs.order], inputs.matrix)
+        for each in (chosen, before)
     )
     # By a margin, for the comparison is itself rounded.
-    return places[torch.where((ours < theirs * (1 - 1e-5)).unsqueeze(1), found, nearest)]
+    return torch.where((ours < theirs * (1 - 1e-5)).unsqueeze(1), chosen, before)
 
 
 def _choose_columns(
@@ -147,10 +155,12 @@ def calibrate_layer(layer: Any, original: Tensor, inputs: Moment | None, outputs
     restore_weight(layer)
     packed, state = layer.weight.data, layer.weight.quant_state
     weight = original.to(packed.device, torch.float32)
-    scales = read_scales(packed, state)
-    codes = choose_codes(weight, scales, state.code.float(), inputs, outputs).flatten().to(torch.uint8)
-    codes = nn.functional.pad(codes, (0, codes.numel() % 2))
-    both = (codes[0::2] << 4) | codes[1::2]  # bitsandbytes' order in a byte
+    pairs = packed.view(torch.uint8).flatten()
+    # bitsandbytes' order in a byte; an odd last half is not used.
+    before = torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[: weight.numel()].view(weight.shape).long()
+    codes = choose_codes(weight, read_scales(packed, state), state.code.float(), inputs, outputs, before)
+    halves = nn.functional.pad(codes.flatten().to(torch.uint8), (0, codes.numel() % 2))
+    both = (halves[0::2] << 4) | halves[1::2]
     packed.copy_(both.view(packed.dtype).reshape(packed.shape))
     forget_repacked(layer)
 

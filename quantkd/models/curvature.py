@@ -9,8 +9,7 @@ YAQA, Tseng et al. 2025, arXiv:2505.22988). The figures are in docs/quantize.md 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,26 +45,30 @@ def measure_costs(
     layers, embeddings = list(layers), model.get_input_embeddings()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     group = max(1, _MAX_COSTS // sum(getattr(each, "out_features", 4096) for each in layers))
-    tokens: dict[nn.Module, list[Tensor]] = defaultdict(list)
-    outputs: dict[nn.Module, list[Tensor]] = {}
+    rows = [(row[seen], own[seen]) for row, seen, own in zip(input_ids, mask.bool(), labels, strict=True)]
+    ends = torch.tensor([0, *(len(row) for row, _ in rows)]).cumsum(0).tolist()
+    spans: list[tuple[int, int]] = []  # of the tokens of the rows in the pass
+    found: dict[nn.Module, Costs] = {}
     first: list[Tensor] = []
-    lengths: list[int] = []  # of the rows of a batch, before they are cut
 
     def add(layer: nn.Module, gradient: Tensor) -> None:
-        costs = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
-        for weights, length in zip(costs, lengths, strict=True):
-            kept = weights[:length]
-            tokens[layer] += [kept, kept.mean().expand(length - len(kept))]  # those that are cut off weigh as the mean
         # bfloat16 as it is makes the products twice as fast; float16 would overflow. Padding has zeros.
         gradient = gradient if gradient.dtype == torch.bfloat16 else gradient.float()
         parts = gradient.flatten(0, -2).tensor_split(-(-gradient.shape[-1] // group), dim=-1)
-        moments = outputs.setdefault(layer, [])
-        for place, part in enumerate(parts):
-            moment = (part.T @ part).float()
-            if place < len(moments):
-                moments[place] += moment
-            else:
-                moments.append(moment)
+        costs = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+        if layer not in found:  # at once: what stays small between a pass's large tensors holds on to their memory
+            moments = [costs.new_zeros(part.shape[-1], part.shape[-1]) for part in parts]
+            found[layer] = Costs(costs.new_zeros(ends[-1]), moments)
+        for moment, part in zip(found[layer].outputs, parts, strict=True):
+            moment += part.T @ part
+        if costs.numel() != padded["labels"].numel():  # an expert's
+            found[layer] = found[layer]._replace(tokens=costs.new_empty(0))
+        if len(found[layer].tokens) == 0:
+            return
+        for weights, (start, stop) in zip(costs.view(len(spans), -1), spans, strict=True):
+            kept = weights[: stop - start]
+            found[layer].tokens[start : start + len(kept)] = kept
+            found[layer].tokens[start + len(kept) : stop] = kept.mean()  # those that are cut off weigh as the mean
 
     def follow(layer: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:
@@ -80,18 +83,19 @@ def measure_costs(
     try:
         with torch.enable_grad(), undisturbed(model, embeddings.weight.device):
             torch.manual_seed(0)
-            rows = [(row[seen], own[seen]) for row, seen, own in zip(input_ids, mask.bool(), labels, strict=True)]
-            for done, batch in _batches(rows):
-                bar.set_postfix_str(f"curvature of row {done} of {len(rows)}")
-                lengths[:] = [len(row) for row, _ in batch]
-                logits = runner.run(_pad(batch))[0].logits()
-                torch.autograd.grad(logits, first.pop(), draw_curvature(logits))  # no parameter gets a gradient
+            for start, stop in _batches(rows):
+                bar.set_postfix_str(f"curvature of row {stop} of {len(rows)}")
+                spans[:] = zip(ends[start:stop], ends[start + 1 : stop + 1], strict=True)
+                padded = _pad(rows[start:stop])
+                logits = runner.run(padded)[0].logits()
+                drawn = draw_curvature(logits, (padded["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist())
+                torch.autograd.grad(logits, first.pop(), drawn)  # no parameter gets a gradient
     finally:
         for hook in hooks:
             hook.remove()
     bar.set_postfix_str("")
-    found = {layer: Costs(torch.cat(parts), outputs[layer]) for layer, parts in tokens.items()}
-    return {layer: costs for layer, costs in found.items() if 0 < float(costs.tokens.mean()) < math.inf}
+    sums = {layer: sum(float(moment.trace()) for moment in costs.outputs) for layer, costs in found.items()}
+    return {layer: costs for layer, costs in found.items() if 0 < sums[layer] < math.inf}
 
 
 def weigh_inputs(inputs: Tensor, costs: Costs | None) -> Tensor:
@@ -103,24 +107,26 @@ def weigh_inputs(inputs: Tensor, costs: Costs | None) -> Tensor:
     return inputs * shares.sqrt().unsqueeze(1).to(inputs.device)
 
 
-def draw_curvature(logits: Tensor) -> Tensor:
-    """Random (N, V) rows whose mean outer product is the curvature of the KL, diag(p) - p p^T."""
+def draw_curvature(logits: Tensor, counts: Sequence[int]) -> Tensor:
+    """Random (N, V) rows whose mean outer product is the curvature of the KL, diag(p) - p p^T; N sums the counts."""
+    # One draw for each row of a batch: what is drawn for it does not depend on the rows beside it.
     # Drawing tokens has the same mean and varies more: where the model is sure, most draws say nothing.
     p = logits.detach().softmax(-1)
-    root = p.sqrt() * torch.randn_like(p)
+    root = p.sqrt() * torch.cat([torch.randn_like(part) for part in p.split(counts)])
     return root - p * root.sum(-1, keepdim=True)
 
 
-def _batches(rows: list[_Row]) -> Iterator[tuple[int, list[_Row]]]:
-    """Rows that fit together into `_BATCH_TOKENS`, one at least, and how many rows there were by then."""
+def _batches(rows: list[_Row]) -> Iterator[tuple[int, int]]:
+    """Bounds of rows that fit together into `_BATCH_TOKENS`, one at least."""
     start = longest = 0
     for place, (row, _) in enumerate(rows):
-        longest = max(longest, min(len(row), _MAX_TOKENS))
+        length = min(len(row), _MAX_TOKENS)
+        longest = max(longest, length)
         if place > start and (place + 1 - start) * longest > _BATCH_TOKENS:
-            yield place, rows[start:place]
-            start, longest = place, min(len(row), _MAX_TOKENS)
-    if rows[start:]:
-        yield len(rows), rows[start:]
+            yield start, place
+            start, longest = place, length
+    if rows:
+        yield start, len(rows)
 
 
 def _pad(rows: list[_Row]) -> dict[str, Tensor]:

@@ -104,6 +104,7 @@ def calibrate_gguf_layer(
         for code in (0, count - 1)
     )
     step = (highest - lowest) / (count - 1)
-    codes = choose_codes(weight - lowest, step, torch.arange(count).to(weight), inputs, outputs).cpu()
+    before = ((tensor.dequantize()[back].to(weight) - lowest) / step).nan_to_num().round().long()
+    codes = choose_codes(weight - lowest, step, torch.arange(count).to(weight), inputs, outputs, before).cpu()
     tensor.blocks[...] = with_codes(tensor, codes[stored].numpy())
     layer.weight.data.copy_(tensor.dequantize()[back])

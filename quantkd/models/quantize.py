@@ -37,7 +37,7 @@ from quantkd.models.student import (
     refuse_quantized,
 )
 from quantkd.models.weights import head_width
-from quantkd.names import HUB_ARGUMENTS, __version__, find_file, is_repository_name, public_name
+from quantkd.names import __version__, find_file, hub_arguments, is_repository_name, public_name
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.compatibility import check_student, check_transfer_set
 
@@ -234,8 +234,8 @@ def _identify(name: str, quantization: Any, rows: int, seed: int, **model_init_k
 def _identify_origin(name: str, **model_init_kwargs: Any) -> dict[str, str]:
     """What tells a model from others of its name: its commit; of a folder, a digest of samples of its weights."""
     if not Path(name).is_dir():
-        where = {key: value for key, value in model_init_kwargs.items() if key in HUB_ARGUMENTS}
-        return {"commit": str(extract_commit_hash(str(find_file(name, "config.json", **where)), None) or "")}
+        config = find_file(name, "config.json", **hub_arguments(model_init_kwargs))
+        return {"commit": str(extract_commit_hash(str(config), None) or "")}
     digest = sha256()
     for path in sorted(Path(name).glob("*.safetensors")):
         size = path.stat().st_size

@@ -73,18 +73,25 @@ class QuantizedDistillationConfig(TrainingArguments):
 
     alpha: float = _option(1.0, "Weight of the soft loss, in [0, 1]; the rest is cross-entropy.")
     temperature: float = _option(1.0, "Distillation temperature; one that the transfer set was captured with.")
-    divergence: str = _option("forward_kl", "Soft loss over entries and tail: forward_kl, reverse_kl or jsd.")
+    divergence: str = _option(
+        "forward_kl", "Soft loss over the stored entries and the tail: forward_kl, reverse_kl or jsd."
+    )
     beta: float = _option(0.5, "The teacher's share of the mixture in jsd, in (0, 1).")
-    calibrate: bool = _option(True, "Choose nf4 or fp4 codes for the inputs first, in OUTPUT_DIR/quantized.")
+    calibrate: bool = _option(
+        True, "Choose an nf4 or fp4 student's codes for its inputs first; that checkpoint is OUTPUT_DIR/quantized."
+    )
     init: str = _option(
         "covariance",
-        "Start of new adapters: covariance (from the quantization error and the inputs), loftq (without them) or zero.",
+        "Start of new adapters: covariance (from the quantization error and the inputs), loftq (from the quantization "
+        "error alone) or zero.",
     )
     init_rows: int = _option(64, "Rows of the transfer set that init=covariance looks at.")
     init_from: str | None = _option(
-        None, "Full-precision checkpoint of the quantized weights; by default the student's own."
+        None, "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
     )
-    train_scales: bool = _option(False, "Train 4-bit block constants and norms; with use_peft false, nothing else.")
+    train_scales: bool = _option(
+        False, "Train the 4-bit layers' block constants and the norms; with use_peft false, nothing else."
+    )
     scales_learning_rate: float = _option(3e-4, "Peak learning rate of what train_scales trains.")
     use_fused_loss: bool = _option(True, "Compute the loss from hidden states in chunks, without holding logits.")
     packing: bool = _option(False, "Concatenate the rows of a batch into one sequence, without padding.")
@@ -108,10 +115,13 @@ class QuantizedDistillationConfig(TrainingArguments):
     logging_first_step: bool = _option(True, "Log the first step too, so that curves have a beginning.")
     train_sampling_strategy: str = _option(
         "group_by_length",
-        "Order of the rows: group_by_length (of similar length in a batch), random, sequential, or batch_rebalance.",
+        "Order of the training rows: group_by_length (rows of similar length share a batch), random, sequential, or "
+        "batch_rebalance.",
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
-    remove_unused_columns: bool = _option(False, "Leave off: rows carry the teacher's entries.")
+    remove_unused_columns: bool = _option(
+        False, "Leave off: rows carry the teacher's entries beside the model's inputs."
+    )
 
     def __post_init__(self) -> None:
         if self.init not in STARTS:
