@@ -101,6 +101,12 @@ def test_page_table_and_chart_show_each_arm_in_order(pictures, tmp_path, arms):
     results, page = build(tmp_path, arms)
     assert "](gap.png)" in page and "The before \\| arm" in page and len(read_tables(page)) == 6
     lines = format_table(results).splitlines()
+    narrow = format_table(results, width=80).split("\n\n")
+    assert max(map(len, "\n".join(narrow[:-1]).splitlines())) <= 80
+    heads = [part.splitlines()[0].strip() for part in narrow[:-1]]
+    assert len(heads) > 1 and re.split(r" {2,}", "  ".join(heads)) == re.split(r" {2,}", lines[0].strip())
+    assert all([line[:16] for line in part.splitlines()] == [line[:16] for line in lines[: len(part.splitlines())]]
+               for part in narrow[:-1])  # fmt: skip
     assert lines[0].index("teacher") < lines[0].index("before") < lines[0].index("after") < lines[0].index("gap")
     assert [line[:16] for line in lines[2:4]] == ["Accuracy, 0-shot", "Accuracy, 0-shot"]
     sizes = {line[:25].strip(): re.split(r" {2,}", line)[1:] for line in lines if " MB" in line or "Bits" in line}

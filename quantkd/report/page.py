@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -89,13 +91,27 @@ def describe_held_out(results: dict[str, Any]) -> str:
     return f"{rows:,} held-out rows, {tokens:,} target tokens, of set {str(results['transfer_set_digest'])[:12]}"
 
 
-def format_table(results: dict[str, Any]) -> str:
-    """The results as a plain-text table, with notes below it."""
+def format_table(results: dict[str, Any], width: int | None = None) -> str:
+    """The results as a plain-text table, with notes below it.
+
+    Args:
+        results: those of `compute_results`.
+        width: characters per line; the arms that do not fit follow below. The terminal's if None, unlimited in a file.
+    """
+    width = width or shutil.get_terminal_size((sys.maxsize, 0)).columns
     rows = [[printable(cell) for cell in row] for row in tabulate(results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
-    return "\n".join([*lines, "", *map(printable, list_notes(results))])
+    first, *arms = ([cell.ljust(max(map(len, column))) for cell in column] for column in zip(*rows, strict=True))
+    tables = [[first]]
+    for column in arms:
+        if len(tables[-1]) > 1 and sum(len(each[0]) + 2 for each in tables[-1]) + len(column[0]) > width:
+            tables.append([first])
+        tables[-1].append(column)
+    blocks = []
+    for columns in tables:
+        lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+        lines.insert(1, "  ".join("-" * len(column[0]) for column in columns).rstrip())
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, "\n".join(map(printable, list_notes(results)))])
 
 
 def make_environment(package: str, finalize: Callable[[Any], Any] | None = None) -> Environment:
