@@ -89,5 +89,6 @@ LLAMACPP := llama_cpp_python-0.3.36
 	cd .venv-llamacpp && bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==$(LLAMACPP:llama_cpp_python-%=%)
 	cd .venv-llamacpp && tar xzf $(LLAMACPP).tar.gz && rm $(LLAMACPP).tar.gz && ln -sfn $(LLAMACPP)/vendor/llama.cpp llama.cpp
 	cd .venv-llamacpp && PATH="$$PWD/bin:$$PATH" cmake -S llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF
+	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF \
+	  -DCMAKE_SUPPRESS_REGENERATION=ON  # ninja 1.13 takes the build files of CMake 4.4 for out of date, forever
 	cd .venv-llamacpp && bin/ninja -C build llama-perplexity llama-quantize llama-bench && cp build/bin/llama-* bin/
