@@ -52,6 +52,7 @@ from quantkd.files import write_file
 from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.student import attach_lora, default_lora_config, load_student
+from quantkd.training.config import CALIBRATED_RATE
 
 SPEED_TOKENS = 96
 CONTEXT = 512  # tokens of a chunk; llama-perplexity looks at the second half of each
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--test_rows", type=int, default=64, help="test questions whose text is measured on")
     parser.add_argument("--chunks", type=int, default=16, help=f"of {CONTEXT} tokens, at most")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--learning_rate", type=float, default=CALIBRATED_RATE)
     parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q5_K_M"])
     parser.add_argument(
         "--codes", nargs="*", default=["Q4_0", "Q4_1", "Q5_0", "Q4_K_M"], help="types with arms of codes"
