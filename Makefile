@@ -91,4 +91,4 @@ LLAMACPP := llama_cpp_python-0.3.36
 	cd .venv-llamacpp && PATH="$$PWD/bin:$$PATH" cmake -S llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF \
 	  -DCMAKE_SUPPRESS_REGENERATION=ON  # ninja 1.13 takes the build files of CMake 4.4 for out of date, forever
-	cd .venv-llamacpp && bin/ninja -C build llama-perplexity llama-quantize llama-bench && cp build/bin/llama-* bin/
+	cd .venv-llamacpp && bin/ninja -C build llama-perplexity llama-quantize llama-imatrix llama-bench && cp build/bin/llama-* bin/

@@ -4,7 +4,7 @@ Every arm is one file, or a file and an adapter, that llama.cpp runs as it is. `
 compares it with the 16-bit file on questions and answers of GSM8K's test part, on which nothing was fitted. KLD is in
 nats per token.
 
-- `Q4_0`, ...: llama-quantize's files;
+- `Q4_0`, ...: llama-quantize's files; `Q4_0 imatrix`: with an importance matrix of the rows that the codes see;
 - `Q4_0 codes`: the same file with codes by error feedback, as `quantkd quantize --gguf_file` writes it;
 - `Q4_0 + adapter`: on llama-quantize's file, an adapter at its covariance start, not trained, in Q8_0;
 - `Q4_0 codes + adapter`: the same on the codes;
@@ -55,6 +55,8 @@ from quantkd.models.student import attach_lora, default_lora_config, load_studen
 from quantkd.training.config import CALIBRATED_RATE
 
 SPEED_TOKENS = 96
+TYPES = ["Q4_0", "Q4_0 imatrix", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q4_K_M imatrix", "Q5_K_M"]
+WITH_CODES = ["Q4_0", "Q4_1", "Q5_0", "Q4_K_M", "Q4_K_M imatrix"]
 CONTEXT = 512  # tokens of a chunk; llama-perplexity looks at the second half of each
 Arm = tuple[Path, Path | None]
 
@@ -91,14 +93,31 @@ class Files:
         self.full = once(home / "F16.gguf", partial(convert, model))
 
     def plain(self, kind: str) -> Path:
-        """llama-quantize's file."""
-        return once(self.home / f"{kind}.gguf", lambda path: run_tool("llama-quantize", self.full, path, kind))
+        """llama-quantize's file, with an importance matrix if the kind says so."""
+        kind, _, weighted = kind.partition(" ")
+        words = ("--imatrix", self.imatrix()) if weighted else ()
+        make = partial(self._quantize, kind, words)
+        return once(self.home / f"{kind}{weighted and '-imatrix'}.gguf", make)
+
+    def _quantize(self, kind: str, words: tuple[str | Path, ...], path: Path) -> None:
+        run_tool("llama-quantize", *words, self.full, path, kind)
+
+    def imatrix(self) -> Path:
+        """llama.cpp's importance matrix, of the rows that codes are chosen for."""
+
+        def write(path: Path) -> None:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            write_file(path, "\n".join(tokenizer.decode(row["input_ids"]) for row in self.train))
+
+        text = once(self.home / "train.txt", write)
+        words = ("-m", self.full, "-f", text, "-c", str(CONTEXT), "--parse-special", "--no-repack")
+        return once(self.home / "imatrix.gguf", lambda path: run_tool("llama-imatrix", *words, "-o", path))
 
     def codes(self, kind: str) -> Path:
         """The same with other codes."""
         plain = self.plain(kind)
         make = partial(quantize, self.model, self.train, gguf_file=str(plain), progress=False)
-        return once(self.home / f"{kind}-codes", make) / plain.name
+        return once(self.home / f"{plain.stem}-codes", make) / plain.name
 
     def adapter(self, base: Path) -> Path:
         """An adapter at its start."""
@@ -182,6 +201,8 @@ def summarize(arms: dict[str, dict[str, Any]]) -> dict[str, float | None]:
         own = {"codes": "codes", "plain_adapter": "+ adapter", "adapter": "codes + adapter"}
         for key, words in {**own, "distilled": "codes + distilled"}.items():
             found[f"{kind.lower()}_{key}.kld_ratio"] = ratio(f"{kind} {words}", kind)
+    found["q4_0_codes.kld_vs_imatrix"] = ratio("Q4_0 codes", "Q4_0 imatrix")
+    found["q4_k_m_codes.kld_vs_imatrix"] = ratio("Q4_K_M codes", "Q4_K_M imatrix")
     found["q4_0_adapter.bytes_vs_q5_0"] = ratio("Q4_0 codes + adapter", "Q5_0", "bytes")
     found["q4_0_adapter.kld_vs_q5_0"] = ratio("Q4_0 codes + adapter", "Q5_0")
     return found
@@ -230,10 +251,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help=f"of {CONTEXT} tokens, at most")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=CALIBRATED_RATE)
-    parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q5_K_M"])
-    parser.add_argument(
-        "--codes", nargs="*", default=["Q4_0", "Q4_1", "Q5_0", "Q4_K_M"], help="types with arms of codes"
-    )
+    parser.add_argument("--types", nargs="+", default=TYPES)
+    parser.add_argument("--codes", nargs="*", default=WITH_CODES, help="types with arms of codes")
     parser.add_argument("--adapters", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms of adapters")
     parser.add_argument("--distilled", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms that are trained")
     parser.add_argument("--speed_rounds", type=int, default=0, help="of four forms each, for their decode speed")
