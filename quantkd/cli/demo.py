@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkd.cli.format import say
+from quantkd.cli.format import say, say_results
 from quantkd.cli.parsing import plain_parser
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.demo_model import load_demo_model
 from quantkd.experiment import Experiment, run_experiment
 from quantkd.models.export import CHECKPOINT_FORMS
 from quantkd.models.student import STUDENT_FORMATS, default_lora_config
-from quantkd.report import format_table
 from quantkd.teacher import GenerationSettings, RunSettings
 from quantkd.training.config import QuantizedDistillationConfig
 
@@ -77,5 +75,5 @@ def main(argv: Sequence[str]) -> None:
             seed=args.seed,
         ),
     )
-    say(format_table(json.loads((run_dir / "results.json").read_text())))
+    say_results(run_dir)
     say(f"\nThe report is {report}, with results.json and the chart next to it. The adapter is in {run_dir}/student.")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from quantkd.errors import printable
@@ -14,6 +18,14 @@ if TYPE_CHECKING:
 def say(text: Any = "", *, file: TextIO | None = None, flush: bool = False) -> None:
     """Print for people: whatever a model, a set or a server wrote, no escape sequence reaches the terminal."""
     print(printable(text, lines=True), file=file, flush=flush)
+
+
+def say_results(run_dir: Path) -> None:
+    """Print the table of a report, as wide as the terminal; in a file with all arms side by side."""
+    from quantkd.report import format_table
+
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    say(format_table(results, shutil.get_terminal_size((sys.maxsize, 0)).columns))
 
 
 def format_bytes(count: float) -> str:

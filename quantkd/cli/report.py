@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkd.cli.format import say
+from quantkd.cli.format import say, say_results
 from quantkd.cli.parsing import plain_parser
-from quantkd.report import build_report, format_table
+from quantkd.report import build_report
 
 _EXAMPLES = """examples:
   quantkd report runs/x     reads runs/x/evaluation/*.json, writes report.md, results.json and gap.png
@@ -21,5 +20,5 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run_dir", help="folder whose evaluation/ holds what `quantkd evaluate` wrote")
     args = parser.parse_args(argv)
     page = build_report(args.run_dir)
-    say(format_table(json.loads((Path(args.run_dir) / "results.json").read_text(encoding="utf-8"))))
+    say_results(Path(args.run_dir))
     say(f"\nThe report is {page}.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -96,14 +94,14 @@ def format_table(results: dict[str, Any], width: int | None = None) -> str:
 
     Args:
         results: those of `compute_results`.
-        width: characters per line; the arms that do not fit follow below. The terminal's if None, unlimited in a file.
+        width: characters per line; the arms that do not fit follow below. Unlimited if None.
     """
-    width = width or shutil.get_terminal_size((sys.maxsize, 0)).columns
     rows = [[printable(cell) for cell in row] for row in tabulate(results)]
     first, *arms = ([cell.ljust(max(map(len, column))) for cell in column] for column in zip(*rows, strict=True))
     tables = [[first]]
     for column in arms:
-        if len(tables[-1]) > 1 and sum(len(each[0]) + 2 for each in tables[-1]) + len(column[0]) > width:
+        longest = sum(len(each[0]) + 2 for each in tables[-1]) + len(column[0])
+        if width is not None and len(tables[-1]) > 1 and longest > width:
             tables.append([first])
         tables[-1].append(column)
     blocks = []
