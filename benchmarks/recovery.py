@@ -62,7 +62,7 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.stats import RowSums, bootstrap_interval, compute_gap_recovered
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.adapter_files import round_adapter
-from quantkd.models.quantize import quantize_once
+from quantkd.models.quantize import ROWS, quantize_once
 from quantkd.models.scales import attach_scales, folded_scales, group_by_scale, save_base, scale_parameters
 from quantkd.models.stored_weights import compute_size
 from quantkd.models.student import attach_lora, default_lora_config, load_student, short_dtype
@@ -78,6 +78,7 @@ SETTINGS = (
     "model", "gsm8k", "domain", "rows", "held_out_rows", "max_new_tokens", "storage_mass", "rank", "epochs",
     "batch_size", "learning_rate", "scales_learning_rate",
 )  # fmt: skip
+OF_TRAINING = ("epochs", "batch_size", "learning_rate", "scales_learning_rate")
 
 
 def question_prompts(args: argparse.Namespace, name: str) -> list[str]:
@@ -101,10 +102,10 @@ def set_folder(args: argparse.Namespace, name: str) -> Path:
     return Path(args.cache) / f"{name}-{count_rows(args, name)}-{args.max_new_tokens}-{args.storage_mass}"
 
 
-def open_train(args: argparse.Namespace) -> TransferSet:
+def open_train(args: argparse.Namespace, at_most: int | None = None) -> TransferSet:
     """The answers that students are made from."""
-    found = TransferSet(set_folder(args, "train"))
-    return found[: args.rows] if len(found) > args.rows else found
+    found, rows = TransferSet(set_folder(args, "train")), min(args.rows, at_most or args.rows)
+    return found[:rows] if len(found) > rows else found
 
 
 def capture_sets(args: argparse.Namespace) -> None:
@@ -120,22 +121,24 @@ def capture_sets(args: argparse.Namespace) -> None:
     clear_device_cache(garbage_collection=True)  # the arms run in processes of their own, on the same card
 
 
-def rows_folder(args: argparse.Namespace) -> Path:
-    """Where the students of these rows are kept."""
-    return Path(args.cache) / "students" / f"{args.rows}-{args.max_new_tokens}-{args.storage_mass}"
+def rows_folder(args: argparse.Namespace, at_most: int | None = None) -> Path:
+    """Where the students of these rows are kept; codes and starts are the same for more rows than `quantize` takes."""
+    rows = min(args.rows, at_most or args.rows)
+    return Path(args.cache) / "students" / f"{rows}-{args.max_new_tokens}-{args.storage_mass}"
 
 
 def student_folder(args: argparse.Namespace, name: str) -> Path:
     """Where a start is kept, or what an arm trained."""
-    epochs = "" if name in STARTS else f"-{args.epochs:g}"
-    return rows_folder(args) / f"{name}-{args.rank}{epochs}"
+    if name in STARTS:
+        return rows_folder(args, ROWS) / f"{name}-{args.rank}"
+    return rows_folder(args) / f"{name}-{args.rank}-{args.epochs:g}"
 
 
 def choose_base(args: argparse.Namespace, kind: str) -> str:
     """The student's name: with calibrated codes, made once, or the model's, put into NF4 as it is loaded."""
-    folder = rows_folder(args) / "codes"
+    folder = rows_folder(args, ROWS) / "codes"
     if kind == "codes":
-        quantize_once(args.model, open_train(args), folder)
+        quantize_once(args.model, open_train(args, ROWS), folder)
     return str(folder) if kind == "codes" else args.model
 
 
@@ -168,7 +171,8 @@ def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | 
     student = load_student(base)
     return QuantizedDistillationTrainer(
         student if start is None else PeftModel.from_pretrained(student, start, is_trainable=True), arguments,
-        train_dataset=open_train(args), processing_class=AutoTokenizer.from_pretrained(base),
+        train_dataset=open_train(args, ROWS if name in STARTS else None),
+        processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=default_lora_config(args.rank) if start is None else None,
     )  # fmt: skip
 
@@ -260,10 +264,12 @@ def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """An arm's figures: from the cache, or from a process of its own."""
-    settings = {key: str(getattr(args, key)) for key in SETTINGS} | {"name": name}
-    for key in ("epochs", "batch_size", "learning_rate", "scales_learning_rate") if name in STARTS else ():
-        del settings[key]
-    settings |= {} if name in STARTS else {"learning_rate": str(choose_rate(args, name))}
+    if name in STARTS:
+        found = {"rows": min(args.rows, ROWS), "capture_rows": count_rows(args, "train")}
+        args = argparse.Namespace(**{**vars(args), **found})
+    without = OF_TRAINING if name in STARTS else (*OF_TRAINING, "rows", "rank") if name in LOADED else ()
+    settings = {key: str(getattr(args, key)) for key in SETTINGS if key not in without} | {"name": name}
+    settings |= {} if without else {"learning_rate": str(choose_rate(args, name))}
 
     def run() -> dict[str, Any]:
         keys = (*SETTINGS, "cache", "capture_rows")

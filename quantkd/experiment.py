@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers.trainer_utils import IntervalStrategy
 
 from quantkd.data.gsm8k import build_prompt
@@ -128,9 +129,14 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         evaluate_arm(model, tokenizer, run_dir, arm=arm, held_out=sets["held_out"], **given)
         state.wait_for_everyone()
 
+    begun: dict[str, Tensor] = {}  # what the student trains, before its first step
+
     def train(own: QuantizedDistillationConfig) -> None:
         if calibrates and own.init != "zero" and Path(experiment.model).is_dir():
             own.init_from = own.init_from or experiment.model  # of a folder the checkpoint names the last part alone
+        init = own.init
+        if own is not args and begun:
+            own.init = "zero"  # set below to where the student began: a start is not computed twice
         trainer = QuantizedDistillationTrainer(
             _load_student(experiment, base),
             own,
@@ -139,6 +145,13 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             processing_class=tokenizer,
             peft_config=copy.deepcopy(experiment.peft_config),
         )
+        trained = {key: each for key, each in trainer.model.named_parameters() if each.requires_grad}
+        if own is args and not own.resume_from_checkpoint and all(map(Tensor.numel, trained.values())):  # not ZeRO-3
+            begun.update({key: each.detach().to("cpu", copy=True) for key, each in trained.items()})
+        elif begun:
+            for key, each in trained.items():
+                each.data.copy_(begun[key])
+            own.init, own.start, own.learning_rate = init, args.start, args.learning_rate
         if own is args and experiment.start and not own.resume_from_checkpoint:
             trainer.save_model(start, _internal_call=True)  # which does not push
         trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)
@@ -166,7 +179,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         control = copy.deepcopy(args)
         control.alpha, control.push_to_hub, control.resume_from_checkpoint = 0.0, False, None
         control.output_dir = f"{args.output_dir}-control"
-        arms = {"control": control, **arms}
+        arms["control"] = control
     # Not of the control, whose points would take as long again.
     if "curve" in sets and args.eval_strategy == IntervalStrategy.NO:
         args.eval_strategy, args.eval_steps, args.eval_on_start = IntervalStrategy.STEPS, _CURVE_STEP, True

@@ -22,6 +22,7 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.experiment import Experiment, run_experiment
 from quantkd.hardware import native_compute_dtype
 from quantkd.models.student import default_quantization_config, load_student
+from quantkd.training import preparation
 from tests.conftest import REPOSITORY, refused
 from tests.gguf_files import write_gguf
 
@@ -136,8 +137,14 @@ def test_trained_scales_are_measured_as_they_load(tiny_model_path, tmp_path, lor
     assert arms["after"]["metrics"]["kl"]["value"] != arms["start"]["metrics"]["kl"]["value"]
 
 
-def test_the_start_is_what_training_began_with_and_does_not_change_it(tiny_model_path, tmp_path):
-    folder, other = (run(tiny_model_path, tmp_path / str(x), start=x, init="covariance") for x in (True, False))
+def test_the_start_is_what_training_began_with_and_does_not_change_it(tiny_model_path, tmp_path, monkeypatch):
+    starts = Mock(side_effect=preparation.initialize_from_rows)
+    monkeypatch.setattr(preparation, "initialize_from_rows", starts)
+    how = {"init": "covariance", "control": True}
+    folder, other = (run(tiny_model_path, tmp_path / str(x), start=x, **how) for x in (True, False))
+    assert starts.call_count == 2  # the control's is the student's
+    ours, theirs = (json.loads((folder / each / "quantkd.json").read_text()) for each in ("student", "student-control"))
+    assert ours["training"]["init"] == theirs["training"]["init"] == "covariance"
     ours, theirs = read_adapter(folder / "student"), read_adapter(other / "student")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours) and not (other / "student-start").exists()
     first, arms = read_adapter(folder / "student-start"), read_results(folder)["arms"]
