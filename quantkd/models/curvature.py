@@ -111,9 +111,11 @@ def draw_curvature(logits: Tensor, counts: Sequence[int]) -> Tensor:
     """Random (N, V) rows whose mean outer product is the curvature of the KL, diag(p) - p p^T; N sums the counts."""
     # One draw for each row of a batch: what is drawn for it does not depend on the rows beside it.
     # Drawing tokens has the same mean and varies more: where the model is sure, most draws say nothing.
-    p = logits.detach().softmax(-1)
-    root = p.sqrt() * torch.cat([torch.randn_like(part) for part in p.split(counts)])
-    return root - p * root.sum(-1, keepdim=True)
+    p, drawn = logits.detach().softmax(-1), torch.empty_like(logits)
+    for part in drawn.split(counts):
+        part.normal_()
+    drawn.mul_(p.sqrt())  # in place: with a large vocabulary each of these is as large as a layer
+    return drawn.addcmul_(p, drawn.sum(-1, keepdim=True), value=-1)
 
 
 def _batches(rows: list[_Row]) -> Iterator[tuple[int, int]]:
