@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, S
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.loss.reference import compute_distillation_loss
+from quantkd.models import quantize as quantize_module
 from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.collator import DistillationCollator
@@ -122,6 +124,18 @@ def test_calibrated_codes_are_those_of_the_model_that_is_named(make_trainer, tin
         last = make_trainer(model=str(tmp_path / folder / "model"), calibrate=True)
     expected = build_tiny_model(tiny_tokenizer, 1).get_input_embeddings().weight
     assert torch.equal(last.model.get_input_embeddings().weight, expected) and "quantized is replaced" in caplog.text
+
+
+def test_codes_that_another_process_has_chosen_meanwhile_are_kept(make_trainer, tmp_path, monkeypatch, caplog):
+    out, quantize = tmp_path / "out", quantize_module.quantize
+
+    def choose(model, transfer_set, folder, **kwargs):
+        quantize(model, transfer_set, folder, **kwargs)
+        shutil.copytree(folder, out / "quantized")
+
+    monkeypatch.setattr(quantize_module, "quantize", choose)
+    make_trainer(calibrate=True)
+    assert [path.name for path in out.iterdir()] == ["quantized"] and "is replaced" not in caplog.text
 
 
 def test_codes_of_a_run_that_was_killed_are_taken_up(make_trainer, tmp_path, monkeypatch):

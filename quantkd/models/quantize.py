@@ -143,14 +143,17 @@ def quantize_once(
             if not is_wanted(new):
                 shutil.rmtree(new, ignore_errors=True)
                 quantize(model, transfer_set, new, quantization_config=config, dtype=dtype, seed=seed, **kwargs)
-            if folder.exists():
-                logger.warning(
-                    "%s is replaced: it was made of another model, set, format, seed or version. Adapters that were "
-                    "trained on it fit no other checkpoint. Use another output folder to keep them.",
-                    given,
-                )
-                shutil.rmtree(folder)
-            new.rename(folder)
+            if is_wanted(folder):  # by now: another process was faster
+                shutil.rmtree(new)
+            else:
+                if folder.exists():
+                    logger.warning(
+                        "%s is replaced: it was made of another model, set, format, seed or version. Adapters that "
+                        "were trained on it fit no other checkpoint. Use another output folder to keep them.",
+                        given,
+                    )
+                    shutil.rmtree(folder)
+                new.rename(folder)
     process_state().wait_for_everyone()
 
 
