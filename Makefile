@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The small CPU build where pip can see one; anything else, such as TORCH="torch==2.9.1", is taken as given.
 TORCH ?= torch==2.13.0+cpu
-# A file stays in one process, so that what its tests share is made once.
+# A file stays in one process, so that what its tests share is made once. Modules are compiled once for the many processes
+# that tests start, also where the environment says not to.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
@@ -21,7 +22,7 @@ demo: $(VENV)/.demo  ## a real 135M model from teacher to report, on a CPU, into
 	$(BIN)/quantkd demo
 
 test: $(VENV)/.installed  ## the tests that need neither network, GPU nor the real model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --max-worker-restart 0 $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --max-worker-restart 0 $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.demo  ## the tests on the real 135M model
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python -m pytest -m "slow and not gpu and not vllm" -o faulthandler_timeout=3600

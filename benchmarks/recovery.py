@@ -21,10 +21,11 @@ the peak of the process, on a GPU that of the card.
     python benchmarks/recovery.py
     python benchmarks/recovery.py --domain arithmetic
 
-`--domain arithmetic` asks the built-in word problems, in place of GSM8K. What was captured, trained and measured is
-kept in --cache, arm by arm, and found again there. The last line is one JSON object. `training_share_of_rest` is how
-much of the KL that the start leaves training takes, from the mean over seeds; `kl_vs_*` and `time_vs_gkd` are
-`quantkd-0`'s as a share of the other's. The learning rates were chosen on training questions (docs/recipes.md).
+`--domain arithmetic` asks the built-in word problems in place of GSM8K, `python_docs` for examples of Python's own
+functions, as examples/python_docs.py does. What was captured, trained and measured is kept in --cache, arm by arm, and
+found again there. The last line is one JSON object. `training_share_of_rest` is how much of the KL that the start
+leaves training takes, from the mean over seeds; `kl_vs_*` and `time_vs_gkd` are `quantkd-0`'s as a share of the
+other's. The learning rates were chosen on training questions (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import runpy
 import subprocess
 import sys
 import time
@@ -69,6 +71,7 @@ from quantkd.models.student import attach_lora, default_lora_config, load_studen
 from quantkd.teacher import load_teacher
 from quantkd.training.config import CALIBRATED_RATE, LEARNING_RATES
 
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "python_docs.py"
 LOADED = ("teacher", "before")
 STARTS = ("start", "nearest_start")
 OTHERS = ("nearest", "nearest_zero", "ce_control", "gkd", "gkd_zero")
@@ -84,6 +87,11 @@ OF_TRAINING = ("epochs", "batch_size", "learning_rate", "scales_learning_rate")
 def question_prompts(args: argparse.Namespace, name: str) -> list[str]:
     """The prompts of the training or of the held-out set."""
     count = count_rows(args, name)
+    if args.domain == "python_docs":
+        prompts: list[str] = runpy.run_path(str(EXAMPLE))["collect_prompts"]()
+        if len(prompts) < (needed := count_rows(args, "train") + count_rows(args, "held_out")):
+            raise SystemExit(f"{needed} functions were asked for, and the standard library has {len(prompts)}.")
+        return prompts[:count] if name == "train" else prompts[-count:]
     if args.domain == "arithmetic":
         train = generate_problems(count_rows(args, "train"), seed=0)
         rows = train if name == "train" else generate_problems(count, seed=1, exclude=train)
@@ -355,7 +363,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The options; `curves.py` takes their defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sources(parser)
-    parser.add_argument("--domain", choices=("gsm8k", "arithmetic"), default="gsm8k", help="which questions")
+    domains = ("gsm8k", "arithmetic", "python_docs")
+    parser.add_argument("--domain", choices=domains, default="gsm8k", help="which questions")
     parser.add_argument("--cache", default="runs/recovery", help="where everything is kept and found again")
     parser.add_argument("--rows", type=int, default=256, help="training questions")
     parser.add_argument("--capture_rows", type=int, default=0, help="answered for training, if more than --rows")

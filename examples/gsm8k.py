@@ -47,6 +47,7 @@ PRESETS = {
         "per_device_train_batch_size": 8,
         "alpha": 0.5,
         "init": "zero",
+        "calibrate": False,
         "max_new_tokens": 512,
     },
     "small": {

@@ -73,8 +73,6 @@ class Experiment:
     # Train and measure a student by cross-entropy alone too, on the same rows from the same start: the difference is
     # what the teacher's distributions are worth.
     control: bool = False
-    # Choose the codes of an nf4 or fp4 student for the inputs of its layers, and train on that checkpoint.
-    calibrate: bool = True
     start: bool = True  # measure the adapter before the first step too: what it gave, and what training added
     exports: Sequence[str] = ()  # forms of `CHECKPOINT_FORMS`, to be written and measured too
     force: bool = False  # measure again what was measured of the same model on the same data
@@ -166,7 +164,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     measure(teacher, "teacher")
     del teacher
     measure(_load_student(experiment, experiment.model), "before")
-    calibrates = experiment.calibrate and format_of(_config(experiment)) in ("nf4", "fp4")
+    calibrates = args.calibrate and format_of(_config(experiment)) in ("nf4", "fp4")
     base = str(run_dir / "quantized") if calibrates else experiment.model
     if calibrates:
         _log("choosing the codes")

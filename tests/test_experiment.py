@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
 
 
-def run(model, folder, *, max_steps=3, init="zero", train_scales=False, **options):
+def run(model, folder, *, max_steps=3, init="zero", train_scales=False, calibrate=True, **options):
     rows = generate_problems(8, 0)
     experiment = Experiment(
         model=str(model), run_dir=folder, train_rows=rows[:5], held_out_rows=rows[5:],
@@ -39,6 +39,7 @@ def run(model, folder, *, max_steps=3, init="zero", train_scales=False, **option
     args = QuantizedDistillationConfig(
         str(folder / "student"), max_steps=max_steps, per_device_train_batch_size=2, learning_rate=1e-3,
         alpha=1.0, init=init, save_strategy="no", disable_tqdm=True, train_scales=train_scales,
+        calibrate=calibrate,
     )  # fmt: skip
     run_experiment(experiment, args)
     assert args.eval_strategy == "no"  # the caller's stay as they are
@@ -256,7 +257,7 @@ def asked(monkeypatch, tmp_path):
     for place in ("cli.demo", "experiment"):
         monkeypatch.setattr(f"quantkd.{place}.run_experiment", runner)
     monkeypatch.setattr(demo, "load_demo_model", lambda: tmp_path)
-    return lambda: runner.call_args.args[0]
+    return lambda place=0: runner.call_args.args[place]
 
 
 @pytest.mark.parametrize("seed", ["0", "5"])
@@ -275,6 +276,7 @@ def test_the_example_passes_its_options_on(monkeypatch, asked, gsm8k_dir):
         runpy.run_path(str(REPOSITORY / "examples" / "gsm8k.py"), run_name="__main__")
     assert (asked().model, asked().generation.max_new_tokens) == ("meta-llama/Llama-3.1-8B-Instruct", 512)
     assert asked().run.batch_size == 3 and asked().storage == Nucleus(0.95, 64)
+    assert asked(1).learning_rate == 5e-8 and not asked(1).calibrate  # the paper's student is plain NF4
 
 
 def test_a_gguf_file_is_a_student(tiny_model_path, tmp_path):
