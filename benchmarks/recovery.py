@@ -245,7 +245,8 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
         model = trainer.accelerator.unwrap_model(trainer.model)
         with folded_scales(model):
             save_base(model, folder / "scaled")
-        AutoTokenizer.from_pretrained(args.model).save_pretrained(folder / "scaled")  # so that `quantkd evaluate` takes it
+        # So that `quantkd evaluate` takes it.
+        AutoTokenizer.from_pretrained(args.model).save_pretrained(folder / "scaled")
         base = str(folder / "scaled")
         del trainer
     model.save_pretrained(folder)
