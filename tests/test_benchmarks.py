@@ -130,6 +130,35 @@ def test_curves_vary_one_setting_at_a_time(sources, monkeypatch, tmp_path, capsy
     assert "| rank 2 | 87.5% [87.5%, 87.5%] | 87.6% [87.6%, 87.6%] | 0.6% [0.6%, 0.6%] |" in printed
 
 
+def test_every_student_is_measured_on_both_domains(sources, training_set, monkeypatch, tmp_path, capsys):
+    import domains
+
+    made = {}
+
+    def measure(model, args):
+        name, arm = model
+        home = args.domain in name or "both" in name
+        kl = {"teacher": 0.0, "before": 4.0}.get(arm, 1.0 if home else 2.0)
+        return {"kl": kl, "kl_sum": [kl, kl], "tokens": [1, 1]}
+
+    monkeypatch.setattr(domains, "capture_sets", lambda args: None)
+    monkeypatch.setattr(domains, "open_train", lambda args: training_set)
+    monkeypatch.setattr(domains, "make_student", lambda args, rows, folder: made.update({folder.name: len(rows)}))
+    monkeypatch.setattr(domains, "load_arm", lambda args, folder, arm: (folder.name, arm))
+    monkeypatch.setattr(domains, "measure", measure)
+    monkeypatch.setattr(
+        sys, "argv", ["domains", "--cache", str(tmp_path), "--rows", str(len(training_set)), "--rank", "2"]
+    )
+    domains.main()
+    rows = len(training_set)
+    assert made == {f"{name}-{rows}-2": rows for name in ("gsm8k", "python_docs")} | {f"both-{rows}-2": rows // 2 * 2}
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert found["gsm8k"]["codes gsm8k"] == {"kl": 1.0, "kl_gap_recovered": 0.75, "ci95": [0.75, 0.75]}
+    assert "| python_docs | start | 2.0000, 50.0% | 1.0000, 75.0% |" in printed
+    assert "| both | trained | 1.0000, 75.0% | 1.0000, 75.0% |" in printed
+
+
 def test_weights_leave_their_grid_and_outputs_stay_near(sources, monkeypatch, tiny_tokenizer, tmp_path):
     import _off_grid
 
