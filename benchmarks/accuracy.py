@@ -2,13 +2,15 @@
 
 1. A small model is fine-tuned whole, by an ordinary `transformers.Trainer`, on built-in word problems until it solves
    most unseen ones: that is the teacher.
-2. It is quantized to 4 bits, with bitsandbytes' FP4 or NF4 (--quantization).
-3. It answers other problems, and the 4-bit copy learns from its distributions.
-4. Teacher, 4-bit copy before and after solve the same test problems, greedily; the last number must stand after `####`.
+2. It is quantized to 4 bits, with bitsandbytes' FP4 or NF4 (--quantization): `before`.
+3. It answers other problems. From these the codes are chosen anew (`codes`), and an adapter on them is trained from the
+   stored distributions (`after`).
+4. All solve the same test problems, greedily; the last number must stand after `####`.
 
-The three sets of problems share no question. The figures: `teacher`, `before` and `after` are shares of test problems
-solved; `p_value` is McNemar's exact test of teacher against before; `accuracy_gap_recovered` is (after - before) /
-(teacher - before), with a paired bootstrap interval over problems.
+The three sets of problems share no question. The figures: `teacher`, `before`, `codes` and `after` are shares of test
+problems solved; `bits_per_weight` counts codes, constants and adapters of the linear layers; `p_value` is McNemar's
+exact test of teacher against before; `accuracy_gap_recovered` is (after - before) / (teacher - before), with a paired
+bootstrap interval over problems, and `codes.accuracy_gap_recovered` the same of the codes.
 
     python benchmarks/accuracy.py --cache runs/accuracy
 
@@ -43,7 +45,6 @@ from quantkd import (
     QuantizedDistillationConfig,
     QuantizedDistillationTrainer,
     RunSettings,
-    TransferSet,
     capture,
 )
 from quantkd.data.arithmetic import generate_problems
@@ -53,6 +54,8 @@ from quantkd.evaluation.accuracy import evaluate_gsm8k
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.stats import RowSums, compute_gap_recovered, mcnemar_exact, wilson_interval
 from quantkd.hardware import default_device, native_compute_dtype
+from quantkd.models.quantize import quantize_once
+from quantkd.models.stored_weights import compute_size
 from quantkd.models.student import default_lora_config, load_student
 from quantkd.teacher import load_teacher
 
@@ -107,38 +110,34 @@ def quantization_config(args: argparse.Namespace) -> BitsAndBytesConfig:
     )  # fmt: skip
 
 
-def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> Any:
-    """The 4-bit copy with its trained adapter, loaded as others load it; trained if the cache has none."""
-    folder = Path(args.cache) / f"student-{args.quantization}-{args.rank}-{args.distill_rows}-{args.epochs}"
-    if not (folder / "adapter_config.json").is_file():
-        train(teacher, problems, folder, args)
-    return PeftModel.from_pretrained(load_student(str(teacher), quantization_config=quantization_config(args)), folder)
-
-
-def train(teacher: Path, problems: Problems, folder: Path, args: argparse.Namespace) -> None:
-    """The teacher answers the problems, and a 4-bit copy learns from its distributions."""
-    transfer_set = Path(args.cache) / f"transfer_set-{args.distill_rows}"
-    prompts = [build_prompt(problem["question"]) for problem in problems]
-    capture(
+def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The folders of the 4-bit copy with chosen codes and of the trained adapter; what the cache lacks is made."""
+    cache, kind = Path(args.cache), f"{args.quantization}-{args.distill_rows}"
+    base, adapter = cache / f"codes-{kind}", cache / f"student-{kind}-{args.rank}-{args.epochs}"
+    if (adapter / "adapter_config.json").is_file():
+        return base, adapter
+    rows = capture(
         str(teacher),
-        prompts,
-        transfer_set,
+        [build_prompt(problem["question"]) for problem in problems],
+        cache / f"transfer_set-{args.distill_rows}",
         chat_template=CHAT_TEMPLATE,
         generation=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
         run=RunSettings(batch_size=32),
     )
+    quantize_once(str(teacher), rows, base, quantization_config=quantization_config(args))
     trainer = QuantizedDistillationTrainer(
-        load_student(str(teacher), quantization_config=quantization_config(args)),
+        load_student(str(base)),
         QuantizedDistillationConfig(
-            str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=4, alpha=1.0, packing=True, save_strategy="no", report_to=[],
-            disable_tqdm=True, seed=args.seed,
+            str(adapter), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=4, packing=True, save_strategy="no", report_to=[],
+            disable_tqdm=True, seed=args.seed, init_from=str(teacher),
         ),
-        train_dataset=TransferSet(transfer_set),
+        train_dataset=rows,
         peft_config=default_lora_config(args.rank),
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
+    return base, adapter
 
 
 def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argparse.Namespace) -> list[bool]:
@@ -152,19 +151,22 @@ def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argpar
     return verdicts
 
 
-def summarize(solved: dict[str, list[bool]], args: argparse.Namespace) -> dict[str, Any]:
+def summarize(solved: dict[str, list[bool]], bits: float, args: argparse.Namespace) -> dict[str, Any]:
     """The JSON line."""
     drop = mcnemar_exact(solved["teacher"], solved["before"])
     left = mcnemar_exact(solved["teacher"], solved["after"])
-    sums = [RowSums([float(verdict) for verdict in solved[arm]]) for arm in ("teacher", "before", "after")]
-    share = compute_gap_recovered(*sums, higher_is_better=True, binary=True)
-    if share.value is None:
-        print(f"Nothing to recover can be seen: {share.reason}. Use more problems, or coarser --quantization.")
-    rates = {arm: round(sum(verdicts) / len(verdicts), 4) for arm, verdicts in solved.items()}
+    sums = {arm: RowSums([float(verdict) for verdict in verdicts]) for arm, verdicts in solved.items()}
+    summary: dict[str, Any] = {arm: round(sum(verdicts) / len(verdicts), 4) for arm, verdicts in solved.items()}
+    summary["bits_per_weight"] = round(bits, 3)
+    for arm, prefix in (("after", ""), ("codes", "codes.")):
+        share = compute_gap_recovered(sums["teacher"], sums["before"], sums[arm], higher_is_better=True, binary=True)
+        if share.value is None:
+            print(f"Nothing to recover can be seen: {share.reason}. Use more problems, or coarser --quantization.")
+        summary[f"{prefix}accuracy_gap_recovered"] = None if share.value is None else round(share.value, 4)
+        interval = share.interval and [round(bound, 4) for bound in share.interval]
+        summary[f"{prefix}accuracy_gap_recovered_ci95"] = interval
     return {
-        **rates,
-        "accuracy_gap_recovered": None if share.value is None else round(share.value, 4),
-        "accuracy_gap_recovered_ci95": share.interval and [round(bound, 4) for bound in share.interval],
+        **summary,
         "p_value": drop.p_value,
         "only_teacher_vs_before": [drop.only_a, drop.only_b],
         "p_value_teacher_vs_after": left.p_value,
@@ -188,9 +190,9 @@ def main() -> None:
     parser.add_argument("--tune_rows", type=int, default=2000, help="problems that the teacher is fine-tuned on")
     parser.add_argument("--max_steps", type=int, default=1, choices=(1, 2, 3), help="the most steps of a problem")
     parser.add_argument("--tune_learning_rate", type=float, default=1e-4)
-    parser.add_argument("--rank", type=int, default=32, help="of the adapters")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--epochs", type=float, default=1.0, help="of the distillation")
-    parser.add_argument("--learning_rate", type=float, default=3e-5, help="of the distillation")
+    parser.add_argument("--learning_rate", type=float, help="of the distillation; the library's default if left out")
     parser.add_argument("--eval_batch_size", type=int, default=50)
     parser.add_argument("--save_steps", type=int, default=100, help="fine-tuning steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
@@ -203,16 +205,24 @@ def main() -> None:
     teacher = fine_tune(problems["tune"], args)
     print(f"fine-tuning: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
     model, tokenizer = load_teacher(str(teacher))
-    solved = {"teacher": solve("teacher", model, tokenizer, problems["test"], args)}
+    solved: dict[str, list[bool]] = {}
+
+    def test(arm: str, model: Any) -> None:
+        name = arm if arm == "teacher" else f"{arm}-{args.quantization}"
+        solved[arm] = solve(name, model, tokenizer, problems["test"], args)
+
+    test("teacher", model)
     del model
     gc.collect()
+    test("before", load_student(str(teacher), quantization_config=quantization_config(args)))
     started = time.perf_counter()
-    student = distill(teacher, problems["distill"], args)
-    print(f"capture and distillation: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
-    with student.disable_adapter():
-        solved["before"] = solve(f"before-{args.quantization}", student, tokenizer, problems["test"], args)
-    solved["after"] = solve(f"after-{args.quantization}", student, tokenizer, problems["test"], args)
-    print(json.dumps(summarize(solved, args)))
+    base, adapter = distill(teacher, problems["distill"], args)
+    print(f"capture, codes and distillation: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+    test("codes", load_student(str(base)))
+    test("after", student := PeftModel.from_pretrained(load_student(str(base)), adapter))
+    size = compute_size(student)
+    bits = 8 * (size.codes + size.constants + size.adapters) / size.linear_weights
+    print(json.dumps(summarize(solved, bits, args)))
 
 
 if __name__ == "__main__":
