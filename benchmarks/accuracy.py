@@ -112,7 +112,7 @@ def quantization_config(args: argparse.Namespace) -> BitsAndBytesConfig:
 
 def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> tuple[Path, Path]:
     """The folders of the 4-bit copy with chosen codes and of the trained adapter; what the cache lacks is made."""
-    cache, kind = Path(args.cache), f"{args.quantization}-{args.distill_rows}"
+    cache, kind = Path(args.cache), f"{args.quantization}-{args.codes}-{args.distill_rows}"
     base, adapter = cache / f"codes-{kind}", cache / f"student-{kind}-{args.rank}-{args.epochs}"
     if (adapter / "adapter_config.json").is_file():
         return base, adapter
@@ -124,9 +124,10 @@ def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> tupl
         generation=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
         run=RunSettings(batch_size=32),
     )
-    quantize_once(str(teacher), rows, base, quantization_config=quantization_config(args))
+    if args.codes == "calibrated":
+        quantize_once(str(teacher), rows, base, quantization_config=quantization_config(args))
     trainer = QuantizedDistillationTrainer(
-        load_student(str(base)),
+        load_base(teacher, base, args),
         QuantizedDistillationConfig(
             str(adapter), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=args.learning_rate,
             lr_scheduler_type="cosine", warmup_steps=4, packing=True, save_strategy="no", report_to=[],
@@ -138,6 +139,13 @@ def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> tupl
     trainer.train()
     trainer.save_model()
     return base, adapter
+
+
+def load_base(teacher: Path, base: Path, args: argparse.Namespace) -> Any:
+    """The 4-bit copy, with chosen codes or with the nearest."""
+    if args.codes == "calibrated":
+        return load_student(str(base))
+    return load_student(str(teacher), quantization_config=quantization_config(args))
 
 
 def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argparse.Namespace) -> list[bool]:
@@ -158,7 +166,7 @@ def summarize(solved: dict[str, list[bool]], bits: float, args: argparse.Namespa
     sums = {arm: RowSums([float(verdict) for verdict in verdicts]) for arm, verdicts in solved.items()}
     summary: dict[str, Any] = {arm: round(sum(verdicts) / len(verdicts), 4) for arm, verdicts in solved.items()}
     summary["bits_per_weight"] = round(bits, 3)
-    for arm, prefix in (("after", ""), ("codes", "codes.")):
+    for arm, prefix in (("after", ""), ("codes", "codes.")) if "codes" in solved else (("after", ""),):
         share = compute_gap_recovered(sums["teacher"], sums["before"], sums[arm], higher_is_better=True, binary=True)
         if share.value is None:
             print(f"Nothing to recover can be seen: {share.reason}. Use more problems, or coarser --quantization.")
@@ -185,6 +193,7 @@ def main() -> None:
     add_sources(parser, gsm8k=False)
     parser.add_argument("--cache", default="runs/accuracy", help="where everything is kept and found again")
     parser.add_argument("--quantization", choices=("nf4", "fp4"), default="nf4")
+    parser.add_argument("--codes", choices=("calibrated", "nearest"), default="calibrated", help="that are trained on")
     parser.add_argument("--test_rows", type=int, default=600, help="problems to solve")
     parser.add_argument("--distill_rows", type=int, default=512, help="problems whose answers are learned from")
     parser.add_argument("--tune_rows", type=int, default=2000, help="problems that the teacher is fine-tuned on")
@@ -218,8 +227,9 @@ def main() -> None:
     started = time.perf_counter()
     base, adapter = distill(teacher, problems["distill"], args)
     print(f"capture, codes and distillation: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
-    test("codes", load_student(str(base)))
-    test("after", student := PeftModel.from_pretrained(load_student(str(base)), adapter))
+    if args.codes == "calibrated":
+        test("codes", load_base(teacher, base, args))
+    test("after", student := PeftModel.from_pretrained(load_base(teacher, base, args), adapter))
     size = compute_size(student)
     bits = 8 * (size.codes + size.constants + size.adapters) / size.linear_weights
     print(json.dumps(summarize(solved, bits, args)))
