@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from quantkd.errors import ConfigError
+from quantkd.hardware import wide_dtype
 from quantkd.loss.metrics import compute_row_metrics, cut_positions, summarize_rows
 from quantkd.loss.reference import Objective, compute_distillation_loss, compute_position_terms
 from quantkd.loss.states import TargetStates
@@ -111,6 +112,10 @@ def test_tail_survives_where_one_minus_the_sum_would_be_noise():
     p_tail = 1 - float(entries.logprobs.double().exp())
     expected = q[1:] * (1 - p_tail / q[1:].sum())
     np.testing.assert_allclose(student.grad[0, 1:].numpy(), expected, rtol=1e-4)
+
+
+def test_sums_are_in_float64_where_the_device_has_it():
+    assert [wide_dtype(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [*[torch.float64] * 2, torch.float32]
 
 
 def test_batch_loss_shifts_once_and_ignores_padding():

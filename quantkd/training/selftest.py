@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quantkd.data.encoding import EncodedPrompt, encode_prompts
+from quantkd.hardware import wide_dtype
 from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.reference import Objective, compute_distillation_loss, compute_position_terms
 from quantkd.loss.states import TargetStates
@@ -98,7 +99,7 @@ def _gradient(model: Any, batches: list[dict[str, Any]]) -> Tensor:
     """Of norms and biases alone, which see every layer and cost no memory."""
     parameters = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     total = sum(len(batch["teacher"]) for batch in batches)
-    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
+    sums = [torch.zeros_like(each, dtype=wide_dtype(each.device)) for each in parameters]
     for batch in batches:
         # Against a teacher at another temperature, so that the gradient is far from zero.
         loss = compute_distillation_loss(
