@@ -143,7 +143,8 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
             processing_class=tokenizer,
             peft_config=copy.deepcopy(experiment.peft_config),
         )
-        trained = {key: each for key, each in trainer.model.named_parameters() if each.requires_grad}
+        model: Any = trainer.model
+        trained = {key: each for key, each in model.named_parameters() if each.requires_grad}
         if own is args and not own.resume_from_checkpoint and all(map(Tensor.numel, trained.values())):  # not ZeRO-3
             begun.update({key: each.detach().to("cpu", copy=True) for key, each in trained.items()})
         elif begun:

@@ -48,6 +48,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "MPT": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
     "Mamba": ("MambaConfig", _MAMBA), "FalconMamba": ("FalconMambaConfig", _MAMBA),
     "RecurrentGemma": ("RecurrentGemmaConfig", {**_LLAMA, "lru_width": 32, "num_hidden_layers": 3, "head_dim": 8}),
+    "Jamba": ("JambaConfig", {
+        **_LLAMA, **_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
+    }),
     "LFM 2": ("Lfm2Config", {**_LLAMA, "layer_types": ["conv", "full_attention"]}),
     "gpt-oss": ("GptOssConfig", {**_LLAMA, **_EXPERTS, "head_dim": 8}),
     "DeepSeek-V3": ("DeepseekV3Config", {

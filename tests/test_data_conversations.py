@@ -1,6 +1,8 @@
 """Conversations: which tokens are the assistant's, with and without generation blocks, and what is refused."""
 
 import copy
+import csv
+import json
 
 import datasets
 import pytest
@@ -153,6 +155,15 @@ def test_columns_of_conversations(tmp_path):
     assert [example.messages for example in found] == [CONVERSATION, None]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     assert load_examples(tmp_path) == found == load_examples([row["messages"] for row in rows])
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(row["messages"])] for row in rows)])
+    assert load_examples(tmp_path / "rows.csv") == found
+    refused(DataError, r"messages is '\[1, '; expected a list, or one as JSON", load_examples, [{"messages": "[1, "}])
+    tools = [{"name": "add", "parameters": {"a": "number"}}, {"name": "weather", "parameters": {"city": "text"}}]
+    asked = datasets.Dataset.from_list(
+        [{"prompt": "?", "tools": [tool]} for tool in tools]
+    )  # Arrow fills up with nulls
+    assert [example.template_kwargs["tools"] for example in load_examples(asked)] == [[tool] for tool in tools]
     renamed = [{"chat": row["messages"]} for row in rows]
     assert load_examples(renamed, prompt_column="chat") == found
     both = {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:3]}

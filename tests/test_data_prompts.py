@@ -6,6 +6,7 @@ from functools import partial
 from unittest.mock import Mock
 
 import datasets
+import pandas
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -71,6 +72,9 @@ def test_values_in_memory_and_sources_that_can_be_read_once():
     assert load_examples(streamed.filter(lambda row: row["completion"] == "2"), limit=1) == EXPECTED[1:]
     assert load_examples(datasets.IterableDatasetDict({"train": streamed}), limit=2) == EXPECTED
     assert load_examples(map(str, ["one", "two"])) == [Example("one"), Example("two")]
+    assert load_examples(pandas.DataFrame(ROWS)) == EXPECTED
+    for source in (None, 3):
+        refused(DataError, "expected rows, a file, a folder or a Hub name", load_examples, source)
 
 
 def test_a_name_is_split_into_path_and_configuration_and_loaded_by_the_library(tmp_path, monkeypatch):
@@ -144,6 +148,9 @@ def test_tables_are_read_whole(tmp_path):
         assert load_examples(path) == [Example("a", "b")]
     path.write_text('prompt;"completion, short";note, long\na, and b;c;d\n')
     assert load_examples(path, completion_column="completion, short") == [Example("a, and b", "c")]
+    path.write_text("\n \nprompt;completion\na;b\n\nc\n")
+    refused(DataError, r"row 1 \(it ends at line 6\) has 1 cells", load_examples, path)
+    assert load_examples(path, limit=1) == [Example("a", "b")]
     path.write_text("prompt\nHow many; and why?\n")
     assert load_examples(path) == [Example("How many; and why?")] and csv.field_size_limit() == before
     path.write_text("prompt\na\nb, c\n")

@@ -14,7 +14,8 @@ import torch
 from datasets import IterableDataset
 from families import build as build_family
 from packed_checkpoints import load_in
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -104,6 +105,10 @@ def test_without_inputs_it_is_peft_s_loftq_and_full_rank_gives_back_the_whole_er
     assert not up[:, 5:].any() and not down[5:].any()  # what exceeds the rank
     for factor in compute_correction(torch.zeros(6, 5), inputs.float(), 2):
         assert not factor.any()  # nothing to correct, and no division by it
+    indefinite = torch.eye(6) - 1.2 / 6 * torch.ones(6, 6)  # by the rounding of bfloat16, say
+    assert all(
+        bool(each.isfinite().all()) for each in compute_correction(torch.ones(6, 5), None, 2, costs=[indefinite])
+    )
 
 
 @pytest.fixture
@@ -226,6 +231,14 @@ def test_an_error_costs_what_it_changes_the_loss_by_token_and_direction(tiny_mod
         parts = gradients.tensor_split(math.ceil(gradients.shape[1] / 50), dim=1)
         for block, part in zip(found[layer].outputs, parts, strict=True):
             torch.testing.assert_close(block, part.T @ part, rtol=1e-4, atol=1e-4 * float(block.abs().max()))
+
+
+def test_a_router_that_gives_several_outputs_has_no_costs():
+    model = attach_lora(build_family("Qwen3-MoE", 320), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    layers = {each: name for name, each in model.named_modules() if isinstance(each, LoraLayer)}
+    found = measure_costs(model, layers, IDS, None, IDS, tqdm(disable=True))
+    assert sorted(layers[each].rpartition(".")[2] for each in layers.keys() - found) == ["gate"] * 2
+    assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_what_is_drawn_has_the_curvature_of_the_kl():
@@ -428,6 +441,8 @@ def test_the_learning_rate_follows_the_start_that_was_made(load, tiny_model_path
         ({**stored, "init_from": str(tiny_model_path)}, 3e-5),
         ({"peft_config": lora(init_lora_weights="gaussian")}, 3e-4),
         ({"peft_config": lora(use_dora=True)}, 3e-4),
+        ({"peft_config": lora(lora_bias=True)}, 3e-5),
+        ({"peft_config": IA3Config(task_type="CAUSAL_LM")}, 3e-4),
         ({"train_dataset": None}, 3e-4),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(training_set))}, 3e-4),
         ({"model": get_peft_model(load(), lora())}, 3e-4),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import build as build_family
 from teacher_rows import assert_stored, dense_logprobs
 
 from quantkd import Nucleus, Sampled, TopK
@@ -18,6 +19,18 @@ def set_of(tiny_model, tiny_tokenizer, tmp_path):
         return capture_set(tiny_model, prompts, tmp_path / name, **kwargs)
 
     return build
+
+
+@pytest.mark.parametrize("responses", ["generate", "given"])
+@pytest.mark.parametrize("family", ["Jamba", "Mamba", "FalconMamba", "RecurrentGemma", "LFM 2"])
+def test_a_recurrent_state_takes_in_no_padding_and_is_not_lost(tiny_tokenizer, tmp_path, family, responses):
+    model = build_family(family, len(tiny_tokenizer))
+    rows = [{"prompt": prompt, "completion": "She has 3 + 4 apples."} for prompt in PROMPTS]
+    how = {"responses": responses, **({"max_new_tokens": 8} if responses == "generate" else {})}
+    made = capture_set(model, rows, tmp_path / "set", tokenizer=tiny_tokenizer, storage=TopK(5), batch_size=3, **how)
+    for row in made:
+        ids = row["teacher"].token_ids.view(-1, 5)
+        assert_stored(row["teacher"].logprobs.view(-1, 5), dense_logprobs(model, row).gather(1, ids))
 
 
 @pytest.mark.parametrize("storage", [TopK(5), Nucleus(0.7, max_k=40)])

@@ -68,6 +68,8 @@ def test_options_that_only_a_later_step_reads_are_one_line_too(make_trainer, tra
     with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs is .*unexpected keyword argument 'foo'"):
         make_trainer(lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1}).train()
     for message, options in (
+        ("init_lora_weights is 'pissa', which PEFT does not", {"peft_config": lora(init_lora_weights="pissa")}),
+        ("init_lora_weights is 'orthogonal'", {"peft_config": lora(init_lora_weights="orthogonal"), "calibrate": True}),
         ("lora_alpha is 0, with which adapters have no effect", {"peft_config": lora(lora_alpha=0)}),
         ("compute_loss_func would take the place of distillation's own loss", {"compute_loss_func": print}),
         ("metric_for_best_model is 'foo'; expected one of loss, kl, ce, perplexity, top1",

@@ -126,6 +126,15 @@ def test_calibrated_codes_are_those_of_the_model_that_is_named(make_trainer, tin
     assert torch.equal(last.model.get_input_embeddings().weight, expected) and "quantized is replaced" in caplog.text
 
 
+def test_codes_of_other_layers_are_other_codes(make_trainer):
+    for skipped in (None, ["down_proj", "lm_head"], None):
+        config = default_quantization_config(torch.float32)
+        config.llm_int8_skip_modules = skipped
+        layer = make_trainer(calibrate=True, quantization_config=config).model.base_model.model.model.layers[0].mlp
+        assert hasattr(layer.gate_proj.weight, "quant_state")
+        assert hasattr(layer.down_proj.weight, "quant_state") == (skipped is None)
+
+
 def test_codes_that_another_process_has_chosen_meanwhile_are_kept(make_trainer, tmp_path, monkeypatch, caplog):
     out, quantize = tmp_path / "out", quantize_module.quantize
 

@@ -149,6 +149,8 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
                     "Name the right one with prompt_column or completion_column."
                 )
         prompt, completion = row[prompt_column], row.get(completion_column)
+        if prompt_column == _CONVERSATION and isinstance(prompt, str) and prompt.lstrip().startswith("["):
+            prompt = _read_json(prompt, _CONVERSATION, list, where)  # as a CSV file has it
         given = {name: _read_json(row.get(name), name, kind, where) for name, kind in _TEMPLATE_COLUMNS.items()}
         template_kwargs = _drop_empty({**given["chat_template_kwargs"], "tools": given["tools"]})
     elif not isinstance(row, (str, list)):
@@ -197,8 +199,16 @@ def _read_json(value: Any, name: str, kind: type, where: str) -> Any:
 
 
 def _drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the empty values, with which tables fill up the rows that lack a key."""
-    return {key: value for key, value in values.items() if value not in (None, "", [], {})}
+    """Without the empty values, and the nulls in others, with which tables fill up the rows that lack a key."""
+    return {key: _drop_nulls(value) for key, value in values.items() if value not in (None, "", [], {})}
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_drop_nulls(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _drop_nulls(each) for key, each in value.items() if each is not None}
+    return value
 
 
 def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[Any]:
@@ -224,6 +234,10 @@ def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[An
         if split not in source:
             raise DataError(f"The data set has the splits {sorted(source)}; {split!r} was asked for.")
         return iter(source[split])
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a table of pandas or polars
+        return iter(source.to_dicts() if hasattr(source, "to_dicts") else source.to_dict("records"))
+    if not isinstance(source, Iterable):
+        raise DataError(f"The prompts are a {type(source).__name__}; expected rows, a file, a folder or a Hub name.")
     return iter(source)
 
 
@@ -264,7 +278,9 @@ def _read_file(path: Path) -> Iterator[Any]:
 
 def _read_csv(path: Path, file: TextIO) -> Iterator[dict[str, str]]:
     """Rows of a table with a header, whose cells are separated by commas, semicolons or tabs."""
-    header = file.readline()
+    header, skipped = file.readline(), 0
+    while header and not header.strip():
+        header, skipped = file.readline(), skipped + 1
     bare = re.sub(r'"[^"]*"', "", header)
     delimiter = max(";\t,", key=bare.count) if ";" in bare or "\t" in bare else ","
     has_blanks = f"{delimiter} " in bare
@@ -273,9 +289,11 @@ def _read_csv(path: Path, file: TextIO) -> Iterator[dict[str, str]]:
         reader = csv.reader(
             itertools.chain([header], file), delimiter=delimiter, strict=True, skipinitialspace=has_blanks
         )
-        table = [(reader.line_num, cells) for cells in reader if cells]
+        table = [(reader.line_num + skipped, cells) for cells in reader if cells]
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}. Write a quotation mark in a cell twice.") from error
+        raise DataError(
+            f"{path}, line {reader.line_num + skipped}: {error}. Write a quotation mark in a cell twice."
+        ) from error
     finally:
         csv.field_size_limit(limit)
     columns = [name.strip() for name in table[0][1]] if table else []

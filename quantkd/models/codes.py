@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantkd.errors import ConfigError
 from quantkd.models.cpu_repacking import forget_repacked, restore_weight
-from quantkd.models.curvature import Costs, weigh_inputs
+from quantkd.models.curvature import Costs, damped_cholesky, weigh_inputs
 
 # The measured choice of docs/quantize.md.
 DAMPING, OUTPUT_DAMPING = 1e-2, 1.0
@@ -35,15 +35,11 @@ class Moment:
             raise ConfigError("its inputs are not finite.")
         self.order = matrix.diagonal().argsort(descending=True)
         self.matrix = matrix[self.order][:, self.order]  # largest first
-        damped, ridge = self.matrix.clone(), damping * float(matrix.diagonal().mean()) or 1.0
-        failed = True
-        while failed:  # more than once where rounding made it indefinite
-            damped.diagonal().add_(ridge)  # for directions that no token took
-            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            failed, ridge = bool(info), 10 * ridge
+        # The ridge is for directions that no token took.
+        lower = damped_cholesky(self.matrix.flip(0, 1), damping * float(matrix.diagonal().mean()) or 1.0)
         # The upper Cholesky factor of the inverse, by its diagonal: row i says how the error of column i goes to the
         # later ones.
-        eye = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
         self.feedback = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
         self.feedback /= self.feedback.diagonal().clone().unsqueeze(1)
 

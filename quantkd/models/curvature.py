@@ -70,8 +70,8 @@ def measure_costs(
             found[layer].tokens[start : start + len(kept)] = kept
             found[layer].tokens[start + len(kept) : stop] = kept.mean()  # those that are cut off weigh as the mean
 
-    def follow(layer: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:
+    def follow(layer: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:  # a router gives several
             output.register_hook(partial(add, layer))
 
     def begin(layer: nn.Module, args: Any, output: Tensor) -> None:
@@ -96,6 +96,17 @@ def measure_costs(
     bar.set_postfix_str("")
     sums = {layer: sum(float(moment.trace()) for moment in costs.outputs) for layer, costs in found.items()}
     return {layer: costs for layer, costs in found.items() if 0 < sums[layer] < math.inf}
+
+
+def damped_cholesky(matrix: Tensor, ridge: float) -> Tensor:
+    """The lower factor of `matrix + ridge * I`, or of more where rounding made that indefinite; written over it."""
+    failed = True
+    while failed:
+        matrix.diagonal().add_(ridge)
+        found = torch.linalg.cholesky_ex(matrix)
+        failed, ridge = bool(found.info), 10 * ridge
+    lower: Tensor = found.L
+    return lower
 
 
 def weigh_inputs(inputs: Tensor, costs: Costs | None) -> Tensor:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from quantkd.errors import ConfigError
 from quantkd.foreign import lora_variant_of
 from quantkd.hardware import process_state
-from quantkd.models.curvature import Costs, measure_costs
+from quantkd.models.curvature import Costs, damped_cholesky, measure_costs
 from quantkd.models.layer_inputs import draw_rows, visit_layers
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
@@ -49,7 +49,7 @@ def compute_correction(
     # C is X^T X / N plus a share of its mean eigenvalue on the diagonal, for directions that no token took. The leading
     # eigenvectors come from randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
-    roots = [torch.linalg.cholesky(block).T for block in costs]
+    roots = [damped_cholesky(block.clone(), 1e-7 * float(block.diagonal().mean())).T for block in costs]
     sizes = [len(block) for block in costs] or [len(error)]
     if roots:
         error = torch.cat([root @ part for root, part in zip(roots, error.split(sizes), strict=True)])
@@ -105,7 +105,7 @@ def initialize_from_error(
 
     bar = tqdm(total=len(adapted), desc="initialization", unit="adapter", disable=None if progress else True)
     costs: dict[Any, Costs] = {}
-    if input_ids is not None and labels is not None:
+    if adapted and input_ids is not None and labels is not None:
         costs = measure_costs(model, adapted, input_ids, attention_mask, labels, bar)
     visit_layers(model, adapted, settle, input_ids, attention_mask, bar)
     if refused:
@@ -166,6 +166,8 @@ def _correct(
     error = read_original(weights, name, base).to(quantized.device, torch.float32) - quantized.float()
     if inputs is not None:
         inputs = inputs[:: -(-len(inputs) // _MAX_INPUTS)]
+        if not bool(torch.isfinite(inputs).all()):
+            raise ConfigError("its inputs are not finite.")
     up, down = compute_correction(error, inputs, layer.r[adapter], shrinkage=shrinkage, costs=costs)
     layer.lora_B[adapter].weight.data.copy_(up / layer.scaling[adapter])
     # Where there is nothing to correct, PEFT's own start stays: with both factors at zero neither gets a gradient.

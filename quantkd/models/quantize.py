@@ -101,7 +101,7 @@ def quantize(
     calibrate(student, weights, *draw_rows(transfer_set, rows, seed, student), progress=progress)
     made = {
         "form": "quantized", "codes": "calibrated", "commit": commit_of(student.config),
-        **_identify(name, describe_quantization(student), rows, seed, **model_init_kwargs),
+        **_identify(name, describe_quantization(student), quantization_config, rows, seed, **model_init_kwargs),
     }  # fmt: skip
     with new_folder(path) as folder:
         if file is None:
@@ -130,11 +130,11 @@ def quantize_once(
         config = default_quantization_config(parse_dtype(dtype), config) if isinstance(config, str) else config
         given, folder = folder, folder.resolve()
         new = folder.with_name(f".{folder.name}.new")  # where that of a run that was killed is found again
-        wanted = _identify(model, describe_config(config), ROWS, seed, **kwargs)
+        wanted = _identify(model, describe_config(config), config, ROWS, seed, **kwargs)
 
         def is_wanted(place: Path) -> bool:
             facts = Provenance.read(place)
-            made = facts.export or {}
+            made = {"skipped_modules": [], **(facts.export or {})}
             return facts.transfer_set_digest == transfer_set.digest and wanted.items() <= made.items()
 
         if not is_wanted(folder):
@@ -226,10 +226,13 @@ def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
     return next(((str(place), None) for place in places if (place / "config.json").is_file()), None)
 
 
-def _identify(name: str, quantization: Any, rows: int, seed: int, **model_init_kwargs: Any) -> dict[str, Any]:
+def _identify(
+    name: str, quantization: Any, config: Any, rows: int, seed: int, **model_init_kwargs: Any
+) -> dict[str, Any]:
     """What tells a checkpoint from others that `quantize` would write from the same set."""
     return {
         "quantized_from": public_name(name), "quantization": quantization, "rows": rows, "seed": seed,
+        "skipped_modules": sorted(getattr(config, "llm_int8_skip_modules", None) or []),
         "quantkd_version": __version__, **_identify_origin(name, **model_init_kwargs),
     }  # fmt: skip
 

@@ -319,6 +319,7 @@ def attach_lora(
             "lora_alpha is 0, with which adapters have no effect. Set it above 0; twice the rank is usual."
         )
     if is_quantized(model):
+        _refuse_start(peft_config)
         model = freeze(model, checkpointing)
     adapted = get_peft_model(model, _name_linear_layers(model, peft_config or default_lora_config()))
     keep_trainable_on_cpu(adapted)
@@ -328,6 +329,7 @@ def attach_lora(
 
 def check_adapters(name_or_path: str, peft_config: PeftConfig, **kwargs: Any) -> None:
     """Refuse adapters that PEFT would not attach to a checkpoint, by the outline of its model."""
+    _refuse_start(peft_config)
     trusted = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     stored = AutoConfig.from_pretrained(name_or_path, **hub_arguments(kwargs), **trusted)
     with torch.device("meta"):
@@ -335,6 +337,16 @@ def check_adapters(name_or_path: str, peft_config: PeftConfig, **kwargs: Any) ->
     config: Any = copy.copy(_name_linear_layers(outline, peft_config))
     config.init_lora_weights, config.use_dora = False, False  # they compute with weights, and an outline has none
     get_peft_model(outline, config)
+
+
+def _refuse_start(peft_config: PeftConfig | None) -> None:
+    """Refuse starts that PEFT computes from a weight in floating point, and a 4-bit layer has none."""
+    start = getattr(peft_config, "init_lora_weights", True)
+    if isinstance(start, str) and (start.startswith("pissa") or start == "orthogonal"):
+        raise ConfigError(
+            f"init_lora_weights is {start!r}, which PEFT does not compute for a quantized layer. Leave it out: "
+            "init='covariance' corrects the quantization error."
+        )
 
 
 def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:

@@ -32,6 +32,8 @@ from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
 
+# Families whose recurrent state takes in the padding before a prompt: they answer prompts of another length one by one.
+_STATE_TAKES_PADDING = {"recurrent_gemma"}
 # Random numbers are drawn for this many tokens at a time: each copy to a device takes as long as a small kernel.
 _STEPS_PER_DRAW = 64
 
@@ -69,6 +71,8 @@ class TransformersTeacher(Teacher):
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Generate one answer per prompt, in one batch, keeping the entries of each token as it is generated."""
+        if self.model.config.model_type in _STATE_TAKES_PADDING and len({len(each.prompt_ids) for each in prompts}) > 1:
+            return [row for prompt in prompts for row in self.answer([prompt])]
         width = max(len(prompt.prompt_ids) for prompt in prompts)
         input_ids, mask = self._left_padded(prompts, width)
         recorder = _Recorder(self, prompts)
@@ -89,6 +93,11 @@ class TransformersTeacher(Teacher):
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """The entries of given answers, teacher-forced in one batch, in pieces that keep few logits in memory."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        # A second piece would begin with an empty recurrent state, and padding would enter it.
+        is_recurrent = any("LinearAttention" in type(layer).__name__ for layer in cache.layers)
+        if is_recurrent and len(prompts) > 1:
+            return [row for prompt in prompts for row in self.score([prompt])]
         completions = [prompt.completion_ids or [] for prompt in prompts]
         width, steps = max(len(prompt.prompt_ids) for prompt in prompts), max(map(len, completions))
         input_ids, mask = self._left_padded(prompts, width)
@@ -104,19 +113,22 @@ class TransformersTeacher(Teacher):
         places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
         picks: list[PickedEntries] = []
         parameters = inspect.signature(self.model.forward).parameters
-        cache: dict[str, Any] = {cache_argument(self.model): DynamicCache(config=self.model.config.get_text_config())}
+        cached: dict[str, Any] = {cache_argument(self.model): cache, "use_cache": True}
         position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
         with generation_mode(self.model, self.config), torch.inference_mode():
             start, stop = 0, width
+            if is_recurrent:
+                stop, cached = width + steps - 1, {"use_cache": False}
+            skipped = width - 1  # of the prompt, only what predicts the answer
             while start < width + steps - 1:
                 kwargs: dict[str, Any] = {"position_ids": position_ids[:, start:stop]}
                 if "logits_to_keep" in parameters:
-                    kwargs["logits_to_keep"] = 1 if start == 0 else 0  # of the prompt, only what predicts the answer
+                    kwargs["logits_to_keep"] = stop - max(start, skipped)
                 outputs = self.model(
-                    input_ids=input_ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **kwargs, **cache
+                    input_ids=input_ids[:, start:stop], attention_mask=mask[:, :stop], **kwargs, **cached
                 )
-                logits = (outputs.logits[:, -1:] if start == 0 else outputs.logits)[..., : self.vocab_size]
-                first = 0 if start == 0 else start + 1 - width  # the step that the first of these logits predicts
+                logits = outputs.logits[:, max(start, skipped) - stop :, : self.vocab_size]
+                first = max(start, skipped) - skipped  # the step that the first of these logits predicts
                 for offset in range(logits.shape[1]):
                     uniforms = draws.next(logits.device)  # at every step, so that a row's draws are its own
                     if first + offset in places:

@@ -182,7 +182,9 @@ def _note_start(model: Any, args: QuantizedDistillationConfig, *, is_calibrated:
     if not isinstance(model, PeftModel):
         return  # trained whole, from where it is
     # PEFT starts at B = 0. Single layers may have no correction.
-    factors = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
+    factors = [
+        parameter for name, parameter in model.named_parameters() if ".lora_B." in name and name.endswith("weight")
+    ]
     is_zero = 2 * sum(bool(each.detach().any()) for each in factors) <= len(factors)
     corrected = CALIBRATED_RATE if is_calibrated else LEARNING_RATES["loftq"]
     facts: dict[str, Any] = {
