@@ -10,7 +10,8 @@
 The three sets of problems share no question. The figures: `teacher`, `before`, `codes` and `after` are shares of test
 problems solved; `bits_per_weight` counts codes, constants and adapters of the linear layers; `p_value` is McNemar's
 exact test of teacher against before; `accuracy_gap_recovered` is (after - before) / (teacher - before), with a paired
-bootstrap interval over problems, and `codes.accuracy_gap_recovered` the same of the codes.
+bootstrap interval over problems, and `codes.accuracy_gap_recovered` the same of the codes. `answer_agreement` is the
+share of answers that end in the teacher's own number, right or wrong.
 
     python benchmarks/accuracy.py --cache runs/accuracy
 
@@ -50,7 +51,8 @@ from quantkd import (
 from quantkd.data.arithmetic import generate_problems
 from quantkd.data.encoding import encode_completion, encode_prompts
 from quantkd.data.gsm8k import build_prompt
-from quantkd.evaluation.accuracy import evaluate_gsm8k
+from quantkd.evaluation.accuracy import AnswerRecord, evaluate_gsm8k
+from quantkd.evaluation.agreement import compare_answers
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.stats import RowSums, compute_gap_recovered, mcnemar_exact, wilson_interval
 from quantkd.hardware import default_device, native_compute_dtype
@@ -148,19 +150,21 @@ def load_base(teacher: Path, base: Path, args: argparse.Namespace) -> Any:
     return load_student(str(teacher), quantization_config=quantization_config(args))
 
 
-def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argparse.Namespace) -> list[bool]:
-    """Which test problems a model solves; every answer is kept."""
+def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argparse.Namespace) -> list[AnswerRecord]:
+    """A model's answers to the test problems, each of which is kept."""
     settings = EvaluationSettings(args.eval_batch_size, MAX_NEW_TOKENS, CHAT_TEMPLATE)
     path = Path(args.cache) / "records" / f"{arm}.jsonl"
     records = evaluate_gsm8k(model, tokenizer, problems, settings=settings, records_path=path)
-    verdicts = [record.correct_strict for record in records]
-    low, high = wilson_interval(sum(verdicts), len(verdicts))
-    print(f"{arm:24} {sum(verdicts) / len(verdicts):6.1%} of {len(verdicts)} [{low:.1%}, {high:.1%}]", flush=True)
-    return verdicts
+    solved = sum(record.correct_strict for record in records)
+    low, high = wilson_interval(solved, len(records))
+    print(f"{arm:24} {solved / len(records):6.1%} of {len(records)} [{low:.1%}, {high:.1%}]", flush=True)
+    return records
 
 
-def summarize(solved: dict[str, list[bool]], bits: float, args: argparse.Namespace) -> dict[str, Any]:
+def summarize(answers: dict[str, list[AnswerRecord]], bits: float, args: argparse.Namespace) -> dict[str, Any]:
     """The JSON line."""
+    solved = {arm: [record.correct_strict for record in records] for arm, records in answers.items()}
+    agrees = {arm: compare_answers(records, answers["teacher"]).agrees for arm, records in answers.items()}
     drop = mcnemar_exact(solved["teacher"], solved["before"])
     left = mcnemar_exact(solved["teacher"], solved["after"])
     sums = {arm: RowSums([float(verdict) for verdict in verdicts]) for arm, verdicts in solved.items()}
@@ -173,6 +177,11 @@ def summarize(solved: dict[str, list[bool]], bits: float, args: argparse.Namespa
         summary[f"{prefix}accuracy_gap_recovered"] = None if share.value is None else round(share.value, 4)
         interval = share.interval and [round(bound, 4) for bound in share.interval]
         summary[f"{prefix}accuracy_gap_recovered_ci95"] = interval
+    summary["answer_agreement"] = {
+        arm: round(float(found.mean()), 4) for arm, found in agrees.items() if arm != "teacher"
+    }
+    for other in ("before", "codes") if "codes" in agrees else ("before",):
+        summary[f"agreement.p_value_after_vs_{other}"] = mcnemar_exact(agrees["after"], agrees[other]).p_value
     return {
         **summary,
         "p_value": drop.p_value,
@@ -214,11 +223,12 @@ def main() -> None:
     teacher = fine_tune(problems["tune"], args)
     print(f"fine-tuning: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
     model, tokenizer = load_teacher(str(teacher))
-    solved: dict[str, list[bool]] = {}
+    answers: dict[str, list[AnswerRecord]] = {}
 
     def test(arm: str, model: Any) -> None:
         name = arm if arm == "teacher" else f"{arm}-{args.quantization}"
-        solved[arm] = solve(name, model, tokenizer, problems["test"], args)
+        name += f"-{args.codes}" if arm in ("codes", "after") else ""
+        answers[arm] = solve(name, model, tokenizer, problems["test"], args)
 
     test("teacher", model)
     del model
@@ -232,7 +242,7 @@ def main() -> None:
     test("after", student := PeftModel.from_pretrained(load_base(teacher, base, args), adapter))
     size = compute_size(student)
     bits = 8 * (size.codes + size.constants + size.adapters) / size.linear_weights
-    print(json.dumps(summarize(solved, bits, args)))
+    print(json.dumps(summarize(answers, bits, args)))
 
 
 if __name__ == "__main__":
