@@ -264,13 +264,19 @@ def test_the_metric_also_from_its_file_without_network(tmp_path):
 
 
 LEAVE = """
-import atexit, sys
+import atexit, os, sys, time
+from pathlib import Path
+
 import torch
 from quantkd.hardware import process_state
 
 atexit.register(lambda: print("in a group:", torch.distributed.is_initialized(), flush=True))  # runs last
 state = process_state()
 assert state.num_processes == 2 and torch.distributed.is_initialized()
+# The first to end closes what the other may still connect to.
+Path(sys.argv[1], os.environ["RANK"]).touch()
+while len(os.listdir(sys.argv[1])) < 2:
+    time.sleep(0.01)
 raise [ValueError, KeyboardInterrupt][state.process_index]("the end")
 """
 
@@ -319,15 +325,15 @@ def test_batches_are_dealt_in_turn(monkeypatch):
     assert list(gather_rounds(iter([["a", "b"]]), 3, share=True)) == [["a", "b"], []] == rounds
 
 
-def test_processes_leave_their_group_after_an_error_and_after_ctrl_c():
+def test_processes_leave_their_group_after_an_error_and_after_ctrl_c(tmp_path):
     """In interpreters of their own: a fork ends without what an exit runs."""
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     group["MASTER_PORT"] = processes.free_port()
     family = [
-        subprocess.Popen([sys.executable, "-c", LEAVE], env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", LEAVE, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True, env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
     ]  # fmt: skip
     for process, code in zip(family, (1, -signal.SIGINT), strict=True):
         out, err = process.communicate(timeout=120)
-        assert process.returncode == code and "the end" in err and out == "in a group: False\n"
+        assert process.returncode == code and "the end" in err and out == "in a group: False\n", err
