@@ -1,7 +1,6 @@
 """A device that is not there: tensors on the CPU that say `cuda:0`, refuse what CUDA refuses, and count waits for it.
 
-Inside `pretended_device()`, `device="cuda"`, `.to("cuda")` and `.cuda()` give `DeviceTensor`s, whose data stay on the
-CPU so that values can be compared. A GPU's kernels, rounding, memory and speed are not pretended.
+Inside `pretended_device()` what goes to `cuda` becomes a `DeviceTensor`; rounding, memory and speed are the CPU's.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ def place(value: Tensor, like: Tensor | None = None, requires_grad: bool | None 
         kind = type(f"Device{kind.__name__}", (DeviceTensor, kind), {})
     placed = DeviceTensor.__new__(kind, value.detach(), like.requires_grad if requires_grad is None else requires_grad)
     placed.__dict__.update({name: each for name, each in like.__dict__.items() if name != "inner"})
-    if isinstance(like, nn.Parameter):
-        placed._is_param = True
+    placed.__dict__.update({"_is_param": True} if isinstance(like, nn.Parameter) else {})
     return placed
 
 
@@ -196,7 +194,6 @@ def _check(name: str, args: Any, kwargs: Any, leaves: list[Any]) -> None:
 
 def _wait(what: str) -> None:
     places = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
-    file, line = next(
-        place for place in places if not place[0].startswith((__file__, str(Path(torch.__file__).parent)))
-    )
+    own = __file__, str(Path(torch.__file__).parent)
+    file, line = next(each for each in places if not each[0].startswith(own))
     _waits.append(f"{file}:{line}: {what}")
