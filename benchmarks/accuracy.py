@@ -161,7 +161,7 @@ def solve(arm: str, model: Any, tokenizer: Any, problems: Problems, args: argpar
     return records
 
 
-def summarize(answers: dict[str, list[AnswerRecord]], bits: float, args: argparse.Namespace) -> dict[str, Any]:
+def summarize(answers: dict[str, list[AnswerRecord]], bits: float | None, args: argparse.Namespace) -> dict[str, Any]:
     """The JSON line."""
     solved = {arm: [record.correct_strict for record in records] for arm, records in answers.items()}
     agrees = {arm: compare_answers(records, answers["teacher"]).agrees for arm, records in answers.items()}
@@ -169,8 +169,9 @@ def summarize(answers: dict[str, list[AnswerRecord]], bits: float, args: argpars
     left = mcnemar_exact(solved["teacher"], solved["after"])
     sums = {arm: RowSums([float(verdict) for verdict in verdicts]) for arm, verdicts in solved.items()}
     summary: dict[str, Any] = {arm: round(sum(verdicts) / len(verdicts), 4) for arm, verdicts in solved.items()}
-    summary["bits_per_weight"] = round(bits, 3)
-    for arm, prefix in (("after", ""), ("codes", "codes.")) if "codes" in solved else (("after", ""),):
+    summary["bits_per_weight"] = None if bits is None else round(bits, 3)
+    prefixes = {"after": "", **({"codes": "codes."} if "codes" in answers else {})}
+    for arm, prefix in prefixes.items():
         share = compute_gap_recovered(sums["teacher"], sums["before"], sums[arm], higher_is_better=True, binary=True)
         if share.value is None:
             print(f"Nothing to recover can be seen: {share.reason}. Use more problems, or coarser --quantization.")
@@ -180,7 +181,7 @@ def summarize(answers: dict[str, list[AnswerRecord]], bits: float, args: argpars
     summary["answer_agreement"] = {
         arm: round(float(found.mean()), 4) for arm, found in agrees.items() if arm != "teacher"
     }
-    for other in ("before", "codes") if "codes" in agrees else ("before",):
+    for other in agrees.keys() - {"teacher", "after"}:
         summary[f"agreement.p_value_after_vs_{other}"] = mcnemar_exact(agrees["after"], agrees[other]).p_value
     return {
         **summary,
@@ -240,9 +241,7 @@ def main() -> None:
     if args.codes == "calibrated":
         test("codes", load_base(teacher, base, args))
     test("after", student := PeftModel.from_pretrained(load_base(teacher, base, args), adapter))
-    size = compute_size(student)
-    bits = 8 * (size.codes + size.constants + size.adapters) / size.linear_weights
-    print(json.dumps(summarize(answers, bits, args)))
+    print(json.dumps(summarize(answers, compute_size(student).bits_per_weight, args)))
 
 
 if __name__ == "__main__":

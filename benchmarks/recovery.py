@@ -110,10 +110,17 @@ def set_folder(args: argparse.Namespace, name: str) -> Path:
     return Path(args.cache) / f"{name}-{count_rows(args, name)}-{args.max_new_tokens}-{args.storage_mass}"
 
 
-def open_train(args: argparse.Namespace, at_most: int | None = None) -> TransferSet:
+def open_train(args: argparse.Namespace) -> TransferSet:
     """The answers that students are made from."""
-    found, rows = TransferSet(set_folder(args, "train")), min(args.rows, at_most or args.rows)
-    return found[:rows] if len(found) > rows else found
+    found = TransferSet(set_folder(args, "train"))
+    return found[: args.rows] if len(found) > args.rows else found
+
+
+def limit_rows(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of codes and starts, which see no more rows than `quantize` takes."""
+    if args.rows <= ROWS:
+        return args
+    return argparse.Namespace(**{**vars(args), "rows": ROWS, "capture_rows": count_rows(args, "train")})
 
 
 def capture_sets(args: argparse.Namespace) -> None:
@@ -129,24 +136,24 @@ def capture_sets(args: argparse.Namespace) -> None:
     clear_device_cache(garbage_collection=True)  # the arms run in processes of their own, on the same card
 
 
-def rows_folder(args: argparse.Namespace, at_most: int | None = None) -> Path:
-    """Where the students of these rows are kept; codes and starts are the same for more rows than `quantize` takes."""
-    rows = min(args.rows, at_most or args.rows)
-    return Path(args.cache) / "students" / f"{rows}-{args.max_new_tokens}-{args.storage_mass}"
+def rows_folder(args: argparse.Namespace) -> Path:
+    """Where the students of these rows are kept."""
+    return Path(args.cache) / "students" / f"{args.rows}-{args.max_new_tokens}-{args.storage_mass}"
 
 
 def student_folder(args: argparse.Namespace, name: str) -> Path:
     """Where a start is kept, or what an arm trained."""
     if name in STARTS:
-        return rows_folder(args, ROWS) / f"{name}-{args.rank}"
+        return rows_folder(limit_rows(args)) / f"{name}-{args.rank}"
     return rows_folder(args) / f"{name}-{args.rank}-{args.epochs:g}"
 
 
 def choose_base(args: argparse.Namespace, kind: str) -> str:
     """The student's name: with calibrated codes, made once, or the model's, put into NF4 as it is loaded."""
-    folder = rows_folder(args, ROWS) / "codes"
+    args = limit_rows(args)
+    folder = rows_folder(args) / "codes"
     if kind == "codes":
-        quantize_once(args.model, open_train(args, ROWS), folder)
+        quantize_once(args.model, open_train(args), folder)
     return str(folder) if kind == "codes" else args.model
 
 
@@ -179,8 +186,7 @@ def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | 
     student = load_student(base)
     return QuantizedDistillationTrainer(
         student if start is None else PeftModel.from_pretrained(student, start, is_trainable=True), arguments,
-        train_dataset=open_train(args, ROWS if name in STARTS else None),
-        processing_class=AutoTokenizer.from_pretrained(base),
+        train_dataset=open_train(args), processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=default_lora_config(args.rank) if start is None else None,
     )  # fmt: skip
 
@@ -225,6 +231,7 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One arm in this process: train it if it is trained, and measure it."""
     if name in LOADED:
         return measure(load_teacher(args.model)[0] if name == "teacher" else load_student(args.model), args)
+    args = limit_rows(args) if name in STARTS else args
     nearest, folder = name.startswith("nearest"), student_folder(args, name)
     start = student_folder(args, needed := "nearest_start" if nearest else "start")
     if name not in (*STARTS, *FROM_ZERO) and not start.exists():
@@ -264,19 +271,17 @@ def peak_memory() -> int:
 
 def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Every figure of the fidelity, KL and tokens of every held-out row, and bits per weight of the linear layers."""
-    size, found = (
-        compute_size(model),
-        evaluate_fidelity(model, TransferSet(set_folder(args, "held_out")), batch_size=16),
-    )
-    bits = 8 * (size.codes + size.constants + size.adapters) / size.linear_weights
-    return {**found.means, **{key: found.columns[key].tolist() for key in ("kl_sum", "tokens")}, "bits": bits}
+    found = evaluate_fidelity(model, TransferSet(set_folder(args, "held_out")), batch_size=16)
+    return {
+        **found.means,
+        **{key: found.columns[key].tolist() for key in ("kl_sum", "tokens")},
+        "bits": compute_size(model).bits_per_weight,
+    }
 
 
 def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """An arm's figures: from the cache, or from a process of its own."""
-    if name in STARTS:
-        found = {"rows": min(args.rows, ROWS), "capture_rows": count_rows(args, "train")}
-        args = argparse.Namespace(**{**vars(args), **found})
+    args = limit_rows(args) if name in STARTS else args
     without = OF_TRAINING if name in STARTS else (*OF_TRAINING, "rows", "rank") if name in LOADED else ()
     settings = {key: str(getattr(args, key)) for key in SETTINGS if key not in without} | {"name": name}
     settings |= {} if without else {"learning_rate": str(choose_rate(args, name))}

@@ -139,7 +139,7 @@ def place(value: Tensor, like: Tensor | None = None, requires_grad: bool | None 
         kind = type(f"Device{kind.__name__}", (DeviceTensor, kind), {})
     placed = DeviceTensor.__new__(kind, value.detach(), like.requires_grad if requires_grad is None else requires_grad)
     placed.__dict__.update({name: each for name, each in like.__dict__.items() if name != "inner"})
-    placed.__dict__.update({"_is_param": True} if isinstance(like, nn.Parameter) else {})
+    placed._is_param = isinstance(like, nn.Parameter)
     return placed
 
 

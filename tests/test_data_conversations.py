@@ -160,9 +160,8 @@ def test_columns_of_conversations(tmp_path):
     assert load_examples(tmp_path / "rows.csv") == found
     refused(DataError, r"messages is '\[1, '; expected a list, or one as JSON", load_examples, [{"messages": "[1, "}])
     tools = [{"name": "add", "parameters": {"a": "number"}}, {"name": "weather", "parameters": {"city": "text"}}]
-    asked = datasets.Dataset.from_list(
-        [{"prompt": "?", "tools": [tool]} for tool in tools]
-    )  # Arrow fills up with nulls
+    # Arrow fills up with nulls.
+    asked = datasets.Dataset.from_list([{"prompt": "?", "tools": [tool]} for tool in tools])
     assert [example.template_kwargs["tools"] for example in load_examples(asked)] == [[tool] for tool in tools]
     renamed = [{"chat": row["messages"]} for row in rows]
     assert load_examples(renamed, prompt_column="chat") == found

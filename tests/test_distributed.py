@@ -31,12 +31,8 @@ ANSWERS = [
 ]  # fmt: skip
 TWO_BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ONE_ROW = {"per_device_train_batch_size": 1}
-# Scales beside adapters, and a start that the main process alone computes: from there, near the optimum, a step of 1.0
-# leads so far that rounding grows to the tolerance.
-SPECIAL = {
-    "scales": {"train_scales": True, "scales_learning_rate": 1.0},
-    "start": {"init": "covariance", "learning_rate": 0.1},
-}
+# Scales beside adapters, and a start that the main process alone computes.
+SPECIAL = {"scales": {"train_scales": True, "scales_learning_rate": 1.0}, "start": {"init": "covariance"}}
 STUDENTS = ["nf4", "lora", "lora, head", "full"]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantkd.errors import ConfigError
 from quantkd.models.cpu_repacking import forget_repacked, restore_weight
-from quantkd.models.curvature import Costs, damped_cholesky, weigh_inputs
+from quantkd.models.curvature import Costs, robust_cholesky, weigh_inputs
 
 # The measured choice of docs/quantize.md.
 DAMPING, OUTPUT_DAMPING = 1e-2, 1.0
@@ -35,8 +35,9 @@ class Moment:
             raise ConfigError("its inputs are not finite.")
         self.order = matrix.diagonal().argsort(descending=True)
         self.matrix = matrix[self.order][:, self.order]  # largest first
-        # The ridge is for directions that no token took.
-        lower = damped_cholesky(self.matrix.flip(0, 1), damping * float(matrix.diagonal().mean()) or 1.0)
+        damped = self.matrix.flip(0, 1)
+        damped.diagonal().add_(damping * float(matrix.diagonal().mean()) or 1.0)  # for directions that no token took
+        lower = robust_cholesky(damped)
         # The upper Cholesky factor of the inverse, by its diagonal: row i says how the error of column i goes to the
         # later ones.
         eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)

@@ -98,13 +98,12 @@ def measure_costs(
     return {layer: costs for layer, costs in found.items() if 0 < sums[layer] < math.inf}
 
 
-def damped_cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """The lower factor of `matrix + ridge * I`, or of more where rounding made that indefinite; written over it."""
-    failed = True
-    while failed:
+def robust_cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor; where rounding made the matrix indefinite, of one with more on the diagonal, as it then has."""
+    found, ridge = torch.linalg.cholesky_ex(matrix), 1e-6 * float(matrix.diagonal().abs().mean())
+    while bool(found.info):
         matrix.diagonal().add_(ridge)
-        found = torch.linalg.cholesky_ex(matrix)
-        failed, ridge = bool(found.info), 10 * ridge
+        found, ridge = torch.linalg.cholesky_ex(matrix), 10 * ridge
     lower: Tensor = found.L
     return lower
 

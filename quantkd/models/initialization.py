@@ -25,7 +25,7 @@ from tqdm import tqdm
 from quantkd.errors import ConfigError
 from quantkd.foreign import lora_variant_of
 from quantkd.hardware import process_state
-from quantkd.models.curvature import Costs, damped_cholesky, measure_costs
+from quantkd.models.curvature import Costs, measure_costs, robust_cholesky
 from quantkd.models.layer_inputs import draw_rows, visit_layers
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
@@ -49,7 +49,7 @@ def compute_correction(
     # C is X^T X / N plus a share of its mean eigenvalue on the diagonal, for directions that no token took. The leading
     # eigenvectors come from randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
-    roots = [damped_cholesky(block.clone(), 1e-7 * float(block.diagonal().mean())).T for block in costs]
+    roots = [robust_cholesky(block.clone()).T for block in costs]
     sizes = [len(block) for block in costs] or [len(error)]
     if roots:
         error = torch.cat([root @ part for root, part in zip(roots, error.split(sizes), strict=True)])

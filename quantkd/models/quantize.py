@@ -134,7 +134,7 @@ def quantize_once(
 
         def is_wanted(place: Path) -> bool:
             facts = Provenance.read(place)
-            made = {"skipped_modules": [], **(facts.export or {})}
+            made = facts.export or {}
             return facts.transfer_set_digest == transfer_set.digest and wanted.items() <= made.items()
 
         if not is_wanted(folder):
