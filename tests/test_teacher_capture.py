@@ -162,6 +162,19 @@ def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tok
     refused(TransferSetError, "another plan", capture_set, folder=tmp_path / "adapted", **options)
 
 
+def test_an_adapter_that_no_teacher_takes_is_refused_before_one_is_loaded(tiny_model_path, tmp_path, monkeypatch):
+    save_adapter(AutoModelForCausalLM.from_pretrained(tiny_model_path), tmp_path / "adapter")
+    monkeypatch.setattr("quantkd.teacher.loading.AutoModelForCausalLM", None)
+    for name, content, said in (
+        ("quantkd.json", '{"weights": {"sha256": "0123", "sums": []}}', "has no quantized weights; expected for the"),
+        ("adapter_model.safetensors", "", "does not open"),
+        ("adapter_config.json", '{"peft_type": "IA3"}', "is of the kind 'IA3'; expected LORA"),
+    ):
+        (tmp_path / "adapter" / name).write_text(content)
+        with pytest.raises(DataError, match=said):
+            capture_set(tiny_model_path, PROMPTS[:1], tmp_path / "s", teacher_adapter=str(tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "generation_temperature": 3.0}])
 def test_padding_of_a_head_takes_no_part(tiny_tokenizer, tmp_path, sampling):
     ids = len(tiny_tokenizer)

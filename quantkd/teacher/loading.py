@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkd.errors import ConfigError
 from quantkd.foreign import keep_commit
 from quantkd.hardware import default_device, parse_dtype
+from quantkd.models.adapter_files import read_plain_lora
+from quantkd.models.provenance import Provenance
+from quantkd.models.student import stored_quantization
 from quantkd.names import load_tokenizer, naming, plain_name, public_name, refuse_adapter
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
 from quantkd.teacher.transformers import TransformersTeacher
@@ -67,7 +71,8 @@ def build_teacher(
     if run.engine == "transformers":
         network: Any = model
         adapter: dict[str, str] = {}
-        folder = _find_adapter(run.teacher_adapter)  # first: to load a model takes minutes
+        # First: to load a model takes minutes.
+        folder = _find_adapter(run.teacher_adapter, model, **init_kwargs) if run.teacher_adapter else None
         if isinstance(model, str):
             network, own = load_teacher(model, dtype=run.dtype, **init_kwargs)
             tokenizer = tokenizer or own
@@ -101,11 +106,17 @@ def _refuse_loading(run: RunSettings, found: str) -> None:
         )
 
 
-def _find_adapter(adapter: str | None) -> Path | None:
-    """The folder of an adapter that is there, or was fetched from the Hub."""
+def _find_adapter(adapter: str, model: Any, **model_init_kwargs: Any) -> Path:
+    """The folder of an adapter, refused if no model, or not this one that is named and not loaded, can take it."""
     from quantkd.hub.adapters import fetch_adapter  # the trainer imports this module, and must not load the Hub's
 
-    return fetch_adapter(adapter) if adapter else None
+    folder = fetch_adapter(adapter)
+    read_plain_lora(folder, adapter)
+    if isinstance(model, str):
+        with naming(model):
+            if not stored_quantization(model, **model_init_kwargs):
+                Provenance.read(folder).check_weights(nn.Module(), adapter)  # none of the model's is quantized
+    return folder
 
 
 def _attach_adapter(model: Any, folder: Path, name: str) -> tuple[Any, dict[str, str]]:
