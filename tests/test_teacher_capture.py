@@ -254,6 +254,6 @@ def test_a_capture_goes_on_after_midnight(clock, tiny_model, tiny_tokenizer, tmp
     new = capture_set(tiny_model, PROMPTS[:2], tmp_path / "new", **options)
     assert tokenizer.decode(new[1]["input_ids"]).startswith("01 Jan 2026 ")
     plan = replace(read_begun_plan(tmp_path / "s"), generation={"date": "soon"})
-    monkeypatch.setattr("quantkd.teacher.plan.read_begun_plan", lambda folder: plan)
+    monkeypatch.setattr("quantkd.teacher.capture.read_begun_plan", lambda folder: plan)
     with pytest.raises(DataError, match="the date 'soon'; expected one such as 2025-12-31"):
         capture_set(tiny_model, PROMPTS[:2], tmp_path / "s", **options)

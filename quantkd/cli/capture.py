@@ -12,9 +12,8 @@ from quantkd.cli.parsing import option, parse_options
 from quantkd.data.prompts import load_examples, with_context
 from quantkd.errors import refuse_unused
 from quantkd.hardware import process_state
-from quantkd.teacher.capture import capture
+from quantkd.teacher.capture import CaptureEstimate, capture
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, Filter, FinishedOnly, ResponseLength
-from quantkd.teacher.plan import CaptureEstimate
 from quantkd.teacher.teacher import GenerationSettings, RunSettings
 from quantkd.transfer_set.rules import parse_storage_rule
 

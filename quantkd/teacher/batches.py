@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, find_executable_batch_size, release_memory
+from accelerate.utils import find_executable_batch_size, release_memory
 
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
-from quantkd.hardware import has_accelerator, process_state
-from quantkd.transfer_set import TransferRow
-from quantkd.transfer_set.index import read_begun_plan
+from quantkd.hardware import has_accelerator
+from quantkd.transfer_set import Plan, TransferRow
 
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Sequence[EncodedPrompt]], list[TransferRow]]
 
 
-def find_batch_size(folder: Path, score: Run, take_rows: Callable[[int], Sequence[EncodedPrompt]]) -> int:
-    """The batch size of the plan on disk, or the largest that `score` has memory for; the same in every process."""
-    found = [0]
-    if process_state().is_main_process:
-        plan = read_begun_plan(folder)
-        found = [_probe(lambda count: score(take_rows(count))) if plan is None else plan.batch_size]
-    return int(broadcast_object_list(found)[0])
+def find_batch_size(score: Run, take_rows: Callable[[int], Sequence[EncodedPrompt]], begun: Plan | None) -> int:
+    """The batch size of a plan that was begun, or the largest that `score` has memory for."""
+    if begun is not None:
+        return begun.batch_size
 
-
-def _probe(score: Callable[[int], object]) -> int:
     def attempt(batch_size: int) -> int:
         try:
             # A quarter more rows than will be used, because generating takes more memory than scoring.
-            score(batch_size + batch_size // 4)
+            score(take_rows(batch_size + batch_size // 4))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):  # accelerate knows fewer of the messages
                 raise torch.OutOfMemoryError("CUDA out of memory.") from error

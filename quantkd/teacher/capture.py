@@ -4,29 +4,67 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantkd.data.encoding import at_date, encode_examples, uses_date
+from quantkd.data.encoding import at_date, encode_examples, read_date, uses_date
 from quantkd.data.prompts import Example, check_references, load_examples
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.hardware import process_state
+from quantkd.names import public_name
 from quantkd.teacher.batches import find_batch_size, retry_out_of_memory
 from quantkd.teacher.filters import Filter, as_filters, sift
 from quantkd.teacher.loading import build_teacher
-from quantkd.teacher.plan import CaptureEstimate, describe_teacher, find_date
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
-from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter
-from quantkd.transfer_set.rules import StorageRule
+from quantkd.transfer_set import Plan, TransferRow, TransferSet, TransferSetWriter, estimate_bytes
+from quantkd.transfer_set.fingerprint import compute_fingerprint
+from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME, read_begun_plan
+from quantkd.transfer_set.rules import StorageRule, storage_rule_to_dict
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptureEstimate:
+    """What a capture will do and cost, known before anything is written."""
+
+    plan: Plan
+    folder: Path
+    prompt_tokens: int
+    response_tokens: int  # at most, unless `is_exact`
+    is_exact: bool  # the answers are given
+
+    def __post_init__(self) -> None:
+        responses = self.response_tokens if self.is_exact else self.plan.num_prompts
+        least = estimate_bytes(self.plan, self.prompt_tokens, responses)
+        begun = (self.folder / PLAN_NAME).exists() or (self.folder / INDEX_NAME).exists()
+        if not begun and least > 1.2 * self.free_bytes:  # the estimate may be a fifth off
+            raise ConfigError(
+                f"The set needs at least {least} bytes, and {self.free_bytes} are free at {self.folder}. Choose "
+                "another disk, fewer prompts, or a storage rule that keeps fewer entries."
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the set; an upper bound where the tokens are one."""
+        return estimate_bytes(self.plan, self.prompt_tokens, self.response_tokens)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes free on its disk."""
+        folder = self.folder.absolute()
+        return shutil.disk_usage(next(part for part in (folder, *folder.parents) if part.exists())).free
 
 
 def capture(
@@ -108,7 +146,8 @@ def capture(
         )
     encoder, dated = teacher.tokenizer, dict[str, str]()
     if chat_template and uses_date(encoder):  # a capture that goes on after midnight renders the same prompts
-        dated["date"] = find_date(folder)
+        where = f"The plan in {folder}"
+        dated["date"] = _decide(folder, lambda begun: read_date(begun and begun.generation.get("date"), where))
         encoder = at_date(encoder, dated["date"])
     answer = retry_out_of_memory(teacher.answer if responses == "generate" else teacher.score, teacher.batch_invariant)
     table = encode_examples(
@@ -123,16 +162,15 @@ def capture(
 
     batch_size = run.batch_size
     if run.auto_find_batch_size:
-        batch_size = teacher.preferred_batch_size or find_batch_size(
-            folder, teacher.score, lambda count: table.longest(count, settings.max_new_tokens)
-        )
+        longest = partial(table.longest, max_new_tokens=settings.max_new_tokens)
+        batch_size = teacher.preferred_batch_size or _decide(folder, partial(find_batch_size, teacher.score, longest))
     rows_per_shard = run.rows_per_shard
     if rows_per_shard is None:
         # A small set is still cut into 16 shards, so that as many processes can share the work.
         batches = min(-(-table.num_rows // (16 * batch_size)), max(1024 // batch_size, 1))
         rows_per_shard = batches * batch_size
     plan = Plan(
-        **describe_teacher(teacher, chosen, responses=responses, chat_template=chat_template, **dated),
+        **_describe_teacher(teacher, chosen, responses=responses, chat_template=chat_template, **dated),
         prompts_digest=table.digest(),
         num_prompts=table.num_rows,
         rows_per_shard=-(-rows_per_shard // settings.num_samples) * settings.num_samples,  # a prompt's samples together
@@ -169,3 +207,35 @@ def capture(
     if not len(transfer_set):
         logger.warning("No row passed the filters; the transfer set at %s is empty.", output_dir)
     return transfer_set
+
+
+def _decide(folder: Path, decide: Callable[[Plan | None], Any]) -> Any:
+    """What the main process decides from the plan on disk, if there is one; the same in every process."""
+    return broadcast_object_list([decide(read_begun_plan(folder)) if process_state().is_main_process else None])[0]
+
+
+def _describe_teacher(
+    teacher: Teacher, filters: Sequence[Filter], *, responses: Literal["generate", "given"], **generation: Any
+) -> dict[str, Any]:
+    """The fields of a `Plan` that do not depend on the prompts; `generation` says how these are rendered."""
+    settings = teacher.settings
+    generation["seed"] = settings.seed
+    if responses == "generate":
+        generation |= {"max_new_tokens": settings.max_new_tokens, "do_sample": settings.do_sample}
+        if settings.do_sample:
+            generation["temperature"] = settings.generation_temperature
+            generation |= {"top_p": settings.top_p, "top_k": settings.top_k}
+    if settings.num_samples > 1:
+        generation["num_samples"] = settings.num_samples
+    return {
+        "teacher_name": public_name(teacher.name),
+        "teacher_revision": teacher.revision,
+        "teacher_dtype": teacher.dtype,
+        "tokenizer_fingerprint": compute_fingerprint(teacher.tokenizer),
+        "vocab_size": teacher.vocab_size,
+        "storage": storage_rule_to_dict(teacher.rule),
+        "temperatures": teacher.temperatures,
+        "responses": responses,
+        "generation": generation,
+        "extra": {**teacher.describe(), **({"filters": [each.describe() for each in filters]} if filters else {})},
+    }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +35,10 @@ class TopLogprobs:
             logprobs=np.asarray([logprob for target in targets for _, logprob in target], dtype=np.float64),
         )
 
-    @property
-    def pairs(self) -> list[tuple[int, float]]:
-        """All candidates as pairs."""
-        return list(zip(self.token_ids.tolist(), self.logprobs.tolist(), strict=True))
-
-    def append(self, other: TopLogprobs) -> TopLogprobs:
-        """These targets, then those of `other`."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return TopLogprobs(*(np.concatenate(pair) for pair in pairs))
+    @classmethod
+    def join(cls, parts: Sequence[TopLogprobs]) -> TopLogprobs:
+        """The targets of each, one after the other."""
+        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
     def select(self, targets: NDArray[np.int64] | Sequence[int]) -> TopLogprobs:
         """The targets (M,) named by their places, in that order; those beyond the end come without candidates."""
@@ -100,19 +94,14 @@ def check_rule(rule: StorageRule, temperatures: Sequence[float], engine: str) ->
     return rule
 
 
-def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64]]:
-    """The whole sequence of a given answer, and what of it is supervised."""
+def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64], list[int]]:
+    """The whole sequence of a given answer; the spans of it that are supervised; and each place in these."""
     completion = prompt.completion_ids or []
     if not completion:
         raise TeacherError(f"Row {prompt.index} has an answer without tokens; expected at least one. Remove the row.")
     sequence = prompt.prompt_ids + completion
     spans = prompt.spans if prompt.spans is not None else ((len(prompt.prompt_ids), len(sequence)),)
-    return sequence, np.asarray(spans, dtype=np.int64)
-
-
-def seed_of(seed: int, index: int) -> int:
-    """A row's own seed for the engine's sampler, the same in any batch and for any number of workers."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}:tokens".encode()).digest()[:4], "little") >> 1
+    return sequence, np.asarray(spans, dtype=np.int64), [each for span in spans for each in range(*span)]
 
 
 @dataclass(frozen=True)

@@ -59,30 +59,27 @@ class ModelServer:
         if self.dialect.scores_prompts:
             answer = self.ask(Completion(self.name, sequence[:-1], width, _ONE_TOKEN, score_from=places[0]))
             return answer.candidates.select(places)  # the last token is generated after all before it
-        found = [
-            self._score_next(sequence[:place], width, needed[number] if needed else ())
-            for number, place in enumerate(places)
-        ]
-        return TopLogprobs.from_pairs(found)
+        wanted = needed or [()] * len(places)
+        pairs = zip(places, wanted, strict=True)
+        return TopLogprobs.join([self._score_next(sequence[:place], width, ids) for place, ids in pairs])
 
     def limit_concurrency(self, concurrency: int) -> int:
         """How many sequences are scored at once: one where each token goes on from the prompt before it."""
         return concurrency if self.dialect.scores_prompts else 1
 
-    def _score_next(self, prompt: list[int], width: int, needed: Collection[int]) -> list[tuple[int, float]]:
+    def _score_next(self, prompt: list[int], width: int, needed: Collection[int]) -> TopLogprobs:
         """The candidates after a prompt, as many as it takes until all that are needed are among them."""
         asked = Completion(self.name, prompt, width, _ONE_TOKEN, is_cached=True)
         while True:
             # A token that ends inside a character comes without candidates, so another one is drawn in its place.
             for forced in (None, *list(dict.fromkeys(prompt))[:_MAX_FORCED]):
-                pairs = self.ask(replace(asked, forced=forced)).candidates.pairs
-                if pairs:
+                found = self.ask(replace(asked, forced=forced)).candidates
+                if len(found.token_ids):
                     break
             else:
                 raise TeacherError(f"{self.where} gave no log-probabilities after {len(prompt)} tokens of a row.")
-            listed = {token for token, _ in pairs}
-            if listed.issuperset(needed) or len(pairs) < asked.width:
-                return pairs
+            if {*found.token_ids.tolist()}.issuperset(needed) or len(found.token_ids) < asked.width:
+                return found
             asked = replace(asked, width=_WIDER * asked.width)
 
     def _find_model(self, name: str | None) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.models.generation import find_end_tokens
-from quantkd.teacher.logprobs import RowBuilder, check_rule, locate_targets, seed_of
+from quantkd.teacher.logprobs import RowBuilder, check_rule, locate_targets
 from quantkd.teacher.model_server import ModelServer
 from quantkd.teacher.server_dialects import Completion
-from quantkd.teacher.teacher import GenerationSettings, Teacher
+from quantkd.teacher.teacher import GenerationSettings, Teacher, seed_of
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import StorageRule
@@ -111,8 +111,7 @@ class ServerTeacher(Teacher):
         return self.rows.build(prompt.index, prompt.prompt_ids + tokens, spans, candidates, finished=reason == "end")
 
     def _score(self, prompt: EncodedPrompt) -> TransferRow:
-        sequence, spans = locate_targets(prompt)
-        places = np.concatenate([np.arange(start, stop) for start, stop in spans]).tolist()
+        sequence, spans, places = locate_targets(prompt)
         candidates = self._server.score(sequence, places, self.rows.width)
         return self.rows.build(prompt.index, sequence, spans, candidates, finished=sequence[-1] in self.ends)
 

@@ -23,14 +23,18 @@ logger = logging.getLogger(__name__)
 _API_KEY = "OPENAI_API_KEY"
 _MAX_DELAY_SECONDS = 60.0
 MAX_BODY_BYTES = 2**28  # 8,192 tokens of 64 candidates each take some 2**25
+_MAX_REFUSAL_BYTES = 2**16
 _MAX_DETAIL = 500  # characters of a server's own words in an error
 
 
-class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler, urllib.request.HTTPRedirectHandler):
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler, urllib.request.HTTPErrorProcessor):
     """Answers that come within the time limit as a whole, with all headers, `100 Continue` and sizes of chunks."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow none, which would take the key to another host: urllib then raises the answer as an error."""
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Of any status: a redirect is not followed, which would take the key to another host."""
+        return response
+
+    https_response = http_response
 
     def do_open(self, http_class: Any, req: Any, **kwargs: Any) -> Any:
         """As urllib does, whose time limit is for each wait."""
@@ -118,47 +122,44 @@ class ServerClient:
         data = None
         if body is not None:
             headers["Content-Type"], data = "application/json", json.dumps(body).encode()
-        request = urllib.request.Request(self._root + path, data=data, headers=headers)
+        request, begun = urllib.request.Request(self._root + path, data=data, headers=headers), ""
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                answer = _read(response, MAX_BODY_BYTES)
+                is_refused, begun = response.status >= 300, f"HTTP {response.status} and then "
+                answer = _read(response, _MAX_REFUSAL_BYTES if is_refused else MAX_BODY_BYTES)
+            if is_refused:
+                self._raise_status(response, answer.decode(errors="replace"), path)
             if len(answer) > MAX_BODY_BYTES:
                 raise TeacherError(f"{self.where} answered {path} with more than {MAX_BODY_BYTES} bytes.")
             return json.loads(answer)
-        except urllib.error.HTTPError as error:
-            with error:
-                self._raise_status(error, path)
         except (OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise TeacherError(f"{self.where} shows a certificate that is not trusted: {cause}.") from error
-            raise _Again(f"{type(cause).__name__}: {cause}") from error
+            raise _Again(f"{begun}{type(cause).__name__}: {cause}") from error
         except ValueError as error:
             raise _Again(f"a body that is not JSON ({error})") from error
         except RecursionError as error:
             raise TeacherError(f"{self.where} answered {path} with JSON that is nested too deeply.") from error
 
-    def _raise_status(self, error: urllib.error.HTTPError, path: str) -> NoReturn:
-        try:
-            detail = _read(error, 2**16).decode(errors="replace")
-        except (OSError, http.client.HTTPException) as broken:
-            raise _Again(f"HTTP {error.code} and then {type(broken).__name__}") from broken
+    def _raise_status(self, response: Any, detail: str, path: str) -> NoReturn:
+        code: int = response.status
         if self._api_key:
             detail = detail.replace(self._api_key, "***")
         detail = " ".join(detail.split())[:_MAX_DETAIL]
-        if error.code in (408, 429) or error.code >= 500:
-            pause = error.headers.get("Retry-After") or ""
-            raise _Again(f"HTTP {error.code} {detail}", float(pause) if pause.isdecimal() else 0.0) from error
-        advice = {
-            401: f"Set {_API_KEY}",
-            403: f"Set {_API_KEY}",
-            404: "Check base_url, and that the server speaks the OpenAI API",
-        }.get(error.code, "Change what was asked for, or the server's settings")
-        if "logprobs" in detail:
-            advice = "Raise the server's limit (vLLM: --max-logprobs), or choose a smaller storage rule"
-        if 300 <= error.code < 400:
+        if code in (408, 429) or code >= 500:
+            pause = response.headers.get("Retry-After") or ""
+            raise _Again(f"HTTP {code} {detail}", float(pause) if pause.isdecimal() else 0.0)
+        advice = "Change what was asked for, or the server's settings"
+        if code < 400:
             advice = "It redirects, which is not followed; name the final address as base_url"
-        raise TeacherError(f"{self.where} refused {path} with HTTP {error.code}: {detail or 'no reason'}. {advice}.")
+        elif "logprobs" in detail:
+            advice = "Raise the server's limit (vLLM: --max-logprobs), or choose a smaller storage rule"
+        elif code in (401, 403):
+            advice = f"Set {_API_KEY}"
+        elif code == 404:
+            advice = "Check base_url, and that the server speaks the OpenAI API"
+        raise TeacherError(f"{self.where} refused {path} with HTTP {code}: {detail or 'no reason'}. {advice}.")
 
 
 class _Again(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,12 @@ class RunSettings:
     def engine_arguments(self) -> dict[str, Any]:
         """`engine_kwargs` as a dictionary."""
         return parse_object("engine_kwargs", self.engine_kwargs)
+
+
+def seed_of(seed: int, index: int, purpose: str = "tokens", bits: int = 31) -> int:
+    """The seed of a row's own random draws, the same in any batch and for any number of processes."""
+    digest = hashlib.sha256(f"{seed}:{index}:{purpose}".encode()).digest()
+    return (int.from_bytes(digest[:8], "little") >> 1) % (1 << bits)
 
 
 class Teacher(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -27,7 +26,7 @@ from quantkd.foreign import commit_of
 from quantkd.hardware import chunk_bytes, send, wide_dtype
 from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
 from quantkd.models.network import context_length
-from quantkd.teacher.teacher import GenerationSettings, Teacher
+from quantkd.teacher.teacher import GenerationSettings, Teacher, seed_of
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
@@ -73,8 +72,8 @@ class TransformersTeacher(Teacher):
         """Generate one answer per prompt, in one batch, keeping the entries of each token as it is generated."""
         if self.model.config.model_type in _STATE_TAKES_PADDING and len({len(each.prompt_ids) for each in prompts}) > 1:
             return [row for prompt in prompts for row in self.answer([prompt])]
-        width = max(len(prompt.prompt_ids) for prompt in prompts)
-        input_ids, mask = self._left_padded(prompts, width)
+        input_ids, mask = self._pad(prompts, [[]] * len(prompts))
+        width = input_ids.shape[1]
         recorder = _Recorder(self, prompts)
         with generation_mode(self.model, self.config), torch.inference_mode():
             output = self.model.generate(
@@ -99,16 +98,10 @@ class TransformersTeacher(Teacher):
         if is_recurrent and len(prompts) > 1:
             return [row for prompt in prompts for row in self.score([prompt])]
         completions = [prompt.completion_ids or [] for prompt in prompts]
-        width, steps = max(len(prompt.prompt_ids) for prompt in prompts), max(map(len, completions))
-        input_ids, mask = self._left_padded(prompts, width)
-        answers = [torch.tensor(completion) for completion in completions]
-        pad, device = self.config.pad_token_id, input_ids.device
-        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad)
-        kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in answers], batch_first=True)
-        input_ids = torch.cat([input_ids, send(padded, device)], dim=1)
-        mask = torch.cat([mask, send(kept, device)], dim=1)
+        input_ids, mask = self._pad(prompts, completions)
+        width, end = max(len(prompt.prompt_ids) for prompt in prompts), input_ids.shape[1] - 1
         draws = _entry_draws(prompts, self.rule, self.settings.seed)
-        piece = max(1, chunk_bytes(device) // (4 * self.vocab_size * len(prompts)))
+        piece = max(1, chunk_bytes(input_ids.device) // (4 * self.vocab_size * len(prompts)))
         supervised = [_supervised_steps(prompt) for prompt in prompts]
         places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
         picks: list[PickedEntries] = []
@@ -118,9 +111,9 @@ class TransformersTeacher(Teacher):
         with generation_mode(self.model, self.config), torch.inference_mode():
             start, stop = 0, width
             if is_recurrent:
-                stop, cached = width + steps - 1, {"use_cache": False}
+                stop, cached = end, {"use_cache": False}
             skipped = width - 1  # of the prompt, only what predicts the answer
-            while start < width + steps - 1:
+            while start < end:
                 kwargs: dict[str, Any] = {"position_ids": position_ids[:, start:stop]}
                 if "logits_to_keep" in parameters:
                     kwargs["logits_to_keep"] = stop - max(start, skipped)
@@ -133,7 +126,7 @@ class TransformersTeacher(Teacher):
                     uniforms = draws.next(logits.device)  # at every step, so that a row's draws are its own
                     if first + offset in places:
                         picks.append(pick_entries(logits[:, offset], self.rule, self.temperatures, uniforms))
-                start, stop = stop, min(stop + piece, width + steps - 1)
+                start, stop = stop, min(stop + piece, end)
         stacked = _stack(picks)
         ends = set(self.config.eos_token_id)
         return [
@@ -143,11 +136,16 @@ class TransformersTeacher(Teacher):
             for position, (prompt, completion, steps) in enumerate(zip(prompts, completions, supervised, strict=True))
         ]
 
-    def _left_padded(self, prompts: Sequence[EncodedPrompt], width: int) -> tuple[Tensor, Tensor]:
-        rows = [(width - len(prompt.prompt_ids), prompt.prompt_ids) for prompt in prompts]
-        input_ids = torch.tensor([[self.config.pad_token_id] * missing + ids for missing, ids in rows])
-        mask = torch.tensor([[0] * missing + [1] * len(ids) for missing, ids in rows])
-        return send(input_ids, self.model.device), send(mask, self.model.device)
+    def _pad(self, prompts: Sequence[EncodedPrompt], completions: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """(B, T) token ids and mask: all prompts end in one column, and the completions begin in the next."""
+        width, steps = max(len(prompt.prompt_ids) for prompt in prompts), max(map(len, completions))
+        rows, masks = [], []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            sequence, before = prompt.prompt_ids + completion, width - len(prompt.prompt_ids)
+            after, pad = steps - len(completion), [self.config.pad_token_id]
+            rows.append(pad * before + sequence + pad * after)
+            masks.append([0] * before + [1] * len(sequence) + [0] * after)
+        return send(torch.tensor(rows), self.model.device), send(torch.tensor(masks), self.model.device)
 
     def _row(
         self,
@@ -195,7 +193,8 @@ class _Draws:
     def __init__(
         self, prompts: Sequence[EncodedPrompt], seed: int, purpose: str, count: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.generators = [_seeded(f"{seed}:{prompt.index}:{purpose}") for prompt in prompts]
+        seeds = [seed_of(seed, prompt.index, purpose, bits=63) for prompt in prompts]
+        self.generators = [torch.Generator().manual_seed(each) for each in seeds]
         self.shape, self.dtype = (_STEPS_PER_DRAW, count), dtype
         self.steps: Iterator[Tensor] = iter(())
 
@@ -243,11 +242,6 @@ class _Recorder(LogitsProcessor):
         draws = self.token_draws.next(scores.device) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, draws, right=True).clamp_max(self.vocab_size - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
-
-
-def _seeded(text: str) -> torch.Generator:
-    digest = hashlib.sha256(text.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _stack(picks: list[PickedEntries]) -> PickedEntries:

@@ -11,8 +11,8 @@ from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
 from quantkd.foreign import commit_of, keep_commit
 from quantkd.models.generation import find_end_tokens
-from quantkd.teacher.logprobs import RowBuilder, TopLogprobs, check_rule, locate_targets, seed_of
-from quantkd.teacher.teacher import GenerationSettings, Teacher
+from quantkd.teacher.logprobs import RowBuilder, TopLogprobs, check_rule, locate_targets
+from quantkd.teacher.teacher import GenerationSettings, Teacher, seed_of
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import StorageRule
@@ -108,12 +108,11 @@ class VLLMTeacher(Teacher):
         # The last token's are those of the one token that is generated: so an answer may fill the context to its end.
         located = [locate_targets(prompt) for prompt in prompts]
         parameters = self._parameters(max_tokens=1, temperature=0.0, prompt_logprobs=self.rows.width)
-        outputs = self._run([sequence[:-1] for sequence, _ in located], [parameters] * len(prompts))
+        outputs = self._run([sequence[:-1] for sequence, *_ in located], [parameters] * len(prompts))
         rows = []
-        for prompt, (sequence, spans), output in zip(prompts, located, outputs, strict=True):
-            before, last = _read(output.prompt_logprobs), _read(output.outputs[0].logprobs)
-            places = np.concatenate([np.arange(start, stop) for start, stop in spans])
-            candidates = before.append(last).select(places)
+        for prompt, (sequence, spans, places), output in zip(prompts, located, outputs, strict=True):
+            scored = [_read(output.prompt_logprobs), _read(output.outputs[0].logprobs)]
+            candidates = TopLogprobs.join(scored).select(places)
             rows.append(self.rows.build(prompt.index, sequence, spans, candidates, finished=sequence[-1] in self.ends))
         return rows
 
