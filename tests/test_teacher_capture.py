@@ -156,6 +156,7 @@ def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tok
     options = {"model": tiny_model_path, "prompts": PROMPTS[:3], "max_new_tokens": 5}
     plain = capture_set(folder=tmp_path / "plain", **options)
     adapted = capture_set(folder=tmp_path / "adapted", teacher_adapter=str(tmp_path / "adapter"), **options)
+    assert adapted.plan.extra["adapter"]["name"] == "adapter"
     assert adapted.digest != plain.digest and plain.info.teacher_name == tiny_model_path.name
     for file in (*(tmp_path / "plain").iterdir(), *(tmp_path / "adapted").iterdir()):
         assert not any(str(path).encode() in file.read_bytes() for path in (tmp_path, tiny_model_path.parent)), file

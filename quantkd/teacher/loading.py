@@ -127,7 +127,7 @@ def _attach_adapter(model: Any, folder: Path, name: str) -> tuple[Any, dict[str,
 
     wrapped = load_adapter(model, folder)
     digest = hashlib.sha256()
-    for name, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    for key, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return wrapped.get_base_model(), {"name": public_name(name), "sha256": digest.hexdigest()}
