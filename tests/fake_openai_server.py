@@ -125,6 +125,11 @@ class FakeServer:
             tokens.append(int(drawn if temperature else steps[-1].argmax()))
         return tokens, steps
 
+    def list_prompt(self, ids, count):
+        """The candidates of each token of a prompt but the first."""
+        pairs = zip(self.distributions(ids), ids[1:], strict=False)
+        return [sampled_and_top(step, token, count) for step, token in pairs]
+
     def vllm(self, body):
         """The sampled token first, then the most probable ones."""
 
@@ -140,9 +145,8 @@ class FakeServer:
         }
         choice = {"finish_reason": "stop" if tokens[-1] in ends else "length", "logprobs": logprobs}
         if count := body.get("prompt_logprobs"):
-            before = zip(self.distributions(body["prompt"]), body["prompt"][1:], strict=False)
-            tops = [sampled_and_top(step, label, count) for step, label in before]
             facts = {"rank": 1, "decoded_token": None}
+            tops = self.list_prompt(body["prompt"], count)
             named = [{str(token): {"logprob": value, **facts} for token, value in top} for top in tops]
             choice["prompt_logprobs"] = [None, *named]
         return {"choices": [choice]}

@@ -1,14 +1,12 @@
-"""What the tests of teachers on other engines share: prompts, settings, and the entries by a dense float64 pass."""
+"""What the tests of teachers share: the entries of a row by a dense float64 pass."""
 
 import itertools
 
 import numpy as np
 import torch
 
-from quantkd import GenerationSettings, Nucleus, TopK
+from quantkd import Nucleus, TopK
 
-TEXTS = ["What is two plus three?", "Name a colour.", "user", "She has 3 + 4 apples and a train travels 60 miles."]
-SETTINGS, RULE = GenerationSettings(max_new_tokens=10), TopK(5)
 KINDS = ["vllm", "sglang", "llama.cpp"]
 
 

@@ -63,7 +63,6 @@ class FinishedOnly(Filter):
     kind = "finished_only"
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """See `Filter`."""
         return None if answered.row.finished else "unfinished"
 
 
@@ -83,7 +82,6 @@ class ResponseLength(Filter):
             )
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """See `Filter`."""
         length = len(answered.row.counts)
         if length < self.minimum:
             return "short"
@@ -92,17 +90,14 @@ class ResponseLength(Filter):
 
 @dataclass(frozen=True)
 class DropDuplicates(Filter):
-    """Keeps one of several equal rows. Prompts that come twice are dropped when the plan is made, counted as
-    `filtered_duplicate_prompts`; equal answers among the samples of one prompt while it runs, as `filtered_duplicate`.
-    """
+    """Keeps one of equal rows; counts `filtered_duplicate_prompts`, and `filtered_duplicate` answers to one prompt."""
 
-    # The samples of a prompt are in one shard, so both are the same whichever process computes it.
-
+    # Prompts are compared when the plan is made, and the samples of a prompt are in one shard: so both are the same
+    # whichever process computes it.
     kind = "drop_duplicates"
     across_rows = True
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """See `Filter`."""
         ids = answered.row.input_ids
         return "duplicate" if any(np.array_equal(ids, other.input_ids) for other in earlier) else None
 
@@ -116,18 +111,15 @@ class CorrectOnly(Filter):
     verifier: Callable[[str, str], bool] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """See `Filter`."""
         return {"kind": self.kind, "verifier": "gsm8k" if self.verifier is None else _name_of(self.verifier)}
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """See `Filter`."""
         reference = answered.example.completion or ""
         verifier = self.verifier or partial(is_correct, mode="strict")
         return None if verifier(answered.text, reference) else "incorrect"
 
     def check_reference(self, reference: str) -> None:
-        """See `Filter`; GSM8K's grader needs a number after `####`."""
-        if self.verifier is None:
+        if self.verifier is None:  # GSM8K's grader needs a number after `####`
             try:
                 is_correct("", reference, "strict")
             except DataError as error:
@@ -142,11 +134,9 @@ class UserFilter(Filter):
     function: Callable[[Example, str], bool]
 
     def describe(self) -> dict[str, Any]:
-        """See `Filter`."""
         return {"kind": self.kind, "name": _name_of(self.function)}
 
     def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """See `Filter`."""
         return None if self.function(answered.example, answered.text) else _name_of(self.function)
 
 

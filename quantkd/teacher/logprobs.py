@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError, TransferSetError
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, keep_entries, max_entries
@@ -92,16 +91,6 @@ def check_rule(rule: StorageRule, temperatures: Sequence[float], engine: str) ->
             f"{[float(t) for t in temperatures]} need all logits: --temperatures 1.0, or the transformers engine."
         )
     return rule
-
-
-def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64], list[int]]:
-    """The whole sequence of a given answer; the spans of it that are supervised; and each place in these."""
-    completion = prompt.completion_ids or []
-    if not completion:
-        raise TeacherError(f"Row {prompt.index} has an answer without tokens; expected at least one. Remove the row.")
-    sequence = prompt.prompt_ids + completion
-    spans = prompt.spans if prompt.spans is not None else ((len(prompt.prompt_ids), len(sequence)),)
-    return sequence, np.asarray(spans, dtype=np.int64), [each for span in spans for each in range(*span)]
 
 
 @dataclass(frozen=True)

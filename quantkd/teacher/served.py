@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,8 @@ def _measure_row(server: ModelServer, row: dict[str, Any], width: int, where: st
     labels, teacher = row["labels"], row["teacher"]
     places = (labels != IGNORE_INDEX).nonzero().flatten()
     targets = labels[places]
-    needed = [{int(target), *ids} for target, ids in zip(targets, _list_ids(teacher), strict=True)]
+    stored = teacher.token_ids.split(teacher.counts.tolist())
+    needed = [{int(target), *ids.tolist()} for target, ids in zip(targets, stored, strict=True)]
     candidates = server.score(row["input_ids"].tolist(), places.tolist(), width, needed)
     # A server's head may be padded beyond the ids that the set knows.
     listed = _Listed(candidates, len(places), max(server.vocab_size or 0, teacher.vocab_size), where)
@@ -118,11 +118,6 @@ def _measure_row(server: ModelServer, row: dict[str, Any], width: int, where: st
     mass = float(teacher.logprobs[missing].double().exp().sum())
     facts = np.array([float(lower.sum()), float(missing.sum()), mass])
     return sum_rows(labels.unsqueeze(0), positions), facts
-
-
-def _list_ids(teacher: TopKLogprobs) -> Iterator[list[int]]:
-    for start, stop in zip(teacher.borders, teacher.borders[1:], strict=False):
-        yield teacher.token_ids[start:stop].tolist()
 
 
 class _Listed:
@@ -137,8 +132,9 @@ class _Listed:
                 f"{where} {counts[place]} tokens of total probability {masses[place]:.4f} at target {place}; expected "
                 "one at least, and at most 1. Ask a server that gives the softmax of all logits at temperature 1."
             )
-        self._vocab_size, (keys, self._logprobs) = vocab_size, _sort(owners * vocab_size + ids, logprobs)
-        self._keys, ends = torch.from_numpy(keys), np.cumsum(counts)
+        keys, ends = owners * vocab_size + ids, np.cumsum(counts)
+        self._vocab_size, order = vocab_size, np.argsort(keys)
+        self._keys, self._logprobs = torch.from_numpy(keys[order]), torch.from_numpy(logprobs[order])
         self._masses = torch.from_numpy(masses)
         self._rest = torch.from_numpy(np.where(counts < vocab_size, np.maximum(1 - masses, 0), 0))
         self._least, self._top = (torch.from_numpy(logprobs[at]).exp() for at in (ends - 1, ends - counts))
@@ -149,8 +145,7 @@ class _Listed:
         keys = positions * self._vocab_size + ids
         places = torch.searchsorted(self._keys, keys).clamp_max(len(self._keys) - 1)
         is_listed = self._keys[places] == keys
-        values = torch.from_numpy(self._logprobs)[places]
-        return torch.where(is_listed, values, -math.inf).clamp_min(math.log(FLOOR)), is_listed
+        return torch.where(is_listed, self._logprobs[places], -math.inf).clamp_min(math.log(FLOOR)), is_listed
 
     def compare(self, targets: Tensor, teacher: TopKLogprobs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Every figure at N target positions; the lower bound of the KL (N,); which entries (E,) are not listed."""
@@ -183,8 +178,3 @@ class _Listed:
             "agree": self._top_ids == teacher.top_ids,
         }
         return figures, torch.minimum(lower, kl), missing
-
-
-def _sort(keys: Any, values: Any) -> tuple[Any, Any]:
-    order = np.argsort(keys)
-    return keys[order], values[order]

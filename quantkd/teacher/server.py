@@ -13,10 +13,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, TeacherError
 from quantkd.models.generation import find_end_tokens
-from quantkd.teacher.logprobs import RowBuilder, check_rule, locate_targets
+from quantkd.teacher.logprobs import RowBuilder, check_rule
 from quantkd.teacher.model_server import ModelServer
 from quantkd.teacher.server_dialects import Completion
-from quantkd.teacher.teacher import GenerationSettings, Teacher, seed_of
+from quantkd.teacher.teacher import GenerationSettings, Teacher, locate_targets, seed_of
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import StorageRule
@@ -27,7 +27,10 @@ _ENGINE = "The server"
 
 
 class ServerTeacher(Teacher):
-    """A model behind vLLM's, SGLang's or llama.cpp's server, or one that answers as vLLM's does (docs/engines.md)."""
+    """A model behind vLLM's, SGLang's or llama.cpp's server, or one that answers as vLLM's does (docs/engines.md).
+
+    `server_kwargs` are `dialect`, `timeout_seconds`, `max_retries` and `backoff_seconds`.
+    """
 
     # Prompts and answers pass as token ids; each prompt is a request of its own, and the server batches them.
     # Neither the address nor the key in the environment variable OPENAI_API_KEY is ever stored.
@@ -42,13 +45,10 @@ class ServerTeacher(Teacher):
         temperatures: Sequence[float],
         settings: GenerationSettings,
         *,
-        dialect: str | None = None,
         vocab_size: int | None = None,
         dtype: str = "",
         concurrency: int = 32,
-        timeout_seconds: float = 600,
-        max_retries: int = 8,
-        backoff_seconds: float = 0.5,
+        **server_kwargs: Any,
     ) -> None:
         top_rule = check_rule(rule, temperatures, _ENGINE)
         if concurrency < 1:
@@ -61,8 +61,7 @@ class ServerTeacher(Teacher):
         self.rows = RowBuilder(_ENGINE, top_rule, ids, width)
         self.ends = find_end_tokens(tokenizer, own_ends)
         self._concurrency = concurrency
-        how: dict[str, Any] = {"timeout_seconds": timeout_seconds, "max_retries": max_retries}
-        self._server = ModelServer(base_url, model_name, dialect=dialect, backoff_seconds=backoff_seconds, **how)
+        self._server = ModelServer(base_url, model_name, **server_kwargs)
         self.max_context = self._server.max_context
         self._server.dialect.check(settings)
         # One token, before any work is spent: does it give ids, and as many log-probabilities as the rule needs?
@@ -74,11 +73,11 @@ class ServerTeacher(Teacher):
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Ask for one answer per prompt, `concurrency` at once, with the entries of each token."""
-        return self._map(lambda prompt: self._answer(prompt, self.settings), prompts, self._concurrency)
+        return _map(lambda prompt: self._answer(prompt, self.settings), prompts, self._concurrency)
 
     def score(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Ask for the entries at every supervised token of given answers."""
-        return self._map(self._score, prompts, self._server.limit_concurrency(self._concurrency))
+        return _map(self._score, prompts, self._server.limit_concurrency(self._concurrency))
 
     def _answer(self, prompt: EncodedPrompt, settings: GenerationSettings) -> TransferRow:
         seed = seed_of(self.settings.seed, prompt.index)
@@ -104,10 +103,9 @@ class ServerTeacher(Teacher):
         if len(places) < len(tokens):
             message = "No log-probabilities for %d of %d tokens of the answer to prompt %d, left out of the targets."
             logger.warning(message, len(tokens) - len(places), len(tokens), prompt.index)
-        breaks, places = np.flatnonzero(np.diff(places) != 1), places + len(prompt.prompt_ids)
-        starts, stops = places[np.append(0, breaks + 1)], places[np.append(breaks, len(places) - 1)] + 1
         candidates = answer.candidates.select(np.arange(len(places)))
-        spans = np.stack([starts, stops], axis=1)
+        runs = np.split(places + len(prompt.prompt_ids), np.flatnonzero(np.diff(places) != 1) + 1)
+        spans = np.asarray([(run[0], run[-1] + 1) for run in runs])
         return self.rows.build(prompt.index, prompt.prompt_ids + tokens, spans, candidates, finished=reason == "end")
 
     def _score(self, prompt: EncodedPrompt) -> TransferRow:
@@ -115,12 +113,12 @@ class ServerTeacher(Teacher):
         candidates = self._server.score(sequence, places, self.rows.width)
         return self.rows.build(prompt.index, sequence, spans, candidates, finished=sequence[-1] in self.ends)
 
-    @staticmethod
-    def _map(
-        function: Callable[[EncodedPrompt], TransferRow], prompts: Sequence[EncodedPrompt], concurrency: int
-    ) -> list[TransferRow]:
-        with ThreadPoolExecutor(min(concurrency, max(len(prompts), 1)), "server-teacher") as pool:
-            return list(pool.map(function, prompts))  # where one fails, those that wait are not started
+
+def _map(
+    make: Callable[[EncodedPrompt], TransferRow], prompts: Sequence[EncodedPrompt], most: int
+) -> list[TransferRow]:
+    with ThreadPoolExecutor(most, "server-teacher") as pool:  # which starts no more threads than there are prompts
+        return list(pool.map(make, prompts))  # where one fails, those that wait are not started
 
 
 def _read_config(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | list[int] | None]:

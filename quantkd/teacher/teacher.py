@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quantkd.data.encoding import EncodedPrompt
-from quantkd.errors import ConfigError, refuse_unused
+from quantkd.errors import ConfigError, TeacherError, refuse_unused
 from quantkd.files import parse_object
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import StorageRule, check_temperatures
@@ -129,6 +132,16 @@ def seed_of(seed: int, index: int, purpose: str = "tokens", bits: int = 31) -> i
     """The seed of a row's own random draws, the same in any batch and for any number of processes."""
     digest = hashlib.sha256(f"{seed}:{index}:{purpose}".encode()).digest()
     return (int.from_bytes(digest[:8], "little") >> 1) % (1 << bits)
+
+
+def locate_targets(prompt: EncodedPrompt) -> tuple[list[int], NDArray[np.int64], list[int]]:
+    """The whole sequence of a given answer; the spans of it that are supervised; and each place in these."""
+    completion = prompt.completion_ids or []
+    if not completion:
+        raise TeacherError(f"Row {prompt.index} has an answer without tokens; expected at least one. Remove the row.")
+    sequence = prompt.prompt_ids + completion
+    spans = prompt.spans if prompt.spans is not None else ((len(prompt.prompt_ids), len(sequence)),)
+    return sequence, np.asarray(spans, dtype=np.int64), [each for span in spans for each in range(*span)]
 
 
 class Teacher(ABC):

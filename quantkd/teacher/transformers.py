@@ -26,7 +26,7 @@ from quantkd.foreign import commit_of
 from quantkd.hardware import chunk_bytes, send, wide_dtype
 from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
 from quantkd.models.network import context_length
-from quantkd.teacher.teacher import GenerationSettings, Teacher, seed_of
+from quantkd.teacher.teacher import GenerationSettings, Teacher, locate_targets, seed_of
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
@@ -102,7 +102,7 @@ class TransformersTeacher(Teacher):
         width, end = max(len(prompt.prompt_ids) for prompt in prompts), input_ids.shape[1] - 1
         draws = _entry_draws(prompts, self.rule, self.settings.seed)
         piece = max(1, chunk_bytes(input_ids.device) // (4 * self.vocab_size * len(prompts)))
-        supervised = [_supervised_steps(prompt) for prompt in prompts]
+        supervised = [[place - len(each.prompt_ids) for place in locate_targets(each)[2]] for each in prompts]
         places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
         picks: list[PickedEntries] = []
         parameters = inspect.signature(self.model.forward).parameters
@@ -177,14 +177,6 @@ class TransformersTeacher(Teacher):
             log_normalizers=picks.log_normalizers[steps, position].float().numpy(),
             finished=finished,
         )
-
-
-def _supervised_steps(prompt: EncodedPrompt) -> list[int]:
-    """The places within `completion_ids` whose entries are kept."""
-    if prompt.spans is None:
-        return list(range(len(prompt.completion_ids or [])))
-    skipped = len(prompt.prompt_ids)
-    return [place - skipped for start, stop in prompt.spans for place in range(start, stop)]
 
 
 class _Draws:

@@ -11,8 +11,8 @@ from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import ConfigError, MissingDependencyError, TeacherError
 from quantkd.foreign import commit_of, keep_commit
 from quantkd.models.generation import find_end_tokens
-from quantkd.teacher.logprobs import RowBuilder, TopLogprobs, check_rule, locate_targets
-from quantkd.teacher.teacher import GenerationSettings, Teacher, seed_of
+from quantkd.teacher.logprobs import RowBuilder, TopLogprobs, check_rule
+from quantkd.teacher.teacher import GenerationSettings, Teacher, locate_targets, seed_of
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import StorageRule

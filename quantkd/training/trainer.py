@@ -28,7 +28,7 @@ from quantkd.loss.metrics import compute_row_metrics, summarize_rows
 from quantkd.loss.states import TargetStates
 from quantkd.models.adapter_files import round_adapter
 from quantkd.models.gguf_student import load_student_tokenizer
-from quantkd.models.network import run_model, why_not_fusable
+from quantkd.models.network import Runner, run_model, why_not_fusable
 from quantkd.models.packing import row_attention
 from quantkd.models.provenance import Provenance, name_base_model
 from quantkd.models.scales import (
@@ -44,7 +44,7 @@ from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import short_dtype
 from quantkd.models.weights import embedding_rows
 from quantkd.names import plain_name
-from quantkd.teacher.live import LiveTeacher
+from quantkd.teacher.live import load_live_teacher
 from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.curves import TrainingCurves
@@ -130,10 +130,10 @@ class QuantizedDistillationTrainer(Trainer):
             check_transfer_set(transfer_set, processing_class, args.temperature, args.divergence)
         how = {"peft_config": peft_config, "quantization_config": quantization_config}
         model = prepare_student(student, args, self.transfer_sets, train_dataset=train_dataset, **how)
-        self.live_teacher: LiveTeacher | None = None
+        self.live_teacher: Runner | None = None
         if teacher is not None:
             options = parse_object("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
-            self.live_teacher = LiveTeacher(teacher, model, **options)
+            self.live_teacher = load_live_teacher(teacher, model, **options)
         data_collator = data_collator or DistillationCollator.for_tokenizer(processing_class, embedding_rows(model))
         if args.packing and not isinstance(data_collator, DistillationCollator):
             raise ConfigError(
