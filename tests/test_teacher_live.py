@@ -44,18 +44,18 @@ def dense_loss(student, teacher, rows, alpha, temperature, divergence):
     return total / tokens
 
 
-@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("divergence", "temperature"), [("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0)])
-def test_equal_to_dense_kl(make_live, rows, tiny_model, divergence, temperature, fused, packing):
+def test_equal_to_dense_kl(make_live, rows, tiny_model, divergence, temperature, fused):
     objective = {"alpha": 0.7, "temperature": temperature, "divergence": divergence}
-    trainer = make_live(use_fused_loss=fused, packing=packing, **objective)
-    live, gradient = loss_and_gradient(trainer, list(rows))
-    trainer.model.zero_grad()
+    trainer = make_live(use_fused_loss=fused, packing=True, **objective)
     expected = dense_loss(trainer.model, tiny_model, rows, **objective)
     expected.backward()
     own = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
-    assert math.isclose(live, expected.item(), rel_tol=1e-5) and relative(gradient, own) < 1e-5
+    for packing in (True, False):
+        trainer.args.packing = packing
+        live, gradient = loss_and_gradient(trainer, list(rows))
+        assert math.isclose(live, expected.item(), rel_tol=1e-5) and relative(gradient, own) < 1e-5
     assert not any(p.requires_grad or p.grad is not None for p in trainer.live_teacher.model.parameters())
 
 

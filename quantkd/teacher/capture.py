@@ -223,8 +223,7 @@ def _describe_teacher(
     if responses == "generate":
         generation |= {"max_new_tokens": settings.max_new_tokens, "do_sample": settings.do_sample}
         if settings.do_sample:
-            generation["temperature"] = settings.generation_temperature
-            generation |= {"top_p": settings.top_p, "top_k": settings.top_k}
+            generation |= settings.sampling
     if settings.num_samples > 1:
         generation["num_samples"] = settings.num_samples
     return {

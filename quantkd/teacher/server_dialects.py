@@ -77,9 +77,7 @@ class VLLM(Dialect):
             "seed": completion.seed,
             "ignore_eos": True,  # ends at our end tokens alone
             "stop_token_ids": [*completion.ends],
-            "temperature": settings.generation_temperature if settings.do_sample else 0.0,
-            "top_p": settings.top_p if settings.do_sample else 1.0,
-            "top_k": settings.top_k if settings.do_sample else 0,
+            **settings.sampling,
             **_NO_PENALTIES,
         }
         if completion.score_from is not None:
@@ -122,9 +120,8 @@ class SGLang(Dialect):
     def ask(self, completion: Completion) -> tuple[str, dict[str, Any]]:
         """Token ids in, token ids out."""
         settings, first = completion.settings, completion.score_from
-        sampling: dict[str, Any] = {"temperature": 0.0}
+        sampling = {**settings.sampling, "top_k": settings.top_k or -1}
         if settings.do_sample:
-            sampling = {"temperature": 1.0, "top_p": settings.top_p, "top_k": settings.top_k or -1}
             sampling["sampling_seed"] = completion.seed
         sampling |= {"max_new_tokens": settings.max_new_tokens, "stop_token_ids": [*completion.ends], **_NO_PENALTIES}
         return "/generate", {
@@ -164,8 +161,7 @@ class LlamaCpp(Dialect):
         settings = completion.settings
         sampling: dict[str, Any] = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
         if settings.do_sample:
-            sampling = {"temperature": settings.generation_temperature, "samplers": ["temperature", "top_k", "top_p"]}
-            sampling |= {"top_k": settings.top_k, "top_p": settings.top_p}
+            sampling = {**settings.sampling, "samplers": ["temperature", "top_k", "top_p"]}
         # Candidates are those of the logits before this.
         forced = {} if completion.forced is None else {"logit_bias": [[completion.forced, _CERTAIN]]}
         return "/completion", {

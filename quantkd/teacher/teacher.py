@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass that is an option of the command line."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How the teacher answers. Part of a capture's plan: the same settings give the same answers.
@@ -40,13 +45,13 @@ class GenerationSettings:
         ConfigError: a value outside its range, or several answers per prompt without sampling.
     """
 
-    max_new_tokens: int = field(default=256, metadata={"help": "Length limit of an answer."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample the answers instead of decoding greedily."})
-    generation_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from this mass of most probable tokens."})
-    top_k: int = field(default=0, metadata={"help": "Sample from this many most probable tokens; 0 for all."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampled answers and sampled entries."})
-    num_samples: int = field(default=1, metadata={"help": "Answers per prompt, each a row; needs --do_sample."})
+    max_new_tokens: int = option(256, "Length limit of an answer.")
+    do_sample: bool = option(False, "Sample the answers instead of decoding greedily.")
+    generation_temperature: float = option(1.0, "Sampling temperature.")
+    top_p: float = option(1.0, "Sample from this mass of most probable tokens.")
+    top_k: int = option(0, "Sample from this many most probable tokens; 0 for all.")
+    seed: int = option(0, "Seed of sampled answers and sampled entries.")
+    num_samples: int = option(1, "Answers per prompt, each a row; needs --do_sample.")
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_samples < 1:
@@ -58,6 +63,12 @@ class GenerationSettings:
                 f"{self.generation_temperature}, {self.top_p} and {self.top_k}. For greedy answers leave do_sample off."
             )
         refuse_unused(self, {"do_sample": "generation_temperature top_p top_k num_samples"})
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Temperature, 0 for greedy answers, top_p and top_k by the names that engines have for them."""
+        temperature = self.generation_temperature if self.do_sample else 0.0
+        return {"temperature": temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass(frozen=True)
@@ -83,29 +94,22 @@ class RunSettings:
         ConfigError: a value outside its range, or settings that belong to another engine.
     """
 
-    batch_size: int = field(default=8, metadata={"help": "Prompts per batch."})
-    auto_find_batch_size: bool = field(
-        default=False, metadata={"help": "Find the largest batch that fits into memory, before anything is written."}
+    batch_size: int = option(8, "Prompts per batch.")
+    auto_find_batch_size: bool = option(
+        False, "Find the largest batch that fits into memory, before anything is written."
     )
-    rows_per_shard: int | None = field(default=None, metadata={"help": "Rows per shard."})
-    engine: Literal["transformers", "vllm", "server"] = field(
-        default="transformers", metadata={"help": "What runs the teacher."}
+    rows_per_shard: int | None = option(None, "Rows per shard.")
+    engine: Literal["transformers", "vllm", "server"] = option("transformers", "What runs the teacher.")
+    base_url: str | None = option(None, "Address of the server engine's server, with /v1.")
+    engine_kwargs: dict[str, Any] | str | None = option(
+        None, "Further arguments of vLLM or the server engine, as JSON: '{\"tensor_parallel_size\": 2}'."
     )
-    base_url: str | None = field(default=None, metadata={"help": "Address of the server engine's server, with /v1."})
-    engine_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Further arguments of vLLM or the server engine, as JSON: '{\"tensor_parallel_size\": 2}'."},
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Teacher's dtype; bfloat16 where the hardware has it, else float32."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the teacher, such as sdpa."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the teacher's repository."})
-    teacher_adapter: str | None = field(
-        default=None, metadata={"help": "LoRA adapter on the teacher: a folder, or user/name on the Hub."}
-    )
-    progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
+    dtype: str | None = option(None, "Teacher's dtype; bfloat16 where the hardware has it, else float32.")
+    revision: str | None = option(None, "Branch, tag or commit of the teacher.")
+    attn_implementation: str | None = option(None, "Attention of the teacher, such as sdpa.")
+    trust_remote_code: bool = option(False, "Run code from the teacher's repository.")
+    teacher_adapter: str | None = option(None, "LoRA adapter on the teacher: a folder, or user/name on the Hub.")
+    progress: bool = option(True, "Show a progress bar.")
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.rows_per_shard is not None and self.rows_per_shard < 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -102,38 +103,33 @@ class TransformersTeacher(Teacher):
         width, end = max(len(prompt.prompt_ids) for prompt in prompts), input_ids.shape[1] - 1
         draws = _entry_draws(prompts, self.rule, self.settings.seed)
         piece = max(1, chunk_bytes(input_ids.device) // (4 * self.vocab_size * len(prompts)))
-        supervised = [[place - len(each.prompt_ids) for place in locate_targets(each)[2]] for each in prompts]
-        places = {step: place for place, step in enumerate(sorted(set().union(*supervised)))}
+        # The columns whose logits predict a supervised token, and the place of each among the picks.
+        columns = [[place + width - 1 - len(each.prompt_ids) for place in locate_targets(each)[2]] for each in prompts]
+        places = {column: place for place, column in enumerate(sorted(set().union(*columns)))}
         picks: list[PickedEntries] = []
         parameters = inspect.signature(self.model.forward).parameters
-        cached: dict[str, Any] = {cache_argument(self.model): cache, "use_cache": True}
+        cached: dict[str, Any] = {"use_cache": not is_recurrent}
+        if not is_recurrent:
+            cached[cache_argument(self.model)] = cache
+        borders = [0, end] if is_recurrent else [0, *range(width, end, piece), end]
         position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
         with generation_mode(self.model, self.config), torch.inference_mode():
-            start, stop = 0, width
-            if is_recurrent:
-                stop, cached = end, {"use_cache": False}
-            skipped = width - 1  # of the prompt, only what predicts the answer
-            while start < end:
-                kwargs: dict[str, Any] = {"position_ids": position_ids[:, start:stop]}
+            for start, stop in itertools.pairwise(borders):
+                first = max(start, width - 1)  # of the prompt, only what predicts the answer
+                kwargs: dict[str, Any] = {"attention_mask": mask[:, :stop], "position_ids": position_ids[:, start:stop]}
                 if "logits_to_keep" in parameters:
-                    kwargs["logits_to_keep"] = stop - max(start, skipped)
-                outputs = self.model(
-                    input_ids=input_ids[:, start:stop], attention_mask=mask[:, :stop], **kwargs, **cached
-                )
-                logits = outputs.logits[:, max(start, skipped) - stop :, : self.vocab_size]
-                first = max(start, skipped) - skipped  # the step that the first of these logits predicts
-                for offset in range(logits.shape[1]):
+                    kwargs["logits_to_keep"] = stop - first
+                outputs = self.model(input_ids=input_ids[:, start:stop], **kwargs, **cached)
+                for column in range(first, stop):
+                    logits = outputs.logits[:, column - stop, : self.vocab_size]
                     uniforms = draws.next(logits.device)  # at every step, so that a row's draws are its own
-                    if first + offset in places:
-                        picks.append(pick_entries(logits[:, offset], self.rule, self.temperatures, uniforms))
-                start, stop = stop, min(stop + piece, end)
-        stacked = _stack(picks)
+                    if column in places:
+                        picks.append(pick_entries(logits, self.rule, self.temperatures, uniforms))
+        stacked, rows = _stack(picks), zip(prompts, completions, columns, strict=True)
         ends = set(self.config.eos_token_id)
         return [
-            self._row(
-                prompt, completion, stacked, position, [places[step] for step in steps], finished=completion[-1] in ends
-            )
-            for position, (prompt, completion, steps) in enumerate(zip(prompts, completions, supervised, strict=True))
+            self._row(each, ids, stacked, position, [places[column] for column in own], finished=ids[-1] in ends)
+            for position, (each, ids, own) in enumerate(rows)
         ]
 
     def _pad(self, prompts: Sequence[EncodedPrompt], completions: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

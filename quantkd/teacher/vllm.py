@@ -84,14 +84,8 @@ class VLLMTeacher(Teacher):
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Generate one answer per prompt, keeping the entries of each token."""
         settings = self.settings
-        sampling: dict[str, Any] = {"temperature": 0.0}
-        if settings.do_sample:
-            sampling = {"temperature": settings.generation_temperature, "top_p": settings.top_p}
-            sampling["top_k"] = settings.top_k
-        parameters = [
-            self._parameters(max_tokens=settings.max_new_tokens, seed=seed_of(settings.seed, prompt.index), **sampling)
-            for prompt in prompts
-        ]
+        sampling = {"max_tokens": settings.max_new_tokens, **settings.sampling}
+        parameters = [self._parameters(seed=seed_of(settings.seed, each.index), **sampling) for each in prompts]
         outputs = self._run([prompt.prompt_ids for prompt in prompts], parameters)
         rows = []
         for prompt, output in zip(prompts, outputs, strict=True):

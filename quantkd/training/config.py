@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from quantkd.files import parse_object
 from quantkd.foreign import mixed_precision
 from quantkd.hardware import copies_from_pinned_memory, has_accelerator, native_compute_dtype
 from quantkd.loss.reference import Objective
+from quantkd.teacher.teacher import option
 
 # The starts of new adapters, and the best learning rate measured from each (docs/recipes.md): the steps that a start
 # from zero needs lead a start near the optimum away from it.
@@ -22,10 +23,6 @@ CALIBRATED_RATE = 1e-4  # from a correction of codes that `quantize` chose
 STARTS = tuple(LEARNING_RATES)
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _LEAST = {**dict.fromkeys(_COUNTS, 1), **dict.fromkeys(("neftune_noise_alpha", "weight_decay", "max_grad_norm"), 0)}
-
-
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -71,55 +68,55 @@ class QuantizedDistillationConfig(TrainingArguments):
         ConfigError: an objective that has no meaning, or an unknown start.
     """
 
-    alpha: float = _option(1.0, "Weight of the soft loss, in [0, 1]; the rest is cross-entropy.")
-    temperature: float = _option(1.0, "Distillation temperature; one that the transfer set was captured with.")
-    divergence: str = _option(
+    alpha: float = option(1.0, "Weight of the soft loss, in [0, 1]; the rest is cross-entropy.")
+    temperature: float = option(1.0, "Distillation temperature; one that the transfer set was captured with.")
+    divergence: str = option(
         "forward_kl", "Soft loss over the stored entries and the tail: forward_kl, reverse_kl or jsd."
     )
-    beta: float = _option(0.5, "The teacher's share of the mixture in jsd, in (0, 1).")
-    calibrate: bool = _option(
+    beta: float = option(0.5, "The teacher's share of the mixture in jsd, in (0, 1).")
+    calibrate: bool = option(
         True, "Choose an nf4 or fp4 student's codes for its inputs first; that checkpoint is OUTPUT_DIR/quantized."
     )
-    init: str = _option(
+    init: str = option(
         "covariance",
         "Start of new adapters: covariance (from the quantization error and the inputs), loftq (from the quantization "
         "error alone) or zero.",
     )
-    init_rows: int = _option(64, "Rows of the transfer set that init=covariance looks at.")
-    init_from: str | None = _option(
+    init_rows: int = option(64, "Rows of the transfer set that init=covariance looks at.")
+    init_from: str | None = option(
         None, "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
     )
-    train_scales: bool = _option(
+    train_scales: bool = option(
         False, "Train the 4-bit layers' block constants and the norms; with use_peft false, nothing else."
     )
-    scales_learning_rate: float = _option(3e-4, "Peak learning rate of what train_scales trains.")
-    use_fused_loss: bool = _option(True, "Compute the loss from hidden states in chunks, without holding logits.")
-    packing: bool = _option(False, "Concatenate the rows of a batch into one sequence, without padding.")
-    model_init_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009  # None is not shared state
+    scales_learning_rate: float = option(3e-4, "Peak learning rate of what train_scales trains.")
+    use_fused_loss: bool = option(True, "Compute the loss from hidden states in chunks, without holding logits.")
+    packing: bool = option(False, "Concatenate the rows of a batch into one sequence, without padding.")
+    model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Further arguments of from_pretrained for a student given by name, as JSON."
     )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(  # noqa: RUF009
+    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Further arguments of from_pretrained for a teacher_model given by name, as JSON."
     )
-    learning_rate: float | None = _option(  # type: ignore[assignment]  # a number once the start is known
+    learning_rate: float | None = option(  # type: ignore[assignment]  # a number once the start is known
         None,
         "Peak learning rate; if not given, 1e-4 where adapters start at a correction of calibrated codes, 3e-5 of "
         "other codes, and 3e-4 from zero.",
     )
-    bf16: bool | None = _option(  # type: ignore[assignment]  # a bool once the hardware is known
+    bf16: bool | None = option(  # type: ignore[assignment]  # a bool once the hardware is known
         None,
         "Mixed precision in bfloat16; if not given, on where an accelerator has it, unless fp16 is on or `accelerate "
         "launch` or DeepSpeed decides. On a CPU it is off.",
     )
-    logging_steps: float = _option(10, "Log every this many optimizer steps; below 1, a share of all steps.")
-    logging_first_step: bool = _option(True, "Log the first step too, so that curves have a beginning.")
-    train_sampling_strategy: str = _option(
+    logging_steps: float = option(10, "Log every this many optimizer steps; below 1, a share of all steps.")
+    logging_first_step: bool = option(True, "Log the first step too, so that curves have a beginning.")
+    train_sampling_strategy: str = option(
         "group_by_length",
         "Order of the training rows: group_by_length (rows of similar length share a batch), random, sequential, or "
         "batch_rebalance.",
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
-    remove_unused_columns: bool = _option(
+    remove_unused_columns: bool = option(
         False, "Leave off: rows carry the teacher's entries beside the model's inputs."
     )
 
