@@ -49,7 +49,7 @@ def dense_loss(student, teacher, rows, alpha, temperature, divergence):
 def test_equal_to_dense_kl(make_live, rows, tiny_model, divergence, temperature, fused):
     objective = {"alpha": 0.7, "temperature": temperature, "divergence": divergence}
     trainer = make_live(use_fused_loss=fused, packing=True, **objective)
-    expected = dense_loss(trainer.model, tiny_model, rows, **objective)
+    expected = dense_loss(trainer.model.train(), tiny_model, rows, **objective)
     expected.backward()
     own = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
     for packing in (True, False):
