@@ -17,7 +17,7 @@ from quantkd.models.weights import embedding_rows
 from quantkd.teacher import GenerationSettings, Teacher
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
 from quantkd.transfer_set import TransferRow, TransferSetWriter
-from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.batch import DistillationCollator
 from quantkd.transfer_set.index import read_begun_plan, read_index
 from tests.conftest import build_tiny_model, capture_set, refused, save_adapter
 

@@ -16,7 +16,7 @@ from quantkd.foreign import attention_of
 from quantkd.models.packing import ROW_ATTENTION, row_attention, why_not_packable
 from quantkd.training.order import LengthGroupedBatches, row_lengths
 from quantkd.transfer_set import TransferSet
-from quantkd.transfer_set.collator import DistillationCollator, position_ids_of
+from quantkd.transfer_set.batch import DistillationCollator, position_ids_of
 from tests.conftest import loss_and_gradient, refused, relative
 
 sets = pytest.fixture(lambda training_set: [training_set[:2], training_set[2:4]])

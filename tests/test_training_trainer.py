@@ -19,7 +19,7 @@ from quantkd.loss.reference import compute_distillation_loss
 from quantkd.models import quantize as quantize_module
 from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
-from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.batch import DistillationCollator
 from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set, refused, relative
 
 

@@ -115,7 +115,7 @@ def test_joined_sets_and_what_cannot_be_joined(transfer_set, tmp_path):
 def test_entries_that_are_picked():
     assert TopKLogprobs.from_dense(torch.zeros(2, 3)).select(torch.tensor([False, True])).counts.tolist() == [3]
     refused(ConfigError, r"needs uniforms of shape \(N, 2\)", select_entries, torch.zeros(1, 3), Sampled(2), (1.0,))
-    for text, message in (("topk", "Cannot read"), ("evil:3", "Cannot read"), ("topk:0", "at least 1, found 0")):
+    for text, message in (("topk", "Cannot read"), ("evil:3", "Cannot read"), ("topk:0", "to 16777216, found 0")):
         refused(ConfigError, message, parse_storage_rule, text)
 
 

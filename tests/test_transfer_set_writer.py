@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def open_writer(tmp_path):
         return TransferSetWriter.open(tmp_path / path, make_plan(**changes), process=process)
 
     return build
+
+
+def begin(open_writer, *args, **options):
+    with open_writer(*args, **options):
+        pass
 
 
 def rows_of(plan, task):
@@ -63,24 +69,24 @@ def test_what_is_committed_is_not_written_again(open_writer, tmp_path):
 
 
 def test_other_plans_and_folders_are_refused(open_writer, tmp_path):
-    open_writer().close()
-    with pytest.raises(TransferSetError, match="another plan; it differs in teacher_dtype, batch_size"):
-        open_writer(teacher_dtype="bfloat16", batch_size=4)
+    begin(open_writer)
+    other = {"teacher_dtype": "bfloat16", "batch_size": 4}
+    refused(TransferSetError, "another plan; it differs in teacher_dtype, batch_size", begin, open_writer, **other)
     write_set(tmp_path / "set")
-    refused(TransferSetError, "differs in num_prompts", open_writer, num_prompts=11)
+    refused(TransferSetError, "differs in num_prompts", begin, open_writer, num_prompts=11)
     (tmp_path / "set" / "index.json").unlink()
-    refused(TransferSetError, r"shard-00000.safetensors but neither plan.json nor index.json", open_writer)
+    refused(TransferSetError, r"shard-00000.safetensors but neither plan.json nor index.json", begin, open_writer)
     (tmp_path / "file").write_text("")
-    refused(TransferSetError, "Could not write the transfer set", open_writer, "file/set")
+    refused(TransferSetError, "Could not write the transfer set", begin, open_writer, "file/set")
 
 
 def test_one_writer_at_a_time_and_nobody_waits_for_one_that_has_ended(open_writer, tmp_path, monkeypatch):
     with open_writer(process=(0, 2)):
-        open_writer(process=(1, 2)).close()
+        begin(open_writer, process=(1, 2))
         for process in ((0, 2), (0, 1), (2, 3), (0, 3)):
-            refused(TransferSetError, "Another writer is at work", open_writer, process=process)
+            refused(TransferSetError, "Another writer is at work", begin, open_writer, process=process)
     assert sorted(hashes(tmp_path / "set")) == ["plan.json"], "a lock that was given back is removed"
-    open_writer(process=(2, 3)).close()
+    begin(open_writer, process=(2, 3))
     monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.0)
     with open_writer(process=(0, 2)) as first:
         commit_all(first)
@@ -109,23 +115,23 @@ def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(open_writer,
     assert done == [[1], digest, []]
     assert set(hashes(tmp_path / "set")) == {"index.json", *(f"shard-0000{i}.safetensors" for i in range(3))}
     monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.1)
-    refused(TransferSetError, "Process 0 of 2 has not begun", open_writer, "other", process=(1, 2))
+    refused(TransferSetError, "Process 0 of 2 has not begun", begin, open_writer, "other", process=(1, 2))
 
 
 def test_a_lock_that_a_killed_launch_left_stops_no_two_who_look_at_it_at_once(open_writer, tmp_path, monkeypatch):
-    open_writer().close()
+    begin(open_writer)
     (tmp_path / "set" / "writer-0-of-1.lock").touch()
     release, late = FileLock.release, []
 
     def start_another(lock):
         if not late:
             late.append(lock)
-            late.append(open_writer(process=(1, 2)))
+            stack.enter_context(open_writer(process=(1, 2)))
         release(lock)
 
     monkeypatch.setattr(FileLock, "release", start_another)
-    with open_writer(process=(0, 2)), late[1]:
-        pass
+    with ExitStack() as stack:
+        begin(open_writer, process=(0, 2))
     assert sorted(hashes(tmp_path / "set")) == ["plan.json"]
 
 
@@ -133,7 +139,7 @@ def test_a_lock_that_a_killed_launch_left_stops_no_two_who_look_at_it_at_once(op
 def test_a_set_that_is_finished_while_another_process_starts(open_writer, tmp_path, monkeypatch, has_plan):
     """Before or between its look for the plan and its reading, process 0 finishes and removes the plan."""
     write_set(tmp_path / "done")
-    open_writer(process=(0, 2)).close()
+    begin(open_writer, process=(0, 2))
     acquire = FileLock.acquire
 
     def finish_meanwhile(lock):

@@ -26,7 +26,7 @@ from quantkd.loss.states import TargetStates
 from quantkd.models.network import Runner, evaluation_mode
 from quantkd.names import __version__
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
-from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.batch import DistillationCollator
 from quantkd.transfer_set.compatibility import check_student
 from quantkd.transfer_set.topk import TopKLogprobs
 

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from quantkd.foreign import attention_of, registered_attention
 from quantkd.models.network import base_network, undisturbed
-from quantkd.transfer_set.collator import position_ids_of
+from quantkd.transfer_set.batch import position_ids_of
 
 ROW_ATTENTION = "quantkd_rows"
 

@@ -18,8 +18,7 @@ from quantkd.loss.states import TargetStates
 from quantkd.teacher.teacher import GenerationSettings
 from quantkd.teacher.transformers import TransformersTeacher
 from quantkd.transfer_set import TransferRow
-from quantkd.transfer_set.batch import RowBatch
-from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.batch import DistillationCollator, RowBatch
 from quantkd.transfer_set.rules import TopK
 from quantkd.transfer_set.topk import TopKLogprobs
 

@@ -51,8 +51,7 @@ from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
 from quantkd.training.preparation import check_evaluation, check_rows, prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
-from quantkd.transfer_set.batch import find_targets
-from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.batch import DistillationCollator, find_targets
 from quantkd.transfer_set.compatibility import check_transfer_set
 from quantkd.transfer_set.topk import TopKLogprobs
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkd.errors import TransferSetError
+from quantkd.transfer_set.documents import is_whole
 from quantkd.transfer_set.plan import MAX_SHARD_ROWS, Plan
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.rules import max_entries
@@ -41,11 +42,11 @@ class ShardSize:
     def is_possible(self) -> bool:
         """Whether some rows could have these numbers, within the limits of the format."""
         return (
-            0 <= self.rows <= min(MAX_SHARD_ROWS, self.tokens)
-            and 0 <= self.spans <= min(MAX_SHARD_SPANS, self.targets)
+            all(is_whole(number, 0, MAX_SHARD_ITEMS) for number in vars(self).values())
+            and self.rows <= min(MAX_SHARD_ROWS, self.tokens)
+            and self.spans <= min(MAX_SHARD_SPANS, self.targets)
             and self.targets <= min(self.entries, self.tokens - self.rows)
             and (self.rows > 0) <= self.blocks <= min(self.rows, self.bytes)
-            and max(self.tokens, self.entries, self.bytes) <= MAX_SHARD_ITEMS
         )
 
 

@@ -22,7 +22,7 @@ def canonical_json(value: Any) -> bytes:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise TransferSetError(
-            f"A transfer set's description must be plain JSON with finite numbers: {quote(error)}. "
+            f"A transfer set's description must be plain JSON with finite numbers: {error}. "
             "Use strings, numbers, booleans, lists and dictionaries only."
         ) from error
     _check_content(value, "the description")
@@ -36,7 +36,7 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
     except RecursionError as error:
         raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set again.") from error
     except ValueError as error:
-        raise TransferSetError(f"{name} is not JSON: {quote(error)}. It is damaged; get the set again.") from error
+        raise TransferSetError(f"{name} is not JSON: {error}. It is damaged; get the set again.") from error
     if not isinstance(value, dict):
         raise TransferSetError(f"{name} holds a JSON {type(value).__name__}; expected an object. Get the set again.")
     _check_content(value, name)
@@ -49,22 +49,26 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def quote(text: object, limit: int = 200) -> str:
-    """`text` fit for a message: ASCII, escapes spelled out, cut at `limit` characters."""
-    shown = ascii(str(text)[: limit + 1])[1:-1]
-    return shown if len(shown) <= limit else shown[:limit] + "..."
-
-
 def require_fields(value: Any, name: str, fields: Iterable[str]) -> dict[str, Any]:
     """`value`, checked to be an object with exactly `fields`."""
     expected = set(fields)
     if not isinstance(value, dict) or set(value) != expected:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise TransferSetError(
-            f"{name} has {quote(found)}; expected the fields {sorted(expected)}. "
+            f"{name} has {found!a:.200}; expected the fields {sorted(expected)}. "
             "The set is damaged, or a newer quantkd wrote it: upgrade quantkd, or get the set again."
         )
     return value
+
+
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether `value` is an int (no bool) from `low` to `high`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_sha256(value: object) -> bool:
+    """Whether `value` is 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def _check_content(value: Any, name: str) -> None:
@@ -74,7 +78,7 @@ def _check_content(value: Any, name: str) -> None:
         parts: list[Any] = []
         for item in level:
             if isinstance(item, str) and _UNSAFE.search(item):
-                raise TransferSetError(f"{name} holds a control character in {quote(item)!r}. Remove it.")
+                raise TransferSetError(f"{name} holds a control character in {item!a:.200}. Remove it.")
             if isinstance(item, dict):
                 parts += [*item, *item.values()]
             elif isinstance(item, list | tuple):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkd.errors import TransferSetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 # Where each part's digest is in the 64 hexadecimal digits, so that a mismatch can say which part differs.
 _PARTS = {"vocabulary": slice(0, 24), "special tokens": slice(24, 40), "chat template": slice(40, 64)}
@@ -28,7 +27,8 @@ def compute_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "eos": tokenizer.eos_token_id,
     }
     values = (vocabulary, specials, tokenizer.chat_template)
-    return "".join(_digest(value)[part] for part, value in zip(_PARTS.values(), values, strict=True))
+    digests = (hashlib.sha256(json.dumps(value).encode()).hexdigest() for value in values)
+    return "".join(digest[part] for digest, part in zip(digests, _PARTS.values(), strict=True))
 
 
 def count_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -54,7 +54,3 @@ def check_fingerprint(
         f"{what} was written with another tokenizer than the student's: the {' and the '.join(differing)} differ "
         f"(found {found}, expected {expected}). {remedy}"
     )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()

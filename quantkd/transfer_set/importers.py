@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from quantkd.errors import DataError
 from quantkd.transfer_set.batch import IGNORE_INDEX
-from quantkd.transfer_set.plan import Plan, is_whole
+from quantkd.transfer_set.documents import is_whole
+from quantkd.transfer_set.plan import Plan
 from quantkd.transfer_set.row import MASS_SLACK, TransferRow
 from quantkd.transfer_set.rules import TopK, storage_rule_to_dict
 from quantkd.transfer_set.writer import TransferSetWriter

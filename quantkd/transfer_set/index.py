@@ -11,15 +11,15 @@ from typing import Any
 
 from quantkd.errors import TransferSetError
 from quantkd.files import read_regular
-from quantkd.transfer_set.codec import MAX_SHARD_ITEMS, ShardSize
+from quantkd.transfer_set.codec import ShardSize
 from quantkd.transfer_set.documents import (
     MAX_DOCUMENT_BYTES,
     canonical_json,
+    is_sha256,
     parse_canonical_json,
-    quote,
     require_fields,
 )
-from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, check_counters, is_sha256, is_whole
+from quantkd.transfer_set.plan import FORMAT_VERSION, Plan, check_counters
 
 INDEX_NAME = "index.json"
 PLAN_NAME = "plan.json"
@@ -49,10 +49,10 @@ class ShardRecord:
         """The inverse of `to_json`, with every number checked."""
         sizes = dict(require_fields(value, name, (*ShardSize.__dataclass_fields__, "sha256")))
         sha256 = sizes.pop("sha256")
-        whole = all(is_whole(number, 0, MAX_SHARD_ITEMS) for number in sizes.values())
-        if not whole or not ShardSize(**sizes).is_possible() or not is_sha256(sha256):
-            raise TransferSetError(f"{name} holds impossible sizes or digests: {quote(value)}. Get the set again.")
-        return cls(ShardSize(**sizes), sha256)
+        size = ShardSize(**sizes)
+        if not size.is_possible() or not is_sha256(sha256):
+            raise TransferSetError(f"{name} holds impossible sizes or digests: {value!a:.200}. Get the set again.")
+        return cls(size, sha256)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def parse_index(data: bytes) -> Index:
     shards = value["shards"]
     if not isinstance(shards, list) or len(shards) != plan.num_shards:
         raise TransferSetError(
-            f"{INDEX_NAME} lists {len(shards) if isinstance(shards, list) else quote(shards)} shards; "
+            f"{INDEX_NAME} lists {len(shards) if isinstance(shards, list) else ascii(shards)[:200]} shards; "
             f"its plan has {plan.num_shards}. Get the set again."
         )
     records = tuple(ShardRecord.from_json(shard, f"Shard {i} of {INDEX_NAME}") for i, shard in enumerate(shards))
@@ -111,7 +111,7 @@ def parse_index(data: bytes) -> Index:
     index = Index(plan, records, check_counters(value["counters"]))
     if index.digest() != value["digest"]:
         raise TransferSetError(
-            f"{INDEX_NAME} has the digest {index.digest()} but states {quote(value['digest'])}. "
+            f"{INDEX_NAME} has the digest {index.digest()} but states {value['digest']!a:.200}. "
             "The index was changed or damaged; get the set again."
         )
     return index
@@ -155,7 +155,7 @@ def _read(folder: Path, name: str) -> bytes:
 def _check_fields(value: dict[str, Any], name: str, *fields: str) -> None:
     if value.get("format") != FORMAT_NAME or value.get("version") != FORMAT_VERSION:
         raise TransferSetError(
-            f"{name} is of format {quote(value.get('format'))}, version {quote(value.get('version'))}; this quantkd "
+            f"{name} is of format {value.get('format')!a:.200}, version {value.get('version')!a:.200}; this quantkd "
             f"reads {FORMAT_NAME!r}, version {FORMAT_VERSION}. Upgrade quantkd, or convert the set with the one that "
             "wrote it."
         )

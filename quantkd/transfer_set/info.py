@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from quantkd.transfer_set.store import ShardStore
 
-_TOTALS = ("rows", "tokens", "targets", "entries")
+_FROM_PLAN = (
+    *("teacher_revision", "teacher_dtype", "tokenizer_fingerprint", "vocab_size", "storage", "temperatures"),
+    *("generation", "responses"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class TransferSetInfo:
 
 def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | None, digest: str) -> TransferSetInfo:
     """The facts about some rows of one or several sets."""
-    plan = stores[0].index.plan
     shards = [shard.size for store in stores for shard in store.index.shards]
-    rows, tokens, targets, entries = (sum(getattr(size, name) for size in shards) for name in _TOTALS)
+    rows, tokens, targets, entries = (
+        sum(getattr(size, name) for size in shards) for name in ("rows", "tokens", "targets", "entries")
+    )
     all_targets = targets
     if table is not None:
         rows, (tokens, targets, entries) = len(table), table.sum(axis=0).tolist()
@@ -63,15 +67,8 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | Non
         counters.update(store.index.counters)
     num_bytes = sum(store.num_bytes for store in stores)
     return TransferSetInfo(
+        **{name: getattr(stores[0].index.plan, name) for name in _FROM_PLAN},
         teacher_name=", ".join(dict.fromkeys(store.index.plan.teacher_name for store in stores)),
-        teacher_revision=plan.teacher_revision,
-        teacher_dtype=plan.teacher_dtype,
-        tokenizer_fingerprint=plan.tokenizer_fingerprint,
-        vocab_size=plan.vocab_size,
-        storage=plan.storage,
-        temperatures=plan.temperatures,
-        generation=plan.generation,
-        responses=plan.responses,
         num_rows=rows,
         num_prompts=sum(store.index.plan.num_prompts for store in stores),
         num_tokens=tokens,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from quantkd.errors import ConfigError, TransferSetError
-from quantkd.transfer_set.documents import canonical_json, quote, require_fields
+from quantkd.errors import TransferSetError
+from quantkd.transfer_set.documents import canonical_json, is_sha256, is_whole, require_fields
 from quantkd.transfer_set.rules import StorageRule, storage_rule_from_dict
 
 FORMAT_VERSION = 2
@@ -41,35 +42,24 @@ class Plan:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("teacher_name", "teacher_revision", "teacher_dtype"):
-            value = getattr(self, name)
-            _require(isinstance(value, str) and len(value) <= 4096 and value.isprintable(), name, value, "a short name")
-        for name in ("tokenizer_fingerprint", "prompts_digest"):
-            _require(is_sha256(getattr(self, name)), name, getattr(self, name), "64 lower-case hexadecimal digits")
+        self._check("teacher_name teacher_revision teacher_dtype", _is_name, "a short name")
+        self._check("tokenizer_fingerprint prompts_digest", is_sha256, "64 lower-case hexadecimal digits")
         for name, limit in _LIMITS.items():
-            value = getattr(self, name)
-            _require(is_whole(value, 1, limit), name, value, f"a whole number from 1 to {limit}")
-        _require(self.responses in ("generate", "given"), "responses", self.responses, "generate or given")
-        for name in ("generation", "extra"):
-            _require(isinstance(getattr(self, name), dict), name, getattr(self, name), "a dictionary")
-        _require(
-            isinstance(self.temperatures, tuple)
-            and 1 <= len(self.temperatures) <= MAX_TEMPERATURES
-            and all(isinstance(t, float) and math.isfinite(t) and 1e-3 <= t <= 1e3 for t in self.temperatures)
-            and list(self.temperatures) == sorted(set(self.temperatures)),
-            "temperatures",
-            self.temperatures,
-            f"1 to {MAX_TEMPERATURES} ascending floats from 0.001 to 1000",
-        )
-        _require(
-            self.num_shards <= MAX_SHARDS,
-            "rows_per_shard",
-            self.rows_per_shard,
-            f"at most {MAX_SHARDS} shards, so at least {-(-self.num_prompts // MAX_SHARDS)} rows a shard",
-        )
-        parse_storage(self.storage)
+            self._check(name, partial(is_whole, low=1, high=limit), f"a whole number from 1 to {limit}")
+        self._check("responses", ("generate", "given").__contains__, "generate or given")
+        self._check("generation extra", lambda value: isinstance(value, dict), "a dictionary")
+        self._check("temperatures", _are_temperatures, f"1 to {MAX_TEMPERATURES} ascending floats from 0.001 to 1000")
+        fewest = -(-self.num_prompts // MAX_SHARDS)
+        expected = f"at most {MAX_SHARDS} shards, so at least {fewest} rows a shard"
+        self._check("rows_per_shard", lambda rows: rows >= fewest, expected)
+        storage_rule_from_dict(self.storage)
         size = len(canonical_json(self.to_json()))
         _require(size <= MAX_PLAN_BYTES, "extra", f"part of a plan of {size} bytes", f"at most {MAX_PLAN_BYTES} in all")
+
+    def _check(self, names: str, is_good: Callable[[Any], bool], expected: str) -> None:
+        for name in names.split():
+            value = getattr(self, name)
+            _require(is_good(value), name, value, expected)
 
     @property
     def num_shards(self) -> int:
@@ -79,7 +69,7 @@ class Plan:
     @property
     def rule(self) -> StorageRule:
         """The storage rule as an object."""
-        return parse_storage(self.storage)
+        return storage_rule_from_dict(self.storage)
 
     def prompt_range(self, shard: int) -> tuple[int, int]:
         """The prompts `[start, stop)` of a shard."""
@@ -107,26 +97,17 @@ class Plan:
         return [name for name in self.__dataclass_fields__ if getattr(self, name) != getattr(other, name)]
 
 
-def parse_storage(value: Any) -> StorageRule:
-    """A storage rule from its JSON, with every field checked."""
-    try:
-        rule = storage_rule_from_dict(value)
-    except (ConfigError, TypeError, AttributeError) as error:
-        raise TransferSetError(f"The storage rule is {quote(value)}: {quote(error)} Get the set again.") from error
-    for name, number in value.items():
-        good = name == "kind" or is_whole(number, 1, 2**24) or (name == "p" and isinstance(number, float))
-        _require(good, "storage", value, "positive whole numbers up to 2**24 for k, n and max_k")
-    return rule
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 4096 and value.isprintable()
 
 
-def is_whole(value: object, low: int, high: int) -> bool:
-    """Whether `value` is an int (no bool) from `low` to `high`."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_sha256(value: object) -> bool:
-    """Whether `value` is 64 lower-case hexadecimal digits."""
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+def _are_temperatures(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and 1 <= len(value) <= MAX_TEMPERATURES
+        and all(isinstance(t, float) and math.isfinite(t) and 1e-3 <= t <= 1e3 for t in value)
+        and list(value) == sorted(set(value))
+    )
 
 
 def check_counters(counters: Any) -> dict[str, int]:
@@ -145,4 +126,4 @@ def check_counters(counters: Any) -> dict[str, int]:
 
 def _require(condition: bool, name: str, found: object, expected: str) -> None:
     if not condition:
-        raise TransferSetError(f"`{name}` is {quote(found)}; expected {expected}.")
+        raise TransferSetError(f"`{name}` is {found!a:.200}; expected {expected}.")

@@ -152,7 +152,7 @@ class TransferSet(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | TransferSet:
         """One row as a dict of tensors and its `TopKLogprobs`, or a view of a slice."""
         if isinstance(index, slice):
-            return self._view(self._rows[index])
+            return self._over(self._sources, self._rows[index])
         batch = self.__getitems__([index])
         row = {
             "input_ids": batch.input_ids,
@@ -207,7 +207,7 @@ class TransferSet(Dataset[dict[str, Any]]):
             if len(chosen) != len(self):
                 raise ConfigError(f"The mask has {len(chosen)} values for {len(self)} rows; give one a row.")
             chosen = np.flatnonzero(chosen)
-        return self._view(self._resolve(chosen.tolist()))
+        return self._over(self._sources, np.array(self._resolve(chosen.tolist()), dtype=np.int64))
 
     def split(self, fraction: float, seed: int) -> tuple[TransferSet, TransferSet]:
         """Two disjoint views in the old order; the second has `round(fraction * len(self))` rows.
@@ -288,6 +288,3 @@ class TransferSet(Dataset[dict[str, Any]]):
         rows = np.asarray(self._resolve(indices), dtype=np.int64)
         sources = np.searchsorted(self._starts, rows, side="right") - 1
         return list(zip(sources.tolist(), (rows - self._starts[sources]).tolist(), strict=True))
-
-    def _view(self, rows: NDArray[np.int64] | range | list[int]) -> TransferSet:
-        return self._over(self._sources, np.array(rows, dtype=np.int64) if isinstance(rows, list) else rows)

@@ -11,9 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, TransferSetError
 from quantkd.hardware import wide_dtype
+from quantkd.transfer_set.documents import is_whole
 from quantkd.transfer_set.topk import TopKLogprobs, offsets_of
+
+_MAX_COUNT = 2**24  # as many as a vocabulary may have
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.k, int) and self.k >= 1, f"TopK needs a whole k of at least 1, found {self.k!r}.")
+        _require_count("TopK", k=self.k)
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,8 @@ class Nucleus:
     max_k: int = 64
 
     def __post_init__(self) -> None:
-        _require(0 < self.p <= 1, f"Nucleus needs 0 < p <= 1, found p={self.p!r}.")
-        _require(
-            isinstance(self.max_k, int) and self.max_k >= 1,
-            f"Nucleus needs a whole max_k of at least 1, found {self.max_k!r}.",
-        )
+        _require(not isinstance(self.p, bool) and 0 < self.p <= 1, f"Nucleus needs 0 < p <= 1, found p={self.p!r}.")
+        _require_count("Nucleus", max_k=self.max_k)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sampled:
     n: int
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.n, int) and self.n >= 1, f"Sampled needs a whole n of at least 1, found {self.n!r}.")
+        _require_count("Sampled", n=self.n)
 
 
 StorageRule = TopK | Nucleus | Sampled
@@ -79,13 +79,16 @@ def storage_rule_to_dict(rule: StorageRule) -> dict[str, Any]:
     return {"kind": type(rule).__name__.lower(), **asdict(rule)}
 
 
-def storage_rule_from_dict(value: dict[str, Any]) -> StorageRule:
-    """The inverse of `storage_rule_to_dict`."""
-    fields = {key: field for key, field in value.items() if key != "kind"}
+def storage_rule_from_dict(value: Any) -> StorageRule:
+    """The inverse of `storage_rule_to_dict`, of what a stranger may have written."""
     try:
-        rule: StorageRule = _KINDS[value["kind"]](**fields)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"Unknown storage rule {value!r}; known kinds: {', '.join(_KINDS)}.") from error
+        fields = dict(value)
+        rule: StorageRule = _KINDS[fields.pop("kind")](**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TransferSetError(
+            f"The storage rule is {value!a:.200}: {error!a:.200}. Expected one of the kinds {', '.join(_KINDS)}. "
+            "Get the set again."
+        ) from error
     return rule
 
 
@@ -227,6 +230,13 @@ def _draw(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_count(kind: str, **counts: int) -> None:
+    for name, count in counts.items():
+        _require(
+            is_whole(count, 1, _MAX_COUNT), f"{kind} needs a whole {name} from 1 to {_MAX_COUNT}, found {count!r}."
+        )
 
 
 DEFAULT_STORAGE = Nucleus(0.95, max_k=64)

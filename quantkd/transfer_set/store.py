@@ -1,9 +1,12 @@
-"""ShardStore: one set's shards, mapped on demand, as decoded rows. Safe to copy to other processes."""
+"""One set's shards: mapped on demand, as decoded rows, or checked in full."""
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +17,14 @@ from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set.codec import ENTRIES, TARGETS, TOKENS, Codec
 from quantkd.transfer_set.index import record_to_bytes
 from quantkd.transfer_set.row import TransferRow
-from quantkd.transfer_set.shard import ShardMap, shard_bytes
-from quantkd.transfer_set.source import ShardSource
+from quantkd.transfer_set.shard import ShardMap, shard_bytes, shard_name
+from quantkd.transfer_set.source import FolderSource, ShardSource, find_source
 
 Verify = Literal["auto", "full", "off"]
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 # Of one set; each keeps a file open, and several sets may be joined.
 MAX_OPEN_MAPS = 256 if _FILES == resource.RLIM_INFINITY else max(min(256, _FILES // 8), 1)
+_SHARD_FILE = re.compile(r"shard-\d+\.safetensors")
 
 
 class ShardStore:
@@ -99,3 +103,32 @@ class ShardStore:
                 "`quantkd verify` names the first, or it is another shard. Get it again."
             )
         self._hashed.add(shard)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found good: the root digest, and how many shards, rows and bytes of files it covers."""
+
+    digest: str
+    shards: int
+    rows: int
+    num_bytes: int
+
+
+def verify(path: str | Path, *, allow_incomplete: bool = False) -> Verification:
+    """Check everything: the index and its digest, every shard's size, header and sha256, and every row's content."""
+    source = find_source(path, allow_incomplete=allow_incomplete)
+    store = ShardStore(source, "off")  # what that leaves out is done below, and names the row
+    if isinstance(source, FolderSource):
+        expected = {shard_name(shard) for shard in range(store.index.plan.num_shards)}
+        for entry in sorted(os.listdir(source.path)):
+            if _SHARD_FILE.fullmatch(entry) and entry not in expected:
+                raise TransferSetError(
+                    f"{source.path / entry} is not a shard of the index. Remove it, or get the set again."
+                )
+    for shard in range(len(store.index.shards)):
+        mapped = store.map(shard)
+        for row in range(len(mapped.table)):
+            mapped.read_row(row)  # first, for it names damage by its row
+        store.check_digest(shard, mapped)
+    return Verification(store.index.digest(), len(store.index.shards), store.num_rows, store.num_bytes)

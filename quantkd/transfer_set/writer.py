@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from quantkd.errors import TransferSetError
 from quantkd.files import DISK, FileLock, FileSystem, write_file
@@ -48,7 +47,7 @@ class ShardTask:
 
 
 class TransferSetWriter:
-    """Writes one transfer set, alone or as one of several processes. Use `open`, and close it or use `with`."""
+    """Writes one transfer set, alone or as one of several processes. Made by `with TransferSetWriter.open(...)`."""
 
     # Shard i belongs to process i mod n. Its record, written after it, commits it. When all records exist, process 0
     # writes the index, and the set is complete. Any number of processes resume a pass that ended early.
@@ -64,15 +63,16 @@ class TransferSetWriter:
         self._digest: str | None = None
 
     @classmethod
+    @contextmanager
     def open(
         cls, path: str | Path, plan: Plan, *, process: tuple[int, int] = (0, 1), filesystem: FileSystem = DISK
-    ) -> TransferSetWriter:
+    ) -> Iterator[TransferSetWriter]:
         """Start a set at `path`, or resume the one that is there with the same plan, as `process` (index, number)."""
         folder = Path(path)
         writer = cls(folder, plan, process, filesystem)
-        with _disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
+        try:
+            with _disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
                 if not (folder / INDEX_NAME).exists():
                     writer._start()
                 if (folder / INDEX_NAME).exists():
@@ -80,10 +80,9 @@ class TransferSetWriter:
                     _require_same(folder, index.plan, plan)
                     writer._digest = index.digest()
                     writer._remove_leftovers()
-            except BaseException:
-                writer.close()
-                raise
-        return writer
+            yield writer
+        finally:  # an unfinished set stays resumable
+            writer._lock.release()
 
     @property
     def is_complete(self) -> bool:
@@ -147,18 +146,6 @@ class TransferSetWriter:
                 else:
                     time.sleep(POLL_SECONDS)
         return self._digest
-
-    def close(self) -> None:
-        """Release the lock. An unfinished set stays resumable."""
-        self._lock.release()
-
-    def __enter__(self) -> TransferSetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _start(self) -> None:
         """Take this process's lock, and write the plan or find that it is there and the same."""

@@ -21,8 +21,7 @@ from quantkd.loss.states import TargetStates
 from quantkd.models.network import Runner, evaluation_mode
 from quantkd.names import public_name
 from quantkd.transfer_set import TransferSet
-from quantkd.transfer_set.batch import IGNORE_INDEX, RowBatch
-from quantkd.transfer_set.collator import DistillationCollator
+from quantkd.transfer_set.batch import IGNORE_INDEX, DistillationCollator, RowBatch
 from quantkd.transfer_set.fingerprint import check_fingerprint
 from quantkd.transfer_set.topk import TopKLogprobs
 from quantkd.view.divergence import Alternatives, Divergence, RowDivergence
