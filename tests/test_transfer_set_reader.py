@@ -51,7 +51,6 @@ def test_rows_and_a_batch_which_is_its_rows_end_to_end(transfer_set):
     assert torch.equal(batch.labels, torch.cat([row["labels"] for row in rows]))
     assert batch.lengths.tolist() == [len(row["input_ids"]) for row in rows]
     assert batch.target_counts.tolist() == [int((row["labels"] != -100).sum()) for row in rows]
-    assert torch.equal(batch.targets, torch.nonzero(batch.labels != -100).squeeze(1))
     assert batch.finished.tolist() == [row["finished"] for row in rows]
     teacher = TopKLogprobs.concatenate([row["teacher"] for row in rows])
     for name in ("offsets", "token_ids", "logprobs", "log_normalizers"):
@@ -91,7 +90,7 @@ def test_joined_sets_and_what_cannot_be_joined(transfer_set, tmp_path):
     assert joined.info.num_rows == 27 and joined.info.num_prompts == 23 + 5 + 23
     mixed = joined.__getitems__([22, 23, 26, 0])
     assert torch.equal(mixed.input_ids, torch.cat([joined[number]["input_ids"] for number in (22, 23, 26, 0)]))
-    assert torch.equal(mixed.targets, torch.nonzero(mixed.labels != -100).squeeze(1))
+    assert torch.equal(mixed.labels, torch.cat([joined[number]["labels"] for number in (22, 23, 26, 0)]))
     assert mixed.weights is None and "weight" not in joined[0]
     assert len({joined.digest, first.digest, second.digest, TransferSet.concatenate([first]).digest}) == 3
     weighted = TransferSet.concatenate([TransferSet.concatenate([first, second], [2.0, 1.0]), second], [1.0, 0.5])

@@ -75,9 +75,9 @@ def hashes(folder):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def write_rows(path, plan, make, **options):
-    """A finished set of the row of each prompt, if it has one, by `TransferSetWriter.open`; its root digest."""
-    with TransferSetWriter.open(path, plan, **options) as writer:
+def write_rows(path, plan, make, process=(0, 1), disk=None):
+    """A finished set of the row of each prompt, if it has one, without waiting for a real disk; its root digest."""
+    with TransferSetWriter.open(path, plan, process=process, filesystem=disk or FaultyDisk()) as writer:
         for task in writer.claim():
             rows = [row for prompt in range(task.start, task.stop) if (row := make(prompt)) is not None]
             writer.commit(task, rows, {"responses_cut": sum(not row.finished for row in rows)})
@@ -90,17 +90,14 @@ def write_set(path, plan=None, **row):
     return TransferSet(path)
 
 
-def capture_slowly(path, log, seconds=0.0, process=(0, 1), disk=None):
-    """A small fake teacher's capture, without waiting for a real disk; each shard that is begun is logged."""
+def capture_slowly(path, seconds=0.0, **options):
+    """A small fake teacher's capture."""
 
     def make(prompt):
-        if prompt % SLOW_PLAN.rows_per_shard == 0:
-            with log.open("a") as file:
-                file.write(f"{prompt // SLOW_PLAN.rows_per_shard}\n")
         time.sleep(seconds)
         return _slow_row(prompt)
 
-    return write_rows(path, SLOW_PLAN, make, process=process, filesystem=disk or FaultyDisk())
+    return write_rows(path, SLOW_PLAN, make, **options)
 
 
 SLOW_PLAN = make_plan(num_prompts=16, vocab_size=50)

@@ -41,9 +41,8 @@ class RowBatch:
     lengths: Tensor  # (B,) int64, tokens per row
     input_ids: Tensor  # (T,) int64
     labels: Tensor  # (T,) int64, unshifted, -100 outside the targets
-    targets: Tensor  # (R,) int64, each target's index into `input_ids`, ascending
     target_counts: Tensor  # (B,) int64, targets per row
-    teacher: TopKLogprobs  # of the R targets, in that order
+    teacher: TopKLogprobs  # of the R targets, in the order of the labels
     finished: Tensor  # (B,) bool, false where the length limit cut the response
     weights: Tensor | None = None  # (B,) float32, from `concatenate`; None if no set was weighted
 
@@ -77,7 +76,7 @@ class RowBatch:
         )
         counts = torch.tensor([len(row.counts) for row in rows], dtype=torch.int64)
         finished = torch.tensor([row.finished for row in rows], dtype=torch.bool)
-        return cls(lengths, input_ids, labels, targets, counts, teacher, finished, weights_of(weights))
+        return cls(lengths, input_ids, labels, counts, teacher, finished, weights_of(weights))
 
 
 def weights_of(weights: Sequence[float | None]) -> Tensor | None:
@@ -89,13 +88,7 @@ def weights_of(weights: Sequence[float | None]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class DistillationCollator:
-    """Rows to one batch: padded on the right to the longest, or packed end to end.
-
-    A call returns `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and
-    `position_ids` (1, T); `targets` (N,) int64, the index of each target into the flattened labels; `teacher`, one
-    `TopKLogprobs` over the targets of all rows in order, if the rows hold one; and `weights` (N,) float32, per target
-    its row's or 1, if some row has a `weight` other than None.
-    """
+    """Rows to one batch: padded on the right to the longest (B, T), or packed end to end (1, T)."""
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
@@ -127,6 +120,7 @@ class DistillationCollator:
             is_target = (labels != IGNORE_INDEX) & (position_ids_of(lengths) > 0)
             weights = weights.repeat_interleave(lengths)[is_target]
         batch = self._pack(lengths, input_ids, labels) if self.packing else self._pad(lengths, input_ids, labels)
+        # (N,) places in the flattened labels, the N distributions there, and (N,) the weights of their rows.
         extras = {"targets": find_targets(batch["labels"]), "teacher": teacher, "weights": weights}
         return {**batch, **{name: value for name, value in extras.items() if value is not None}}
 

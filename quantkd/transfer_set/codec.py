@@ -178,8 +178,6 @@ def encode_logprobs(logprobs: NDArray[Any], counts: NDArray[np.int64]) -> NDArra
     """(E,) float16; a target whose rounded mass would exceed 1 is rounded down instead."""
     values = np.clip(logprobs.astype(np.float64), _LEAST, 0.0)
     stored = values.astype(_HALF)
-    if len(counts) == 0:
-        return stored
     mass = np.add.reduceat(np.exp(stored.astype(np.float64)), np.cumsum(counts) - counts)
     too_high = (stored > values) & np.repeat(mass > 1, counts)
     stored[too_high] = np.nextafter(stored[too_high], _HALF.type(-np.inf))
@@ -190,8 +188,6 @@ def encode_normalizers(
     log_normalizers: NDArray[Any], logprobs: NDArray[Any], counts: NDArray[np.int64], temperature: float
 ) -> NDArray[Any]:
     """(R,) float16, never below the log of the stored entries' own sum, so that the tail stays at least 0."""
-    if len(counts) == 0:
-        return np.zeros(0, _HALF)
     terms = np.exp(logprobs.astype(np.float64) / temperature)
     least = np.log(np.add.reduceat(terms, np.cumsum(counts) - counts))
     stored = np.maximum(log_normalizers.astype(np.float64), least).astype(_HALF)

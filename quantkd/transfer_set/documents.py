@@ -16,16 +16,16 @@ MAX_JSON_DEPTH = 16
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: Any, name: str = "A transfer set's description") -> bytes:
     """`value` as JSON bytes: keys sorted, no spaces, ASCII, one newline at the end."""
+    _check_content(value, name)
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise TransferSetError(
-            f"A transfer set's description must be plain JSON with finite numbers: {error}. "
+            f"{name} must be plain JSON with finite numbers: {error}. "
             "Use strings, numbers, booleans, lists and dictionaries only."
         ) from error
-    _check_content(value, "the description")
     return text.encode() + b"\n"
 
 
@@ -39,8 +39,7 @@ def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
         raise TransferSetError(f"{name} is not JSON: {error}. It is damaged; get the set again.") from error
     if not isinstance(value, dict):
         raise TransferSetError(f"{name} holds a JSON {type(value).__name__}; expected an object. Get the set again.")
-    _check_content(value, name)
-    canonical = canonical_json(value)
+    canonical = canonical_json(value, name)
     if canonical != data:
         at = next((i for i, (a, b) in enumerate(zip(canonical, data, strict=False)) if a != b), len(canonical))
         raise TransferSetError(
@@ -71,22 +70,15 @@ def is_sha256(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-def _check_content(value: Any, name: str) -> None:
-    """Refuse deep nesting and strings that would harm a terminal, without recursion."""
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        parts: list[Any] = []
-        for item in level:
-            if isinstance(item, str) and _UNSAFE.search(item):
-                raise TransferSetError(f"{name} holds a control character in {item!a:.200}. Remove it.")
-            if isinstance(item, dict):
-                parts += [*item, *item.values()]
-            elif isinstance(item, list | tuple):
-                parts += item
-        if not parts:
-            return
-        level = parts
-    raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set again.")
+def _check_content(value: Any, name: str, level: int = 0) -> None:
+    """Refuse deep nesting and strings that would harm a terminal."""
+    if level > MAX_JSON_DEPTH:
+        raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set again.")
+    if isinstance(value, str) and _UNSAFE.search(value):
+        raise TransferSetError(f"{name} holds a control character in {value!a:.200}. Remove it.")
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for part in parts:
+        _check_content(part, name, level + 1)
 
 
 def _refuse_constant(constant: str) -> NoReturn:

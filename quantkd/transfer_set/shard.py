@@ -17,8 +17,6 @@ from quantkd.files import open_regular
 from quantkd.transfer_set.codec import ENTRIES, MAX_BLOCK_BYTES, SPANS, TARGETS, TOKENS, Codec, ShardSize
 from quantkd.transfer_set.row import MAX_ROW_ENTRIES, MAX_ROW_TOKENS, TransferRow
 
-_CHUNK_BYTES = 2**20
-
 
 def shard_name(index: int) -> str:
     """The file name of shard `index`. Names are derived from numbers and never read from a set."""
@@ -140,7 +138,4 @@ class ShardMap:
 
     def sha256(self) -> str:
         """The digest of the whole file, in hexadecimal."""
-        digest = hashlib.sha256()
-        for start in range(0, len(self._data), _CHUNK_BYTES):
-            digest.update(self._data[start : start + _CHUNK_BYTES])
-        return digest.hexdigest()
+        return hashlib.sha256(self._data).hexdigest()
