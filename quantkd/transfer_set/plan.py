@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -78,7 +78,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object."""
-        return {**asdict(self), "temperatures": list(self.temperatures)}
+        return {**vars(self), "temperatures": list(self.temperatures)}
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:

@@ -16,7 +16,7 @@ from quantkd.hardware import wide_dtype
 from quantkd.transfer_set.documents import is_whole
 from quantkd.transfer_set.topk import TopKLogprobs, offsets_of
 
-_MAX_COUNT = 2**24  # as many as a vocabulary may have
+_MOST = 2**24  # entries, as many as a vocabulary may have
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        _require_count("TopK", k=self.k)
+        _require(is_whole(self.k, 1, _MOST), f"TopK needs a whole k from 1 to {_MOST}, found {self.k!r}.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Nucleus:
 
     def __post_init__(self) -> None:
         _require(not isinstance(self.p, bool) and 0 < self.p <= 1, f"Nucleus needs 0 < p <= 1, found p={self.p!r}.")
-        _require_count("Nucleus", max_k=self.max_k)
+        _require(
+            is_whole(self.max_k, 1, _MOST), f"Nucleus needs a whole max_k from 1 to {_MOST}, found {self.max_k!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Sampled:
     n: int
 
     def __post_init__(self) -> None:
-        _require_count("Sampled", n=self.n)
+        _require(is_whole(self.n, 1, _MOST), f"Sampled needs a whole n from 1 to {_MOST}, found {self.n!r}.")
 
 
 StorageRule = TopK | Nucleus | Sampled
@@ -230,13 +232,6 @@ def _draw(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
-
-
-def _require_count(kind: str, **counts: int) -> None:
-    for name, count in counts.items():
-        _require(
-            is_whole(count, 1, _MAX_COUNT), f"{kind} needs a whole {name} from 1 to {_MAX_COUNT}, found {count!r}."
-        )
 
 
 DEFAULT_STORAGE = Nucleus(0.95, max_k=64)

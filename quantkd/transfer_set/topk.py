@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,13 +179,8 @@ class TopKLogprobs:
         return self._map(lambda tensor: tensor.pin_memory())  # pragma: no cover - needs a GPU
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TopKLogprobs:
-        return replace(
-            self,
-            offsets=function(self.offsets),
-            token_ids=function(self.token_ids),
-            logprobs=function(self.logprobs),
-            log_normalizers=function(self.log_normalizers),
-        )
+        mapped: dict[str, Any] = {name: function(value) for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **mapped)
 
 
 def offsets_of(counts: Tensor) -> Tensor:
