@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transfer_sets import make_plan, make_row, storage_order, write_set
+from transfer_sets import commit, make_plan, make_row, storage_order, write_set
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.transfer_set import TransferSet, TransferSetWriter, store, verify
@@ -154,11 +154,6 @@ def test_wrong_arguments_and_missing_sets(path, tmp_path):
         (tmp_path, {}, r"it has neither index\.json nor plan\.json"),
     ):
         refused((ConfigError, TransferSetError), message, TransferSet.open, source, **options)
-
-
-def commit(writer, *tasks):
-    for task in tasks:
-        writer.commit(task, [make_row(writer.plan, prompt) for prompt in range(task.start, task.stop)])
 
 
 def test_an_unfinished_set_is_read_only_if_asked_for(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transfer_sets import hashes, make_plan, make_row, write_rows, write_set
+from transfer_sets import commit, hashes, make_plan, make_row, write_rows, write_set
 
 from quantkd.errors import ConfigError, TransferSetError
 from quantkd.files import FileLock
@@ -36,27 +36,16 @@ def begin(open_writer, *args, **options):
         pass
 
 
-def rows_of(plan, task):
-    return [make_row(plan, prompt) for prompt in range(task.start, task.stop)]
-
-
-def commit_all(writer):
-    tasks = list(writer.claim())
-    for task in tasks:
-        writer.commit(task, rows_of(writer.plan, task))
-    return [task.index for task in tasks]
-
-
 def test_what_is_committed_is_not_written_again(open_writer, tmp_path):
     with open_writer() as first:
         assert not first.is_complete
         task = next(first.claim())
         assert task == ShardTask(0, 0, 4)
-        first.commit(task, rows_of(first.plan, task))
-        refused(TransferSetError, "Shard 0 is not claimed", first.commit, task, rows_of(first.plan, task))
+        assert commit(first, task) == [0]
+        refused(TransferSetError, "Shard 0 is not claimed", commit, first, task)
     stamp = os.stat(tmp_path / "set" / "shard-00000.safetensors").st_mtime_ns
     with open_writer() as second:
-        assert commit_all(second) == [1, 2]
+        assert commit(second, *second.claim()) == [1, 2]
         digest = second.finalize()
     kept = {*hashes(tmp_path / "set"), "README.md"}
     for name in ("plan.json", "shard-00000.json", "shard-00001.safetensors.tmp", "writer-1-of-2.lock", "README.md"):
@@ -89,10 +78,12 @@ def test_one_writer_at_a_time_and_nobody_waits_for_one_that_has_ended(open_write
     begin(open_writer, process=(2, 3))
     monkeypatch.setattr("quantkd.transfer_set.writer.START_TIMEOUT_SECONDS", 0.0)
     with open_writer(process=(0, 2)) as first:
-        commit_all(first)
+        commit(first, *first.claim())
         refused(TransferSetError, "Process 1 of 2 ended before the transfer set", first.finalize)
         with open_writer(process=(1, 2)) as second:
-            monkeypatch.setattr("quantkd.transfer_set.writer.time.sleep", lambda seconds: commit_all(second))
+            monkeypatch.setattr(
+                "quantkd.transfer_set.writer.time.sleep", lambda seconds: commit(second, *second.claim())
+            )
             digest = first.finalize()
             assert second.finalize() == digest
 
@@ -102,14 +93,14 @@ def test_shards_are_dealt_in_turn_and_process_0_begins_and_finishes(open_writer,
 
     def run_second():
         with open_writer(process=(1, 2)) as second:
-            done.extend([commit_all(second), second.finalize(), list(second.claim())])
+            done.extend([commit(second, *second.claim()), second.finalize(), list(second.claim())])
 
     waiting = threading.Thread(target=run_second, daemon=True)
     waiting.start()
     time.sleep(0.1)
     assert not (tmp_path / "set" / "plan.json").exists()
     with open_writer(process=(0, 2)) as first:
-        assert commit_all(first) == [0, 2] and not done
+        assert commit(first, *first.claim()) == [0, 2] and not done
         digest = first.finalize()
         waiting.join(10)
     assert done == [[1], digest, []]
@@ -155,7 +146,7 @@ def test_a_set_that_is_finished_while_another_process_starts(open_writer, tmp_pa
 def test_what_commit_and_finalize_refuse(open_writer, tmp_path, monkeypatch):
     with open_writer() as first:
         task = next(first.claim())
-        rows = rows_of(first.plan, task)
+        rows = [make_row(first.plan, prompt) for prompt in range(4)]
         likelier = [*rows[:2], replace(rows[2], logprobs=rows[2].logprobs + 1), rows[3]]
         for message, *arguments in (
             ("holds the prompts 0 to 3; found 5 rows", [*rows, rows[0]]),
@@ -173,7 +164,7 @@ def test_what_commit_and_finalize_refuse(open_writer, tmp_path, monkeypatch):
         first.commit(task, rows[:2])
         refused(TransferSetError, "lacks 2 of 3 shards, first 1", first.finalize)
         assert len(TransferSet(tmp_path / "set", allow_incomplete=True)) == 2
-        commit_all(first)
+        commit(first, *first.claim())
         file = tmp_path / "set" / "shard-00001.safetensors"
         for harm, message in (
             (lambda: os.truncate(file, 100), r"has 100 bytes; its record promises \d+"), (file.unlink, "No such file"),

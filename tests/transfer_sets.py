@@ -71,6 +71,13 @@ def assert_same_row(found, wanted):
     np.testing.assert_allclose(found.logprobs, wanted.logprobs[order], rtol=2**-10, atol=2**-24)
 
 
+def commit(writer, *tasks):
+    """Commit the made-up rows of shards; their numbers."""
+    for task in tasks:
+        writer.commit(task, [make_row(writer.plan, prompt) for prompt in range(task.start, task.stop)])
+    return [task.index for task in tasks]
+
+
 def hashes(folder):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 

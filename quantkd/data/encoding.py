@@ -9,8 +9,8 @@ import inspect
 import json
 import re
 import string
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkd.data.prompts import Example, Message
+from quantkd.data.prompts import Example, Message, naming_row
 from quantkd.errors import DataError
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def encode_prompts(
     texts: list[str] = []
     for number, prompt in enumerate(prompts, start=first):
         example = prompt if isinstance(prompt, Example) else Example(prompt)
-        with _naming(number):
+        with naming_row(number):
             _check_text(example)
             if chat_template:
                 texts.append(_render_prompt(tokenizer, example))
@@ -321,7 +321,7 @@ def _encode_given(
         return prompt, encode_completion(tokenizer, example.completion, end), None
     if not chat_template:
         raise DataError(f"Row {number} is a conversation, and plain prompts were asked for. Use the chat template.")
-    with _naming(number):
+    with naming_row(number):
         _check_text(example)
         input_ids, spans = encode_conversation(tokenizer, example.messages, example.template_kwargs, end)
         _render_prompt(tokenizer, example)
@@ -406,15 +406,6 @@ def _find_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Coll
         if ids[place] in ends:
             stop = place + 1
     return stop
-
-
-@contextmanager
-def _naming(number: int) -> Iterator[None]:
-    """Put the row's number before what is wrong with it."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"Row {number}: {error}") from error
 
 
 def _by_generation_blocks(

@@ -8,7 +8,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -82,11 +82,18 @@ def check_references(examples: Sequence[Example], checks: Sequence[Callable[[str
                 f"Row {index} has no reference answer, and correct_only was asked for. Name its column with "
                 "completion_column (--answer_column)."
             )
-        try:
+        with naming_row(index):
             for check in checks:
                 check(example.completion)
-        except DataError as error:
-            raise DataError(f"Row {index}: {error}") from error
+
+
+@contextmanager
+def naming_row(number: int) -> Iterator[None]:
+    """Put the row's number before what is wrong with it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"Row {number}: {error}") from error
 
 
 def with_context(

@@ -24,8 +24,6 @@ MAX_BLOCK_BYTES = 2**27  # above any single row; reading one stays below 300 MiB
 _HALF = np.dtype("<f2")
 _LEAST = float(np.finfo(np.float16).min)
 
-TOKENS, SPANS, TARGETS, ENTRIES = range(4)  # the columns of the tensor `rows`
-
 
 @dataclass(frozen=True)
 class ShardSize:

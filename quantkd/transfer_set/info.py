@@ -61,7 +61,7 @@ def describe_stores(stores: Sequence[ShardStore], table: NDArray[np.int64] | Non
     )
     all_targets = targets
     if table is not None:
-        rows, (tokens, targets, entries) = len(table), table.sum(axis=0).tolist()
+        rows, (tokens, _, targets, entries) = len(table), table.sum(axis=0).tolist()
     counters: Counter[str] = Counter()
     for store in stores:
         counters.update(store.index.counters)

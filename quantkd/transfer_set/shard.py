@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quantkd.errors import TransferSetError
 from quantkd.files import open_regular
-from quantkd.transfer_set.codec import ENTRIES, MAX_BLOCK_BYTES, SPANS, TARGETS, TOKENS, Codec, ShardSize
+from quantkd.transfer_set.codec import MAX_BLOCK_BYTES, Codec, ShardSize
 from quantkd.transfer_set.row import MAX_ROW_ENTRIES, MAX_ROW_TOKENS, TransferRow
 
 
@@ -95,9 +95,9 @@ class ShardMap:
                     f"The tables of {self.path} sum to {total} {name}; the index says {getattr(size, name)}. "
                     "Get the shard again."
                 )
-        lengths, targets = table[:, TOKENS], table[:, TARGETS]
-        bad = (lengths < 1) | (lengths > MAX_ROW_TOKENS) | (table[:, ENTRIES] > MAX_ROW_ENTRIES)
-        bad |= (targets >= lengths) | (targets > table[:, ENTRIES]) | (table[:, SPANS] > targets)
+        tokens, spans, targets, entries = table.T
+        bad = (tokens < 1) | (tokens > MAX_ROW_TOKENS) | (entries > MAX_ROW_ENTRIES)
+        bad |= (targets >= tokens) | (targets > entries) | (spans > targets)
         if bad.any():
             row = int(bad.argmax())
             raise TransferSetError(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkd.errors import ConfigError, TransferSetError
-from quantkd.transfer_set.codec import ENTRIES, TARGETS, TOKENS, Codec
+from quantkd.transfer_set.codec import Codec
 from quantkd.transfer_set.index import record_to_bytes
 from quantkd.transfer_set.row import TransferRow
 from quantkd.transfer_set.shard import ShardMap, shard_bytes, shard_name
@@ -65,9 +65,9 @@ class ShardStore:
         return documents + sum(shard_bytes(record.size) for record in self.index.shards)
 
     def table(self) -> NDArray[np.int64]:
-        """(rows, 3): tokens, targets and entries of every row, from the row tables alone."""
-        parts = [self.map(shard).table[:, [TOKENS, TARGETS, ENTRIES]] for shard in range(len(self.index.shards))]
-        return np.concatenate([np.zeros((0, 3), dtype=np.int64), *parts])
+        """(rows, 4): tokens, spans, targets and entries of every row, from the row tables alone."""
+        parts = [self.map(shard).table for shard in range(len(self.index.shards))]
+        return np.concatenate([np.zeros((0, 4), dtype=np.int64), *parts])
 
     def fetch(self, row: int) -> TransferRow:
         """A row by its number in the set."""
