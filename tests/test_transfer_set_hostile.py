@@ -31,7 +31,7 @@ MESSAGES = {
     "shards-0": "lists 0 shards; its plan has 1", "shards.rows-4": "has 4 rows for 3 prompts",
     "blocks-rows": "sum to 2 rows; the index says 3", "index-link-/etc/passwd": "it is a symbolic link",
     "index-folder": "not a plain file", "shard-fifo": "not a plain file", "list": "holds a JSON list",
-    "too-large": "is larger than 2097152 bytes", "nan": "NaN is not a JSON number", "raw-escape": "is not JSON",
+    "too-large": "is larger than 2097152 bytes", "nan": "plain JSON with finite numbers", "raw-escape": "is not JSON",
     "plan-only": r"it has no index\.json", "duplicate-keys": "not in canonical form",
     **dict.fromkeys(("plan.generation-6", "deep-objects", "deep-lists"), "nests deeper than 16 levels"),
 }  # fmt: skip

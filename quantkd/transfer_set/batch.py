@@ -139,18 +139,11 @@ class DistillationCollator:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         mask = torch.arange(width) < lengths.unsqueeze(1)
         return {
-            "input_ids": _fill(input_ids, mask, self.pad_token_id),
+            "input_ids": input_ids.new_full(mask.shape, self.pad_token_id).masked_scatter(mask, input_ids),
             "attention_mask": mask.long(),
-            "labels": _fill(labels, mask, IGNORE_INDEX),
+            "labels": labels.new_full(mask.shape, IGNORE_INDEX).masked_scatter(mask, labels),
         }
 
 
 def _join(parts: list[NDArray[Any]], dtype: Any) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False))
-
-
-def _fill(flat: Tensor, mask: Tensor, value: int) -> Tensor:
-    """(B, T) with the flat values where `mask` is set, row by row, and `value` elsewhere."""
-    padded = torch.full(mask.shape, value, dtype=flat.dtype)
-    padded[mask] = flat
-    return padded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from quantkd.errors import TransferSetError
 
@@ -32,7 +32,7 @@ def canonical_json(value: Any, name: str = "A transfer set's description") -> by
 def parse_canonical_json(data: bytes, name: str) -> dict[str, Any]:
     """The object in `data`, which must be byte for byte what `canonical_json` writes; so no key occurs twice."""
     try:
-        value = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("ascii"))
     except RecursionError as error:
         raise TransferSetError(f"{name} nests deeper than {MAX_JSON_DEPTH} levels. Get the set again.") from error
     except ValueError as error:
@@ -79,7 +79,3 @@ def _check_content(value: Any, name: str, level: int = 0) -> None:
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     for part in parts:
         _check_content(part, name, level + 1)
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")

@@ -80,7 +80,7 @@ class ShardMap:
         self._start = len(header) + rows.nbytes + blocks.nbytes
         self._check_tables(size, blocks.astype(np.int64))
         self._checked = np.zeros(size.rows, dtype=bool)  # rows whose content was found good
-        self.close_block()
+        self.block: tuple[int, bytes] | None = None  # number and content of the one that was read last
 
     def _check_tables(self, size: ShardSize, blocks: NDArray[np.int64]) -> None:
         """Check both tables against the index, and find where each block begins in the rows and in the data."""
@@ -110,19 +110,14 @@ class ShardMap:
                 f"A block of {self.path} holds no row, or more than {MAX_BLOCK_BYTES} bytes. Get the shard again."
             )
 
-    def close_block(self) -> None:
-        """Forget the block that was read last."""
-        self._open: tuple[int, bytes] = (-1, b"")
-
     def read_row(self, row: int, *, check: bool = True) -> TransferRow:
         """A row; with `check`, its values are checked when it is read for the first time."""
         block = int(np.searchsorted(self._row_edges, row, side="right")) - 1
         first, stop = int(self._row_edges[block]), int(self._row_edges[block + 1])
         begin, end = (self._start + int(edge) for edge in self._byte_edges[block : block + 2])
         try:
-            if self._open[0] != block:
-                content = self._codec.decompress(self._data[begin:end], int(self._content_bytes[block]))
-                self._open = (block, content)
+            if self.block is None or self.block[0] != block:
+                self.block = block, self._codec.decompress(self._data[begin:end], int(self._content_bytes[block]))
         except TransferSetError as error:
             raise TransferSetError(
                 f"Rows {first} to {stop - 1} of {self.path}, in its bytes {begin} to {end - 1}, are damaged: {error}. "
@@ -130,7 +125,7 @@ class ShardMap:
             ) from error
         check = check and not self._checked[row]
         try:
-            decoded = self._codec.decode(self._open[1], self.table[first:stop], row - first, check=check)
+            decoded = self._codec.decode(self.block[1], self.table[first:stop], row - first, check=check)
         except TransferSetError as error:
             raise TransferSetError(f"Row {row} of {self.path}: {error}") from error
         self._checked[row] |= check

@@ -78,7 +78,7 @@ class ShardStore:
         """The shard, mapped and with its header and tables checked."""
         last = next(reversed(self._maps), shard)
         if last != shard:
-            self._maps[last].close_block()  # one block is open in a set, not one in each of its shards
+            self._maps[last].block = None  # one block is open in a set, not one in each of its shards
         mapped = self._maps.get(shard)
         if mapped is None:
             mapped = ShardMap(self.locate(shard), self.codec, self.index.shards[shard].size)
