@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -87,14 +86,6 @@ class Plan:
         temperatures = fields["temperatures"]
         _require(isinstance(temperatures, list), "temperatures", temperatures, "a list")
         return cls(**{**fields, "temperatures": tuple(temperatures)})
-
-    def digest(self) -> str:
-        """sha256 of the canonical JSON, in hexadecimal."""
-        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
-
-    def differences(self, other: Plan) -> list[str]:
-        """The names of the fields in which two plans differ."""
-        return [name for name in self.__dataclass_fields__ if getattr(self, name) != getattr(other, name)]
 
 
 def _is_name(value: Any) -> bool:

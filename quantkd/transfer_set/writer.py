@@ -14,6 +14,7 @@ from pathlib import Path
 from quantkd.errors import TransferSetError
 from quantkd.files import DISK, FileLock, FileSystem, write_file
 from quantkd.transfer_set.codec import Codec
+from quantkd.transfer_set.documents import canonical_json
 from quantkd.transfer_set.index import (
     INDEX_NAME,
     PLAN_NAME,
@@ -223,9 +224,11 @@ class TransferSetWriter:
 
 
 def _require_same(folder: Path, found: Plan, wanted: Plan) -> None:
-    if found.digest() != wanted.digest():
+    old, new = found.to_json(), wanted.to_json()
+    differing = [name for name in new if canonical_json(old[name]) != canonical_json(new[name])]
+    if differing:
         raise TransferSetError(
-            f"{folder} holds a transfer set of another plan; it differs in {', '.join(found.differences(wanted))}. "
+            f"{folder} holds a transfer set of another plan; it differs in {', '.join(differing)}. "
             "Choose another folder, or ask for the same teacher, prompts and settings."
         )
 
