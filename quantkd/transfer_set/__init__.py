@@ -6,5 +6,5 @@ from quantkd.transfer_set.info import TransferSetInfo as TransferSetInfo
 from quantkd.transfer_set.plan import FORMAT_VERSION as FORMAT_VERSION, Plan as Plan
 from quantkd.transfer_set.reader import TransferSet as TransferSet
 from quantkd.transfer_set.row import TransferRow as TransferRow
-from quantkd.transfer_set.store import Verification as Verification, verify as verify
+from quantkd.transfer_set.store import verify as verify
 from quantkd.transfer_set.writer import ShardTask as ShardTask, TransferSetWriter as TransferSetWriter
