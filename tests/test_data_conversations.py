@@ -194,7 +194,7 @@ def test_system_prompt_and_few_shot_are_turns_before_the_prompt():
     with pytest.raises(DataError, match=r"Row 0 is a whole conversation.* of 2 few-shot"):
         with_context([Example(CONVERSATION)], few_shot=shots)
     with pytest.raises(DataError, match=r"Few-shot example 1 is .*expected a prompt in text and its completion"):
-        with_context([plain], few_shot=[shots[0], plain.__class__("no answer")])
+        with_context([plain], few_shot=[shots[0], Example("no answer")])
 
 
 @pytest.mark.parametrize(("template", "tokens"), [(CHAT_TEMPLATE, 1), (MARKED, 3)])

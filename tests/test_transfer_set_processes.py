@@ -20,6 +20,7 @@ from transfer_sets import DyingDisk, FaultyDisk, capture_slowly, hashes, make_pl
 from quantkd.errors import TransferSetError
 from quantkd.files import COMMIT_STEPS
 from quantkd.transfer_set import TransferSet, store
+from tests.conftest import refused
 
 fork = multiprocessing.get_context("fork")
 STEPS = [f"{what}:{step}" for what in ("plan", "shard", "record", "index") for step in COMMIT_STEPS]
@@ -52,8 +53,7 @@ def test_sigkill_at_every_named_step(tmp_path, reference, step):
     (process,) = start(tmp_path / "set", disk=DyingDisk(step, 2 if step[0] in "sr" else 1))
     assert end(process) == -signal.SIGKILL, "the step was never reached"
     if step not in ("index:renamed", "index:folder-synced", "cleanup:started"):
-        with pytest.raises(TransferSetError, match=r"unfinished|no transfer set"):
-            TransferSet(tmp_path / "set")
+        refused(TransferSetError, r"unfinished|no transfer set", TransferSet, tmp_path / "set")
     assert capture_slowly(tmp_path / "set") == reference
     assert len(hashes(tmp_path / "set")) == 5, "leftovers of the killed run"
 
@@ -67,8 +67,7 @@ def test_the_nth_call_fails(tmp_path, reference, kind, for_good):
     for number in range(1, counted.calls + 1):
         folder = tmp_path / str(number)
         began = time.monotonic()
-        with pytest.raises(TransferSetError, match=os.strerror(kind)):
-            capture_slowly(folder, disk=FaultyDisk(number, kind, for_good))
+        refused(TransferSetError, os.strerror(kind), capture_slowly, folder, disk=FaultyDisk(number, kind, for_good))
         assert time.monotonic() - began < 5
         try:
             # No false success: what opens is whole. It opens only if nothing but the cleaning up failed.
