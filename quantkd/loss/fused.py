@@ -50,13 +50,12 @@ def compute_fused_loss(
 
     Shapes: labels (N,), weights (N,).
     """
-    rows = chunk_rows or _balance_chunks(states, teacher, objective)
     check_positions(len(states), states.vocab_size, labels, teacher, weights)
     weight, bias = (None, None) if states.head is None else (states.head.weight, states.head.bias)
     leaves = [states.values, weight, bias]
     if not torch.is_grad_enabled():  # a function's inputs ask for gradients even then
         leaves = [None if leaf is None else leaf.detach() for leaf in leaves]
-    loss, ce, kl = _FusedLoss.apply(*leaves, states, labels, teacher, objective, weights, rows)  # type: ignore[no-untyped-call]
+    loss, ce, kl = _FusedLoss.apply(*leaves, states, labels, teacher, objective, weights, chunk_rows)  # type: ignore[no-untyped-call]
     return loss, PositionTerms(ce, kl)
 
 
@@ -88,7 +87,7 @@ class _FusedLoss(torch.autograd.Function):
         teacher: TopKLogprobs | TargetStates,
         objective: Objective,
         weights: Tensor | None,
-        rows: int,
+        chunk_rows: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, CE (N,) and divergence (N,); what requires a gradient gets it now, for `backward` to scale."""
         needs_values, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -143,7 +142,7 @@ class _FusedLoss(torch.autograd.Function):
                 grad_weight.add_(_unscale(gradient.T @ hidden, scale, count))
 
         with torch.autocast(states.device.type, enabled=False):
-            for part in _cut(0, len(states), rows):
+            for part in _cut(0, len(states), chunk_rows or _balance_chunks(states, teacher, objective)):
                 run(part)
         ctx.save_for_backward(grad_values, grad_weight, grad_bias)
         ctx.dtypes = values.dtype, weight is not None and weight.dtype
