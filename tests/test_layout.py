@@ -3,12 +3,13 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "quantkd"
-TREES = {path.relative_to(PACKAGE): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+FILES = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
 # Low to high: a module imports from its own part and from those before it. LOW are single files and the lowest part.
 LOW = ["errors", "hardware", "names", "files", "foreign", "remote"]
 PARTS = ["data", "transfer_set", "loss", "models", "evaluation", "report", "view", "hub", "teacher", "training"]
@@ -19,12 +20,17 @@ def name_of(path: Path) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
-NAMES = {name_of(path) for path in TREES}
+NAMES = {name_of(path) for path in FILES}
+
+
+@cache
+def read_tree(path: Path) -> ast.Module:
+    return ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
 
 
 def list_imports(path: Path) -> Iterator[str]:
     """The modules of quantkd that a module imports, at its top or inside a function, for types or to run."""
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(read_tree(path)):
         names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names = [each.value for each in node.args if isinstance(each, ast.Constant)]
@@ -35,8 +41,10 @@ def list_imports(path: Path) -> Iterator[str]:
         yield from (name.removeprefix("quantkd.") for name in names if re.match(r"quantkd\b", name))
 
 
-# quantkd/__init__.py, the face of all, loads what it exports by name; nothing within imports it.
-GRAPH = {name_of(path) or "quantkd": set(list_imports(path)) for path in TREES}
+@cache
+def read_graph() -> dict[str, set[str]]:
+    # quantkd/__init__.py, the face of all, loads what it exports by name; nothing within imports it.
+    return {name_of(path) or "quantkd": set(list_imports(path)) for path in FILES}
 
 
 def rank_of(module: str) -> int:
@@ -46,18 +54,19 @@ def rank_of(module: str) -> int:
 
 def find(kind: type[ast.AST], pattern: str) -> set[str]:
     return {
-        path.as_posix() for path, tree in TREES.items() for node in ast.walk(tree)
+        path.as_posix() for path in FILES for node in ast.walk(read_tree(path))
         if isinstance(node, kind) and re.match(pattern, ast.unparse(node))
     }  # fmt: skip
 
 
 def test_imports_run_one_way() -> None:
-    upward = {f"{low} -> {high}" for low in GRAPH for high in GRAPH[low] if rank_of(high) > rank_of(low)}
+    graph = read_graph()
+    upward = {f"{low} -> {high}" for low in graph for high in graph[low] if rank_of(high) > rank_of(low)}
     assert sorted(upward) == []
 
 
 def test_no_modules_import_each_other() -> None:
-    left = dict(GRAPH)
+    left = dict(read_graph())
     while ends := {module for module, used in left.items() if not used & left.keys()}:
         left = {module: used for module, used in left.items() if module not in ends}
     while starts := left.keys() - set().union(*left.values()):  # these only import from a circle
