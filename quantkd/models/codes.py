@@ -1,10 +1,11 @@
 """4-bit codes by error feedback, in bitsandbytes' storage: the same constants, bytes and kernels, other codes.
 
 Rounding every weight to its nearest code ignores what a layer reads. With C the second moment of the inputs, the output
-error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and the rounding error of each is
-spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. With
-H the second moment of the gradients of the outputs, an error costs trace(H E C E^T), and the errors of rows are spread
-over further rows in the same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C
+error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and each makes up for the errors of
+those before it (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first: by the triangular factor of C, which
+gives what the inverse of C does (QuIP, Chee et al. 2023, arXiv:2307.13304). With H the second moment of the gradients of
+the outputs, an error costs trace(H E C E^T), and rows make up for the errors of rows before them in the same way (YAQA,
+Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C
 than its codes before keeps those. The derivation and the figures are in docs/quantize.md.
 """
 
@@ -37,12 +38,10 @@ class Moment:
         self.matrix = matrix[self.order][:, self.order]  # largest first
         damped = self.matrix.flip(0, 1)
         damped.diagonal().add_(damping * float(matrix.diagonal().mean()) or 1.0)  # for directions that no token took
-        lower = robust_cholesky(damped)
-        # The upper Cholesky factor of the inverse, by its diagonal: row i says how the error of column i goes to the
-        # later ones.
-        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        self.feedback = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-        self.feedback /= self.feedback.diagonal().clone().unsqueeze(1)
+        # The moment is U U^T with U upper triangular, so an error e costs |U^T e|^2, whose k-th part vanishes where
+        # e_k = -sum_j<k U_jk / U_kk e_j: row j says how the error of column j goes to the later ones.
+        self.feedback = robust_cholesky(damped).flip(0, 1)
+        self.feedback /= self.feedback.diagonal().clone()
 
 
 def moments_of(inputs: Tensor, costs: Costs | None = None) -> tuple[Moment, list[Moment]]:
@@ -63,7 +62,7 @@ def choose_codes(
     """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
 
     weight and scales are (out, in); without the inputs' moment the nearest codes are chosen. With those of the outputs
-    the rows of a group are chosen in blocks, and the errors of each are spread over those to come. A row that gains
+    the rows of a group are chosen in blocks, and each makes up for the errors of those before it. A row that gains
     nothing keeps its codes from before, or takes the nearest.
     """
     grid, places = levels.sort()  # FP4's are in no order
@@ -73,7 +72,7 @@ def choose_codes(
     if inputs is None:
         return nearest
     before = nearest if before is None else before
-    left, found = weight.clone(), torch.empty_like(nearest)
+    errors, found = torch.zeros_like(weight), torch.empty_like(nearest)
     ends = torch.tensor([0, *(len(group.order) for group in outputs)]).cumsum(0).tolist()
     orders = [first + group.order for first, group in zip(ends[:-1], outputs, strict=True)]
     everything = torch.arange(len(weight), device=weight.device)
@@ -82,13 +81,14 @@ def choose_codes(
     for start in range(0, longest, size):
         parts = [order[start : start + size] for order in orders] or [everything]
         rows = torch.cat(parts)  # of all groups, which do not depend on each other
-        found[rows] = _choose_columns(left[rows], scales[rows], divisors[rows], grid, edges, inputs)
-        for group, order, now in zip(outputs, orders, parts, strict=False):
-            end = start + len(now)
-            own, later = group.feedback[start:end], order[end:]
-            errors = left[now] - grid[found[now]] * scales[now]
-            spread = torch.linalg.solve_triangular(own[:, start:end].T, errors, upper=False)
-            left[later] -= own[:, end:].T @ spread
+        targets = [weight[part] for part in parts]
+        for target, group, order in zip(targets, outputs, orders, strict=False):
+            feedback = group.feedback[:, start : start + len(target)]
+            made_up = feedback[:start].T @ errors[order[:start]]
+            own = feedback[start : start + len(target)].T
+            target += torch.linalg.solve_triangular(own, made_up, upper=False, unitriangular=True)
+        found[rows] = _choose_columns(torch.cat(targets), scales[rows], divisors[rows], grid, edges, inputs)
+        errors[rows] = weight[rows] - grid[found[rows]] * scales[rows]
     chosen = places[found]
     ours, theirs = (
         compute_output_error((weight - levels[each] * scales)[:, inputs.order], inputs.matrix)
@@ -101,18 +101,20 @@ def choose_codes(
 def _choose_columns(
     weight: Tensor, scales: Tensor, divisors: Tensor, grid: Tensor, edges: Tensor, moment: Moment
 ) -> Tensor:
-    """(out, in) places in the grid, column by column, the error of each spread over those to come."""
+    """(out, in) places in the grid, column by column, each of which makes up for the errors of those before it."""
     # Columns become rows, which are contiguous.
-    left, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
-    found = torch.empty(left.shape, dtype=torch.long, device=left.device)
-    for start, end in _blocks(len(left), _COLUMNS):
-        errors, feedback = torch.empty_like(left[start:end]), moment.feedback[start:end, start:end]
-        columns = zip(*(each[start:end] for each in (left, scales, divisors, found)), errors, feedback, strict=True)
-        for done, (column, scale, divisor, code, error, onward) in enumerate(columns, 1):
-            torch.bucketize(column / divisor, edges, out=code)
+    weight, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
+    targets, found = weight.clone(), torch.empty(weight.shape, dtype=torch.long, device=weight.device)
+    for start, end in _blocks(len(weight), _COLUMNS):
+        errors, feedback = torch.empty_like(weight[start:end]), moment.feedback[start:end, start:end]
+        parts = (each[start:end] for each in (weight, targets, scales, divisors, found))
+        for done, (column, target, scale, divisor, code, error, onward) in enumerate(
+            zip(*parts, errors, feedback, strict=True), 1
+        ):
+            torch.bucketize(target / divisor, edges, out=code)
             torch.addcmul(column, grid.take(code), scale, value=-1, out=error)
-            left[start + done : end].addr_(onward[done:], error, alpha=-1)
-        left[end:].addmm_(moment.feedback[start:end, end:].T, errors, alpha=-1)
+            targets[start + done : end].addr_(onward[done:], error)
+        targets[end:].addmm_(moment.feedback[start:end, end:].T, errors)
     return found[moment.order.argsort()].T
 
 
