@@ -1,12 +1,12 @@
 """4-bit codes by error feedback, in bitsandbytes' storage: the same constants, bytes and kernels, other codes.
 
 Rounding every weight to its nearest code ignores what a layer reads. With C the second moment of the inputs, the output
-error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and each makes up for the errors of
-those before it (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first: by the triangular factor of C, which
-gives what the inverse of C does (QuIP, Chee et al. 2023, arXiv:2307.13304). With H the second moment of the gradients of
-the outputs, an error costs trace(H E C E^T), and rows make up for the errors of rows before them in the same way (YAQA,
-Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C
-than its codes before keeps those. The derivation and the figures are in docs/quantize.md.
+error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and each makes up for the errors
+of those before it (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first: by the triangular factor of C,
+which gives what the inverse of C does (QuIP, Chee et al. 2023, arXiv:2307.13304). With H the second moment of the
+gradients of the outputs, an error costs trace(H E C E^T), and rows make up for the errors of rows before them in the
+same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C than its codes before keeps
+those. The derivation and the figures are in docs/quantize.md.
 """
 
 from __future__ import annotations
