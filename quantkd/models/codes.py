@@ -1,11 +1,8 @@
 """4-bit codes by error feedback, in bitsandbytes' storage: the same constants, bytes and kernels, other codes.
 
-Rounding every weight to its nearest code ignores what a layer reads. With C the second moment of the inputs, the output
-error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and the rounding error of each is
-spread over those to come by the inverse of C (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first. With
-H the second moment of the gradients of the outputs, an error costs trace(H E C E^T), and the errors of rows are spread
-over further rows in the same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C
-than its codes before keeps those. The derivation and the figures are in docs/quantize.md.
+Columns are rounded one after the other, and the rounding error of each is spread over those to come by the inverse of
+the inputs' second moment (GPTQ, Frantar et al. 2022, arXiv:2210.17323); the errors of rows are spread over further rows
+in the same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). docs/quantize.md has the derivation and the figures.
 """
 
 from __future__ import annotations
@@ -60,18 +57,14 @@ def choose_codes(
     outputs: Sequence[Moment] = (),
     before: Tensor | None = None,
 ) -> Tensor:
-    """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
-
-    weight and scales are (out, in); without the inputs' moment the nearest codes are chosen. With those of the outputs
-    the rows of a group are chosen in blocks, and the errors of each are spread over those to come. A row that gains
-    nothing keeps its codes from before, or takes the nearest.
-    """
+    """Places in `levels` for which `levels[codes] * scales`, all (out, in), gives outputs near those of the weight."""
     grid, places = levels.sort()  # FP4's are in no order
     edges = (grid[1:] + grid[:-1]) / 2
     divisors = torch.where(scales == 0, torch.ones_like(scales), scales)  # a block of zeros takes any code
     nearest = places[torch.bucketize((weight / divisors).contiguous(), edges)]
     if inputs is None:
         return nearest
+    # A row that gains nothing keeps its codes from before.
     before = nearest if before is None else before
     left, found = weight.clone(), torch.empty_like(nearest)
     ends = torch.tensor([0, *(len(group.order) for group in outputs)]).cumsum(0).tolist()
@@ -90,10 +83,8 @@ def choose_codes(
             spread = torch.linalg.solve_triangular(own[:, start:end].T, errors, upper=False)
             left[later] -= own[:, end:].T @ spread
     chosen = places[found]
-    ours, theirs = (
-        compute_output_error((weight - levels[each] * scales)[:, inputs.order], inputs.matrix)
-        for each in (chosen, before)
-    )
+    both = ((weight - levels[each] * scales)[:, inputs.order] for each in (chosen, before))
+    ours, theirs = (((error @ inputs.matrix) * error).sum(1) for error in both)  # e C e^T of each row
     # By a margin, for the comparison is itself rounded.
     return torch.where((ours < theirs * (1 - 1e-5)).unsqueeze(1), chosen, before)
 
@@ -105,7 +96,8 @@ def _choose_columns(
     # Columns become rows, which are contiguous.
     left, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
     found = torch.empty(left.shape, dtype=torch.long, device=left.device)
-    for start, end in _blocks(len(left), _COLUMNS):
+    for start in range(0, len(left), _COLUMNS):
+        end = start + _COLUMNS
         errors, feedback = torch.empty_like(left[start:end]), moment.feedback[start:end, start:end]
         columns = zip(*(each[start:end] for each in (left, scales, divisors, found)), errors, feedback, strict=True)
         for done, (column, scale, divisor, code, error, onward) in enumerate(columns, 1):
@@ -114,11 +106,6 @@ def _choose_columns(
             left[start + done : end].addr_(onward[done:], error, alpha=-1)
         left[end:].addmm_(moment.feedback[start:end, end:].T, errors, alpha=-1)
     return found[moment.order.argsort()].T
-
-
-def compute_output_error(error: Tensor, moment: Tensor) -> Tensor:
-    """(out,): the mean squared output of each row of an (out, in) error, e C e^T."""
-    return ((error @ moment) * error).sum(1)
 
 
 def read_constants(state: Any) -> Tensor:
@@ -160,7 +147,3 @@ def calibrate_layer(layer: Any, original: Tensor, inputs: Moment | None, outputs
     both = (halves[0::2] << 4) | halves[1::2]
     packed.copy_(both.view(packed.dtype).reshape(packed.shape))
     forget_repacked(layer)
-
-
-def _blocks(count: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
