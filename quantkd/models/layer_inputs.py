@@ -42,7 +42,7 @@ def visit_layers(
     rows: Rows | None,
     bar: tqdm[Any],
 ) -> None:
-    """Call `visit` once per layer, with its (N, in) inputs without padding; with None where no token reaches it."""
+    """Call `visit` once per layer, with its (N, in) inputs in float32, without padding; None if no token reaches it."""
     waiting: dict[Any, Any] = dict.fromkeys(layers)
     # Layers that read the same states (query, key and value) come one after the other, and are shown one tensor.
     last: tuple[Tensor | None, Tensor | None] = None, None
@@ -51,7 +51,10 @@ def visit_layers(
         nonlocal last
         waiting.pop(layer).remove()
         if args[0] is not last[0]:
-            last = args[0], _tokens(args[0], mask)
+            tokens = args[0].reshape(-1, args[0].shape[-1])
+            if len(tokens) == mask.numel():  # else a part of them, as an expert gets it
+                tokens = tokens[mask.flatten().to(tokens.device)]
+            last = args[0], tokens.float() if len(tokens) else None
         visit(layer, last[1])
         bar.update()
 
@@ -98,11 +101,3 @@ def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> Rows:
         for place, padding in ((0, 0), (-1, IGNORE_INDEX))
     )
     return Rows(ids, (torch.arange(longest) < lengths.unsqueeze(1)).long(), labels)
-
-
-def _tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
-    """(N, in): a layer's inputs without padding, in float32; None where there are none."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if len(rows) == mask.numel():  # else a part of the tokens, as an expert gets them
-        rows = rows[mask.flatten().to(rows.device)]
-    return rows.float() if len(rows) else None

@@ -110,9 +110,9 @@ def are_close(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _list_quantized(network: nn.Module) -> dict[str, Any]:
     """The quantized layers by name, in its order, whatever adapters are around them."""
-    found = {name: each for name, each in network.named_modules() if not hasattr(each, "get_base_layer")}
-    names = {name.replace(".base_layer", ""): name for name, each in found.items() if is_quantized_layer(each)}
-    return {name: found[names[name]] for name in sorted(names)}
+    plain = [(name, each) for name, each in network.named_modules() if not hasattr(each, "get_base_layer")]
+    found = {name.replace(".base_layer", ""): each for name, each in plain if is_quantized_layer(each)}
+    return {name: found[name] for name in sorted(found)}
 
 
 def _list_linear(network: Any) -> list[Any]:

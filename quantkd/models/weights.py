@@ -73,21 +73,11 @@ def is_quantized_layer(layer: Any) -> bool:
     )
 
 
+@torch.no_grad()
 def dequantize_weight(layer: Any) -> Tensor:
     """The weight that a linear layer of any format trains with, in floating point; an ordinary one is not copied."""
     if hasattr(layer, "get_base_layer"):
         layer = layer.get_base_layer()
-    with torch.no_grad():
-        weight = _dequantize(layer)
-    if weight is None or weight.dim() != 2 or weight.dtype not in FULL_PRECISION:
-        raise ConfigError(
-            f"{type(layer).__module__}.{type(layer).__name__} gives no full-precision weight; expected a linear layer "
-            "of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or an ordinary one."
-        )
-    return weight.detach()
-
-
-def _dequantize(layer: Any) -> Tensor | None:
     weight: Tensor | None = getattr(layer, "weight", None)
     if hasattr(layer, "W_q"):  # HQQ
         weight = layer.dequantize()
@@ -103,7 +93,12 @@ def _dequantize(layer: Any) -> Tensor | None:
         weight = layer.weight.dequantize() if by_name else _pass_identity(layer, layer.weight.dtype)
     elif (unpacked := _dequantize_4bit(layer)) is not None:
         weight = unpacked
-    return weight
+    if weight is None or weight.dim() != 2 or weight.dtype not in FULL_PRECISION:
+        raise ConfigError(
+            f"{type(layer).__module__}.{type(layer).__name__} gives no full-precision weight; expected a linear layer "
+            "of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or an ordinary one."
+        )
+    return weight.detach()
 
 
 def _dequantize_4bit(layer: Any) -> Tensor | None:
