@@ -170,6 +170,7 @@ def test_bytes_and_digest_are_those_of_the_file(q4_0, tiny_model_path, tmp_path)
     assert describe_weights(student) == describe_weights(exact)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_file_by_itself(tmp_path, tiny_model, tiny_tokenizer, tiny_model_path, training_set, caplog, cli):
     tiny_model.save_pretrained(tmp_path / "full")
     path = write_gguf(tiny_model, tmp_path / "alone.gguf", tokenizer=tiny_tokenizer)

@@ -212,14 +212,12 @@ def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
     return next(((str(place), None) for place in places if (place / "config.json").is_file()), None)
 
 
-def _identify(
-    name: str, quantization: Any, config: Any, rows: int, seed: int, **model_init_kwargs: Any
-) -> dict[str, Any]:
+def _identify(name: str, quantization: Any, config: Any, rows: int, seed: int, **kwargs: Any) -> dict[str, Any]:
     """What tells a checkpoint from others that `quantize` would write from the same set."""
     return {
         "quantized_from": public_name(name), "quantization": quantization, "rows": rows, "seed": seed,
         "skipped_modules": sorted(getattr(config, "llm_int8_skip_modules", None) or []),
-        "quantkd_version": __version__, **_identify_origin(name, **model_init_kwargs),
+        "quantkd_version": __version__, **_identify_origin(name, **kwargs),
     }  # fmt: skip
 
 

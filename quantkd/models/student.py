@@ -100,8 +100,7 @@ def describe_quantization(model: Any) -> dict[str, Any] | None:
 def describe_config(config: Any) -> dict[str, Any]:
     """What decides the numbers of a quantization, as JSON."""
     settings = config if isinstance(config, dict) else config.to_dict()
-    found = {name: settings[name] for name in _SETTINGS if settings.get(name) not in (None, False)}
-    return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
+    return {name: settings[name] for name in _SETTINGS if settings.get(name) not in (None, False)}
 
 
 def short_dtype(model: Any) -> torch.dtype:
