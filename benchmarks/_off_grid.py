@@ -55,7 +55,7 @@ def leave_grid(name_or_path: str, rows: TransferSet, folder: Path) -> None:
         after.append(measure_distance(layer.weight, low, step))
 
     with tqdm(total=len(layers), desc="off the grid", unit="layer", disable=None) as bar:
-        visit_layers(model, layers, visit, *draw_rows(fitted, _ROWS, seed=0)[:2], bar)
+        visit_layers(model, layers, visit, draw_rows(fitted, _ROWS, seed=0), bar)
     kl = evaluate_fidelity(model, held_out).means["kl"]
     figures = {"kl": round(kl, 5), "seconds": round(time.perf_counter() - began, 1), "transfer_set": rows.digest}
     for when, distances in (("before", before), ("after", after)):

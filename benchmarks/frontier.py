@@ -164,7 +164,7 @@ class Ours:
         path = self.home / f"codes-{kind}.safetensors"
         if not path.exists():
             network = load_blocks(self.model, kind)
-            calibrate(network, OriginalWeights(self.model, network), *draw_rows(self.train, ROWS, 0, network))
+            calibrate(network, OriginalWeights(self.model, network), draw_rows(self.train, ROWS, 0, network))
             save_file({name: torch.from_numpy(each.gguf_tensor.blocks) for name, each in list_linear(network)}, path)
         return load_blocks(self.model, kind, path)
 

@@ -70,15 +70,15 @@ def measure(domain: str, student: Any, args: argparse.Namespace) -> Iterator[dic
             yield {"domain": domain, "start": "zero", "rank": "any", "rows": 0, "tokens": 0, "kl": zero, "seconds": 0.0}
         for start in args.starts:
             for rows in args.rows if start == "covariance" else (0,):
-                drawn = draw_rows(train, rows, seed=0) if rows else (None, None)
+                drawn = draw_rows(train, rows, seed=0) if rows else None
                 for name, parameter in model.named_parameters():
                     if ".lora_B." in name:
                         parameter.data.zero_()
                 began = time.perf_counter()
-                initialize_from_error(model, weights, *drawn, shrinkage=args.shrinkage)
+                initialize_from_error(model, weights, drawn, shrinkage=args.shrinkage)
                 yield {
                     "domain": domain, "start": start, "rank": rank, "rows": rows,
-                    "tokens": int(drawn[1].sum()) if rows else 0, "seconds": time.perf_counter() - began,
+                    "tokens": int(drawn.attention_mask.sum()) if drawn else 0, "seconds": time.perf_counter() - began,
                     "kl": evaluate_fidelity(model, held_out).means["kl"],
                 }  # fmt: skip
         student = model.unload()

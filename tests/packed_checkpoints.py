@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -28,10 +27,7 @@ CONFIGS = {
 
 def require_package(name):
     """Skip the test where the package of a student's format is not installed."""
-    try:
-        metadata.version(NEEDS.get(name, "torch"))
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"{name} needs the package {NEEDS[name]}, which is not installed")
+    pytest.importorskip(NEEDS.get(name, "torch"), reason=f"{name} needs the package {NEEDS.get(name)}")
 
 
 def load_in(name, path, folder=None, dtype="float32"):

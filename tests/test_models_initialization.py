@@ -28,7 +28,7 @@ from quantkd.errors import ConfigError
 from quantkd.models import curvature, initialization
 from quantkd.models.curvature import Costs, measure_costs, weigh_inputs
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, initialize_from_error
-from quantkd.models.layer_inputs import draw_rows
+from quantkd.models.layer_inputs import Rows, draw_rows
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import quantize
@@ -106,9 +106,8 @@ def test_without_inputs_it_is_peft_s_loftq_and_full_rank_gives_back_the_whole_er
     for factor in compute_correction(torch.zeros(6, 5), inputs.float(), 2):
         assert not factor.any()  # nothing to correct, and no division by it
     indefinite = torch.eye(6) - 1.2 / 6 * torch.ones(6, 6)  # by the rounding of bfloat16, say
-    assert all(
-        bool(each.isfinite().all()) for each in compute_correction(torch.ones(6, 5), None, 2, costs=[indefinite])
-    )
+    for factor in compute_correction(torch.ones(6, 5), None, 2, costs=[indefinite]):
+        assert factor.isfinite().all()
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def products(model):
 def correct(model, path, ids=IDS, mask=None):
     """Start the model's adapters from its error against the checkpoint at `path`; how many were set."""
     weights = OriginalWeights(str(path), model.get_base_model())
-    return initialize_from_error(model, weights, ids, mask, progress=False)
+    return initialize_from_error(model, weights, Rows(ids, mask), progress=False)
 
 
 def test_it_is_near_to_the_teacher_the_same_every_time_and_draws_from_no_generator(tiny_model_path, build, load):
@@ -204,7 +203,7 @@ def test_an_error_costs_what_it_changes_the_loss_by_token_and_direction(tiny_mod
     state = torch.get_rng_state()
     bar = tqdm(disable=True)
     monkeypatch.setattr(curvature, "_MAX_COSTS", 50 * sum(each.out_features for each in layers))
-    found = measure_costs(tiny_model.train(), layers, *drawn, bar)
+    found = measure_costs(tiny_model.train(), layers, drawn, bar)
     assert torch.equal(state, torch.get_rng_state()) and tiny_model.training
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
     expected = {layer: [] for layer in layers}
@@ -236,7 +235,7 @@ def test_an_error_costs_what_it_changes_the_loss_by_token_and_direction(tiny_mod
 def test_a_router_that_gives_several_outputs_has_no_costs():
     model = attach_lora(build_family("Qwen3-MoE", 320), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     layers = {each: name for name, each in model.named_modules() if isinstance(each, LoraLayer)}
-    found = measure_costs(model, layers, IDS, None, IDS, tqdm(disable=True))
+    found = measure_costs(model, layers, Rows(IDS, labels=IDS), tqdm(disable=True))
     assert sorted(layers[each].rpartition(".")[2] for each in layers.keys() - found) == ["gate"] * 2
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
@@ -261,7 +260,7 @@ def test_rows_are_drawn_until_the_padded_batch_is_full_and_a_long_one_is_weighed
         assert draw_rows(rows, 200, 0, tiny_model)[0].shape == shape
     monkeypatch.setattr(curvature, "_MAX_TOKENS", 6)
     layer, ids = tiny_model.model.layers[0].mlp.up_proj, torch.arange(1, 21).view(2, 10)
-    weights = measure_costs(tiny_model, [layer], ids, None, ids, tqdm(disable=True))[layer].tokens.view(2, 10)
+    weights = measure_costs(tiny_model, [layer], Rows(ids, labels=ids), tqdm(disable=True))[layer].tokens.view(2, 10)
     torch.testing.assert_close(weights[:, 6:], weights[:, :6].mean(1, keepdim=True).expand(2, 4))
 
 
@@ -275,7 +274,7 @@ def test_rows_that_share_a_pass_cost_what_they_cost_alone(tiny_model, training_s
     found = []
     for tokens in (1, 70, 1024):  # a row, two and all of them in a pass
         monkeypatch.setattr(curvature, "_BATCH_TOKENS", tokens)
-        found.append(measure_costs(tiny_model, layers, ids, mask, labels, tqdm(disable=True)))
+        found.append(measure_costs(tiny_model, layers, Rows(ids, mask, labels), tqdm(disable=True)))
     for layer in layers:
         alone, *together = (each[layer] for each in found)
         assert len(alone.tokens) == mask.sum()
@@ -421,24 +420,25 @@ def test_one_layer_is_held_at_a_time(load, tiny_model_path, monkeypatch):
     assert numbers <= (_MAX_INPUTS + 64) * 128  # the widest layer's
 
 
-def test_the_learning_rate_follows_the_start_that_was_made(load, tiny_model_path, tmp_path, build, training_set):
+def test_the_learning_rate_follows_the_start_that_was_made(one_layer_path, tmp_path, build, training_set):
     def lora(**options):
         return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
+    load = partial(load_student, str(one_layer_path), dtype="float32")
     load().save_pretrained(tmp_path / "nf4")
-    stored = {"model": str(tmp_path / "nf4"), "processing_class": AutoTokenizer.from_pretrained(tiny_model_path)}
-    quantize(str(tiny_model_path), training_set, tmp_path / "codes", progress=False)
-    codes = {**stored, "model": str(tmp_path / "codes")}
+    stored = {"model": str(tmp_path / "nf4"), "processing_class": AutoTokenizer.from_pretrained(one_layer_path)}
+    quantize(str(one_layer_path), training_set, tmp_path / "codes", progress=False)
+    codes, default = {**stored, "model": str(tmp_path / "codes")}, {"model": str(one_layer_path), "learning_rate": None}
     for options, rate in (
         ({}, 3e-5),
         ({"init": "loftq"}, 3e-5),
         ({"init": "zero"}, 3e-4),
-        ({**codes, "init_from": str(tiny_model_path)}, 1e-4),
+        ({**codes, "init_from": str(one_layer_path)}, 1e-4),
         ({**codes, "init": "zero"}, 3e-4),
         ({"learning_rate": 7e-5, "init": "zero"}, 7e-5),
         (stored, 3e-4),  # without originals beside it
         ({**stored, "learning_rate": 3e-5}, 3e-5),
-        ({**stored, "init_from": str(tiny_model_path)}, 3e-5),
+        ({**stored, "init_from": str(one_layer_path)}, 3e-5),
         ({"peft_config": lora(init_lora_weights="gaussian")}, 3e-4),
         ({"peft_config": lora(use_dora=True)}, 3e-4),
         ({"peft_config": lora(lora_bias=True)}, 3e-5),
@@ -446,11 +446,11 @@ def test_the_learning_rate_follows_the_start_that_was_made(load, tiny_model_path
         ({"train_dataset": None}, 3e-4),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(training_set))}, 3e-4),
         ({"model": get_peft_model(load(), lora())}, 3e-4),
-        ({"model": build(init="loftq").model}, 3e-5),  # adapters that were trained before
-        ({"model": build(**codes, init_from=str(tiny_model_path)).model}, 1e-4),
-        ({"model": AutoModelForCausalLM.from_pretrained(tiny_model_path)}, 3e-5),  # trained whole
+        ({"model": build(str(one_layer_path), init="loftq").model}, 3e-5),  # adapters that were trained before
+        ({"model": build(**codes, init_from=str(one_layer_path)).model}, 1e-4),
+        ({"model": AutoModelForCausalLM.from_pretrained(one_layer_path)}, 3e-5),  # trained whole
     ):
-        assert build(**{"learning_rate": None, **options}).args.learning_rate == rate, options
+        assert build(**{**default, **options}).args.learning_rate == rate, options
     saving = {**stored, "learning_rate": None, "save_strategy": "steps", "save_steps": 1}
     trainer = build(**saving)
     trainer.train()
@@ -522,30 +522,20 @@ def test_what_is_quantized_already_is_no_original(tiny_model, tiny_model_path, t
         refused(ConfigError, found, OriginalWeights(str(tmp_path / name), tiny_model).read, NAME)
 
 
-class Experts(nn.Module):
-    """A layer's work done by two copies of it, each on a part of the tokens."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.experts = nn.ModuleList([copy.deepcopy(layer), copy.deepcopy(layer)])
+class Experts(nn.ModuleList):
+    """A layer's work done by copies of it, each on a part of the tokens."""
 
     def forward(self, inputs):
-        flat = inputs.flatten(0, 1)
-        first = torch.arange(len(flat)) % 3 == 0
-        outputs = flat.new_empty(len(flat), self.experts[0].out_features)
-        outputs[first], outputs[~first] = (
-            expert(flat[part]) for expert, part in zip(self.experts, [first, ~first], strict=True)
-        )
-        return outputs.view(*inputs.shape[:2], -1)
+        parts = inputs.flatten(0, 1).tensor_split([7])
+        return torch.cat([expert(part) for expert, part in zip(self, parts, strict=True)]).view(*inputs.shape[:2], -1)
 
 
 def test_costs_of_experts_that_see_a_part_of_the_tokens(tiny_model, training_set):
-    ids, mask, labels = draw_rows(training_set, 4, seed=0)
+    rows = draw_rows(training_set, 4, seed=0)
     mlp = tiny_model.model.layers[0].mlp
-    layer = mlp.up_proj
-    [whole] = measure_costs(tiny_model, [layer], ids, mask, labels, tqdm(disable=True)).values()
-    mlp.up_proj = Experts(layer)
-    parts = measure_costs(tiny_model, list(mlp.up_proj.experts), ids, mask, labels, tqdm(disable=True))
+    [whole] = measure_costs(tiny_model, [mlp.up_proj], rows, tqdm(disable=True)).values()
+    mlp.up_proj = Experts(copy.deepcopy(mlp.up_proj) for _ in range(2))
+    parts = measure_costs(tiny_model, mlp.up_proj, rows, tqdm(disable=True))
     assert len(parts) == 2 and all(len(costs.tokens) == 0 for costs in parts.values())
     total = sum(costs.outputs[0] for costs in parts.values())
     torch.testing.assert_close(total, whole.outputs[0], rtol=1e-4, atol=1e-4 * float(total.abs().max()))
@@ -556,7 +546,5 @@ def test_inputs_count_alike_where_no_cost_can_be_known(tiny_model, monkeypatch):
     assert weigh_inputs(inputs, None) is inputs
     assert weigh_inputs(inputs, Costs(torch.ones(4), [])) is inputs  # of an expert, a part of the tokens
     for value in (0.0, math.nan, math.inf):  # no loss depends on it, or a gradient overflowed
-        monkeypatch.setattr(
-            curvature, "draw_curvature", lambda logits, counts, value=value: torch.full_like(logits, value)
-        )
-        assert not measure_costs(tiny_model, [layer], ids, None, ids, tqdm(disable=True))
+        monkeypatch.setattr(curvature, "draw_curvature", lambda logits, _, value=value: torch.full_like(logits, value))
+        assert not measure_costs(tiny_model, [layer], Rows(ids, labels=ids), tqdm(disable=True))

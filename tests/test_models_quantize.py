@@ -18,7 +18,7 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.models import codes
 from quantkd.models.codes import Moment, calibrate_layer, choose_codes, moments_of, read_constants
 from quantkd.models.curvature import Costs
-from quantkd.models.layer_inputs import draw_rows
+from quantkd.models.layer_inputs import Rows, draw_rows
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import calibrate, find_origin
@@ -182,7 +182,7 @@ def test_a_checkpoint_that_plain_transformers_loads(kind, tiny_model_path, held_
     changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
     assert changed and all(name.endswith("proj.weight") for name in changed)  # codes alone, no constant
     before = evaluate_fidelity(plain, held_out).means["kl"]
-    calibrate(plain, OriginalWeights(tiny_model_path, plain), *draw_rows(training_set, 24, 0), progress=False)
+    calibrate(plain, OriginalWeights(tiny_model_path, plain), draw_rows(training_set, 24, 0), progress=False)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert Provenance.read(folder).weights == describe_weights(loaded) == describe_weights(plain)
     after = evaluate_fidelity(loaded, held_out).means["kl"]
@@ -240,11 +240,11 @@ def test_turned_layers_and_layers_without_tokens(tmp_path, caplog):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=2))
     model.save_pretrained(tmp_path / "gpt2")
     student = load_student(str(tmp_path / "gpt2"), dtype="float32")
-    ids = torch.arange(60).view(2, 30)
-    count = calibrate(student, OriginalWeights(str(tmp_path / "gpt2"), student), ids, torch.ones_like(ids))
+    rows = Rows(torch.arange(60).view(2, 30))
+    count = calibrate(student, OriginalWeights(str(tmp_path / "gpt2"), student), rows)
     assert count == 8
     layer = student.transformer.h[0].mlp.c_fc
     layer.register_forward_pre_hook(lambda *_: (torch.full((2, 30, 64), torch.nan),))
     with caplog.at_level(logging.WARNING):
-        calibrate(student, OriginalWeights(str(tmp_path / "gpt2"), student), ids, torch.ones_like(ids))
+        calibrate(student, OriginalWeights(str(tmp_path / "gpt2"), student), rows)
     assert "keep their nearest codes. That of transformer.h.0.mlp" in caplog.text

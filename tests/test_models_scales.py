@@ -96,9 +96,9 @@ def test_factors_of_one_change_nothing_and_others_stay_within_a_rounding(double)
 @pytest.mark.parametrize("options", [
     {}, {"packing": True}, {"use_fused_loss": False}, {"gradient_checkpointing": True}
 ], ids=str)  # fmt: skip
-def test_what_is_saved_is_an_ordinary_checkpoint(make_trainer, tiny_model_path, training_set, way, options):
-    lora = {"peft_config": copy.deepcopy(WAYS[way])}
-    trainer = make_trainer(train_scales=True, scales_learning_rate=1e-2, max_steps=8, **options, **lora)
+def test_what_is_saved_is_an_ordinary_checkpoint(make_trainer, one_layer_path, training_set, way, options):
+    options = {"scales_learning_rate": 1e-2, "max_steps": 8, "peft_config": copy.deepcopy(WAYS[way]), **options}
+    trainer = make_trainer(str(one_layer_path), train_scales=True, **options)
     model, row = trainer.model, training_set[0]["input_ids"][None]
     assert trainer.uses_fused_loss == ("use_fused_loss" not in options)
     before = trainer.evaluate(training_set)["eval_kl"]
@@ -114,7 +114,7 @@ def test_what_is_saved_is_an_ordinary_checkpoint(make_trainer, tiny_model_path, 
         assert loaded.peft_config["default"].base_model_name_or_path == "scaled"
     made = Provenance.read(base)
     assert made.weights == describe_weights(loaded) == Provenance.read(out).weights
-    assert find_origin(str(base)) is None and made.export["quantized_from"] == tiny_model_path.name
+    assert find_origin(str(base)) is None and made.export["quantized_from"] == one_layer_path.name
     load_tokenizer(str(base))
     with torch.inference_mode():
         for each in list_adapter_parameters(model):
@@ -140,10 +140,11 @@ def test_a_checkpoint_has_the_dtype_and_size_of_bitsandbytes(make_trainer, tiny_
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_ends_like_an_uninterrupted_one(make_trainer, way):
-    def build(**options):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(make_trainer, one_layer_path, way):
+    def build():
         saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 3}
-        return make_trainer(train_scales=True, peft_config=copy.deepcopy(WAYS[way]), **saving, **options)
+        saving["peft_config"] = copy.deepcopy(WAYS[way])
+        return make_trainer(str(one_layer_path), train_scales=True, **saving)
 
     whole = build()
     whole.train()
@@ -159,7 +160,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make_trainer, way):
     for name, each in scale_parameters(resumed.model).items():
         assert torch.equal(each, halfway[name]) and (each.detach() != scale_parameters(whole.model)[name]).any()
     with pytest.raises(ConfigError, match=r"train_scales was on in the run of .*, and is off now"):
-        make_trainer(peft_config=copy.deepcopy(LORA)).train(resume_from_checkpoint=str(checkpoint))
+        make_trainer(str(one_layer_path), peft_config=copy.deepcopy(LORA)).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_factors_and_norms_have_their_own_learning_rate_and_no_decay(make_trainer):

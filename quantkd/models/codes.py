@@ -1,12 +1,9 @@
 """4-bit codes by error feedback, in bitsandbytes' storage: the same constants, bytes and kernels, other codes.
 
-Rounding every weight to its nearest code ignores what a layer reads. With C the second moment of the inputs, the output
-error of a row of weights is trace(E C E^T). Columns are rounded one after the other, and each makes up for the errors
-of those before it (GPTQ, Frantar et al. 2022, arXiv:2210.17323), largest inputs first: by the triangular factor of C,
-which gives what the inverse of C does (QuIP, Chee et al. 2023, arXiv:2307.13304). With H the second moment of the
-gradients of the outputs, an error costs trace(H E C E^T), and rows make up for the errors of rows before them in the
-same way (YAQA, Tseng et al. 2025, arXiv:2505.22988). A row for which this is no better by C than its codes before keeps
-those. The derivation and the figures are in docs/quantize.md.
+Columns are rounded one after the other, and each makes up for the errors of those before it (GPTQ, Frantar et al. 2022,
+arXiv:2210.17323), by the triangular factor of the inputs' second moment, which gives what its inverse does (QuIP, Chee
+et al. 2023, arXiv:2307.13304); so do rows, by that of the outputs' gradients (YAQA, Tseng et al. 2025,
+arXiv:2505.22988). docs/quantize.md has the derivation and the figures.
 """
 
 from __future__ import annotations
@@ -59,18 +56,14 @@ def choose_codes(
     outputs: Sequence[Moment] = (),
     before: Tensor | None = None,
 ) -> Tensor:
-    """(out, in) places in `levels`: the codes for which `levels[codes] * scales` gives outputs near the weight's.
-
-    weight and scales are (out, in); without the inputs' moment the nearest codes are chosen. With those of the outputs
-    the rows of a group are chosen in blocks, and each makes up for the errors of those before it. A row that gains
-    nothing keeps its codes from before, or takes the nearest.
-    """
+    """Places in `levels` for which `levels[codes] * scales`, all (out, in), gives outputs near those of the weight."""
     grid, places = levels.sort()  # FP4's are in no order
     edges = (grid[1:] + grid[:-1]) / 2
     divisors = torch.where(scales == 0, torch.ones_like(scales), scales)  # a block of zeros takes any code
     nearest = places[torch.bucketize((weight / divisors).contiguous(), edges)]
     if inputs is None:
         return nearest
+    # A row that gains nothing keeps its codes from before.
     before = nearest if before is None else before
     errors, found = torch.zeros_like(weight), torch.empty_like(nearest)
     ends = torch.tensor([0, *(len(group.order) for group in outputs)]).cumsum(0).tolist()
@@ -83,6 +76,7 @@ def choose_codes(
         rows = torch.cat(parts)  # of all groups, which do not depend on each other
         targets = [weight[part] for part in parts]
         for target, group, order in zip(targets, outputs, orders, strict=False):
+            # As for columns, of blocks: e_b = -V_bb^-T V_ab^T e_a of all rows a before block b.
             feedback = group.feedback[:, start : start + len(target)]
             made_up = feedback[:start].T @ errors[order[:start]]
             own = feedback[start : start + len(target)].T
@@ -90,10 +84,8 @@ def choose_codes(
         found[rows] = _choose_columns(torch.cat(targets), scales[rows], divisors[rows], grid, edges, inputs)
         errors[rows] = weight[rows] - grid[found[rows]] * scales[rows]
     chosen = places[found]
-    ours, theirs = (
-        compute_output_error((weight - levels[each] * scales)[:, inputs.order], inputs.matrix)
-        for each in (chosen, before)
-    )
+    both = ((weight - levels[each] * scales)[:, inputs.order] for each in (chosen, before))
+    ours, theirs = (((error @ inputs.matrix) * error).sum(1) for error in both)  # e C e^T of each row
     # By a margin, for the comparison is itself rounded.
     return torch.where((ours < theirs * (1 - 1e-5)).unsqueeze(1), chosen, before)
 
@@ -105,22 +97,17 @@ def _choose_columns(
     # Columns become rows, which are contiguous.
     weight, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
     targets, found = weight.clone(), torch.empty(weight.shape, dtype=torch.long, device=weight.device)
-    for start, end in _blocks(len(weight), _COLUMNS):
+    for start in range(0, len(weight), _COLUMNS):
+        end = start + _COLUMNS
         errors, feedback = torch.empty_like(weight[start:end]), moment.feedback[start:end, start:end]
         parts = (each[start:end] for each in (weight, targets, scales, divisors, found))
-        for done, (column, target, scale, divisor, code, error, onward) in enumerate(
-            zip(*parts, errors, feedback, strict=True), 1
-        ):
+        columns = zip(*parts, errors, feedback, strict=True)
+        for done, (column, target, scale, divisor, code, error, onward) in enumerate(columns, 1):
             torch.bucketize(target / divisor, edges, out=code)
             torch.addcmul(column, grid.take(code), scale, value=-1, out=error)
             targets[start + done : end].addr_(onward[done:], error)
         targets[end:].addmm_(moment.feedback[start:end, end:].T, errors)
     return found[moment.order.argsort()].T
-
-
-def compute_output_error(error: Tensor, moment: Tensor) -> Tensor:
-    """(out,): the mean squared output of each row of an (out, in) error, e C e^T."""
-    return ((error @ moment) * error).sum(1)
 
 
 def read_constants(state: Any) -> Tensor:
@@ -162,7 +149,3 @@ def calibrate_layer(layer: Any, original: Tensor, inputs: Moment | None, outputs
     both = (halves[0::2] << 4) | halves[1::2]
     packed.copy_(both.view(packed.dtype).reshape(packed.shape))
     forget_repacked(layer)
-
-
-def _blocks(count: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, count)) for start in range(0, count, size)]

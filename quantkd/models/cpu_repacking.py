@@ -1,11 +1,9 @@
 """Keeps 4-bit layers trainable on CPUs where bitsandbytes repacks them for inference.
 
-On a CPU with AVX512-BF16, `bitsandbytes.nn.Linear4bit` rewrites its weight on the first forward pass in evaluation mode
-and computes through a kernel without gradients from then on, also in training: every gradient below the last layer is
-silently lost, and whoever dequantizes the weight, such as PEFT's merge, gets nonsense (seen with bitsandbytes 0.50).
-Its own way back rounds the quantization constants. Here a layer has the repacked weight during such a pass alone, and
-its own, bit for bit, outside. Evaluation still uses the fast kernel, so that its results are those of a plainly loaded
-model.
+On a CPU with AVX512-BF16, `bitsandbytes.nn.Linear4bit` rewrites its weight on the first forward pass in evaluation
+mode. From then on its kernel has no gradient, also in training, and whoever dequantizes the weight, such as PEFT's
+merge, gets nonsense (seen with bitsandbytes 0.50). Here a layer has the repacked weight during such a pass alone, so
+that results are those of a plainly loaded model, and its own, bit for bit, outside.
 """
 
 from __future__ import annotations
@@ -101,7 +99,6 @@ def restore_weight(layer: Any) -> None:
         "The model was evaluated on this CPU before it was given to train, and bitsandbytes had repacked its "
         "weights. Restoring them rounds their quantization constants. Load the model again to train the exact ones."
     )
-    unpack = find_unpacking()
-    layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
+    layer.weight.data, layer.weight.quant_state = find_unpacking()(layer.weight.data, state)
     if layer.quant_state is not None:
         layer.quant_state = layer.weight.quant_state

@@ -1,15 +1,14 @@
 """What an error of a layer's output costs at each token, and in each direction, by the curvature of the KL.
 
-Where a model agrees with its teacher the KL has no gradient; what an error costs there is its second derivative by the
-logits, diag(p) - p p^T. Random directions of that covariance go backward through the model once, all targets of a row
-together, and the second moment of what arrives at a layer's output is what its errors cost (Fisher information, as in
-YAQA, Tseng et al. 2025, arXiv:2505.22988). The figures are in docs/quantize.md and docs/initialization.md.
+Random directions of the second derivative by the logits, diag(p) - p p^T, go backward through the model once, all
+targets of a row together. The second moment of what arrives at a layer's output is what its errors cost (Fisher
+information, as in YAQA, Tseng et al. 2025, arXiv:2505.22988). docs/quantize.md and docs/initialization.md have figures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quantkd.errors import ConfigError
+from quantkd.models.layer_inputs import Rows, visit_layers
 from quantkd.models.network import Runner, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
@@ -33,20 +34,36 @@ class Costs(NamedTuple):
     outputs: list[Tensor]  # (group, group) for groups of channels one after the other: e^T H e of an error e of each
 
 
-def measure_costs(
+def settle_layers(
     model: Any,
-    layers: Iterable[nn.Module],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
+    layers: Mapping[Any, str],
+    settle: Callable[[Any, Tensor | None, Costs | None], None],
+    rows: Rows | None,
     bar: tqdm[Any],
-) -> dict[nn.Module, Costs]:
+) -> dict[str, str]:
+    """Call `settle` once per layer, with its inputs and costs where the rows tell them; why it refused, by name."""
+    costs = measure_costs(model, layers, rows, bar) if layers and rows is not None else {}
+    refused: dict[str, str] = {}
+
+    def visit(layer: Any, inputs: Tensor | None) -> None:
+        try:
+            settle(layer, inputs, costs.pop(layer, None))
+        except ConfigError as error:
+            refused[layers[layer]] = str(error)
+
+    visit_layers(model, layers, visit, rows, bar)
+    return refused
+
+
+def measure_costs(model: Any, layers: Iterable[nn.Module], rows: Rows, bar: tqdm[Any]) -> dict[nn.Module, Costs]:
     """The costs of every layer that the targets depend on; those of no finite curvature are left out."""
+    if rows.labels is None:
+        return {}
     layers, embeddings = list(layers), model.get_input_embeddings()
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     group = max(1, _MAX_COSTS // sum(getattr(each, "out_features", 4096) for each in layers))
-    rows = [(row[seen], own[seen]) for row, seen, own in zip(input_ids, mask.bool(), labels, strict=True)]
-    ends = torch.tensor([0, *(len(row) for row, _ in rows)]).cumsum(0).tolist()
+    together = zip(rows.input_ids, rows.mask, rows.labels, strict=True)
+    pairs = [(row[seen], own[seen]) for row, seen, own in together]
+    ends = torch.tensor([0, *(len(row) for row, _ in pairs)]).cumsum(0).tolist()
     spans: list[tuple[int, int]] = []  # of the tokens of the rows in the pass
     found: dict[nn.Module, Costs] = {}
     first: list[Tensor] = []
@@ -83,10 +100,10 @@ def measure_costs(
     try:
         with torch.enable_grad(), undisturbed(model, embeddings.weight.device):
             torch.manual_seed(0)
-            for start, stop in _batches(rows):
-                bar.set_postfix_str(f"curvature of row {stop} of {len(rows)}")
+            for start, stop in _batches(pairs):
+                bar.set_postfix_str(f"curvature of row {stop} of {len(pairs)}")
                 spans[:] = zip(ends[start:stop], ends[start + 1 : stop + 1], strict=True)
-                padded = _pad(rows[start:stop])
+                padded = _pad(pairs[start:stop])
                 logits = runner.run(padded)[0].logits()
                 drawn = draw_curvature(logits, (padded["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist())
                 torch.autograd.grad(logits, first.pop(), drawn)  # no parameter gets a gradient

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,6 @@ class GgufTensor:
     def size(self) -> int:
         """The number of values."""
         return math.prod(self.shape)
-
-    def replace_blocks(self, blocks: NDArray[np.uint8]) -> GgufTensor:
-        """The same tensor with other bytes, which are not the file's."""
-        return replace(self, blocks=blocks)
 
     def dequantize(self) -> Tensor:
         """The values in float32, as the package `gguf` defines them."""
@@ -117,12 +112,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes, too few for a GGUF file. Get the file anew.")
     data = np.memmap(path, mode="c")
     header = _Header(data, path)
-    metadata, found = dict[str, Any](), dict[str, GgufTensor]()
-    count = header.start()
-    for key, value in header.fields():
-        if key in metadata:
-            raise header.broken(f"has {key[:80]!r} twice in its metadata; expected each key once")
-        metadata[key] = value
+    count, metadata = header.read_metadata()
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise header.broken("does not name its architecture (general.architecture)")
@@ -135,34 +125,23 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     # Lists of this length are made before a tensor is looked up.
     if type(blocks) is not int or not 0 <= blocks <= count:
         raise header.broken(f"states {blocks!r:.40} layers and {count} tensors; expected more tensors than layers")
-    places = sorted(header.tensors(count, metadata.get("general.alignment", _ALIGNMENT)), key=lambda each: each[-2])
-    last = 0
-    for name, kind, shape, first, row in places:
-        end = first + math.prod(shape[:-1]) * row
-        if end > len(data):
-            raise ConfigError(
-                f"{path} is truncated: {name} ends at byte {end:,}, and the file has {len(data):,}. Get the file anew."
-            )
-        if first < last or name in found:
-            raise header.broken(f"has {name[:80]!r} where another tensor is, or twice")
-        last = end
-        found[name] = GgufTensor(name, kind, shape, data[first:end].reshape(*shape[:-1], row))
-    return GgufFile(path, architecture, metadata, found, data)
+    tensors = header.read_tensors(count, metadata.get("general.alignment", _ALIGNMENT))
+    return GgufFile(path, architecture, metadata, tensors, data)
 
 
 class _Header:
     """Reads the header of a file from its front, and no byte that is not there."""
 
     def __init__(self, data: NDArray[np.uint8], path: Path) -> None:
-        self._data, self._path, self._place = data.data, path, 0
-        self._fields, self._items = 0, 0
+        self._file, self._data, self._path = data, data.data, path
+        self._place = self._items = 0
 
     def broken(self, what: str) -> ConfigError:
         """An error that names the file."""
         return ConfigError(f"{self._path} {what}. It is broken, or no GGUF file; get it anew.")
 
-    def start(self) -> int:
-        """Read what is before the metadata; returns the number of tensors."""
+    def read_metadata(self) -> tuple[int, dict[str, Any]]:
+        """The number of tensors, and the metadata."""
         magic, version = struct.unpack_from("<4sI", self._data)
         self._place = 8
         if magic != b"GGUF":
@@ -170,42 +149,54 @@ class _Header:
         if version not in (2, 3):
             reason = "is big-endian" if version and version % 2**16 == 0 else f"is of GGUF version {version}"
             raise ConfigError(f"{self._path} {reason}; expected version 2 or 3, little-endian. Convert the model anew.")
-        tensors, self._fields = self._number("Q"), self._number("Q")
-        for found, most, what in ((tensors, _MAX_TENSORS, "tensors"), (self._fields, _MAX_FIELDS, "metadata keys")):
+        tensors, fields = self._number("Q"), self._number("Q")
+        for found, most, what in ((tensors, _MAX_TENSORS, "tensors"), (fields, _MAX_FIELDS, "metadata keys")):
             if found > most:
                 raise self.broken(f"states {found:,} {what}; expected at most {most:,}")
-        return int(tensors)
+        metadata = dict[str, Any]()
+        for _ in range(fields):
+            if (key := self._text()) in metadata:
+                raise self.broken(f"has {key[:80]!r} twice in its metadata; expected each key once")
+            metadata[key] = self._value(self._number("I"))
+        return tensors, metadata
 
-    def fields(self) -> Iterator[tuple[str, Any]]:
-        """The metadata."""
-        for _ in range(self._fields):
-            yield self._text(), self._value(self._number("I"))
-
-    def tensors(self, count: int, alignment: Any) -> list[tuple[str, Any, tuple[int, ...], int, int]]:
-        """Name, kind, shape, first byte and bytes of a row of each tensor."""
+    def read_tensors(self, count: int, alignment: Any) -> dict[str, GgufTensor]:
+        """The tensors, whose entries follow the metadata."""
         if type(alignment) is not int or not 0 < alignment <= 2**16 or alignment & (alignment - 1):
             raise self.broken(f"states the alignment {alignment!r:.40}; expected a power of two")
-        sizes, read = _gguf().GGML_QUANT_SIZES, []
+        sizes, read = {int(kind): (kind, *each) for kind, each in _gguf().GGML_QUANT_SIZES.items()}, []
         for _ in range(count):
             name, dimensions = self._text(), self._number("I")
             if not 1 <= dimensions <= _MAX_DIMENSIONS:
                 raise self.broken(f"gives {name[:80]!r} {dimensions} dimensions; expected 1 to {_MAX_DIMENSIONS}")
             shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
-            kind, offset = self._number("I"), self._number("Q")
-            if kind not in {int(each) for each in sizes}:
+            number, offset = self._number("I"), self._number("Q")
+            if number not in sizes:
                 raise self.broken(
-                    f"stores {name[:80]!r} in type {kind}, which the installed package gguf does not know"
+                    f"stores {name[:80]!r} in type {number}, which the installed package gguf does not know"
                 )
-            kind = _gguf().GGMLQuantizationType(kind)
-            block, size = sizes[kind]
+            kind, block, size = sizes[number]
             if 0 in shape or shape[-1] % block or offset % alignment:
                 raise self.broken(
                     f"has {name[:80]!r} of shape {shape} at offset {offset}; expected rows of whole blocks of {block} "
                     f"({kind.name}), at a multiple of {alignment}"
                 )
-            read.append((name, kind, shape, offset, shape[-1] // block * size))
-        start = -(-self._place // alignment) * alignment
-        return [(name, kind, shape, start + offset, row) for name, kind, shape, offset, row in read]
+            read.append((offset, name, kind, shape, shape[-1] // block * size))
+        last = start = -(-self._place // alignment) * alignment
+        found = dict[str, GgufTensor]()
+        for offset, name, kind, shape, row in sorted(read, key=lambda each: each[0]):
+            first = start + offset
+            end = first + math.prod(shape[:-1]) * row
+            if end > len(self._data):
+                raise ConfigError(
+                    f"{self._path} is truncated: {name} ends at byte {end:,}, and the file has {len(self._data):,}. "
+                    "Get the file anew."
+                )
+            if first < last or name in found:
+                raise self.broken(f"has {name[:80]!r} where another tensor is, or twice")
+            last = end
+            found[name] = GgufTensor(name, kind, shape, self._file[first:end].reshape(*shape[:-1], row))
+        return found
 
     def _value(self, kind: int) -> Any:
         if kind in _NUMBERS:

@@ -86,10 +86,10 @@ def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_ini
 
 def load_student_tokenizer(student: Any, **model_init_kwargs: Any) -> Any:
     """The tokenizer of a student, by name or loaded: its checkpoint's, or that in the GGUF file if there is none."""
-    name = student if isinstance(student, str) else student.config.name_or_path or ""
-    file = (
-        find_gguf(name, **model_init_kwargs) if student is name else getattr(base_network(student), "gguf_file", None)
-    )
+    if isinstance(student, str):
+        name, file = student, find_gguf(student, **model_init_kwargs)
+    else:
+        name, file = student.config.name_or_path or "", getattr(base_network(student), "gguf_file", None)
     if file is None or _is_checkpoint(name, file, model_init_kwargs):
         return load_tokenizer(student, **model_init_kwargs)
     try:
@@ -109,9 +109,8 @@ def _read_config(checkpoint: str | None, file: GgufFile, options: dict[str, Any]
                 "that the file was made from."
             )
     else:
-        scaled = [key for key in file.metadata if ".rope.scaling." in key] + list(
-            file.tensors.keys() & COMPUTED_TENSORS
-        )
+        held = (*file.metadata, *file.tensors)
+        scaled = [key for key in held if ".rope.scaling." in key or key in COMPUTED_TENSORS]
         if scaled:  # transformers would leave it out, and every answer be another one
             raise ConfigError(_unread(file, "config", ValueError(f"it scales positions, {scaled[0]}")))
         try:
@@ -184,9 +183,8 @@ def _is_checkpoint(name_or_path: str, file: GgufFile, model_init_kwargs: dict[st
     """Whether a checkpoint is named, and not the GGUF file itself, or a folder or repository of such files."""
     if Path(name_or_path).is_file():
         return False
-    files = (
-        find_file(name_or_path, each, **hub_arguments(model_init_kwargs)) for each in ("config.json", file.path.name)
-    )
+    where = hub_arguments(model_init_kwargs)
+    files = (find_file(name_or_path, each, **where) for each in ("config.json", file.path.name))
     return next(files) is not None or next(files) is None
 
 

@@ -1,13 +1,9 @@
 """LoRA from the quantization error: a start that gives back most of what rounding took, before the first step.
 
-With E = W - dequantize(Q(W)) and C the second moment of a layer's inputs, the rank-r correction D that least disturbs
-the layer's output, min E_x |(E - D) x|^2, is the rank-r SVD of E C^(1/2), with C^(1/2) undone on the right (EoRA, Liu
-et al. 2024, arXiv:2410.21271; QERA, Zhang et al. 2024, arXiv:2410.06040). That is D = U U^T E, where U holds the r
-leading eigenvectors of E C E^T, the second moment of the output's error: C is neither factorised nor inverted. Where H
-says what an error costs in each direction of the output (`curvature.py`), the same is done for L E, with H = L^T L.
-
-One forward pass over a few rows is enough. Each adapter is set when its layer's input arrives, before the layer runs,
-so that whatever comes later sees corrected inputs; one layer's inputs and original weight are held at a time.
+The best rank-r correction of E = W - dequantize(Q(W)) for inputs of second moment C (EoRA, Liu et al. 2024,
+arXiv:2410.21271; QERA, Zhang et al. 2024, arXiv:2410.06040) is U U^T E, where U holds the r leading eigenvectors of
+E C E^T: C is neither factorised nor inverted. Where H says what an error costs in each direction of the output
+(`curvature.py`), the same is done for L E, with H = L^T L. docs/initialization.md has the derivation.
 """
 
 from __future__ import annotations
@@ -25,8 +21,8 @@ from tqdm import tqdm
 from quantkd.errors import ConfigError
 from quantkd.foreign import lora_variant_of
 from quantkd.hardware import process_state
-from quantkd.models.curvature import Costs, measure_costs, robust_cholesky
-from quantkd.models.layer_inputs import draw_rows, visit_layers
+from quantkd.models.curvature import Costs, robust_cholesky, settle_layers
+from quantkd.models.layer_inputs import Rows, draw_rows
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
 from quantkd.models.weights import dequantize_weight, is_sharded
@@ -42,10 +38,7 @@ _MAX_INPUTS = 4096  # tokens that one correction looks at: they bound its time
 def compute_correction(
     error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE, costs: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the rank-r matrix D = B A that minimises `trace(H (E - D) C (E - D)^T)`.
-
-    H has `costs` as the blocks of its diagonal, or is I.
-    """
+    """Factors of the rank-r D that minimises `trace(H (E - D) C (E - D)^T)`; H is I, or has `costs` as its blocks."""
     # C is X^T X / N plus a share of its mean eigenvalue on the diagonal, for directions that no token took. The leading
     # eigenvectors come from randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
@@ -80,34 +73,17 @@ def compute_correction(
 
 
 def initialize_from_error(
-    model: Any,
-    weights: OriginalWeights,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    *,
-    shrinkage: float = SHRINKAGE,
-    progress: bool = True,
+    model: Any, weights: OriginalWeights, rows: Rows | None, *, shrinkage: float = SHRINKAGE, progress: bool = True
 ) -> int:
-    """Set every LoRA adapter to the best correction of its layer's error, without inputs where no row reaches it.
-
-    With labels, an error of a layer's output counts by what it does to the loss.
-    """
+    """Set every LoRA adapter to the best correction of its layer's error; how many were, and others start from zero."""
     network = base_network(model)
     adapted: dict[Any, str] = {each: name for name, each in network.named_modules() if isinstance(each, LoraLayer)}
-    refused: dict[str, str] = {}
 
-    def settle(layer: Any, inputs: Tensor | None) -> None:
-        try:
-            _correct(layer, weights, adapted[layer], inputs, _shrink(costs.pop(layer, None)), shrinkage)
-        except ConfigError as error:
-            refused[adapted[layer]] = str(error)
+    def settle(layer: Any, inputs: Tensor | None, costs: Costs | None) -> None:
+        _correct(layer, weights, adapted[layer], inputs, _shrink(costs), shrinkage)
 
     bar = tqdm(total=len(adapted), desc="initialization", unit="adapter", disable=None if progress else True)
-    costs: dict[Any, Costs] = {}
-    if adapted and input_ids is not None and labels is not None:
-        costs = measure_costs(model, adapted, input_ids, attention_mask, labels, bar)
-    visit_layers(model, adapted, settle, input_ids, attention_mask, bar)
+    refused = settle_layers(model, adapted, settle, rows, bar)
     if refused:
         name, reason = next(iter(refused.items()))
         logger.warning("%d of %d adapters start from zero. That of %s: %s", len(refused), len(adapted), name, reason)
@@ -135,8 +111,8 @@ def initialize_from_rows(
     if state.is_main_process:
         try:
             weights = OriginalWeights(name_or_path, base_network(model), revision)
-            drawn = draw_rows(dataset, rows, seed, model) if start == "covariance" else ()
-            initialize_from_error(model, weights, *drawn)
+            drawn = draw_rows(dataset, rows, seed, model) if start == "covariance" else None
+            initialize_from_error(model, weights, drawn)
         except (ConfigError, OSError) as error:
             logger.warning("The adapters start from zero: %s", error)
     if state.num_processes > 1:

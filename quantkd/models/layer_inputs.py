@@ -7,7 +7,7 @@ layer's inputs are held at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,28 @@ from quantkd.transfer_set import IGNORE_INDEX
 _MAX_TOKENS, _WIDTH = 16384, 14336
 
 
+class Rows(NamedTuple):
+    """Rows of tokens, (rows, T) each; without a mask none is padding."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """True where no padding is."""
+        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        return mask.bool()
+
+
 def visit_layers(
     model: Any,
     layers: Iterable[nn.Module],
     visit: Callable[[Any, Tensor | None], None],
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
+    rows: Rows | None,
     bar: tqdm[Any],
 ) -> None:
-    """Call `visit` once per layer, with its (N, in) inputs without padding; with None where no token reaches it."""
+    """Call `visit` once per layer, with its (N, in) inputs in float32, without padding; None if no token reaches it."""
     waiting: dict[Any, Any] = dict.fromkeys(layers)
     # Layers that read the same states (query, key and value) come one after the other, and are shown one tensor.
     last: tuple[Tensor | None, Tensor | None] = None, None
@@ -38,22 +51,24 @@ def visit_layers(
         nonlocal last
         waiting.pop(layer).remove()
         if args[0] is not last[0]:
-            last = args[0], _tokens(args[0], mask.bool())
+            tokens = args[0].reshape(-1, args[0].shape[-1])
+            if len(tokens) == mask.numel():  # else a part of them, as an expert gets it
+                tokens = tokens[mask.flatten().to(tokens.device)]
+            last = args[0], tokens.float() if len(tokens) else None
         visit(layer, last[1])
         bar.update()
 
     with torch.no_grad(), bar:
-        if input_ids is not None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if rows is not None:
+            mask = rows.mask
             device = model.get_input_embeddings().weight.device
             for layer in waiting:
                 waiting[layer] = layer.register_forward_pre_hook(before)
             try:
                 with undisturbed(model, device):
                     # Without the head, whose logits over all rows could be gigabytes.
-                    base_network(model).base_model(
-                        input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False
-                    )
+                    inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": mask.long().to(device)}
+                    base_network(model).base_model(**inputs, use_cache=False)
             finally:
                 last = None, None
                 for hook in waiting.values():
@@ -63,8 +78,8 @@ def visit_layers(
             bar.update()
 
 
-def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask and labels, (rows, T) each, of rows drawn at random, as many as asked for or memory allows."""
+def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> Rows:
+    """Rows drawn at random, as many as asked for or memory allows."""
     modules = () if model is None else base_network(model).modules()
     widest = max((each.in_features for each in modules if hasattr(each, "in_features")), default=_WIDTH)
     most = max(_MAX_TOKENS, _MAX_TOKENS * _WIDTH // widest)
@@ -85,12 +100,4 @@ def draw_rows(dataset: Any, rows: int, seed: int, model: Any = None) -> tuple[Te
         nn.utils.rnn.pad_sequence([parts[place] for parts in chosen], batch_first=True, padding_value=padding)
         for place, padding in ((0, 0), (-1, IGNORE_INDEX))
     )
-    return ids, (torch.arange(longest) < lengths.unsqueeze(1)).long(), labels
-
-
-def _tokens(inputs: Tensor, mask: Tensor) -> Tensor | None:
-    """(N, in): a layer's inputs without padding, in float32; None where there are none."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if len(rows) == mask.numel():  # else a part of the tokens, as an expert gets them
-        rows = rows[mask.flatten().to(rows.device)]
-    return rows.float() if len(rows) else None
+    return Rows(ids, (torch.arange(longest) < lengths.unsqueeze(1)).long(), labels)

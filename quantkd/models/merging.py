@@ -101,16 +101,12 @@ def _plain_layer(base: Any, weight: Tensor) -> nn.Module:
         # An embedding keeps what its class adds, such as Gemma's scale. The memo saves a copy of the old weight.
         layer = copy.deepcopy(base, {id(base.weight): nn.Parameter(weight, requires_grad=False)})
         return layer  # type: ignore[no-any-return]
-    if issubclass(getattr(base, "source_cls", nn.Linear), Conv1D):  # GPT-2's, which bitsandbytes stores turned
-        weight = weight.T.contiguous()
-        with torch.device("meta"):
-            layer = Conv1D(weight.shape[1], weight.shape[0])
-    else:
-        with torch.device("meta"):
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    is_turned = issubclass(getattr(base, "source_cls", nn.Linear), Conv1D)  # GPT-2's, which bitsandbytes stores turned
+    weight = weight.T.contiguous() if is_turned else weight
+    with torch.device("meta"):
+        layer = (Conv1D if is_turned else nn.Linear)(weight.shape[1], weight.shape[0])
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     # bitsandbytes' weight and its layer refer to each other, and would stay until the next garbage collection.
     for name in [name for name, _ in base.named_parameters(recurse=False)]:
         setattr(base, name, None)

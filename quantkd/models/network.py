@@ -75,7 +75,7 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
     head, network = _head_module(model), base_network(model)
     config = network.config.get_text_config()
     places = [(config, "final_logit_softcapping"), (config, "logits_scaling"), (network, "logit_scale")]
-    saved = [(place, name, value) for place, name in places if _is_plain(value := getattr(place, name, None))]
+    saved = [(*each, value) for each in places if type(value := getattr(*each, None)) in (int, float)]
     own_forward = head.__dict__.get("forward")  # accelerate's hooks put one there
     # FSDP2 puts hooks on what a layer returns, and warns of a view, which the model's slice of its states is.
     is_fsdp = isinstance(head, FSDPModule) or isinstance(model, FSDPModule)
@@ -198,7 +198,3 @@ def context_length(model: Any) -> int | None:
 def base_network(model: Any) -> Any:
     """The model of transformers below PEFT's, or the model itself if nothing is around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -28,7 +28,7 @@ class OriginalWeights:
     def __init__(self, name_or_path: str, model: Any, revision: str | None = None) -> None:
         self.name_or_path, self.revision = name_or_path, revision
         self._files = self._list_files()
-        self._loaded: dict[str, Tensor] | None = None
+        self._keys, self._converted, self._loaded = dict[str, str](), set[str](), dict[str, Tensor]()
         try:
             self._keys, self._converted = map_checkpoint(list(self._files), model)
         except MissingDependencyError as error:
@@ -38,31 +38,28 @@ class OriginalWeights:
     def read(self, module_name: str) -> Tensor:
         """The weight of a linear layer."""
         name = f"{module_name}.weight"
-        weight = self._read_one(module_name, name) if self._loaded is None else self._loaded.get(name)
-        if weight is None:
+        if name in self._converted:
+            raise ConfigError(f"{name} is made of other tensors of {self.name_or_path} when it is loaded.")
+        if (key := self._keys.get(name)) is not None:
+            path = self._find(self._files[key])
+            if path is None:
+                raise ConfigError(f"{self._files[key]} of {self.name_or_path} is not there.")
+            with safe_open(path, framework="pt") as file:
+                weight: Tensor = file.get_tensor(key)
+        elif name in self._loaded:
+            weight = self._loaded[name]
+        elif f"{module_name}.qweight" in self._files:
+            raise ConfigError(
+                f"{module_name} of {self.name_or_path} is packed, as by GPTQ or AWQ; expected full precision. "
+                "Name the full-precision checkpoint as init_from."
+            )
+        else:
             raise ConfigError(f"{self.name_or_path} has no tensor for {name}.")
         if weight.dtype not in FULL_PRECISION:
             raise ConfigError(
                 f"{name} of {self.name_or_path} is stored as {weight.dtype}, quantized already; expected one of "
                 f"{', '.join(map(str, FULL_PRECISION))}. Name the full-precision checkpoint as init_from."
             )
-        return weight
-
-    def _read_one(self, module_name: str, name: str) -> Tensor | None:
-        if name in self._converted:
-            raise ConfigError(f"{name} is made of other tensors of {self.name_or_path} when it is loaded.")
-        if name not in self._keys and f"{module_name}.qweight" in self._files:
-            raise ConfigError(
-                f"{module_name} of {self.name_or_path} is packed, as by GPTQ or AWQ; expected full precision. "
-                "Name the full-precision checkpoint as init_from."
-            )
-        if name not in self._keys:
-            return None
-        path = self._find(self._files[self._keys[name]])
-        if path is None:
-            raise ConfigError(f"{self._files[self._keys[name]]} of {self.name_or_path} is not there.")
-        with safe_open(path, framework="pt") as file:
-            weight: Tensor = file.get_tensor(self._keys[name])
         return weight
 
     def _find(self, file: str) -> Path | None:

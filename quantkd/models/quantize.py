@@ -20,11 +20,11 @@ from quantkd.files import new_folder, write_file
 from quantkd.foreign import commit_of
 from quantkd.hardware import parse_dtype, process_state
 from quantkd.models.codes import calibrate_layer, moments_of
-from quantkd.models.curvature import Costs, measure_costs
+from quantkd.models.curvature import Costs, settle_layers
 from quantkd.models.export import check_output_dir
 from quantkd.models.gguf_codes import calibrate_gguf_layer
 from quantkd.models.gguf_student import load_student_tokenizer
-from quantkd.models.layer_inputs import draw_rows, visit_layers
+from quantkd.models.layer_inputs import Rows, draw_rows
 from quantkd.models.network import base_network, context_length
 from quantkd.models.original_weights import OriginalWeights, read_original
 from quantkd.models.provenance import Provenance
@@ -98,7 +98,7 @@ def quantize(
     check_student(transfer_set, head_width(student), context_length(student))
     weights = OriginalWeights(name, student, model_init_kwargs.get("revision"))
     file = getattr(student, "gguf_file", None)
-    calibrate(student, weights, *draw_rows(transfer_set, rows, seed, student), progress=progress)
+    calibrate(student, weights, draw_rows(transfer_set, rows, seed, student), progress=progress)
     made = {
         "form": "quantized", "codes": "calibrated", "commit": commit_of(student.config),
         **_identify(name, describe_quantization(student), quantization_config, rows, seed, **model_init_kwargs),
@@ -157,15 +157,7 @@ def quantize_once(
     process_state().wait_for_everyone()
 
 
-def calibrate(
-    model: Any,
-    weights: OriginalWeights,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor | None = None,
-    *,
-    progress: bool = True,
-) -> int:
+def calibrate(model: Any, weights: OriginalWeights, rows: Rows, *, progress: bool = True) -> int:
     """Choose the codes of every layer of bitsandbytes in 4 bit, or of GGUF, anew; how many were. Others stay."""
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -176,30 +168,24 @@ def calibrate(
     }
     if not named:
         raise ConfigError("The model has no 4-bit layer of bitsandbytes. Codes are chosen for GGUF, nf4 and fp4 alone.")
-    refused: dict[str, str] = {}
 
-    def visit(layer: Any, inputs: Tensor | None) -> None:
-        try:
-            original = read_original(weights, named[layer], layer)
-            if inputs is None:
-                raise ConfigError("no token reaches it.")
-            moments = moments_of(inputs, costs.pop(layer, None))  # each layer's own, for tokens have weights by layer
-            if hasattr(layer, "gguf_tensor"):
-                calibrate_gguf_layer(layer, model.config, original, *moments)
-            else:
-                calibrate_layer(layer, original, *moments)
-        except ConfigError as error:
-            refused[named[layer]] = str(error)
+    def choose(layer: Any, inputs: Tensor | None, costs: Costs | None) -> None:
+        original = read_original(weights, named[layer], layer)
+        if inputs is None:
+            raise ConfigError("no token reaches it.")
+        moments = moments_of(inputs, costs)  # each layer's own, for tokens have weights by layer
+        if hasattr(layer, "gguf_tensor"):
+            calibrate_gguf_layer(layer, model.config, original, *moments)
+        else:
+            calibrate_layer(layer, original, *moments)
 
     bar = tqdm(total=len(named), desc="codes", unit="layer", disable=None if progress else True)
-    costs: dict[Any, Costs] = {}
-    if labels is not None:
-        costs = measure_costs(model, named, input_ids, attention_mask, labels, bar)
-    visit_layers(model, named, visit, input_ids, attention_mask, bar)
+    refused = settle_layers(model, named, choose, rows, bar)
+    first = "".join("That of {}: {}".format(*each) for each in [*refused.items()][:1])
     if len(refused) == len(named):
-        raise ConfigError(f"The codes of no layer could be chosen. {_first(refused)}")
+        raise ConfigError(f"The codes of no layer could be chosen. {first}")
     if refused:
-        logger.warning("%d of %d layers keep their nearest codes. %s", len(refused), len(named), _first(refused))
+        logger.warning("%d of %d layers keep their nearest codes. %s", len(refused), len(named), first)
     return len(named) - len(refused)
 
 
@@ -226,14 +212,12 @@ def find_origin(name_or_path: str) -> tuple[str, str | None] | None:
     return next(((str(place), None) for place in places if (place / "config.json").is_file()), None)
 
 
-def _identify(
-    name: str, quantization: Any, config: Any, rows: int, seed: int, **model_init_kwargs: Any
-) -> dict[str, Any]:
+def _identify(name: str, quantization: Any, config: Any, rows: int, seed: int, **kwargs: Any) -> dict[str, Any]:
     """What tells a checkpoint from others that `quantize` would write from the same set."""
     return {
         "quantized_from": public_name(name), "quantization": quantization, "rows": rows, "seed": seed,
         "skipped_modules": sorted(getattr(config, "llm_int8_skip_modules", None) or []),
-        "quantkd_version": __version__, **_identify_origin(name, **model_init_kwargs),
+        "quantkd_version": __version__, **_identify_origin(name, **kwargs),
     }  # fmt: skip
 
 
@@ -250,7 +234,3 @@ def _identify_origin(name: str, **model_init_kwargs: Any) -> dict[str, str]:
                 file.seek(place)
                 digest.update(file.read(_SAMPLE))
     return {"samples_sha256": digest.hexdigest()}
-
-
-def _first(refused: dict[str, str]) -> str:
-    return "That of {}: {}".format(*next(iter(refused.items())))

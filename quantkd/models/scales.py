@@ -1,9 +1,8 @@
 """Trainable block constants of 4-bit layers: one factor per quantization block, and the norms with them.
 
-A 4-bit weight is codes times block constants. Here the codes stay, each constant gets a factor that starts at 1, and
-what is computed with is always what is stored: constants times factors, double-quantized where the student's are. The
-gradient passes through that rounding as if it were not there (Bengio et al. 2013, arXiv:1308.3432). So a student is
-saved as an ordinary bitsandbytes checkpoint, and `docs/scales.md` has the derivation.
+The codes stay, each constant gets a factor that starts at 1, and what is computed with is always what is stored, an
+ordinary bitsandbytes checkpoint: constants times factors, double-quantized where the student's are. The gradient passes
+through that rounding as if it were not there (Bengio et al. 2013, arXiv:1308.3432). See docs/scales.md.
 """
 
 from __future__ import annotations
@@ -160,7 +159,8 @@ class _ScaledProduct(torch.autograd.Function):
                 grad_inputs += part @ _unpack(codes, folded[blocks], state, x.dtype, shape)
             if ctx.needs_input_grad[1]:
                 products = (part.T @ x).float() * _unpack(codes, constants[blocks], state, torch.float32, shape)
-                grad_scales[blocks] = _by_block(products, size).sum(1)
+                filled = nn.functional.pad(products.flatten(), (0, -products.numel() % size))
+                grad_scales[blocks] = filled.view(-1, size).sum(1)
         found = grad_inputs.view_as(inputs).to(inputs.dtype), grad_scales
         asked = zip(found, ctx.needs_input_grad, strict=False)
         return *(each if needed else None for each, needed in asked), None, None, None
@@ -174,11 +174,6 @@ def _unpack(codes: Tensor, constants: Tensor, state: QuantState, dtype: torch.dt
     filled = nn.functional.pad(codes.flatten(), (0, len(constants) * size // 2 - codes.numel()))
     unpacked: Tensor = dequantize_4bit(filled.view(-1, 1), plain)
     return unpacked.flatten()[: math.prod(shape)].view(shape)
-
-
-def _by_block(matrix: Tensor, size: int) -> Tensor:
-    """A matrix as (blocks, size), filled up with zeros."""
-    return nn.functional.pad(matrix.flatten(), (0, -matrix.numel() % size)).view(-1, size)
 
 
 @contextmanager

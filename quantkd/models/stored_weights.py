@@ -17,7 +17,7 @@ from quantkd.models.gguf_codes import split_blocks
 from quantkd.models.gguf_files import open_gguf
 from quantkd.models.network import base_network
 from quantkd.models.size import ModelSize
-from quantkd.models.weights import dequantize_weight, is_quantized_layer, is_sharded
+from quantkd.models.weights import dequantize_weight, is_quantized_layer, is_sharded, quant_state_of
 
 _SUMS = 16
 # Of the weights' norm. Other codes move every sum by tenths; another processor rounds the constants otherwise, and
@@ -29,24 +29,24 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 def compute_size(model: Any) -> ModelSize:
     """The size of a loaded model. An adapter counts in 16 bits if its values are those of 16 bits, as it is saved."""
     network = base_network(model)
-    layers = _list_quantized(network)
-    stored = {name: _list_tensors(layer) for name, layer in layers.items()}
+    layers = list(_list_quantized(network).values())
+    stored = [_list_tensors(layer) for layer in layers]
     if not layers:
         layers = _list_linear(network)
-        stored = {name: {"codes": layer.weight} for name, layer in layers.items()}
-    parts = {"codes": 0, "constants": 0}
-    for tensors in stored.values():
-        for key, tensor in tensors.items():
-            parts["codes" if key == "codes" else "constants"] += tensor.nbytes
+        stored = [{"codes": layer.weight} for layer in layers]
+    codes = sum(tensors["codes"].nbytes for tensors in stored)
+    constants = sum(each.nbytes for tensors in stored for each in tensors.values()) - codes
     adapters = {id(each): each for each in list_adapter_parameters(model)}
-    apart = {id(each) for layer in layers.values() for each in (*layer.parameters(), *layer.buffers())}
-    apart -= {id(getattr(layer, "bias", None)) for layer in layers.values()}
+    apart = {id(each) for layer in layers for each in (*layer.parameters(), *layer.buffers())}
+    apart -= {id(getattr(layer, "bias", None)) for layer in layers}
     everything = {id(each): each for each in (*model.parameters(), *model.buffers())}
     rest = sum(each.nbytes for key, each in everything.items() if key not in apart | adapters.keys())
     if (file := getattr(network, "gguf_file", None)) is not None:
-        rest = file.data.nbytes - sum(parts.values())  # its metadata too
-    count = sum(_count_weights(layer) for layer in layers.values())
-    return ModelSize(**parts, adapters=sum(map(_saved_bytes, adapters.values())), rest=rest, linear_weights=count)
+        rest = file.data.nbytes - codes - constants  # its metadata too
+    count = sum(
+        each.in_features * each.out_features if hasattr(each, "in_features") else each.weight.numel() for each in layers
+    )
+    return ModelSize(codes, constants, sum(map(_saved_bytes, adapters.values())), rest, count)
 
 
 def compute_file_size(paths: Sequence[str | Path]) -> ModelSize:
@@ -88,9 +88,9 @@ def describe_weights(model: Any) -> dict[str, Any] | None:
         return None
     digest, sums, square = hashlib.sha256(), torch.zeros(_SUMS, dtype=torch.float64), 0.0
     for name, layer in layers.items():
-        state = getattr(layer.weight, "quant_state", None) if hasattr(layer, "weight") else None
+        state = quant_state_of(layer)
         # The same codes mean other weights in another format.
-        kind = getattr(state, "quant_type", "") if state else getattr(getattr(layer, "gguf_tensor", None), "format", "")
+        kind = state.quant_type if state else getattr(getattr(layer, "gguf_tensor", None), "format", "")
         digest.update(f"{name} {kind} {getattr(state, 'blocksize', '')}".encode())
         for key, tensor in _list_tensors(layer).items():
             digest.update(key.encode())
@@ -110,19 +110,16 @@ def are_close(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _list_quantized(network: nn.Module) -> dict[str, Any]:
     """The quantized layers by name, in its order, whatever adapters are around them."""
-    found = {name: each for name, each in network.named_modules() if not hasattr(each, "get_base_layer")}
-    names = {name.replace(".base_layer", ""): name for name, each in found.items() if is_quantized_layer(each)}
-    return {name: found[names[name]] for name in sorted(names)}
+    plain = [(name, each) for name, each in network.named_modules() if not hasattr(each, "get_base_layer")]
+    found = {name.replace(".base_layer", ""): each for name, each in plain if is_quantized_layer(each)}
+    return {name: found[name] for name in sorted(found)}
 
 
-def _list_linear(network: Any) -> dict[str, Any]:
+def _list_linear(network: Any) -> list[Any]:
     """The linear layers of a model in full precision but the head."""
-    adapters = {id(each) for each in list_adapter_parameters(network)}
-    head = network.get_output_embeddings()
-    return {
-        name: each for name, each in network.named_modules()
-        if type(each) in (nn.Linear, Conv1D) and each is not head and id(each.weight) not in adapters
-    }  # fmt: skip
+    adapters, head = {id(each) for each in list_adapter_parameters(network)}, network.get_output_embeddings()
+    linear = [each for each in network.modules() if type(each) in (nn.Linear, Conv1D) and each is not head]
+    return [each for each in linear if id(each.weight) not in adapters]
 
 
 def _list_tensors(layer: Any) -> dict[str, Tensor]:
@@ -130,8 +127,7 @@ def _list_tensors(layer: Any) -> dict[str, Tensor]:
     restore_weight(layer)
     if hasattr(layer, "gguf_tensor"):
         return split_blocks(layer.gguf_tensor)
-    weight = getattr(layer, "weight", None)
-    if (state := getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)) is not None:
+    if (state := quant_state_of(layer)) is not None:
         nested = {"nested_absmax": state.state2.absmax, "offset": state.offset} if state.nested else {}
         return {"codes": layer.weight.data, "absmax": state.absmax, **nested}
     if hasattr(layer, "W_q"):  # HQQ
@@ -140,17 +136,11 @@ def _list_tensors(layer: Any) -> dict[str, Tensor]:
     if hasattr(layer, "qweight"):  # GPTQ and AWQ
         names = [name for name in ("qzeros", "scales", "g_idx") if isinstance(getattr(layer, name, None), Tensor)]
         return {"codes": layer.qweight, **{name: getattr(layer, name) for name in names}}
-    if type(weight).__name__ == "Int8Params":
+    if type(layer.weight).__name__ == "Int8Params":
         return {"codes": layer.weight.data, "scales": int8_scales(layer)}
-    parts = {name: getattr(weight, name) for name in layer.weight.__tensor_flatten__()[0]}  # torchao
+    parts = {name: getattr(layer.weight, name) for name in layer.weight.__tensor_flatten__()[0]}  # torchao
     codes = max(parts, key=lambda name: parts[name].nbytes)
     return {"codes": parts.pop(codes), **parts}
-
-
-def _count_weights(layer: Any) -> int:
-    if hasattr(layer, "in_features"):
-        return int(layer.in_features * layer.out_features)
-    return int(layer.weight.numel())
 
 
 def _saved_bytes(parameter: Tensor) -> int:

@@ -100,8 +100,7 @@ def describe_quantization(model: Any) -> dict[str, Any] | None:
 def describe_config(config: Any) -> dict[str, Any]:
     """What decides the numbers of a quantization, as JSON."""
     settings = config if isinstance(config, dict) else config.to_dict()
-    found = {name: settings[name] for name in _SETTINGS if settings.get(name) not in (None, False)}
-    return {name: value if isinstance(value, str) else getattr(value, "value", value) for name, value in found.items()}
+    return {name: settings[name] for name in _SETTINGS if settings.get(name) not in (None, False)}
 
 
 def short_dtype(model: Any) -> torch.dtype:
@@ -153,66 +152,57 @@ def load_student(
     dtype: str | torch.dtype | None = None,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a model quantized, on this process's own device: as stored, by a config or a name of `STUDENT_FORMATS`.
-
-    With `gguf_file` it is what that file holds, in float32 if no dtype is asked for.
-    """
+    """Load a model quantized, on this process's own device: as stored, by a config or a name of `STUDENT_FORMATS`."""
     file = find_gguf(name_or_path, quantization_config=quantization_config, **model_init_kwargs)
+    model_init_kwargs = {"trust_remote_code": False, **model_init_kwargs}
+    if not shares_weights():
+        model_init_kwargs.setdefault("device_map", {"": default_device()})
     if file is not None:
-        return _load_gguf(name_or_path, file, quantization_config, dtype, **model_init_kwargs)
-    compute_dtype = parse_dtype(dtype)
-    refuse_adapter(name_or_path, **model_init_kwargs)
-    stored = stored_quantization(name_or_path, **model_init_kwargs)
-    config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
-    _check_format(stored or config)
-    kwargs: dict[str, Any] = {"dtype": compute_dtype, "trust_remote_code": False, **model_init_kwargs}
-    if shares_weights():
-        _check_storage(stored or config, shard_dtype(compute_dtype), is_stored=stored is not None)
+        if quantization_config is not None and format_of(quantization_config) != "gguf":
+            raise ConfigError(
+                f"The student is the GGUF file {file.path.name} as it is stored, and another format was asked for. "
+                "Leave one of the two out."
+            )
+        _check_shared("GGUF")
+        held_in = torch.float32 if dtype in (None, "auto") else parse_dtype(dtype)
+        model: PreTrainedModel = load_gguf(name_or_path, file, held_in, **model_init_kwargs)
     else:
-        kwargs.setdefault("device_map", {"": default_device()})
-    if config is not None:
-        kwargs["quantization_config"] = config
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    keep_commit(model.config, kwargs.get("revision"))
-    keep_trainable_on_cpu(model)
-    _say_share(model, "are quantized")
-    return model
-
-
-def _load_gguf(
-    name_or_path: str, file: Any, wanted: Any, dtype: str | torch.dtype | None, **model_init_kwargs: Any
-) -> PreTrainedModel:
-    if wanted is not None and format_of(wanted) != "gguf":
-        raise ConfigError(
-            f"The student is the GGUF file {file.path.name} as it is stored, and another format was asked for. Leave "
-            "one of the two out."
-        )
-    _check_shared("GGUF")
-    kwargs = {"device_map": {"": default_device()}, **model_init_kwargs}
-    model = load_gguf(name_or_path, file, torch.float32 if dtype in (None, "auto") else parse_dtype(dtype), **kwargs)
-    keep_commit(model.config, kwargs.get("revision"))
+        compute_dtype = parse_dtype(dtype)
+        refuse_adapter(name_or_path, **model_init_kwargs)
+        stored = stored_quantization(name_or_path, **model_init_kwargs)
+        config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
+        _check_format(stored or config)
+        if shares_weights():
+            _check_storage(stored or config, shard_dtype(compute_dtype), is_stored=stored is not None)
+        if config is not None:
+            model_init_kwargs["quantization_config"] = config
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=compute_dtype, **model_init_kwargs)
+        keep_trainable_on_cpu(model)
+    keep_commit(model.config, model_init_kwargs.get("revision"))
     _say_share(model, "are quantized")
     return model
 
 
 def _say_share(model: Any, what: str) -> None:
     """Say how many weights are quantized or adapted; bitsandbytes leaves experts in 3-D parameters out, for example."""
-    network, sizes, adapted = base_network(model), dict[bool, dict[str, int]]({True: {}, False: {}}), set[nn.Module]()
+    network, count, rest, adapted = base_network(model), 0, dict[str, int](), set[nn.Module]()
     apart = {network.get_input_embeddings(), network.get_output_embeddings()}
     for name, layer in network.named_modules():
         if hasattr(layer, "get_base_layer"):
             adapted.add(layer.get_base_layer())
         elif layer not in apart and ".lora_" not in name:
             is_packed = is_quantized_layer(layer)
-            counts = is_packed if what == "are quantized" else layer in adapted
-            plain = sum(math.prod(shape_of(parameter)) for parameter in layer.parameters(recurse=False))
-            is_linear = is_packed and hasattr(layer, "in_features")
-            sizes[counts][name] = layer.in_features * layer.out_features if is_linear else plain
-    count, rest = sum(sizes[True].values()), sizes[False]
+            size = sum(math.prod(shape_of(parameter)) for parameter in layer.parameters(recurse=False))
+            if is_packed and hasattr(layer, "in_features"):
+                size = layer.in_features * layer.out_features
+            if is_packed if what == "are quantized" else layer in adapted:
+                count += size
+            else:
+                rest[name] = size
     share = count / max(count + sum(rest.values()), 1)
     text, level = f"{share:.0%} of the student's weights, embeddings and head aside, {what}", logging.INFO
     if share < _LEAST_SHARE:
-        largest = max(rest, key=lambda name: rest[name])
+        largest = max(rest, key=rest.__getitem__)
         text, level = f"Only {text}; the largest rest is {largest}, {rest[largest]:,} weights", logging.WARNING
     if process_state().is_main_process:
         logger.log(level, "%s.", text)
@@ -362,7 +352,5 @@ def _name_linear_layers(model: PreTrainedModel, peft_config: PeftConfig) -> Peft
     return named  # type: ignore[no-any-return]
 
 
-def _get(quantization_config: Any, name: str) -> Any:
-    if isinstance(quantization_config, dict):
-        return quantization_config.get(name)
-    return getattr(quantization_config, name, None)
+def _get(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)

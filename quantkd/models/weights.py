@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from quantkd.errors import ConfigError
 from quantkd.foreign import int8_scales, shape_of
@@ -19,7 +20,7 @@ FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether this process holds only a part of the parameter now, for FSDP2 or ZeRO-3."""
-    return _is_dtensor(parameter) or _is_partitioned(parameter)
+    return isinstance(parameter, DTensor) or _is_partitioned(parameter)
 
 
 def count_rows(parameter: Any) -> int:
@@ -54,6 +55,11 @@ def whole_parameters(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]
         yield weight, bias if bias is None else _whole(bias)
 
 
+def quant_state_of(layer: Any) -> Any:
+    """The constants of bitsandbytes' 4-bit layer; under FSDP its weight is a plain parameter, and it alone has them."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) or getattr(layer, "quant_state", None)
+
+
 def is_quantized_layer(layer: Any) -> bool:
     """Whether a layer's weight is in a format of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or that of a GGUF file."""
     if any(hasattr(layer, mark) for mark in ("W_q", "qweight", "gguf_tensor")):
@@ -67,21 +73,11 @@ def is_quantized_layer(layer: Any) -> bool:
     )
 
 
+@torch.no_grad()
 def dequantize_weight(layer: Any) -> Tensor:
     """The weight that a linear layer of any format trains with, in floating point; an ordinary one is not copied."""
     if hasattr(layer, "get_base_layer"):
         layer = layer.get_base_layer()
-    with torch.no_grad():
-        weight = _dequantize(layer)
-    if weight is None or weight.dim() != 2 or weight.dtype not in FULL_PRECISION:
-        raise ConfigError(
-            f"{type(layer).__module__}.{type(layer).__name__} gives no full-precision weight; expected a linear layer "
-            "of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or an ordinary one."
-        )
-    return weight.detach()
-
-
-def _dequantize(layer: Any) -> Tensor | None:
     weight: Tensor | None = getattr(layer, "weight", None)
     if hasattr(layer, "W_q"):  # HQQ
         weight = layer.dequantize()
@@ -97,16 +93,18 @@ def _dequantize(layer: Any) -> Tensor | None:
         weight = layer.weight.dequantize() if by_name else _pass_identity(layer, layer.weight.dtype)
     elif (unpacked := _dequantize_4bit(layer)) is not None:
         weight = unpacked
-    return weight
+    if weight is None or weight.dim() != 2 or weight.dtype not in FULL_PRECISION:
+        raise ConfigError(
+            f"{type(layer).__module__}.{type(layer).__name__} gives no full-precision weight; expected a linear layer "
+            "of bitsandbytes, HQQ, torchao, GPTQ or AWQ, or an ordinary one."
+        )
+    return weight.detach()
 
 
 def _dequantize_4bit(layer: Any) -> Tensor | None:
     """The weight of bitsandbytes' 4-bit layer, gathered if it is a DTensor; None for other layers."""
     restore_weight(layer)
-    # Under FSDP the weight is a plain parameter, and the layer alone keeps its constants.
-    state = getattr(getattr(layer, "weight", None), "quant_state", None) or getattr(layer, "quant_state", None)
-    if hasattr(layer, "folded_state"):  # with trainable factors
-        state = layer.folded_state()
+    state = layer.folded_state() if hasattr(layer, "folded_state") else quant_state_of(layer)
     if state is None:
         return None
     from bitsandbytes.functional import dequantize_4bit
@@ -124,15 +122,9 @@ def _pass_identity(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _whole(parameter: Any) -> Tensor:
-    if not _is_dtensor(parameter):
-        return parameter  # type: ignore[no-any-return]
     with torch.no_grad():
-        gathered: Tensor = parameter.full_tensor()
-    return gathered
-
-
-def _is_dtensor(parameter: Any) -> bool:
-    return hasattr(parameter, "full_tensor") and hasattr(parameter, "placements")
+        whole: Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole
 
 
 def _is_partitioned(parameter: Any) -> bool:
