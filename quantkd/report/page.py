@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkd.errors import code_span, markdown, printable
-from quantkd.report.results import name_breakdown, order_results
+from quantkd.report.results import order_results
 
 _PERCENT = ("accuracy_", "agreement_", "top1_agreement", "dense_top1_agreement")
 _PARTS = {
@@ -185,27 +185,21 @@ def _tabulate_metrics(results: dict[str, Any], columns: Sequence[tuple[str, Any]
 
 def tabulate_breakdown(results: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
     """KL by one kind of bin, arm beside arm: over the whole vocabulary if every arm has that, else over the entries."""
-    arms = {name: arm for name, arm in results["arms"].items() if name != "teacher"}
-    dense = all(name_breakdown(f"dense_{kind}") in arm for arm in arms.values())
-    key = name_breakdown(f"dense_{kind}" if dense else kind)
-    arms = {name: arm[key] for name, arm in arms.items() if key in arm}
+    students = {name: arm for name, arm in results["arms"].items() if name != "teacher"}
+    dense = all(f"dense_kl_by_{kind}" in arm for arm in students.values())
+    key = f"dense_kl_by_{kind}" if dense else f"kl_by_{kind}"
+    arms = {name: arm[key] for name, arm in students.items() if key in arm}
     if not arms:
         return None
-    first = next(iter(arms.values()))
     title, label = _TITLES[kind]
+    first = next(iter(arms.values()))
+    held = [place for place, one in enumerate(first) if one["tokens"]]
     return {
         "title": title + (", whole vocabulary" if dense else ""),
         "label": label,
-        "arms": list(arms),
-        "bins": [
-            {
-                "name": _name_bin(found, whole=kind == "position"),
-                "tokens": found["tokens"],
-                "arms": {name: bins[place] for name, bins in arms.items()},
-            }
-            for place, found in enumerate(first)
-            if found["tokens"]
-        ],
+        "names": [_name_bin(first[place], whole=kind == "position") for place in held],
+        "tokens": [first[place]["tokens"] for place in held],
+        "arms": {name: [bins[place] for place in held] for name, bins in arms.items()},
     }
 
 
@@ -218,10 +212,9 @@ def _name_bin(found: Mapping[str, Any], *, whole: bool) -> str:
 
 
 def _tabulate_bins(arms: dict[str, Any], table: dict[str, Any]) -> list[list[Any]]:
-    rows = [[f"{table['title']}: {table['label'].lower()}", "Tokens", *(arms[name]["title"] for name in table["arms"])]]
-    for found in table["bins"]:
-        rows.append([found["name"], found["tokens"], *(_format_figure("kl", one) for one in found["arms"].values())])
-    return rows
+    head = [f"{table['title']}: {table['label'].lower()}", "Tokens", *(arms[name]["title"] for name in table["arms"])]
+    columns = [[_format_figure("kl", one) for one in bins] for bins in table["arms"].values()]
+    return [head, *map(list, zip(table["names"], table["tokens"], *columns, strict=True))]
 
 
 def _tabulate_differences(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
