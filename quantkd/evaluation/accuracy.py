@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -336,11 +337,9 @@ class _StopText(StoppingCriteria):
 
 def find_shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all prompts begin with, short enough that each prompt keeps one token of its own."""
-    ordered = sorted(map(tuple, prompts))
-    first, last = ordered[0], ordered[-1]  # what the first and the last of a sorted list share, all share
-    longest = min(map(len, prompts)) - 1
-    length = next((place for place in range(longest) if first[place] != last[place]), longest)
-    return list(first[:length]) if length >= _MIN_PREFIX_TOKENS else []
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    shared = [tokens[0] for tokens in alike][: min(map(len, prompts)) - 1]
+    return shared if len(shared) >= _MIN_PREFIX_TOKENS else []
 
 
 def _compute_prefix_cache(network: Any, prefix: list[int]) -> DynamicCache | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,16 +23,6 @@ _MAX_EXPONENT = 700.0  # exp of more is not a float64
 _BATCH = 256  # resamples at a time: (this, rows) indices are in memory
 
 
-class RowStatistic(Protocol):
-    """A figure that follows from sums over rows."""
-
-    def to_columns(self) -> Floats:
-        """(N, C) what is summed over rows, checked."""
-
-    def compute(self, sums: Floats) -> Floats:
-        """(..., C) sums over rows -> (...) the figure."""
-
-
 @dataclass(frozen=True)
 class RowSums:
     """A ratio of sums over rows, such as nats over tokens, or correct answers over questions."""
@@ -42,7 +32,7 @@ class RowSums:
     transform: Literal["identity", "exp"] = "identity"  # "exp" for perplexity, which is exp of a mean
 
     def to_columns(self) -> Floats:
-        """(N, 2): numerators and denominators."""
+        """(N, 2) what is summed over rows, checked: numerators and denominators."""
         numerators = np.asarray(self.numerators, dtype=np.float64)
         given = self.denominators
         denominators = np.ones_like(numerators) if given is None else np.asarray(given, dtype=np.float64)
@@ -77,6 +67,9 @@ class CalibrationSums:
         """(..., 3 M) -> (...): the error, in [0, 1]."""
         confidences, correct, tokens = np.split(sums, 3, axis=-1)
         return _divide(np.abs(confidences - correct).sum(-1), tokens.sum(-1))
+
+
+RowStatistic = RowSums | CalibrationSums  # a figure that follows from sums over rows
 
 
 def compute_value(statistic: RowStatistic) -> float:
