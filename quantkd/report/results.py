@@ -12,7 +12,7 @@ import numpy as np
 
 from quantkd.errors import DataError
 from quantkd.evaluation import stats
-from quantkd.evaluation.agreement import AnswerComparison, compare_accuracy
+from quantkd.evaluation.agreement import AnswerComparison, compare_accuracy, compute_proportion
 from quantkd.evaluation.arms import Arm
 
 # More digits would differ between processors by the order of their sums.
@@ -239,11 +239,9 @@ def _describe_bin(start: float, stop: float | None, kl: stats.Floats, tokens: st
 
 def _measure(metric: Metric, statistic: stats.RowStatistic) -> dict[str, Any]:
     columns = statistic.to_columns()
-    interval = None
     if metric.setting is not None:
-        interval = stats.wilson_interval(int(columns[:, 0].sum()), len(columns))
-    elif len(columns) > 1:
-        interval = stats.bootstrap_interval(statistic)
+        return compute_proportion(columns[:, 0] > 0.5)._asdict()
+    interval = stats.bootstrap_interval(statistic) if len(columns) > 1 else None
     return {"value": stats.compute_value(statistic), "interval": interval, "n": len(columns)}
 
 

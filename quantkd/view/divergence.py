@@ -57,7 +57,7 @@ class Divergence:
     @property
     def num_tokens(self) -> int:
         """Targets of all rows."""
-        return self.kl.shape[1]
+        return sum(len(row.token_ids) for row in self.rows)
 
     @property
     def kl(self) -> NDArray[np.float64]:
