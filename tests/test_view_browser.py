@@ -272,7 +272,6 @@ def test_themes_and_widths(page, tmp_path, theme, width):
         is_dark = sum(map(int, color[color.index("(") + 1 :].rstrip(")").split(",")[:3])) < 380
         assert is_dark == expected == (one(page, "#theme").get_attribute("aria-pressed") == "true")
         one(page, "#theme").click()
-    show(page, tmp_path, width=width, theme=theme)
     for look in ("closed", "open"):
         if look == "open":
             page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
