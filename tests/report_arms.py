@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,4 @@ def read_tables(page: str) -> list[set[int]]:
 def spoil(arm: dict[str, Any], path: str, value: Any) -> None:
     """Set one value inside an arm, such as that of "fidelity/rows/kl_sum/2"."""
     *keys, last = [int(key) if key.isdigit() else key for key in path.split("/")]
-    target: Any = arm
-    for key in keys:
-        target = target[key]
-    target[last] = value
+    reduce(getitem, keys, arm)[last] = value

@@ -26,6 +26,7 @@ from quantkd.evaluation.measure import evaluate_arm
 from quantkd.report import build_report
 from tests.conftest import refused
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 FIRST = {"function": "take_first"}
 CHOICE = {

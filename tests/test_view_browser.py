@@ -87,6 +87,17 @@ def tokens_of(page, row, student):
     return all_of(page, f"article[aria-labelledby='row-{row}'] .view.{student} .token")
 
 
+def run(page, script, *arguments):
+    """What a script gives for many elements at once; a call for each of them takes seconds."""
+    return page.execute_script(f"return {script}", *arguments)
+
+
+def cells_of(box, table):
+    """The text of every cell of a table's body, line by line."""
+    script = "Array.from(arguments[0], line => Array.from(line.children, cell => cell.innerText))"
+    return run(box.parent, script, all_of(box, f"{table} tbody tr"))
+
+
 def focus(page, element):
     page.execute_script("arguments[0].focus()", element)
 
@@ -116,14 +127,13 @@ def number(text):
 def check_details(box, row_index, place):
     """The table says what the row holds: tokens in the teacher's order, and the three probabilities of each."""
     row = DIVERGENCE.rows[row_index]
-    known, lines = row.alternatives, all_of(box, ".alternatives tbody tr")
-    for at, line in enumerate(lines[:5], known.offsets[place]):
-        shares = [number(cell.text) for cell in all_of(line, "td")]
+    known, lines, text = row.alternatives, cells_of(box, ".alternatives"), box.text
+    for at, (_, *shares) in enumerate(lines[:5], known.offsets[place]):
         expected = np.exp([known.teacher[at], known.before[at], known.after[at]])
-        np.testing.assert_allclose(shares, expected, atol=6e-4)
+        np.testing.assert_allclose(list(map(number, shares)), expected, atol=6e-4)
     said = (f"row {row_index}, token {place + 1} of {len(row.token_ids)}", "Teacher", "Before", "After", "all others")
-    assert [each for each in said if each not in box.text] == []
-    assert sum("in the text" in line.text for line in lines) == 1
+    assert [each for each in said if each not in text] == []
+    assert sum("in the text" in name for name, *_ in lines) == 1
     kls = [number(element.text) for element in all_of(box, ".token-kl .chip")]
     assert kls == pytest.approx([row.kl_before[place], row.kl_after[place]], abs=6e-3)
 
@@ -131,11 +141,11 @@ def check_details(box, row_index, place):
 def test_it_shows_every_row_and_token_once_per_student(page):
     assert sorted(shown_rows(page)) == list(range(6))
     for row, kls in enumerate(KLS):
-        for student, kl in zip(("before", "after"), kls, strict=True):
-            classes = [each.get_attribute("class").split()[1] for each in tokens_of(page, row, student)]
+        strips = all_of(page, f"article[aria-labelledby='row-{row}'] .band")
+        for student, kl, strip in zip(("before", "after"), kls, strips, strict=True):
+            classes = run(page, "arguments[0].map(each => each.classList[1])", tokens_of(page, row, student))
             assert classes == [f"k{sum(float(f'{value:.3g}') >= edge for edge in KL_EDGES)}" for value in kl]
-            strip = all_of(page, f"article[aria-labelledby='row-{row}'] .band")[student == "after"]
-            assert [part.get_attribute("class") for part in all_of(strip, "i")] == classes
+            assert run(page, "Array.from(arguments[0].children, part => part.className)", strip) == classes
     before, after = (one(page, f"#rows .view.{student}").rect for student in ("before", "after"))
     assert before["y"] == after["y"] and before["x"] + before["width"] <= after["x"]  # side by side
 
@@ -217,12 +227,10 @@ def test_a_row_is_also_a_table(page):
     article = one(page, "article[aria-labelledby='row-5']")
     button = one(article, ".as-table")
     button.send_keys(Keys.ENTER)
-    lines = all_of(article, ".table tbody tr")
-    row = DIVERGENCE.rows[5]
+    lines, row = cells_of(article, ".table"), DIVERGENCE.rows[5]
     assert len(lines) == len(row.token_ids) and not tokens_of(page, 5, "after")[0].is_displayed()
-    for place, line in enumerate(lines):
-        cells = [cell.text for cell in all_of(line, "td, th")]
-        kls = [number(cell) for cell in cells[2:4]]
+    for place, cells in enumerate(lines):
+        kls = list(map(number, cells[2:4]))
         assert kls == pytest.approx([row.kl_before[place], row.kl_after[place]], abs=6e-3)
         first = row.alternatives.offsets[place]
         assert number(cells[5]) == pytest.approx(np.exp(row.alternatives.teacher[first]), abs=6e-4)
@@ -242,7 +250,7 @@ def test_the_worst_token_is_one_click_away(page):
 
 
 def test_hostile_tokens_are_only_read(page):
-    texts = [element.get_attribute("textContent") for element in tokens_of(page, 1, "before")]
+    texts = run(page, "arguments[0].map(each => each.textContent)", tokens_of(page, 1, "before"))
     assert texts[:4] == HOSTILE[:4] and texts[4:6] == ["U+2028U+2029", "U+202Etxet desrever"]
     assert texts[7:8] == ["U+0000U+001B[31m"] and texts[-3:] == ["U+00A0", "U+3000", "U+3164"]
     assert all_of(page, "img, #rows script, #rows style, #rows a") == []
@@ -252,28 +260,24 @@ def test_hostile_tokens_are_only_read(page):
     assert page.title == "big/teacher beside big/teacher: divergence by token"
 
 
-def overflow(page):
-    return page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-
-
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_themes_and_widths(page, tmp_path, theme, width):
     """The theme follows the system until it is chosen, the page is wide enough, and axe finds nothing serious."""
     axe = Path(os.environ.get("QUANTKD_AXE", REPOSITORY / "node_modules" / "axe-core" / "axe.min.js"))
+    overflow = "document.documentElement.scrollWidth - window.innerWidth"
     show(page, tmp_path, width=width, theme=theme)
     for expected in (theme == "dark", theme == "light"):
         color = one(page, "body").value_of_css_property("background-color")
         is_dark = sum(map(int, color[color.index("(") + 1 :].rstrip(")").split(",")[:3])) < 380
         assert is_dark == expected == (one(page, "#theme").get_attribute("aria-pressed") == "true")
         one(page, "#theme").click()
-    show(page, tmp_path, width=width, theme=theme)
     for look in ("closed", "open"):
         if look == "open":
             page.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
             focus(page, tokens_of(page, 5, "after")[2])
             page.execute_script("arguments[0].click()", one(page, ".as-table"))
-        assert overflow(page) <= 0
+        assert run(page, overflow) <= 0
         if not axe.is_file():
             continue
         page.execute_script(axe.read_text(encoding="utf-8"))
@@ -283,6 +287,6 @@ def test_themes_and_widths(page, tmp_path, theme, width):
         assert [(v["id"], [node["html"] for node in v["nodes"][:3]]) for v in serious] == [], (theme, width, look)
     for button in all_of(page, ".as-table")[1:]:
         page.execute_script("arguments[0].click()", button)
-    assert overflow(page) <= 0
+    assert run(page, overflow) <= 0
     if not axe.is_file():
         pytest.skip(f"all but axe-core, which is not at {axe}; the head of this file says how to get it")

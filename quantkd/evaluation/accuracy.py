@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,13 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria
 
-from quantkd.data.encoding import at_date, check_context, check_ids, encode_prompts, uses_date
+from quantkd.data.encoding import check_context, check_ids, encode_prompts
 from quantkd.data.gsm8k import STOP, build_prompt, extract_flexible, extract_strict
 from quantkd.data.prompts import Example, check_shots
 from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import Accuracy, Arm, EvaluationSettings
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
-from quantkd.evaluation.records import RecordFile, compute_digest, damaged, find_date
+from quantkd.evaluation.records import RecordFile, compute_digest, damaged, date_prompts
 from quantkd.evaluation.sharing import deal_batches, gather_rounds, is_writer
 from quantkd.foreign import is_plain_cache
 from quantkd.hardware import send
@@ -109,13 +110,13 @@ class Questions:
             graders = ("correct_flexible", "correct_strict")
             verdicts = {grader: [getattr(record, grader) for record in records] for grader in graders}
             answers = [record.prediction_flexible for record in records]
+            _, dated = date_prompts(tokenizer, path, settings.chat_template, settings.share)
             asked = {
                 "prompts": compute_digest([record.prompt for record in records]),
                 "golds": compute_digest([record.gold for record in records]),
                 "max_new_tokens": settings.max_new_tokens,
+                **dated,
             }
-            if settings.chat_template and uses_date(tokenizer):
-                asked["date"] = find_date(path, settings.share)
             arm = replace(arm, questions={**arm.questions, f"{count}-shot": Accuracy(verdicts, asked, answers)})
             yield arm
 
@@ -216,9 +217,7 @@ def _answer(
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ConfigError("The model has a prompt-learning adapter; evaluation takes LoRA-like ones. Merge it first.")
     network, limit, share = base_network(model), settings.max_new_tokens, settings.share
-    is_dated = settings.chat_template and uses_date(tokenizer)
-    dated = {"date": find_date(records_path, share)} if is_dated else {}
-    dating = at_date(tokenizer, dated["date"]) if dated else tokenizer
+    dating, dated = date_prompts(tokenizer, records_path, settings.chat_template, share)
     prompts = encode_prompts(dating, task.asked, chat_template=settings.chat_template)
     check_ids(tokenizer, prompts, embedding_rows(network))
     check_context([len(prompt) for prompt in prompts], [limit] * len(prompts), context_length(network))
@@ -336,11 +335,9 @@ class _StopText(StoppingCriteria):
 
 def find_shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all prompts begin with, short enough that each prompt keeps one token of its own."""
-    ordered = sorted(map(tuple, prompts))
-    first, last = ordered[0], ordered[-1]  # what the first and the last of a sorted list share, all share
-    longest = min(map(len, prompts)) - 1
-    length = next((place for place in range(longest) if first[place] != last[place]), longest)
-    return list(first[:length]) if length >= _MIN_PREFIX_TOKENS else []
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    shared = [tokens[0] for tokens in alike][: min(map(len, prompts)) - 1]
+    return shared if len(shared) >= _MIN_PREFIX_TOKENS else []
 
 
 def _compute_prefix_cache(network: Any, prefix: list[int]) -> DynamicCache | None:

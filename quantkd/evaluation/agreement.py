@@ -25,6 +25,11 @@ class Proportion(NamedTuple):
     n: int
 
 
+def compute_proportion(verdicts: NDArray[np.bool_]) -> Proportion:
+    """The share of (N,) verdicts that are true."""
+    return Proportion(float(verdicts.mean()), wilson_interval(int(verdicts.sum()), len(verdicts)), len(verdicts))
+
+
 @dataclass(frozen=True)
 class AnswerComparison:
     """A model's answers against the teacher's, question by question; each array is (N,) bool."""
@@ -36,12 +41,12 @@ class AnswerComparison:
     @property
     def agreement(self) -> Proportion:
         """The share of answers that end in the teacher's own number."""
-        return _share(self.agrees)
+        return compute_proportion(self.agrees)
 
     @property
     def flips(self) -> dict[str, Proportion]:
         """The shares of verdicts that differ from the teacher's, by direction."""
-        return {name: _share(getattr(self, name)) for name in ("right_to_wrong", "wrong_to_right")}
+        return {name: compute_proportion(getattr(self, name)) for name in ("right_to_wrong", "wrong_to_right")}
 
 
 def compare_answers(answers: Sequence[AnswerRecord], teacher: Sequence[AnswerRecord]) -> AnswerComparison:
@@ -110,7 +115,3 @@ def _compare(
     same = [a is not None and a == b and any(map(str.isdigit, a)) for a, b in zip(own, teachers, strict=True)]
     right, teacher_right = np.asarray(correct, dtype=bool), np.asarray(teacher_correct, dtype=bool)
     return AnswerComparison(np.asarray(same, dtype=bool), teacher_right & ~right, right & ~teacher_right)
-
-
-def _share(found: NDArray[np.bool_]) -> Proportion:
-    return Proportion(float(found.mean()), wilson_interval(int(found.sum()), len(found)), len(found))

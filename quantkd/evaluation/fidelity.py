@@ -105,9 +105,8 @@ def evaluate_fidelity(
     if share and process_state().num_processes > 1:
         found = gather_object(found)
     columns = join_rows([sums for _, sums in found], np.argsort(np.concatenate([indices for indices, _ in found])))
-    broken = np.any(
-        [~np.isfinite(sums).reshape(len(transfer_set), -1).all(1) for sums in columns.values()], axis=0
-    ).sum()
+    finite = [np.isfinite(sums).reshape(len(transfer_set), -1).all(1) for sums in columns.values()]
+    broken = len(transfer_set) - np.all(finite, axis=0).sum()
     if broken:
         raise DataError(
             f"The figures of {broken} of {len(transfer_set)} rows are not finite: the logits hold NaN or infinity. "

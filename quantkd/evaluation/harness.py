@@ -21,10 +21,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from quantkd.data.encoding import at_date, uses_date
 from quantkd.errors import ConfigError, MissingDependencyError
 from quantkd.evaluation.arms import Arm, EvaluationSettings, TaskResult
-from quantkd.evaluation.records import RecordFile, find_date
+from quantkd.evaluation.records import RecordFile, date_prompts
 from quantkd.evaluation.sharing import is_writer
 from quantkd.foreign import spread_harness
 from quantkd.hardware import has_accelerator, process_state
@@ -82,17 +81,15 @@ class HarnessTasks:
         """Yield the arm after each task; one that is finished with the same settings is not run again."""
         for name in self.names:
             path = place / "lm-eval" / arm.name / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
-            facts = self._describe(name)
-            if self.apply_chat_template and uses_date(tokenizer):
-                facts["date"] = find_date(path, settings.share)
-                tokenizer = at_date(tokenizer, facts["date"])
+            dating, dated = date_prompts(tokenizer, path, self.apply_chat_template, settings.share)
+            facts = {**self._describe(name), **dated}
             if self.rerun and is_writer(settings.share):
                 path.unlink(missing_ok=True)
             file = RecordFile(path, {**facts, "model": arm.fingerprint}, share=settings.share)
             if not self.rerun and name in arm.tasks and arm.tasks[name].settings == facts:
                 yield arm
                 continue
-            found = self._run(model, tokenizer, name, settings)
+            found = self._run(model, dating, name, settings)
             if found is not None:  # otherwise another process has the result
                 items = _number_items(found["samples"])
                 file.replace(items)

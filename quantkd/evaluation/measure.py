@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,13 +34,6 @@ _TITLES = {
     "merged": "{format}, distilled and merged",
     "requantized": "{format}, merged and quantized again",
 }
-
-
-class Part(Protocol):
-    """One kind of figure: held-out rows, questions, or tasks of lm-evaluation-harness."""
-
-    def measure(self, model: Any, tokenizer: Any, arm: Arm, place: Path, settings: EvaluationSettings) -> Iterator[Arm]:
-        """Yield the arm after each figure; what it holds of the same data and settings is not measured again."""
 
 
 def evaluate_arm(
@@ -86,7 +78,7 @@ def evaluate_arm(
     """
     settings = settings or EvaluationSettings()
     rows = None if held_out is None else HeldOut(held_out, teacher)
-    parts: list[Part] = [part for part in (rows, questions, tasks) if part is not None]
+    parts = [part for part in (rows, questions, tasks) if part is not None]
     if not parts:
         raise ConfigError("There is nothing to measure: give held_out rows, questions, tasks, or several of them.")
     check_arm_name(arm)

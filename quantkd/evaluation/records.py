@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from quantkd.data.encoding import read_date
+from quantkd.data.encoding import at_date, read_date, uses_date
 from quantkd.errors import DataError
 from quantkd.evaluation.sharing import ask_main, is_writer
 from quantkd.files import object_of, write_file
@@ -59,10 +59,10 @@ def compute_digest(values: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def find_date(path: str | Path | None, share: bool) -> str:
-    """The date in prompts: that of the records at `path`, else of others beside them, else today's."""
+def date_prompts(tokenizer: Any, path: str | Path | None, chat: bool, share: bool) -> tuple[Any, dict[str, str]]:
+    """The tokenizer at one date, and that date as a setting of the records at `path`, if its prompts print any."""
 
-    def find() -> str:
+    def find() -> str:  # that of these records, else of others beside them, else today's
         settings = "*.settings.json"
         for file in [Path(f"{path}{settings[1:]}"), *sorted(Path(path).parent.glob(settings))] if path else []:
             with suppress(OSError, ValueError, AttributeError):  # what is damaged is refused where it is used
@@ -70,7 +70,10 @@ def find_date(path: str | Path | None, share: bool) -> str:
                     return read_date(found, file)
         return read_date(None, path)
 
-    return str(ask_main(share, find))
+    if not (chat and uses_date(tokenizer)):
+        return tokenizer, {}
+    day = ask_main(share, find)
+    return at_date(tokenizer, day), {"date": day}
 
 
 def read_json(path: Path) -> Any:

@@ -27,22 +27,18 @@ def build_report(run_dir: str | Path) -> Path:
     Raises:
         DataError: no arms, a malformed one, or arms evaluated on different items.
     """
-    from quantkd.report.figures import (
-        draw_bars,
-        draw_bits,
-        draw_breakdown,
-        save_figure,
-    )  # matplotlib takes a second to import
+    from quantkd.report import figures  # matplotlib takes a second to import
 
     run_dir = Path(run_dir)
     results = compute_results(load_arms(run_dir / "evaluation"))
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     write_file(run_dir / "results.json", text + "\n")
-    charts = {"gap.png": draw_bars(results), "kl_bins.png": draw_breakdown(results), "kl_bits.png": draw_bits(results)}
-    for name, figure in charts.items():
-        if figure is None:
-            (run_dir / name).unlink(missing_ok=True)  # an older one
+    charts = {"gap.png": figures.draw_bars, "kl_bins.png": figures.draw_breakdown, "kl_bits.png": figures.draw_bits}
+    drawn = {name: figure for name, draw in charts.items() if (figure := draw(results))}
+    for name in charts:
+        if name in drawn:
+            figures.save_figure(drawn[name], run_dir / name)
         else:
-            save_figure(figure, run_dir / name)
-    write_file(run_dir / "report.md", render_page(results, *(name if charts[name] else None for name in charts)))
+            (run_dir / name).unlink(missing_ok=True)  # an older one
+    write_file(run_dir / "report.md", render_page(results, *(name if name in drawn else None for name in charts)))
     return run_dir / "report.md"

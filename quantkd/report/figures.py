@@ -176,16 +176,16 @@ def _draw_bars(
 
 def _draw_lines(panel: Axes, arms: dict[str, Any], table: dict[str, Any]) -> None:
     shift = 0.24 / max(1, len(table["arms"]) - 1)
-    for place, name in enumerate(table["arms"]):
+    for place, (name, bins) in enumerate(table["arms"].items()):
         style = _pick_styles(arms)[name]
-        values, errors = _scale_intervals([one["arms"][name] for one in table["bins"]])
+        values, errors = _scale_intervals(bins)
         lefts = [spot + shift * place - 0.12 for spot in range(len(values))]
         panel.errorbar(
             lefts, values, yerr=errors, color=_COLORS[style], marker=_MARKERS[style],
             markersize=4.5, linewidth=1.2, elinewidth=0.9, capsize=2, clip_on=False, zorder=3,
         )  # fmt: skip
     # "to" for a range would not fit below an axis.
-    names = [re.sub(" and (on|above)", "+", one["name"].replace(" to ", "-")) for one in table["bins"]]
+    names = [re.sub(" and (on|above)", "+", name.replace(" to ", "-")) for name in table["names"]]
     panel.set_xticks(range(len(names)), names, fontsize=8)
     panel.set_xlabel(_LABELS[table["label"]])
     _label_axes(panel, "KL (nats per token)", table["title"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from quantkd.transfer_set import TransferSet
@@ -30,14 +31,11 @@ def compute_histograms(transfer_set: TransferSet) -> Histograms:
     entropy = np.zeros(len(edges), dtype=np.int64)
     for start in range(0, len(transfer_set), _ROWS_AT_ONCE):
         teacher = transfer_set.__getitems__(range(start, min(start + _ROWS_AT_ONCE, len(transfer_set)))).teacher
-        counts = teacher.counts.numpy()
-        held = np.bincount(counts, minlength=len(entries))
+        held = np.bincount(teacher.counts.numpy(), minlength=len(entries))
         held[: len(entries)] += entries
         entries = held
-        logprobs, tail = (part.double().numpy() for part in teacher.at_temperature(1.0))
-        terms = np.append(-logprobs * np.exp(logprobs), 0.0)  # the last term keeps an empty batch from failing
-        sums = np.diff(np.append(0.0, np.cumsum(terms))[np.append(0, np.cumsum(counts))])
-        sums -= tail * np.log(np.where(tail > 0, tail, 1.0))
+        logprobs, tail = (part.double() for part in teacher.at_temperature(1.0))
+        sums = -torch.xlogy(tail, tail).index_add(0, teacher.positions, logprobs.exp() * logprobs)
         bins = np.clip(np.digitize(sums, edges) - 1, 0, len(edges) - 1)
         entropy += np.bincount(bins, minlength=len(edges))
     return Histograms(entries, entropy, np.append(edges, np.inf))

@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkd.errors import code_span, markdown, printable
-from quantkd.report.results import name_breakdown, order_results
+from quantkd.report.results import order_results
 
-_PERCENT = ("accuracy_", "agreement_", "top1_agreement", "dense_top1_agreement")
+_PERCENT = ("accuracy_", "agreement_", "top1_agreement", "dense_top1_agreement", "gap_recovered")
 _PARTS = {
     "codes": "Linear layers",
     "constants": "Block constants",
@@ -37,27 +37,15 @@ def tabulate(results: dict[str, Any]) -> list[list[str]]:
         cells = [_format_figure(key, arm["metrics"].get(key)) for arm in arms.values()]
         rows.append([title, *cells, _format_share(shares[key], short=True) if shares else ""])
         if key.startswith("agreement_"):
-            rows += _tabulate_flips(arms, key, title.removeprefix("Answer agreement"))
+            for way in ("right_to_wrong", "wrong_to_right"):
+                found = {name: arm["flips"].get(key, {}).get(way) for name, arm in arms.items()}
+                cells = ["" if name == "teacher" else _format_figure(key, each) for name, each in found.items()]
+                rows.append([f"Flips{title.removeprefix('Answer agreement')}, {way.replace('_', ' ')}", *cells, ""])
     bits = [arm["bits_per_weight"] for arm in arms.values()]
     rows.append(["Bits per weight", *("none" if each is None else f"{each:.2f}" for each in bits), ""])
     for part, title in _PARTS.items():
         rows.append([title, *(_format_bytes(arm, part, arms.get("teacher")) for arm in arms.values()), ""])
     return rows
-
-
-def _tabulate_flips(arms: dict[str, Any], key: str, setting: str) -> list[list[str]]:
-    """How many verdicts differ from the teacher's, a line a direction; the teacher has none."""
-    return [
-        [
-            f"Flips{setting}, {direction.replace('_', ' ')}",
-            *(
-                "" if name == "teacher" else _format_figure(key, arm["flips"].get(key, {}).get(direction))
-                for name, arm in arms.items()
-            ),
-            "",
-        ]
-        for direction in ("right_to_wrong", "wrong_to_right")
-    ]
 
 
 def list_told_apart(results: dict[str, Any]) -> dict[str, bool]:
@@ -90,12 +78,7 @@ def describe_held_out(results: dict[str, Any]) -> str:
 
 
 def format_table(results: dict[str, Any], width: int | None = None) -> str:
-    """The results as a plain-text table, with notes below it.
-
-    Args:
-        results: those of `compute_results`.
-        width: characters per line; the arms that do not fit follow below. Unlimited if None.
-    """
+    """The results as a plain-text table with notes below it; arms beyond the width, in characters, follow below."""
     rows = [[printable(cell) for cell in row] for row in tabulate(results)]
     first, *arms = ([cell.ljust(max(map(len, column))) for cell in column] for column in zip(*rows, strict=True))
     tables = [[first]]
@@ -185,27 +168,21 @@ def _tabulate_metrics(results: dict[str, Any], columns: Sequence[tuple[str, Any]
 
 def tabulate_breakdown(results: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
     """KL by one kind of bin, arm beside arm: over the whole vocabulary if every arm has that, else over the entries."""
-    arms = {name: arm for name, arm in results["arms"].items() if name != "teacher"}
-    dense = all(name_breakdown(f"dense_{kind}") in arm for arm in arms.values())
-    key = name_breakdown(f"dense_{kind}" if dense else kind)
-    arms = {name: arm[key] for name, arm in arms.items() if key in arm}
+    students = {name: arm for name, arm in results["arms"].items() if name != "teacher"}
+    dense = all(f"dense_kl_by_{kind}" in arm for arm in students.values())
+    key = f"dense_kl_by_{kind}" if dense else f"kl_by_{kind}"
+    arms = {name: arm[key] for name, arm in students.items() if key in arm}
     if not arms:
         return None
-    first = next(iter(arms.values()))
     title, label = _TITLES[kind]
+    first = next(iter(arms.values()))
+    held = [place for place, one in enumerate(first) if one["tokens"]]
     return {
         "title": title + (", whole vocabulary" if dense else ""),
         "label": label,
-        "arms": list(arms),
-        "bins": [
-            {
-                "name": _name_bin(found, whole=kind == "position"),
-                "tokens": found["tokens"],
-                "arms": {name: bins[place] for name, bins in arms.items()},
-            }
-            for place, found in enumerate(first)
-            if found["tokens"]
-        ],
+        "names": [_name_bin(first[place], whole=kind == "position") for place in held],
+        "tokens": [first[place]["tokens"] for place in held],
+        "arms": {name: [bins[place] for place in held] for name, bins in arms.items()},
     }
 
 
@@ -218,10 +195,9 @@ def _name_bin(found: Mapping[str, Any], *, whole: bool) -> str:
 
 
 def _tabulate_bins(arms: dict[str, Any], table: dict[str, Any]) -> list[list[Any]]:
-    rows = [[f"{table['title']}: {table['label'].lower()}", "Tokens", *(arms[name]["title"] for name in table["arms"])]]
-    for found in table["bins"]:
-        rows.append([found["name"], found["tokens"], *(_format_figure("kl", one) for one in found["arms"].values())])
-    return rows
+    head = [f"{table['title']}: {table['label'].lower()}", "Tokens", *(arms[name]["title"] for name in table["arms"])]
+    columns = [[_format_figure("kl", one) for one in bins] for bins in table["arms"].values()]
+    return [head, *map(list, zip(table["names"], table["tokens"], *columns, strict=True))]
 
 
 def _tabulate_differences(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
@@ -264,8 +240,7 @@ def _format_figure(key: str, found: dict[str, Any] | None, sign: str = "") -> st
 def _format_share(share: dict[str, Any], short: bool = False) -> str:
     if share["value"] is None:
         return "not measurable" if short else f"not measurable: {share['reason']}"
-    text = f"{100 * share['value']:.1f}%"
-    return f"{text} [{100 * share['interval'][0]:.1f}, {100 * share['interval'][1]:.1f}]" if share["interval"] else text
+    return _format_figure("gap_recovered", share)
 
 
 def _format_bytes(arm: dict[str, Any], part: str, teacher: dict[str, Any] | None) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from quantkd.errors import DataError
 from quantkd.evaluation import stats
-from quantkd.evaluation.agreement import AnswerComparison, compare_accuracy
+from quantkd.evaluation.agreement import AnswerComparison, compare_accuracy, compute_proportion
 from quantkd.evaluation.arms import Arm
 
 # More digits would differ between processors by the order of their sums.
@@ -29,7 +29,7 @@ _COMPARED_WITH: dict[str, tuple[str, ...]] = {
 }
 _OTHERS = ("before", "control", "teacher", "after")
 _AGREES = "agreement"  # a grader of our own: the answer ends in the teacher's number
-BREAKDOWNS = ("position", "entropy", "dense_position", "dense_entropy")
+_Figures = dict[str, dict[str, stats.RowStatistic]]  # by arm and metric
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def list_metrics(arms: list[Arm]) -> list[Metric]:
     for setting, grader in sorted(settings, key=_order_setting):
         plain = "accuracy_" + re.sub(r"\W+", "_", setting)
         # Settings may differ in their punctuation alone.
-        names = (f"{plain}_{place}" if place > 1 else plain for place in count(1))
+        names = (f"{plain}_{place}" if place > 1 else plain for place in itertools.count(1))
         name = next(name for name in names if name + grader not in accuracy)
         title = f"Accuracy, {setting}" + ", strict" * (grader == "_strict")
         accuracy[name + grader] = Metric(name + grader, title, True, setting, grader)
@@ -143,8 +143,12 @@ def _order_setting(named: tuple[str, str]) -> tuple[bool, int, str, str]:
 def compute_results(arms: list[Arm]) -> dict[str, Any]:
     """All figures of a report, as JSON values; the same arms give the same bytes."""
     metrics = list_metrics(arms)
-    by_name = {arm.name: arm for arm in arms}
-    compared = {arm.name: _describe_arm(arm, by_name, metrics) for arm in arms}
+    teacher = next((arm for arm in arms if arm.name == "teacher"), None)
+    figures: _Figures = {arm.name: {} for arm in arms}
+    for arm, metric in itertools.product(arms, metrics):
+        if (found := metric.find(arm, teacher)) is not None:
+            figures[arm.name][metric.key] = found
+    compared = {arm.name: _describe_arm(arm, teacher, figures, metrics) for arm in arms}
     students = [name for name in compared if name not in ("teacher", "before")]
     # Shown only where nothing was trained from them.
     students.sort(key=lambda name: ("start", "codes").index(name) + 1 if name in ("start", "codes") else 0)
@@ -183,51 +187,45 @@ def order_results(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_arm(arm: Arm, arms: dict[str, Arm], metrics: list[Metric]) -> dict[str, Any]:
-    """One arm as JSON: its figures with intervals, None where it was not evaluated."""
-    others = [arms[name] for name in _COMPARED_WITH.get(arm.name, _OTHERS) if name in arms]
-    teacher = arms.get("teacher")
+def _describe_arm(arm: Arm, teacher: Arm | None, figures: _Figures, metrics: list[Metric]) -> dict[str, Any]:
+    """One arm as JSON: its figures with intervals, and beside those of others."""
+    own, tokens = figures[arm.name], arm.fidelity.tokens if arm.fidelity else np.zeros(0)
+    others = {name: figures[name] for name in _COMPARED_WITH.get(arm.name, _OTHERS) if name in figures}
     description: dict[str, Any] = {
         "title": arm.title,
         "model": arm.model,
         "bytes": {part: getattr(arm.size, part) for part in ("codes", "constants", "adapters", "rest", "total")},
         "bits_per_weight": arm.size.bits_per_weight,
-        "num_rows": len(arm.fidelity.tokens) if arm.fidelity else 0,
-        "num_tokens": int(arm.fidelity.tokens.sum()) if arm.fidelity else 0,
-        "metrics": {metric.key: _measure(metric, found) for metric in metrics if (found := metric.find(arm, teacher))},
-        "differences": {other.name: {} for other in others},
-        "mcnemar": {metric.key: {} for metric in metrics if metric.setting is not None},
+        "num_rows": len(tokens),
+        "num_tokens": int(tokens.sum()),
+        "metrics": {metric.key: _measure(metric, own[metric.key]) for metric in metrics if metric.key in own},
+        "differences": {
+            name: {key: stats.compute_difference(own[key], theirs[key])._asdict() for key in own if key in theirs}
+            for name, theirs in others.items()
+        },
+        "mcnemar": {},
         "gap_recovered": {},
         "flips": {},
     }
     for metric in metrics:
-        own = metric.find(arm, teacher)
-        for other in others:
-            theirs = metric.find(other, teacher)
-            if own is None or theirs is None:
-                continue
-            description["differences"][other.name][metric.key] = stats.compute_difference(own, theirs)._asdict()
-            # The teacher agrees with itself, so a test of agreement against it tests nothing.
-            if metric.setting is not None and not (metric.grader == _AGREES and "teacher" in (arm.name, other.name)):
-                description["mcnemar"][metric.key][other.name] = _compare(own, theirs)
+        key, agrees = metric.key, metric.grader == _AGREES
         if arm.name not in ("teacher", "before"):
-            description["gap_recovered"][metric.key] = _compute_share(arm, arms, metric)
-        if metric.grader == _AGREES and (compared := metric.compare_answers(arm, teacher)):
+            description["gap_recovered"][key] = _compute_share(arm.name, figures, metric)
+        if metric.setting is not None:
+            # The teacher agrees with itself, so a test of agreement against it tests nothing.
+            tested = {name: each for name, each in others.items() if not (agrees and "teacher" in (arm.name, name))}
+            tests = {name: _compare(own[key], each[key]) for name, each in tested.items() if key in own and key in each}
+            description["mcnemar"][key] = tests
+        if agrees and (compared := metric.compare_answers(arm, teacher)):
             if arm is teacher:
-                description["metrics"][metric.key]["interval"] = None  # what holds by definition is no estimate
+                description["metrics"][key]["interval"] = None  # what holds by definition is no estimate
             else:
-                flips = {direction: share._asdict() for direction, share in compared.flips.items()}
-                description["flips"][metric.key] = flips
-    for kind in BREAKDOWNS:
-        bins = arm.fidelity.list_bins(kind) if arm.fidelity else None
+                description["flips"][key] = {way: share._asdict() for way, share in compared.flips.items()}
+    for prefix, kind in itertools.product(("", "dense_"), ("position", "entropy")):
+        bins = arm.fidelity.list_bins(prefix + kind) if arm.fidelity else None
         if bins is not None:
-            description[name_breakdown(kind)] = [_describe_bin(*each) for each in bins]
+            description[f"{prefix}kl_by_{kind}"] = [_describe_bin(*each) for each in bins]
     return description
-
-
-def name_breakdown(kind: str) -> str:
-    """The key of a breakdown in results.json, such as "dense_kl_by_position"."""
-    return f"dense_kl_by_{kind.removeprefix('dense_')}" if kind.startswith("dense_") else f"kl_by_{kind}"
 
 
 def _describe_bin(start: float, stop: float | None, kl: stats.Floats, tokens: stats.Floats) -> dict[str, Any]:
@@ -241,11 +239,9 @@ def _describe_bin(start: float, stop: float | None, kl: stats.Floats, tokens: st
 
 def _measure(metric: Metric, statistic: stats.RowStatistic) -> dict[str, Any]:
     columns = statistic.to_columns()
-    interval = None
     if metric.setting is not None:
-        interval = stats.wilson_interval(int(columns[:, 0].sum()), len(columns))
-    elif len(columns) > 1:
-        interval = stats.bootstrap_interval(statistic)
+        return compute_proportion(columns[:, 0] > 0.5)._asdict()
+    interval = stats.bootstrap_interval(statistic) if len(columns) > 1 else None
     return {"value": stats.compute_value(statistic), "interval": interval, "n": len(columns)}
 
 
@@ -257,10 +253,9 @@ def _compare(own: stats.RowStatistic, others: stats.RowStatistic) -> dict[str, A
     return {"only_this": only_this, "only_other": only_other, "p_value": p_value, "questions_needed": needed}
 
 
-def _compute_share(arm: Arm, arms: dict[str, Arm], metric: Metric) -> dict[str, Any]:
+def _compute_share(arm: str, figures: _Figures, metric: Metric) -> dict[str, Any]:
     """The gap that one arm recovered in one metric, and why there is none."""
-    names = ("teacher", "before", arm.name)
-    found = {name: metric.find(arms[name], arms.get("teacher")) if name in arms else None for name in names}
+    found = {name: figures.get(name, {}).get(metric.key) for name in ("teacher", "before", arm)}
     teacher, before, after = found.values()
     if teacher is None or before is None or after is None:
         lacking = [name for name, statistic in found.items() if statistic is None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,10 +50,15 @@ def collect_divergence(
     shown = transfer_set[:rows]
     batches = deal_batches(shown.lengths.tolist(), batch_size, share=False)
     found: list[RowDivergence] = []
-    with _evaluating(model):
-        runner = Runner(model)
-        for indices in tqdm(batches, desc="view", unit="batch", disable=None):
-            found += _compare_batch(runner, shown.__getitems__(indices), indices, tokenizer, alternatives)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        with evaluation_mode(model):  # as `quantkd evaluate`, so that both print the same figures
+            runner = Runner(model)
+            for indices in tqdm(batches, desc="view", unit="batch", disable=None):
+                found += _compare_batch(runner, shown.__getitems__(indices), indices, tokenizer, alternatives)
+    finally:
+        for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
+            parameter.requires_grad_(requires_grad)  # which PEFT's switch changes
     found.sort(key=lambda row: row.index)
     ids = np.concatenate([part for row in found for part in (row.token_ids, row.alternatives.token_ids)])
     return Divergence(
@@ -156,15 +160,3 @@ def _read_contexts(tokenizer: Any, ids: list[int], is_target: list[bool]) -> tup
         else:
             contexts.append((targets, decode_text(tokenizer, tokens)))
     return tuple(contexts)
-
-
-@contextmanager
-def _evaluating(model: PeftModel) -> Iterator[None]:
-    """Evaluation mode; afterwards each layer's mode returns, and `requires_grad`, which PEFT's switch changes."""
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    try:
-        with evaluation_mode(model):  # as `quantkd evaluate`, so that both print the same figures
-            yield
-    finally:
-        for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
-            parameter.requires_grad_(requires_grad)

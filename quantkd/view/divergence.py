@@ -57,13 +57,12 @@ class Divergence:
     @property
     def num_tokens(self) -> int:
         """Targets of all rows."""
-        return len(self.kl[0])
+        return sum(len(row.token_ids) for row in self.rows)
 
     @property
-    def kl(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The KL of every token before and after, over all rows, nats."""
-        before = np.concatenate([np.zeros(0), *(row.kl_before for row in self.rows)])
-        return before, np.concatenate([np.zeros(0), *(row.kl_after for row in self.rows)])
+    def kl(self) -> NDArray[np.float64]:
+        """(2, N) the KL of every token before and after, over all rows, nats."""
+        return np.concatenate([np.zeros((2, 0)), *([row.kl_before, row.kl_after] for row in self.rows)], axis=1)
 
     @property
     def mean_kl(self) -> tuple[float, float]:
@@ -131,11 +130,6 @@ def escape_script_json(value: Any) -> str:
     # ensure_ascii escapes U+2028, U+2029, lone surrogates and everything else that an encoding could turn into another.
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def count_classes(kl: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many of N tokens fall into each color class."""
-    return np.bincount(np.searchsorted(KL_EDGES, kl, side="right"), minlength=len(KL_EDGES) + 1)
 
 
 def _mean(values: NDArray[Any]) -> float:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from quantkd.errors import ConfigError, printable
 from quantkd.files import write_file
 from quantkd.report.page import make_environment
-from quantkd.view.divergence import KL_EDGES, Divergence, count_classes, encode_divergence, escape_script_json
+from quantkd.view.divergence import KL_EDGES, Divergence, encode_divergence, escape_script_json
 
 _SCRIPTS = ("data.js", "details.js", "rows.js", "page.js")
 
@@ -80,7 +80,8 @@ def _describe_classes(divergence: Divergence) -> list[dict[str, Any]]:
     names = [f"<{low:g}", *(f"{edge:g}" for edge in KL_EDGES[:-1]), f"≥{high:g}"]
     inner = [f"{start:g} to {stop:g}" for start, stop in itertools.pairwise(KL_EDGES)]
     ranges = [f"below {low:g}", *inner, f"{high:g} and more"]
-    before, after = (100 * count_classes(kl) / max(divergence.num_tokens, 1) for kl in divergence.kl)
+    counts = [np.bincount(np.digitize(kl, KL_EDGES), minlength=len(names)) for kl in divergence.kl]
+    before, after = (100 * each / max(divergence.num_tokens, 1) for each in counts)
     return [
         {"name": name, "range": span, "before": _format_percent(one), "after": _format_percent(other)}
         for name, span, one, other in zip(names, ranges, before.tolist(), after.tolist(), strict=True)
