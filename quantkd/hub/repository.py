@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import starmap
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoSibling
+from safetensors import SafetensorError, safe_open
 
-from quantkd.errors import ConfigError, HubError
+from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.names import __version__
-from quantkd.remote import RepositoryType, hub_errors, retry
+from quantkd.remote import RepositoryType, check_shareable, find_secrets, hub_errors, retry
 
 Operation = CommitOperationAdd | CommitOperationDelete
+Files = Mapping[str, bytes | Path]
 PUSH_ATTEMPTS = 8
 # What the Hub's form for a new repository creates.
 _BLANK = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "README.md")
@@ -80,9 +85,46 @@ class HubRepository:
             done = self._api.create_commit(self.repo_id, list(operations), commit_message=message, **where)
         return self.pushed(done.oid)
 
+    def replace(
+        self,
+        make: Callable[[str], Files],
+        what: str,
+        owned: Sequence[str],
+        message: str,
+        private: bool = True,
+        attempts: int = PUSH_ATTEMPTS,
+    ) -> PushedRepository:
+        """Push the files that `make` gives for the full name, in one commit, in place of what is there of `owned`."""
+
+        def attempt() -> PushedRepository:
+            self.ensure(private)
+            commit, there = self.read(owned[0].__eq__, what)
+            files = make(self.repo_id)
+            # What an earlier push left and this one does not bring would describe other weights, or be loaded as such.
+            stale = [name for name in there if name not in files and any(fnmatch(name, each) for each in owned)]
+            added = starmap(CommitOperationAdd, files.items())
+            operations: list[Operation] = [*added, *map(CommitOperationDelete, stale)]
+            return self.commit(operations, message, commit)
+
+        return retry(attempt, attempts)
+
     def pushed(self, commit: str) -> PushedRepository:
         """What a push returns."""
         return PushedRepository(self.repo_id, commit, self._private, self._url)
+
+
+def refuse_secrets(files: Files, vocabularies: Collection[str], token: str | None) -> None:
+    """Refuse to push a secret or, but in a vocabulary, a local path; of weights, their header can hold text."""
+    for name, content in files.items():
+        if isinstance(content, Path) and content.suffix == ".safetensors":
+            try:
+                with safe_open(content, framework="pt") as weights:
+                    data = f"{weights.metadata()} {list(weights.keys())}".encode()
+            except SafetensorError as error:
+                raise DataError(f"{content} is not a safetensors file: {error}. Write it again.") from error
+        else:
+            data = content if isinstance(content, bytes) else content.read_bytes()
+        check_shareable(name, data, find_secrets(token), paths=name not in vocabularies)
 
 
 def create_repository(name: str, *, private: bool, token: str | None) -> str:

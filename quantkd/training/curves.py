@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 CURVES_NAME = "training.png"
@@ -33,7 +34,8 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     """Draw loss, KL, cross-entropy and agreement over steps, as far as they were logged and differ; whether any was."""
     curves = {name: (_series(log_history, name), _series(log_history, f"eval_{name}")) for name in _PANELS}
     curves = {name: pair for name, pair in curves.items() if pair[0] or pair[1]}
-    if _agree(*(curves.get(name, ({}, {}))[0] for name in ("loss", "kl"))):
+    loss, kl = (curves.get(name, ({}, {}))[0] for name in ("loss", "kl"))
+    if loss and loss.keys() == kl.keys() and np.allclose([*loss.values()], [*kl.values()], rtol=1e-3, atol=0):
         del curves["loss"]  # which is the KL alone
     if not curves:
         return False
@@ -79,20 +81,14 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     return True
 
 
-def _agree(one: dict[int, float], other: dict[int, float]) -> bool:
-    """Whether two series have points, and the same."""
-    near = [math.isclose(one[step], other[step], rel_tol=1e-3) for step in one.keys() & other.keys()]
-    return bool(one) and one.keys() == other.keys() and all(near)
-
-
 def _smooth(points: dict[int, float]) -> dict[int, float]:
     """The mean of a fifth of the points around each, at the ends of those that are there; none of few points."""
     values = list(points.values())
     if len(values) < _FEWEST:
         return {}
-    reach = max(1, len(values) // 10)
-    near = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
-    return {step: sum(each) / len(each) for step, each in zip(points, near, strict=True)}
+    window = np.ones(2 * max(1, len(values) // 10) + 1)
+    means = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    return dict(zip(points, means.tolist(), strict=True))
 
 
 def was_evaluated(state: TrainerState) -> bool:
