@@ -226,9 +226,10 @@ def save_adapter(model, folder, **config):
 
 
 def refused(error, match, call, /, *args, **kwargs):
-    """The call raises the error, with a message that matches."""
-    with pytest.raises(error, match=match):
+    """The call raises the error, with a message that matches; the error."""
+    with pytest.raises(error, match=match) as caught:
         call(*args, **kwargs)
+    return caught.value
 
 
 @pytest.fixture
