@@ -65,15 +65,15 @@ def push_adapter(
         return {CARD_NAME: render_adapter_card(name, license=license, **values).encode(), **files}
 
     refuse_secrets(make(repo_id), _VOCABULARIES, token)
-    how: dict[str, Any] = {"private": private, "attempts": attempts}
     if made is not None:
-        base = push_checkpoint(made, base, license, token, revision, **how).repo_id  # with the owner's name
+        pushed = push_checkpoint(made, base, private, license, token, revision, attempts)
+        base = pushed.repo_id  # with the owner's name
         files, values = _gather(folder, base, run_dir)
     base = values["adapter"]["base_model_name_or_path"]
     if not is_repository_name(base):
         logger.warning("The page names the base model %r, a local folder: name it with --base_model user/model.", base)
-    repository = HubRepository(repo_id, "model", token=token, branch=revision)
-    return repository.replace(make, "adapter", (CONFIG, *_OPTIONAL), commit_message, **how)
+    repository = HubRepository(repo_id, "model", private, token, revision)
+    return repository.replace(make, "adapter", (CONFIG, *_OPTIONAL), commit_message, attempts)
 
 
 def list_adapter_files(

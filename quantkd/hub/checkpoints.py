@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from quantkd.errors import DataError
 from quantkd.hub.cards import CARD_NAME, render_checkpoint_card
-from quantkd.hub.repository import Files, HubRepository, PushedRepository, refuse_secrets
+from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance
 
 _FILES = (
@@ -20,19 +19,20 @@ _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 def push_checkpoint(
     folder: Path,
     repo_id: str,
+    private: bool = True,
     license: str | None = None,
     token: str | None = None,
     revision: str | None = None,
-    **how: Any,
+    attempts: int = PUSH_ATTEMPTS,
 ) -> PushedRepository:
     """Upload a checkpoint of `quantize` or of trained scales as a model repository, in one commit."""
     files, facts = read_checkpoint(folder, token), Provenance.read(folder)
-    repository = HubRepository(repo_id, "model", token=token, branch=revision)
+    repository = HubRepository(repo_id, "model", private, token, revision)
 
     def make(name: str) -> Files:
         return {CARD_NAME: render_checkpoint_card(name, facts, license=license).encode(), **files}
 
-    return repository.replace(make, "checkpoint", _FILES, "Upload 4-bit checkpoint", **how)
+    return repository.replace(make, "checkpoint", _FILES, "Upload 4-bit checkpoint", attempts)
 
 
 def read_checkpoint(folder: Path, token: str | None) -> dict[str, Path]:

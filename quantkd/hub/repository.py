@@ -41,27 +41,28 @@ class HubRepository:
     """A branch of a repository that is pushed to; `repo_id` gets the owner's name once the repository is created."""
 
     def __init__(
-        self, repo_id: str, repo_type: RepositoryType, *, token: str | None = None, branch: str | None = None
+        self, repo_id: str, repo_type: RepositoryType, private: bool, token: str | None, branch: str | None = None
     ) -> None:
-        self.repo_id, self._url, self._private = repo_id, "", True
+        self.repo_id, self._url, self._private = repo_id, "", private
         self._branch = branch or "main"
         self._token = token
         self._api = HfApi(token=token, library_name="quantkd", library_version=__version__)
         self._kind: Any = {"repo_type": repo_type}
 
-    def ensure(self, private: bool) -> None:
+    def ensure(self) -> None:
         """Create the repository and its branch if they are missing; refuse to make anything public by mistake."""
         if not (self._token or get_token()):
             raise HubError(f"There is no token to push to {self.repo_id} with. Use `hf auth login`, or set HF_TOKEN.")
         with hub_errors(f"find or create {self.repo_id}", self._token):
-            url = self._api.create_repo(self.repo_id, private=private, exist_ok=True, **self._kind)
+            url = self._api.create_repo(self.repo_id, private=self._private, exist_ok=True, **self._kind)
             self.repo_id, self._url = url.repo_id, str(url)
-            self._private = bool(self._api.repo_info(self.repo_id, **self._kind).private)
-        if private and not self._private:
+            is_private = bool(self._api.repo_info(self.repo_id, **self._kind).private)
+        if self._private and not is_private:
             raise ConfigError(
                 f"{self.repo_id} is public, and this push asks for a private repository. Pass private=False "
                 "(--public) if everybody may read it, or choose another name."
             )
+        self._private = is_private
         with hub_errors(f"create the branch {self._branch} of {self.repo_id}", self._token):
             self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True, **self._kind)
 
@@ -86,18 +87,12 @@ class HubRepository:
         return self.pushed(done.oid)
 
     def replace(
-        self,
-        make: Callable[[str], Files],
-        what: str,
-        owned: Sequence[str],
-        message: str,
-        private: bool = True,
-        attempts: int = PUSH_ATTEMPTS,
+        self, make: Callable[[str], Files], what: str, owned: Sequence[str], message: str, attempts: int
     ) -> PushedRepository:
         """Push the files that `make` gives for the full name, in one commit, in place of what is there of `owned`."""
 
         def attempt() -> PushedRepository:
-            self.ensure(private)
+            self.ensure()
             commit, there = self.read(owned[0].__eq__, what)
             files = make(self.repo_id)
             # What an earlier push left and this one does not bring would describe other weights, or be loaded as such.
@@ -129,6 +124,6 @@ def refuse_secrets(files: Files, vocabularies: Collection[str], token: str | Non
 
 def create_repository(name: str, *, private: bool, token: str | None) -> str:
     """Create a model repository, or find it; returns its name with the owner's."""
-    repository = HubRepository(name, "model", token=token)
-    retry(lambda: repository.ensure(private), PUSH_ATTEMPTS)
+    repository = HubRepository(name, "model", private, token)
+    retry(repository.ensure, PUSH_ATTEMPTS)
     return repository.repo_id

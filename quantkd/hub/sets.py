@@ -31,8 +31,8 @@ def push_transfer_set(
 ) -> PushedRepository:
     """Upload a whole set as a dataset repository, or replace the one that is there; a call that failed is resumed."""
     wanted = _wanted_files(transfer_set, repo_id, license, token)
-    repository = HubRepository(repo_id, "dataset", token=token, branch=revision)
-    retry(lambda: repository.ensure(private), PUSH_ATTEMPTS)
+    repository = HubRepository(repo_id, "dataset", private, token, revision)
+    retry(repository.ensure, PUSH_ATTEMPTS)
     if repository.repo_id != repo_id:  # the owner's name was left out, and the card names it
         wanted[CARD_NAME] = CommitOperationAdd(CARD_NAME, _card(transfer_set, repository.repo_id, license))
     while (pushed := retry(lambda: _advance(repository, wanted, max_commit_bytes), PUSH_ATTEMPTS)) is None:

@@ -108,28 +108,19 @@ class TrainingCurves(TrainerCallback):
     def __init__(self) -> None:
         self._before: list[dict[str, Any]] = []
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have the last step logged, whatever `logging_steps` is."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        return control
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep what was measured before training; draw what came later."""
         if state.global_step == 0:
             self._before = [entry for entry in state.log_history if entry["step"] == 0]
-        else:
-            self.on_train_end(args, state, control)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw what was logged."""
-        if state.is_world_process_zero and args.output_dir is not None:
+        elif state.is_world_process_zero and args.output_dir is not None:
             # Training starts a new log, so an evaluation before it must be put back.
             before = [] if any(entry["step"] == 0 for entry in state.log_history) else self._before
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             draw_curves([*before, *state.log_history], folder / CURVES_NAME)
+
+    on_train_end = on_evaluate
