@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils.sha import git_hash
 
 from quantkd.errors import ConfigError, HubError, TransferSetError
 from quantkd.hub.cards import CARD_NAME, check_license, render_set_card
@@ -119,7 +119,8 @@ def _is_at(file: CommitOperationAdd, remote: RepoSibling | None) -> bool:
     if remote.lfs is not None:
         return bool(remote.lfs.sha256 == file.upload_info.sha256.hex())
     with file.as_file() as content:
-        return remote.blob_id == git_hash(content.read())
+        data = content.read()
+    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _first_batch(sizes: dict[str, int], max_bytes: int) -> list[str]:
