@@ -20,16 +20,11 @@ from quantkd.errors import ConfigError
 from quantkd.evaluation.accuracy import Questions
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.measure import evaluate_arm
-from quantkd.hardware import default_device, parse_dtype, process_state
+from quantkd.hardware import default_device, process_state
 from quantkd.models.export import CHECKPOINT_FORMS, export_checkpoint, load_exported
 from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import quantize_once
-from quantkd.models.student import (
-    default_quantization_config,
-    format_of,
-    load_student,
-    refuse_quantized,
-)
+from quantkd.models.student import format_of, load_student, refuse_quantized
 from quantkd.names import names_gguf
 from quantkd.report import build_report
 from quantkd.teacher import GenerationSettings, RunSettings, load_teacher
@@ -103,17 +98,9 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     teacher, tokenizer = load_teacher(experiment.model, dtype=experiment.dtype, **experiment.model_init_kwargs)
     asked = {"transfer_set": experiment.train_rows, "held_out": experiment.held_out_rows}
     asked |= {"curve": experiment.curve_rows} if experiment.curve_rows else {}
+    answered: Any = {name: getattr(experiment, name) for name in ("storage", "chat_template", "generation", "run")}
     sets = {
-        name: capture(
-            teacher,
-            [experiment.make_prompt(row) for row in rows],
-            run_dir / name,
-            tokenizer=tokenizer,
-            storage=experiment.storage,
-            chat_template=experiment.chat_template,
-            generation=experiment.generation,
-            run=experiment.run,
-        )
+        name: capture(teacher, [*map(experiment.make_prompt, rows)], run_dir / name, tokenizer=tokenizer, **answered)
         for name, rows in asked.items()
     }
 
@@ -165,12 +152,13 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     measure(teacher, "teacher")
     del teacher
     measure(_load_student(experiment, experiment.model), "before")
-    calibrates = args.calibrate and format_of(_config(experiment)) in ("nf4", "fp4")
+    config: Any = copy.deepcopy(experiment.quantization_config) or "nf4"
+    calibrates = args.calibrate and (config if isinstance(config, str) else format_of(config)) in ("nf4", "fp4")
     base = str(run_dir / "quantized") if calibrates else experiment.model
     if calibrates:
         _log("choosing the codes")
         clear_device_cache(garbage_collection=True)
-        how_loaded = {"quantization_config": _config(experiment), "dtype": experiment.dtype}
+        how_loaded = {"quantization_config": config, "dtype": experiment.dtype}
         quantize_once(experiment.model, sets["transfer_set"], Path(base), **how_loaded, **experiment.model_init_kwargs)
         measure(_load_student(experiment, base), "codes")
     arms, start = {"after": args}, f"{args.output_dir}-start"
@@ -207,14 +195,9 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
     return run_dir / "report.md"
 
 
-def _config(experiment: Experiment) -> Any:
-    config = copy.deepcopy(experiment.quantization_config) or "nf4"
-    return default_quantization_config(parse_dtype(experiment.dtype), config) if isinstance(config, str) else config
-
-
 def _load_student(experiment: Experiment, name: str, **kwargs: Any) -> Any:
     clear_device_cache(garbage_collection=True)  # one model is in memory at a time
-    config = _config(experiment) if name == experiment.model else None
+    config = copy.deepcopy(experiment.quantization_config) if name == experiment.model else None
     options = {"quantization_config": config, "dtype": experiment.dtype, **kwargs, **experiment.model_init_kwargs}
     return load_student(name, **options)
 

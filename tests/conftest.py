@@ -155,12 +155,9 @@ def build_trainer(tiny_model_path, training_set):
             "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
             "calibrate": False,
         }  # fmt: skip
-        for name, given in (
-            ("model_init_kwargs", model or "by name"),
-            ("teacher_model_init_kwargs", options.get("teacher_model")),
-        ):
-            if isinstance(given, (str, os.PathLike)):
-                settings[name] = {"dtype": "float32"}
+        given = {"model_init_kwargs": model or "by name", "teacher_model_init_kwargs": options.get("teacher_model")}
+        named = [name for name, value in given.items() if isinstance(value, (str, os.PathLike))]
+        settings |= {name: {"dtype": "float32"} for name in named}
         fields = QuantizedDistillationConfig.__dataclass_fields__
         settings |= {name: options.pop(name) for name in list(options) if name in fields}
         args = QuantizedDistillationConfig(str(output_dir), **settings)
@@ -226,9 +223,10 @@ def save_adapter(model, folder, **config):
 
 
 def refused(error, match, call, /, *args, **kwargs):
-    """The call raises the error, with a message that matches."""
-    with pytest.raises(error, match=match):
+    """The call raises the error, with a message that matches; the error."""
+    with pytest.raises(error, match=match) as caught:
         call(*args, **kwargs)
+    return caught.value
 
 
 @pytest.fixture

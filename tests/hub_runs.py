@@ -35,7 +35,7 @@ def hub(monkeypatch, tmp_path):
         yield hub
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained_run(build_trainer, tmp_path_factory):
     """A run's folder with a report, an adapter in `student`, and what a trainer leaves beside it."""
     run = tmp_path_factory.mktemp("runs") / "mine"

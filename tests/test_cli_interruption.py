@@ -41,13 +41,13 @@ def stop(words, seen, sent):
 
 @pytest.mark.parametrize(("sent", "seen", "words"), [
     (signal.SIGTERM, "s/shard-00001.safetensors",
-     ["capture", "--rows_per_shard", 4, "--model", "TINY", "--output_dir"]),
+     ["capture", "--rows_per_shard", 4, "--model", "MODEL", "--output_dir"]),
     (signal.SIGINT, "s/evaluation/x-prompts.jsonl",
-     ["evaluate", "--arm", "x", "--batch_size", 1, "--model_name_or_path", "TINY", "--run_dir"]),
+     ["evaluate", "--arm", "x", "--batch_size", 1, "--model_name_or_path", "MODEL", "--run_dir"]),
 ])  # fmt: skip
-def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, tiny_model_path, sent, seen, words):
+def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, one_layer_path, sent, seen, words):
     """SIGTERM, which a scheduler sends, ends the program as Ctrl-C does."""
-    name, *words = [tiny_model_path if word == "TINY" else word for word in words]
+    name, *words = [one_layer_path if word == "MODEL" else word for word in words]
     words = [name, "--prompts", "p.jsonl", "--max_new_tokens", 24, "--dtype", "float32", *words]
     code, said = stop([*words, "s"], seen, sent)
     assert code == 130 and said.endswith(f"quantkd {name}: interrupted. Run the same command again to go on.\n")
@@ -56,39 +56,48 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, tiny_model_pat
     assert hashes(Path(seen).parent) == hashes(Path("whole", *Path(seen).parts[1:-1])) != stopped
 
 
-@pytest.fixture
-def train(folder, tiny_model_path):
-    capture_set(tiny_model_path, PROMPTS, "set", max_new_tokens=8)
-    return ["train", "--model_name_or_path", str(tiny_model_path), "--transfer_set", "set", "--dtype", "float32",
-            "--report_to", "none", "--per_device_train_batch_size", "2", "--num_train_epochs", "2",
-            "--save_steps", "4", "--output_dir"]  # fmt: skip
+@pytest.fixture(scope="module")
+def train(one_layer_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets") / "set"
+    capture_set(one_layer_path, PROMPTS, folder, max_new_tokens=8)
+    words = f"train --model_name_or_path {one_layer_path} --transfer_set {folder} --dtype float32 --report_to none "
+    words += "--per_device_train_batch_size 2 --num_train_epochs 2 --save_steps 4 --output_dir"
+    return words.split()
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The weights of a training that was not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    processes.run(["-m", "quantkd", *train, folder], folder / "output")
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("sent", "seen"), [(signal.SIGINT, "trainer_state.json"), (signal.SIGKILL, "optimizer.pt")])
-def test_train_goes_on_to_the_same_weights(folder, train, sent, seen):
+def test_train_goes_on_to_the_same_weights(folder, train, whole, sent, seen):
     """After Ctrl-C, and killed amid a checkpoint; as many threads in each process, for they decide sums of floats."""
     code, said = stop([*train, "o"], f"o/checkpoint-8/{seen}", sent)
     assert code == (130 if sent == signal.SIGINT else -9) and "Traceback" not in said
     go_on = "quantkd train: interrupted. Run the same command with --resume_from_checkpoint true"
     assert (go_on in said) == (sent == signal.SIGINT) and not Path("o/adapter_model.safetensors").exists()
-    for words in (["o", "--resume_from_checkpoint", "true"], ["whole"]):
-        processes.run(["-m", "quantkd", *train, *words], folder / "output")
-    one, other = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("o", "whole"))
-    assert one == other
+    processes.run(["-m", "quantkd", *train, "o", "--resume_from_checkpoint", "true"], folder / "output")
+    assert Path("o/adapter_model.safetensors").read_bytes() == whole
     # Once more from its configuration, which knows nothing of the checkpoint.
     assert "resume_from_checkpoint" not in Path("o/config.yaml").read_text()
 
 
+@pytest.mark.usefixtures("folder")
 def test_a_checkpoint_that_was_cut_off_over_an_older_one_is_not_resumed(cli, train, monkeypatch):
-    assert cli(*train, "o", "--max_steps", "4")[0] == 0 and find_checkpoint("true", "o") == "o/checkpoint-4"
-
+    words = [*train, "o", "--max_steps", "4", "--calibrate", "false"]
+    assert cli(*words)[0] == 0 and find_checkpoint("true", "o") == "o/checkpoint-4"
     monkeypatch.setattr(Trainer, "_save_rng_state", Mock(side_effect=SystemExit(9)))
-    assert cli(*train, "o", "--max_steps", "4", "--seed", "1")[0] == 9
+    assert cli(*words, "--seed", "1")[0] == 9
     refused(ConfigError, "holds no checkpoint to resume from", find_checkpoint, "true", "o")
 
 
 def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
-    family = processes.start(["-m", "quantkd", *train, "o", "--num_train_epochs", "200"], folder / "output", 2)
+    words = ["-m", "quantkd", *train, "o", "--num_train_epochs", "200", "--calibrate", "false"]
+    family = processes.start(words, folder / "output", 2)
     processes.wait_until(Path("o/checkpoint-4/trainer_state.json").exists, family, Path("output"))
     family[1].kill()
     code, said = processes.end(family[0], 60), Path("output").read_text()
@@ -136,8 +145,8 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
     assert {each: find_checkpoint(each, tmp_path) for each in asked} == asked
     for where in ("checkpoint-2", "nowhere"):
         refused(ConfigError, "holds no checkpoint to resume from", find_checkpoint, "true", tmp_path / where)
-    with pytest.raises(ConfigError, match="which is not a complete checkpoint"):
-        find_checkpoint(str(tmp_path / "checkpoint-12"), tmp_path)
+    cut = str(tmp_path / "checkpoint-12")
+    refused(ConfigError, "which is not a complete checkpoint", find_checkpoint, cut, tmp_path)
 
 
 def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, tiny_model_path):

@@ -46,17 +46,16 @@ def test_a_run_is_repeated_from_its_own_configuration(words, monkeypatch):
     assert [file for file in kept if CANARY.encode() in file.read_bytes()] == []
 
 
-def test_commands_find_the_checkpoint_that_an_adapter_was_trained_on(words, held_out, tiny_model_path, capsys):
-    main([*words, "--output_dir", "o", "--max_steps", "2"])
-    measured = ["evaluate", "--arm", "after", "--run_dir", "r", "--held_out", str(held_out.sources[0])]
-    main([*measured, "--model_name_or_path", str(tiny_model_path), "--adapter", "o", "--dtype", "float32"])
-    main([*measured, "--model_name_or_path", "o/quantized", "--adapter", "o", "--dtype", "float32", "--arm", "same"])
+def test_commands_find_the_checkpoint_that_an_adapter_was_trained_on(words, held_out, tiny_model_path, cli):
+    cli.ok(*words, "--output_dir", "o", "--max_steps", "2")
+    measured = ["evaluate", "--run_dir", "r", "--held_out", held_out.sources[0], "--adapter", "o", "--dtype", "float32"]
+    after = [*measured, "--arm", "after", "--model_name_or_path", tiny_model_path]
+    cli.ok(*after)
+    cli.ok(*measured, "--arm", "same", "--model_name_or_path", "o/quantized")
     found = [json.loads(Path(f"r/evaluation/{arm}.json").read_text())["fidelity"]["rows"] for arm in ("after", "same")]
     assert found[0] == found[1]
     shutil.rmtree("o/quantized")
-    with pytest.raises(SystemExit):
-        main([*measured, "--model_name_or_path", str(tiny_model_path), "--adapter", "o", "--dtype", "float32"])
-    assert "The base model has quantized weights of digest" in capsys.readouterr().err
+    cli.fails("The base model has quantized weights of digest", *after)
 
 
 def test_no_home_path_is_kept(words, tiny_model_path, monkeypatch):

@@ -96,8 +96,8 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, run, small_se
     held = "user/other holds config.json, data/x.bin, and no"
     refused(ConfigError, f"{held} adapter; .*Choose another name", push_adapter, run, "user/other")
     refused(ConfigError, f"{held} transfer set", push_transfer_set, small_set, "user/other")
-    with pytest.raises(ConfigError, match=r"user/folder holds data/x.parquet, and no transfer set"):
-        push_transfer_set(small_set, "user/folder")
+    held = "user/folder holds data/x.parquet, and no transfer set"
+    refused(ConfigError, held, push_transfer_set, small_set, "user/folder")
     assert all(len(hub.repositories[kind, "user/other"].commits) == 2 for kind in ("model", "dataset"))
     push_adapter(run, "user/blank")
     push_transfer_set(small_set, "user/blank")
@@ -123,8 +123,8 @@ def test_the_trainer_pushes_and_makes_nothing_public_by_mistake(hub, build_train
     refused(ConfigError, "is public", build_trainer, tmp_path / "s", push_to_hub=True, hub_model_id="user/open")
     trainer = build_trainer(tmp_path / "s", hub_model_id="user/open", hub_private_repo=False)
     assert not trainer.push_to_hub().private
-    with pytest.raises(ConfigError, match="optimizer and random states"):
-        build_trainer(tmp_path / "s", push_to_hub=True, hub_strategy="all_checkpoints")
+    unsafe = {"push_to_hub": True, "hub_strategy": "all_checkpoints"}
+    refused(ConfigError, "optimizer and random states", build_trainer, tmp_path / "s", **unsafe)
     commit = push_transfer_set(training_set, "user/set").commit
     options = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_model_id": "user/student"}
     trainer = build_trainer(tmp_path / "student", train_dataset=TransferSet.open("user/set"), **options)

@@ -16,6 +16,7 @@ from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.models.provenance import name_base_model
 from quantkd.names import public_name
 from quantkd.remote import find_secrets
+from tests.conftest import refused
 
 pytest_plugins = ["hub_runs"]
 HOME = str(Path.home())
@@ -28,9 +29,8 @@ HOME = str(Path.home())
 ])  # fmt: skip
 def test_a_file_that_holds_a_secret_stays_here(hub, run, name, text):
     (run / "student" / name).write_text(text)
-    with pytest.raises(ConfigError, match=f"{name}|README.md") as caught:
-        push_adapter(run, "user/student")
-    assert TOKEN not in str(caught.value) and hub.requests == []
+    error = refused(ConfigError, f"{name}|README.md", push_adapter, run, "user/student")
+    assert TOKEN not in str(error) and hub.requests == []
 
 
 def test_a_canary_token_is_found_nowhere(
@@ -60,16 +60,12 @@ def test_a_canary_token_is_found_nowhere(
             lambda: push_transfer_set(training_set, "user/set", token=TOKEN, license="mit"),
             lambda: TransferSet.open("user/none", token=TOKEN),
         ):
-            with pytest.raises(HubError) as caught:
-                attempt()
-            said.append("".join(traceback.format_exception(caught.value)))
+            said += traceback.format_exception(refused(HubError, "Could not", attempt))
     assert "[secret]" in "".join(said)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HubError) as caught:
-        main(["--traceback", "push", str(run), "user/student"])
-    said.append("".join(traceback.format_exception(caught.value)))
-    with pytest.raises(SystemExit):
-        main(["push", str(run), "user/student"])
+    words = ["push", str(run), "user/student"]
+    said += traceback.format_exception(refused(HubError, "Could not", main, ["--traceback", *words]))
+    refused(SystemExit, "1", main, words)
     assert "nor with [secret]" in "".join(said)
     captured = capfd.readouterr()
     printed = "\n".join([*said, captured.out, captured.err, *(record.getMessage() for record in caplog.records)])

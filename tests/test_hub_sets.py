@@ -68,8 +68,8 @@ def test_the_revision_is_fixed_when_the_set_is_opened(hub, small_set, tmp_path):
     assert_equal(opened, small_set)  # read after the branch has moved on
     assert_equal(TransferSet.open("user/set"), other)
     assert_equal(TransferSet.open("user/set", revision=first), small_set)
-    with pytest.raises(TransferSetError, match=f"has the digest {other.digest}; expected {small_set.digest}"):
-        TransferSet.open("user/set", digest=small_set.digest)
+    digests = f"has the digest {other.digest}; expected {small_set.digest}"
+    refused(TransferSetError, digests, TransferSet.open, "user/set", digest=small_set.digest)
     pushed = push_transfer_set(small_set, "user/set", revision="v2")  # a branch of its own
     assert TransferSet.open("user/set").digest == other.digest
     assert TransferSet.open("user/set", revision="v2").digest == small_set.digest
@@ -111,8 +111,7 @@ def test_the_page(hub, small_set):
     size = f"{small_set.info.num_bytes:,} bytes"
     for fact in (small_set.digest, "contains its training text", "tiny-teacher", "nucleus", "0" * 64, size):
         assert fact in text
-    with pytest.raises(ConfigError, match="short name of the Hub's list"):
-        push_transfer_set(small_set, "user/set", license="My Own License!")
+    refused(ConfigError, "short name of the Hub's list", push_transfer_set, small_set, "user/set", license="My Own!")
 
 
 def test_a_folder_wins_and_only_whole_and_sound_sets_are_pushed(hub, small_set, tmp_path, monkeypatch):

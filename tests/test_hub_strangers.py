@@ -126,11 +126,10 @@ def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, t
     hub.make("model", "user/trap", trapped)
     write(tmp_path, trapped)
     said = r"adapter_model.bin, a pickle, which can run any code.*expected adapter_model.safetensors"
-    with pytest.raises(DataError, match=said):
-        if way == "push":
-            push_adapter(tmp_path, "user/student")
-        else:
-            load_adapter(tiny_model, "user/trap" if way == "hub" else tmp_path)
+    if way == "push":
+        refused(DataError, said, push_adapter, tmp_path, "user/student")
+    else:
+        refused(DataError, said, load_adapter, tiny_model, "user/trap" if way == "hub" else tmp_path)
     assert watch["pickle.find_class"] == [] and (way == "hub" or hub.requests == [])
     assert hub.count("GET", r"\.bin$") == 0
 
@@ -155,8 +154,7 @@ def test_a_base_model_by_name_runs_no_remote_code(hub, files, tiny_model_path, m
     load_base = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr("quantkd.hub.adapters.load_student", load_base)
     hub.make("model", "user/fine", files)
-    with pytest.raises(KeyboardInterrupt):
-        load_adapter(str(tiny_model_path), "user/fine")
+    refused(KeyboardInterrupt, "^$", load_adapter, str(tiny_model_path), "user/fine")
     load_base.assert_called_once_with(str(tiny_model_path), trust_remote_code=False)
 
 

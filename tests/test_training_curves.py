@@ -94,7 +94,5 @@ def test_a_run_leaves_a_picture_and_trackers_get_the_same_names(make_trainer, tr
     listed = set(re.findall(r"`((?:train|eval)/\w+)`", page))
     assert {"train/kl", "eval/kl"} <= listed <= sent
     make_trainer(curves=True, max_steps=3, logging_steps=10).train()
-    assert [step for step, _ in shown(drawn[-1])["KL to the teacher"]["training batches"]] == [
-        1,
-        3,
-    ]  # the first and the last
+    steps = [step for step, _ in shown(drawn[-1])["KL to the teacher"]["training batches"]]
+    assert steps == [1, 3]  # the first and the last

@@ -89,8 +89,10 @@ def _naming(args: StudentArguments) -> Any:
     return nullcontext() if names_gguf(args.model_name_or_path, args.gguf_file) else naming(args.model_name_or_path)
 
 
-def load_student_from(args: StudentArguments) -> PreTrainedModel:
-    """The quantized student that the arguments describe, without adapters."""
+def load_student_from(args: StudentArguments, base: str | Path | None = None) -> PreTrainedModel:
+    """The quantized student that the arguments describe, without adapters; `base`: from the checkpoint made of it."""
+    if base is not None:
+        args = replace(args, model_name_or_path=str(base), model_revision="main")
     options = student_options(args)
     with _naming(args):
         return load_student(args.model_name_or_path, **options)
@@ -102,15 +104,12 @@ def load_base_from(
     """The same student to be trained, with calibrated codes unless the config leaves them out."""
     with _naming(args):
         base = choose_base(args.model_name_or_path, config, rows, peft_config=lora, **student_options(args))
-    here = args if base == args.model_name_or_path else replace(args, model_name_or_path=base, model_revision="main")
-    return load_student_from(here)
+    return load_student_from(args, None if base == args.model_name_or_path else base)
 
 
 def load_adapted_from(args: StudentArguments, adapter: Path) -> PeftModel:
     """The student with an adapter, on the checkpoint of the run that trained it if that is beside it."""
-    base = find_base(adapter, args.model_name_or_path)
-    here = args if base is None else replace(args, model_name_or_path=str(base), model_revision="main")
-    return load_adapter(load_student_from(here), adapter)
+    return load_adapter(load_student_from(args, find_base(adapter, args.model_name_or_path)), adapter)
 
 
 def load_tokenizer_from(args: StudentArguments) -> PreTrainedTokenizerBase:

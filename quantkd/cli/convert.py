@@ -50,11 +50,6 @@ def _import_table(args: argparse.Namespace) -> None:
     with naming(args.model):
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
     tokenizer = load_tokenizer(args.model, revision=args.revision)
-    import_table(
-        args.source,
-        args.destination,
-        toolkit=args.toolkit,
-        vocab_size=config.get_text_config().vocab_size,
-        teacher_name=public_name(args.model),
-        tokenizer_fingerprint=compute_fingerprint(tokenizer),
-    )
+    facts = {"teacher_name": public_name(args.model), "tokenizer_fingerprint": compute_fingerprint(tokenizer)}
+    vocab_size = config.get_text_config().vocab_size
+    import_table(args.source, args.destination, toolkit=args.toolkit, vocab_size=vocab_size, **facts)

@@ -89,9 +89,7 @@ class EvaluationArguments:
     )
     base_url: str | None = option("Address of the server engine's server.", None)
     top_logprobs: int = option("Log-probabilities a token that a server is asked for.", TOP_LOGPROBS)
-    served_files: list[str] | None = option(
-        "GGUF files that the server runs, a model and its adapter, for its size.", None
-    )
+    served_files: list[str] | None = option("GGUF files that the server runs, model and adapter, for its size.", None)
     engine_kwargs: str | None = option(
         'Further arguments of the server engine, as JSON: \'{"dialect": "vllm"}\'.', None
     )

@@ -36,10 +36,8 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     transfer_set = TransferSet.open(args.path, allow_incomplete=args.allow_incomplete)
     decode = _decoder(args.tokenizer, transfer_set)
-    rows = [
-        _describe(transfer_set[index], decode, args.tokens, args.alternatives)
-        for index in range(min(args.rows, len(transfer_set)))
-    ]
+    shown = range(min(args.rows, len(transfer_set)))
+    rows = [_describe(transfer_set[index], decode, args.tokens, args.alternatives) for index in shown]
     histograms = compute_histograms(transfer_set)
     if args.json:
         counts = {"entries": histograms.entries.tolist(), "entropy": histograms.entropy.tolist()}

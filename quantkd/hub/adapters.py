@@ -9,23 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from quantkd.errors import DataError, HubError
 from quantkd.files import write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card, render_checkpoint_card
 from quantkd.hub.checkpoints import push_checkpoint, read_checkpoint
-from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
+from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models import adapter_files
 from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance, find_base, read_object
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, require_folder, split_revision
-from quantkd.remote import RemoteFiles, check_shareable, find_secrets, logger as revisions, retry
+from quantkd.remote import RemoteFiles, logger as revisions
 
 logger = logging.getLogger(__name__)
 
@@ -54,41 +54,26 @@ def push_adapter(
     commit_message: str = "Upload adapter",
     attempts: int = PUSH_ATTEMPTS,
 ) -> PushedRepository:
-    """Upload an adapter as a model repository, in one commit.
-
-    `path` may be a run's folder with just one adapter. `repo_id` without an owner is one of the token's.
-    `private=False` makes a new repository public, and is needed to push to one that is. The 4-bit checkpoint that a
-    run made for its adapter is pushed first, to `repo_id` with `-4bit` at its end, and is the base model; `base_model`
-    names another place for it, and is needed for other local folders. `run_dir` holds the report for the page: by
-    default the adapter's folder or the one above. `attempts` failures in a row that may not come again end the push.
-    """
+    """Upload an adapter as a model repository, in one commit; first the 4-bit checkpoint that was made for it."""
     check_license(license)
     folder = find_adapter(path)
     made = None if base_model else find_base(folder)
+    base = f"{repo_id}-4bit"
+    files, values = _gather(folder, base_model if made is None else base, run_dir)
+
+    def make(name: str) -> Files:
+        return {CARD_NAME: render_adapter_card(name, license=license, **values).encode(), **files}
+
+    refuse_secrets(make(repo_id), _VOCABULARIES, token)
     if made is not None:
-        base_model = f"{repo_id}-4bit"
-    files, values = _gather(folder, base_model, run_dir)
-    _check_secrets({**files, CARD_NAME: render_adapter_card(repo_id, license=license, **values).encode()}, token)
-    if made is not None:
-        how: Any = {"private": private, "license": license, "token": token, "revision": revision, "attempts": attempts}
-        base_model = push_checkpoint(made, f"{repo_id}-4bit", **how).repo_id
-        files, values = _gather(folder, base_model, run_dir)  # with the owner's name
+        pushed = push_checkpoint(made, base, private, license, token, revision, attempts)
+        base = pushed.repo_id  # with the owner's name
+        files, values = _gather(folder, base, run_dir)
     base = values["adapter"]["base_model_name_or_path"]
     if not is_repository_name(base):
         logger.warning("The page names the base model %r, a local folder: name it with --base_model user/model.", base)
-    repository = HubRepository(repo_id, "model", token=token, branch=revision)
-
-    def push() -> PushedRepository:
-        repository.ensure(private)
-        commit, there = repository.read(CONFIG.__eq__, "adapter")
-        page = render_adapter_card(repository.repo_id, license=license, **values).encode()
-        added = [CommitOperationAdd(name, content) for name, content in {CARD_NAME: page, **files}.items()]
-        # What an earlier push left and this one does not bring would describe another adapter.
-        stale = [name for name in _OPTIONAL if name in there and name not in files]
-        operations: list[Operation] = [*added, *map(CommitOperationDelete, stale)]
-        return repository.commit(operations, commit_message, commit)
-
-    return retry(push, attempts)
+    repository = HubRepository(repo_id, "model", private, token, revision)
+    return repository.replace(make, "adapter", (CONFIG, *_OPTIONAL), commit_message, attempts)
 
 
 def list_adapter_files(
@@ -99,10 +84,10 @@ def list_adapter_files(
     made = None if base_model else find_base(folder)
     files, values = _gather(folder, base_model, run_dir)
     files[CARD_NAME] = render_adapter_card("user/name", license=None, **values).encode()
-    _check_secrets(files, None)
+    refuse_secrets(files, _VOCABULARIES, None)
     if made is not None:
         page = render_checkpoint_card("user/name-4bit", Provenance.read(made), license=None).encode()
-        base = {CARD_NAME: page, **read_checkpoint(made, None)}
+        base: Files = {CARD_NAME: page, **read_checkpoint(made, None)}
         files |= {f"NAME-4bit/{name}": content for name, content in base.items()}
     return sorted((name, CommitOperationAdd(name, content).upload_info.size) for name, content in files.items())
 
@@ -175,21 +160,6 @@ def _describe(folder: Path, base_model: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_secrets(files: Mapping[str, Path | bytes], token: str | None) -> None:
-    """Refuse to push a secret or a local path; of the weights, their header can hold text."""
-    secrets = find_secrets(token)
-    for name, content in files.items():
-        if name == WEIGHTS:
-            try:
-                with safe_open(content, framework="pt") as weights:
-                    data = f"{weights.metadata()} {list(weights.keys())}".encode()
-            except SafetensorError as error:
-                raise DataError(f"{content!s} is not a safetensors file: {error}. Save the adapter again.") from error
-        else:
-            data = content if isinstance(content, bytes) else content.read_bytes()
-        check_shareable(name, data, secrets, paths=name not in _VOCABULARIES)
-
-
 def _to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -203,13 +173,7 @@ def load_adapter(
     is_trainable: bool = False,
     **model_kwargs: Any,
 ) -> PeftModel:
-    """Attach a LoRA adapter from the Hub or a folder to a base model that the caller chose.
-
-    The base model that the adapter names is compared and never loaded; one with other quantized weights than those that
-    `quantkd.json` records is refused. Only safetensors are read. The commit is logged,
-    and is `hub_revision` of the model. A `base` given by name is loaded by `load_student`, which takes `model_kwargs`,
-    without remote code.
-    """
+    """Attach a LoRA adapter to a base model, loaded or named; the one that it names is compared and never loaded."""
     place, folder, _ = _find(str(adapter), revision, token)
     config, weights, named = adapter_files.read_plain_lora(folder, place)
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import starmap
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoSibling
+from safetensors import SafetensorError, safe_open
 
-from quantkd.errors import ConfigError, HubError
+from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.names import __version__
-from quantkd.remote import RepositoryType, hub_errors, retry
+from quantkd.remote import RepositoryType, check_shareable, find_secrets, hub_errors, retry
 
 Operation = CommitOperationAdd | CommitOperationDelete
+Files = Mapping[str, bytes | Path]
 PUSH_ATTEMPTS = 8
 # What the Hub's form for a new repository creates.
 _BLANK = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "README.md")
@@ -36,27 +41,28 @@ class HubRepository:
     """A branch of a repository that is pushed to; `repo_id` gets the owner's name once the repository is created."""
 
     def __init__(
-        self, repo_id: str, repo_type: RepositoryType, *, token: str | None = None, branch: str | None = None
+        self, repo_id: str, repo_type: RepositoryType, private: bool, token: str | None, branch: str | None = None
     ) -> None:
-        self.repo_id, self._url, self._private = repo_id, "", True
+        self.repo_id, self._url, self._private = repo_id, "", private
         self._branch = branch or "main"
         self._token = token
         self._api = HfApi(token=token, library_name="quantkd", library_version=__version__)
         self._kind: Any = {"repo_type": repo_type}
 
-    def ensure(self, private: bool) -> None:
+    def ensure(self) -> None:
         """Create the repository and its branch if they are missing; refuse to make anything public by mistake."""
         if not (self._token or get_token()):
             raise HubError(f"There is no token to push to {self.repo_id} with. Use `hf auth login`, or set HF_TOKEN.")
         with hub_errors(f"find or create {self.repo_id}", self._token):
-            url = self._api.create_repo(self.repo_id, private=private, exist_ok=True, **self._kind)
+            url = self._api.create_repo(self.repo_id, private=self._private, exist_ok=True, **self._kind)
             self.repo_id, self._url = url.repo_id, str(url)
-            self._private = bool(self._api.repo_info(self.repo_id, **self._kind).private)
-        if private and not self._private:
+            is_private = bool(self._api.repo_info(self.repo_id, **self._kind).private)
+        if self._private and not is_private:
             raise ConfigError(
                 f"{self.repo_id} is public, and this push asks for a private repository. Pass private=False "
                 "(--public) if everybody may read it, or choose another name."
             )
+        self._private = is_private
         with hub_errors(f"create the branch {self._branch} of {self.repo_id}", self._token):
             self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True, **self._kind)
 
@@ -80,13 +86,44 @@ class HubRepository:
             done = self._api.create_commit(self.repo_id, list(operations), commit_message=message, **where)
         return self.pushed(done.oid)
 
+    def replace(
+        self, make: Callable[[str], Files], what: str, owned: Sequence[str], message: str, attempts: int
+    ) -> PushedRepository:
+        """Push the files that `make` gives for the full name, in one commit, in place of what is there of `owned`."""
+
+        def attempt() -> PushedRepository:
+            self.ensure()
+            commit, there = self.read(owned[0].__eq__, what)
+            files = make(self.repo_id)
+            # What an earlier push left and this one does not bring would describe other weights, or be loaded as such.
+            stale = [name for name in there if name not in files and any(fnmatch(name, each) for each in owned)]
+            added = starmap(CommitOperationAdd, files.items())
+            operations: list[Operation] = [*added, *map(CommitOperationDelete, stale)]
+            return self.commit(operations, message, commit)
+
+        return retry(attempt, attempts)
+
     def pushed(self, commit: str) -> PushedRepository:
         """What a push returns."""
         return PushedRepository(self.repo_id, commit, self._private, self._url)
 
 
+def refuse_secrets(files: Files, vocabularies: Collection[str], token: str | None) -> None:
+    """Refuse to push a secret or, but in a vocabulary, a local path; of weights, their header can hold text."""
+    for name, content in files.items():
+        if isinstance(content, Path) and content.suffix == ".safetensors":
+            try:
+                with safe_open(content, framework="pt") as weights:
+                    data = f"{weights.metadata()} {list(weights.keys())}".encode()
+            except SafetensorError as error:
+                raise DataError(f"{content} is not a safetensors file: {error}. Write it again.") from error
+        else:
+            data = content if isinstance(content, bytes) else content.read_bytes()
+        check_shareable(name, data, find_secrets(token), paths=name not in vocabularies)
+
+
 def create_repository(name: str, *, private: bool, token: str | None) -> str:
     """Create a model repository, or find it; returns its name with the owner's."""
-    repository = HubRepository(name, "model", token=token)
-    retry(lambda: repository.ensure(private), PUSH_ATTEMPTS)
+    repository = HubRepository(name, "model", private, token)
+    retry(repository.ensure, PUSH_ATTEMPTS)
     return repository.repo_id

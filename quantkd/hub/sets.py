@@ -10,14 +10,12 @@ from huggingface_hub.hf_api import RepoSibling
 
 from quantkd.errors import ConfigError, HubError, TransferSetError
 from quantkd.hub.cards import CARD_NAME, check_license, render_set_card
-from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository
-from quantkd.remote import check_shareable, find_secrets, retry
+from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, Operation, PushedRepository, refuse_secrets
+from quantkd.remote import retry
 from quantkd.transfer_set.index import INDEX_NAME
-from quantkd.transfer_set.plan import MAX_SHARDS
 from quantkd.transfer_set.reader import TransferSet
 from quantkd.transfer_set.shard import shard_name
 
-_MAX_STEPS = 4 * MAX_SHARDS
 _MAX_COMMIT_FILES = 64
 
 
@@ -31,24 +29,15 @@ def push_transfer_set(
     revision: str | None = None,
     max_commit_bytes: int = 2**31,
 ) -> PushedRepository:
-    """Upload a whole set as a dataset repository, or replace the one that is there.
-
-    `repo_id` without an owner is one of the token's. `private=False` makes a new repository public, and is needed to
-    push to one that is. After a HubError, the same call goes on where it stopped.
-    """
+    """Upload a whole set as a dataset repository, or replace the one that is there; a call that failed is resumed."""
     wanted = _wanted_files(transfer_set, repo_id, license, token)
-    repository = HubRepository(repo_id, "dataset", token=token, branch=revision)
-    retry(lambda: repository.ensure(private), PUSH_ATTEMPTS)
+    repository = HubRepository(repo_id, "dataset", private, token, revision)
+    retry(repository.ensure, PUSH_ATTEMPTS)
     if repository.repo_id != repo_id:  # the owner's name was left out, and the card names it
-        wanted[CARD_NAME] = _card(transfer_set, repository.repo_id, license)
-    for _ in range(_MAX_STEPS):
-        pushed = retry(lambda: _advance(repository, wanted, max_commit_bytes), PUSH_ATTEMPTS)
-        if pushed is not None:
-            return pushed
-    raise HubError(
-        f"{repo_id} still does not hold the set after {_MAX_STEPS} steps: somebody else seems to push to it, too. Push "
-        "again when they are done."
-    )
+        wanted[CARD_NAME] = CommitOperationAdd(CARD_NAME, _card(transfer_set, repository.repo_id, license))
+    while (pushed := retry(lambda: _advance(repository, wanted, max_commit_bytes), PUSH_ATTEMPTS)) is None:
+        pass  # another step is taken
+    return pushed
 
 
 def list_set_files(transfer_set: TransferSet) -> list[tuple[str, int]]:
@@ -67,11 +56,9 @@ def _wanted_files(
         raise ConfigError("A view or joined sets cannot be pushed: a repository holds one whole set. Push one by one.")
     if not store.index.complete:
         raise TransferSetError(f"The transfer set at {store.source} is unfinished. Finish its capture first.")
-    index = store.index.to_bytes()
-    wanted = {CARD_NAME: _card(transfer_set, repo_id, license), INDEX_NAME: CommitOperationAdd(INDEX_NAME, index)}
-    for name, file in wanted.items():
-        with file.as_file() as content:
-            check_shareable(name, content.read(), find_secrets(token))
+    texts = {CARD_NAME: _card(transfer_set, repo_id, license), INDEX_NAME: store.index.to_bytes()}
+    refuse_secrets(texts, (), token)
+    wanted = {name: CommitOperationAdd(name, text) for name, text in texts.items()}
     for number, record in enumerate(store.index.shards):
         path = store.locate(number).resolve()
         file = CommitOperationAdd(shard_name(number), path)
@@ -83,9 +70,8 @@ def _wanted_files(
     return wanted
 
 
-def _card(transfer_set: TransferSet, repo_id: str, license: str | None) -> CommitOperationAdd:
-    text = render_set_card(transfer_set.info, transfer_set.plan.num_shards, repo_id=repo_id, license=license)
-    return CommitOperationAdd(CARD_NAME, text.encode())
+def _card(transfer_set: TransferSet, repo_id: str, license: str | None) -> bytes:
+    return render_set_card(transfer_set.info, transfer_set.plan.num_shards, repo_id=repo_id, license=license).encode()
 
 
 def _advance(target: HubRepository, wanted: dict[str, CommitOperationAdd], max_bytes: int) -> PushedRepository | None:

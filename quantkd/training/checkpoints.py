@@ -30,13 +30,12 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str |
     if resume_from_checkpoint is None or asked.lower() == "false":
         return None
     folder = Path(output_dir)
-    entries = folder.iterdir() if folder.is_dir() else ()
-    found = {int(name[1]): entry for entry in entries if (name := _CHECKPOINT.fullmatch(entry.name)) is not None}
-    whole = [step for step, entry in sorted(found.items()) if _is_whole(entry)]
+    found = [(int(name[1]), entry) for entry in folder.glob("*") if (name := _CHECKPOINT.fullmatch(entry.name))]
+    whole = [entry for _, entry in sorted(found) if _is_whole(entry)]
     if asked.lower() != "true":
         if _is_whole(Path(asked)):
             return asked
-        there = ", ".join(f"checkpoint-{step}" for step in whole[-8:]) or "none"
+        there = ", ".join(entry.name for entry in whole[-8:]) or "none"
         raise ConfigError(
             f"resume_from_checkpoint is {asked}, which {'is not a complete' if Path(asked).exists() else 'is no'} "
             f"checkpoint; expected true, or one of those in {folder}: {there}."
@@ -46,7 +45,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str |
             f"{folder} holds no checkpoint to resume from; one is written every save_steps steps. Leave "
             "resume_from_checkpoint out to start anew."
         )
-    return str(found[max(whole)])
+    return str(whole[-1])
 
 
 def check_resumable(checkpoint: str, model: Any) -> None:

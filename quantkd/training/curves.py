@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 CURVES_NAME = "training.png"
@@ -33,7 +34,8 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     """Draw loss, KL, cross-entropy and agreement over steps, as far as they were logged and differ; whether any was."""
     curves = {name: (_series(log_history, name), _series(log_history, f"eval_{name}")) for name in _PANELS}
     curves = {name: pair for name, pair in curves.items() if pair[0] or pair[1]}
-    if _agree(*(curves.get(name, ({}, {}))[0] for name in ("loss", "kl"))):
+    loss, kl = (curves.get(name, ({}, {}))[0] for name in ("loss", "kl"))
+    if loss and loss.keys() == kl.keys() and np.allclose([*loss.values()], [*kl.values()], rtol=1e-3, atol=0):
         del curves["loss"]  # which is the KL alone
     if not curves:
         return False
@@ -79,20 +81,14 @@ def draw_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> bool
     return True
 
 
-def _agree(one: dict[int, float], other: dict[int, float]) -> bool:
-    """Whether two series have points, and the same."""
-    near = [math.isclose(one[step], other[step], rel_tol=1e-3) for step in one.keys() & other.keys()]
-    return bool(one) and one.keys() == other.keys() and all(near)
-
-
 def _smooth(points: dict[int, float]) -> dict[int, float]:
     """The mean of a fifth of the points around each, at the ends of those that are there; none of few points."""
     values = list(points.values())
     if len(values) < _FEWEST:
         return {}
-    reach = max(1, len(values) // 10)
-    near = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
-    return {step: sum(each) / len(each) for step, each in zip(points, near, strict=True)}
+    window = np.ones(2 * max(1, len(values) // 10) + 1)
+    means = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    return dict(zip(points, means.tolist(), strict=True))
 
 
 def was_evaluated(state: TrainerState) -> bool:
@@ -112,28 +108,19 @@ class TrainingCurves(TrainerCallback):
     def __init__(self) -> None:
         self._before: list[dict[str, Any]] = []
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have the last step logged, whatever `logging_steps` is."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        return control
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep what was measured before training; draw what came later."""
         if state.global_step == 0:
             self._before = [entry for entry in state.log_history if entry["step"] == 0]
-        else:
-            self.on_train_end(args, state, control)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw what was logged."""
-        if state.is_world_process_zero and args.output_dir is not None:
+        elif state.is_world_process_zero and args.output_dir is not None:
             # Training starts a new log, so an evaluation before it must be put back.
             before = [] if any(entry["step"] == 0 for entry in state.log_history) else self._before
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             draw_curves([*before, *state.log_history], folder / CURVES_NAME)
+
+    on_train_end = on_evaluate

@@ -62,11 +62,8 @@ def _agreement_checks(model: Any, batch: dict[str, Any]) -> Iterator[Check]:
     states, targets = TargetStates(logits).at_targets(batch["labels"])
     own = compute_row_metrics(TargetStates(logits), batch["labels"], batch["teacher"], Objective(alpha=1.0))
     metrics = summarize_rows(own)
-    yield Check(
-        f"teacher = student has a KL below {_MAX_KL:g}",
-        abs(metrics["kl"]) < _MAX_KL,
-        f"KL {metrics['kl']:.2e}, top-1 agreement {metrics['top1_agreement']:.4f}",
-    )
+    figure = f"KL {metrics['kl']:.2e}, top-1 agreement {metrics['top1_agreement']:.4f}"
+    yield Check(f"teacher = student has a KL below {_MAX_KL:g}", abs(metrics["kl"]) < _MAX_KL, figure)
     for name, shift in (("late", 1), ("early", -1)):
         moved, targets = TargetStates(logits.roll(shift, dims=1)).at_targets(batch["labels"])
         kl = float(compute_position_terms(moved.logits(), targets, batch["teacher"]).kl.mean())
