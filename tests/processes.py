@@ -17,7 +17,7 @@ from pathlib import Path
 
 _IMPORTS = "bitsandbytes datasets peft torch transformers.trainer trl quantkd.training.trainer quantkd.cli.capture"
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([*_IMPORTS.split(), "quantkd.cli.evaluate", "quantkd.cli.train"])
+_FORKS.set_forkserver_preload([*_IMPORTS.split(), "quantkd.cli.evaluate", "quantkd.cli.train", "quantkd.experiment"])
 _SECONDS = 240
 
 

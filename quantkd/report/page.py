@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -95,6 +95,7 @@ def format_table(results: dict[str, Any], width: int | None = None) -> str:
     return "\n\n".join([*blocks, "\n".join(map(printable, list_notes(results)))])
 
 
+@cache
 def make_environment(package: str, finalize: Callable[[Any], Any] | None = None) -> Environment:
     """The templates of a package of quantkd; every value but `Markup` goes in as text, by default that of Markdown."""
     environment = Environment(

@@ -42,7 +42,7 @@ def render_page(divergence: Divergence) -> str:
         "base-uri": "'none'",
         "form-action": "'none'",
     }
-    environment = make_environment("view", lambda value: value if isinstance(value, Markup) else printable(value))
+    environment = make_environment("view", _escape)
     return environment.get_template("page.html.j2").render(
         divergence=divergence,
         policy="; ".join(f"{name} {source}" for name, source in policy.items()),
@@ -52,6 +52,10 @@ def render_page(divergence: Divergence) -> str:
         measures=_summarize(divergence),
         classes=_describe_classes(divergence),
     )
+
+
+def _escape(value: Any) -> Any:
+    return value if isinstance(value, Markup) else printable(value)
 
 
 def _digest(text: str) -> str:
