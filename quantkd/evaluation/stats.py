@@ -270,8 +270,7 @@ def _resample(statistics: Sequence[RowStatistic]) -> list[Floats]:
     for start in range(0, RESAMPLES, _BATCH):
         drawn = rng.integers(0, num_rows, (min(_BATCH, RESAMPLES - start), num_rows))
         # How often each row was drawn: the sums over all draws are one product.
-        places = drawn + num_rows * np.arange(len(drawn))[:, None]
-        counts = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        counts = np.stack([np.bincount(rows, minlength=num_rows) for rows in drawn])
         sums.append(counts.astype(np.float64) @ stacked)
     parts = np.split(np.concatenate(sums), np.cumsum([one.shape[1] for one in columns])[:-1], axis=1)
     return [one.compute(part) for one, part in zip(statistics, parts, strict=True)]
