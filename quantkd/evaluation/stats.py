@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, bootstrap, norm
 
 from quantkd.errors import DataError
 
@@ -178,7 +179,7 @@ def bootstrap_interval(statistic: RowStatistic) -> Interval:
     """The 95% percentile bootstrap interval of a figure, over whole rows."""
     # Not over tokens, which depend on each other within an answer: the interval would be far too narrow (Efron and
     # Tibshirani 1993, An Introduction to the Bootstrap, chapter 13).
-    return _middle(*_resample([statistic]))
+    return _middle(_resample([statistic], lambda figures: figures[0]))
 
 
 class Difference(NamedTuple):
@@ -193,8 +194,7 @@ def compute_difference(a: RowStatistic, b: RowStatistic) -> Difference:
     value = compute_value(a) - compute_value(b)
     if len(a.to_columns()) < 2 and len(b.to_columns()) < 2:
         return Difference(value, None)
-    own, others = _resample([a, b])
-    return Difference(value, _middle(own - others))
+    return Difference(value, _middle(_resample([a, b], lambda figures: figures[0] - figures[1])))
 
 
 class GapRecovered(NamedTuple):
@@ -233,8 +233,8 @@ def compute_gap_recovered(
         0.75
     """
     arms = (teacher, before, after)
-    columns = _read_columns(arms)
-    num_rows = len(columns[0])
+    columns = [arm.to_columns() for arm in arms]
+    num_rows = _count_rows(columns)
     teacher_value, before_value, after_value = (compute_value(arm) for arm in arms)
     gap = teacher_value - before_value
     if gap == 0:
@@ -248,41 +248,42 @@ def compute_gap_recovered(
             needed = compute_questions_needed(test.only_a, test.only_b, num_rows)
             found = f"exact McNemar p = {test.p_value:.2g}, n = {num_rows}"
             return GapRecovered(None, f"{noise} ({found}; about {needed:,} questions would show it)")
-    drawn_teacher, drawn_before, drawn_after = _resample(arms)
-    gaps = drawn_teacher - drawn_before
-    low, high = _middle(gaps)
+    low, high = _middle(_resample(arms, lambda figures: figures[0] - figures[1]))
     if low <= 0 <= high:
         return GapRecovered(None, f"{noise} ({CONFIDENCE:.0%} interval {low:+.4g} to {high:+.4g})")
     if (gap > 0) != higher_is_better:
         reason = f"the teacher scores worse than before (gap {gap:+.4g}), so there is nothing to recover"
         return GapRecovered(None, reason)
-    interval = _middle(_divide(drawn_after - drawn_before, gaps))
+    # The same draws, so numerator and denominator stay paired.
+    shares = _resample(arms, lambda figures: _divide(figures[2] - figures[1], figures[0] - figures[1]))
+    interval = _middle(shares)
     return GapRecovered((after_value - before_value) / gap, None, interval if np.isfinite(interval).all() else None)
 
 
-def _resample(statistics: Sequence[RowStatistic]) -> list[Floats]:
-    """(RESAMPLES,) the figures of each over rows drawn with replacement as scipy's bootstrap does, the same for all."""
-    columns = _read_columns(statistics)
-    num_rows = len(columns[0])
+def _resample(statistics: Sequence[RowStatistic], combine: Callable[[list[Floats]], Floats]) -> Floats:
+    """(RESAMPLES,) what `combine` makes of the figures over rows drawn with replacement, the same rows for all."""
+    columns = [statistic.to_columns() for statistic in statistics]
+    num_rows = _count_rows(columns)
     if num_rows < 2:
         raise DataError("A bootstrap over 1 row has nothing to draw from. Evaluate at least 2 rows.")
-    stacked, rng, sums = np.concatenate(columns, axis=1), np.random.default_rng(SEED), []
-    for start in range(0, RESAMPLES, _BATCH):
-        drawn = rng.integers(0, num_rows, (min(_BATCH, RESAMPLES - start), num_rows))
+    stacked, ends = np.concatenate(columns, axis=1), np.cumsum([one.shape[1] for one in columns])
+
+    def figure(rows: NDArray[np.int64], axis: int = -1) -> Floats:
         # How often each row was drawn: the sums over all draws are one product.
-        counts = np.stack([np.bincount(rows, minlength=num_rows) for rows in drawn])
-        sums.append(counts.astype(np.float64) @ stacked)
-    parts = np.split(np.concatenate(sums), np.cumsum([one.shape[1] for one in columns])[:-1], axis=1)
-    return [one.compute(part) for one, part in zip(statistics, parts, strict=True)]
+        places = rows.reshape(-1, num_rows) + num_rows * np.arange(rows.size // num_rows)[:, None]
+        counts = np.bincount(places.ravel(), minlength=rows.size).reshape(-1, num_rows)
+        parts = np.split(counts.astype(np.float64) @ stacked, ends[:-1], axis=1)
+        figures = [one.compute(part) for one, part in zip(statistics, parts, strict=True)]
+        return combine(figures).reshape(rows.shape[:-1])
 
-
-def _read_columns(statistics: Sequence[RowStatistic]) -> list[Floats]:
-    """What each sums over rows, which must be the same rows."""
-    columns = [statistic.to_columns() for statistic in statistics]
-    sizes = [len(one) for one in columns]
-    if len(set(sizes)) != 1:
-        raise DataError(f"The models have {sizes} rows; expected the same rows for all of them.")
-    return columns
+    # Only its draws are used: where one has no figure, scipy warns and gives no interval.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drawn = bootstrap(
+            (np.arange(num_rows),), figure, n_resamples=RESAMPLES, batch=_BATCH, vectorized=True,
+            method="percentile", random_state=np.random.default_rng(SEED),
+        ).bootstrap_distribution  # fmt: skip
+    return np.asarray(drawn, dtype=np.float64)
 
 
 def _stack(names: str, parts: Sequence[Floats], ndim: int) -> Floats:
@@ -302,6 +303,13 @@ def _middle(draws: Floats) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws[~np.isnan(draws)], [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _count_rows(columns: Sequence[Floats]) -> int:
+    sizes = [len(one) for one in columns]
+    if len(set(sizes)) != 1:
+        raise DataError(f"The models have {sizes} rows; expected the same rows for all of them.")
+    return sizes[0]
 
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:
