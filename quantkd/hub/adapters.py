@@ -54,7 +54,14 @@ def push_adapter(
     commit_message: str = "Upload adapter",
     attempts: int = PUSH_ATTEMPTS,
 ) -> PushedRepository:
-    """Upload an adapter as a model repository, in one commit; first the 4-bit checkpoint that was made for it."""
+    """Upload an adapter as a model repository, in one commit.
+
+    `path` may be a run's folder with just one adapter. `repo_id` without an owner is one of the token's.
+    `private=False` makes a new repository public, and is needed to push to one that is. The 4-bit checkpoint that a
+    run made for its adapter is pushed first, to `repo_id` with `-4bit` at its end, and is the base model; `base_model`
+    names another place for it, and is needed for other local folders. `run_dir` holds the report for the page: by
+    default the adapter's folder or the one above. `attempts` failures in a row that may not come again end the push.
+    """
     check_license(license)
     folder = find_adapter(path)
     made = None if base_model else find_base(folder)

@@ -29,7 +29,11 @@ def push_transfer_set(
     revision: str | None = None,
     max_commit_bytes: int = 2**31,
 ) -> PushedRepository:
-    """Upload a whole set as a dataset repository, or replace the one that is there; a call that failed is resumed."""
+    """Upload a whole set as a dataset repository, or replace the one that is there.
+
+    `repo_id` without an owner is one of the token's. `private=False` makes a new repository public, and is needed to
+    push to one that is. After a HubError, the same call goes on where it stopped.
+    """
     wanted = _wanted_files(transfer_set, repo_id, license, token)
     repository = HubRepository(repo_id, "dataset", private, token, revision)
     retry(repository.ensure, PUSH_ATTEMPTS)

@@ -88,7 +88,13 @@ def weights_of(weights: Sequence[float | None]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class DistillationCollator:
-    """Rows to one batch: padded on the right to the longest (B, T), or packed end to end (1, T)."""
+    """Rows to one batch: padded on the right to the longest, or packed end to end.
+
+    A call returns `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and
+    `position_ids` (1, T); `targets` (N,) int64, the index of each target into the flattened labels; `teacher`, one
+    `TopKLogprobs` over the targets of all rows in order, if the rows hold one; and `weights` (N,) float32, per target
+    its row's or 1, if some row has a `weight` other than None.
+    """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
@@ -120,7 +126,6 @@ class DistillationCollator:
             is_target = (labels != IGNORE_INDEX) & (position_ids_of(lengths) > 0)
             weights = weights.repeat_interleave(lengths)[is_target]
         batch = self._pack(lengths, input_ids, labels) if self.packing else self._pad(lengths, input_ids, labels)
-        # (N,) places in the flattened labels, the N distributions there, and (N,) the weights of their rows.
         extras = {"targets": find_targets(batch["labels"]), "teacher": teacher, "weights": weights}
         return {**batch, **{name: value for name, value in extras.items() if value is not None}}
 
