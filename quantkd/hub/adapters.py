@@ -180,7 +180,13 @@ def load_adapter(
     is_trainable: bool = False,
     **model_kwargs: Any,
 ) -> PeftModel:
-    """Attach a LoRA adapter to a base model, loaded or named; the one that it names is compared and never loaded."""
+    """Attach a LoRA adapter from the Hub or a folder to a base model that the caller chose.
+
+    The base model that the adapter names is compared and never loaded; one with other quantized weights than those that
+    `quantkd.json` records is refused. Only safetensors are read. The commit is logged,
+    and is `hub_revision` of the model. A `base` given by name is loaded by `load_student`, which takes `model_kwargs`,
+    without remote code.
+    """
     place, folder, _ = _find(str(adapter), revision, token)
     config, weights, named = adapter_files.read_plain_lora(folder, place)
     model = load_student(base, **{"trust_remote_code": False, **model_kwargs}) if isinstance(base, str) else base
