@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.records import read_json
 from quantkd.evaluation.stats import CalibrationSums, Floats, RowStatistic, RowSums, compute_value
-from quantkd.files import write_file
+from quantkd.files import read_object, write_file
 from quantkd.models.size import ModelSize
 
 # Lower edges of the bins; the last bin has no end. Octaves, because an answer's first tokens differ most.
@@ -255,7 +254,7 @@ class Arm:
     @classmethod
     def read(cls, path: Path) -> Arm:
         """Read an arm's file and check everything in it; an error names the field and its value."""
-        found = _check(read_json(path), f"{path}, ", _ARM)
+        found = _check(read_object(path), f"{path}, ", _ARM)
         if found["arm"] != path.stem:
             raise _refuse(f"{path}, arm", found["arm"], f"{path.stem!r}, the file's name")
         measured = found["fidelity"]
