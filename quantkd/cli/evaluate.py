@@ -113,10 +113,10 @@ def main(argv: Sequence[str]) -> None:
     if not (args.held_out or args.gsm8k or args.prompts or args.tasks):
         raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts or --tasks.")
     refuse_unused(args, _NEEDS)
+    check_arm_name(args.arm, args.title)
     if args.engine == "server":
         return _evaluate_served(args, student)
     student.refuse_training(full_precision=args.full_precision)
-    check_arm_name(args.arm)
     # Errors in the data are reported before a model is loaded.
     given: dict[str, Any] = {"model_name": student.model_name_or_path, "title": args.title}
     if args.tasks:
