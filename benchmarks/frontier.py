@@ -185,9 +185,10 @@ class Ours:
         if not folder.exists():
             lora = None if budget is None else default_lora_config(find_rank(student, budget))
             args = QuantizedDistillationConfig(
-                str(folder.with_suffix(".run")), train_scales=True, max_steps=self.args.steps, init_from=self.model,
-                per_device_train_batch_size=8, lr_scheduler_type="cosine", warmup_steps=4, packing=True,
-                save_strategy="no", report_to=[], disable_tqdm=True,
+                str(folder.with_suffix(".run")), train_scales=True, max_steps=self.args.steps,
+                init_from=None if lora is None else self.model, per_device_train_batch_size=8,
+                lr_scheduler_type="cosine", warmup_steps=4, packing=True, save_strategy="no", report_to=[],
+                disable_tqdm=True,
             )  # fmt: skip
             trainer = QuantizedDistillationTrainer(
                 str(self.codes), args, train_dataset=self.train, peft_config=lora,

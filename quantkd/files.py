@@ -150,6 +150,32 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def parse_json(content: bytes) -> Any:
+    """JSON that can be written again: without NaN, infinity, lone surrogates, and nesting beyond the stack."""
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        value = json.loads(content.decode(), parse_constant=refuse, object_pairs_hook=object_of)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if b"\\ud" in content.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that stands beside a model or an adapter."""
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. Remove it, or write it anew.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}; expected an object. Remove it, or write it anew.")
+    return value
+
+
 def parse_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
     """The dict of an argument that may also be given as JSON, or not at all."""
     try:

@@ -5,10 +5,12 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -136,6 +138,16 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("HELD --limit 2", 1, "limit has no effect without gsm8k or prompts"),
     ("HELD --rerun_tasks", 1, "rerun_tasks has no effect without tasks"),
     ("EVALUATE --arm x --prompts p.jsonl --title x", 1, "title has no effect without held_out or gsm8k or"),
+    ("EXPORT --student_format nf4", 1, "student_format has no effect here"),
+    ("EXPORT --dtype float32", 1, "dtype has no effect here"),
+    ("EXPORT --form gguf_adapter --load_in_8bit", 1, "load_in_8bit has no effect here"),
+    ("EXPORT --form gguf_adapter --model_revision x", 1, "model_revision has no effect here"),
+    ("SCALES --lora_r 4", 1, "lora_r has no effect here"), ("SCALES --use_dora", 1, "use_dora has no effect here"),
+    ("SCALES --init loftq", 1, "init has no effect here"), ("SCALES --init_from m", 1, "init_from has no effect here"),
+    ("TRAIN --load_in_8bit --use_bnb_nested_quant false", 1, "use_bnb_nested_quant has no effect without load_in_4bit"),
+    ("HELD --load_in_8bit --bnb_4bit_quant_type fp4", 1, "bnb_4bit_quant_type has no effect without load_in_4bit"),
+    ("STORED --bnb_4bit_quant_type fp4", 1, "bnb_4bit_quant_type has no effect here"),
+    ("TRAIN --gguf_file m.gguf --bnb_4bit_quant_type fp4", 1, "bnb_4bit_quant_type has no effect here"),
     ("TRAIN --scales_learning_rate 0.1", 1, "scales_learning_rate has no effect without train_scales"),
     ("TRAIN --train_scales --student_format int8", 1, "the student has no 4-bit layer of bitsandbytes"),
     ("TRAIN --train_scales --use_dora", 1, "train_scales takes plain LoRA"),
@@ -144,6 +156,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("SWEEP --train_scales", 1, "which train_scales would change. Leave"),
     ("TRAIN --lora_r 0", 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
     ("EVALUATE --arm ../x --prompts p.jsonl", 1, "- and _, found '../x'"),
+    (f"HELD --title {'x' * 201}", 1, "The title has 201 characters; expected at most 200"),
     ("HELD --batch_size -2", 1, "batch_size is -2"), ("HELD --adapter empty", 1, "adapter_config.json"),
     ("evaluate --run_dir r --arm x --full_precision", 1, "required: --model_"),
     ("NOWHERE --held_out empty", 1, "neither index.json nor plan.json"),
@@ -160,11 +173,17 @@ def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, training_set, tiny_
     (tmp_path / "text.yaml").write_text("hello\n")
     (tmp_path / "twice.yaml").write_text("model: m\nprompts: p\nmodel: n\n")
     (tmp_path / "unknown.yaml").write_text("model: m\nprompts: p\ncolour: blue\n")
+    shutil.copytree(tiny_model_path, "stored", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads(Path("stored/config.json").read_text())
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    Path("stored/config.json").write_text(json.dumps({**config, "quantization_config": nf4}))
     named, train = ["--model_name_or_path", tiny_model_path], ["--transfer_set", training_set.sources[0]]
     train, evaluate = [*named, *train, "--output_dir", "o"], ["evaluate", *named, "--run_dir", "r"]
     stands_for = {
         "SET": training_set.sources, "OUT": ["capture", "--model", "no", "--prompts", "p.jsonl", "--output_dir"],
         "TEACHER": ["capture", "--model", tiny_model_path, "--output_dir", "o", "--prompts"],
+        "SCALES": ["train", *train, "--train_scales", "--use_peft", "false"],
+        "STORED": [*evaluate, "--arm", "x", "--held_out", *training_set.sources, "--model_name_or_path", "stored"],
         "CONFIG": ["capture", "--config"], "TRAIN": ["train", *train], "EVALUATE": evaluate,
         "SWEEP": ["sweep", *train, "--space", "alpha=0,1", "--eval_fraction", 0.3],
         "EXPORT": ["export", *named, "--output_dir", "o", "--adapter", "a", "--form", "adapter"],

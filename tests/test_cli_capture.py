@@ -34,7 +34,8 @@ def files(tmp_path):
 def run(cli, files, tiny_model_path):
     def run(*words, prompts="p.jsonl"):
         options = ["--model", tiny_model_path, "--prompts", files / prompts, "--output_dir", files / "s"]
-        code, out, err = cli("capture", *options, "--dtype", "float32", "--max_new_tokens", 6, *words)
+        options += [] if "given" in words else ["--max_new_tokens", 6]
+        code, out, err = cli("capture", *options, "--dtype", "float32", *words)
         assert "Traceback" not in err
         return code, out, err
 
@@ -85,6 +86,8 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(run, files, tiny_t
     ("--limit 0", "limit is 0"), ("--prompt_column question", "'question' was asked"),
     ("--responses given --completion_column answer", "'answer' was asked for"),
     ("--answer_column completion", "answer_column has no effect without correct_only"),
+    ("--responses given --max_new_tokens 5", "max_new_tokens has no effect here"),
+    ("--auto_find_batch_size --batch_size 4", "batch_size has no effect here"),
     ("--completion_column answer", "no effect without responses=given or correct_only or few_shot"),
     ("--do_sample --responses given", "is not sampled. Leave both out"),
     ("--engine vllm --attn_implementation sdpa", "no effect without engine=transformers"),

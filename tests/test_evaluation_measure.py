@@ -19,6 +19,7 @@ from quantkd.evaluation.arms import EvaluationSettings, check_arm_name
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.fingerprint import compute_model_fingerprint
 from quantkd.evaluation.measure import evaluate_arm
+from quantkd.evaluation.records import RecordFile, date_prompts
 from quantkd.models.student import load_student
 from quantkd.report import build_report
 from tests.conftest import build_tiny_model, refused, save_adapter
@@ -215,6 +216,17 @@ def test_arms_are_measured_on_both_sides_of_midnight(clock, tmp_path, tiny_model
     (tmp_path / "other" / "evaluation" / "after.json").rename(tmp_path / "evaluation" / "after.json")
     with pytest.raises(DataError, match=r"'after' and of 'teacher' are not over the same .*: date, prompts differ"):
         build_report(tmp_path)
+
+
+def test_tasks_of_all_arms_have_one_date(clock, tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    for arm, name, clock.day in (("teacher", "sums", "2025-12-31"), ("before", "arc", "2026-01-01")):
+        path = tmp_path / "lm-eval" / arm / f"{name}.jsonl"
+        dating, dated = date_prompts(tokenizer, path, chat=True, share=False, depth=1)
+        RecordFile(path, dated, share=False)
+        text = dating.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        assert dated == {"date": "2025-12-31"} and text.startswith("31 Dec 2025 ")
 
 
 @pytest.fixture(scope="module")

@@ -126,11 +126,11 @@ def test_figures_are_those_of_the_harness(tiny_model, tiny_tokenizer, tiny_model
 def test_a_template_with_a_date_keeps_it_over_midnight(clock, tiny_model, tiny_tokenizer, task_dir, tmp_path):
     tokenizer, kept = copy.deepcopy(tiny_tokenizer), []
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
-    for clock.day in ("2025-12-31", "2026-01-01"):
+    for arm, clock.day in (("x", "2025-12-31"), ("x", "2026-01-01"), ("y", "2026-01-02")):
         tasks = HarnessTasks(["written"], str(task_dir), limit=1, apply_chat_template=True, rerun=True)
-        evaluate_arm(tiny_model, tokenizer, tmp_path, arm="x", model_name="tiny", tasks=tasks)
-        kept.append((tmp_path / "evaluation" / "lm-eval" / "x" / "written.jsonl").read_text())
-    assert kept[0] == kept[1] and "31 Dec 2025 " in kept[0]
+        evaluate_arm(tiny_model, tokenizer, tmp_path, arm=arm, model_name="tiny", tasks=tasks)
+        kept.append((tmp_path / "evaluation" / "lm-eval" / arm / "written.jsonl").read_text())
+    assert len(set(kept)) == 1 and "31 Dec 2025 " in kept[0]
 
 
 def test_every_item_is_kept(task_dir, tmp_path, measure):

@@ -150,6 +150,7 @@ def test_provenance_is_read_as_it_was_written(tmp_path):
     assert Provenance.read(tmp_path) == written
     for text, message in (
         ("{", "is not JSON"),
+        ('{"teacher": "T", "teacher": "S"}', "the key 'teacher' is there twice"),
         ("[]", "holds a list; expected an object"),
         ('{"weights": {"sha256": "ab", "sums": 5}}', r"weights in .* is .*; expected a sha256 and sums"),
         ('{"weights": {"sums": []}}', r"weights in .* is .*; expected a sha256 and sums"),

@@ -34,7 +34,9 @@ SETUP = configparser.ConfigParser()
 SETUP.read(REPOSITORY / "setup.cfg", encoding="utf-8")
 
 
-@pytest.mark.parametrize(("module", "heavy"), [("", HEAVY), (".data.gsm8k", ["datasets", "torch", "transformers"])])
+@pytest.mark.parametrize(("module", "heavy"), [
+    ("", HEAVY), (".data.gsm8k", ["datasets", "torch", "transformers"]), (".report", ["accelerate", *HEAVY]),
+])  # fmt: skip
 def test_import_is_light(module, heavy):
     code = f"import sys, quantkd{module}; print([name for name in {heavy} if name in sys.modules])"
     words = [sys.executable, "-c", code]

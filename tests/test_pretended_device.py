@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from gguf_files import write_gguf
 from peft import LoraConfig, PeftModel
 from pretended_device import DEVICE, DeviceTensor, move, pretended_device
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import quantkd
 from quantkd import Nucleus, Sampled, TopK, TransferSet
@@ -23,8 +24,12 @@ from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.foreign import keep_from_repacking
 from quantkd.models.export import export_checkpoint
+from quantkd.models.layer_inputs import draw_rows
 from quantkd.models.merging import merge_adapters
+from quantkd.models.original_weights import OriginalWeights
+from quantkd.models.quantize import calibrate
 from quantkd.models.student import attach_lora, load_student
+from quantkd.models.weights import dequantize_weight, is_quantized_layer
 from quantkd.training.curves import TrainingCurves
 from quantkd.training.selftest import run_selftest
 from quantkd.view.collect import collect_divergence
@@ -44,6 +49,7 @@ PATHS = {
     "float": {"peft_config": LoraConfig(target_modules="all-linear"), "float": True},
     "scales": {"train_scales": True}, "scales beside LoRA": {"train_scales": True, "peft_config": LoraConfig(r=2)},
     "loftq": {"init": "loftq"}, "covariance": {"init": "covariance"},
+    "gguf": {"gguf": True}, "gguf covariance": {"gguf": True, "init": "covariance"},
 }  # fmt: skip
 
 
@@ -119,6 +125,20 @@ def test_capture(tiny_model, tiny_tokenizer, tmp_path, mode, rule):
 
 
 @pytest.fixture
+def load(one_layer_path, tmp_path):
+    """A student in a format of bitsandbytes, or in a GGUF file."""
+
+    def load(kind):
+        options = {"quantization_config": kind}
+        if kind == "Q4_0":
+            full = AutoModelForCausalLM.from_pretrained(one_layer_path)
+            options = {"gguf_file": str(write_gguf(full, tmp_path / "model.gguf", kind))}
+        return load_student(str(one_layer_path), dtype="float32", **options)
+
+    return load
+
+
+@pytest.fixture
 def nf4(one_layer_path):
     """Two equal students, loaded on the CPU, that evaluate with the weights that they train with, as on a GPU."""
     model = load_student(str(one_layer_path), dtype="float32")
@@ -129,9 +149,10 @@ def nf4(one_layer_path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_training(make_trainer, nf4, one_layer_path, tiny_tokenizer, training_set, path):
+def test_training(make_trainer, load, nf4, one_layer_path, tiny_tokenizer, training_set, path):
     options = dict(PATHS[path])
     students = [build_model(tiny_tokenizer) for _ in nf4] if options.pop("float", False) else nf4
+    students = [load("Q4_0"), load("Q4_0")] if options.pop("gguf", False) else students
     is_live, weights = options.pop("live", False), options.pop("weights", None)
     rows = TransferSet.concatenate([training_set[:4], training_set[4:]], weights=weights) if weights else training_set
     if is_live:  # without stored entries
@@ -162,6 +183,28 @@ def test_training(make_trainer, nf4, one_layer_path, tiny_tokenizer, training_se
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-7)
     assert steps[2] - steps[1] == is_live, own(waits)
     assert evaluation == 1 + 2 * is_live, own(waits)  # for two batches
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "Q4_0"])
+def test_calibrated_codes(load, one_layer_path, training_set, kind, has_labels):
+    rows, students = draw_rows(training_set, 8, 0), [load(kind), load(kind)]
+    rows = rows if has_labels else rows._replace(labels=None)
+
+    def run(student):
+        torch.manual_seed(0)
+        layers = {name: each for name, each in student.named_modules() if is_quantized_layer(each)}
+        nearest = {name: dequantize_weight(each).clone() for name, each in layers.items()}
+        weights = OriginalWeights(str(one_layer_path), student)
+        assert calibrate(student, weights, rows, progress=False) == len(layers) > 0
+        return nearest, {name: dequantize_weight(each).cpu() for name, each in layers.items()}
+
+    nearest, expected = run(students[0])
+    with pretended_device():
+        _, found = run(move(students[1]))
+    for name, weight in expected.items():
+        assert not torch.equal(weight, nearest[name]), name
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0, msg=name)
 
 
 def test_evaluation(nf4, tiny_tokenizer, training_set, gsm8k_dir):

@@ -24,10 +24,10 @@ from quantkd.training.preparation import choose_base
 from quantkd.transfer_set import TransferSet
 
 _DTYPES = ["auto", "bfloat16", "float16", "float32"]
-_TRAINING = "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
-_TRAINING += "lora_task_type use_rslora use_dora"
-_FORMAT = "student_format gguf_file load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant "
-_FORMAT += "bnb_4bit_quant_storage "
+ADAPTERS = "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+ADAPTERS += "lora_task_type use_rslora use_dora"
+_FOUR_BIT = "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
+FORMAT = f"student_format load_in_8bit load_in_4bit {_FOUR_BIT}"
 
 
 @dataclass
@@ -58,14 +58,15 @@ class StudentArguments(ModelConfig):
         if self.load_in_8bit:  # 4-bit is the default, so one option is enough to choose 8-bit
             self.load_in_4bit = False
         super().__post_init__()  # type: ignore[no-untyped-call]
+        refuse_unused(self, {"load_in_4bit": _FOUR_BIT})
 
-    def refuse_training(self, *, full_precision: bool = False) -> None:
-        """Refuse options of adapters where none are trained, and of the format where there is none."""
-        refuse_unused(self, {"": _FORMAT * full_precision + _TRAINING}, vars(StudentArguments("")))
+    def refuse(self, names: str = f"use_peft {ADAPTERS}") -> None:
+        """Refuse options that have no effect, by default those of adapters, where none are trained."""
+        refuse_unused(self, {"": names}, vars(StudentArguments("")))
 
 
-def student_options(args: StudentArguments) -> dict[str, Any]:
-    """What `load_student` takes beside the name: its config, None for a checkpoint as it is stored, and the rest."""
+def student_options(args: StudentArguments, *, is_made: bool = False) -> dict[str, Any]:
+    """What `load_student` takes beside the name: its config, None for one that is stored (or `is_made` so), and more."""
     name = args.model_name_or_path
     is_gguf = names_gguf(args.model_name_or_path, args.gguf_file)
     dtype = parse_dtype("float32" if is_gguf and args.dtype == "auto" else args.dtype)  # the file's exact values
@@ -75,10 +76,12 @@ def student_options(args: StudentArguments) -> dict[str, Any]:
         options["attn_implementation"] = args.attn_implementation
     chosen = args.student_format is not None or args.load_in_8bit
     if is_gguf:
+        args.refuse(_FOUR_BIT * (not chosen))
         config = get_quantization_config(args) if chosen else None
         return {"quantization_config": config, "dtype": dtype, "gguf_file": args.gguf_file, **options}
     with naming(name):
         stored = None if chosen else stored_quantization(name, revision=args.model_revision)
+    args.refuse(_FOUR_BIT * bool(stored and not is_made))
     if not (chosen or stored or args.load_in_4bit):
         raise ConfigError("The student must be quantized; leave load_in_4bit on, or set student_format.")
     return {"quantization_config": get_quantization_config(args) if stored is None else None, "dtype": dtype, **options}
@@ -93,7 +96,7 @@ def load_student_from(args: StudentArguments, base: str | Path | None = None) ->
     """The quantized student that the arguments describe, without adapters; `base`: from the checkpoint made of it."""
     if base is not None:
         args = replace(args, model_name_or_path=str(base), model_revision="main")
-    options = student_options(args)
+    options = student_options(args, is_made=base is not None)
     with _naming(args):
         return load_student(args.model_name_or_path, **options)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_student_from, load_tokenizer_from
+from quantkd.cli.arguments import FORMAT, StudentArguments, load_adapted_from, load_student_from, load_tokenizer_from
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.data.gsm8k import load_gsm8k
@@ -113,10 +113,11 @@ def main(argv: Sequence[str]) -> None:
     if not (args.held_out or args.gsm8k or args.prompts or args.tasks):
         raise ConfigError("There is nothing to measure: give --held_out, --gsm8k, --prompts or --tasks.")
     refuse_unused(args, _NEEDS)
+    check_arm_name(args.arm, args.title)
     if args.engine == "server":
         return _evaluate_served(args, student)
-    student.refuse_training(full_precision=args.full_precision)
-    check_arm_name(args.arm)
+    student.refuse()
+    student.refuse(f"gguf_file {FORMAT}" * args.full_precision)
     # Errors in the data are reported before a model is loaded.
     given: dict[str, Any] = {"model_name": student.model_name_or_path, "title": args.title}
     if args.tasks:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from accelerate.utils.memory import clear_device_cache
 
-from quantkd.cli.arguments import StudentArguments, load_adapted_from, load_student_from, load_tokenizer_from
+from quantkd.cli.arguments import FORMAT, StudentArguments, load_adapted_from, load_student_from, load_tokenizer_from
 from quantkd.cli.format import format_bytes, say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.errors import ConfigError, refuse_unused
@@ -65,11 +65,14 @@ def main(argv: Sequence[str]) -> None:
     """Parse, export, score."""
     args, student = parse_options([ExportArguments, StudentArguments], argv, prog="quantkd export", examples=_EXAMPLES)
     _check(args)
-    student.refuse_training()
+    student.refuse()
+    is_file = names_gguf(student.model_name_or_path, student.gguf_file)
+    if (args.form == "adapter" and not args.held_out) or (args.form == "gguf_adapter" and not is_file):
+        of_repository = " model_revision trust_remote_code" * (args.form == "gguf_adapter")
+        student.refuse(f"dtype attn_implementation {FORMAT}{of_repository}")  # no student is loaded
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
     if args.form == "gguf_adapter":
-        is_file = names_gguf(student.model_name_or_path, student.gguf_file)
         base: Any = load_student_from(student) if is_file else student.model_name_or_path
         return _describe(args.form, export_gguf_adapter(adapter, args.output_dir, base=base, outtype=args.outtype))
     # The tokenizer that was trained with is stored with the adapter, if it was saved at all.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkd.cli.arguments import StudentArguments, load_base_from, peft_config_from
+from quantkd.cli.arguments import ADAPTERS, StudentArguments, load_base_from, peft_config_from
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options, save_options
 from quantkd.errors import ConfigError
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if config.init_from and student.model_name_or_path.endswith(".gguf"):  # that of a checkpoint
         student.gguf_file, student.model_name_or_path = student.model_name_or_path, config.init_from
     lora = peft_config_from(student) if student.use_peft or not config.train_scales else None
+    student.refuse(ADAPTERS * (lora is None))
     check_evaluation(config, held_out)
     model = load_base_from(student, config, rows, lora)
     sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out}

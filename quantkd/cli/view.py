@@ -43,7 +43,7 @@ class ViewArguments:
 def main(argv: Sequence[str]) -> None:
     """Parse, run the student twice, write the page."""
     args, student = parse_options([ViewArguments, StudentArguments], argv, prog="quantkd view", examples=_EXAMPLES)
-    student.refuse_training()
+    student.refuse()
     held_out, adapter = TransferSet.open(args.held_out), fetch_adapter(args.adapter)
     model, tokenizer = load_adapted_from(student, adapter), load_tokenizer_from(student)
     how = {name: getattr(args, name) for name in ("rows", "alternatives", "batch_size")}

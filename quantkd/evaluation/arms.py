@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkd.errors import ConfigError, DataError
-from quantkd.evaluation.records import read_json
+from quantkd.errors import ConfigError, DataError, printable
 from quantkd.evaluation.stats import CalibrationSums, Floats, RowStatistic, RowSums, compute_value
-from quantkd.files import write_file
+from quantkd.files import read_object, write_file
 from quantkd.models.size import ModelSize
 
 # Lower edges of the bins; the last bin has no end. Octaves, because an answer's first tokens differ most.
@@ -40,17 +39,18 @@ _COUNTS = ("tokens", "agree", "dense_agree", "correct")  # of tokens, so never m
 _SHARES = (*_COUNTS, "confidence_sum")  # at most 1 for each token
 _LARGEST = 1e12  # no sum of nats or tokens of a row comes near it
 _ROUNDING = 1e-3  # nats per token by which the KL over stored entries may fall below 0
-_LONGEST_NAME = 100
+_LONGEST_NAME, _LONGEST_TITLE, _LONGEST_TEXT = 100, 200, 1000
 
-# The file: an object of these keys or, with `str`, of any; a list of one kind, of texts with null too; and `Any`, which
-# is not read.
+# The file: an object of these keys or, with `str`, of any; a list of one kind, of texts with null too; a text, by its
+# most characters; a number between two, or null; and `Any`, which is not read.
 _ANY = {str: Any}
 _GSM8K = {"settings": _ANY, "correct_flexible": [bool], "correct_strict": [bool], "answers": [str]}
-_FIGURE = {"value": float, "stderr": float, "n": float}
+_POSITIVE = (0, _LARGEST)
+_FIGURE = {"value": (-_LARGEST, _LARGEST), "stderr": _POSITIVE, "n": _POSITIVE}
 _TASK = {"settings": _ANY, "figures": {str: {str: _FIGURE}}, "verdicts": {str: [bool]}}
-_TEXTS = ("arm", "title", "model", "fingerprint")
-_ARM = {key: str for key in _TEXTS} | {
-    "size": {**dict.fromkeys((each.name for each in fields(ModelSize)), int), "bits_per_weight": float},
+_ARM = {
+    "arm": _LONGEST_NAME, "title": _LONGEST_TITLE, "model": _LONGEST_TEXT, "fingerprint": _LONGEST_TEXT,
+    "size": {**dict.fromkeys((each.name for each in fields(ModelSize)), int), "bits_per_weight": _POSITIVE},
     "fidelity": Any, "questions": {str: _GSM8K}, "tasks": {str: _TASK},
 }  # fmt: skip
 
@@ -151,8 +151,7 @@ class Fidelity:
     def from_json(cls, data: Any, place: str) -> Fidelity:
         """Read it back; `place` is where it is, for the message of an error."""
         found = _check(data, place, {"settings": _ANY, "means": _ANY, "rows": _ANY, "bins": _ANY})
-        if not isinstance(found["settings"].get("transfer_set"), str):
-            raise _refuse(f"{place}/settings", found["settings"], "the digest of a transfer_set")
+        _check(found["settings"].get("transfer_set"), f"{place}/settings/transfer_set", _LONGEST_TEXT)
         sums = list_sums(dense=DENSE_ROWS[0] in found["rows"])
         _check(found["bins"], f"{place}/bins", dict.fromkeys([kind for kind in sums if kind], Any))
         columns: dict[str, Floats] = {}
@@ -163,16 +162,18 @@ class Fidelity:
                 raise _refuse(f"{where}/edges", part["edges"], f"{list(EDGES[kind])}")
             count = len(part["tokens"]) if isinstance(part["tokens"], list) else 1
             shape = (len(columns["tokens"]), len(EDGES[kind])) if kind else (count,)
-            tokens = _read_numbers(part["tokens"], f"{where}/tokens", np.zeros(shape), np.full(shape, _LARGEST))
+            largest = np.full(shape, _LARGEST)
+            tokens = _read_numbers(part["tokens"], f"{where}/tokens", np.zeros(shape), largest, whole=True)
             if not tokens.sum() > 0:
                 raise _refuse(f"{where}/tokens", "no target token", "rows with answers")
             if kind and (tokens.sum(1) != columns["tokens"]).any():
                 raise _refuse(f"{where}/tokens", "sums that differ from rows/tokens", "each row's tokens in its bins")
             for key in keys:
-                bounds = -_ROUNDING * np.maximum(tokens, 1), np.full(shape, _LARGEST)  # nats
+                bounds = -_ROUNDING * np.maximum(tokens, 1), largest  # nats
                 if key in _SHARES:
                     bounds = np.zeros(shape), tokens if key in _COUNTS else tokens * (1 + _ROUNDING)
-                columns[f"{kind}/{key}".lstrip("/")] = _read_numbers(part[key], f"{where}/{key}", *bounds)
+                sums_of_key = _read_numbers(part[key], f"{where}/{key}", *bounds, whole=key in _COUNTS)
+                columns[f"{kind}/{key}".lstrip("/")] = sums_of_key
         return cls(columns, found["settings"])
 
 
@@ -255,7 +256,7 @@ class Arm:
     @classmethod
     def read(cls, path: Path) -> Arm:
         """Read an arm's file and check everything in it; an error names the field and its value."""
-        found = _check(read_json(path), f"{path}, ", _ARM)
+        found = _check(read_object(path), f"{path}, ", _ARM)
         if found["arm"] != path.stem:
             raise _refuse(f"{path}, arm", found["arm"], f"{path.stem!r}, the file's name")
         measured = found["fidelity"]
@@ -267,6 +268,11 @@ class Arm:
             if len(set(counts)) > 1:
                 found_counts = "{} and {} verdicts, {} answers".format(*counts)
                 raise _refuse(f"{path}, questions/{setting}", found_counts, "two verdicts and an answer a question")
+            for number, (answer, *right) in enumerate(zip(one["answers"], *verdicts.values(), strict=True)):
+                if answer is None and any(right):
+                    raise _refuse(
+                        f"{path}, questions/{setting}/answers/{number}", answer, "an answer, for it is correct"
+                    )
             questions[setting] = Accuracy(verdicts, one["settings"], one["answers"])
         tasks = {name: TaskResult(**one) for name, one in found["tasks"].items()}
         title = " ".join(found["title"].split())
@@ -274,13 +280,17 @@ class Arm:
         return cls(path.stem, title, found["model"], found["fingerprint"], size, fidelity, questions, tasks)
 
 
-def check_arm_name(name: str) -> None:
-    """Refuse a name that would not be a plain file name."""
+def check_arm_name(name: str, title: str | None = None) -> None:
+    """Refuse a name that would not be a plain file name, and a title that `Arm.read` would not take."""
     # Of ASCII: other letters make other file names under another locale or file system.
     if len(name) > _LONGEST_NAME or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigError(
             f"An arm's name is a file name of 1 to {_LONGEST_NAME} of a-z, A-Z, 0-9, - and _, found {name!r}. "
             "Choose another; --title takes any text."
+        )
+    if (length := len(printable(title or ""))) > _LONGEST_TITLE:
+        raise ConfigError(
+            f"The title has {length} characters; expected at most {_LONGEST_TITLE}. Choose a shorter one."
         )
 
 
@@ -307,30 +317,33 @@ def _check(data: Any, place: str, kind: Any) -> Any:
         if str not in kind and data.keys() != kind.keys():
             raise _refuse(place, sorted(data), f"the keys {', '.join(kind)}")
         for key, value in data.items():
+            if len(key) > _LONGEST_TEXT:
+                raise _refuse(place, key, f"keys of at most {_LONGEST_TEXT} characters")
             inner = f"{place}{key}" if place.endswith(" ") else f"{place}/{key}"
             _check(value, inner, kind[str if str in kind else key])
     elif kind == [bool] and not (isinstance(data, list) and data and all(isinstance(one, bool) for one in data)):
         raise _refuse(place, data, "a list of true and false")
     elif kind == [str] and not (isinstance(data, list) and data and {type(one) for one in data} <= {str, type(None)}):
         raise _refuse(place, data, "a list of texts and null")
-    elif kind is str and not (isinstance(data, str) and data.strip()):
-        raise _refuse(place, data, "a text")
+    elif isinstance(kind, int) and not (isinstance(data, str) and data.strip() and len(data) <= kind):
+        raise _refuse(place, data, f"a text of at most {kind} characters")
     elif kind is int and not (type(data) is int and 0 <= data < 2**53):
         raise _refuse(place, data, "a number of bytes")
-    elif kind is float and data is not None:
-        _read_numbers(data, place, np.array(-_LARGEST), np.array(_LARGEST))
+    elif isinstance(kind, tuple) and data is not None:
+        _read_numbers(data, place, *map(np.array, kind))
     return data
 
 
-def _read_numbers(data: Any, place: str, low: Floats, high: Floats) -> Floats:
+def _read_numbers(data: Any, place: str, low: Floats, high: Floats, *, whole: bool = False) -> Floats:
     """Nested lists of the shape of the bounds, each number from `low` to `high`."""
     try:
         values = np.array(data)
     except ValueError:  # lists of different lengths
         values = np.array(None)
     # Of other kinds are texts, null, and whole numbers of more than 64 bits.
-    if values.dtype.kind not in "iuf" or values.shape != low.shape or not values.size:
-        raise _refuse(place, data, f"numbers of shape {low.shape}")
+    is_fit = values.dtype.kind in ("iu" if whole else "iuf") and values.shape == low.shape and values.size
+    if not is_fit or bool in map(type, np.array(data, dtype=object).flat):  # among numbers NumPy takes true for 1
+        raise _refuse(place, data, f"{'whole ' * whole}numbers of shape {low.shape}")
     wrong = np.argwhere(~((values >= low) & (values <= high)))
     if len(wrong):
         at = tuple(wrong[0].tolist())

@@ -81,7 +81,7 @@ class HarnessTasks:
         """Yield the arm after each task; one that is finished with the same settings is not run again."""
         for name in self.names:
             path = place / "lm-eval" / arm.name / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
-            dating, dated = date_prompts(tokenizer, path, self.apply_chat_template, settings.share)
+            dating, dated = date_prompts(tokenizer, path, self.apply_chat_template, settings.share, depth=1)
             facts = {**self._describe(name), **dated}
             if self.rerun and is_writer(settings.share):
                 path.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def evaluate_arm(
     parts = [part for part in (rows, questions, tasks) if part is not None]
     if not parts:
         raise ConfigError("There is nothing to measure: give held_out rows, questions, tasks, or several of them.")
-    check_arm_name(arm)
+    check_arm_name(arm, title)
     if held_out is not None:
         what = f"The held-out set of teacher {held_out.info.teacher_name}"
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from quantkd.data.encoding import at_date, read_date, uses_date
 from quantkd.errors import DataError
 from quantkd.evaluation.sharing import ask_main, is_writer
-from quantkd.files import object_of, write_file
+from quantkd.files import parse_json, write_file
 
 
 class RecordFile:
@@ -59,14 +59,20 @@ def compute_digest(values: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def date_prompts(tokenizer: Any, path: str | Path | None, chat: bool, share: bool) -> tuple[Any, dict[str, str]]:
+def date_prompts(
+    tokenizer: Any, path: str | Path | None, chat: bool, share: bool, depth: int = 0
+) -> tuple[Any, dict[str, str]]:
     """The tokenizer at one date, and that date as a setting of the records at `path`, if its prompts print any."""
 
-    def find() -> str:  # that of these records, else of others beside them, else today's
+    def find() -> str:  # that of these records, else of others that stand `depth` folders below the same, else today's
         settings = "*.settings.json"
-        for file in [Path(f"{path}{settings[1:]}"), *sorted(Path(path).parent.glob(settings))] if path else []:
+        for file in (
+            [Path(f"{path}{settings[1:]}"), *sorted(Path(path).parents[depth].glob("*/" * depth + settings))]
+            if path
+            else []
+        ):
             with suppress(OSError, ValueError, AttributeError):  # what is damaged is refused where it is used
-                if found := _parse(file.read_bytes()).get("date"):
+                if found := parse_json(file.read_bytes()).get("date"):
                     return read_date(found, file)
         return read_date(None, path)
 
@@ -76,23 +82,11 @@ def date_prompts(tokenizer: Any, path: str | Path | None, chat: bool, share: boo
     return at_date(tokenizer, day), {"date": day}
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; an error names the file and the line."""
-    content = path.read_bytes()
-    try:
-        return _parse(content)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line} is not UTF-8. Evaluate again to write it anew.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}. Evaluate again to write it anew.") from error
-
-
 def _check_settings(path: Path, settings_path: Path, settings: Mapping[str, Any]) -> None:
     if not settings_path.exists():
         raise DataError(f"{path} is of unknown settings: {settings_path.name} beside it is missing. Remove it.")
     try:
-        found = _parse(settings_path.read_bytes())
+        found = parse_json(settings_path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError("expected an object")
     except ValueError as error:
@@ -108,7 +102,7 @@ def _read_lines(path: Path, content: bytes, kind: type[Any], count: int) -> list
     hints = get_type_hints(kind)
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            value = _parse(line)
+            value = parse_json(line)
             if not isinstance(value, dict) or value.keys() != hints.keys():
                 raise ValueError(f"expected an object with the keys {', '.join(hints)}")
             for name, hint in hints.items():
@@ -125,21 +119,6 @@ def _read_lines(path: Path, content: bytes, kind: type[Any], count: int) -> list
 def damaged(path: Path, number: int, reason: object) -> DataError:
     """The error of a line that holds no record of these items."""
     return DataError(f"{path}, line {number} is damaged: {reason}. Remove the file to evaluate again.")
-
-
-def _parse(content: bytes) -> Any:
-    """JSON that can be written again: without NaN, infinity, lone surrogates, and nesting beyond the stack."""
-
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is not a JSON number")
-
-    try:
-        value = json.loads(content.decode(), parse_constant=refuse, object_pairs_hook=object_of)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if b"\\ud" in content.lower():
-        _to_line(value)
-    return value
 
 
 def _to_line(value: Any) -> bytes:

@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from quantkd.errors import DataError, HubError
-from quantkd.files import write_file
+from quantkd.files import read_object, write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card, render_checkpoint_card
 from quantkd.hub.checkpoints import push_checkpoint, read_checkpoint
 from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models import adapter_files
 from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
-from quantkd.models.provenance import PROVENANCE_NAME, Provenance, find_base, read_object
+from quantkd.models.provenance import PROVENANCE_NAME, Provenance, find_base
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, require_folder, split_revision
 from quantkd.remote import RemoteFiles, logger as revisions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quantkd.errors import DataError
-from quantkd.files import read_regular, write_file
+from quantkd.files import parse_json, read_regular, write_file
 from quantkd.names import is_repository_name, public_name
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ _NOTES = (
 )  # fmt: skip
 _STARTS_THAT_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _MODULE_NAME = re.compile(r"(?:\.\*\\\.)?[\w.-]{1,256}")  # PEFT itself puts `.*\.` before some
-_ADAPTED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
+_ADAPTED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 
 
 def _is_rank(value: Any) -> bool:
@@ -131,10 +130,11 @@ def read_weights(path: Path, place: str, config: LoraConfig | None = None) -> di
         # Of experts in one parameter, the ranks of all stand in one tensor.
         if config is not None and not config.target_parameters and (match := _ADAPTED.fullmatch(name)):
             own = [rank for key, rank in (config.rank_pattern or {}).items() if f".{match[1]}".endswith(f".{key}")]
-            if weight.shape[0] != (rank := [*own, config.r][0]):
+            found = weight.shape["AB".index(match[2])] if weight.ndim > 1 else 0  # A is (r, in), and B (out, r)
+            if found != (rank := [*own, config.r][0]):
                 raise DataError(
-                    f"The adapter {place} does not fit its own configuration: {name} has rank {weight.shape[0]}, and "
-                    f"{CONFIG} says {rank}. Get it anew."
+                    f"The adapter {place} does not fit its own configuration: {name} has rank {found}, and {CONFIG} "
+                    f"says {rank}. Get it anew."
                 )
     return weights
 
@@ -165,8 +165,8 @@ def _is_pattern(modules: Any) -> bool:
 def read_fields(path: Path, place: str) -> dict[str, Any]:
     """The fields of adapter_config.json, each with a value that it may have."""
     try:
-        fields = json.loads(read_regular(path.resolve(), MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(read_regular(path.resolve(), MAX_CONFIG_BYTES))
+    except ValueError as error:
         raise DataError(f"{CONFIG} of {place} is not a LoRA configuration: {error}. Get the adapter anew.") from error
     if not isinstance(fields, dict):
         raise DataError(f"{CONFIG} of {place} holds a {type(fields).__name__}; expected an object. Get it anew.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from quantkd.errors import ConfigError, MissingDependencyError
+from quantkd.files import read_object
 from quantkd.foreign import map_checkpoint
 from quantkd.models.weights import FULL_PRECISION, dequantize_weight
 from quantkd.names import find_file
@@ -68,7 +68,7 @@ class OriginalWeights:
     def _list_files(self) -> dict[str, str]:
         """The file of each tensor."""
         if (index := self._find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places: dict[str, str] = read_object(index)["weight_map"]
             return places
         if (single := self._find(SAFE_WEIGHTS_NAME)) is not None:
             with safe_open(single, framework="pt") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkd.errors import DataError, printable
-from quantkd.files import write_file
+from quantkd.files import read_object, write_file
 from quantkd.foreign import commit_of
 from quantkd.models.network import base_network
 from quantkd.models.stored_weights import are_close, describe_weights
@@ -130,23 +130,12 @@ def find_base(adapter: Path, name: str | None = None) -> Path | None:
     return None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that stands beside an adapter."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}. Remove it, or write it anew.") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}; expected an object. Remove it, or write it anew.")
-    return value
-
-
 def name_base_model(folder: Path, base: str | None = None) -> None:
     """Name the base model in an adapter's files as `base`, or as PEFT wrote it; of a local folder the name alone."""
     file, card = folder / "adapter_config.json", folder / "README.md"
     if not file.is_file():
         return
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     written = config.get("base_model_name_or_path") or ""
     config["base_model_name_or_path"] = public_name(base or written)
     write_file(file, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -11,9 +11,10 @@ from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from quantkd.errors import ConfigError
+from quantkd.files import read_object
 from quantkd.models.adapter_files import check_adapter
 from quantkd.models.network import base_network
-from quantkd.models.provenance import Provenance, read_object
+from quantkd.models.provenance import Provenance
 from quantkd.models.scales import SCALES_NAME, scaled_layers
 
 # What decides an adapter's shape and scale.

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from quantkd.data.encoding import check_ids
-from quantkd.errors import ConfigError, DataError
+from quantkd.errors import ConfigError, DataError, refuse_unused
 from quantkd.files import parse_object
 from quantkd.foreign import commit_of, shares_weights, use_one_gpu
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
@@ -92,6 +92,8 @@ def choose_base(
     **kwargs: Any,
 ) -> str:
     """The checkpoint to train on: with calibrated codes, written to the output folder; or `name` as it is."""
+    if peft_config is None and args.train_scales and args.init != "zero":  # no adapters that could start anywhere
+        refuse_unused(args, {"": "init init_rows init_from"})
     config = quantization_config or "nf4"
     kind = config if isinstance(config, str) else format_of(config)
     if names_gguf(name, **kwargs) or kind not in ("nf4", "fp4") or stored_quantization(name, **kwargs):
