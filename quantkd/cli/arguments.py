@@ -66,7 +66,7 @@ class StudentArguments(ModelConfig):
 
 
 def student_options(args: StudentArguments, *, is_made: bool = False) -> dict[str, Any]:
-    """What `load_student` takes beside the name: its config, None for one that is stored (or `is_made` so), and more."""
+    """What `load_student` takes beside the name: a config, None for one that is stored (or `is_made` so), and more."""
     name = args.model_name_or_path
     is_gguf = names_gguf(args.model_name_or_path, args.gguf_file)
     dtype = parse_dtype("float32" if is_gguf and args.dtype == "auto" else args.dtype)  # the file's exact values

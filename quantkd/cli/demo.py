@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     """Capture, train, evaluate and report on generated word problems, then print the table."""
     parser = plain_parser("quantkd demo", _EXAMPLES)
     parser.add_argument("--output_dir", default="runs/demo", help="where everything is written (runs/demo)")
-    parser.add_argument("--train_rows", type=int, default=96, help="problems to learn from (96)")
+    parser.add_argument("--train_rows", type=int, default=64, help="problems to learn from (64)")
     parser.add_argument("--held_out_rows", type=int, default=32, help="problems to measure fidelity on (32)")
     parser.add_argument("--test_rows", type=int, default=32, help="problems to solve before and after training (32)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the transfer set (1)")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             num_train_epochs=args.epochs,
             per_device_train_batch_size=8,
             lr_scheduler_type="cosine",
-            warmup_steps=4,
+            warmup_steps=2,
             alpha=1.0,
             packing=True,
             logging_steps=2,
