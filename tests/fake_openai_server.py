@@ -31,6 +31,7 @@ class FakeServer:
         self.name, self.faults, self.requests, self.lock = "tiny", [], [], threading.Lock()
         self.active, self.most_active, self.delay_seconds = 0, 0, 0.0
         self.cards = []  # names of models, where they are several
+        self.card = {}  # what the card of each says besides
         self.halves = set()  # tokens that end inside a character, which llama.cpp gives without candidates
         self.drip = []  # parts of a raw answer, sent one after the other
 
@@ -45,7 +46,7 @@ class FakeServer:
                 if owner.redirect_to:
                     return self.reply(302, "", Location=owner.redirect_to)
                 owner.requests.append((self.path, dict(self.headers), None))
-                rest = {"owned_by": OWNERS[owner.kind], "max_model_len": 512}
+                rest = {"owned_by": OWNERS[owner.kind], "max_model_len": 512, **owner.card}
                 self.reply(200, json.dumps({"data": [{"id": name, **rest} for name in owner.cards or [owner.name]]}))
 
             def do_POST(self):

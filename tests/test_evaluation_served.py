@@ -100,6 +100,12 @@ def put(body, token, logprob):
     return body
 
 
+def between(body):
+    meta = body["meta_info"]
+    meta["input_token_logprobs"] = [[value, token + 0.9, text] for value, token, text in meta["input_token_logprobs"]]
+    return body
+
+
 def flatten(body):
     for each in body["completion_probabilities"][0]["top_logprobs"]:
         each["logprob"] = -1.0
@@ -116,6 +122,9 @@ def flatten(body):
     ("llama.cpp", lambda body: {**body, "completion_probabilities": "none"}, "another shape"),
     ("llama.cpp", flatten, r"of total probability \d+\.\d+ at target 0; expected"),
     ("sglang", lambda body: {**body, "meta_info": {}}, "another shape"),
+    *(("vllm", partial(put, token=5, logprob=each), "is not a log-probability") for each in (False, "-1.0", None)),
+    *(("vllm", partial(put, token=each, logprob=-1.0), "is not a token id") for each in (" 5", "05", "5.9")),
+    ("sglang", between, "is not a token id"),
 ])  # fmt: skip
 def test_a_server_that_lies_is_refused(serve, evaluate, kind, mangle, message):
     refused(TeacherError, message, evaluate, serve(kind=kind, mangle=mangle))
@@ -131,6 +140,12 @@ def test_what_a_server_cannot_hold_or_does_not_name_is_refused_before_it_is_aske
     server = serve()
     server.cards = ["tiny", "other"]
     refused(ConfigError, "serves 'tiny', 'other', and no name was given", evaluate, server)
+    server = serve()
+    server.card = {"max_model_len": 2**70, "meta": {"n_vocab": 2**62, "n_ctx": True, "size": 2**60}}
+    told = ModelServer(server.url)  # what cannot be is as if it were not said
+    assert (told.vocab_size, told.max_context, told.size_bytes) == (None, None, None)
+    server.cards = [" "]
+    refused(ConfigError, "serves ' ', and no name was given", evaluate, server)
 
 
 def test_the_command_measures_a_server_and_prints_its_bounds(serve, cli, held_out, tmp_path):

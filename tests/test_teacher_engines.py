@@ -286,6 +286,7 @@ def test_candidates_are_sorted_joined_and_cut():
     ([[]], {}, "0 log-probabilities at token 0"), ([[(1, -1.0)], [(1, -9999.0)]], {}, "at token 1"),
     ([[(1, -1.0)]], {"targets": 2}, "1 tokens; expected 2"),
     ([[(1, -1.0)]], {"first": 10}, "token id 10, and the vocabulary ends"),
+    ([[(1, -1.0), (1, -2.0)]], {}, "two log-probabilities of the token 1 in one place"),
     ([[(1, -0.1), (2, -0.1)]], {}, r"answer to prompt 4: The entries of target 0 hold a mass of 1\.8"),
 ])  # fmt: skip
 def test_what_cannot_be_stored(pairs, options, message):
@@ -337,6 +338,8 @@ def test_bodies_are_bounded_and_a_server_that_stays_down_or_is_slow_is_one_line(
     server.respond = lambda path, body: (200, "[" * 200_000)
     refused(TeacherError, "nested too deeply", teacher.answer, prompts[:1])
     server.respond = lambda path, body: (200, '{"choices": "' + "x" * 5000)
+    monkeypatch.setattr("quantkd.teacher.server_client._MAX_AGAIN_BYTES", 4000)
+    refused(TeacherError, "with 5013 bytes that are not JSON", teacher.answer, prompts[:1])
     monkeypatch.setattr("quantkd.teacher.server_client.MAX_BODY_BYTES", 1000)
     refused(TeacherError, "more than 1000 bytes", teacher.answer, prompts[:1])
     server = serve()

@@ -26,7 +26,7 @@ from quantkd.models.stored_weights import compute_file_size
 from quantkd.models.student import refuse_quantized
 from quantkd.names import naming
 from quantkd.teacher import load_teacher
-from quantkd.teacher.model_server import ModelServer
+from quantkd.teacher.model_server import ModelServer, naming_engine_kwargs
 from quantkd.teacher.served import TOP_LOGPROBS, evaluate_served
 from quantkd.transfer_set import TransferSet
 
@@ -180,10 +180,8 @@ def _evaluate_served(args: EvaluationArguments, student: MeasuredStudent) -> Non
     kwargs = parse_object("engine_kwargs", args.engine_kwargs)
     how = {"concurrency": kwargs.pop("concurrency")} if "concurrency" in kwargs else {}
     held_out = TransferSet.open(args.held_out)
-    try:
+    with naming_engine_kwargs():
         server = ModelServer(args.base_url, student.model_name_or_path, **kwargs)
-    except TypeError as error:
-        raise ConfigError(f"engine_kwargs: {error}. docs/engines.md lists what they may be.") from error
     how["size"] = compute_file_size(args.served_files) if args.served_files else None
     how |= {"arm": args.arm, "title": args.title, "top_logprobs": args.top_logprobs}
     arm = evaluate_served(server, held_out, args.run_dir, **how)

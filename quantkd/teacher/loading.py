@@ -89,9 +89,11 @@ def build_teacher(
         from quantkd.teacher.vllm import VLLMTeacher
 
         return VLLMTeacher(name, tokenizer, rule, kept, settings, **{**init_kwargs, **kwargs})
+    from quantkd.teacher.model_server import naming_engine_kwargs
     from quantkd.teacher.server import ServerTeacher
 
-    return ServerTeacher(str(run.base_url), name, tokenizer, rule, kept, settings, **kwargs)
+    with naming_engine_kwargs():
+        return ServerTeacher(str(run.base_url), name, tokenizer, rule, kept, settings, **kwargs)
 
 
 def _refuse_loading(run: RunSettings, found: str) -> None:

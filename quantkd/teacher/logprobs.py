@@ -14,7 +14,7 @@ from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, keep
 
 # What vLLM's server writes for a probability of 0, for JSON has no infinity.
 _ZERO_PROBABILITY = -9999.0
-_ROUNDING = 1e-3  # nats above 0 that a float16 teacher reaches
+_ROUNDING = 1e-3  # nats above 0 that a float16 teacher reaches, and between two that are one
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class TopLogprobs:
     @classmethod
     def from_pairs(cls, targets: Sequence[Sequence[tuple[int, float]]]) -> TopLogprobs:
         """Join the candidates of every target."""
+        for logprob in (logprob for target in targets for _, logprob in target):
+            if isinstance(logprob, bool) or not isinstance(logprob, (int, float)):
+                raise ValueError(f"{logprob!r:.80} is not a log-probability")
         return cls(
             counts=np.asarray([len(target) for target in targets], dtype=np.int64),
             token_ids=np.asarray([token for target in targets for token, _ in target], dtype=np.int64),
@@ -65,7 +68,9 @@ class TopLogprobs:
             )
         # The sampled token comes in addition to the most probable ones and may be one of them.
         owners = np.repeat(np.arange(targets, dtype=np.int64), self.counts)
-        _, first = np.unique(owners * head_size + ids, return_index=True)
+        _, first, same = np.unique(owners * head_size + ids, return_index=True, return_inverse=True)
+        for token in ids[~np.isclose(logprobs, logprobs[first][same], rtol=0, atol=_ROUNDING)]:
+            raise TeacherError(f"{where} two log-probabilities of the token {token} in one place; expected one.")
         owners, ids, logprobs = owners[first], ids[first], np.minimum(logprobs[first], 0.0)
         order = np.lexsort((-logprobs, owners))  # stable: equal probabilities stay in the order of their ids
         return owners[order], ids[order], logprobs[order]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +42,11 @@ class ModelServer:
         meta: Any = card["meta"] if isinstance(card.get("meta"), dict) else {}
         self.name, self.kind = str(card["id"]), dialect or _OWNERS.get(str(card.get("owned_by")), "vllm")
         self.dialect: Dialect = DIALECTS[self.kind]
-        found = [card.get("max_model_len"), *(meta.get(key) for key in ("n_ctx", "n_ctx_train", "n_vocab", "size"))]
-        own, started, trained, vocab, size = (each if type(each) is int and each > 0 else None for each in found)
-        self.max_context, self.vocab_size, self.size_bytes = own or started or trained, vocab_size or vocab, size
+        given = {**meta, "max_model_len": card.get("max_model_len")}
+        contexts = [_whole(given.get(key), 2**31) for key in ("max_model_len", "n_ctx", "n_ctx_train")]
+        self.max_context = next((each for each in contexts if each), None)
+        self.vocab_size = vocab_size or _whole(given.get("n_vocab"), 2**31)
+        self.size_bytes = _whole(given.get("size"), 2**53)
 
     def ask(self, completion: Completion) -> Answer:
         """Tokens and candidates; answers of another shape than the dialect's become one line."""
@@ -87,6 +90,7 @@ class ModelServer:
         body = self._client.request("/v1/models", max_retries=2)
         cards: list[dict[str, Any]] = self._parse("/v1/models", lambda: [dict(card) for card in body["data"]])
         fitting = [card for card in cards if name in (None, card.get("id")) and isinstance(card.get("id"), str)]
+        fitting = [card for card in fitting if card["id"].strip()]
         if len(fitting) == 1 or (fitting and name is not None):
             return fitting[0]
         names = ", ".join(f"{card.get('id')!r:.80}" for card in cards[:8]) or "none"
@@ -109,3 +113,17 @@ class ModelServer:
                 f"{self.where} answered {path} in another shape than expected "
                 f"({type(error).__name__}: {error}). Name what it is with dialect ({', '.join(DIALECTS)})."
             ) from error
+
+
+@contextmanager
+def naming_engine_kwargs() -> Iterator[None]:
+    """Say of an argument that a server does not take where it came from."""
+    try:
+        yield
+    except TypeError as error:
+        raise ConfigError(f"engine_kwargs: {error}. docs/engines.md lists what they may be.") from error
+
+
+def _whole(value: Any, limit: int) -> int | None:
+    """A positive number below the limit; None, as if it were not said, of anything else."""
+    return value if type(value) is int and 0 < value < limit else None

@@ -24,6 +24,7 @@ _API_KEY = "OPENAI_API_KEY"
 _MAX_DELAY_SECONDS = 60.0
 MAX_BODY_BYTES = 2**28  # 8,192 tokens of 64 candidates each take some 2**25
 _MAX_REFUSAL_BYTES = 2**16
+_MAX_AGAIN_BYTES = 2**20  # of a body that is not JSON, and is asked for again
 _MAX_DETAIL = 500  # characters of a server's own words in an error
 
 
@@ -138,6 +139,10 @@ class ServerClient:
                 raise TeacherError(f"{self.where} shows a certificate that is not trusted: {cause}.") from error
             raise _Again(f"{begun}{type(cause).__name__}: {cause}") from error
         except ValueError as error:
+            if len(answer) > _MAX_AGAIN_BYTES:
+                raise TeacherError(
+                    f"{self.where} answered {path} with {len(answer)} bytes that are not JSON."
+                ) from error
             raise _Again(f"a body that is not JSON ({error})") from error
         except RecursionError as error:
             raise TeacherError(f"{self.where} answered {path} with JSON that is nested too deeply.") from error

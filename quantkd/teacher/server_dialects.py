@@ -4,6 +4,7 @@ OpenAI API names tokens by their text, which two ids may share and a part of a c
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from quantkd.errors import ConfigError, TeacherError
 from quantkd.teacher.logprobs import TopLogprobs
 from quantkd.teacher.teacher import GenerationSettings
 
+_DIGITS = re.compile("0|-?[1-9][0-9]{0,9}")
 _TOKEN_ID = "token_id:"
 _CERTAIN = 1e4  # added to a logit
 _NO_PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -94,7 +96,7 @@ class VLLM(Dialect):
         pairs = [[(self._id(token), value) for token, value in target.items()] for target in logprobs["top_logprobs"]]
         if completion.score_from is not None:
             scored = choice["prompt_logprobs"]
-            pairs = [[(int(id_), each["logprob"]) for id_, each in (target or {}).items()] for target in scored] + pairs
+            pairs = [[(_id(id_), each["logprob"]) for id_, each in (target or {}).items()] for target in scored] + pairs
         reason = "length" if choice["finish_reason"] == "length" else "stop"
         return Answer(tokens, list(range(len(tokens))), TopLogprobs.from_pairs(pairs), reason)
 
@@ -103,7 +105,7 @@ class VLLM(Dialect):
         number = token.removeprefix(_TOKEN_ID)
         if number == token or not (number.isascii() and number.isdecimal()):
             raise TeacherError(f"it names tokens by their text ({token!r:.80}), which cannot be mapped to ids safely")
-        return int(number)
+        return _id(number)
 
 
 class SGLang(Dialect):
@@ -136,9 +138,9 @@ class SGLang(Dialect):
         """Triples of log-probability, id and text; the prompt's tokens must be its own."""
         meta, prompt = body["meta_info"], completion.prompt_ids
         own, targets = meta["output_token_logprobs"], meta["output_top_logprobs"]
-        tokens = [int(token) for _, token, *_ in own]
+        tokens = [_id(token) for _, token, *_ in own]
         if completion.score_from is not None:
-            scored = [int(token) for _, token, *_ in meta["input_token_logprobs"]]
+            scored = [_id(token) for _, token, *_ in meta["input_token_logprobs"]]
             before = len(prompt) - len(scored)
             if len(meta["input_top_logprobs"]) != len(scored) or scored != prompt[before:]:
                 raise ValueError("input_token_logprobs are those of other tokens than the prompt's")
@@ -146,7 +148,7 @@ class SGLang(Dialect):
             own = nothing + meta["input_token_logprobs"] + own
             targets = nothing + meta["input_top_logprobs"] + targets
         both = [[each, *target] if target else [] for each, target in zip(own, targets, strict=True)]
-        pairs = [[(int(token), logprob) for logprob, token, *_ in target] for target in both]
+        pairs = [[(_id(token), logprob) for logprob, token, *_ in target] for target in both]
         reason = "length" if meta["finish_reason"]["type"] == "length" else "stop"
         return Answer(tokens, list(range(len(tokens))), TopLogprobs.from_pairs(pairs), reason)
 
@@ -180,21 +182,26 @@ class LlamaCpp(Dialect):
         """`tokens` holds all tokens; those that end inside a character come without candidates."""
         if (count := body["tokens_evaluated"]) != len(completion.prompt_ids):
             raise ValueError(f"it read {count} tokens of a prompt of {len(completion.prompt_ids)}")
-        tokens = [int(token) for token in body["tokens"]]
+        tokens = [_id(token) for token in body["tokens"]]
         steps = body.get("completion_probabilities", [])  # which is left out where it is empty
-        ids = [int(step["id"]) for step in steps]
+        ids = [_id(step["id"]) for step in steps]
         # The leftmost way to find these among all tokens gives each one's first possible place, the rightmost its last;
         # where the two differ, the place is not certain, and the candidates are left out.
         first, last = _places(ids, tokens), _places(ids[::-1], tokens[::-1])[::-1]
         certain = [number for number, place in enumerate(first) if place == len(tokens) - 1 - last[number]]
-        pairs = [
-            [(int(each["id"]), float(each["logprob"])) for each in steps[number]["top_logprobs"]] for number in certain
-        ]
+        pairs = [[(_id(each["id"]), each["logprob"]) for each in steps[number]["top_logprobs"]] for number in certain]
         reason = {"limit": "length", "eos": "end"}.get(body["stop_type"], "stop")
         return Answer(tokens, [first[number] for number in certain], TopLogprobs.from_pairs(pairs), reason)
 
 
 DIALECTS: dict[str, Dialect] = {"vllm": VLLM(), "sglang": SGLang(), "llama.cpp": LlamaCpp()}
+
+
+def _id(token: Any) -> int:
+    """A token id: a number, or its decimal digits, as the keys of JSON are."""
+    if type(token) is int or (isinstance(token, str) and _DIGITS.fullmatch(token)):
+        return int(token)
+    raise ValueError(f"{token!r:.80} is not a token id")
 
 
 def _places(part: list[int], whole: list[int]) -> list[int]:
