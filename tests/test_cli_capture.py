@@ -99,7 +99,7 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(run, files, tiny_t
     ("--plain_prompts --system_prompt Brief.", "found 2 chat messages"), ("--max_new_tokens 600", "context of 512"),
     ("--engine server", "found None with engine='server'"), ("--base_url http://127.0.0.1:1/v1", "Give both engine"),
     ("--engine vllm --engine_kwargs [1]", "expected an object such as"),
-    ('--engine server --base_url http://h/v1 --engine_kwargs {"a":1}', "unexpected keyword argument 'a'. docs/engines.md"),
+    ('--engine server --base_url http://h/v1 --engine_kwargs {"a":1}', "keyword argument 'a'. docs/engines.md"),
     ('--engine_kwargs {"a":1}', "no effect without engine=vllm or engine=server"),
     ("--engine vllm --teacher_adapter x", "adapter has no effect without"),
     ("--engine vllm --storage sampled:50", "the whole distribution"),
