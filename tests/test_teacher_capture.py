@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkd import Nucleus, TopK, TransferSet
 from quantkd.errors import ConfigError, DataError, TeacherError, TransferSetError
+from quantkd.models.student import load_student
 from quantkd.models.weights import embedding_rows
 from quantkd.teacher import GenerationSettings, Teacher
 from quantkd.teacher.filters import CorrectOnly, DropDuplicates, FinishedOnly, ResponseLength
@@ -161,6 +162,13 @@ def test_an_adapter_of_the_teacher_is_part_of_the_plan(tiny_model_path, tiny_tok
     for file in (*(tmp_path / "plain").iterdir(), *(tmp_path / "adapted").iterdir()):
         assert not any(str(path).encode() in file.read_bytes() for path in (tmp_path, tiny_model_path.parent)), file
     refused(TransferSetError, "another plan", capture_set, folder=tmp_path / "adapted", **options)
+
+
+def test_that_the_teacher_is_quantized_is_said_and_part_of_the_plan(tiny_model_path, tiny_tokenizer, tmp_path, caplog):
+    teacher = load_student(str(tiny_model_path), dtype="float32")
+    captured = capture_set(teacher, PROMPTS[:2], tmp_path / "s", tokenizer=tiny_tokenizer, max_new_tokens=5)
+    assert captured.plan.extra["quantization"]["bnb_4bit_quant_type"] == "nf4"
+    assert "The teacher is quantized" in caplog.text
 
 
 def test_an_adapter_that_no_teacher_takes_is_refused_before_one_is_loaded(tiny_model_path, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -27,10 +28,13 @@ from quantkd.foreign import commit_of
 from quantkd.hardware import chunk_bytes, send, wide_dtype
 from quantkd.models.generation import build_generation_config, cache_argument, generation_mode
 from quantkd.models.network import context_length
+from quantkd.models.student import describe_quantization
 from quantkd.teacher.teacher import GenerationSettings, Teacher, locate_targets, seed_of
 from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.fingerprint import count_token_ids
 from quantkd.transfer_set.rules import PickedEntries, Sampled, StorageRule, pick_entries
+
+logger = logging.getLogger(__name__)
 
 # Families whose recurrent state takes in the padding before a prompt: they answer prompts of another length one by one.
 _STATE_TAKES_PADDING = {"recurrent_gemma"}
@@ -62,12 +66,15 @@ class TransformersTeacher(Teacher):
             revision=commit_of(model.config),
             dtype=str(model.dtype).removeprefix("torch."),
         )
-        self.model, self.adapter = model, adapter
+        quantization = describe_quantization(model)
+        if quantization is not None:
+            logger.warning("The teacher is quantized (%s), and its errors are taught with the rest.", quantization)
+        self.model, self.facts = model, {"adapter": adapter, "quantization": quantization}
         self.config = build_generation_config(model, tokenizer, settings.max_new_tokens)
 
     def describe(self) -> dict[str, Any]:
-        """The adapter, if there is one."""
-        return {"adapter": self.adapter} if self.adapter else {}
+        """Its adapter and quantization, if it has any."""
+        return {name: fact for name, fact in self.facts.items() if fact}
 
     def answer(self, prompts: Sequence[EncodedPrompt]) -> list[TransferRow]:
         """Generate one answer per prompt, in one batch, keeping the entries of each token as it is generated."""
