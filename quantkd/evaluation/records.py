@@ -66,11 +66,8 @@ def date_prompts(
 
     def find() -> str:  # that of these records, else of others that stand `depth` folders below the same, else today's
         settings = "*.settings.json"
-        for file in (
-            [Path(f"{path}{settings[1:]}"), *sorted(Path(path).parents[depth].glob("*/" * depth + settings))]
-            if path
-            else []
-        ):
+        own = [Path(f"{path}{settings[1:]}")] if path else []
+        for file in (*own, *(sorted(Path(path).parents[depth].glob("*/" * depth + settings)) if path else [])):
             with suppress(OSError, ValueError, AttributeError):  # what is damaged is refused where it is used
                 if found := parse_json(file.read_bytes()).get("date"):
                     return read_date(found, file)
