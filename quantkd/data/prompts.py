@@ -22,6 +22,7 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _DEFAULT_PROMPT = "prompt"
 _CONVERSATION = "messages"
 _DEFAULT_COMPLETION = "completion"
+_PUNCTUATION = ",;:!?\"'`“”‘’«»¿¡、。"  # noqa: RUF001
 _MAX_CELL = 2**31 - 1  # characters of a CSV cell, instead of Python's 131,072
 
 
@@ -134,9 +135,11 @@ def check_shots(questions: Sequence[str], shots: Sequence[str]) -> None:
 
 
 def _fold(text: str) -> str:
-    """What is left of a text without case, width, composition, white space and characters that show nothing."""
+    """What is left of a text without case, width, composition, invisible characters, white space and punctuation."""
     shown = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    return " ".join(unicodedata.normalize("NFKC", shown).casefold().split())
+    words = unicodedata.normalize("NFKC", shown).casefold().split()
+    # Only around words, and no signs of arithmetic: .5 is not 5, and 2 - 3 is not 2 * 3.
+    return " ".join(filter(None, (word.lstrip(_PUNCTUATION).rstrip(_PUNCTUATION + ".") for word in words)))
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
