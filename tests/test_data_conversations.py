@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import time
 
 import datasets
 import pytest
@@ -45,8 +46,9 @@ NO_ROLES = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 # What it reads beside roles and texts; another template reads none of it.
 READING = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.name or m.role }}"
-    "{{ m.tool_call_id }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{{ documents | tojson if documents }}"
+    "{% for m in messages %}<|im_start|>{{ m.name or m.role }}{{ m.tool_call_id }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
@@ -80,15 +82,12 @@ def by_hand(tokenizer):
     return ids[:-1], spans
 
 
-@pytest.mark.parametrize(("template", "end"), [
-    (CHAT_TEMPLATE, "<|im_end|>"), (MARKED, "<|im_end|>"),
-    (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), ""),
+@pytest.mark.parametrize("template", [
+    CHAT_TEMPLATE, MARKED, MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
 ])  # fmt: skip
-def test_every_assistant_turn_is_supervised_with_its_end_token_or_as_it_is_marked(with_template, template, end):
+def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, template):
     tokenizer = with_template(template)
-    ids, spans = encode_conversation(tokenizer, CONVERSATION)
-    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == [f"She has 7.{end}", f"300 miles.{end}"]
-    assert len(ids) == spans[-1][1] and ((ids, spans) == by_hand(tokenizer)) == bool(end)
+    assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
 
 
 def test_one_turn_is_prompt_and_completion_and_the_last_user_turn_is_answered(tiny_tokenizer):
@@ -272,6 +271,25 @@ def test_of_several_templates_the_default_is_used_and_dated(with_template, tiny_
     assert tokenizer.decode(ids[slice(*spans[0])]) == "She has 7.<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "start", ["\n\n{{ strftime_now('%d') }}", "  {% if true %}\n {{ strftime_now('%%d %-d%%%b %A') }}{% endif %}"]
+)
+def test_a_dated_template_renders_as_in_transformers_and_compiles_soon(with_template, clock, start):
+    tokenizer = with_template(start + CHAT_TEMPLATE)
+    expected, begun = encode_prompts(tokenizer, ["Why?"]), time.process_time()
+    assert encode_prompts(at_date(tokenizer, clock.day), ["Why?"]) == expected
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
+def test_a_template_that_changes_the_text_ends_given_answers_and_turns_once(with_template, template):
+    tokenizer = with_template(template.replace("'content']", "'content'] | upper"))
+    tokenizer.eos_token = "<|pad|>"
+    ids, _ = encode_conversation(tokenizer, CONVERSATION)
+    given = encode(tokenizer, Example(CONVERSATION[:4], "300 MILES."), given=True)
+    assert given.prompt_ids + given.completion_ids == ids and tokenizer.decode(ids).endswith("300 MILES.<|im_end|>")
+
+
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])
 def test_without_an_end_in_the_template_it_is_the_end_of_the_sequence(with_template, template):
     assert find_turn_end(with_template(template)) == with_template(template).eos_token_id
@@ -288,6 +306,7 @@ ASKED = [turn("user", "one and one?")]
     ({"messages": [*ASKED, {**turn("tool", "2"), "tool_call_id": "c7"}, *ASKED]}, "toolc7", "'tool_call_id' of"),
     ({"prompt": "one?", "tools": [{"name": "add"}]}, '[{"name": "add"}]', "does not read tools"),
     ({"prompt": "one?", "tools": '[{"name": "add"}]'}, '[{"name": "add"}]', "does not read tools"),
+    ({"prompt": "?", "documents": [{"text": "one"}]}, '[{"text": "one"}]', "does not read documents"),
     ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}}, "<think></think>", "enable_thinking"),
     ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": True}}, "?<|im_end|>", "enable_thinking"),
     ({"messages": [{**ASKED[0], "weight": 3}]}, None, "'weight' of message 0"),

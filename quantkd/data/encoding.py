@@ -6,6 +6,7 @@ import array
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import string
@@ -226,8 +227,13 @@ def at_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizer
     """The tokenizer, whose chat template takes `day`, such as 2025-12-31, for the current date."""
     dated, now = copy.copy(tokenizer), datetime.fromisoformat(day)
     # transformers hands no function to a template, so the template gets one of its own in place of transformers'.
-    parts = (f" | replace('%{part}', {json.dumps(now.strftime(f'%{part}'))})" for part in _DATE_PARTS)
-    macro = "{%- macro strftime_now(format) -%}{{ format" + "".join(parts) + " }}{%- endmacro -%}"
+    parts = [("%%", _MARK), *((f"%{part}", now.strftime(f"%{part}")) for part in _DATE_PARTS), (_MARK, "%")]
+    # A loop, since a chain of as many filters takes seconds to compile. transformers drops the newline after the block.
+    macro = (
+        "{%- macro strftime_now(format) -%}{%- set found = namespace(text=format) -%}{%- for part, text in "
+        + json.dumps(parts)
+        + " -%}{%- set found.text = found.text | replace(part, text) -%}{%- endfor -%}{{ found.text }}{%- endmacro %}\n"
+    )
     given: Any = tokenizer.chat_template
     named = {name: macro + each for name, each in given.items()} if isinstance(given, dict) else macro + str(given)
     dated.chat_template = named
@@ -349,9 +355,11 @@ def _render_chat(
 
 
 def _render_after(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
-    """What the template writes after the text of the last message."""
-    marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
-    return str(_render_chat(tokenizer, marked, kwargs, tokenize=False)).partition(_MARK)[2]
+    """What the template writes after the text of the last message, which it may change: how two texts both end."""
+    turns = ([*messages[:-1], {**messages[-1], "content": text}] for text in (_MARK, "?"))
+    one, other = (str(_render_chat(tokenizer, each, kwargs, tokenize=False))[::-1] for each in turns)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "" if one == other else "".join(sign for sign, _ in same)[::-1]
 
 
 def _check_text(example: Example) -> None:
@@ -421,6 +429,8 @@ def _by_generation_blocks(
             "assistant turn. Mend the template."
         )
     whole = list(encoded["input_ids"])
+    # An end token is the assistant's, also where its block closes before it.
+    stops = [stop + bool(ends & {*whole[stop : stop + 1]}) for stop in stops]
     spans = zip(starts, stops, strict=True)
     return whole, [(start, start + _find_end(tokenizer, whole[start:stop], ends)) for start, stop in spans]
 

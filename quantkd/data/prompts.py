@@ -22,6 +22,7 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _DEFAULT_PROMPT = "prompt"
 _CONVERSATION = "messages"
 _DEFAULT_COMPLETION = "completion"
+_PUNCTUATION = ",;:!?\"'`“”‘’«»¿¡、。"  # noqa: RUF001
 _MAX_CELL = 2**31 - 1  # characters of a CSV cell, instead of Python's 131,072
 
 
@@ -134,9 +135,11 @@ def check_shots(questions: Sequence[str], shots: Sequence[str]) -> None:
 
 
 def _fold(text: str) -> str:
-    """What is left of a text without case, width, composition, white space and characters that show nothing."""
+    """What is left of a text without case, width, composition, invisible characters, white space and punctuation."""
     shown = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    return " ".join(unicodedata.normalize("NFKC", shown).casefold().split())
+    words = unicodedata.normalize("NFKC", shown).casefold().split()
+    # Only around words, and no signs of arithmetic: .5 is not 5, and 2 - 3 is not 2 * 3.
+    return " ".join(filter(None, (word.lstrip(_PUNCTUATION).rstrip(_PUNCTUATION + ".") for word in words)))
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
@@ -158,8 +161,12 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
         prompt, completion = row[prompt_column], row.get(completion_column)
         if prompt_column == _CONVERSATION and isinstance(prompt, str) and prompt.lstrip().startswith("["):
             prompt = _read_json(prompt, _CONVERSATION, list, where)  # as a CSV file has it
-        given = {name: _read_json(row.get(name), name, kind, where) for name, kind in _TEMPLATE_COLUMNS.items()}
-        template_kwargs = _drop_empty({**given["chat_template_kwargs"], "tools": given["tools"]})
+        other = {name: value for name, value in row.items() if name not in (prompt_column, completion_column)}
+        for name, remedy in _UNREAD_COLUMNS.items():
+            if str(other.get(name)) not in ("None", "nan", "", "[]", "{}"):
+                raise DataError(f"{where} has the column {name}, which is not read. {remedy}")
+        given = {name: _read_json(other.get(name), name, kind, where) for name, kind in _TEMPLATE_COLUMNS.items()}
+        template_kwargs = _drop_empty({**given.pop("chat_template_kwargs"), **given})
     elif not isinstance(row, (str, list)):
         raise DataError(f"{where} is a {type(row).__name__}; expected text, a list of messages, or a dict of columns.")
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], Mapping):
@@ -193,7 +200,14 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
 
 
 # What a row may hold for its chat template, by the names of TRL's data sets.
-_TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
+_TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "documents": list, "chat_template_kwargs": dict}
+# What changes a prompt elsewhere, and what to do about it here.
+_UNREAD_COLUMNS = {
+    **dict.fromkeys(("images", "videos"), "Prompts are text alone. Remove the row, or the column."),
+    "system": "Make it the first of its messages, with the role system, or rename the column.",
+    "enable_thinking": "Put it into chat_template_kwargs, or rename the column.",
+    "chat_template": "Set it as the tokenizer's chat_template, or rename the column.",
+}
 
 
 def _read_json(value: Any, name: str, kind: type, where: str) -> Any:
