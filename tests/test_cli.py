@@ -156,7 +156,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("SWEEP --train_scales", 1, "which train_scales would change. Leave"),
     ("TRAIN --lora_r 0", 1, "positive integer value but the value passed is 0. (`quantkd --tr"),
     ("EVALUATE --arm ../x --prompts p.jsonl", 1, "- and _, found '../x'"),
-    (f"HELD --title {'x' * 201}", 1, "The title has 201 characters; expected at most 200"),
+    (f"HELD --title {'x' * 1001}", 1, "The title has 1001 characters; expected at most 1000"),
     ("HELD --batch_size -2", 1, "batch_size is -2"), ("HELD --adapter empty", 1, "adapter_config.json"),
     ("evaluate --run_dir r --arm x --full_precision", 1, "required: --model_"),
     ("NOWHERE --held_out empty", 1, "neither index.json nor plan.json"),

@@ -128,8 +128,8 @@ GRADERS = ("correct_flexible", "correct_strict")
 @pytest.mark.parametrize(("path", "value", "message"), [
     ("arm", "before", "arm: expected 'after', the file's name, found 'before'"),
     ("title", " ", "title: expected a text"), ("extra", 1, ": expected the keys arm, .*'extra'"),
-    ("title", 5, "title: expected a text of at most 200 characters, found 5"),
-    ("title", "x" * 201, "title: expected a text of at most 200"), ("model", "x" * 1001, "model: expected a text"),
+    ("title", 5, "title: expected a text of at most 1000 characters, found 5"),
+    ("title", "x" * 1001, "title: expected a text of at most 1000"), ("model", "x" * 1001, "model: expected a text"),
     ("tasks", {"x" * 1001: {}}, "tasks: expected keys of at most 1000"),
     ("size/codes", 1e6, "size/codes: expected a number of bytes"),
     ("size/rest", -1, "size/rest: expected a number of bytes, found -1"), ("size", {}, "size: expected the keys codes"),

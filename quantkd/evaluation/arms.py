@@ -39,7 +39,7 @@ _COUNTS = ("tokens", "agree", "dense_agree", "correct")  # of tokens, so never m
 _SHARES = (*_COUNTS, "confidence_sum")  # at most 1 for each token
 _LARGEST = 1e12  # no sum of nats or tokens of a row comes near it
 _ROUNDING = 1e-3  # nats per token by which the KL over stored entries may fall below 0
-_LONGEST_NAME, _LONGEST_TITLE, _LONGEST_TEXT = 100, 200, 1000
+_LONGEST_NAME, _LONGEST_TEXT = 100, 1000
 
 # The file: an object of these keys or, with `str`, of any; a list of one kind, of texts with null too; a text, by its
 # most characters; a number between two, or null; and `Any`, which is not read.
@@ -49,7 +49,7 @@ _POSITIVE = (0, _LARGEST)
 _FIGURE = {"value": (-_LARGEST, _LARGEST), "stderr": _POSITIVE, "n": _POSITIVE}
 _TASK = {"settings": _ANY, "figures": {str: {str: _FIGURE}}, "verdicts": {str: [bool]}}
 _ARM = {
-    "arm": _LONGEST_NAME, "title": _LONGEST_TITLE, "model": _LONGEST_TEXT, "fingerprint": _LONGEST_TEXT,
+    "arm": _LONGEST_NAME, "title": _LONGEST_TEXT, "model": _LONGEST_TEXT, "fingerprint": _LONGEST_TEXT,
     "size": {**dict.fromkeys((each.name for each in fields(ModelSize)), int), "bits_per_weight": _POSITIVE},
     "fidelity": Any, "questions": {str: _GSM8K}, "tasks": {str: _TASK},
 }  # fmt: skip
@@ -288,10 +288,8 @@ def check_arm_name(name: str, title: str | None = None) -> None:
             f"An arm's name is a file name of 1 to {_LONGEST_NAME} of a-z, A-Z, 0-9, - and _, found {name!r}. "
             "Choose another; --title takes any text."
         )
-    if (length := len(printable(title or ""))) > _LONGEST_TITLE:
-        raise ConfigError(
-            f"The title has {length} characters; expected at most {_LONGEST_TITLE}. Choose a shorter one."
-        )
+    if (length := len(printable(title or ""))) > _LONGEST_TEXT:
+        raise ConfigError(f"The title has {length} characters; expected at most {_LONGEST_TEXT}. Choose a shorter one.")
 
 
 def discard_arm(folder: Path, name: str) -> None:
