@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quantkd.data.encoding import encode_completion, encode_examples, encode_prompts
-from quantkd.data.prompts import Example, check_shots, load_examples
+from quantkd.data.prompts import Example, load_examples
 from quantkd.errors import DataError
 from tests.conftest import refused
 
@@ -189,17 +189,6 @@ def test_half_a_character_is_refused_by_row(tokenizer, row):
     (example,) = load_examples([row])
     with pytest.raises(DataError, match=r"Row 1: the text holds half of a surrogate pair, .*\\ud[0-9a-f]{3}'"):
         encode_examples([Example("one", "two"), example], tokenizer, given="messages" in row)
-
-
-@pytest.mark.parametrize(("shot", "is_asked"), [
-    ("WHAT IS 2 - 3, “ANN” .", True), ("What is 2 - 3 Ann!?", True), ("What is 2 * 3, Ann?", False),
-    ("What is 2 -3, Ann?", False), ("What is .2 - 3, Ann?", False), ("What is 2 - 3, Anna?", False),
-])  # fmt: skip
-def test_a_shot_is_the_question_whatever_its_case_and_punctuation(shot, is_asked):
-    if is_asked:
-        refused(DataError, "example 0 is the question of row 1", check_shots, ["?", "What is 2 - 3, 'Ann'?"], [shot])
-    else:
-        check_shots(["?", "What is 2 - 3, Ann?"], [shot])
 
 
 def test_chat_prompts_use_the_template(tokenizer):

@@ -22,7 +22,6 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _DEFAULT_PROMPT = "prompt"
 _CONVERSATION = "messages"
 _DEFAULT_COMPLETION = "completion"
-_PUNCTUATION = ",;:!?\"'`“”‘’«»¿¡、。"  # noqa: RUF001
 _MAX_CELL = 2**31 - 1  # characters of a CSV cell, instead of Python's 131,072
 
 
@@ -135,11 +134,9 @@ def check_shots(questions: Sequence[str], shots: Sequence[str]) -> None:
 
 
 def _fold(text: str) -> str:
-    """What is left of a text without case, width, composition, invisible characters, white space and punctuation."""
+    """What is left of a text without case, width, composition, white space and characters that show nothing."""
     shown = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    words = unicodedata.normalize("NFKC", shown).casefold().split()
-    # Only around words, and no signs of arithmetic: .5 is not 5, and 2 - 3 is not 2 * 3.
-    return " ".join(filter(None, (word.lstrip(_PUNCTUATION).rstrip(_PUNCTUATION + ".") for word in words)))
+    return " ".join(unicodedata.normalize("NFKC", shown).casefold().split())
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
