@@ -82,12 +82,15 @@ def by_hand(tokenizer):
     return ids[:-1], spans
 
 
-@pytest.mark.parametrize("template", [
-    CHAT_TEMPLATE, MARKED, MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+@pytest.mark.parametrize(("template", "end"), [
+    (CHAT_TEMPLATE, "<|im_end|>"), (MARKED, "<|im_end|>"),
+    (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), ""),
 ])  # fmt: skip
-def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, template):
+def test_every_assistant_turn_is_supervised_with_its_end_token_or_as_it_is_marked(with_template, template, end):
     tokenizer = with_template(template)
-    assert encode_conversation(tokenizer, CONVERSATION) == by_hand(tokenizer)
+    ids, spans = encode_conversation(tokenizer, CONVERSATION)
+    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == [f"She has 7.{end}", f"300 miles.{end}"]
+    assert len(ids) == spans[-1][1] and ((ids, spans) == by_hand(tokenizer)) == bool(end)
 
 
 def test_one_turn_is_prompt_and_completion_and_the_last_user_turn_is_answered(tiny_tokenizer):
@@ -279,15 +282,6 @@ def test_a_dated_template_renders_as_in_transformers_and_compiles_soon(with_temp
     expected, begun = encode_prompts(tokenizer, ["Why?"]), time.process_time()
     assert encode_prompts(at_date(tokenizer, clock.day), ["Why?"]) == expected
     assert time.process_time() - begun < 1
-
-
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
-def test_a_template_that_changes_the_text_ends_given_answers_and_turns_once(with_template, template):
-    tokenizer = with_template(template.replace("'content']", "'content'] | upper"))
-    tokenizer.eos_token = "<|pad|>"
-    ids, _ = encode_conversation(tokenizer, CONVERSATION)
-    given = encode(tokenizer, Example(CONVERSATION[:4], "300 MILES."), given=True)
-    assert given.prompt_ids + given.completion_ids == ids and tokenizer.decode(ids).endswith("300 MILES.<|im_end|>")
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])

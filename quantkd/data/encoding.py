@@ -6,7 +6,6 @@ import array
 import copy
 import hashlib
 import inspect
-import itertools
 import json
 import re
 import string
@@ -355,11 +354,9 @@ def _render_chat(
 
 
 def _render_after(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
-    """What the template writes after the text of the last message, which it may change: how two texts both end."""
-    turns = ([*messages[:-1], {**messages[-1], "content": text}] for text in (_MARK, "?"))
-    one, other = (str(_render_chat(tokenizer, each, kwargs, tokenize=False))[::-1] for each in turns)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "" if one == other else "".join(sign for sign, _ in same)[::-1]
+    """What the template writes after the text of the last message."""
+    marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
+    return str(_render_chat(tokenizer, marked, kwargs, tokenize=False)).partition(_MARK)[2]
 
 
 def _check_text(example: Example) -> None:
@@ -429,8 +426,6 @@ def _by_generation_blocks(
             "assistant turn. Mend the template."
         )
     whole = list(encoded["input_ids"])
-    # An end token is the assistant's, also where its block closes before it.
-    stops = [stop + bool(ends & {*whole[stop : stop + 1]}) for stop in stops]
     spans = zip(starts, stops, strict=True)
     return whole, [(start, start + _find_end(tokenizer, whole[start:stop], ends)) for start, stop in spans]
 
