@@ -46,9 +46,8 @@ NO_ROLES = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 # What it reads beside roles and texts; another template reads none of it.
 READING = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{{ documents | tojson if documents }}"
-    "{% for m in messages %}<|im_start|>{{ m.name or m.role }}{{ m.tool_call_id }}\n"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.name or m.role }}"
+    "{{ m.tool_call_id }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
@@ -300,7 +299,6 @@ ASKED = [turn("user", "one and one?")]
     ({"messages": [*ASKED, {**turn("tool", "2"), "tool_call_id": "c7"}, *ASKED]}, "toolc7", "'tool_call_id' of"),
     ({"prompt": "one?", "tools": [{"name": "add"}]}, '[{"name": "add"}]', "does not read tools"),
     ({"prompt": "one?", "tools": '[{"name": "add"}]'}, '[{"name": "add"}]', "does not read tools"),
-    ({"prompt": "?", "documents": [{"text": "one"}]}, '[{"text": "one"}]', "does not read documents"),
     ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}}, "<think></think>", "enable_thinking"),
     ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": True}}, "?<|im_end|>", "enable_thinking"),
     ({"messages": [{**ASKED[0], "weight": 3}]}, None, "'weight' of message 0"),

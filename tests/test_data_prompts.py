@@ -73,8 +73,6 @@ def test_values_in_memory_and_sources_that_can_be_read_once():
     assert load_examples(datasets.IterableDatasetDict({"train": streamed}), limit=2) == EXPECTED
     assert load_examples(map(str, ["one", "two"])) == [Example("one"), Example("two")]
     assert load_examples(pandas.DataFrame(ROWS)) == EXPECTED
-    assert load_examples([{**ROWS[0], "id": 7, "images": [], "videos": None, "system": ""}]) == EXPECTED[:1]
-    assert load_examples([{"system": "one", "documents": "1"}], prompt_column="system", completion_column="documents")
     for source in (None, 3):
         refused(DataError, "expected rows, a file, a folder or a Hub name", load_examples, source)
 
@@ -103,11 +101,6 @@ def test_a_name_is_split_into_path_and_configuration_and_loaded_by_the_library(t
     ([{"prompt": "one", "completion": 4}], "the completion is a int"), ([3], "is a int; expected text"),
     ([[{"role": "user", "content": "one"}, {"role": "user", "content": " "}]], r"message 1 \(user\) has no text"),
     ([{"prompt": "x", "completion": [{"role": "user", "content": "y"}]}], "is by 'user'; expected the assistant"),
-    ([{"prompt": "x", "images": [b"1"]}], "row 0 has the column images, .*text alone. Remove the row, or the column"),
-    ([{"messages": [{"role": "user", "content": "x"}], "videos": ["1"]}], "has the column videos"),
-    ([ROWS[0], {"prompt": "x", "system": "Be brief."}], "row 1 has the column system, .*first of its messages"),
-    ([{"prompt": "x", "enable_thinking": False}], "column enable_thinking, .*Put it into chat_template_kwargs"),
-    ([{"prompt": "x", "chat_template": "{{ 1 }}"}], "column chat_template, .*Set it as the tokenizer's"),
 ])  # fmt: skip
 def test_bad_rows(rows, message):
     refused(DataError, message, load_examples, rows)

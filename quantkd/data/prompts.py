@@ -158,12 +158,8 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
         prompt, completion = row[prompt_column], row.get(completion_column)
         if prompt_column == _CONVERSATION and isinstance(prompt, str) and prompt.lstrip().startswith("["):
             prompt = _read_json(prompt, _CONVERSATION, list, where)  # as a CSV file has it
-        other = {name: value for name, value in row.items() if name not in (prompt_column, completion_column)}
-        for name, remedy in _UNREAD_COLUMNS.items():
-            if str(other.get(name)) not in ("None", "nan", "", "[]", "{}"):
-                raise DataError(f"{where} has the column {name}, which is not read. {remedy}")
-        given = {name: _read_json(other.get(name), name, kind, where) for name, kind in _TEMPLATE_COLUMNS.items()}
-        template_kwargs = _drop_empty({**given.pop("chat_template_kwargs"), **given})
+        given = {name: _read_json(row.get(name), name, kind, where) for name, kind in _TEMPLATE_COLUMNS.items()}
+        template_kwargs = _drop_empty({**given["chat_template_kwargs"], "tools": given["tools"]})
     elif not isinstance(row, (str, list)):
         raise DataError(f"{where} is a {type(row).__name__}; expected text, a list of messages, or a dict of columns.")
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], Mapping):
@@ -197,14 +193,7 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
 
 
 # What a row may hold for its chat template, by the names of TRL's data sets.
-_TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "documents": list, "chat_template_kwargs": dict}
-# What changes a prompt elsewhere, and what to do about it here.
-_UNREAD_COLUMNS = {
-    **dict.fromkeys(("images", "videos"), "Prompts are text alone. Remove the row, or the column."),
-    "system": "Make it the first of its messages, with the role system, or rename the column.",
-    "enable_thinking": "Put it into chat_template_kwargs, or rename the column.",
-    "chat_template": "Set it as the tokenizer's chat_template, or rename the column.",
-}
+_TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
 
 
 def _read_json(value: Any, name: str, kind: type, where: str) -> Any:
