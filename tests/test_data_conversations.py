@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import time
 
 import datasets
 import pytest
@@ -271,16 +270,6 @@ def test_of_several_templates_the_default_is_used_and_dated(with_template, tiny_
     assert tokenizer.decode(prompt).startswith("31 Dec <|im_start|>user\nWhy?<|im_end|>")
     ids, spans = encode_conversation(tokenizer, CONVERSATION)
     assert tokenizer.decode(ids[slice(*spans[0])]) == "She has 7.<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    "start", ["\n\n{{ strftime_now('%d') }}", "  {% if true %}\n {{ strftime_now('%%d %-d%%%b %A') }}{% endif %}"]
-)
-def test_a_dated_template_renders_as_in_transformers_and_compiles_soon(with_template, clock, start):
-    tokenizer = with_template(start + CHAT_TEMPLATE)
-    expected, begun = encode_prompts(tokenizer, ["Why?"]), time.process_time()
-    assert encode_prompts(at_date(tokenizer, clock.day), ["Why?"]) == expected
-    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])

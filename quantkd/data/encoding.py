@@ -226,13 +226,8 @@ def at_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizer
     """The tokenizer, whose chat template takes `day`, such as 2025-12-31, for the current date."""
     dated, now = copy.copy(tokenizer), datetime.fromisoformat(day)
     # transformers hands no function to a template, so the template gets one of its own in place of transformers'.
-    parts = [("%%", _MARK), *((f"%{part}", now.strftime(f"%{part}")) for part in _DATE_PARTS), (_MARK, "%")]
-    # A loop, since a chain of as many filters takes seconds to compile. transformers drops the newline after the block.
-    macro = (
-        "{%- macro strftime_now(format) -%}{%- set found = namespace(text=format) -%}{%- for part, text in "
-        + json.dumps(parts)
-        + " -%}{%- set found.text = found.text | replace(part, text) -%}{%- endfor -%}{{ found.text }}{%- endmacro %}\n"
-    )
+    parts = (f" | replace('%{part}', {json.dumps(now.strftime(f'%{part}'))})" for part in _DATE_PARTS)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + "".join(parts) + " }}{%- endmacro -%}"
     given: Any = tokenizer.chat_template
     named = {name: macro + each for name, each in given.items()} if isinstance(given, dict) else macro + str(given)
     dated.chat_template = named
