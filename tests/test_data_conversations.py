@@ -3,6 +3,8 @@
 import copy
 import csv
 import json
+from datetime import datetime
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -45,8 +47,9 @@ NO_ROLES = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 # What it reads beside roles and texts; another template reads none of it.
 READING = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.name or m.role }}"
-    "{{ m.tool_call_id }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if tools or documents %}{{ (tools or documents) | tojson }}{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.name or m.role }}{{ m.tool_call_id }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
@@ -80,15 +83,14 @@ def by_hand(tokenizer):
     return ids[:-1], spans
 
 
-@pytest.mark.parametrize(("template", "end"), [
-    (CHAT_TEMPLATE, "<|im_end|>"), (MARKED, "<|im_end|>"),
-    (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), ""),
+@pytest.mark.parametrize("template", [
+    CHAT_TEMPLATE, MARKED, MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
 ])  # fmt: skip
-def test_every_assistant_turn_is_supervised_with_its_end_token_or_as_it_is_marked(with_template, template, end):
+def test_every_assistant_turn_is_supervised_with_its_end_token(with_template, template):
     tokenizer = with_template(template)
     ids, spans = encode_conversation(tokenizer, CONVERSATION)
-    assert [tokenizer.decode(ids[start:stop]) for start, stop in spans] == [f"She has 7.{end}", f"300 miles.{end}"]
-    assert len(ids) == spans[-1][1] and ((ids, spans) == by_hand(tokenizer)) == bool(end)
+    assert [tokenizer.decode(ids[slice(*span)]) for span in spans] == ["She has 7.<|im_end|>", "300 miles.<|im_end|>"]
+    assert (ids, spans) == by_hand(tokenizer)
 
 
 def test_one_turn_is_prompt_and_completion_and_the_last_user_turn_is_answered(tiny_tokenizer):
@@ -163,7 +165,7 @@ def test_columns_of_conversations(tmp_path):
     # Arrow fills up with nulls.
     asked = datasets.Dataset.from_list([{"prompt": "?", "tools": [tool]} for tool in tools])
     assert [example.template_kwargs["tools"] for example in load_examples(asked)] == [[tool] for tool in tools]
-    renamed = [{"chat": row["messages"]} for row in rows]
+    renamed = [{"chat": row["messages"], "system": None, "id": 7} for row in rows]
     assert load_examples(renamed, prompt_column="chat") == found
     both = {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:3]}
     (example,) = load_examples([both])
@@ -173,6 +175,9 @@ def test_columns_of_conversations(tmp_path):
         ({"messages": [turn("user", [{"text": "hi"}])]}, r"row 0: found .*'content'. Join the text of a list of parts"),
         ({"prompt": "?", "completion": [thought]}, "row 0: the completion has reasoning_content beside its content"),
         ({"prompt": "?", "tools": "add"}, "row 0: tools is 'add'; expected a list, or one as JSON"),
+        ({"prompt": "?", "enable_thinking": False}, "row 0 .*enable_thinking, False, .*into chat_template_kwargs, or"),
+        ({"messages": CONVERSATION, "system": "Think."}, r"row 0 .*system, Think\., .*message, or give --system"),
+        ({"prompt": "?", "images": [b"1"], "chat_template": ""}, "row 0 .*images.*A text model does not see it"),
         ({"messages": [{**CONVERSATION[1], "tool_calls": [{"name": "f"}]}]}, "calls tools"),
         ({"messages": [*CONVERSATION[:4], turn("assistant", " ")]}, r"row 0: message 4 \(assistant\) has no text"),
     ):
@@ -230,6 +235,9 @@ def chat(role: str, end: str, close: str = "") -> str:
     return turns + "{% if add_generation_prompt %}" + header + "{% else %}" + close + "{% endif %}"
 
 
+BETWEEN = "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}"
+
+
 @pytest.mark.parametrize(("template", "eos", "end"), [
     (chat("<start>{{ m['role'] }}\n", "<end_of_turn>\n"), "<eos>", "<end_of_turn>"),  # Gemma
     (chat("<|im_start|>{{ m['role'] }}\n", "<|im_end|>\n"), "<|endoftext|>", "<|im_end|>"),  # Qwen's base models
@@ -238,6 +246,8 @@ def chat(role: str, end: str, close: str = "") -> str:
     (chat("<start>{{ m['role'] }}\n", "<|im_end|>\n{{ eos_token }}"), "</s>", "<|im_end|>"),
     (chat("<start>{{ m['role'] }}\n", "{{ eos_token }}\n"), "</s>", "</s>"),
     (MARKED.replace("{% endgen", "\n{{ eos_token }}{% endgen"), "</s>", "<|im_end|>"),
+    (chat("<start>{{ m['role'] }}\n", BETWEEN), "</s>", "<|im_end|>"),
+    (chat("<start>{{ m['role'] }}\n", "<|im_end|>\n").replace("trim", "replace('q', 'Q')"), "</s>", "<|im_end|>"),
     (chat("<start>{{ m['role'] }}\n", ""), "</s>", "</s>"),  # GLM
     (chat("<start>{{ m['role'] }}\n", "\n\n### End\n"), "</s>", "</s>"),
     (MARKED.replace("<|im_end|>{% endgen", "{% endgen").replace("<|im_end|>", "\n"), "</s>", "</s>"),
@@ -272,6 +282,17 @@ def test_of_several_templates_the_default_is_used_and_dated(with_template, tiny_
     assert tokenizer.decode(ids[slice(*spans[0])]) == "She has 7.<|im_end|>"
 
 
+@pytest.mark.parametrize("text", [
+    "\n\n{{ strftime_now('%d %b %Y') }}", "\n{{ strftime_now('') }}",
+    "  {% if true %}a\n{% endif %}\n{{ strftime_now('%-d%%%-m, %%d %c %H:%M %') }}\n",
+])  # fmt: skip
+def test_a_dated_template_renders_as_transformers_does_on_that_day_at_midnight(with_template, monkeypatch, text):
+    tokenizer, library = with_template(text), "transformers.utils.chat_template_utils"
+    found = at_date(tokenizer, "2025-12-31").apply_chat_template(ASKED, tokenize=False)
+    monkeypatch.setattr(f"{library}.datetime", Mock(now=lambda: datetime(2025, 12, 31)))
+    assert found == tokenizer.apply_chat_template(ASKED, tokenize=False)
+
+
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])
 def test_without_an_end_in_the_template_it_is_the_end_of_the_sequence(with_template, template):
     assert find_turn_end(with_template(template)) == with_template(template).eos_token_id
@@ -287,6 +308,8 @@ ASKED = [turn("user", "one and one?")]
     ({"messages": [{**ASKED[0], "name": "user"}]}, "<|im_start|>user", "'name' of message 0"),
     ({"messages": [*ASKED, {**turn("tool", "2"), "tool_call_id": "c7"}, *ASKED]}, "toolc7", "'tool_call_id' of"),
     ({"prompt": "one?", "tools": [{"name": "add"}]}, '[{"name": "add"}]', "does not read tools"),
+    ({"prompt": "one?", "documents": [{"text": "Two."}]}, '[{"text": "Two."}]', "does not read documents"),
+    ({"prompt": "?", "chat_template_kwargs": {"documents": [{"a": "b"}]}}, '[{"a": "b"}]', "does not read documents"),
     ({"prompt": "one?", "tools": '[{"name": "add"}]'}, '[{"name": "add"}]', "does not read tools"),
     ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}}, "<think></think>", "enable_thinking"),
     ({"prompt": "?", "chat_template_kwargs": {"enable_thinking": True}}, "?<|im_end|>", "enable_thinking"),

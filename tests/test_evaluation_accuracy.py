@@ -151,10 +151,13 @@ def test_bad_rows(evaluate, tiny_model, tiny_tokenizer):
     with pytest.raises(DataError, match="Few-shot example 1 is the question of row 0"):
         Questions(ROWS[:1], [*SHOTS, {**ROWS[0], "question": ROWS[0]["question"] + "\n"}], shots=(0, 2))
     alike = {"question": "Two cafés,\u200b 2\u00a0or 3?"}
-    for text in ("Two cafe\u0301s, 2 or 3?", "TWO  cafés,\n\uff12 or\ufeff 3?", "Two caf\xad\xe9s, 2 or 3?"):
+    texts = "Two cafe\u0301s, 2 or 3?", "TWO  cafés,\n\uff12 or\ufeff 3?", "Two caf\xad\xe9s, 2 or 3?"
+    for text in (*texts, "TWO CAF\xc9S 2 OR “3” ."):
         with pytest.raises(DataError, match="Few-shot example 0 is the question of row 0"):
             Questions([alike], [{"question": text, "answer": "#### 2"}], shots=(1,))
     assert Questions(ROWS[:1], [*SHOTS, ROWS[0]], shots=(0, 1)).shots == (0, 1)  # only what is shown counts
+    sums = [{"question": f"Is 6 {sign} 2 = C#?", "answer": "#### 2"} for sign in "*/-+"]
+    assert Questions(sums[:1], sums[1:], shots=(3,)).shots == (3,)
     wider = copy.deepcopy(tiny_tokenizer)
     wider.add_tokens("<new>")
     for tokenizer, last, message in (

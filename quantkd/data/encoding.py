@@ -36,7 +36,13 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROLES = ("system", "user", "assistant")
 _MARK = "qkd7"  # a text that no template writes by itself
-_DATE_PARTS = [sign + letter for sign in ("", "-") for letter in string.ascii_letters]
+_DATE_PARTS = [sign + letter for sign in ("%", "%-") for letter in string.ascii_letters]
+# The last line break is taken by `trim_blocks`, so the template's own text begins as it stands.
+_DATE_MACRO = (
+    "{%- macro strftime_now(format) -%}{%- for text in format.split('%%') -%}{%- set its = namespace(text=text) -%}"
+    "{%- for part, value in PARTS -%}{%- set its.text = its.text | replace(part, value) -%}{%- endfor -%}"
+    "{{ '%' if not loop.first }}{{ its.text }}{%- endfor -%}{%- endmacro %}\n"
+)
 
 
 @dataclass(frozen=True)
@@ -201,12 +207,16 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that ends an assistant's turn: the one that the chat template writes, or the end-of-sequence token."""
     end: int | None = tokenizer.eos_token_id
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]
-    after = ""
-    with suppress(DataError):
-        after = _render_after(tokenizer, turns, {})
     added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()} | {end}
-    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    return next((token for token in ids if token in added), end)
+    with suppress(DataError):
+        # Some templates write it between turns alone, where it is what no user turn holds.
+        for following in ([], turns[:1]):
+            after = _render_after(tokenizer, turns, {}, following)
+            ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+            others = following and _render_chat(tokenizer, following, {})
+            if found := [token for token in ids if token in added and token not in others]:
+                return found[0]
+    return end
 
 
 def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -223,11 +233,10 @@ def read_date(found: Any, where: object) -> str:
 
 
 def at_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose chat template takes `day`, such as 2025-12-31, for the current date."""
+    """The tokenizer, whose chat template takes `day`, such as 2025-12-31, for the current date, at midnight."""
     dated, now = copy.copy(tokenizer), datetime.fromisoformat(day)
     # transformers hands no function to a template, so the template gets one of its own in place of transformers'.
-    parts = (f" | replace('%{part}', {json.dumps(now.strftime(f'%{part}'))})" for part in _DATE_PARTS)
-    macro = "{%- macro strftime_now(format) -%}{{ format" + "".join(parts) + " }}{%- endmacro -%}"
+    macro = _DATE_MACRO.replace("PARTS", json.dumps([(part, now.strftime(part)) for part in _DATE_PARTS]))
     given: Any = tokenizer.chat_template
     named = {name: macro + each for name, each in given.items()} if isinstance(given, dict) else macro + str(given)
     dated.chat_template = named
@@ -296,6 +305,8 @@ def encode_conversation(
     find = _by_generation_blocks if _GENERATION_BLOCK.search(template) else _by_prefixes
     ends = {find_turn_end(tokenizer) if end is None else end}
     input_ids, spans = find(tokenizer, messages, ends, template_kwargs or {})
+    for turn, (start, stop) in enumerate(spans):  # what is marked, or written where no turn follows, may lack the end
+        spans[turn] = start, stop + (input_ids[stop - 1] not in ends and {*input_ids[stop : stop + 1]} == ends)
     start, stop = spans[-1]
     if not ends & {*input_ids[start:]}:  # the template writes none, and the answer ends as a given or generated one
         input_ids[stop:], spans[-1] = encode_completion(tokenizer, "", *ends), (start, stop + 1)
@@ -348,10 +359,17 @@ def _render_chat(
         raise DataError(f"The chat template refuses messages of the roles {roles}: {reason}. Mend them.") from error
 
 
-def _render_after(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
-    """What the template writes after the text of the last message."""
-    marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
-    return str(_render_chat(tokenizer, marked, kwargs, tokenize=False)).partition(_MARK)[2]
+def _render_after(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    kwargs: Mapping[str, Any],
+    following: Sequence[Message] = (),
+) -> str:
+    """What the template writes after the text of the last of the messages, whatever it makes of that text."""
+    marked = ([*messages[:-1], {**messages[-1], "content": text}, *following] for text in (_MARK, _MARK[::-1]))
+    one, other = (str(_render_chat(tokenizer, turns, kwargs, tokenize=False)) for turns in marked)
+    pairs = enumerate(zip(one[::-1], other[::-1], strict=False))
+    return one[len(one) - next((place for place, (a, b) in pairs if a != b), 0) :]  # nothing if the text is left out
 
 
 def _check_text(example: Example) -> None:

@@ -134,9 +134,15 @@ def check_shots(questions: Sequence[str], shots: Sequence[str]) -> None:
 
 
 def _fold(text: str) -> str:
-    """What is left of a text without case, width, composition, white space and characters that show nothing."""
+    """What is left of a text without case, width, composition, punctuation, white space and what shows nothing."""
     shown = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    return " ".join(unicodedata.normalize("NFKC", shown).casefold().split())
+    folded = unicodedata.normalize("NFKC", shown).casefold()
+    return " ".join("".join(" " if _is_punctuation(character) else character for character in folded).split())
+
+
+def _is_punctuation(character: str) -> bool:
+    """Not dashes, and not the signs of a sum or of a name such as C#."""
+    return unicodedata.category(character) in ("Po", "Ps", "Pe", "Pi", "Pf") and character not in "#%&*/@\\"
 
 
 def _to_example(row: Any, where: str, prompt_column: str, completion_column: str) -> Example:
@@ -158,8 +164,14 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
         prompt, completion = row[prompt_column], row.get(completion_column)
         if prompt_column == _CONVERSATION and isinstance(prompt, str) and prompt.lstrip().startswith("["):
             prompt = _read_json(prompt, _CONVERSATION, list, where)  # as a CSV file has it
+        for name, advice in _UNREAD_COLUMNS.items():
+            is_named = name in (prompt_column, completion_column)
+            if not is_named and (found := str(row.get(name))) not in ("None", "nan", "", "[]", "{}"):
+                raise DataError(
+                    f"{where} has the column {name}, {found:.80}, which is not read. {advice}, or remove it."
+                )
         given = {name: _read_json(row.get(name), name, kind, where) for name, kind in _TEMPLATE_COLUMNS.items()}
-        template_kwargs = _drop_empty({**given["chat_template_kwargs"], "tools": given["tools"]})
+        template_kwargs = _drop_empty(given.pop("chat_template_kwargs")) | _drop_empty(given)
     elif not isinstance(row, (str, list)):
         raise DataError(f"{where} is a {type(row).__name__}; expected text, a list of messages, or a dict of columns.")
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], Mapping):
@@ -193,7 +205,14 @@ def _to_example(row: Any, where: str, prompt_column: str, completion_column: str
 
 
 # What a row may hold for its chat template, by the names of TRL's data sets.
-_TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
+_TEMPLATE_COLUMNS: dict[str, type] = {"tools": list, "documents": list, "chat_template_kwargs": dict}
+# What would change the prompt, and where it belongs.
+_UNREAD_COLUMNS = {
+    **dict.fromkeys(("images", "videos"), "A text model does not see it: take rows without one"),
+    **dict.fromkeys(("system", "system_prompt"), "Begin the messages with a system message, or give --system_prompt"),
+    "enable_thinking": "Put it into chat_template_kwargs",
+    "chat_template": "Set it as the tokenizer's",
+}
 
 
 def _read_json(value: Any, name: str, kind: type, where: str) -> Any:
