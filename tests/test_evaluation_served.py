@@ -134,6 +134,7 @@ def test_what_a_server_cannot_hold_or_does_not_name_is_refused_before_it_is_aske
     server = serve()
     refused(DataError, "0 rows", evaluate, server, held_out[:0])
     refused(ConfigError, "top_logprobs and concurrency are 0 and 8", evaluate, server, top_logprobs=0)
+    refused(ConfigError, "concurrency are 128 and 'x'; expected whole", evaluate, server, concurrency="x")
     with pytest.raises(ConfigError, match="head has 100 rows"):
         evaluate_served(ModelServer(server.url, vocab_size=100), held_out, "x", arm="served")
     assert not [body for _, _, body in server.requests if body]

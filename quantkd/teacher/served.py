@@ -30,6 +30,7 @@ from quantkd.teacher.logprobs import TopLogprobs
 from quantkd.teacher.model_server import ModelServer
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.compatibility import check_student
+from quantkd.transfer_set.documents import is_whole
 from quantkd.transfer_set.topk import TopKLogprobs
 
 FLOOR = 2.0**-30  # probability of a stored token that the server does not list, in the upper bound
@@ -75,8 +76,9 @@ def evaluate_served(
         TeacherError: the server fails, or its answers cannot be the model's log-probabilities.
     """
     check_arm_name(arm)
-    if min(top_logprobs, concurrency) < 1:
-        raise ConfigError(f"top_logprobs and concurrency are {top_logprobs} and {concurrency}; expected at least 1.")
+    if not (is_whole(top_logprobs, 1, 2**31) and is_whole(concurrency, 1, 2**31)):
+        found = f"{top_logprobs!r:.80} and {concurrency!r:.80}"
+        raise ConfigError(f"top_logprobs and concurrency are {found}; expected whole numbers of at least 1.")
     check_student(held_out, server.vocab_size or held_out.info.vocab_size, server.max_context)
 
     def measure(index: int, row: dict[str, Any]) -> tuple[dict[str, Floats], Floats]:
