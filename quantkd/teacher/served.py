@@ -75,10 +75,10 @@ def evaluate_served(
         DataError: no rows, or rows longer than the server's context.
         TeacherError: the server fails, or its answers cannot be the model's log-probabilities.
     """
-    check_arm_name(arm)
+    check_arm_name(arm, title)
     if not (is_whole(top_logprobs, 1, 2**31) and is_whole(concurrency, 1, 2**31)):
-        found = f"{top_logprobs!r:.80} and {concurrency!r:.80}"
-        raise ConfigError(f"top_logprobs and concurrency are {found}; expected whole numbers of at least 1.")
+        asked = f"{top_logprobs!r:.80} and {concurrency!r:.80}"
+        raise ConfigError(f"top_logprobs and concurrency are {asked}; expected whole numbers of at least 1.")
     check_student(held_out, server.vocab_size or held_out.info.vocab_size, server.max_context)
 
     def measure(index: int, row: dict[str, Any]) -> tuple[dict[str, Floats], Floats]:
