@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantkd.errors import ConfigError, TeacherError
+from quantkd.names import public_name
 from quantkd.teacher.logprobs import TopLogprobs
 from quantkd.teacher.server_client import ServerClient
 from quantkd.teacher.server_dialects import DIALECTS, Answer, Completion, Dialect
@@ -90,7 +91,7 @@ class ModelServer:
         body = self._client.request("/v1/models", max_retries=2)
         cards: list[dict[str, Any]] = self._parse("/v1/models", lambda: [dict(card) for card in body["data"]])
         fitting = [card for card in cards if name in (None, card.get("id")) and isinstance(card.get("id"), str)]
-        fitting = [card for card in fitting if card["id"].strip()]
+        fitting = [card for card in fitting if public_name(card["id"]).strip()]
         if len(fitting) == 1 or (fitting and name is not None):
             return fitting[0]
         names = ", ".join(f"{card.get('id')!r:.80}" for card in cards[:8]) or "none"
