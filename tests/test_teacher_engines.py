@@ -375,6 +375,8 @@ def test_another_model_and_addresses_that_cannot_be(serve, connect, tiny_tokeniz
         *((url, {}, "base_url") for url in ("ftp://host/v1", "127.0.0.1:8000", "http://host/v1?key=1", "")),
         ("http://user:hunter2@host/v1", {}, "OPENAI_API_KEY"),
         (server, {"dialect": "tgi"}, "dialect is one of"),
+        ("http://a..b/v1", {}, r"cannot be asked .*Check base_url"),
+        *((server, {"timeout_seconds": each}, r"cannot be asked .*timeout_seconds") for each in (-1, 1e300)),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             connect(url, **options)

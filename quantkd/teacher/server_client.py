@@ -138,7 +138,10 @@ class ServerClient:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise TeacherError(f"{self.where} shows a certificate that is not trusted: {cause}.") from error
             raise _Again(f"{begun}{type(cause).__name__}: {cause}") from error
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
+            if not begun:
+                advice = "Check base_url, and that timeout_seconds is a number above 0"
+                raise ConfigError(f"{self.where} cannot be asked for {path} ({error}). {advice}.") from error
             if len(answer) > _MAX_AGAIN_BYTES:
                 raise TeacherError(
                     f"{self.where} answered {path} with {len(answer)} bytes that are not JSON."
