@@ -45,7 +45,7 @@ def lazy(package: str, exports: dict[str, str]) -> tuple[Callable[[str], Any], C
 def public_name(name_or_path: str | os.PathLike[str]) -> str:
     """A name as it is, and of a path the last part, also if the folder is gone or on another machine."""
     name = os.fspath(name_or_path)
-    if name and Path(name).is_dir():
+    if os.path.isdir(name):  # Path's raises where a name is too long for a file
         return Path(name).resolve().name
     is_path = name.startswith(_PATH_STARTS) or not _NAME.fullmatch(name)
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name

@@ -145,6 +145,10 @@ def test_what_a_server_cannot_hold_or_does_not_name_is_refused_before_it_is_aske
     server.card = {"max_model_len": 2**70, "meta": {"n_vocab": 2**62, "n_ctx": True, "size": 2**60}}
     told = ModelServer(server.url)  # what cannot be is as if it were not said
     assert (told.vocab_size, told.max_context, told.size_bytes) == (None, None, None)
+    for each in ("x", 400.5, 2**70, True):
+        refused(ConfigError, "vocab_size is .*; expected a whole number", ModelServer, server.url, vocab_size=each)
+    server.cards = ["x" * 300]
+    assert ModelServer(server.url).name == "x" * 300
     for name in (" ", "/", "models/ "):  # the last part is what an arm's file calls it
         server.cards = [name]
         refused(ConfigError, f"serves '{name}', and no name was given", evaluate, server)

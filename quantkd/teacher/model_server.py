@@ -37,6 +37,8 @@ class ModelServer:
     ) -> None:
         if dialect is not None and dialect not in DIALECTS:
             raise ConfigError(f"dialect is one of {', '.join(DIALECTS)}, found {dialect!r}.")
+        if vocab_size is not None and _whole(vocab_size, 2**31) is None:
+            raise ConfigError(f"vocab_size is {vocab_size!r:.80}; expected a whole number from 1 to {2**31 - 1}.")
         self._client = ServerClient(base_url, timeout_seconds, max_retries, backoff_seconds)
         self.where = self._client.where
         card = self._find_model(model_name)
