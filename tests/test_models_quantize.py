@@ -99,7 +99,7 @@ def test_feedback_is_that_of_the_textbook():
     state = layer.weight.quant_state
     scales = read_constants(state).repeat_interleave(64)[:120].reshape(3, 40)
     moment = moments_of(inputs)[0]
-    left, matrix, levels = weight.double(), moment.matrix.double(), state.code.double()
+    left, matrix, levels = weight.double(), moment.matrix.double()[moment.order][:, moment.order], state.code.double()
     matrix = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(40)
     left, divisors = left[:, moment.order], scales.double()[:, moment.order]
     expected = torch.empty(3, 40, dtype=torch.long)
@@ -121,7 +121,7 @@ def test_feedback_between_rows_is_that_of_the_textbook(block, monkeypatch):
     scales, levels = torch.full_like(weight, weight.abs().max()), quantized(weight).weight.quant_state.code
     own, costs = moments_of(inputs)[0], Moment(gradients.T @ gradients, damping=0.5)
     damped, order = costs.matrix.double(), costs.order
-    damped = damped + 0.5 * damped.diagonal().mean() * torch.eye(24)
+    damped = damped[order][:, order] + 0.5 * damped.diagonal().mean() * torch.eye(24)
     left, expected = weight.double(), torch.empty(24, 64, dtype=torch.long)
     for start in range(0, 24, block):
         now, later = order[start : start + block], order[start + block :]
@@ -133,7 +133,7 @@ def test_feedback_between_rows_is_that_of_the_textbook(block, monkeypatch):
     assert (found == expected).double().mean() > 0.98  # ties aside
 
     def cost(chosen):
-        error = (weight - levels[chosen] * scales)[order][:, own.order]
+        error = weight - levels[chosen] * scales
         return float((costs.matrix @ error @ own.matrix * error).sum())
 
     nearest, alone = (choose_codes(weight, scales, levels, each) for each in (None, own))

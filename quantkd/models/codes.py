@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from quantkd.errors import ConfigError
 from quantkd.models.cpu_repacking import forget_repacked, restore_weight
-from quantkd.models.curvature import Costs, robust_cholesky, weigh_inputs
+from quantkd.models.curvature import Costs, gram, robust_cholesky, weigh_inputs
 
 # The measured choice of docs/quantize.md.
 DAMPING, OUTPUT_DAMPING = 1e-2, 1.0
-_COLUMNS = 128  # that are rounded before the rest of a matrix is updated by one product
+_COLUMNS = 64  # that are rounded before the rest of a matrix is updated by one product
 _PARTS = 6  # of a layer's rows, each of which is chosen together
 
 
@@ -31,9 +31,9 @@ class Moment:
     def __init__(self, matrix: Tensor, *, damping: float = DAMPING) -> None:
         if not bool(torch.isfinite(matrix).all()):
             raise ConfigError("its inputs are not finite.")
+        self.matrix = matrix
         self.order = matrix.diagonal().argsort(descending=True)
-        self.matrix = matrix[self.order][:, self.order]  # largest first
-        damped = self.matrix.flip(0, 1)
+        damped = matrix[self.order][:, self.order].flip(0, 1)
         damped.diagonal().add_(damping * float(matrix.diagonal().mean()) or 1.0)  # for directions that no token took
         # The moment is U U^T with U upper triangular, so an error e costs |U^T e|^2, whose k-th part vanishes where
         # e_k = -sum_j<k U_jk / U_kk e_j: row j says how the error of column j goes to the later ones.
@@ -45,7 +45,7 @@ def moments_of(inputs: Tensor, costs: Costs | None = None) -> tuple[Moment, list
     """The moment of a layer's (N, in) inputs, by what they cost, and those of its groups of outputs."""
     inputs = weigh_inputs(inputs, costs)
     outputs = [] if costs is None else costs.outputs
-    return Moment(inputs.T @ inputs / len(inputs)), [Moment(each, damping=OUTPUT_DAMPING) for each in outputs]
+    return Moment(gram(inputs) / len(inputs)), [Moment(each, damping=OUTPUT_DAMPING) for each in outputs]
 
 
 def choose_codes(
@@ -60,54 +60,84 @@ def choose_codes(
     grid, places = levels.sort()  # FP4's are in no order
     edges = (grid[1:] + grid[:-1]) / 2
     divisors = torch.where(scales == 0, torch.ones_like(scales), scales)  # a block of zeros takes any code
-    nearest = places[torch.bucketize((weight / divisors).contiguous(), edges)]
+    if inputs is None or before is None:
+        before = places[torch.bucketize((weight / divisors).contiguous(), edges)]  # the nearest
     if inputs is None:
-        return nearest
-    # A row that gains nothing keeps its codes from before.
-    before = nearest if before is None else before
-    errors, found = torch.zeros_like(weight), torch.empty_like(nearest)
-    ends = torch.tensor([0, *(len(group.order) for group in outputs)]).cumsum(0).tolist()
-    orders = [first + group.order for first, group in zip(ends[:-1], outputs, strict=True)]
-    everything = torch.arange(len(weight), device=weight.device)
-    longest = max(map(len, orders), default=1)
-    size = -(-longest // _PARTS)
-    for start in range(0, longest, size):
-        parts = [order[start : start + size] for order in orders] or [everything]
-        rows = torch.cat(parts)  # of all groups, which do not depend on each other
-        targets = [weight[part] for part in parts]
-        for target, group, order in zip(targets, outputs, orders, strict=False):
-            # As for columns, of blocks: e_b = -V_bb^-T V_ab^T e_a of all rows a before block b.
-            feedback = group.feedback[:, start : start + len(target)]
-            made_up = feedback[:start].T @ errors[order[:start]]
-            own = feedback[start : start + len(target)].T
-            target += torch.linalg.solve_triangular(own, made_up, upper=False, unitriangular=True)
-        found[rows] = _choose_columns(torch.cat(targets), scales[rows], divisors[rows], grid, edges, inputs)
-        errors[rows] = weight[rows] - grid[found[rows]] * scales[rows]
-    chosen = places[found]
-    both = ((weight - levels[each] * scales)[:, inputs.order] for each in (chosen, before))
-    ours, theirs = (((error @ inputs.matrix) * error).sum(1) for error in both)  # e C e^T of each row
-    # By a margin, for the comparison is itself rounded.
-    return torch.where((ours < theirs * (1 - 1e-5)).unsqueeze(1), chosen, before)
+        return before
+    chosen = places[_feed_back(weight, scales, divisors, grid, edges, inputs, outputs)]
+    # Of each row, e C e^T before less that of now: it keeps its codes unless it gains more than rounding makes.
+    theirs, ours = (weight - levels[each] * scales for each in (before, chosen))
+    gains = ((theirs - ours) @ inputs.matrix) * (theirs + ours)
+    return torch.where((gains.sum(1) > 1e-5 * gains.abs().sum(1)).unsqueeze(1), chosen, before)
 
 
-def _choose_columns(
-    weight: Tensor, scales: Tensor, divisors: Tensor, grid: Tensor, edges: Tensor, moment: Moment
+def _feed_back(
+    weight: Tensor,
+    scales: Tensor,
+    divisors: Tensor,
+    grid: Tensor,
+    edges: Tensor,
+    inputs: Moment,
+    outputs: Sequence[Moment],
 ) -> Tensor:
-    """(out, in) places in the grid, column by column, each of which makes up for the errors of those before it."""
-    # Columns become rows, which are contiguous.
-    weight, scales, divisors = (each.T[moment.order].contiguous() for each in (weight, scales, divisors))
-    targets, found = weight.clone(), torch.empty(weight.shape, dtype=torch.long, device=weight.device)
-    for start in range(0, len(weight), _COLUMNS):
-        end = start + _COLUMNS
-        errors, feedback = torch.empty_like(weight[start:end]), moment.feedback[start:end, start:end]
-        parts = (each[start:end] for each in (weight, targets, scales, divisors, found))
-        columns = zip(*parts, errors, feedback, strict=True)
-        for done, (column, target, scale, divisor, code, error, onward) in enumerate(columns, 1):
-            torch.bucketize(target / divisor, edges, out=code)
-            torch.addcmul(column, grid.take(code), scale, value=-1, out=error)
-            targets[start + done : end].addr_(onward[done:], error)
-        targets[end:].addmm_(moment.feedback[start:end, end:].T, errors)
-    return found[moment.order.argsort()].T
+    """(out, in) places in the grid, each of which makes up for errors of the columns and of the parts of rows before.
+
+    A block of columns in a part of the rows waits for the same block in the parts before, and for the blocks before in
+    the same part. So all whose numbers have the same sum are rounded together, column by column.
+    """
+    parts, blocks = _PARTS if outputs else 1, -(-weight.shape[1] // _COLUMNS)
+    blank = blocks * _COLUMNS - weight.shape[1]
+    feedback = nn.functional.pad(inputs.feedback, (0, blank, 0, blank))
+    square = feedback.view(blocks, _COLUMNS, blocks, _COLUMNS)
+    orders, spans, between = [], [], []  # by group of outputs, which do not depend on each other
+    first = width = 0
+    everything = torch.arange(len(weight), device=weight.device)
+    for group in outputs or (None,):
+        order = everything if group is None else group.order + first
+        size = -(-len(order) // parts)
+        spans.append(slice(width, width + size))
+        first, width, missing = first + len(order), width + size, size * parts - len(order)
+        orders.append(nn.functional.pad(order, (0, missing), value=len(weight)).view(parts, size))
+        if group is not None:
+            # As for columns, of blocks: e_b = -V_bb^-T V_ab^T e_a of all rows a before part b.
+            padded = nn.functional.pad(group.feedback, (0, missing, 0, missing)).T
+            cuts = [slice(start, start + size) for start in range(0, size * parts, size)]
+            both = ((padded[cut, cut], padded[cut, : cut.start]) for cut in cuts)
+            between.append([torch.linalg.solve_triangular(*each, upper=False, unitriangular=True) for each in both])
+    rows = torch.cat(orders, dim=1).flatten()
+
+    def arrange(values: Tensor, fill: float = 0.0) -> Tensor:
+        """(blocks, columns, parts, rows of a part) of (out, in)."""
+        taken = nn.functional.pad(values, (0, 0, 0, 1), value=fill).index_select(0, rows)
+        taken = taken.T.contiguous().index_select(0, inputs.order)
+        return nn.functional.pad(taken, (0, 0, 0, blank), value=fill).view(blocks, _COLUMNS, parts, width)
+
+    weight, scales, divisors = arrange(weight), arrange(scales), arrange(divisors, 1.0)
+    bases, errors = weight.clone(), torch.zeros_like(weight)
+    found = torch.zeros(weight.shape, dtype=torch.long, device=weight.device)
+    for number in range(blocks + parts - 1):
+        places = [(number - part, part) for part in range(parts) if 0 <= number - part < blocks]
+        for block, part in places:
+            for span, onward in zip(spans, between, strict=False):
+                at = block, slice(None), slice(part), span
+                bases[block, :, part, span] += (errors[at] - bases[at] + weight[at]).flatten(1) @ onward[part].T
+        taken = ([each[block, :, part] for block, part in places] for each in (bases, scales, divisors))
+        base, scale, divisor = (torch.stack(each, dim=1) for each in taken)
+        code, error, target = torch.empty_like(base, dtype=torch.long), torch.empty_like(base), base.clone()
+        for place, (block, part) in enumerate(places):
+            before, own = slice(block * _COLUMNS), slice(block * _COLUMNS, (block + 1) * _COLUMNS)
+            target[:, place] += feedback[before, own].T @ errors[:block, :, part].flatten(0, 1)
+        steps = torch.stack([square[block, :, block] for block, _ in places], dim=2).unsqueeze(3)
+        columns = zip(base, target, scale, divisor, code, error, steps, strict=True)
+        for done, (column, wanted, constant, by, chosen, left, onward) in enumerate(columns, 1):
+            torch.bucketize(wanted / by, edges, out=chosen)
+            torch.addcmul(column, grid.take(chosen), constant, value=-1, out=left)
+            target[done:].addcmul_(onward[done:], left)
+        for place, (block, part) in enumerate(places):
+            found[block, :, part], errors[block, :, part] = code[:, place], error[:, place]
+    flat = torch.empty(first + 1, len(inputs.order), dtype=torch.long, device=weight.device)
+    flat[rows] = found.view(-1, len(rows))[inputs.order.argsort()].T
+    return flat[:-1]
 
 
 def read_constants(state: Any) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,9 @@ def measure_costs(model: Any, layers: Iterable[nn.Module], rows: Rows, bar: tqdm
     together = zip(rows.input_ids, rows.mask, rows.labels, strict=True)
     pairs = [(row[seen], own[seen]) for row, seen, own in together]
     ends = torch.tensor([0, *(len(row) for row, _ in pairs)]).cumsum(0).tolist()
+    whole = [*pairwise(ends)]
+    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place][0]))  # for the least padding
+    pairs = [pairs[place] for place in order]
     spans: list[tuple[int, int]] = []  # of the tokens of the rows in the pass
     found: dict[nn.Module, Costs] = {}
     first: list[Tensor] = []
@@ -77,7 +81,7 @@ def measure_costs(model: Any, layers: Iterable[nn.Module], rows: Rows, bar: tqdm
             moments = [costs.new_zeros(part.shape[-1], part.shape[-1]) for part in parts]
             found[layer] = Costs(costs.new_zeros(ends[-1]), moments)
         for moment, part in zip(found[layer].outputs, parts, strict=True):
-            moment += part.T @ part
+            moment += gram(part)
         if costs.numel() != padded["labels"].numel():  # an expert's
             found[layer] = found[layer]._replace(tokens=costs.new_empty(0))
         if len(found[layer].tokens) == 0:
@@ -102,7 +106,7 @@ def measure_costs(model: Any, layers: Iterable[nn.Module], rows: Rows, bar: tqdm
             torch.manual_seed(0)
             for start, stop in _batches(pairs):
                 bar.set_postfix_str(f"curvature of row {stop} of {len(pairs)}")
-                spans[:] = zip(ends[start:stop], ends[start + 1 : stop + 1], strict=True)
+                spans[:] = [whole[place] for place in order[start:stop]]
                 padded = _pad(pairs[start:stop])
                 logits = runner.run(padded)[0].logits()
                 drawn = draw_curvature(logits, (padded["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist())
@@ -113,6 +117,16 @@ def measure_costs(model: Any, layers: Iterable[nn.Module], rows: Rows, bar: tqdm
     bar.set_postfix_str("")
     sums = {layer: sum(float(moment.trace()) for moment in costs.outputs) for layer, costs in found.items()}
     return {layer: costs for layer, costs in found.items() if 0 < sums[layer] < math.inf}
+
+
+def gram(values: Tensor) -> Tensor:
+    """x^T x, (n, n), of (N, n); what is above the diagonal is computed, and copied below it."""
+    size = values.shape[1]
+    step, found = max(128, -(-size // 4)), values.new_empty(size, size)
+    for start in range(0, size, step):
+        part = values[:, start : start + step].T @ values[:, start:]
+        found[start : start + step, start:], found[start:, start : start + step] = part, part.T
+    return found
 
 
 def robust_cholesky(matrix: Tensor) -> Tensor:
