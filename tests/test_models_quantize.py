@@ -17,7 +17,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.models import codes
 from quantkd.models.codes import Moment, calibrate_layer, choose_codes, moments_of, read_constants
-from quantkd.models.curvature import Costs
+from quantkd.models.curvature import Costs, gram
 from quantkd.models.layer_inputs import Rows, draw_rows
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
@@ -112,10 +112,11 @@ def test_feedback_is_that_of_the_textbook():
     assert (found[:, moment.order] == expected).double().mean() > 0.98  # ties aside
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_feedback_between_rows_is_that_of_the_textbook(block, monkeypatch):
+@pytest.mark.parametrize("block, columns", [(1, 64), (4, 16), (4, 24), (2, 5)])
+def test_feedback_between_rows_is_that_of_the_textbook(block, columns, monkeypatch):
     """The rows to come make up for an error by their best change, from the inverse of what is left of the moment."""
     monkeypatch.setattr(codes, "_PARTS", 24 // block)
+    monkeypatch.setattr(codes, "_COLUMNS", columns)
     weight, inputs = random_problem(24, 64, 200)
     gradients = random_problem(24, 24, 60)[1]
     scales, levels = torch.full_like(weight, weight.abs().max()), quantized(weight).weight.quant_state.code
@@ -138,6 +139,12 @@ def test_feedback_between_rows_is_that_of_the_textbook(block, monkeypatch):
 
     nearest, alone = (choose_codes(weight, scales, levels, each) for each in (None, own))
     assert cost(found) < 0.95 * cost(alone) < 0.5 * cost(nearest)
+
+
+@pytest.mark.parametrize("size", [1, 5, 300, 700])
+def test_a_gram_matrix_is_the_whole_product(size):
+    values = random_problem(40, size, 1)[0]
+    torch.testing.assert_close(gram(values), values.T @ values)
 
 
 def test_groups_of_outputs_are_chosen_apart():

@@ -59,26 +59,24 @@ def choose_codes(
     """Places in `levels` for which `levels[codes] * scales`, all (out, in), gives outputs near those of the weight."""
     grid, places = levels.sort()  # FP4's are in no order
     edges = (grid[1:] + grid[:-1]) / 2
-    divisors = torch.where(scales == 0, torch.ones_like(scales), scales)  # a block of zeros takes any code
     if inputs is None or before is None:
-        before = places[torch.bucketize((weight / divisors).contiguous(), edges)]  # the nearest
+        before = places[torch.bucketize((weight / _divisors(scales)).contiguous(), edges)]  # the nearest
     if inputs is None:
         return before
-    chosen = places[_feed_back(weight, scales, divisors, grid, edges, inputs, outputs)]
+    chosen = places[_feed_back(weight, scales, grid, edges, inputs, outputs).long()]
     # Of each row, e C e^T before less that of now: it keeps its codes unless it gains more than rounding makes.
     theirs, ours = (weight - levels[each] * scales for each in (before, chosen))
     gains = ((theirs - ours) @ inputs.matrix) * (theirs + ours)
     return torch.where((gains.sum(1) > 1e-5 * gains.abs().sum(1)).unsqueeze(1), chosen, before)
 
 
+def _divisors(scales: Tensor) -> Tensor:
+    """The scales, and 1 for those of a block of zeros, which takes any code."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
 def _feed_back(
-    weight: Tensor,
-    scales: Tensor,
-    divisors: Tensor,
-    grid: Tensor,
-    edges: Tensor,
-    inputs: Moment,
-    outputs: Sequence[Moment],
+    weight: Tensor, scales: Tensor, grid: Tensor, edges: Tensor, inputs: Moment, outputs: Sequence[Moment]
 ) -> Tensor:
     """(out, in) places in the grid, each of which makes up for errors of the columns and of the parts of rows before.
 
@@ -106,36 +104,34 @@ def _feed_back(
             between.append([torch.linalg.solve_triangular(*each, upper=False, unitriangular=True) for each in both])
     rows = torch.cat(orders, dim=1).flatten()
 
-    def arrange(values: Tensor, fill: float = 0.0) -> Tensor:
+    def arrange(values: Tensor) -> Tensor:
         """(blocks, columns, parts, rows of a part) of (out, in)."""
-        taken = nn.functional.pad(values, (0, 0, 0, 1), value=fill).index_select(0, rows)
-        taken = taken.T.contiguous().index_select(0, inputs.order)
-        return nn.functional.pad(taken, (0, 0, 0, blank), value=fill).view(blocks, _COLUMNS, parts, width)
+        taken = nn.functional.pad(values, (0, 0, 0, 1)).index_select(0, rows).T.contiguous()
+        return nn.functional.pad(taken[inputs.order], (0, 0, 0, blank)).view(blocks, _COLUMNS, parts, width)
 
-    weight, scales, divisors = arrange(weight), arrange(scales), arrange(divisors, 1.0)
-    bases, errors = weight.clone(), torch.zeros_like(weight)
-    found = torch.zeros(weight.shape, dtype=torch.long, device=weight.device)
+    weight, scales = arrange(weight), arrange(scales)
+    bases, errors, found = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.uint8)
     for number in range(blocks + parts - 1):
         places = [(number - part, part) for part in range(parts) if 0 <= number - part < blocks]
         for block, part in places:
             for span, onward in zip(spans, between, strict=False):
                 at = block, slice(None), slice(part), span
                 bases[block, :, part, span] += (errors[at] - bases[at] + weight[at]).flatten(1) @ onward[part].T
-        taken = ([each[block, :, part] for block, part in places] for each in (bases, scales, divisors))
-        base, scale, divisor = (torch.stack(each, dim=1) for each in taken)
+        taken = ([each[block, :, part] for block, part in places] for each in (bases, scales))
+        base, scale = (torch.stack(each, dim=1) for each in taken)
         code, error, target = torch.empty_like(base, dtype=torch.long), torch.empty_like(base), base.clone()
         for place, (block, part) in enumerate(places):
             before, own = slice(block * _COLUMNS), slice(block * _COLUMNS, (block + 1) * _COLUMNS)
             target[:, place] += feedback[before, own].T @ errors[:block, :, part].flatten(0, 1)
         steps = torch.stack([square[block, :, block] for block, _ in places], dim=2).unsqueeze(3)
-        columns = zip(base, target, scale, divisor, code, error, steps, strict=True)
+        columns = zip(base, target, scale, _divisors(scale), code, error, steps, strict=True)
         for done, (column, wanted, constant, by, chosen, left, onward) in enumerate(columns, 1):
             torch.bucketize(wanted / by, edges, out=chosen)
             torch.addcmul(column, grid.take(chosen), constant, value=-1, out=left)
             target[done:].addcmul_(onward[done:], left)
         for place, (block, part) in enumerate(places):
             found[block, :, part], errors[block, :, part] = code[:, place], error[:, place]
-    flat = torch.empty(first + 1, len(inputs.order), dtype=torch.long, device=weight.device)
+    flat = found.new_empty(first + 1, len(inputs.order))
     flat[rows] = found.view(-1, len(rows))[inputs.order.argsort()].T
     return flat[:-1]
 
