@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
@@ -156,8 +157,12 @@ def parse_json(content: bytes) -> Any:
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not a JSON number")
 
+    def finite(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse(digits)
+
     try:
-        value = json.loads(content.decode(), parse_constant=refuse, object_pairs_hook=object_of)
+        text = content.decode()
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=object_of)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if b"\\ud" in content.lower():

@@ -373,10 +373,13 @@ def test_another_model_and_addresses_that_cannot_be(serve, connect, tiny_tokeniz
         ServerTeacher(server.url, "huge", tiny_tokenizer, TopK(5), (1.0,), SETTINGS)
     for url, options, message in (
         *((url, {}, "base_url") for url in ("ftp://host/v1", "127.0.0.1:8000", "http://host/v1?key=1", "")),
+        ("http://[::1/v1", {}, "is not an address"),
         ("http://user:hunter2@host/v1", {}, "OPENAI_API_KEY"),
         (server, {"dialect": "tgi"}, "dialect is one of"),
         ("http://a..b/v1", {}, r"cannot be asked .*Check base_url"),
-        *((server, {"timeout_seconds": each}, r"cannot be asked .*timeout_seconds") for each in (-1, 1e300)),
+        (server, {"timeout_seconds": 1e300}, r"cannot be asked .*timeout_seconds"),
+        *((server, {"timeout_seconds": each}, "timeout_seconds is") for each in (-1, "soon", True)),
+        *((server, {name: "3"}, f"{name} is '3'") for name in ("max_retries", "backoff_seconds")),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             connect(url, **options)

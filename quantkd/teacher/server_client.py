@@ -86,7 +86,14 @@ class ServerClient:
     # pause that doubles each time or that the server names in Retry-After.
 
     def __init__(self, base_url: str, timeout_seconds: float, max_retries: int, backoff_seconds: float) -> None:
-        parts = urlsplit(base_url)
+        numbers = {"timeout_seconds": timeout_seconds, "max_retries": max_retries, "backoff_seconds": backoff_seconds}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"{name} is {value!r:.80}; expected a number.")
+        try:
+            parts = urlsplit(base_url)
+        except ValueError as error:
+            raise ConfigError(f"base_url {base_url!r} is not an address: {error}.") from error
         if parts.username is not None or parts.password is not None:
             raise ConfigError(f"base_url must not carry a name or a password; put the key into {_API_KEY}.")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -144,7 +151,7 @@ class ServerClient:
                 raise ConfigError(f"{self.where} cannot be asked for {path} ({error}). {advice}.") from error
             if len(answer) > _MAX_AGAIN_BYTES:
                 raise TeacherError(
-                    f"{self.where} answered {path} with {len(answer)} bytes that are not JSON."
+                    f"{self.where} answered {path} with {len(answer)} bytes that are not JSON. Check base_url."
                 ) from error
             raise _Again(f"a body that is not JSON ({error})") from error
         except RecursionError as error:
