@@ -7,6 +7,7 @@ calibrated on the rows that `codes` sees). This library's arms are NF4:
 - `codes`: codes by error feedback, as `quantkd quantize` writes them;
 - `scales`: block constants and norms distilled on top, without an adapter;
 - `codes+adapter@B`: an adapter at its covariance start on `codes`, of the largest rank that fits B bits per weight;
+- `codes+ranks@B`: the same bytes, with ranks by layer (`adapter_budget`);
 - `scales+adapter@B`: constants, norms and such an adapter distilled together.
 
 With --off_grid there are llama.cpp's block types too, as the package gguf writes them (it writes no K-quants): `q4_0`,
@@ -65,6 +66,7 @@ from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.layer_inputs import draw_rows
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.quantize import ROWS, calibrate, quantize
+from quantkd.models.ranks import allot_ranks
 from quantkd.models.stored_weights import compute_size
 from quantkd.models.student import attach_lora, default_lora_config, load_student, short_dtype
 from quantkd.models.weights import is_quantized_layer
@@ -168,13 +170,20 @@ class Ours:
             save_file({name: torch.from_numpy(each.gguf_tensor.blocks) for name, each in list_linear(network)}, path)
         return load_blocks(self.model, kind, path)
 
-    def load_adapter(self, budget: float, name: str = "codes", load: Load | None = None) -> Any:
+    def load_adapter(
+        self, budget: float, name: str = "codes", load: Load | None = None, *, by_layer: bool = False
+    ) -> Any:
         """An adapter at its start, through the file it is saved in."""
         load = load or self.load_codes
-        adapted = load()
-        adapted = attach_lora(adapted, default_lora_config(find_rank(adapted, budget)))
+        student = load()
+        lora = default_lora_config(find_rank(student, budget))
+        if by_layer:
+            size = compute_size(student)
+            share = size_of_rank(student) * lora.r / 8 / (size.codes + size.constants)
+            lora = allot_ranks(student, lora, share, self.train, self.model, revision=None, rows=64, seed=0)
+        adapted = attach_lora(student, lora)
         initialize_from_rows(adapted, self.train, self.model)
-        folder = self.home / f"{name}+adapter@{budget}"
+        folder = self.home / f"{name}+{'ranks' if by_layer else 'adapter'}@{budget}"
         adapted.save_pretrained(folder)
         round_adapter(folder, short_dtype(adapted))
         return PeftModel.from_pretrained(load(), folder)
@@ -204,9 +213,14 @@ class Ours:
 def find_rank(student: Any, budget: float) -> int:
     """The largest rank whose factors in 16 bits fit the budget beside the student's codes and constants."""
     size = compute_size(student)
+    left = budget * size.linear_weights - 8 * (size.codes + size.constants)
+    return int(left / size_of_rank(student))
+
+
+def size_of_rank(student: Any) -> int:
+    """Bits of a rank in every layer."""
     layers = [each for each in student.modules() if is_quantized_layer(each)]
-    a_rank = 16 * sum(each.in_features + each.out_features for each in layers)
-    return int((budget - 8 * (size.codes + size.constants) / size.linear_weights) * size.linear_weights / a_rank)
+    return 16 * sum(each.in_features + each.out_features for each in layers)
 
 
 def list_arms(model: str, train: TransferSet, home: Path, args: argparse.Namespace) -> dict[str, tuple[int, Load]]:
@@ -219,6 +233,7 @@ def list_arms(model: str, train: TransferSet, home: Path, args: argparse.Namespa
     own: dict[str, tuple[int, Load]] = {"codes": (4, ours.load_codes), "scales": (4, partial(ours.load_scales, None))}
     for budget in BUDGETS:
         own[f"codes+adapter@{budget}"] = 4, partial(ours.load_adapter, budget)
+        own[f"codes+ranks@{budget}"] = 4, partial(ours.load_adapter, budget, by_layer=True)
         own[f"scales+adapter@{budget}"] = 4, partial(ours.load_scales, budget)
     if args.off_grid:
         plain |= {kind: (int(kind[1]), partial(load_blocks, model, kind)) for kind in BLOCK_TYPES}

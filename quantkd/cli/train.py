@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if config.init_from and student.model_name_or_path.endswith(".gguf"):  # that of a checkpoint
         student.gguf_file, student.model_name_or_path = student.model_name_or_path, config.init_from
     lora = peft_config_from(student) if student.use_peft or not config.train_scales else None
-    student.refuse(ADAPTERS * (lora is None))
+    student.refuse(ADAPTERS if lora is None else "lora_r" * (config.adapter_budget is not None))
     check_evaluation(config, held_out)
     model = load_base_from(student, config, rows, lora)
     sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held_out}

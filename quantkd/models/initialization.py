@@ -39,13 +39,28 @@ def compute_correction(
     error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE, costs: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """Factors of the rank-r D that minimises `trace(H (E - D) C (E - D)^T)`; H is I, or has `costs` as its blocks."""
+    _, up, error, roots = find_directions(error, inputs, rank, shrinkage=shrinkage, costs=costs)
+    down = up.T @ error
+    if roots:
+        solved = zip(roots, up.split([len(root) for root in roots]), strict=True)
+        up = torch.cat([torch.linalg.solve_triangular(root, part, upper=True) for root, part in solved])
+    balance = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
+    up, down = up * balance, down / balance.unsqueeze(1).clamp_min(torch.finfo(down.dtype).tiny)
+    missing = rank - up.shape[1]
+    return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
+
+
+def find_directions(
+    error: Tensor, inputs: Tensor | None, rank: int, *, shrinkage: float = SHRINKAGE, costs: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """By the leading directions of a layer's output error: what they take off it, themselves, L E, and parts of L."""
     # C is X^T X / N plus a share of its mean eigenvalue on the diagonal, for directions that no token took. The leading
     # eigenvectors come from randomized subspace iteration (Halko et al. 2011, arXiv:0909.4061) with a fixed start.
     ridge = 1.0 if inputs is None else shrinkage * float(inputs.square().mean())
     roots = [robust_cholesky(block.clone()).T for block in costs]
-    sizes = [len(block) for block in costs] or [len(error)]
     if roots:
-        error = torch.cat([root @ part for root, part in zip(roots, error.split(sizes), strict=True)])
+        parts = error.split([len(root) for root in roots])
+        error = torch.cat([root @ part for root, part in zip(roots, parts, strict=True)])
 
     def apply(block: Tensor) -> Tensor:  # E C E^T, on (out, q)
         back = error.T @ block
@@ -60,16 +75,8 @@ def compute_correction(
     basis = torch.linalg.qr(apply(start.to(error))).Q
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(apply(basis)).Q
-    _, vectors = torch.linalg.eigh(basis.T @ apply(basis))  # ascending
-    up = basis @ vectors.flip(1)[:, :rank]
-    down = up.T @ error
-    if roots:
-        solved = zip(roots, up.split(sizes), strict=True)
-        up = torch.cat([torch.linalg.solve_triangular(root, part, upper=True) for root, part in solved])
-    balance = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
-    up, down = up * balance, down / balance.unsqueeze(1).clamp_min(torch.finfo(down.dtype).tiny)
-    missing = rank - up.shape[1]
-    return nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
+    values, vectors = torch.linalg.eigh(basis.T @ apply(basis))  # ascending
+    return values.flip(0)[:rank], basis @ vectors.flip(1)[:, :rank], error, roots
 
 
 def initialize_from_error(
@@ -80,7 +87,7 @@ def initialize_from_error(
     adapted: dict[Any, str] = {each: name for name, each in network.named_modules() if isinstance(each, LoraLayer)}
 
     def settle(layer: Any, inputs: Tensor | None, costs: Costs | None) -> None:
-        _correct(layer, weights, adapted[layer], inputs, _shrink(costs), shrinkage)
+        _correct(layer, weights, adapted[layer], inputs, shrink_costs(costs), shrinkage)
 
     bar = tqdm(total=len(adapted), desc="initialization", unit="adapter", disable=None if progress else True)
     refused = settle_layers(model, adapted, settle, rows, bar)
@@ -120,7 +127,17 @@ def initialize_from_rows(
             parameter.data.copy_(broadcast(parameter.data.to(state.device)))
 
 
-def _shrink(costs: Costs | None) -> list[Tensor]:
+def read_error(weights: OriginalWeights, name: str, layer: Any, inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a layer's weight lost when it was quantized, and as many of its inputs as are looked at."""
+    quantized = dequantize_weight(layer)
+    if inputs is not None:
+        inputs = inputs[:: -(-len(inputs) // _MAX_INPUTS)]
+        if not bool(torch.isfinite(inputs).all()):
+            raise ConfigError("its inputs are not finite.")
+    return read_original(weights, name, layer).to(quantized.device, torch.float32) - quantized.float(), inputs
+
+
+def shrink_costs(costs: Costs | None) -> list[Tensor]:
     """What errors of a layer's output cost, as a share of the mean, and a part that is the same in all directions."""
     if costs is None:
         return []
@@ -137,13 +154,7 @@ def _correct(
     (adapter,) = adapters
     if lora_variant_of(layer, adapter) is not None or not isinstance(layer.lora_A[adapter], nn.Linear):
         raise ConfigError("its adapter is not a plain LoRA of a linear layer (DoRA, say).")
-    base = layer.get_base_layer()
-    quantized = dequantize_weight(base)
-    error = read_original(weights, name, base).to(quantized.device, torch.float32) - quantized.float()
-    if inputs is not None:
-        inputs = inputs[:: -(-len(inputs) // _MAX_INPUTS)]
-        if not bool(torch.isfinite(inputs).all()):
-            raise ConfigError("its inputs are not finite.")
+    error, inputs = read_error(weights, name, layer.get_base_layer(), inputs)
     up, down = compute_correction(error, inputs, layer.r[adapter], shrinkage=shrinkage, costs=costs)
     layer.lora_B[adapter].weight.data.copy_(up / layer.scaling[adapter])
     # Where there is nothing to correct, PEFT's own start stays: with both factors at zero neither gets a gradient.

@@ -24,7 +24,7 @@ PROVENANCE_NAME = "quantkd.json"
 _TRAINING_ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "seed",
-    "bf16", "fp16", "packing", "init", "init_rows", "codes", "train_scales", "scales_learning_rate",
+    "bf16", "fp16", "packing", "init", "init_rows", "adapter_budget", "codes", "train_scales", "scales_learning_rate",
 )  # fmt: skip
 
 

@@ -44,6 +44,9 @@ class QuantizedDistillationConfig(TrainingArguments):
             regard to inputs; or `zero`, at no correction. With `resume_from_checkpoint` the checkpoint's adapters
             are used.
         init_rows: rows of the transfer set that `covariance` looks at.
+        adapter_budget: bytes of new LoRA adapters in 16 bits, as a share of the bytes of the quantized layers, such as
+            0.1. Each layer gets the rank that takes most off the loss for them, in place of `r`, and the scale
+            `lora_alpha / r` (docs/initialization.md).
         init_from: the full-precision checkpoint that quantized weights are compared with, a folder or a Hub name; the
             student's own if None. Needed for a student that was saved quantized, such as GPTQ and AWQ checkpoints.
         train_scales: train one factor for each quantization block of the 4-bit layers, and the norms; when saved they
@@ -83,6 +86,9 @@ class QuantizedDistillationConfig(TrainingArguments):
         "error alone) or zero.",
     )
     init_rows: int = option(64, "Rows of the transfer set that init=covariance looks at.")
+    adapter_budget: float | None = option(
+        None, "Adapter bytes as a share of the quantized layers'; ranks by layer, in place of one rank."
+    )
     init_from: str | None = option(
         None, "Full-precision checkpoint to compare quantized weights with; the student's own if not given."
     )
@@ -123,7 +129,7 @@ class QuantizedDistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.init not in STARTS:
             raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(STARTS)}.")
-        refuse_unused(self, {"init=covariance init=loftq": "init_from", "init=covariance": "init_rows"})
+        refuse_unused(self, {"init=covariance init=loftq": "init_from", "init=covariance": "init_rows adapter_budget"})
         refuse_unused(self, {"train_scales": "scales_learning_rate"})
         # A default follows the start that is really made, as `prepare_student` finds it.
         self.follows_start, self.start = self.learning_rate is None, self.init
@@ -175,6 +181,10 @@ class QuantizedDistillationConfig(TrainingArguments):
         elif copies_from_pinned_memory(self.device):
             config: Any = self.accelerator_config
             config.non_blocking |= self.dataloader_pin_memory  # or each batch waits for the steps before it
+        if self.adapter_budget is not None and not 0 < self.adapter_budget <= 16:
+            raise ConfigError(
+                f"adapter_budget is {self.adapter_budget}; expected a share above 0 and of at most 16, such as 0.1."
+            )
         if self.init_rows < 1:
             raise ConfigError(f"init_rows must be at least 1, found {self.init_rows}.")
 

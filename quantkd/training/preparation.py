@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from quantkd.data.encoding import check_ids
 from quantkd.errors import ConfigError, DataError, refuse_unused
 from quantkd.files import parse_object
 from quantkd.foreign import commit_of, shares_weights, use_one_gpu
+from quantkd.models.adapter_files import CONFIG, read_fields
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import check_origin
 from quantkd.models.initialization import initialize_from_rows
@@ -23,10 +24,12 @@ from quantkd.models.network import base_network, context_length
 from quantkd.models.packing import row_attention, why_not_packable
 from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import find_origin, quantize_once, read_origin
+from quantkd.models.ranks import allot_ranks, with_ranks
 from quantkd.models.scales import attach_scales, refuse_dora
 from quantkd.models.student import (
     attach_lora,
     check_adapters,
+    default_lora_config,
     format_of,
     freeze,
     is_quantized,
@@ -93,7 +96,7 @@ def choose_base(
 ) -> str:
     """The checkpoint to train on: with calibrated codes, written to the output folder; or `name` as it is."""
     if peft_config is None and args.train_scales and args.init != "zero":  # no adapters that could start anywhere
-        refuse_unused(args, {"": "init init_rows init_from"})
+        refuse_unused(args, {"": "init init_rows init_from adapter_budget"})
     config = quantization_config or "nf4"
     kind = config if isinstance(config, str) else format_of(config)
     if names_gguf(name, **kwargs) or kind not in ("nf4", "fp4") or stored_quantization(name, **kwargs):
@@ -156,6 +159,9 @@ def prepare_student(
             "quantization_config and model_init_kwargs apply to a model given by name; a loaded model is taken as it "
             "is. Pass the name, or load the model in the way that is meant and leave both out."
         )
+    revision = commit_of(model.config) or init_kwargs.get("revision")
+    if args.adapter_budget is not None:
+        peft_config = _with_budget(model, peft_config, args, train_dataset, name, revision)
     adapted = _with_adapters(model, peft_config, args)
     is_new = adapted is not model
     keep_trainable_on_cpu(adapted)
@@ -170,7 +176,7 @@ def prepare_student(
                 "still share a batch with train_sampling_strategy='group_by_length'."
             )
     if is_new and is_quantized(adapted):
-        _start(adapted, args, train_dataset, name, commit_of(adapted.config) or init_kwargs.get("revision"))
+        _start(adapted, args, train_dataset, name, revision)
     file = getattr(base_network(adapted), "gguf_file", None)
     made = read_origin(str(file.path) if file else name) if isinstance(adapted, PeftModel) else {}
     _note_start(adapted, args, is_calibrated=made.get("codes") == "calibrated")
@@ -221,10 +227,41 @@ def _start(model: Any, args: QuantizedDistillationConfig, dataset: Any, name: st
         logger.warning("The adapters start from zero: init='covariance' needs a train_dataset that can be indexed.")
     else:
         how: Any = {"start": args.init, "rows": args.init_rows, "seed": args.seed}
-        # A student of `quantize` says what it was made from.
-        origin, revision = (args.init_from, None) if args.init_from else find_origin(name) or (name, revision)
-        check_origin(origin, model, revision)
+        origin, revision = _find_original(model, args, name, revision)
         initialize_from_rows(model, dataset, origin, revision=revision, **how)
+
+
+def _find_original(
+    model: Any, args: QuantizedDistillationConfig, name: str, revision: str | None
+) -> tuple[str, str | None]:
+    """The full-precision checkpoint, and its revision; a student of `quantize` says what it was made from."""
+    origin, revision = (args.init_from, None) if args.init_from else find_origin(name) or (name, revision)
+    check_origin(origin, model, revision)
+    return origin, revision
+
+
+def _with_budget(
+    model: Any, peft_config: PeftConfig | None, args: QuantizedDistillationConfig, dataset: Any, name: str,
+    revision: str | None,
+) -> LoraConfig:  # fmt: skip
+    """The adapters' config with ranks by layer; those of the checkpoint that training resumes from."""
+    config = default_lora_config() if peft_config is None else peft_config
+    wrong = {
+        "a model with adapters": isinstance(model, PeftModel), "a model that is not quantized": not is_quantized(model),
+        "rows that cannot be indexed": not _can_be_indexed(dataset),
+    }  # fmt: skip
+    what = next((what for what, holds in wrong.items() if holds), None)
+    if what or not isinstance(config, LoraConfig) or config.use_dora:
+        what = what or "adapters that are not plain LoRA"
+        raise ConfigError(f"adapter_budget does not go with {what}. Leave it out, or change that.")
+    if (checkpoint := find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))) is not None:
+        ranks = read_fields(Path(checkpoint, CONFIG), checkpoint).get("rank_pattern")
+        if not ranks:
+            raise ConfigError(f"The run of {checkpoint} had no adapter_budget. Leave it out to go on from there.")
+        return with_ranks(config, ranks)
+    origin, revision = _find_original(model, args, name, revision)
+    rows = {"rows": args.init_rows, "seed": args.seed}
+    return allot_ranks(model, config, args.adapter_budget or 0, dataset, origin, revision=revision, **rows)
 
 
 def _can_be_indexed(dataset: Any) -> bool:

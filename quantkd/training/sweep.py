@@ -58,6 +58,8 @@ def check_sweep(
     captured = train_dataset.info.temperatures
     if "num_train_epochs" in space and ("max_steps" in space or args.max_steps > 0):
         raise ConfigError("max_steps overrides num_train_epochs; search one of them, and leave the other out.")
+    if args.adapter_budget is not None:
+        raise ConfigError("adapter_budget is not searched with: it would measure ranks anew in each trial. Use lora_r.")
     if "temperature" in space and not set(space["temperature"].get("choices", [None])) <= set(captured):
         raise ConfigError(f"temperature takes choices of the captured ones, {', '.join(map(str, captured))}.")
     if "beta" in space and "jsd" not in space.get("divergence", {"choices": [args.divergence]})["choices"]:
