@@ -178,6 +178,14 @@ def no_pictures():
         yield
 
 
+@pytest.fixture(scope="module")
+def few_draws():
+    """Intervals that no test holds against others come from 100 bootstrap draws; all 2000 take seconds a report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkd.evaluation.stats.RESAMPLES", 100)
+        yield
+
+
 def loss_and_gradient(trainer, rows, *, train=True):
     """The loss of some rows in one batch, and the gradient of all trainable parameters."""
     import torch
