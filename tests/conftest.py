@@ -40,10 +40,25 @@ TRAINING_PROMPTS = [
     "What is the sum of three and four, in words, please?", "Why?", "Tell me about the sea.", "One.",
     "Count from one to nine and back again.",
 ]  # fmt: skip
+# Files that take more than ten seconds, longest first: one that is begun last would keep the other processes waiting.
+LONGEST = [
+    "experiment", "pretended_device", "cli_interruption", "training_memory", "docs", "evaluation_accuracy", "sweep",
+    "report", "training_trainer", "distributed", "hub_failures", "transfer_set_hostile", "cli_train", "view_browser",
+    "teacher_capture", "models_quantize", "models_export", "transfer_set_processes", "models_scales", "loss_memory",
+]  # fmt: skip
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda", help="of the tests marked gpu; cpu tries them without a card")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_collection_finish():
@@ -175,6 +190,14 @@ def no_pictures():
     """Charts that no test looks at take longer than the rest of a small experiment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quantkd.report.figures.save_figure", lambda figure, path: path.touch())
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_draws():
+    """Intervals that no test holds against others come from 100 bootstrap draws; all 2000 take seconds a report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkd.evaluation.stats.RESAMPLES", 100)
         yield
 
 

@@ -1,9 +1,10 @@
 """Processes that are forked from one that has imported everything: a test pays for imports once, not once a process.
 
 `words` are those after `python`: `-m quantkd capture ...`, or a script and its arguments. Several processes find each
-other by the variables that `torchrun` sets; tests/test_distributed.py tries a real launcher, too.
+other by the variables that `torchrun` sets; tests/test_distributed.py has those of a real launcher, too.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -11,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -28,13 +29,16 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(words: Sequence[object], output: Path, processes: int = 1) -> list[BaseProcess]:
-    """Start them; standard output and standard error of all go to the file `output`."""
+def start(
+    words: Sequence[object], output: Path, processes: int = 1, variables: Mapping[str, str] | None = None
+) -> list[BaseProcess]:
+    """Start them, with more environment variables; standard output and standard error of all go to `output`."""
     port, family = free_port(), []
     for rank in range(processes):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in group.items()} if processes > 1 else {}
+        environment |= variables or {}
         # A daemon, for this process must not wait at its end for one that a failed test has left.
         arguments = ([str(word) for word in words], environment, str(output))
         family.append(_FORKS.Process(target=_run, args=arguments, daemon=True))
@@ -60,9 +64,9 @@ def wait_until(reached: Callable[[], object], family: Sequence[BaseProcess], out
         time.sleep(0.0005)
 
 
-def run(words: Sequence[object], output: Path, processes: int = 1) -> str:
+def run(words: Sequence[object], output: Path, processes: int = 1, variables: Mapping[str, str] | None = None) -> str:
     """Start them, and wait until they end without an error; what they printed."""
-    family = start(words, output, processes)
+    family = start(words, output, processes, variables)
     try:
         for process in family:
             assert end(process) == 0, f"{process.name} ended with exit code {process.exitcode}"
@@ -79,6 +83,7 @@ def _run(words: list[str], environment: dict[str, str], output: str) -> None:
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not searched for garbage, nor its pages copied for that
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what runs in the background
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

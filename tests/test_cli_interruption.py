@@ -27,7 +27,8 @@ PROMPTS = [f"What is {number} + 3?" for number in range(32)]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    for name, prompts in (("p.jsonl", PROMPTS), ("few.jsonl", PROMPTS[:12])):
+        Path(name).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     return tmp_path
 
 
@@ -41,14 +42,15 @@ def stop(words, seen, sent):
 
 @pytest.mark.parametrize(("sent", "seen", "words"), [
     (signal.SIGTERM, "s/shard-00001.safetensors",
-     ["capture", "--rows_per_shard", 4, "--model", "MODEL", "--output_dir"]),
+     ["capture", "--prompts", "p.jsonl", "--rows_per_shard", 4, "--model", "MODEL", "--output_dir"]),
     (signal.SIGINT, "s/evaluation/x-prompts.jsonl",
-     ["evaluate", "--arm", "x", "--batch_size", 1, "--model_name_or_path", "MODEL", "--run_dir"]),
+     ["evaluate", "--prompts", "few.jsonl", "--arm", "x", "--batch_size", 1, "--model_name_or_path", "MODEL",
+      "--run_dir"]),
 ])  # fmt: skip
 def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, one_layer_path, sent, seen, words):
     """SIGTERM, which a scheduler sends, ends the program as Ctrl-C does."""
     name, *words = [one_layer_path if word == "MODEL" else word for word in words]
-    words = [name, "--prompts", "p.jsonl", "--max_new_tokens", 24, "--dtype", "float32", *words]
+    words = [name, "--max_new_tokens", 24, "--dtype", "float32", *words]
     code, said = stop([*words, "s"], seen, sent)
     assert code == 130 and said.endswith(f"quantkd {name}: interrupted. Run the same command again to go on.\n")
     stopped = hashes(Path(seen).parent)
@@ -59,7 +61,7 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(cli, folder, one_layer_path
 @pytest.fixture(scope="module")
 def train(one_layer_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets") / "set"
-    capture_set(one_layer_path, PROMPTS, folder, max_new_tokens=8)
+    capture_set(one_layer_path, PROMPTS[:16], folder, max_new_tokens=8)
     words = f"train --model_name_or_path {one_layer_path} --transfer_set {folder} --dtype float32 --report_to none "
     words += "--per_device_train_batch_size 2 --num_train_epochs 2 --save_steps 4 --output_dir"
     return words.split()
@@ -105,7 +107,7 @@ def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     assert "Traceback" not in said
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures", "few_draws")
 def test_a_killed_report_leaves_each_file_as_it_was_or_as_it_will_be(folder):
     def report_until(run, step):  # and die at the n-th step of writing its files
         steps = itertools.count(1)
@@ -149,9 +151,9 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
     refused(ConfigError, "which is not a complete checkpoint", find_checkpoint, cut, tmp_path)
 
 
-def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, tiny_model_path):
-    words = ["-m", "quantkd", "capture", "--model", tiny_model_path, "--prompts", "p.jsonl", "--dtype", "float32"]
-    words += ["--max_new_tokens", 60, "--rows_per_shard", 2, "--batch_size", 2, "--output_dir"]
+def test_two_captures_at_once_that_are_killed_go_on_to_the_bytes_of_one(folder, one_layer_path):
+    words = ["-m", "quantkd", "capture", "--model", one_layer_path, "--prompts", "p.jsonl", "--dtype", "float32"]
+    words += ["--max_new_tokens", 30, "--rows_per_shard", 2, "--batch_size", 2, "--output_dir"]
     family = processes.start([*words, "s"], folder / "output", 2)
     processes.wait_until(lambda: len([*Path("s").glob("shard-*.json")]) >= 3, family, folder / "output")
     for process in family:

@@ -34,6 +34,12 @@ ONE_ROW = {"per_device_train_batch_size": 1}
 # Scales beside adapters, and a start that the main process alone computes.
 SPECIAL = {"scales": {"train_scales": True, "scales_learning_rate": 1.0}, "start": {"init": "covariance"}}
 STUDENTS = ["nf4", "lora", "lora, head", "full"]
+# A process that writes down what a launcher has set for it.
+SHOW = """
+import json, os, sys
+
+json.dump(dict(os.environ), open(os.path.join(sys.argv[1], os.environ["RANK"] + ".json"), "w"))
+"""
 
 
 def train(student, arguments=TWO_BY_TWO, reshard=False):
@@ -53,7 +59,7 @@ def given_set(tiny_model_path, tmp_path_factory):
 def launch(tiny_model_path, given_set, tmp_path_factory):
     """Train one step a job, a student with what is special about it; the report of each job, with the gradient."""
 
-    def go(jobs, launcher=(), count=1, fsdp_on_cpu=False):
+    def go(jobs, launcher=(), count=1, fsdp_on_cpu=False, variables=None):
         folder = tmp_path_factory.mktemp("jobs")
         common = {"model": str(tiny_model_path), "transfer_set": str(given_set.sources[0])}
         jobs = {name: {**common, "folder": str(folder / name), **job} for name, job in jobs.items()}
@@ -68,7 +74,7 @@ def launch(tiny_model_path, given_set, tmp_path_factory):
             )  # fmt: skip
             assert result.returncode == 0, result.stderr[-4000:]
         else:
-            processes.run(words, folder / "output.txt", count)
+            processes.run(words, folder / "output.txt", count, variables)
         reports = {name: json.loads((folder / name / "report.json").read_text()) for name in jobs}
         for name, report in reports.items():
             report |= {"gradient": torch.load(folder / name / "gradient.pt"), "folder": folder / name}
@@ -99,9 +105,15 @@ def ddp(launch):
 def fsdp2(launch, tmp_path_factory):
     """The same with each weight in shards; "again" where FSDP2 shards the head after each forward pass, too."""
     again = {f"{student} again": train(student, reshard=True) for student in STUDENTS}
-    launcher = accelerate_launch("fsdp2.yaml", tmp_path_factory.mktemp("fsdp2"))
+    folder = tmp_path_factory.mktemp("fsdp2")
+    (folder / "show.py").write_text(SHOW)
+    processes.run([*accelerate_launch("fsdp2.yaml", folder), folder / "show.py", folder], folder / "output.txt")
+    launched = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert {each["WORLD_SIZE"] for each in launched} == {"2"}
+    # Forks need not import anything; what the launcher itself serves, such as a port, ended with it.
+    chosen = {name: value for name, value in launched[0].items() if name.startswith(("ACCELERATE_", "FSDP_"))}
     # accelerate takes its FSDP path on GPUs only, so the process is told to take it here too; gloo does the rest.
-    return launch({**STEPS, **again}, launcher, fsdp_on_cpu=True)
+    return launch({**STEPS, **again}, count=2, fsdp_on_cpu=True, variables=chosen)
 
 
 def accelerate_launch(name, folder, **changes):

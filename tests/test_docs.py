@@ -117,6 +117,7 @@ def run_blocks(blocks, stand_ins, cli):
 RUN_PAGES = [page for page in PAGES if any(block.is_run for block in read_blocks(page))]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("page", RUN_PAGES, ids=name_of)
 def test_blocks_run(page, stand_ins, cli):
     blocks = [block for block in read_blocks(page) if block.is_run]

@@ -16,7 +16,7 @@ from quantkd.report import compute_results, format_table, load_arms
 from quantkd.report.figures import draw_bars
 from tests.report_arms import build, make_arm, make_verdicts
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
 Z = 1.959963984540054  # of the normal distribution at 0.975, from a table
 
 

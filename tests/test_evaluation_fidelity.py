@@ -17,7 +17,7 @@ from quantkd.report import build_report
 from tests.conftest import build_tiny_model, refused
 from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
 student = pytest.fixture(lambda tiny_model: add_noise(tiny_model))
 
 

@@ -24,7 +24,7 @@ from quantkd.models.student import load_student
 from quantkd.report import build_report
 from tests.conftest import build_tiny_model, refused, save_adapter
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
 ROWS = generate_problems(3, seed=0)
 QUESTIONS = Questions(ROWS)
 file = pytest.fixture(lambda tmp_path: tmp_path / "evaluation" / "after.json")

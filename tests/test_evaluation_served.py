@@ -17,7 +17,7 @@ from tests.conftest import build_tiny_model, refused
 from tests.fake_openai_server import FakeServer
 from tests.teacher_rows import KINDS, add_noise, dense_logprobs
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
 student = pytest.fixture(lambda tiny_tokenizer: add_noise(build_tiny_model(tiny_tokenizer)), scope="module")
 
 

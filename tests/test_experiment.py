@@ -26,7 +26,7 @@ from quantkd.training import preparation
 from tests.conftest import REPOSITORY, refused
 from tests.gguf_files import write_gguf
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
 FEW = ["--train_rows", "6", "--held_out_rows", "3", "--test_rows", "2", "--rank", "2"]
 
 
@@ -91,10 +91,13 @@ TWICE = """
 import sys, time
 from pathlib import Path
 from quantkd import QuantizedDistillationTrainer as Trainer
+from quantkd.evaluation import stats
+from quantkd.report import figures
 from test_experiment import run
 
+figures.save_figure, stats.RESAMPLES = lambda figure, path: path.touch(), 100
 save = Trainer._save
-Trainer._save = lambda *args, **kwargs: [time.sleep(2), save(*args, **kwargs)]
+Trainer._save = lambda *args, **kwargs: [time.sleep(0.5), save(*args, **kwargs)]
 run(sys.argv[1], Path(sys.argv[2]))
 """
 
@@ -185,7 +188,7 @@ def test_what_was_measured_of_the_same_model_is_not_measured_again(one_layer_pat
     """The rows of every fidelity that is really measured are counted; no other model is in memory then."""
 
     def count_models():
-        return sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects())
+        return sum(type(thing) is LlamaForCausalLM for thing in gc.get_objects())
 
     def count(model, rows, **options):
         measured.append(len(rows))

@@ -14,7 +14,7 @@ from quantkd.loss.reference import Objective, compute_position_terms
 from quantkd.loss.states import Head, TargetStates
 from quantkd.transfer_set.rules import TopK, select_entries
 
-N, H, V = 96, 16, 4096
+N, H, V = 36, 16, 2048
 BUDGET = 12 * 4 * 8 * V  # twelve positions of the loss that holds most
 
 

@@ -36,7 +36,7 @@ from tests.report_arms import (
     spoil,
 )
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
 arms = pytest.fixture(make_arms)
 binned = pytest.fixture(lambda: {name: make_binned_arm(name) for name in KL})
 
@@ -44,6 +44,9 @@ binned = pytest.fixture(lambda: {name: make_binned_arm(name) for name in KL})
 @pytest.fixture
 def pictures(monkeypatch):
     monkeypatch.setattr("quantkd.report.figures.save_figure", save_figure)
+
+
+all_draws = pytest.fixture(lambda monkeypatch: monkeypatch.setattr("quantkd.evaluation.stats.RESAMPLES", 2000))
 
 
 def test_metrics_are_ratios_of_sums_and_shares_are_of_the_gap(tmp_path, arms):
@@ -337,7 +340,7 @@ def test_settings_that_differ_in_punctuation_alone_stay_apart(tmp_path, arms):
     assert [key for key in results["metric_order"] if "strict" not in key][:2] == ["accuracy_0_shot", "accuracy_8_shot"]
 
 
-def test_bytes_do_not_depend_on_place_hash_seed_locale_or_clock(pictures, tmp_path, arms):
+def test_bytes_do_not_depend_on_place_hash_seed_locale_or_clock(pictures, all_draws, tmp_path, arms):
     arms["x-control"] = {**make_arm("x-control", 0.3, 60), "title": "Größe"}
     build(tmp_path / "a", arms)
     moved = tmp_path / "moved ö" / "b"
@@ -374,7 +377,7 @@ def make_binned_arm(name: str, dense: bool = True) -> dict[str, Any]:
     return {**make_arm(name, 0, 0), "title": f"the {name}", "fidelity": fidelity, "questions": {"0-shot": verdicts}}
 
 
-def test_divergences_calibration_and_paired_differences(tmp_path, binned):
+def test_divergences_calibration_and_paired_differences(all_draws, tmp_path, binned):
     """The interval of the calibration error is scipy's paired bootstrap over rows."""
     results, page = build(tmp_path, binned)
 

@@ -91,19 +91,19 @@ truths = pytest.fixture(lambda: {}, scope="module")  # of each format, by path: 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("name", "in_16_bits"), FORMATS)
-def test_every_format_trains_in_mixed_precision(make_trainer, training_set, tiny_model_path, tiny_tokenizer, tmp_path,
+def test_every_format_trains_in_mixed_precision(make_trainer, training_set, one_layer_path, tiny_tokenizer, tmp_path,
                                                 monkeypatch, truths, name, in_16_bits, precision):  # fmt: skip
     dtypes, product = [], Head.logits
     monkeypatch.setattr(Head, "logits", lambda head, hidden: dtypes.append(hidden.dtype) or product(head, hidden))
 
     def load(dtype):
         if name == "plain":
-            return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=dtype)
-        return load_in(name, tiny_model_path, tmp_path / "packed", dtype)
+            return AutoModelForCausalLM.from_pretrained(one_layer_path, dtype=dtype)
+        return load_in(name, one_layer_path, tmp_path / "packed", dtype)
 
     def run(model, path, *, mixed):
         """The KL of an evaluation before any step, the loss of a batch, and its gradient."""
-        teacher = {"teacher_model": build_tiny_model(tiny_tokenizer)} if path == "dense" else {}
+        teacher = {"teacher_model": build_tiny_model(tiny_tokenizer, layers=1)} if path == "dense" else {}
         trainer = make_trainer(
             copy.deepcopy(model), processing_class=tiny_tokenizer, eval_dataset=training_set, max_steps=1,
             peft_config=copy.copy(LORA), bf16=mixed and precision == "bfloat16", **PATHS[path], **teacher,

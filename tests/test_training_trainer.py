@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.batch import DistillationCollator
 from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set, refused, relative
+
+
+@pytest.fixture
+def make_calibrated(make_trainer, one_layer_path):
+    """Trainers that choose their codes first; of one layer, for that takes its time."""
+    return partial(make_trainer, model=str(one_layer_path), calibrate=True)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -93,27 +100,27 @@ def test_it_learns_and_the_saved_adapter_gives_the_same_logits(make_trainer, tra
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_name_is_trained_on_calibrated_codes(make_trainer, training_set, tiny_model_path, caplog):
+def test_a_name_is_trained_on_calibrated_codes(make_calibrated, training_set, one_layer_path, caplog):
     options = {"init": "covariance", "save_strategy": "steps", "save_steps": 1}
-    trainer = make_trainer(calibrate=True, init_from=None, **options)
-    assert trainer.args.init_from == str(tiny_model_path) and trainer.args.start == "covariance"
+    trainer = make_calibrated(init_from=None, **options)
+    assert trainer.args.init_from == str(one_layer_path) and trainer.args.start == "covariance"
     trainer.train()
     trainer.save_model()
     out = Path(trainer.args.output_dir)
-    assert find_base(out) == find_base(out, f"/elsewhere/{tiny_model_path.name}") == out / "quantized"
+    assert find_base(out) == find_base(out, f"/elsewhere/{one_layer_path.name}") == out / "quantized"
     assert find_base(out, "another") is None
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "quantized"), out)
     kept = evaluate_fidelity(loaded, training_set, progress=False).means["kl"]
     assert kept == pytest.approx(trainer.evaluate(training_set)["eval_kl"], rel=0.02)  # saved in 16 bit
     written = (out / "quantized" / "model.safetensors").stat().st_mtime_ns
     where = str(out / "checkpoint-1")  # from whose codes training goes on, whatever the seed is now
-    make_trainer(calibrate=True, seed=1, max_steps=2, resume_from_checkpoint=where).train(where)
-    make_trainer(calibrate=True)  # again: what is there is kept
+    make_calibrated(seed=1, max_steps=2, resume_from_checkpoint=where).train(where)
+    make_calibrated()  # again: what is there is kept
     assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
-    make_trainer(calibrate=True, seed=1)
+    make_calibrated(seed=1)
     assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns != written
     for rows, why in (([training_set[0]], "rows that are no TransferSet have no digest"), (None, "no train_dataset")):
-        make_trainer(calibrate=True, train_dataset=rows)
+        make_calibrated(train_dataset=rows)
         assert f"{why}. Choose them with `quantkd quantize`" in caplog.text
 
 
@@ -126,16 +133,16 @@ def test_calibrated_codes_are_those_of_the_model_that_is_named(make_trainer, tin
     assert torch.equal(last.model.get_input_embeddings().weight, expected) and "quantized is replaced" in caplog.text
 
 
-def test_codes_of_other_layers_are_other_codes(make_trainer):
+def test_codes_of_other_layers_are_other_codes(make_calibrated):
     for skipped in (None, ["down_proj", "lm_head"], None):
         config = default_quantization_config(torch.float32)
         config.llm_int8_skip_modules = skipped
-        layer = make_trainer(calibrate=True, quantization_config=config).model.base_model.model.model.layers[0].mlp
+        layer = make_calibrated(quantization_config=config).model.base_model.model.model.layers[0].mlp
         assert hasattr(layer.gate_proj.weight, "quant_state")
         assert hasattr(layer.down_proj.weight, "quant_state") == (skipped is None)
 
 
-def test_codes_that_another_process_has_chosen_meanwhile_are_kept(make_trainer, tmp_path, monkeypatch, caplog):
+def test_codes_that_another_process_has_chosen_meanwhile_are_kept(make_calibrated, tmp_path, monkeypatch, caplog):
     out, quantize = tmp_path / "out", quantize_module.quantize
 
     def choose(model, transfer_set, folder, **kwargs):
@@ -143,11 +150,11 @@ def test_codes_that_another_process_has_chosen_meanwhile_are_kept(make_trainer, 
         shutil.copytree(folder, out / "quantized")
 
     monkeypatch.setattr(quantize_module, "quantize", choose)
-    make_trainer(calibrate=True)
+    make_calibrated()
     assert [path.name for path in out.iterdir()] == ["quantized"] and "is replaced" not in caplog.text
 
 
-def test_codes_of_a_run_that_was_killed_are_taken_up(make_trainer, tmp_path, monkeypatch):
+def test_codes_of_a_run_that_was_killed_are_taken_up(make_calibrated, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
@@ -161,18 +168,18 @@ def test_codes_of_a_run_that_was_killed_are_taken_up(make_trainer, tmp_path, mon
     for seed in (0, 1):  # of the second the folder of the first is gone already
         monkeypatch.setattr(Path, "rename", kill)
         with pytest.raises(Killed):
-            make_trainer(calibrate=True, seed=seed)
+            make_calibrated(seed=seed)
         monkeypatch.setattr(Path, "rename", rename)
         (left,) = out.glob(".*")
         written = (left / "model.safetensors").stat().st_mtime_ns
-        make_trainer(calibrate=True, seed=seed)
+        make_calibrated(seed=seed)
         assert [path.name for path in out.iterdir()] == ["quantized"]
         assert (out / "quantized" / "model.safetensors").stat().st_mtime_ns == written
     monkeypatch.setattr(Path, "rename", kill)
     with pytest.raises(Killed):
-        make_trainer(calibrate=True, seed=2)
+        make_calibrated(seed=2)
     monkeypatch.setattr(Path, "rename", rename)
-    make_trainer(calibrate=True, seed=3)  # whose codes they are not
+    make_calibrated(seed=3)  # whose codes they are not
     assert [path.name for path in out.iterdir()] == ["quantized"]
 
 

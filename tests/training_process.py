@@ -1,6 +1,5 @@
 """One process of a distributed run, started by `torchrun` or `accelerate launch`: train, evaluate, save, report."""
 
-import gc
 import json
 import sys
 from contextlib import nullcontext
@@ -115,7 +114,6 @@ def use_fsdp_on_cpu():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported is not searched in the collection at the end of each training
     jobs = json.loads(Path(sys.argv[1]).read_text())
     if jobs["fsdp_on_cpu"]:
         use_fsdp_on_cpu()
