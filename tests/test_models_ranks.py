@@ -116,3 +116,5 @@ def test_models_that_have_adapters_or_full_precision_are_refused(build, tiny_mod
     refused(ConfigError, "a model that is not quantized", build, model=tiny_model)
     adapted = get_peft_model(load_student(str(tiny_model_path)), default_lora_config(2))
     refused(ConfigError, "a model with adapters", build, model=adapted, peft_config=None)
+    missing = {"init_from": "nowhere", "model": load_student(str(tiny_model_path))}
+    refused(ConfigError, "adapter_budget cannot be allotted: .*nowhere", build, **missing)

@@ -7,6 +7,7 @@ error costs (`initialization.py`). It takes 2 (in + out) bytes in 16 bits. docs/
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.stored_weights import compute_size
 from quantkd.models.weights import is_quantized_layer, is_sharded
 
+logger = logging.getLogger(__name__)
+
 _MOST = 128  # ranks of a layer
 _BYTES = 2  # of a value of an adapter, as it is saved
 
@@ -44,14 +47,18 @@ def allot_ranks(
     """The config with a rank for each layer, of `budget` times the bytes of the 4-bit layers; its scale stays."""
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise ConfigError("adapter_budget looks at whole weights, and processes share these. Give a rank instead.")
-    state, found = process_state(), [dict[str, int]()]
+    state = process_state()
+    found: list[Any] = [None]
     if state.is_main_process:
-        ranks = _measure(
-            model, config, budget, OriginalWeights(origin, model, revision), draw_rows(dataset, rows, seed, model)
-        )
-        found = [ranks]
+        try:
+            weights = OriginalWeights(origin, model, revision)
+            found = [_measure(model, config, budget, weights, draw_rows(dataset, rows, seed, model))]
+        except (ConfigError, OSError) as error:  # which the other processes wait to hear
+            found = [error]
     if state.num_processes > 1:
         found = broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise ConfigError(f"adapter_budget cannot be allotted: {found[0]}") from found[0]
     return with_ranks(config, found[0])
 
 
@@ -88,7 +95,10 @@ def _measure(model: Any, config: LoraConfig, budget: float, weights: OriginalWei
         mean = torch.cat([block.diagonal() for block in costs.outputs]).mean()
         gains.extend((value, named[layer]) for value in (values * mean / prices[named[layer]]).tolist()[1:])
 
-    settle_layers(model, named, settle, rows, tqdm(total=len(named), desc="ranks", unit="layer", disable=None))
+    bar = tqdm(total=len(named), desc="ranks", unit="layer", disable=None)
+    if refused := settle_layers(model, named, settle, rows, bar):
+        name, reason = next(iter(refused.items()))
+        logger.warning("%d of %d layers get rank 1. That of %s: %s", len(refused), len(named), name, reason)
     ranks = dict.fromkeys(prices, 1)
     for _, name in sorted(gains, reverse=True):
         if prices[name] > left:
