@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,14 +17,12 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import TrainingArguments
 
 DEVICE = torch.device("cuda", 0)
 _BETWEEN_DEVICES = {"copy_", "_to_copy", "_foreach_copy_"}
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal"}
 _waits: list[str] = []
-_inner = attrgetter("inner")
 
 
 class DeviceTensor(Tensor):
@@ -56,14 +53,19 @@ class DeviceTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, leaves = func.overloadpacket.__name__, tree_leaves((args, kwargs or {}))
-        known = {id(getattr(each, "inner", each)): each for each in leaves if isinstance(each, Tensor)}
-        _check(name, args, kwargs or {}, leaves)
-        plain_args, plain_kwargs = tree_map_only(DeviceTensor, _inner, (args, kwargs or {}))
-        result = func(*plain_args, **plain_kwargs)
+        name, known = func.overloadpacket.__name__, {}
+
+        def unwrap(each: Tensor) -> Tensor:
+            inner = _inner(each)
+            known[id(inner)] = each
+            return inner
+
+        plain = _map(args, unwrap), {key: _map(value, unwrap) for key, value in (kwargs or {}).items()}
+        _check(name, args, kwargs or {}, [*known.values()])
+        result = func(*plain[0], **plain[1])
         if name == "detach":  # keeps a parameter's class, or nobody could make a Parameter of it again
             return place(result, like=args[0], requires_grad=False)
-        return tree_map_only(Tensor, lambda each: known[id(each)] if id(each) in known else DeviceTensor(each), result)
+        return _map(result, lambda each: known[id(each)] if id(each) in known else DeviceTensor(each))
 
 
 @contextmanager
@@ -101,14 +103,14 @@ class _Mode(TorchFunctionMode):
         device = kwargs.pop("device", args[0].device if func is Tensor.new_tensor else None)
         here = device is not None and torch.device(device).type == "cuda"
         if kwargs.get("generator") is not None:
-            wanted = here or any(isinstance(each, DeviceTensor) for each in tree_leaves(args))
+            wanted = here or any(isinstance(each, DeviceTensor) for each in args)
             if wanted != getattr(kwargs["generator"], "is_pretended", False):
                 raise RuntimeError(f"Expected a '{'cuda' if wanted else 'cpu'}' device type for generator")
         if device is None:
             return func(*args, **kwargs)
         if here and func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             _wait("copy to the device")
-        made = func(*tree_map_only(DeviceTensor, _inner, args), **kwargs, device="cpu")
+        made = func(*_map(args, _inner), **kwargs, device="cpu")
         return place(made) if here else made
 
 
@@ -178,9 +180,20 @@ def _to(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return Tensor.to(value, dtype or value.dtype, copy=copy, memory_format=memory_format or torch.preserve_format)
 
 
-def _check(name: str, args: Any, kwargs: Any, leaves: list[Any]) -> None:
+def _inner(value: Tensor) -> Tensor:
+    return value.inner if isinstance(value, DeviceTensor) else value
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` for every tensor, also in lists and tuples; torch.utils._pytree takes most of a test's time."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_map(each, change) for each in value) if type(value) in (list, tuple) else value
+
+
+def _check(name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
     """Refuse a CPU tensor with dimensions beside the device's, and note what the host waits for."""
-    on_cpu = [each for each in leaves if isinstance(each, Tensor) and not isinstance(each, DeviceTensor)]
+    on_cpu = [each for each in tensors if not isinstance(each, DeviceTensor)]
     is_index = name.startswith("index_put") or name in ("index", "_unsafe_index", "_index_put_impl_")
     indices = [each for each in args[1] if isinstance(each, Tensor)] if is_index else []
     allowed = {id(each) for each in indices} if isinstance(args[0], DeviceTensor) else set()  # copied on the way

@@ -185,7 +185,8 @@ def test_training(make_trainer, load, nf4, one_layer_path, tiny_tokenizer, train
     assert evaluation == 1 + 2 * is_live, own(waits)  # for two batches
 
 
-@pytest.mark.parametrize(("kind", "has_labels"), [("nf4", True), ("nf4", False), ("fp4", True), ("Q4_0", True)])
+@pytest.mark.parametrize("has_labels", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "Q4_0"])
 def test_calibrated_codes(load, one_layer_path, training_set, kind, has_labels):
     rows, students = draw_rows(training_set, 8, 0), [load(kind), load(kind)]
     rows = rows if has_labels else rows._replace(labels=None)

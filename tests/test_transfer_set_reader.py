@@ -135,12 +135,12 @@ def test_info(path, transfer_set):
     assert np.isnan(transfer_set[:0].info.mean_entries)
 
 
-def test_open_maps_are_limited(path, monkeypatch):
+def test_open_maps_are_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "MAX_OPEN_MAPS", 2)
-    transfer_set = TransferSet(path)
+    transfer_set = write_set(tmp_path / "set", make_plan(num_prompts=23))
     order = np.random.default_rng(0).permutation(23)
     assert numbers(transfer_set.select(order)) == [numbers(transfer_set)[n] for n in order]
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert len(mapped) == 2
 
 
