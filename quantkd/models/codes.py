@@ -29,11 +29,12 @@ class Moment:
     """A second moment, of a layer's inputs or of the gradients of its outputs, and what choosing codes needs of it."""
 
     def __init__(self, matrix: Tensor, *, damping: float = DAMPING) -> None:
-        if not bool(torch.isfinite(matrix).all()):
+        if not bool(torch.isfinite(matrix.diagonal()).all()):  # no value is above the largest of these
             raise ConfigError("its inputs are not finite.")
         self.matrix = matrix
         self.order = matrix.diagonal().argsort(descending=True)
-        damped = matrix[self.order][:, self.order].flip(0, 1)
+        backward = self.order.flip(0)
+        damped = matrix.index_select(0, backward).index_select(1, backward)
         damped.diagonal().add_(damping * float(matrix.diagonal().mean()) or 1.0)  # for directions that no token took
         # The moment is U U^T with U upper triangular, so an error e costs |U^T e|^2, whose k-th part vanishes where
         # e_k = -sum_j<k U_jk / U_kk e_j: row j says how the error of column j goes to the later ones.
