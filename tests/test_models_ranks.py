@@ -92,6 +92,8 @@ def test_a_resumed_run_keeps_its_ranks(build, tmp_path, monkeypatch):
     resumed = build(**options, resume_from_checkpoint=checkpoint)
     assert ranks_of(resumed.model) == ranks_of(trainer.model)
     resumed.train(resume_from_checkpoint=checkpoint)
+    other = partial(build, adapter_budget=0.9)
+    refused(ConfigError, "had 0.3. Resume with that", other, **options, resume_from_checkpoint=checkpoint)
     refused(
         ConfigError, "have rank_pattern", build(**options, adapter_budget=None).train, resume_from_checkpoint=checkpoint
     )
@@ -105,6 +107,10 @@ def test_rslora_keeps_its_scale():
 @pytest.mark.parametrize(("options", "message"), [
     ({"adapter_budget": 0.001}, "rank 1 in each of"), ({"adapter_budget": -1.0}, "expected a share above 0"),
     ({"adapter_budget": float("nan")}, "expected a share above 0"), ({"init": "loftq"}, "no effect without init"),
+    ({"adapter_budget": True}, "expected a share above 0"), ({"peft_config": LoraConfig(r=8)}, "needs target_modules"),
+    *(({"peft_config": LoraConfig(target_modules="all-linear", **field)}, "adapter_budget decides the ranks")
+      for field in ({"exclude_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 2}})),
+    ({"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"])}, "lm_head is not quantized"),
     ({"peft_config": LoraConfig(use_dora=True, target_modules="all-linear")}, "not plain LoRA"),
 ])  # fmt: skip
 def test_what_has_no_budget_is_refused(build, options, message):

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantkd.errors import ConfigError
@@ -70,12 +70,15 @@ def with_ranks(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
 
 
 def _measure(model: Any, config: LoraConfig, budget: float, weights: OriginalWeights, rows: Rows) -> dict[str, int]:
-    named = {
-        layer: name
-        for name, layer in base_network(model).named_modules()
-        if is_quantized_layer(layer)
-        and (config.target_modules == "all-linear" or check_target_module_exists(config, name))
-    }
+    named, is_all = dict[Any, str](), config.target_modules == "all-linear"
+    for name, layer in base_network(model).named_modules():
+        is_target = is_all or bool(check_target_module_exists(config, name))
+        if is_target and is_quantized_layer(layer):
+            named[layer] = name
+        elif is_target and not is_all and isinstance(layer, nn.Linear | nn.Embedding):
+            raise ConfigError(
+                f"{name} is not quantized, and has no share of the budget. Take it out of target_modules."
+            )
     prices = {name: _BYTES * (layer.in_features + layer.out_features) for layer, name in named.items()}
     size = compute_size(model)
     left = budget * (size.codes + size.constants) - sum(prices.values())

@@ -181,7 +181,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         elif copies_from_pinned_memory(self.device):
             config: Any = self.accelerator_config
             config.non_blocking |= self.dataloader_pin_memory  # or each batch waits for the steps before it
-        if self.adapter_budget is not None and not 0 < self.adapter_budget <= 16:
+        if self.adapter_budget is not None and (self.adapter_budget is True or not 0 < self.adapter_budget <= 16):
             raise ConfigError(
                 f"adapter_budget is {self.adapter_budget}; expected a share above 0 and of at most 16, such as 0.1."
             )

@@ -254,7 +254,17 @@ def _with_budget(
     if what or not isinstance(config, LoraConfig) or config.use_dora:
         what = what or "adapters that are not plain LoRA"
         raise ConfigError(f"adapter_budget does not go with {what}. Leave it out, or change that.")
+    for field in ("exclude_modules", "target_parameters", "layer_replication", "rank_pattern", "alpha_pattern"):
+        if getattr(config, field, None):
+            raise ConfigError(f"adapter_budget decides the ranks of all target_modules; leave {field} or it out.")
+    if not config.target_modules:
+        raise ConfigError("adapter_budget needs target_modules, such as 'all-linear', in the LoraConfig.")
     if (checkpoint := find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))) is not None:
+        before = (Provenance.read(checkpoint).training or {}).get("adapter_budget")
+        if before is not None and before != args.adapter_budget:
+            raise ConfigError(
+                f"adapter_budget is {args.adapter_budget}, and the run of {checkpoint} had {before}. Resume with that."
+            )
         ranks = read_fields(Path(checkpoint, CONFIG), checkpoint).get("rank_pattern")
         if not ranks:
             raise ConfigError(f"The run of {checkpoint} had no adapter_budget. Leave it out to go on from there.")
