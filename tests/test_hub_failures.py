@@ -76,7 +76,7 @@ def schedule(seed: int):
     """Faults for one sequence: each request may meet one, until a budget is spent."""
     rng = np.random.default_rng([seed, 7])
     left, rate = int(rng.integers(1, 14)), rng.uniform(0.05, 0.5)
-    faults = itertools.chain(["hold"] * (seed % 21 == 0), (FAULTS[rng.integers(len(FAULTS))] for _ in range(left)))
+    faults = itertools.chain(["hold"] * (seed % 6 == 0), (FAULTS[rng.integers(len(FAULTS))] for _ in range(left)))
     return lambda number, method, path: next(faults, None) if rng.random() <= rate else None
 
 

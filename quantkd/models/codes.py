@@ -87,8 +87,8 @@ def _feed_back(
     parts, blocks = _PARTS if outputs else 1, -(-weight.shape[1] // _COLUMNS)
     blank = blocks * _COLUMNS - weight.shape[1]
     feedback = nn.functional.pad(inputs.feedback, (0, blank, 0, blank))
-    square = feedback.view(blocks, _COLUMNS, blocks, _COLUMNS)
-    orders, spans, between = [], [], []  # by group of outputs, which do not depend on each other
+    by_block = feedback.view(blocks, _COLUMNS, blocks, _COLUMNS)
+    orders, spans, row_feedback = [], [], []  # by group of outputs, which do not depend on each other
     first = width = 0
     everything = torch.arange(len(weight), device=weight.device)
     for group in outputs or (None,):
@@ -102,7 +102,9 @@ def _feed_back(
             padded = nn.functional.pad(group.feedback, (0, missing, 0, missing)).T
             cuts = [slice(start, start + size) for start in range(0, size * parts, size)]
             both = ((padded[cut, cut], padded[cut, : cut.start]) for cut in cuts)
-            between.append([torch.linalg.solve_triangular(*each, upper=False, unitriangular=True) for each in both])
+            row_feedback.append(
+                [torch.linalg.solve_triangular(*each, upper=False, unitriangular=True) for each in both]
+            )
     rows = torch.cat(orders, dim=1).flatten()
 
     def arrange(values: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def _feed_back(
     for number in range(blocks + parts - 1):
         places = [(number - part, part) for part in range(parts) if 0 <= number - part < blocks]
         for block, part in places:
-            for span, onward in zip(spans, between, strict=False):
+            for span, onward in zip(spans, row_feedback, strict=False):
                 at = block, slice(None), slice(part), span
                 bases[block, :, part, span] += (errors[at] - bases[at] + weight[at]).flatten(1) @ onward[part].T
         taken = ([each[block, :, part] for block, part in places] for each in (bases, scales))
@@ -124,7 +126,7 @@ def _feed_back(
         for place, (block, part) in enumerate(places):
             before, own = slice(block * _COLUMNS), slice(block * _COLUMNS, (block + 1) * _COLUMNS)
             target[:, place] += feedback[before, own].T @ errors[:block, :, part].flatten(0, 1)
-        steps = torch.stack([square[block, :, block] for block, _ in places], dim=2).unsqueeze(3)
+        steps = torch.stack([by_block[block, :, block] for block, _ in places], dim=2).unsqueeze(3)
         columns = zip(base, target, scale, _divisors(scale), code, error, steps, strict=True)
         for done, (column, wanted, constant, by, chosen, left, onward) in enumerate(columns, 1):
             torch.bucketize(wanted / by, edges, out=chosen)

@@ -89,7 +89,7 @@ class ServerClient:
         numbers = {"timeout_seconds": timeout_seconds, "max_retries": max_retries, "backoff_seconds": backoff_seconds}
         for name, value in numbers.items():
             if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{name} is {value!r:.80}; expected a number.")
+                raise ConfigError(f"{name} is {value!r:.80}; expected a number of at least 0.")
         try:
             parts = urlsplit(base_url)
         except ValueError as error:
