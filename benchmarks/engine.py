@@ -20,6 +20,10 @@ made and measured is kept in --cache. The table is Markdown.
 With --speed_rounds the decode speed of four forms is measured in turn, each round anew: `speed` holds the median tokens
 per second of one thread's processor time, as a share of the plain Q4_0 file's. A merged student is an F16 file.
 
+With --agreement_rows the KL of Q4_0, its codes and its adapter is measured on the teacher's answers to as many test
+questions: by `evaluate_fidelity`, by it with the inputs of linear layers rounded as llama.cpp rounds them on a CPU, and
+by `evaluate_served` inside llama.cpp. `agreement` holds the three.
+
 The last line is one JSON object. A `kld_ratio` is an arm's KLD as a share of that of its type's plain file; of the
 arms with an adapter, `q4_0_adapter` and `q4_0_distilled` are those on the codes.
 """
@@ -39,19 +43,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from _cache import keep_figures
 from _llamacpp import CONVERTER, PACKAGES, measure_kld, run_tool, serve, tool
 from _off_grid import leave_grid
 from _sources import add_sources, find_gsm8k, parse
+from peft import PeftModel
 from recovery import capture_sets, complete, set_folder
 from transformers import AutoTokenizer
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, TransferSet, quantize
 from quantkd.data.gsm8k import load_gsm8k, remove_calculator_marks
+from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.files import write_file
 from quantkd.models.gguf_adapters import FILE_NAME, export_gguf_adapter
 from quantkd.models.initialization import initialize_from_rows
 from quantkd.models.student import attach_lora, default_lora_config, load_student
+from quantkd.teacher.model_server import ModelServer
+from quantkd.teacher.served import evaluate_served
 from quantkd.training.config import CALIBRATED_RATE
 
 SPEED_TOKENS = 96
@@ -229,6 +238,33 @@ def count_seconds(model: Path, lora: Path | None, tokens: int) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def round_inputs(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The inputs (..., in) as llama.cpp gives them to the kernels of Q4_0: int8, with a float16 scale for each 32."""
+    blocks = args[0].float().unflatten(-1, (-1, 32))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scales > 0, blocks / scales, 0).round()
+    return ((codes * scales.half().float()).flatten(-2).to(args[0].dtype),)
+
+
+def measure_agreement(model: str, forms: dict[str, Arm], held_out: TransferSet, home: Path) -> dict[str, list[float]]:
+    """KL of each form by our evaluation, by ours with rounded inputs, and by the engine."""
+    found = {}
+    for name, (file, lora) in forms.items():
+        student = load_student(model, gguf_file=str(file), dtype=torch.float32)
+        linear = [layer for layer in student.modules() if isinstance(layer, torch.nn.Linear)]
+        if lora is not None:
+            student = PeftModel.from_pretrained(student, str(lora.parent).removesuffix("-gguf"))
+        own = [evaluate_fidelity(student, held_out, progress=False)]
+        for layer in linear:
+            layer.register_forward_pre_hook(round_inputs)
+        own.append(evaluate_fidelity(student, held_out, progress=False))
+        with serve(file, lora) as url:
+            served = evaluate_served(ModelServer(url), held_out, home / "served", arm=file.parent.name, progress=False)
+        found[name] = [round(each.means["kl"], 5) for each in (*own, served.fidelity)]
+        print(f"{name}: KL {found[name]} here, with rounded inputs, in llama.cpp", flush=True)
+    return found
+
+
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp's own completion."""
     request = urllib.request.Request(
@@ -255,6 +291,7 @@ def main() -> None:
     parser.add_argument("--codes", nargs="*", default=WITH_CODES, help="types with arms of codes")
     parser.add_argument("--adapters", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms of adapters")
     parser.add_argument("--distilled", nargs="*", default=["Q4_0", "Q4_K_M"], help="types with arms that are trained")
+    parser.add_argument("--agreement_rows", type=int, default=0, help="test questions to compare figures on")
     parser.add_argument("--speed_rounds", type=int, default=0, help="of four forms each, for their decode speed")
     args = parse(parser)
     if not (tool("llama-perplexity").is_file() and CONVERTER.is_file()):
@@ -297,11 +334,17 @@ def main() -> None:
         print(f"{name}: {arms[name]['bytes'] / 1e6:.1f} MB, KLD {arms[name]['kld']:.4f}", flush=True)
     arms = {name: arms[name] for name in makers}
     print(f"\n{tabulate(arms)}\n")
-    speed = {}
+    further: dict[str, Any] = {}
+    if args.agreement_rows:
+        place = complete(args, cache=str(home), held_out_rows=args.agreement_rows)
+        capture_sets(place)
+        held_out = TransferSet.open(set_folder(place, "held_out"))
+        forms = {name: makers[name]() for name in ("Q4_0", "Q4_0 codes", "Q4_0 codes + adapter")}
+        further["agreement"] = measure_agreement(args.model, forms, held_out, home)
     if args.speed_rounds:
         names = ("Q4_0", "Q4_0 codes", "Q4_0 codes + distilled", "F16")
-        speed = {"speed": measure_speed({name: makers[name]() for name in names}, args.speed_rounds)}
-    print(json.dumps({**summarize(arms), **speed, "off_grid": args.off_grid, "rank": args.rank, "rows": args.rows}))
+        further["speed"] = measure_speed({name: makers[name]() for name in names}, args.speed_rounds)
+    print(json.dumps({**summarize(arms), **further, "off_grid": args.off_grid, "rank": args.rank, "rows": args.rows}))
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def evaluate_arm(
         what = f"The held-out set of teacher {held_out.info.teacher_name}"
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
     folder = Path(run_dir) / "evaluation"
-    title = printable((title or "").strip() or _TITLES.get(arm, arm).format(format=name_format(model)))
-    new = Arm(arm, title, printable(public_name(model_name)), compute_model_fingerprint(model), compute_size(model))
+    of_model = compute_model_fingerprint(model), compute_size(model)
+    title = (title or "").strip() or _TITLES.get(arm, arm).format(format=name_format(model))
+    new = Arm(arm, printable(title), printable(public_name(model_name)), *of_model)
     result = ask_main(settings.share, lambda: _take_up(new, folder, settings))
     for part in parts:
         for measured in part.measure(model, tokenizer, result, folder, settings):
