@@ -6,13 +6,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from quantkd.errors import ConfigError, DataError, TeacherError
 from quantkd.evaluation.arms import Arm
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.report import build_report
+from quantkd.teacher.logprobs import TopLogprobs
 from quantkd.teacher.model_server import ModelServer
-from quantkd.teacher.served import FLOOR, evaluate_served
+from quantkd.teacher.served import FLOOR, _Listed, evaluate_served
+from quantkd.transfer_set.topk import TopKLogprobs
 from tests.conftest import build_tiny_model, refused
 from tests.fake_openai_server import FakeServer
 from tests.teacher_rows import KINDS, add_noise, dense_logprobs
@@ -75,6 +78,39 @@ def test_what_is_not_listed_is_bounded_from_both_sides(serve, evaluate, student,
     assert high - low <= found.settings["not_listed_mass"] * -np.log(FLOOR)
 
 
+def list_probable(student, width):
+    """What a server lists of (V,) probabilities."""
+    top = np.argsort(-student, kind="stable")[:width]
+    return TopLogprobs(np.array([width]), top, np.log(student[top]))
+
+
+@pytest.mark.parametrize(("stored", "likely", "width"), [
+    ({0: 0.9, 1: 0.001}, {0: 0.9, 1: 0.0999999}, 1),  # all that is not listed is on the stored token
+    ({0: 0.9, 1: 0.03, 2: 0.02}, {0: 0.5, **dict.fromkeys(range(30, 49), 0.02), 1: 0.0599999, 2: 0.0599999}, 20),
+    ({0: 0.5, 1: 0.3, 2: 0.1}, {0: 0.2, 1: 0.7}, 2),
+])  # fmt: skip
+def test_the_bounds_hold_wherever_the_mass_is_that_is_not_listed(stored, likely, width):
+    student = np.full(320, (1 - sum(likely.values())) / (320 - len(likely)))
+    student[list(likely)] = list(likely.values())
+    p, q = np.array(list(stored.values())), student[list(stored)]
+    exact = (p * np.log(p / q)).sum() + (1 - p.sum()) * np.log((1 - p.sum()) / (1 - q.sum()))
+    ids, logs = torch.tensor(list(stored)), torch.tensor(np.log(p), dtype=torch.float32)
+    teacher = TopKLogprobs(torch.tensor([0, len(p)]), ids, logs, torch.zeros(1, 1), (1.0,), 320)
+    listed = _Listed(list_probable(student, width), 1, 320, "server")
+    figures, low, _ = listed.compare(torch.tensor([0]), teacher)
+    assert float(low) - 1e-6 <= exact <= float(figures["kl"]) + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_listed_tokens_count_as_they_are_however_improbable(tiny_tokenizer, evaluate, held_out, kind):
+    sharp = add_noise(build_tiny_model(tiny_tokenizer))
+    sharp.lm_head.weight.data *= 16
+    with FakeServer(sharp, [], max_logprobs=320, kind=kind) as server:
+        found = evaluate(server, top_logprobs=320).fidelity.means
+    expected = evaluate_fidelity(sharp, held_out, progress=False).means
+    assert expected["kl"] > 20 and found["kl"] == pytest.approx(expected["kl"], rel=0.01)
+
+
 def test_llama_cpp_is_asked_for_more_and_goes_on_inside_a_character(serve, evaluate, student, held_out):
     server, rows = serve(kind="llama.cpp"), held_out[:2]
     plain = evaluate(server, rows, top_logprobs=320).fidelity.means
@@ -96,7 +132,19 @@ def cut_prompt(body):
 
 
 def put(body, token, logprob):
-    body["choices"][0]["prompt_logprobs"][-1] = {str(token): {"logprob": logprob}}
+    body["choices"][0]["prompt_logprobs"][-1][str(token)] = {"logprob": logprob}
+    return body
+
+
+def shift(body):
+    body["choices"][0]["prompt_logprobs"].insert(0, None)  # as one that adds a token in front
+    return body
+
+
+def other(body):
+    body["choices"][0]["prompt_logprobs"][1:] = [{"319": {"logprob": -0.01}}] * (
+        len(body["choices"][0]["prompt_logprobs"]) - 1
+    )
     return body
 
 
@@ -113,7 +161,8 @@ def flatten(body):
 
 
 @pytest.mark.parametrize(("kind", "mangle", "message"), [
-    ("vllm", cut_prompt, r"answered row 0 with 0 tokens|log-probabilities of"),
+    *(("vllm", each, r"another shape.*zip\(\) argument 2") for each in (cut_prompt, shift)),
+    ("vllm", other, "prompt_logprobs are those of other tokens"),
     ("vllm", partial(put, token=5, logprob=float("nan")), "row 0 with the log-probability nan"),
     ("vllm", partial(put, token=5, logprob=0.5), r"log-probability 0\.5; expected"),
     ("vllm", partial(put, token=999, logprob=-1.0), "the token id 999, and the vocabulary ends at 320"),

@@ -1,6 +1,7 @@
 """GGUF students: exactly what the file dequantizes to, other codes in the same bytes, and what is no such file."""
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -192,6 +193,39 @@ def test_a_file_by_itself(tmp_path, tiny_model, tiny_tokenizer, tiny_model_path,
     load_student(str(tmp_path / "full"), gguf_file="../scaled.gguf")
 
 
+def change(data, key, code, value):
+    """A file's bytes with another number in its metadata."""
+    changed, key = bytearray(data), text(f"llama.{key}")
+    struct.pack_into("<" + code, changed, changed.index(key) + len(key) + 4, value)
+    return changed
+
+
+@pytest.mark.parametrize(("key", "code", "value", "message"), [
+    *((key, "I", 0, "expected a number above 0") for key in (
+        "attention.head_count_kv", "attention.head_count", "rope.dimension_count", "embedding_length")),
+    *(("rope.freq_base", "f", each, "expected a number above 0") for each in (0, math.nan, math.inf)),
+    ("attention.layer_norm_rms_epsilon", "f", math.nan, "expected a number above 0"),
+    ("attention.head_count", "I", 3, "cannot read the config|has the shape"),
+    ("block_count", "I", 3, "block_count is 3, and there are tensors of 2 blocks"), ("block_count", "I", 0, "is 0"),
+])  # fmt: skip
+def test_impossible_metadata_of_a_file_by_itself_is_refused(tiny_model, tmp_path, key, code, value, message):
+    path = write_gguf(tiny_model, tmp_path / "odd.gguf")
+    path.write_bytes(change(path.read_bytes(), key, code, value))
+    refused(ConfigError, message, load_student, str(path))
+
+
+def test_a_file_by_itself_is_bounded_before_it_is_built(tmp_path):
+    many = text("llama.block_count") + number(4, "I") + number(2000, "I")
+    layers = b"".join(text(f"blk.{place}.t") + number(1, "I") + number(1) + number(0, "I") + number(place * 32)
+                      for place in range(2000))  # fmt: skip
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(header(2000, 2) + ARCHITECTURE + many + layers + bytes(2000 * 32 + 32))
+    refused(ConfigError, "block_count is 2000", load_student, str(path))
+    items = text("tokenizer.ggml.scores") + number(9, "I") + number(6, "I") + number(2**17) + bytes(2**19)
+    path.write_bytes(header(1, 2) + ARCHITECTURE + items + TENSOR + number(0) + bytes(500))
+    refused(ConfigError, "scores has 131,072 items for 0 tokens", load_student, str(path))
+
+
 def test_quantize_writes_the_same_file_with_other_codes(
     q4_0, tiny_model_path, training_set, held_out, tmp_path, cli, make_trainer
 ):
@@ -278,7 +312,7 @@ HOSTILE = {
     "a long key": (header() + number(LARGE), "a text of"),
     "a long text": (header() + text("a") + number(8, "I") + number(LARGE) + b"x", "a text of"),
     "an array of many numbers": (header() + text("a") + number(9, "I") + number(4, "I") + number(LARGE), "items"),
-    "an array of many texts": (header() + text("a") + number(9, "I") + number(8, "I") + number(2**22), "within its"),
+    "an array of many texts": (header() + text("a") + number(9, "I") + number(8, "I") + number(2**20), "within its"),
     "an array of arrays": (header() + text("a") + number(9, "I") + number(9, "I") + number(2), "an array of type 9"),
     "an unknown type": (header() + text("a") + number(77, "I"), "metadata of type 77"),
     "a key that is no text": (header() + number(1) + b"\xff" + number(4, "I"), "not UTF-8"),

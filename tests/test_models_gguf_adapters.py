@@ -130,7 +130,7 @@ def test_the_metadata_and_the_command(bases, tmp_path, cli, held_out):
     cli.fails("quantkd evaluate --engine server", *words, tmp_path / "b", "--held_out", held_out.sources[0].path)
 
 
-def test_an_adapter_for_another_file_or_other_tensors_is_refused(bases, tmp_path):
+def test_an_adapter_for_another_file_or_other_tensors_is_refused(bases, tmp_path, caplog):
     folder, model = bases["Llama"]
     files = (write_gguf(model, tmp_path / f"{kind}.gguf", kind) for kind in ("Q4_0", "Q5_0"))
     own, other = (load_student(str(folder), gguf_file=str(file)) for file in files)
@@ -141,6 +141,13 @@ def test_an_adapter_for_another_file_or_other_tensors_is_refused(bases, tmp_path
     said, where = "base model has quantized weights of digest .* expected for", (tmp_path / "adapter", tmp_path / "out")
     refused(DataError, said, export_gguf_adapter, *map(str, where), base=other)
     export_gguf_adapter(*map(str, where), base=own)
+    for format, said in (({"quant_method": "bitsandbytes", "load_in_4bit": True}, "trained on a base .* bitsandbytes"),
+                         ({"quant_method": "gptq", "bits": 4}, "trained on a base model in gptq")):  # fmt: skip
+        Provenance(quantization=format).write(tmp_path / "adapter")
+        refused(DataError, said, export_gguf_adapter, str(where[0]), tmp_path / "no", base=str(folder))
+    Provenance(quantization={"quant_method": "gguf"}).write(tmp_path / "adapter")
+    export_gguf_adapter(str(where[0]), tmp_path / "unchecked", base=str(folder))
+    assert "llama.cpp does not check it" in caplog.text
     adapter, where = tmp_path / "other", (str(tmp_path / "other"), tmp_path / "new")
     save_adapter(model, adapter)
     file, weights = adapter / "adapter_model.safetensors", load_file(adapter / "adapter_model.safetensors")
@@ -167,6 +174,15 @@ def test_an_adapter_for_another_file_or_other_tensors_is_refused(bases, tmp_path
     refused(DataError, said, export_gguf_adapter, *where, base=str(folder))
 
 
+def test_a_head_of_its_own_takes_an_adapter(bases, tmp_path):
+    folder, model = bases["Llama"]
+    save_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    assert any(".base_layer." in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    out = export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
+    names = {each.rsplit(".", 1)[0] for each in read(out / FILE_NAME)[1]}
+    assert names == {"blk.0.attn_q.weight", "blk.1.attn_q.weight", "output.weight"}
+
+
 @pytest.mark.parametrize(("config", "message"), [
     ({"use_dora": True}, "has use_dora; a GGUF adapter holds plain LoRA"),
     ({"modules_to_save": ["norm"]}, "has modules_to_save"), ({"bias": "all"}, "has bias=all"),
@@ -181,7 +197,7 @@ def test_other_adapters_are_refused_by_name(bases, tmp_path, config, message):
 
 
 @pytest.mark.parametrize(("config", "said"), [
-    ({"r": 4}, "vLLM: --enable-lora --lora-modules NAME=out"), ({"r": 17}, "--max-lora-rank 32"),
+    ({"r": 4}, "vLLM: --enable-lora --lora-modules NAME=/"), ({"r": 17}, "--max-lora-rank 32"),
     ({"r": 300}, "--max-lora-rank 320"), ({"r": 513}, "does not serve this adapter as it is (rank 513"),
     ({"use_dora": True}, "(use_dora)"), ({"modules_to_save": ["norm"]}, "(modules_to_save)"),
     ({"alpha_pattern": {"q_proj": 3}}, "(alpha_pattern)"), ({"bias": "all"}, "(bias)"),
@@ -192,3 +208,7 @@ def test_the_adapter_form_says_what_vllm_needs(bases, tmp_path, cli, tiny_tokeni
     tiny_tokenizer.save_pretrained(tmp_path / "adapter")
     words = ["--form", "adapter", "--model_name_or_path", folder, "--adapter", tmp_path / "adapter"]
     assert said in cli.ok("export", *words, "--output_dir", tmp_path / "out")
+    if config == {"r": 4}:
+        Provenance(quantization={"quant_method": "gguf"}).write(tmp_path / "adapter")
+        assert "It is for a GGUF file" in cli.ok("export", *words, "--output_dir", tmp_path / "gguf")
+        cli.fails("gguf_file", "export", *words, "--gguf_file", "m.gguf", "--output_dir", tmp_path / "no")

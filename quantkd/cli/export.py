@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     is_file = names_gguf(student.model_name_or_path, student.gguf_file)
     if (args.form == "adapter" and not args.held_out) or (args.form == "gguf_adapter" and not is_file):
         of_repository = " model_revision trust_remote_code" * (args.form == "gguf_adapter")
-        student.refuse(f"dtype attn_implementation {FORMAT}{of_repository}")  # no student is loaded
+        student.refuse(f"dtype attn_implementation gguf_file {FORMAT}{of_repository}")  # no student is loaded
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
     if args.form == "gguf_adapter":
@@ -124,11 +124,14 @@ def _describe(form: str, path: Path) -> None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     say(f"{path}: {form}, {format_bytes(size)}.")
     if form == "adapter":
-        say(_advise_vllm(read_fields(path / CONFIG, str(path)), path.name))
+        method = (Provenance.read(path).quantization or {}).get("quant_method")
+        say(_advise_vllm(read_fields(path / CONFIG, str(path)), str(path), method))
 
 
-def _advise_vllm(fields: dict[str, Any], name: str) -> str:
+def _advise_vllm(fields: dict[str, Any], path: str, method: str | None) -> str:
     """Why vLLM does not serve an adapter, or what it must be started with (vLLM's `LoRAConfig` and `PEFTHelper`)."""
+    if method == "gguf":
+        return "It is for a GGUF file: --form gguf_adapter writes it for llama.cpp. vLLM does not serve it."
     # It reads one rank and one alpha, and multiplies every layer by their quotient.
     unknown = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "rank_pattern", "alpha_pattern")
     refused = [field for field in unknown if fields.get(field)]
@@ -141,7 +144,8 @@ def _advise_vllm(fields: dict[str, Any], name: str) -> str:
         return f"vLLM does not serve this adapter as it is ({', '.join(refused)}); --form merged does without."
     least = next(each for each in _VLLM_RANKS if each >= rank)
     option = f" --max-lora-rank {least}" if least > 16 else ""  # its default
-    return f"vLLM: --enable-lora{option} --lora-modules NAME={name}"
+    plugin = " (the base model in bitsandbytes needs vllm-bnb-plugin)" if method == "bitsandbytes" else ""
+    return f"vLLM: --enable-lora{option} --lora-modules NAME={path}{plugin}"
 
 
 def _check(args: ExportArguments) -> None:

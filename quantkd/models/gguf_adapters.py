@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from quantkd.errors import ConfigError, DataError
+from quantkd.errors import ConfigError, DataError, printable
 from quantkd.files import new_folder
 from quantkd.models.adapter_files import check_files, read_plain_lora, warn_of_another_base
 from quantkd.models.export import check_output_dir
@@ -67,8 +67,8 @@ def export_gguf_adapter(
 
     Raises:
         ConfigError: the folder is not empty, an unknown `outtype`, or an architecture that is not known here.
-        DataError: not plain LoRA on linear layers (DoRA, `modules_to_save`, biases), not one of this base model, or a
-            loaded base with other quantized weights.
+        DataError: not plain LoRA on linear layers (DoRA, `modules_to_save`, biases), not one of this base model,
+            trained on a base in another format than GGUF, or a loaded base with other quantized weights.
     """
     path = check_output_dir(output_dir)
     if outtype not in OUTTYPES:
@@ -77,7 +77,19 @@ def export_gguf_adapter(
     check_files(adapter, lambda name: (source / name).is_file())
     config, weights, named = read_plain_lora(source, adapter)
     facts = Provenance.read(adapter)
+    trained_on = (facts.quantization or {}).get("quant_method")
+    if trained_on not in (None, "gguf"):
+        raise DataError(
+            f"The adapter {adapter} was trained on a base model in {trained_on} "
+            f"({printable(str(facts.quantization)):.200}) and corrects the errors of exactly those weights; on a GGUF "
+            "file it makes the model worse. Train one with --gguf_file FILE, or use --form merged and convert that."
+        )
     if isinstance(base, str):
+        if trained_on is not None:
+            logger.warning(
+                "The adapter %s is right for the GGUF file that it was trained on alone. Name that file (--gguf_file) "
+                "to have it checked; llama.cpp does not check it.", adapter,
+            )  # fmt: skip
         with naming(base):
             base_config = AutoConfig.from_pretrained(base)
         base_name = public_name(base)
@@ -171,6 +183,8 @@ def _read_layers(config: LoraConfig, weights: dict[str, Tensor], base_config: An
                 f"{'no linear layer' if shape is None else f'one of {shape[0]} x {shape[1]}'}. Name the base model "
                 "that it was trained on."
             )
+        if module in head:  # which PEFT saves with its adapter, as it is in the base model
+            found.pop(f"{module}.base_layer.weight", None)
         name = f"{names[module]}.weight"
         order = order_rows(base_config, name, len(b))
         alphas: Any = config.alpha_pattern or {}

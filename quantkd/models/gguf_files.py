@@ -23,7 +23,7 @@ from quantkd.models.network import base_network
 
 _MAX_TENSORS, _MAX_FIELDS, _MAX_DIMENSIONS = 2**16, 2**14, 4
 _MAX_TEXT = 2**24  # bytes of one text
-_MAX_ITEMS = 2**22  # of all arrays together: a vocabulary of 262,144 tokens has four arrays with an item for each
+_MAX_ITEMS = 2**21  # of all arrays together: for a vocabulary of 262,144 tokens 1.3 million, merges included
 _ALIGNMENT = 32
 # GGUF's types of values that have a fixed size, as `struct` names them; 8 is a text and 9 an array.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -84,6 +84,7 @@ class GgufFile:
     path: Path
     architecture: str
     metadata: dict[str, Any]  # numbers and texts; of an array its length
+    arrays: set[str]  # which of them are arrays
     tensors: dict[str, GgufTensor]
     data: NDArray[np.uint8] = field(repr=False)  # all bytes; what is written into them stays in this process
 
@@ -126,7 +127,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     if type(blocks) is not int or not 0 <= blocks <= count:
         raise header.broken(f"states {blocks!r:.40} layers and {count} tensors; expected more tensors than layers")
     tensors = header.read_tensors(count, metadata.get("general.alignment", _ALIGNMENT))
-    return GgufFile(path, architecture, metadata, tensors, data)
+    return GgufFile(path, architecture, metadata, header.arrays, tensors, data)
 
 
 class _Header:
@@ -135,6 +136,7 @@ class _Header:
     def __init__(self, data: NDArray[np.uint8], path: Path) -> None:
         self._file, self._data, self._path = data, data.data, path
         self._place = self._items = 0
+        self.arrays = set[str]()
 
     def broken(self, what: str) -> ConfigError:
         """An error that names the file."""
@@ -157,7 +159,9 @@ class _Header:
         for _ in range(fields):
             if (key := self._text()) in metadata:
                 raise self.broken(f"has {key[:80]!r} twice in its metadata; expected each key once")
-            metadata[key] = self._value(self._number("I"))
+            metadata[key] = self._value(kind := self._number("I"))
+            if kind == _ARRAY:
+                self.arrays.add(key)
         return tensors, metadata
 
     def read_tensors(self, count: int, alignment: Any) -> dict[str, GgufTensor]:

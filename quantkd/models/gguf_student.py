@@ -6,6 +6,7 @@ transformers keeps a GGUF file packed for inference only. What is trained agains
 from __future__ import annotations
 
 import logging
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,13 @@ from quantkd.models.gguf_files import (
 from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights, read_original
 from quantkd.names import HUB_ARGUMENTS, find_file, hub_arguments, load_tokenizer, naming
+
+_POSITIVE = (
+    ".embedding_length", ".feed_forward_length", ".head_count", ".head_count_kv", ".rope.dimension_count",
+    ".rope.freq_base", ".key_length", ".value_length", "_epsilon", ".context_length",
+)  # fmt: skip
+_MAX_BLOCKS = 1024
+_FEW_ITEMS, _ITEMS_A_TOKEN = 2**16, 4  # of an array that stands alone, and beside the embeddings of its tokens
 
 logger = logging.getLogger(__name__)  # says how much memory a file takes; the command line prints it
 
@@ -113,8 +121,11 @@ def _read_config(checkpoint: str | None, file: GgufFile, options: dict[str, Any]
         scaled = [key for key in held if ".rope.scaling." in key or key in COMPUTED_TENSORS]
         if scaled:  # transformers would leave it out, and every answer be another one
             raise ConfigError(_unread(file, "config", ValueError(f"it scales positions, {scaled[0]}")))
+        _check_alone(file)
         try:
             config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+            with torch.device("meta"):  # which some numbers in a config only fail at
+                AutoModelForCausalLM.from_config(config)
         except Exception as error:
             raise ConfigError(_unread(file, "config", error)) from error
         logger.warning(
@@ -130,6 +141,27 @@ def _read_config(checkpoint: str | None, file: GgufFile, options: dict[str, Any]
     for each in (config, config.get_text_config()):
         each.tie_word_embeddings = "output.weight" not in file.tensors  # llama.cpp knows it by that alone
     return config
+
+
+def _check_alone(file: GgufFile) -> None:
+    """Refuse metadata that a model of this file cannot have, before anything is built from it."""
+    rows = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
+    blocks = file.metadata.get(f"{file.architecture}.block_count")
+    found = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    wrong = [
+        f"{name} has {file.metadata[name]:,} items for {rows:,} tokens"
+        for name in file.arrays
+        if file.metadata[name] > max(_FEW_ITEMS, _ITEMS_A_TOKEN * rows)
+    ]
+    wrong += [
+        f"{name} is {value!r:.80}; expected a number above 0"
+        for name, value in file.metadata.items()
+        if name.endswith(_POSITIVE) and not (type(value) in (int, float) and 0 < value < math.inf)
+    ]
+    if type(blocks) is not int or not 0 < blocks <= _MAX_BLOCKS or found != set(map(str, range(blocks))):
+        wrong.append(f"block_count is {blocks!r:.80}, and there are tensors of {len(found):,} blocks")
+    if wrong:
+        raise ConfigError(f"{file.path.name}: {wrong[0]}. It is broken; get it anew.")
 
 
 def _match(file: GgufFile, outline: Any) -> dict[str, GgufTensor]:

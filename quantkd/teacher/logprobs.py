@@ -13,7 +13,7 @@ from quantkd.transfer_set import TransferRow
 from quantkd.transfer_set.rules import Nucleus, Sampled, StorageRule, TopK, keep_entries, max_entries
 
 # What vLLM's server writes for a probability of 0, for JSON has no infinity.
-_ZERO_PROBABILITY = -9999.0
+ZERO_PROBABILITY = -9999.0
 _ROUNDING = 1e-3  # nats above 0 that a float16 teacher reaches, and between two that are one
 
 
@@ -126,7 +126,7 @@ class RowBuilder:
             raise _out_of_vocabulary(where, token, head_size)
         owners, ids, logprobs = candidates.rank(targets, head_size, where)
         counts = np.bincount(owners, minlength=targets)
-        keep = keep_entries(logprobs, counts, self.rule) & (logprobs > _ZERO_PROBABILITY) & (ids < self.vocab_size)
+        keep = keep_entries(logprobs, counts, self.rule) & (logprobs > ZERO_PROBABILITY) & (ids < self.vocab_size)
         complete = counts >= self.width
         if isinstance(self.rule, Nucleus):
             complete |= np.bincount(owners, weights=np.exp(logprobs), minlength=targets) >= self.rule.p

@@ -2,13 +2,15 @@
 
 A server lists the most probable tokens alone. Of a stored token that it does not list, the student's probability is at
 most the least listed one, and at most the mass that is not listed; so the KL has bounds. The figures are those of the
-upper bound, which takes such a token at `FLOOR`, so that a short list flatters no student.
+upper bound, which takes each such token at `FLOOR`, and the tail at what is left if all of them are as probable as they
+may be, so that a short list flatters no student.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,14 +28,16 @@ from quantkd.evaluation.stats import Floats
 from quantkd.loss.reference import compute_divergence
 from quantkd.models.size import ModelSize
 from quantkd.names import __version__, public_name
-from quantkd.teacher.logprobs import TopLogprobs
+from quantkd.teacher.logprobs import ZERO_PROBABILITY, TopLogprobs
 from quantkd.teacher.model_server import ModelServer
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
 from quantkd.transfer_set.compatibility import check_student
 from quantkd.transfer_set.documents import is_whole
 from quantkd.transfer_set.topk import TopKLogprobs
 
-FLOOR = 2.0**-30  # probability of a stored token that the server does not list, in the upper bound
+logger = logging.getLogger(__name__)
+
+FLOOR = 2.0**-30  # probability of what the server does not list, in the upper bound: below it nothing is known
 _EXCESS = 1e-3  # by which a list may sum to more than 1
 TOP_LOGPROBS = 128
 
@@ -79,7 +83,13 @@ def evaluate_served(
     if not (is_whole(top_logprobs, 1, 2**31) and is_whole(concurrency, 1, 2**31)):
         asked = f"{top_logprobs!r:.80} and {concurrency!r:.80}"
         raise ConfigError(f"top_logprobs and concurrency are {asked}; expected whole numbers of at least 1.")
-    check_student(held_out, server.vocab_size or held_out.info.vocab_size, server.max_context)
+    known = held_out.info.vocab_size
+    check_student(held_out, server.vocab_size or known, server.max_context)
+    if (server.vocab_size or known) > known:
+        logger.warning(
+            "%s has %d tokens, the transfer set %d. That is right for a head that is padded; a model with another "
+            "tokenizer would be compared token id by token id all the same.", server.where, server.vocab_size, known,
+        )  # fmt: skip
 
     def measure(index: int, row: dict[str, Any]) -> tuple[dict[str, Floats], Floats]:
         return _measure_row(server, row, top_logprobs, f"{server.where} answered row {index} with")
@@ -137,35 +147,39 @@ class _Listed:
         keys, ends = owners * vocab_size + ids, np.cumsum(counts)
         self._vocab_size, order = vocab_size, np.argsort(keys)
         self._keys, self._logprobs = torch.from_numpy(keys[order]), torch.from_numpy(logprobs[order])
-        self._masses = torch.from_numpy(masses)
-        self._rest = torch.from_numpy(np.where(counts < vocab_size, np.maximum(1 - masses, 0), 0))
+        self._owners = self._keys // vocab_size
+        is_whole = counts == vocab_size
+        self._rest = torch.from_numpy(np.where(is_whole, 0, np.maximum(1 - masses, 0)))
+        self._floor = torch.from_numpy(np.where(is_whole, np.finfo(np.float64).tiny, FLOOR))
         self._least, self._top = (torch.from_numpy(logprobs[at]).exp() for at in (ends - 1, ends - counts))
         self._top_ids = torch.from_numpy(ids[ends - counts])
 
-    def find(self, positions: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(E,) log-probabilities of tokens, and whether they are listed; others are at the floor."""
+    def find(self, positions: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(E,) log-probabilities of tokens, whether they are listed, and where; others are at the floor."""
         keys = positions * self._vocab_size + ids
         places = torch.searchsorted(self._keys, keys).clamp_max(len(self._keys) - 1)
-        is_listed = self._keys[places] == keys
-        return torch.where(is_listed, self._logprobs[places], -math.inf).clamp_min(math.log(FLOOR)), is_listed
+        is_listed = (self._keys[places] == keys) & (self._logprobs[places] > ZERO_PROBABILITY)
+        return torch.where(is_listed, self._logprobs[places], math.log(FLOOR)), is_listed, places
 
     def compare(self, targets: Tensor, teacher: TopKLogprobs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Every figure at N target positions; the lower bound of the KL (N,); which entries (E,) are not listed."""
         owners, count = teacher.positions, len(teacher)
         log_p, p_tail = (part.double() for part in teacher.at_temperature(1.0))
-        log_q, is_listed = self.find(owners, teacher.token_ids)
+        log_q, is_listed, places = self.find(owners, teacher.token_ids)
         missing = ~is_listed
 
         def total(values: Tensor, of: Tensor) -> Tensor:
             return values.new_zeros(count).index_add_(0, owners[of], values[of])
 
         p = log_p.exp()
-        left = (self._masses - total(log_q.exp(), is_listed) + self._rest).clamp_min(FLOOR)  # of all other tokens
-        q_tail = (left - FLOOR * total(torch.ones_like(p), missing)).clamp_min(FLOOR)
+        others = self._logprobs.exp().index_fill(0, places[is_listed], 0)
+        left = (self._rest.index_add(0, self._owners, others)).clamp_min(self._floor)  # of all other tokens
+        # The most that a missing token may have.
+        cap = torch.minimum(self._least, self._rest).clamp_min(FLOOR)[owners]
+        q_tail = torch.maximum(left - total(cap, missing), self._floor)
         classes = log_p, p_tail, log_q, q_tail.log(), owners
         kl = compute_divergence(*classes, "forward_kl")
         # Two bounds from below: the missing ones and the tail as one class; each missing one as probable as it may be.
-        cap = torch.minimum(self._least, self._rest).clamp_min(FLOOR)[owners]
         merged = total(p, missing) + p_tail
         together = torch.xlogy(merged, merged / left)
         apart = total(p * (log_p - cap.log()), missing) + torch.xlogy(p_tail, p_tail / left)

@@ -95,7 +95,11 @@ class VLLM(Dialect):
         tokens = [self._id(token) for token in logprobs["tokens"]]
         pairs = [[(self._id(token), value) for token, value in target.items()] for target in logprobs["top_logprobs"]]
         if completion.score_from is not None:
-            scored = choice["prompt_logprobs"]
+            scored, prompt = choice["prompt_logprobs"], completion.prompt_ids
+            # The prompt's own token is listed wherever anything is, whatever its rank.
+            own = [not target or str(id_) in target for id_, target in zip(prompt, scored, strict=True)]
+            if not all(own):
+                raise ValueError("prompt_logprobs are those of other tokens than the prompt's")
             pairs = [[(_id(id_), each["logprob"]) for id_, each in (target or {}).items()] for target in scored] + pairs
         reason = "length" if choice["finish_reason"] == "length" else "stop"
         return Answer(tokens, list(range(len(tokens))), TopLogprobs.from_pairs(pairs), reason)
