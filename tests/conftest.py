@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from dataclasses import replace
 from datetime import date, datetime
 from functools import partial
@@ -46,6 +47,7 @@ LONGEST = [
     "report", "training_trainer", "distributed", "hub_failures", "transfer_set_hostile", "cli_train", "view_browser",
     "teacher_capture", "models_quantize", "models_export", "transfer_set_processes", "models_scales", "loss_memory",
 ]  # fmt: skip
+FROZEN = {"modules": 0}
 
 
 def pytest_addoption(parser):
@@ -61,10 +63,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
+def pytest_collectstart():
+    gc.disable()  # imports leave little garbage, and many objects to search
+
+
 def pytest_collection_finish():
-    """What the tests import lives as long as they do: collections of garbage need not search it."""
-    gc.collect()
-    gc.freeze()
+    pytest_runtest_logfinish()
+    gc.enable()
+
+
+def pytest_runtest_logfinish():
+    """What tests import lives as long as they do: collections of garbage need not search it."""
+    if len(sys.modules) >= FROZEN["modules"] + 50:
+        FROZEN["modules"] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def build_tiny_tokenizer():
