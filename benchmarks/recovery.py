@@ -64,9 +64,10 @@ from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.evaluation.stats import RowSums, bootstrap_interval, compute_gap_recovered
 from quantkd.hardware import default_device, native_compute_dtype
 from quantkd.models.adapter_files import round_adapter
+from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import ROWS, quantize_once
 from quantkd.models.scales import attach_scales, folded_scales, group_by_scale, save_base, scale_parameters
-from quantkd.models.stored_weights import compute_size
+from quantkd.models.stored_weights import compute_size, describe_weights
 from quantkd.models.student import attach_lora, default_lora_config, load_student, short_dtype
 from quantkd.teacher import load_teacher
 from quantkd.training.config import CALIBRATED_RATE, LEARNING_RATES
@@ -175,6 +176,14 @@ def choose_rate(args: argparse.Namespace, name: str) -> float:
     return defaults.get(name, float(args.learning_rate))
 
 
+def load_base(base: str, start: Path | None) -> Any:
+    """The student without its adapter, which must be the one that a start was made for."""
+    student = load_student(base)
+    if start is not None:
+        Provenance.read(start).check_weights(student, str(start))
+    return student
+
+
 def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | None) -> Trainer:
     """This library's trainer: the whole loss soft, or for the control all of it hard."""
     corrected = {"init": "zero"} if name == "nearest_zero" else {"init_from": args.model}
@@ -183,7 +192,7 @@ def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | 
         calibrate=False, train_scales=True, scales_learning_rate=args.scales_learning_rate,
         seed=int(name.partition("-")[2] or 0),
     )  # fmt: skip
-    student = load_student(base)
+    student = load_base(base, start)
     return QuantizedDistillationTrainer(
         student if start is None else PeftModel.from_pretrained(student, start, is_trainable=True), arguments,
         train_dataset=open_train(args), processing_class=AutoTokenizer.from_pretrained(base),
@@ -196,7 +205,7 @@ def build_gkd(name: str, args: argparse.Namespace, base: str, start: Path | None
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     torch.manual_seed(0)
-    model = attach_lora(load_student(base), default_lora_config(args.rank))
+    model = attach_lora(load_base(base, start), default_lora_config(args.rank))
     if start is not None:
         model.load_adapter(str(start), "default", is_trainable=True)
     attach_scales(model)
@@ -258,6 +267,7 @@ def run_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
         del trainer
     model.save_pretrained(folder)
     round_adapter(folder, short_dtype(model))
+    Provenance(weights=describe_weights(model)).write(folder)
     del model
     return seconds | measure(PeftModel.from_pretrained(load_student(base), folder), args)
 

@@ -177,8 +177,8 @@ class _Listed:
         # The most that a missing token may have.
         cap = torch.minimum(self._least, self._rest).clamp_min(FLOOR)[owners]
         q_tail = torch.maximum(left - total(cap, missing), self._floor)
-        classes = log_p, p_tail, log_q, q_tail.log(), owners
-        kl = compute_divergence(*classes, "forward_kl")
+        q_rest = torch.maximum(left - FLOOR * total(torch.ones_like(p), missing), self._floor)
+        kl = compute_divergence(log_p, p_tail, log_q, q_tail.log(), owners, "forward_kl")
         # Two bounds from below: the missing ones and the tail as one class; each missing one as probable as it may be.
         merged = total(p, missing) + p_tail
         together = torch.xlogy(merged, merged / left)
@@ -189,7 +189,7 @@ class _Listed:
             "confidence": self._top,
             "correct": self._top_ids == targets,
             "kl": kl,
-            "reverse_kl": compute_divergence(*classes, "reverse_kl"),
+            "reverse_kl": compute_divergence(log_p, p_tail, log_q, q_rest.log(), owners, "reverse_kl"),
             "entropy": -torch.xlogy(p_tail, p_tail).index_add(0, owners, p * log_p),
             "agree": self._top_ids == teacher.top_ids,
         }
