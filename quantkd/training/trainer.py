@@ -51,7 +51,7 @@ from quantkd.training.curves import TrainingCurves
 from quantkd.training.order import order_for_evaluation, order_for_training
 from quantkd.training.preparation import check_evaluation, check_rows, prepare_student, take_one_gpu
 from quantkd.transfer_set import TransferSet
-from quantkd.transfer_set.batch import DistillationCollator
+from quantkd.transfer_set.batch import DistillationCollator, find_targets
 from quantkd.transfer_set.compatibility import check_transfer_set
 from quantkd.transfer_set.topk import TopKLogprobs
 
@@ -183,9 +183,9 @@ class QuantizedDistillationTrainer(Trainer):
         Returns:
             The scalar loss in nats, or `(loss, outputs)`.
         """
-        inputs = self._trusted(inputs)
+        inputs = self._with_targets(inputs)
         with self._run(model, inputs) as (states, teacher, outputs):
-            found = states.at_targets(inputs["labels"], inputs.get("targets"))
+            found = states.at_targets(inputs["labels"], inputs["targets"])
             loss, terms = compute_fused_loss(*found, teacher, self.args.objective(), inputs.get("weights"))
         if num_items_in_batch is None:
             scale: Tensor | float = 1.0 / max(len(teacher), 1)
@@ -229,12 +229,12 @@ class QuantizedDistillationTrainer(Trainer):
             with run_model(unwrapped, inputs, fused=bool(self.uses_fused_loss), forward=model) as (states, outputs):
                 yield states, teacher, outputs
 
-    def _trusted(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch, without `targets` where labels may have been changed or cut since they were collated."""
-        # Entries cannot be cut, and without them nothing would show it. To find targets anew waits for the device.
+    def _with_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its `targets`: the collator's, unless labels may have been changed or cut since then."""
+        # Entries cannot be cut, and without them nothing would show it. To find targets waits for the device.
         if "teacher" in inputs and type(self.data_collator) is DistillationCollator:
             return inputs
-        return {key: value for key, value in inputs.items() if key != "targets"}
+        return {**inputs, "targets": find_targets(inputs["labels"])}
 
     def _try_fused_loss(self, unwrapped: Any, forward: Any) -> None:
         reason = why_not_fusable(unwrapped, forward)
@@ -317,10 +317,10 @@ class QuantizedDistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One evaluation batch: its loss, logits and labels; sums per row are kept for the metrics of the epoch."""
-        inputs = self._trusted(self._prepare_inputs(inputs))
+        inputs = self._with_targets(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             with self._run(model, inputs) as (states, teacher, _):
-                found = inputs["labels"], teacher, self.args.objective(), inputs.get("targets")
+                found = inputs["labels"], teacher, self.args.objective(), inputs["targets"]
                 rows = compute_row_metrics(states, *found)
                 logits = None if prediction_loss_only else states.logits()
             # By row, so that rows that fill up the last batch of the processes are not counted twice.
