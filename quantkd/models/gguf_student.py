@@ -67,8 +67,13 @@ def load_gguf(name_or_path: str, file: GgufFile, dtype: torch.dtype, **model_ini
     trusted = {"trust_remote_code": options.pop("trust_remote_code", False)}
     checkpoint = _is_checkpoint(name_or_path, file, model_init_kwargs)
     config = _read_config(name_or_path if checkpoint else None, file, {**hub_arguments(model_init_kwargs), **trusted})
-    with torch.device("meta"):
-        outline: Any = AutoModelForCausalLM.from_config(config, **trusted)
+    try:
+        with torch.device("meta"):
+            outline: Any = AutoModelForCausalLM.from_config(config, **trusted)
+    except Exception as error:
+        if checkpoint:
+            raise
+        raise ConfigError(_unread(file, "config", error)) from error  # of numbers that do not go together
     tensors = _match(file, outline)
     count = sum(tensor.size for tensor in tensors.values())
     logger.info(
@@ -124,8 +129,6 @@ def _read_config(checkpoint: str | None, file: GgufFile, options: dict[str, Any]
         _check_alone(file)
         try:
             config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-            with torch.device("meta"):  # which some numbers in a config only fail at
-                AutoModelForCausalLM.from_config(config)
         except Exception as error:
             raise ConfigError(_unread(file, "config", error)) from error
         logger.warning(
