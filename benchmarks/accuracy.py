@@ -3,15 +3,17 @@
 1. A small model is fine-tuned whole, by an ordinary `transformers.Trainer`, on built-in word problems until it solves
    most unseen ones: that is the teacher.
 2. It is quantized to 4 bits, with bitsandbytes' FP4 or NF4 (--quantization): `before`.
-3. It answers other problems. From these the codes are chosen anew (`codes`), and an adapter on them is trained from the
-   stored distributions (`after`).
+3. It answers other problems. From these the codes are chosen anew (`codes`), and an adapter on them begins where it
+   corrects most of their error (`start`). From there it is trained from the stored distributions (`after`), and in as
+   many steps on the same answers by cross-entropy alone (`control`).
 4. All solve the same test problems, greedily; the last number must stand after `####`.
 
 The three sets of problems share no question. The figures: `teacher`, `before`, `codes` and `after` are shares of test
 problems solved; `bits_per_weight` counts codes, constants and adapters of the linear layers; `p_value` is McNemar's
 exact test of teacher against before; `accuracy_gap_recovered` is (after - before) / (teacher - before), with a paired
 bootstrap interval over problems, and `codes.accuracy_gap_recovered` the same of the codes. `answer_agreement` is the
-share of answers that end in the teacher's own number, right or wrong.
+share of answers that end in the teacher's own number, right or wrong, and `agreement.only_after_vs_*` counts the
+problems on which only `after` agrees with the teacher, and only the other arm.
 
     python benchmarks/accuracy.py --cache runs/accuracy
 
@@ -46,6 +48,7 @@ from quantkd import (
     QuantizedDistillationConfig,
     QuantizedDistillationTrainer,
     RunSettings,
+    TransferSet,
     capture,
 )
 from quantkd.data.arithmetic import generate_problems
@@ -112,12 +115,10 @@ def quantization_config(args: argparse.Namespace) -> BitsAndBytesConfig:
     )  # fmt: skip
 
 
-def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> tuple[Path, Path]:
-    """The folders of the 4-bit copy with chosen codes and of the trained adapter; what the cache lacks is made."""
-    cache, kind = Path(args.cache), f"{args.quantization}-{args.codes}-{args.distill_rows}"
-    base, adapter = cache / f"codes-{kind}", cache / f"student-{kind}-{args.rank}-{args.epochs}"
-    if (adapter / "adapter_config.json").is_file():
-        return base, adapter
+def choose_codes(teacher: Path, problems: Problems, args: argparse.Namespace) -> tuple[TransferSet, Path]:
+    """The teacher's answers, and where the 4-bit copy with chosen codes is; what the cache lacks is made."""
+    cache = Path(args.cache)
+    base = cache / f"codes-{args.quantization}-{args.codes}-{args.distill_rows}"
     rows = capture(
         str(teacher),
         [build_prompt(problem["question"]) for problem in problems],
@@ -128,19 +129,33 @@ def distill(teacher: Path, problems: Problems, args: argparse.Namespace) -> tupl
     )
     if args.codes == "calibrated":
         quantize_once(str(teacher), rows, base, quantization_config=quantization_config(args))
+    return rows, base
+
+
+def train_adapter(arm: str, teacher: Path, rows: TransferSet, base: Path, args: argparse.Namespace) -> Path:
+    """The folder of the start, or of what it became by the distributions or by the control; made if it is not there."""
+    kind = f"{args.quantization}-{args.codes}-{args.distill_rows}-{args.rank}"
+    folder = Path(args.cache) / (f"start-{kind}" if arm == "start" else f"{arm}-{kind}-{args.epochs}")
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    student = load_base(teacher, base, args)
+    if arm != "start":
+        start = train_adapter("start", teacher, rows, base, args)
+        student = PeftModel.from_pretrained(student, start, is_trainable=True)
     trainer = QuantizedDistillationTrainer(
-        load_base(teacher, base, args),
+        student,
         QuantizedDistillationConfig(
-            str(adapter), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=4, packing=True, save_strategy="no", report_to=[],
-            disable_tqdm=True, seed=args.seed, init_from=str(teacher),
+            str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=args.learning_rate,
+            alpha=0.0 if arm == "control" else 1.0, lr_scheduler_type="cosine", warmup_steps=4, packing=True,
+            save_strategy="no", report_to=[], disable_tqdm=True, seed=args.seed, init_from=str(teacher),
         ),
         train_dataset=rows,
-        peft_config=default_lora_config(args.rank),
+        peft_config=default_lora_config(args.rank) if arm == "start" else None,
     )  # fmt: skip
-    trainer.train()
+    if arm != "start":
+        trainer.train()
     trainer.save_model()
-    return base, adapter
+    return folder
 
 
 def load_base(teacher: Path, base: Path, args: argparse.Namespace) -> Any:
@@ -170,7 +185,7 @@ def summarize(answers: dict[str, list[AnswerRecord]], bits: float | None, args: 
     sums = {arm: RowSums([float(verdict) for verdict in verdicts]) for arm, verdicts in solved.items()}
     summary: dict[str, Any] = {arm: round(sum(verdicts) / len(verdicts), 4) for arm, verdicts in solved.items()}
     summary["bits_per_weight"] = None if bits is None else round(bits, 3)
-    prefixes = {"after": "", **({"codes": "codes."} if "codes" in answers else {})}
+    prefixes = {"after": "", **{arm: f"{arm}." for arm in ("codes", "start", "control") if arm in answers}}
     for arm, prefix in prefixes.items():
         share = compute_gap_recovered(sums["teacher"], sums["before"], sums[arm], higher_is_better=True, binary=True)
         if share.value is None:
@@ -182,7 +197,9 @@ def summarize(answers: dict[str, list[AnswerRecord]], bits: float | None, args: 
         arm: round(float(found.mean()), 4) for arm, found in agrees.items() if arm != "teacher"
     }
     for other in agrees.keys() - {"teacher", "after"}:
-        summary[f"agreement.p_value_after_vs_{other}"] = mcnemar_exact(agrees["after"], agrees[other]).p_value
+        found = mcnemar_exact(agrees["after"], agrees[other])
+        summary[f"agreement.p_value_after_vs_{other}"] = found.p_value
+        summary[f"agreement.only_after_vs_{other}"] = [found.only_a, found.only_b]
     return {
         **summary,
         "p_value": drop.p_value,
@@ -228,7 +245,7 @@ def main() -> None:
 
     def test(arm: str, model: Any) -> None:
         name = arm if arm == "teacher" else f"{arm}-{args.quantization}"
-        name += f"-{args.codes}" if arm in ("codes", "after") else ""
+        name += "" if arm in ("teacher", "before") else f"-{args.codes}"
         answers[arm] = solve(name, model, tokenizer, problems["test"], args)
 
     test("teacher", model)
@@ -236,11 +253,13 @@ def main() -> None:
     gc.collect()
     test("before", load_student(str(teacher), quantization_config=quantization_config(args)))
     started = time.perf_counter()
-    base, adapter = distill(teacher, problems["distill"], args)
+    rows, base = choose_codes(teacher, problems["distill"], args)
+    adapters = {arm: train_adapter(arm, teacher, rows, base, args) for arm in ("start", "after", "control")}
     print(f"capture, codes and distillation: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
     if args.codes == "calibrated":
         test("codes", load_base(teacher, base, args))
-    test("after", student := PeftModel.from_pretrained(load_base(teacher, base, args), adapter))
+    for arm, adapter in adapters.items():
+        test(arm, student := PeftModel.from_pretrained(load_base(teacher, base, args), adapter))
     print(json.dumps(summarize(answers, compute_size(student).bits_per_weight, args)))
 
 

@@ -25,10 +25,12 @@ ROWS, EPOCHS, RANKS = (32, 64, 128, 256, 1000), (1, 2, 4), (4, 16, 64)
 
 
 def list_points(args: argparse.Namespace) -> dict[str, list[argparse.Namespace]]:
-    """The settings of every point, by what varies."""
+    """The settings of every point, by what varies: what has one value does not."""
     varied = {"rows": args.all_rows, "epochs": args.all_epochs, "rank": args.all_ranks}
     return {
-        key: [argparse.Namespace(**{**vars(args), key: value}) for value in values] for key, values in varied.items()
+        key: [argparse.Namespace(**{**vars(args), key: value}) for value in values]
+        for key, values in varied.items()
+        if len(values) > 1
     }
 
 
@@ -43,8 +45,8 @@ def measure_point(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(points: dict[str, dict[float, dict[str, Any]]]) -> Figure:
     """A panel for each setting: the KL gap recovered, by the start and after training."""
-    figure = Figure(figsize=(11, 3.8), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(points), sharey=True)
+    figure = Figure(figsize=(1 + 3.5 * len(points), 3.8), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(points), sharey=True, squeeze=False)[0]
     for axes, (setting, found) in zip(panels, points.items(), strict=True):
         for name, style, color in (("start", "s--", "#5A5A5A"), ("trained", "o-", "#0072B2")):
             values = [100 * each[name][0] for each in found.values()]
@@ -69,6 +71,8 @@ def main() -> None:
     for name, kind, values in (("rows", int, ROWS), ("epochs", float, EPOCHS), ("ranks", int, RANKS)):
         parser.add_argument(f"--all_{name}", type=kind, nargs="+", default=values, help="to vary, the others at base")
     args = parse(parser)
+    if not list_points(args):
+        parser.error("Nothing varies; expected two values or more of --all_rows, --all_epochs or --all_ranks.")
     args.capture_rows = max(args.capture_rows, args.rows, *args.all_rows)
     capture_sets(args)
     points = {

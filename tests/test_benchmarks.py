@@ -128,6 +128,13 @@ def test_curves_vary_one_setting_at_a_time(sources, monkeypatch, tmp_path, capsy
     assert found["rows"]["4"]["start"] == [0.75, [0.75, 0.75]] and found["epochs"]["8.0"]["trained"][0] == 0.7542
     assert [found["rank"][each]["training_share_of_rest"][0] for each in ("1", "2")] == [0.003, 0.006]
     assert "| rank 2 | 87.5% [87.5%, 87.5%] | 87.6% [87.6%, 87.6%] | 0.6% [0.6%, 0.6%] |" in printed
+    # What has one value does not vary.
+    sys.argv[-10:] = ["--all_epochs", "1", "--all_ranks", "1", "--all_rows", "1", "2"]
+    curves.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == {"rows", "seeds", "held_out_rows"}
+    sys.argv.pop()
+    with pytest.raises(SystemExit):
+        curves.main()
 
 
 def test_every_student_is_measured_on_both_domains(sources, training_set, monkeypatch, tmp_path, capsys):

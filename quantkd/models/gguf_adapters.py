@@ -80,7 +80,7 @@ def export_gguf_adapter(
     trained_on = (facts.quantization or {}).get("quant_method")
     if trained_on not in (None, "gguf"):
         raise DataError(
-            f"The adapter {adapter} was trained on a base model in {trained_on} "
+            f"The adapter {adapter} was trained on a base model in {printable(str(trained_on)):.50} "
             f"({printable(str(facts.quantization)):.200}) and corrects the errors of exactly those weights; on a GGUF "
             "file it makes the model worse. Train one with --gguf_file FILE, or use --form merged and convert that."
         )

@@ -82,7 +82,7 @@ class Provenance:
         for name, value in found.items():
             expected = str if name in ("quantkd_version", "transfer_set", "transfer_set_digest", "teacher") else dict
             if value is not None and not isinstance(value, expected):
-                raise DataError(f"{name} in {path} is {value!r}; expected a {expected.__name__}. Remove the file.")
+                raise DataError(f"{name} in {path} is {value!r:.80}; expected a {expected.__name__}. Remove the file.")
         weights = found["weights"] or {"sha256": "", "sums": []}
         if not isinstance(weights.get("sha256"), str) or not isinstance(weights.get("sums"), list):
             raise DataError(f"weights in {path} is {weights!r:.80}; expected a sha256 and sums. Remove the file.")
