@@ -63,7 +63,7 @@ def test_what_is_not_listed_is_bounded_from_both_sides(serve, evaluate, student,
     found = evaluate(serve(kind=kind), top_logprobs=width).fidelity
     low, high = found.settings["kl_bounds"]
     assert low < exact < high == pytest.approx(found.means["kl"])
-    missing = mass = 0
+    missing = mass = tail = 0
     for row in held_out:
         stored, dense = row["teacher"], dense_logprobs(student, row)
         labels = row["labels"][row["labels"] != -100]
@@ -71,23 +71,27 @@ def test_what_is_not_listed_is_bounded_from_both_sides(serve, evaluate, student,
             listed = {*dense[place].topk(width).indices.tolist(), int(labels[place])}
             absent = [each for each in range(start, stop) if int(stored.token_ids[each]) not in listed]
             missing, mass = missing + len(absent), mass + float(stored.logprobs[absent].exp().sum())
+            tail += 1 - float(stored.logprobs[start:stop].exp().sum())
     tokens = found.tokens.sum()
     # The last token of a row is generated, so it is listed where it is the most probable one alone.
     assert missing <= found.settings["not_listed"] <= missing + len(held_out)
     assert found.settings["not_listed_mass"] == pytest.approx(mass / tokens, abs=len(held_out) / tokens)
-    assert high - low <= found.settings["not_listed_mass"] * -np.log(FLOOR)
+    assert high - low <= (found.settings["not_listed_mass"] + tail / tokens) * -np.log(FLOOR)
 
 
-def list_probable(student, width):
-    """What a server lists of (V,) probabilities."""
+def list_probable(student, width, *own):
+    """What a server lists of (V,) probabilities, with the row's own token."""
     top = np.argsort(-student, kind="stable")[:width]
-    return TopLogprobs(np.array([width]), top, np.log(student[top]))
+    top = np.unique([*top, *own])
+    return TopLogprobs(np.array([len(top)]), top, np.log(student[top]))
 
 
 @pytest.mark.parametrize(("stored", "likely", "width"), [
     ({0: 0.9, 1: 0.001}, {0: 0.9, 1: 0.0999999}, 1),  # all that is not listed is on the stored token
     ({0: 0.9, 1: 0.03, 2: 0.02}, {0: 0.5, **dict.fromkeys(range(30, 49), 0.02), 1: 0.0599999, 2: 0.0599999}, 20),
     ({0: 0.5, 1: 0.3, 2: 0.1}, {0: 0.2, 1: 0.7}, 2),
+    ({0: 0.5, 1: 0.2, 2: 0.2, 5: 0.05}, {0: 0.5, 1: 0.2, 2: 0.15, 5: 1e-6}, 2),
+    ({0: 0.88, 2: 0.01, 1: 1e-6}, {0: 0.9, 1: 0.0999, 2: 1e-7}, 1),
 ])  # fmt: skip
 def test_the_bounds_hold_wherever_the_mass_is_that_is_not_listed(stored, likely, width):
     student = np.full(320, (1 - sum(likely.values())) / (320 - len(likely)))
@@ -96,9 +100,32 @@ def test_the_bounds_hold_wherever_the_mass_is_that_is_not_listed(stored, likely,
     exact = (p * np.log(p / q)).sum() + (1 - p.sum()) * np.log((1 - p.sum()) / (1 - q.sum()))
     ids, logs = torch.tensor(list(stored)), torch.tensor(np.log(p), dtype=torch.float32)
     teacher = TopKLogprobs(torch.tensor([0, len(p)]), ids, logs, torch.zeros(1, 1), (1.0,), 320)
-    listed = _Listed(list_probable(student, width), 1, 320, "server")
-    figures, low, _ = listed.compare(torch.tensor([0]), teacher)
-    assert float(low) - 1e-6 <= exact <= float(figures["kl"]) + 1e-6
+    for own in stored:  # which is listed even if others are more probable
+        listed = _Listed(list_probable(student, width, own), torch.tensor([own]), 320, "server")
+        figures, low, _ = listed.compare(teacher)
+        assert float(low) - 1e-6 <= exact <= float(figures["kl"]) + 1e-6
+
+
+def test_what_is_not_listed_is_at_most_the_least_that_is():
+    ids, p = torch.arange(3), torch.tensor([0.5, 0.3, 0.1])
+    teacher = TopKLogprobs(torch.tensor([0, 3]), ids, p.log(), torch.zeros(1, 1), (1.0,), 320)
+    # All mass is listed, down to 1e-13, and two stored tokens are not: they have less, or a probability of 0.
+    for extra in ([], [-9999.0]):
+        listed = TopLogprobs(np.array([3 + len(extra)]), np.array([0, 10, 11, 1][: 3 + len(extra)]), np.array(
+            [np.log(0.4), np.log(0.6), np.log(1e-13), *extra]))  # fmt: skip
+        figures, low, _ = _Listed(listed, torch.tensor([0]), 320, "server").compare(teacher)
+        least = (
+            0.5 * np.log(0.5 / 0.4) + 0.3 * np.log(0.3 / 1e-13) + 0.1 * np.log(0.1 / 1e-13) + 0.1 * np.log(0.1 / 0.6)
+        )
+        assert float(low) == pytest.approx(least, abs=1e-4) and float(figures["kl"]) >= least - 1e-6
+    # Many are not listed, and together they have what is left at most: the tail is known to have 0.38.
+    shares = np.array([0.6, *[0.019] * 20]) * 0.99
+    listed = TopLogprobs(np.array([21]), np.array([0, *range(100, 120)]), np.log(shares))
+    stored = torch.tensor([0.5, *[0.01] * 40])
+    teacher = TopKLogprobs(torch.tensor([0, 41]), torch.arange(41), stored.log(), torch.zeros(1, 1), (1.0,), 320)
+    figures, _, _ = _Listed(listed, torch.tensor([0]), 320, "server").compare(teacher)
+    worst = 0.5 * np.log(0.5 / shares[0]) + 0.4 * np.log(0.01 / FLOOR) + 0.1 * np.log(0.1 / shares[1:].sum())
+    assert float(figures["kl"]) == pytest.approx(worst, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])

@@ -111,7 +111,8 @@ def test_the_metadata_and_the_command(bases, tmp_path, cli, held_out):
     folder, model = bases["Llama"]
     save_adapter(model, tmp_path / "adapter")
     weights = {"sha256": "ab" * 32, "sums": []}
-    (tmp_path / "adapter" / "quantkd.json").write_text(json.dumps({"teacher": "org/teacher", "weights": weights}))
+    facts = {"teacher": "org/teacher", "weights": weights, "quantization": {"quant_method": "gguf"}}
+    (tmp_path / "adapter" / "quantkd.json").write_text(json.dumps(facts))
     out = export_gguf_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(folder))
     facts, tensors = read(out / FILE_NAME)
     assert (facts["general.architecture"], facts["general.type"], facts["adapter.type"]) == ("llama", "adapter", "lora")
@@ -145,6 +146,10 @@ def test_an_adapter_for_another_file_or_other_tensors_is_refused(bases, tmp_path
                          ({"quant_method": "gptq", "bits": 4}, "trained on a base model in gptq")):  # fmt: skip
         Provenance(quantization=format).write(tmp_path / "adapter")
         refused(DataError, said, export_gguf_adapter, str(where[0]), tmp_path / "no", base=str(folder))
+    Provenance(weights={"sha256": "ab", "sums": []}).write(tmp_path / "adapter")  # of a library that leaves no name
+    refused(
+        DataError, "base model in another format", export_gguf_adapter, str(where[0]), tmp_path / "no", base=str(folder)
+    )
     Provenance(quantization={"quant_method": "gguf"}).write(tmp_path / "adapter")
     export_gguf_adapter(str(where[0]), tmp_path / "unchecked", base=str(folder))
     assert "llama.cpp does not check it" in caplog.text

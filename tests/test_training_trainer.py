@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, Sampled
@@ -50,6 +51,22 @@ def test_loss_and_gradient_depend_neither_on_the_split_nor_on_padding(make_train
         split_gradient, split_logs = run(**options)
         assert relative(split_gradient, gradient) < 1e-5, options
         assert all(math.isclose(split_logs[name], logs[name], rel_tol=1e-5) for name in ("loss", "ce", "kl")), options
+
+
+def test_targets_are_found_anew_where_a_batch_was_changed(make_trainer, training_set, tiny_model):
+    trainer = make_trainer()
+    batch = trainer.data_collator([training_set[0], training_set[1]])
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    wider = {key: nn.functional.pad(batch[key], (0, 3), value=value) for key, value in padding.items()}
+    without = {key: value for key, value in batch.items() if key != "targets"}
+    expected = trainer.compute_loss(trainer.model, batch)
+    for changed in ({**batch, **wider}, without):
+        assert torch.allclose(trainer.compute_loss(trainer.model, changed), expected, rtol=1e-5)
+        trainer.prediction_step(trainer.model, changed, True)
+    live = make_trainer(teacher_model=tiny_model)
+    batch["labels"][:, batch["labels"].shape[1] // 2 :] = -100  # the entries of a set are not read beside a teacher
+    plain = {key: batch[key] for key in padding}
+    assert torch.equal(*(live.compute_loss(live.model, each) for each in (batch, plain)))
 
 
 def test_logged_terms_add_up_to_the_logged_loss(make_trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,15 +70,15 @@ def main(argv: Sequence[str]) -> None:
     is_file = names_gguf(student.model_name_or_path, student.gguf_file)
     if (args.form == "adapter" and not args.held_out) or (args.form == "gguf_adapter" and not is_file):
         of_repository = " model_revision trust_remote_code" * (args.form == "gguf_adapter")
-        student.refuse(f"dtype attn_implementation gguf_file {FORMAT}{of_repository}")  # no student is loaded
+        of_tokenizer = " gguf_file" * (args.form == "gguf_adapter" or _has_tokenizer(args.adapter))
+        student.refuse(f"dtype attn_implementation {FORMAT}{of_tokenizer}{of_repository}")  # no student is loaded
     held_out = TransferSet.open(args.held_out) if args.held_out else None
     adapter = str(fetch_adapter(args.adapter))
     if args.form == "gguf_adapter":
         base: Any = load_student_from(student) if is_file else student.model_name_or_path
         return _describe(args.form, export_gguf_adapter(adapter, args.output_dir, base=base, outtype=args.outtype))
     # The tokenizer that was trained with is stored with the adapter, if it was saved at all.
-    has_tokenizer = (Path(args.adapter) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(args.adapter) if has_tokenizer else load_tokenizer_from(student)
+    tokenizer = load_tokenizer(args.adapter) if _has_tokenizer(args.adapter) else load_tokenizer_from(student)
     if held_out is not None:
         what = f"The held-out set of teacher {held_out.info.teacher_name}"
         check_fingerprint(held_out.info.tokenizer_fingerprint, tokenizer, what=what, parts=("vocabulary",))
@@ -120,6 +121,10 @@ def main(argv: Sequence[str]) -> None:
         say(f"quantkd export: warning: {cost}", file=sys.stderr)
 
 
+def _has_tokenizer(adapter: str) -> bool:
+    return (Path(adapter) / "tokenizer_config.json").is_file()
+
+
 def _describe(form: str, path: Path) -> None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     say(f"{path}: {form}, {format_bytes(size)}.")
@@ -144,8 +149,8 @@ def _advise_vllm(fields: dict[str, Any], path: str, method: str | None) -> str:
         return f"vLLM does not serve this adapter as it is ({', '.join(refused)}); --form merged does without."
     least = next(each for each in _VLLM_RANKS if each >= rank)
     option = f" --max-lora-rank {least}" if least > 16 else ""  # its default
-    plugin = " (the base model in bitsandbytes needs vllm-bnb-plugin)" if method == "bitsandbytes" else ""
-    return f"vLLM: --enable-lora{option} --lora-modules NAME={path}{plugin}"
+    plugin = ", whose plugin vllm-bnb-plugin the base model needs" if method == "bitsandbytes" else ""
+    return f"vLLM{plugin}: --enable-lora{option} --lora-modules NAME={shlex.quote(path)}"
 
 
 def _check(args: ExportArguments) -> None:

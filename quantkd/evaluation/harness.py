@@ -53,7 +53,7 @@ class HarnessTasks:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise MissingDependencyError(
-                f"Tasks of lm-evaluation-harness need the package lm-eval: {error}. `pip install quantkd[eval]`."
+                f"Tasks of lm-evaluation-harness need the package lm-eval: {error}. `pip install lm-eval`."
             ) from error
         if not self.names or not all(self.names):
             raise ConfigError(f"Expected names of tasks such as gsm8k or arc_easy, found {list(self.names)}.")

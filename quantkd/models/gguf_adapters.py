@@ -78,9 +78,12 @@ def export_gguf_adapter(
     config, weights, named = read_plain_lora(source, adapter)
     facts = Provenance.read(adapter)
     trained_on = (facts.quantization or {}).get("quant_method")
-    if trained_on not in (None, "gguf"):
+    # A library that quantizes in its own way may have left no name; a student that is loaded is compared below.
+    unnamed = trained_on is None and isinstance(base, str) and (facts.quantization or facts.weights)
+    if trained_on not in (None, "gguf") or unnamed:
+        method = printable(str(trained_on or "another format"))
         raise DataError(
-            f"The adapter {adapter} was trained on a base model in {printable(str(trained_on)):.50} "
+            f"The adapter {adapter} was trained on a base model in {method:.50} "
             f"({printable(str(facts.quantization)):.200}) and corrects the errors of exactly those weights; on a GGUF "
             "file it makes the model worse. Train one with --gguf_file FILE, or use --form merged and convert that."
         )
@@ -184,7 +187,9 @@ def _read_layers(config: LoraConfig, weights: dict[str, Tensor], base_config: An
                 "that it was trained on."
             )
         if module in head:  # which PEFT saves with its adapter, as it is in the base model
-            found.pop(f"{module}.base_layer.weight", None)
+            copied = found.pop(f"{module}.base_layer.weight", None)
+            if copied is not None and tuple(copied.shape) != shape:
+                raise DataError(f"The adapter {place} has a head of shape {tuple(copied.shape)}; expected {shape}.")
         name = f"{names[module]}.weight"
         order = order_rows(base_config, name, len(b))
         alphas: Any = config.alpha_pattern or {}

@@ -105,6 +105,7 @@ def load_student_tokenizer(student: Any, **model_init_kwargs: Any) -> Any:
         name, file = student.config.name_or_path or "", getattr(base_network(student), "gguf_file", None)
     if file is None or _is_checkpoint(name, file, model_init_kwargs):
         return load_tokenizer(student, **model_init_kwargs)
+    _check_alone(file)
     try:
         return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     except Exception as error:  # of any type, where transformers does not know the kind of tokenizer
@@ -161,6 +162,14 @@ def _check_alone(file: GgufFile) -> None:
         for name, value in file.metadata.items()
         if name.endswith(_POSITIVE) and not (type(value) in (int, float) and 0 < value < math.inf)
     ]
+    heads, groups, width = (
+        file.metadata.get(f"{file.architecture}.{key}")
+        for key in ("attention.head_count", "attention.head_count_kv", "attention.key_length")
+    )
+    if not wrong and type(heads) is type(groups) is int and heads % groups:
+        wrong.append(f"it has {heads} attention heads in groups of {groups}; expected a multiple")
+    if not wrong and type(width) is int and width % 2:
+        wrong.append(f"attention.key_length is {width}; expected an even number")
     if type(blocks) is not int or not 0 < blocks <= _MAX_BLOCKS or found != set(map(str, range(blocks))):
         wrong.append(f"block_count is {blocks!r:.80}, and there are tensors of {len(found):,} blocks")
     if wrong:

@@ -18,13 +18,15 @@ from quantkd.models.weights import head_width, is_sharded, whole_parameters
 # What families do to the logits after the head: the attribute, and the value with which it does nothing.
 _NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
+_OURS = ("labels", "targets", "targets_of", "teacher", "weights")  # of a batch, and not of a model's forward pass
+
 
 @contextmanager
 def run_model(
     model: Any, batch: Mapping[str, Any], *, fused: bool, forward: Callable[..., Any] | None = None
 ) -> Iterator[tuple[TargetStates, Any]]:
     """Run a model, or `forward`, what is wrapped around it: its states at all (B, T) positions, and its outputs."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets", "teacher", "weights")}
+    inputs = {key: value for key, value in batch.items() if key not in _OURS}
     if "position_ids" in inputs:
         # With a cache transformers takes position ids for a continued sequence, and packed rows would see each other.
         inputs["use_cache"] = False

@@ -1,9 +1,9 @@
 """How near a served student is to the stored teacher, from the log-probabilities that its server gives.
 
-A server lists the most probable tokens alone. Of a stored token that it does not list, the student's probability is at
-most the least listed one, and at most the mass that is not listed; so the KL has bounds. The figures are those of the
-upper bound, which takes each such token at `FLOOR`, and the tail at what is left if all of them are as probable as they
-may be, so that a short list flatters no student.
+A server lists the most probable tokens, and some the row's own one too. Of a stored token that it does not list, the
+student's probability is at most the least of the most probable ones, and at most the mass that is not listed; so the KL
+has bounds. The figures are those of the upper bound, which takes each such token at `FLOOR`, or at the most that it may
+have if that is less, and the tail at what is left if all of them are as probable as they may be.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ from quantkd.transfer_set.topk import TopKLogprobs
 
 logger = logging.getLogger(__name__)
 
-FLOOR = 2.0**-30  # probability of what the server does not list, in the upper bound: below it nothing is known
+FLOOR = 2.0**-30  # probability of what the server does not list, in the upper bound
 _EXCESS = 1e-3  # by which a list may sum to more than 1
+_SLACK = 1e-6  # of a sum of float32 probabilities
 TOP_LOGPROBS = 128
 
 
@@ -125,17 +125,18 @@ def _measure_row(server: ModelServer, row: dict[str, Any], width: int, where: st
     needed = [{int(target), *ids.tolist()} for target, ids in zip(targets, stored, strict=True)]
     candidates = server.score(row["input_ids"].tolist(), places.tolist(), width, needed)
     # A server's head may be padded beyond the ids that the set knows.
-    listed = _Listed(candidates, len(places), max(server.vocab_size or 0, teacher.vocab_size), where)
-    positions, lower, missing = listed.compare(targets, teacher)
+    listed = _Listed(candidates, targets, max(server.vocab_size or 0, teacher.vocab_size), where)
+    positions, lower, missing = listed.compare(teacher)
     mass = float(teacher.logprobs[missing].double().exp().sum())
     facts = np.array([float(lower.sum()), float(missing.sum()), mass])
     return sum_rows(labels.unsqueeze(0), positions), facts
 
 
 class _Listed:
-    """What a server lists at N positions."""
+    """What a server lists at N positions, for the row's own tokens there."""
 
-    def __init__(self, candidates: TopLogprobs, count: int, vocab_size: int, where: str) -> None:
+    def __init__(self, candidates: TopLogprobs, targets: Tensor, vocab_size: int, where: str) -> None:
+        count = len(targets)
         owners, ids, logprobs = candidates.rank(count, vocab_size, where)
         counts = np.bincount(owners, minlength=count)
         masses = np.bincount(owners, np.exp(logprobs), count)
@@ -145,23 +146,31 @@ class _Listed:
                 "one at least, and at most 1. Ask a server that gives the softmax of all logits at temperature 1."
             )
         keys, ends = owners * vocab_size + ids, np.cumsum(counts)
-        self._vocab_size, order = vocab_size, np.argsort(keys)
+        self._targets, self._vocab_size, order = targets, vocab_size, np.argsort(keys)
         self._keys, self._logprobs = torch.from_numpy(keys[order]), torch.from_numpy(logprobs[order])
         self._owners = self._keys // vocab_size
-        is_whole = counts == vocab_size
-        self._rest = torch.from_numpy(np.where(is_whole, 0, np.maximum(1 - masses, 0)))
+        first, is_whole = ends - counts, counts == vocab_size
+        self._top, self._top_ids = torch.from_numpy(logprobs[first]).exp(), torch.from_numpy(ids[first])
+        rest = np.where(is_whole, 0, np.maximum(1 - masses, 0))
+        slack = np.where(is_whole, 0, np.maximum(masses - 1, _SLACK))
+        self._rest, self._slack = torch.from_numpy(rest), torch.from_numpy(slack)
         self._floor = torch.from_numpy(np.where(is_whole, np.finfo(np.float64).tiny, FLOOR))
-        self._least, self._top = (torch.from_numpy(logprobs[at]).exp() for at in (ends - 1, ends - counts))
-        self._top_ids = torch.from_numpy(ids[ends - counts])
+        # The own token is listed whatever its rank is, and a probability of 0 may have been a small one.
+        last = first + np.bincount(owners, logprobs > ZERO_PROBABILITY, count).astype(np.int64) - 1
+        last = np.maximum(last - (ids[last] == targets.numpy()), first)
+        least = np.maximum(np.exp(logprobs[last]), np.finfo(np.float64).tiny)
+        # The most that a token may have which is not listed, and what the upper bound takes it for.
+        self._cap = torch.from_numpy(np.where(is_whole, least, np.minimum(least, rest + slack)))
+        self._low = self._cap.clamp_max(FLOOR)
 
     def find(self, positions: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(E,) log-probabilities of tokens, whether they are listed, and where; others are at the floor."""
+        """(E,) log-probabilities of tokens, whether they are listed, and where; those of others are low."""
         keys = positions * self._vocab_size + ids
         places = torch.searchsorted(self._keys, keys).clamp_max(len(self._keys) - 1)
         is_listed = (self._keys[places] == keys) & (self._logprobs[places] > ZERO_PROBABILITY)
-        return torch.where(is_listed, self._logprobs[places], math.log(FLOOR)), is_listed, places
+        return torch.where(is_listed, self._logprobs[places], self._low[positions].log()), is_listed, places
 
-    def compare(self, targets: Tensor, teacher: TopKLogprobs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def compare(self, teacher: TopKLogprobs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Every figure at N target positions; the lower bound of the KL (N,); which entries (E,) are not listed."""
         owners, count = teacher.positions, len(teacher)
         log_p, p_tail = (part.double() for part in teacher.at_temperature(1.0))
@@ -171,23 +180,24 @@ class _Listed:
         def total(values: Tensor, of: Tensor) -> Tensor:
             return values.new_zeros(count).index_add_(0, owners[of], values[of])
 
-        p = log_p.exp()
+        p, cap, absent = log_p.exp(), self._cap[owners], total(torch.ones_like(log_p), missing)
+        # Of all tokens that are not stored: those that are listed, and the rest.
         others = self._logprobs.exp().index_fill(0, places[is_listed], 0)
-        left = (self._rest.index_add(0, self._owners, others)).clamp_min(self._floor)  # of all other tokens
-        # The most that a missing token may have.
-        cap = torch.minimum(self._least, self._rest).clamp_min(FLOOR)[owners]
-        q_tail = torch.maximum(left - total(cap, missing), self._floor)
-        q_rest = torch.maximum(left - FLOOR * total(torch.ones_like(p), missing), self._floor)
+        others = torch.zeros_like(self._rest).index_add(0, self._owners, others)
+        left = (others + self._rest).clamp_min(self._floor)
+        most = left + self._slack
+        least = others + (self._rest - absent * self._cap - self._slack * (absent > 0)).clamp_min(0)
+        q_tail, q_rest = torch.maximum(least, self._floor), torch.maximum(left - absent * self._low, self._floor)
         kl = compute_divergence(log_p, p_tail, log_q, q_tail.log(), owners, "forward_kl")
         # Two bounds from below: the missing ones and the tail as one class; each missing one as probable as it may be.
         merged = total(p, missing) + p_tail
-        together = torch.xlogy(merged, merged / left)
-        apart = total(p * (log_p - cap.log()), missing) + torch.xlogy(p_tail, p_tail / left)
+        together = torch.xlogy(merged, merged / most)
+        apart = total(p * (log_p - cap.log()), missing) + torch.xlogy(p_tail, p_tail / most)
         lower = total(p * (log_p - log_q), is_listed) + torch.maximum(together, apart)
         figures = {
-            "ce": -self.find(torch.arange(count), targets)[0],
+            "ce": -self.find(torch.arange(count), self._targets)[0],
             "confidence": self._top,
-            "correct": self._top_ids == targets,
+            "correct": self._top_ids == self._targets,
             "kl": kl,
             "reverse_kl": compute_divergence(log_p, p_tail, log_q, q_rest.log(), owners, "reverse_kl"),
             "entropy": -torch.xlogy(p_tail, p_tail).index_add(0, owners, p * log_p),

@@ -104,6 +104,8 @@ class QuantizedDistillationConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Further arguments of from_pretrained for a teacher_model given by name, as JSON."
     )
+    hub_private_repo: bool | None = option(None, "Whether the repository on the Hub is private; it is if not given.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `true` for the last in output_dir.")
     learning_rate: float | None = option(  # type: ignore[assignment]  # a number once the start is known
         None,
         "Peak learning rate; if not given, 1e-4 where adapters start at a correction of calibrated codes, 3e-5 of "
@@ -153,7 +155,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         if self.push_to_hub and self.train_scales:
             raise ConfigError(
                 "push_to_hub uploads an adapter, and train_scales changes the student below it. Leave one of them off; "
-                "what is saved can be uploaded with `hf upload`."
+                "`quantkd push` uploads an adapter with its student, and `hf upload` a student alone."
             )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ConfigError(

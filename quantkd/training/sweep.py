@@ -50,7 +50,7 @@ def check_sweep(
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError("A sweep needs the package optuna: `pip install quantkd[sweep]`.") from error
+        raise MissingDependencyError("A sweep needs the package optuna: `pip install optuna`.") from error
     if args.train_scales:
         raise ConfigError("A sweep tries adapters on one student, which train_scales would change. Leave it off.")
     if args.world_size > 1:

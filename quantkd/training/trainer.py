@@ -231,8 +231,10 @@ class QuantizedDistillationTrainer(Trainer):
 
     def _with_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with its `targets`: the collator's, unless labels may have been changed or cut since then."""
-        # Entries cannot be cut, and without them nothing would show it. To find targets waits for the device.
-        if "teacher" in inputs and type(self.data_collator) is DistillationCollator:
+        # Stored entries are those of the targets, one each, and a live teacher has none that would show a change. To
+        # find targets waits for the device.
+        is_whole = inputs.get("targets_of") == tuple(inputs["labels"].shape)
+        if is_whole and "targets" in inputs and "teacher" in inputs and self.live_teacher is None:
             return inputs
         return {**inputs, "targets": find_targets(inputs["labels"])}
 

@@ -91,9 +91,9 @@ class DistillationCollator:
     """Rows to one batch: padded on the right to the longest, or packed end to end.
 
     A call returns `input_ids`, `labels` and `attention_mask` (B, T), or with packing `input_ids`, `labels` and
-    `position_ids` (1, T); `targets` (N,) int64, the index of each target into the flattened labels; `teacher`, one
-    `TopKLogprobs` over the targets of all rows in order, if the rows hold one; and `weights` (N,) float32, per target
-    its row's or 1, if some row has a `weight` other than None.
+    `position_ids` (1, T); `targets` (N,) int64, the index of each target into the flattened labels, and `targets_of`,
+    the shape of the labels; `teacher`, one `TopKLogprobs` over the targets of all rows in order, if the rows hold one;
+    and `weights` (N,) float32, per target its row's or 1, if some row has a `weight` other than None.
     """
 
     pad_token_id: int
@@ -126,7 +126,8 @@ class DistillationCollator:
             is_target = (labels != IGNORE_INDEX) & (position_ids_of(lengths) > 0)
             weights = weights.repeat_interleave(lengths)[is_target]
         batch = self._pack(lengths, input_ids, labels) if self.packing else self._pad(lengths, input_ids, labels)
-        extras = {"targets": find_targets(batch["labels"]), "teacher": teacher, "weights": weights}
+        extras: dict[str, Any] = {"targets": find_targets(batch["labels"]), "teacher": teacher, "weights": weights}
+        extras["targets_of"] = tuple(batch["labels"].shape)
         return {**batch, **{name: value for name, value in extras.items() if value is not None}}
 
     def _pack(self, lengths: Tensor, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
