@@ -65,6 +65,13 @@ def test_a_command_shows_examples_that_it_takes(name, cli):
         assert flags - set(re.findall(r"--[\w-]+", options)) == set(), line
 
 
+def test_help_gives_defaults_and_none_where_there_is_none(cli):
+    _, out, _ = cli("train", "--help")
+    shown = " ".join(out.split())
+    assert "the rest is cross- entropy. (default: 1.0)" in shown and "or zero. (default: covariance)" in shown
+    assert "SUPPRESS" not in out and "(default: None)" not in out and "(default: )" not in out
+
+
 def test_inspect_verify_and_convert(cli, training_set, tiny_model_path, tmp_path):
     out = cli.ok("inspect", training_set.sources[0], "--tokenizer", tiny_model_path, "--rows", 1)
     expected = ("teacher", tiny_model_path.name, "bytes per response token", "entries per token", " nats ", "tail")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field
 from difflib import get_close_matches
@@ -83,7 +83,11 @@ def _dataclass_parser(kinds: Sequence[type], prog: str, examples: str) -> Any:
     from transformers import HfArgumentParser  # seconds to import, which commands of few options do not need
 
     class Parser(_OneLine, HfArgumentParser):
-        pass
+        def add_argument(self, *names: Any, **given: Any) -> Any:
+            says, default = given.get("help") or "", given.get("default")
+            if type(default) in (str, int, float) and default not in ("", SUPPRESS) and "default" not in says.lower():
+                given["help"] = f"{says} (default: %(default)s)"
+            return super().add_argument(*names, **given)
 
     dataclasses: Any = kinds
     layout = {"formatter_class": RawDescriptionHelpFormatter, "description": _FROM_A_FILE, "epilog": examples}

@@ -32,8 +32,8 @@ _EXAMPLES = """examples:
 class DataArguments:
     """What to learn from."""
 
-    transfer_set: str = option("Folder of the transfer set to learn from.")
-    eval_transfer_set: str | None = option("Folder of held-out rows.", None)
+    transfer_set: str = option("The transfer set to learn from: a folder, or a name on the Hub.")
+    eval_transfer_set: str | None = option("Held-out rows: a folder, or a name on the Hub.", None)
     eval_fraction: float | None = option("Or: hold out this fraction of the rows of --transfer_set.", None)
     control: str | None = option(
         "Train a student with cross-entropy only, for comparison, into OUTPUT_DIR-control.", None, choices=["ce"]
