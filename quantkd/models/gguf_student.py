@@ -163,8 +163,8 @@ def _check_alone(file: GgufFile) -> None:
         if name.endswith(_POSITIVE) and not (type(value) in (int, float) and 0 < value < math.inf)
     ]
     heads, groups, width = (
-        file.metadata.get(f"{file.architecture}.{key}")
-        for key in ("attention.head_count", "attention.head_count_kv", "attention.key_length")
+        None if name in file.arrays else file.metadata.get(name)  # by layer in some families
+        for name in (f"{file.architecture}.attention.{key}" for key in ("head_count", "head_count_kv", "key_length"))
     )
     if not wrong and type(heads) is type(groups) is int and heads % groups:
         wrong.append(f"it has {heads} attention heads in groups of {groups}; expected a multiple")
