@@ -149,7 +149,7 @@ def _advise_vllm(fields: dict[str, Any], path: str, method: str | None) -> str:
         return f"vLLM does not serve this adapter as it is ({', '.join(refused)}); --form merged does without."
     least = next(each for each in _VLLM_RANKS if each >= rank)
     option = f" --max-lora-rank {least}" if least > 16 else ""  # its default
-    plugin = ", whose plugin vllm-bnb-plugin the base model needs" if method == "bitsandbytes" else ""
+    plugin = " (with vllm-bnb-plugin, for the base model)" if method == "bitsandbytes" else ""
     return f"vLLM{plugin}: --enable-lora{option} --lora-modules NAME={shlex.quote(path)}"
 
 
