@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("optuna", reason="optuna is not installed: pip install quantkd[sweep]")
+pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")
 
 import torch
 from peft import LoraConfig
@@ -113,4 +113,4 @@ def test_the_command(one_layer_path, training_set, tmp_path, cli, monkeypatch):
     assert len(lines) == 2 and float(lines[0][2]) <= float(lines[1][2])
     cli.fails("needs held-out rows", *words)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    cli.fails("pip install quantkd[sweep]", *words, "--eval_fraction", "0.34")
+    cli.fails("pip install optuna", *words, "--eval_fraction", "0.34")
