@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import processes
 import pytest
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install quantkd[eval]")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 
 import lm_eval
 from lm_eval.api.model import LM

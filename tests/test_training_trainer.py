@@ -63,6 +63,11 @@ def test_targets_are_found_anew_where_a_batch_was_changed(make_trainer, training
     for changed in ({**batch, **wider}, without):
         assert torch.allclose(trainer.compute_loss(trainer.model, changed), expected, rtol=1e-5)
         trainer.prediction_step(trainer.model, changed, True)
+    # A collator around the library's own that masks a target keeps all entries, which is refused.
+    around = make_trainer(data_collator=lambda rows: trainer.data_collator(rows))
+    masked = {**batch, "labels": batch["labels"].clone()}
+    masked["labels"].view(-1)[batch["targets"][0]] = -100
+    refused(ConfigError, "truncated", around.compute_loss, around.model, masked)
     live = make_trainer(teacher_model=tiny_model)
     batch["labels"][:, batch["labels"].shape[1] // 2 :] = -100  # the entries of a set are not read beside a teacher
     plain = {key: batch[key] for key in padding}

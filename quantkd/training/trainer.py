@@ -231,10 +231,11 @@ class QuantizedDistillationTrainer(Trainer):
 
     def _with_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with its `targets`: the collator's, unless labels may have been changed or cut since then."""
-        # Stored entries are those of the targets, one each, and a live teacher has none that would show a change. To
-        # find targets waits for the device.
+        # Stored entries cannot be cut, and a live teacher has none that would show it. To find targets waits for the
+        # device.
+        is_ours = type(self.data_collator) is DistillationCollator and self.live_teacher is None
         is_whole = inputs.get("targets_of") == tuple(inputs["labels"].shape)
-        if is_whole and "targets" in inputs and "teacher" in inputs and self.live_teacher is None:
+        if is_ours and is_whole and "targets" in inputs and "teacher" in inputs:
             return inputs
         return {**inputs, "targets": find_targets(inputs["labels"])}
 
