@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from datasets import IterableDataset
-from families import build as build_family
+from families import FAMILIES, build as build_family
 from packed_checkpoints import load_in
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.pytorch_utils import Conv1D
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError
@@ -29,6 +30,7 @@ from quantkd.models import curvature, initialization
 from quantkd.models.curvature import Costs, measure_costs, weigh_inputs
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, initialize_from_error
 from quantkd.models.layer_inputs import Rows, draw_rows
+from quantkd.models.network import base_network
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import quantize
@@ -230,6 +232,23 @@ def test_an_error_costs_what_it_changes_the_loss_by_token_and_direction(tiny_mod
         parts = gradients.tensor_split(math.ceil(gradients.shape[1] / 50), dim=1)
         for block, part in zip(found[layer].outputs, parts, strict=True):
             torch.testing.assert_close(block, part.T @ part, rtol=1e-4, atol=1e-4 * float(block.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_that_run_again_change_no_cost(family, monkeypatch):
+    """In a large model the pass holds the inputs of blocks alone; what was set on blocks and config is as before."""
+    model, runs = build_family(family, 120), []
+    layers = [each for each in base_network(model).base_model.modules() if isinstance(each, nn.Linear | Conv1D)]
+    state = model.config.to_dict()
+    hooks = [each.register_forward_pre_hook(lambda *_: runs.append(1)) for each in layers]
+    plain, once = measure_costs(model, layers, Rows(IDS, labels=IDS), tqdm(disable=True)), len(runs)
+    monkeypatch.setattr(curvature, "_MAX_OUTPUTS", 0)
+    found = measure_costs(model, layers, Rows(IDS, labels=IDS), tqdm(disable=True))
+    [each.remove() for each in hooks]
+    assert model.config.to_dict() == state and not any("forward" in vars(each) for each in model.modules())
+    assert found.keys() == plain.keys() and len(runs) > 2 * once
+    for layer, costs in found.items():
+        torch.testing.assert_close(costs, plain[layer], rtol=1e-5, atol=1e-9)
 
 
 def test_a_router_that_gives_several_outputs_has_no_costs():

@@ -65,21 +65,17 @@ def render_adapter_card(
     """The page of an adapter from its three JSON files; `has`: a chart, a tokenizer and a chat template, or not."""
     base = str(adapter["base_model_name_or_path"] or "BASE_MODEL")
     recorded = facts.quantization
-    bits = bits_of(recorded or _NF4)
+    bits, is_named = bits_of(recorded or _NF4), is_repository_name(base)
     # The settings that the snippet repeats; one of 8 bits has settings of 4 bits that mean nothing.
     snippet = r"load_in_4bit|bnb_4bit_\w+" if (recorded or _NF4).get("load_in_4bit") else "load_in_8bit"
     measured = [] if results is None else _list_measured(results)
     source = re.match(r"([\w.-]+/[\w.-]+) at ", facts.transfer_set or "", re.ASCII)
     metadata = ModelCardData(
-        license=license,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=[*_TAGS, *([f"{bits}-bit"] if bits else []), "lora"],
-        base_model=base if is_repository_name(base) else None,
-        datasets=[source[1]] if source else None,
-        model_name=repo_id.split("/")[-1] if measured else None,
+        license=license, library_name="peft", pipeline_tag="text-generation",
+        tags=[*_TAGS, *([f"{bits}-bit"] if bits else []), "lora"], base_model=base if is_named else None,
+        datasets=[source[1]] if source else None, model_name=repo_id.split("/")[-1] if measured else None,
         eval_results=measured or None,
-    )
+    )  # fmt: skip
     described = {name: adapter[name] for name in _ADAPTER_FIELDS if adapter.get(name) not in (None, False)}
     if isinstance(described.get("target_modules"), list):
         described["target_modules"] = sorted(described["target_modules"])
@@ -89,24 +85,16 @@ def render_adapter_card(
     if settings.get("max_steps") == -1:  # the Trainer's value for "as many as the epochs take"
         del settings["max_steps"]
     return _render(
-        "adapter_card",
-        metadata,
-        repo_id=repo_id,
-        base=base,
-        base_is_named=is_repository_name(base),
+        "adapter_card", metadata, repo_id=repo_id, base=base, base_is_named=is_named,
         bits=f"{bits}-bit" if bits else str((recorded or {}).get("format") or "quantized"),
         gguf=(recorded or {}).get("gguf_file"),
         kind="LoRA" if adapter.get("peft_type") == "LORA" else adapter.get("peft_type"),
-        adapter=described,
-        facts=facts,
-        recorded=recorded,
+        adapter=described, facts=facts, recorded=recorded, settings=settings,
         bitsandbytes={name: value for name, value in (recorded or _NF4).items() if re.fullmatch(snippet, name)},
-        settings=settings,
         table=[] if results is None else tabulate(results),
         notes=[] if results is None else [*list_notes(results), f"Fidelity: {describe_held_out(results)}."],
-        license=license,
-        **has,
-    )
+        license=license, **has,
+    )  # fmt: skip
 
 
 def _list_measured(results: dict[str, Any]) -> list[EvalResult]:

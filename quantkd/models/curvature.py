@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,11 +20,12 @@ from tqdm import tqdm
 
 from quantkd.errors import ConfigError
 from quantkd.models.layer_inputs import Rows, visit_layers
-from quantkd.models.network import Runner, undisturbed
+from quantkd.models.network import Runner, recomputed_blocks, undisturbed
 from quantkd.transfer_set import IGNORE_INDEX
 
 _MAX_TOKENS = 2048  # of a row in the backward pass: they bound its activations
 _BATCH_TOKENS = 1024  # of shorter rows that go together, for each pass dequantizes every weight
+_MAX_OUTPUTS = 2**29  # values of all layers' outputs in a pass; of a larger model blocks are run again instead
 _MAX_COSTS = 2**30  # float32 values of all layers' costs; they bound how many channels of an output form a group
 _Row = tuple[Tensor, Tensor]  # token ids and labels, (T,) each
 
@@ -61,7 +63,8 @@ def measure_costs(model: Any, layers: Iterable[nn.Module], rows: Rows, bar: tqdm
     if rows.labels is None:
         return {}
     layers, embeddings = list(layers), model.get_input_embeddings()
-    group = max(1, _MAX_COSTS // sum(getattr(each, "out_features", 4096) for each in layers))
+    width = sum(getattr(each, "out_features", 4096) for each in layers)
+    group = max(1, _MAX_COSTS // width)
     together = zip(rows.input_ids, rows.mask, rows.labels, strict=True)
     pairs = [(row[seen], own[seen]) for row, seen, own in together]
     ends = torch.tensor([0, *(len(row) for row, _ in pairs)]).cumsum(0).tolist()
@@ -99,10 +102,12 @@ def measure_costs(model: Any, layers: Iterable[nn.Module], rows: Rows, bar: tqdm
         first.append(output.requires_grad_())
 
     runner = Runner(model)
+    tokens = max(_BATCH_TOKENS, min(_MAX_TOKENS, rows.input_ids.shape[1]))
+    again = recomputed_blocks if width * tokens > _MAX_OUTPUTS else nullcontext
     hooks = [layer.register_forward_hook(follow) for layer in layers]
     hooks.append(embeddings.register_forward_hook(begin))
     try:
-        with torch.enable_grad(), undisturbed(model, embeddings.weight.device):
+        with torch.enable_grad(), undisturbed(model, embeddings.weight.device), again(model):
             torch.manual_seed(0)
             for start, stop in _batches(pairs):
                 bar.set_postfix_str(f"curvature of row {stop} of {len(pairs)}")

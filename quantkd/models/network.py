@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from quantkd.hardware import send
 from quantkd.loss.states import Head, TargetStates
@@ -189,6 +191,33 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module in model.modules():  # 4-bit layers train: on some CPUs bitsandbytes repacks their weights otherwise
             module.training = hasattr(module, "quant_state")
         yield
+
+
+@contextmanager
+def recomputed_blocks(model: Any) -> Iterator[None]:
+    """Inside, the backward pass runs each of a model's blocks again, in place of what its forward pass would hold."""
+    # transformers' own way asks for training mode, and its switch does not say how it was set before.
+    network, lists = base_network(model), list[str]()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(tuple(lists)):
+            lists.append(f"{name}.")
+    blocks = [block for name in lists for block in network.get_submodule(name[:-1])]
+    config = network.config.get_text_config()
+    own, cached = [vars(block).get("forward") for block in blocks], getattr(config, "use_cache", None)
+    if cached is not None:
+        config.use_cache = False  # a block that runs twice would add to it twice
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        if cached is not None:
+            config.use_cache = cached
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def context_length(model: Any) -> int | None:

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -76,7 +75,7 @@ def import_table(
     if missing:
         raise DataError(f"The table lacks the columns {missing}; it has {table.column_names}. Choose another table.")
     layout = CompressedLayout.beside(source) if is_compressed else None
-    read = _read_axolotl if toolkit == "axolotl" else partial(_read_distillkit, layout=layout)
+    read = _read_axolotl if toolkit == "axolotl" else lambda row: _read_distillkit(row, layout)
     digest, most = hashlib.sha256(), 0
     for number, values in enumerate(table):  # once to check the table and to learn its plan, and once to write it
         try:
