@@ -129,6 +129,7 @@ def test_selftest_passes_on_a_sound_model_and_fails_on_a_misaligned_one(cli, tin
     ("TRAIN --resume_from_checkpoint true", 1, "no checkpoint to resume"),
     ("TRAIN --resume_from_checkpoint r", 1, "is no checkpoint"),
     ("TRAIN --eval_strategy steps", 1, "there are no held-out rows. Give eval_dataset"),
+    ("TRAIN --eval_on_start", 1, "eval_on_start is True, and there are no held-out rows. Give eval_dataset"),
     ("TRAIN --report_to notrack", 1, "names notrack; installed"), ("EXPORT --lora_r 4", 1, "lora_r has no effect here"),
     ("TRAIN --bf16 true --fp16 true", 1, "but not both. `quantkd train --help` lists the"),
     ("CONFIG twice.yaml", 1, "twice.yaml has model in lines 1 and 3. Remove one."),
