@@ -30,7 +30,7 @@ from quantkd.models import curvature, initialization
 from quantkd.models.curvature import Costs, measure_costs, weigh_inputs
 from quantkd.models.initialization import _MAX_INPUTS, compute_correction, initialize_from_error
 from quantkd.models.layer_inputs import Rows, draw_rows
-from quantkd.models.network import base_network
+from quantkd.models.network import base_network, recomputed_blocks
 from quantkd.models.original_weights import OriginalWeights
 from quantkd.models.provenance import Provenance
 from quantkd.models.quantize import quantize
@@ -249,6 +249,15 @@ def test_blocks_that_run_again_change_no_cost(family, monkeypatch):
     assert found.keys() == plain.keys() and len(runs) > 2 * once
     for layer, costs in found.items():
         torch.testing.assert_close(costs, plain[layer], rtol=1e-5, atol=1e-9)
+
+
+def test_a_block_that_a_model_has_twice_runs_again_and_is_left_as_it_was(tiny_model):
+    tiny_model.model.layers.append(tiny_model.model.layers[0])
+    first, own = tiny_model.model.layers[0], tiny_model.model.layers[1].forward
+    tiny_model.model.layers[1].forward = own  # as accelerate's hooks leave it
+    with recomputed_blocks(tiny_model):
+        assert "forward" in vars(first)
+    assert "forward" not in vars(first) and tiny_model.model.layers[1].forward is own
 
 
 def test_a_router_that_gives_several_outputs_has_no_costs():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,6 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
     config = network.config.get_text_config()
     places = [(config, "final_logit_softcapping"), (config, "logits_scaling"), (network, "logit_scale")]
     saved = [(*each, value) for each in places if type(value := getattr(*each, None)) in (int, float)]
-    own_forward = head.__dict__.get("forward")  # accelerate's hooks put one there
     # FSDP2 puts hooks on what a layer returns, and warns of a view, which the model's slice of its states is.
     is_fsdp = isinstance(head, FSDPModule) or isinstance(model, FSDPModule)
 
@@ -90,16 +89,12 @@ def hidden_states_as_logits(model: Any) -> Iterator[None]:
             hidden = _PassThrough.apply(hidden, *trained)  # type: ignore[no-untyped-call]
         return hidden.clone() if is_fsdp else hidden
 
-    head.forward = pass_through
     for place, name, _ in saved:
         setattr(place, name, _NEUTRAL[name])
     try:
-        yield
+        with _forward_replaced(head, pass_through):
+            yield
     finally:
-        if own_forward is None:
-            del head.forward
-        else:
-            head.forward = own_forward
         for place, name, value in saved:
             setattr(place, name, value)
 
@@ -201,23 +196,30 @@ def recomputed_blocks(model: Any) -> Iterator[None]:
     for name, module in network.named_modules():
         if isinstance(module, nn.ModuleList) and not name.startswith(tuple(lists)):
             lists.append(f"{name}.")
-    blocks = [block for name in lists for block in network.get_submodule(name[:-1])]
+    blocks = dict.fromkeys(block for name in lists for block in network.get_submodule(name[:-1]))  # some are shared
     config = network.config.get_text_config()
-    own, cached = [vars(block).get("forward") for block in blocks], getattr(config, "use_cache", None)
-    if cached is not None:
-        config.use_cache = False  # a block that runs twice would add to it twice
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    cached = getattr(config, "use_cache", None)
+    with ExitStack() as stack:
+        if cached is not None:
+            config.use_cache = False  # a block that runs twice would add to it twice
+            stack.callback(setattr, config, "use_cache", cached)
+        for block in blocks:
+            stack.enter_context(_forward_replaced(block, partial(checkpoint, block.forward, use_reentrant=False)))
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module's forward pass is another one."""
+    own = vars(module).get("forward")  # accelerate's hooks put one there
+    module.forward = forward
     try:
         yield
     finally:
-        if cached is not None:
-            config.use_cache = cached
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def context_length(model: Any) -> int | None:

@@ -79,12 +79,13 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
 def check_evaluation(args: QuantizedDistillationConfig, eval_dataset: Any) -> None:
     """Refuse to evaluate during training without rows to evaluate on."""
     strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
-    asked = "eval_strategy" if strategy != "no" else "eval_on_start" if args.eval_on_start else None
-    if asked is not None and eval_dataset is None:
-        raise ConfigError(
-            f"{asked} is {strategy if asked == 'eval_strategy' else True!r}, and there are no held-out rows. Give "
-            f"eval_dataset (--eval_transfer_set or --eval_fraction), or leave {asked} out."
-        )
+    asked = {"eval_strategy": strategy, "eval_on_start": args.eval_on_start}
+    for name, value in asked.items():
+        if value not in ("no", False) and eval_dataset is None:
+            raise ConfigError(
+                f"{name} is {value!r}, and there are no held-out rows. Give eval_dataset (--eval_transfer_set or "
+                f"--eval_fraction), or leave {name} out."
+            )
 
 
 def choose_base(
