@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.network import run_model, why_not_fusable
+from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from tests.conftest import refused
 
 RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -62,6 +64,34 @@ def test_the_best_checkpoint_is_the_one_nearest_to_the_teacher(make_trainer, tra
     trainer.train()
     name, best = "eval_" + metric.removeprefix("eval_"), max if metric == "top1_agreement" else min
     assert trainer.state.best_metric == best(entry[name] for entry in trainer.state.log_history if name in entry)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_the_start_can_be_the_best_checkpoint(make_trainer, training_set, tmp_path, caplog, scales):
+    def trained(**options):
+        trainer = make_trainer(
+            eval_dataset=training_set, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+            metric_for_best_model="kl", eval_on_start=True, save_total_limit=1, max_steps=2, train_scales=scales,
+            **options,
+        )  # fmt: skip
+        before = {name: each.detach().clone() for name, each in trainer.model.named_parameters() if each.requires_grad}
+        trainer.train()
+        own = dict(trainer.model.named_parameters())
+        return trainer, [name for name, each in before.items() if not torch.equal(own[name], each)]
+
+    rates = {"scales_learning_rate": 0.5} if scales else {}
+    trainer, moved = trained(load_best_model_at_end=True, learning_rate=0.5, **rates)
+    history = [entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry]
+    assert len(history) == 3 and trainer.state.best_metric == history[0] < min(history[1:]) and not moved
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(history[0])
+    folder = Path(trainer.args.output_dir)
+    assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-0")
+    assert not [*folder.rglob("training_args.bin")] and "raised the KL" not in caplog.text
+    check_resumable(find_checkpoint("true", folder), trainer.model)
+    _, moved = trained(load_best_model_at_end=False, learning_rate=0.5, **rates)
+    assert moved and "Training raised the KL on the held-out rows from" in caplog.text
+    trainer, moved = trained(load_best_model_at_end=True, learning_rate=1e-5)  # which lowers it
+    assert moved and trainer.state.best_model_checkpoint != str(folder / "checkpoint-0")
 
 
 def test_options_that_only_a_later_step_reads_are_one_line_too(make_trainer, training_set, tiny_model, tiny_tokenizer):

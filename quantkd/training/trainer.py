@@ -314,7 +314,26 @@ class QuantizedDistillationTrainer(Trainer):
         if checkpoint is not None:
             check_resumable(checkpoint, self.model)
         with row_attention(self.model) if self.args.packing else nullcontext():
-            return super().train(checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
+        kls = [entry["eval_kl"] for entry in self.state.log_history if "eval_kl" in entry]
+        if kls and kls[-1] > kls[0] and not self.args.load_best_model_at_end:
+            logger.warning(
+                "Training raised the KL on the held-out rows from %.4f to %.4f. Lower learning_rate, or keep the best "
+                "state: load_best_model_at_end=True, with eval_on_start=True for that before the first step.",
+                kls[0],
+                kls[-1],
+            )
+        return output
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; with `eval_on_start`, the start can be the best model."""
+        metrics: dict[str, float] = super()._evaluate(trial, *args, **kwargs)
+        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+            self._determine_best_metric(metrics, trial)
+            self.state.best_model_checkpoint = str(Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-0"))
+            self._save_checkpoint(self.model, trial)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+        return metrics
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
