@@ -147,7 +147,8 @@ def train_adapter(arm: str, teacher: Path, rows: TransferSet, base: Path, args: 
         QuantizedDistillationConfig(
             str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=args.learning_rate,
             alpha=0.0 if arm == "control" else 1.0, lr_scheduler_type="cosine", warmup_steps=4, packing=True,
-            save_strategy="no", report_to=[], disable_tqdm=True, seed=args.seed, init_from=str(teacher),
+            save_strategy="no", report_to=[], disable_tqdm=True, seed=args.seed,
+            init_from=str(teacher) if arm == "start" else None,
         ),
         train_dataset=rows,
         peft_config=default_lora_config(args.rank) if arm == "start" else None,

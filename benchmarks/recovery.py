@@ -186,7 +186,7 @@ def load_base(base: str, start: Path | None) -> Any:
 
 def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | None) -> Trainer:
     """This library's trainer: the whole loss soft, or for the control all of it hard."""
-    corrected = {"init": "zero"} if name == "nearest_zero" else {"init_from": args.model}
+    corrected = {"init": "zero"} if name == "nearest_zero" else {"init_from": args.model} if start is None else {}
     arguments = QuantizedDistillationConfig(
         **shared_arguments(args, name), **corrected, alpha=0.0 if name == "ce_control" else 1.0, packing=True,
         calibrate=False, train_scales=True, scales_learning_rate=args.scales_learning_rate,

@@ -88,6 +88,7 @@ def test_samples_differ_in_no_batch_and_the_checkpoints_own_settings_change_noth
 def test_sampled_entries_are_shares_of_the_draws_in_any_batch(set_of, responses):
     rows = [{"prompt": "One and one?", "completion": "two"}, {"prompt": "And now?", "completion": "its answer"}]
     options = {"prompts": rows, "responses": responses, "storage": Sampled(20)}
+    options |= {"max_new_tokens": 256} if responses == "given" else {}  # the default, which is not used
     together, alone = set_of("together", **options), set_of("alone", batch_size=1, **options)
     assert together.info.temperatures == (1.0,)
     for row, other in zip(together, alone, strict=True):

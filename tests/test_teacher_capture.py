@@ -90,6 +90,8 @@ def test_what_filters_leave_out_is_counted_by_its_first_reason(tiny_tokenizer, t
     for error, filters, options, message in (
         (DataError, [CorrectOnly()], {}, "no reference answer, and correct_only was asked for"),
         (ConfigError, [CorrectOnly()], {"responses": "given"}, "responses='given' takes the data set's"),
+        (ConfigError, [], {"responses": "given", "max_new_tokens": 5}, "max_new_tokens has no effect here"),
+        (ConfigError, [], {"auto_find_batch_size": True, "batch_size": 4}, "batch_size has no effect here"),
         (ConfigError, ["finished"], {}, "expected a filter of quantkd"),
     ):
         refused(error, message, run, FakeTeacher(tiny_tokenizer), tmp_path / "u", filters=filters, **options)
@@ -115,11 +117,12 @@ def test_a_batch_is_halved_where_the_bytes_stay_and_a_probe_is_asked_once(tiny_t
     invariant.fits, said = 0, r"in a batch of 1 prompts, first prompt 0 of 28 tokens.*Shorten it"
     refused(TeacherError, said, run, invariant, tmp_path / "none")
     teacher, again, none = (FakeTeacher(tiny_tokenizer, fits=fits) for fits in (5, 5, 0))
+    found = {"auto_find_batch_size": True, "batch_size": 8}  # the default, which is not used
     for each in (teacher, again):
-        run(each, tmp_path / "s", auto_find_batch_size=True, rows_per_shard=None)
+        run(each, tmp_path / "s", rows_per_shard=None, **found)
     chosen = read_index(tmp_path / "s").plan.batch_size
     assert chosen == 4 and max(teacher.batches[-12 // chosen :]) <= chosen and again.batches == []
-    refused(TeacherError, "does not fit into memory", run, none, tmp_path / "t", auto_find_batch_size=True)
+    refused(TeacherError, "does not fit into memory", run, none, tmp_path / "t", **found)
 
 
 @pytest.mark.parametrize("message", [

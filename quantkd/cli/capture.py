@@ -70,8 +70,6 @@ def main(argv: Sequence[str]) -> None:
         if args.dry_run:
             raise SystemExit(0)
 
-    refuse_unused(generation, {"": "max_new_tokens" * (args.responses == "given")})
-    refuse_unused(run, {"": "batch_size" * run.auto_find_batch_size})
     filters, columns = _filters(args), {"prompt_column": args.prompt_column}
     columns["completion_column"] = args.answer_column or args.completion_column
     examples = load_examples(args.prompts, limit=args.limit, split=args.split, **columns)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkd.data.encoding import at_date, encode_examples, read_date, uses_date
 from quantkd.data.prompts import Example, check_references, load_examples
-from quantkd.errors import ConfigError, TransferSetError
+from quantkd.errors import ConfigError, TransferSetError, refuse_unused
 from quantkd.hardware import process_state
 from quantkd.names import public_name
 from quantkd.teacher.batches import find_batch_size, retry_out_of_memory
@@ -124,6 +124,8 @@ def capture(
     if responses not in ("generate", "given"):
         raise ConfigError(f"responses is 'generate' or 'given', found {responses!r}.")
     folder, run = Path(output_dir), run or RunSettings()
+    refuse_unused(generation or GenerationSettings(), {"": "max_new_tokens" * (responses == "given")})
+    refuse_unused(run, {"": "batch_size" * run.auto_find_batch_size})
     occupied = next((part for part in (folder, *folder.parents) if part.exists()), None)
     if occupied is not None and not occupied.is_dir():
         raise TransferSetError(f"{occupied} is a file; the set needs a folder. Name another output_dir.")

@@ -161,6 +161,8 @@ def prepare_student(
             "quantization_config and model_init_kwargs apply to a model given by name; a loaded model is taken as it "
             "is. Pass the name, or load the model in the way that is meant and leave both out."
         )
+    if isinstance(model, PeftModel):  # whose adapters are where they are
+        refuse_unused(args, {"": "init_rows init_from" + " init" * (args.init == "loftq")})
     revision = commit_of(model.config) or init_kwargs.get("revision")
     if args.adapter_budget is not None:
         peft_config = _with_budget(model, peft_config, args, train_dataset, name, revision)

@@ -331,7 +331,7 @@ class QuantizedDistillationTrainer(Trainer):
         if self.state.global_step == 0 and self.args.load_best_model_at_end:
             self._determine_best_metric(metrics, trial)
             self.state.best_model_checkpoint = str(Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-0"))
-            self._save_checkpoint(self.model, trial)
+            self._save_checkpoint(self.model, trial)  # type: ignore[arg-type]  # as the Trainer types it
             self.callback_handler.on_save(self.args, self.state, self.control)
         return metrics
 
