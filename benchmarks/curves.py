@@ -1,8 +1,10 @@
-"""How the KL that training leaves falls with rows, epochs and rank, and what of it is the start's.
+"""How the KL that training leaves falls with rows, epochs, rank and learning rates, and what of it is the start's.
 
 The arms are those of recovery.py: the start on calibrated codes, before any step, and the same after training, by seed.
 One of rows, epochs and rank is varied at a time; codes and start see the rows that training sees, at most 256 of them
-for the codes. The base is recovery.py's default, and its arms are found again where --cache is that of recovery.py.
+for the codes. `--all_rates` varies the learning rates of adapters and of constants and norms together, as factors of
+theirs; with `--choose` on training questions that no table reports, which is how defaults are chosen. The base
+is recovery.py's default, and its arms are found again where --cache is that of recovery.py.
 
     python benchmarks/curves.py
 
@@ -22,16 +24,18 @@ from matplotlib.figure import Figure
 from recovery import build_parser, cached_arm, capture_sets, gap_recovered, join_seeds, training_share
 
 ROWS, EPOCHS, RANKS = (32, 64, 128, 256, 1000), (1, 2, 4), (4, 16, 64)
+RATES = ("learning_rate", "scales_learning_rate")
 
 
 def list_points(args: argparse.Namespace) -> dict[str, list[argparse.Namespace]]:
     """The settings of every point, by what varies: what has one value does not."""
-    varied = {"rows": args.all_rows, "epochs": args.all_epochs, "rank": args.all_ranks}
-    return {
-        key: [argparse.Namespace(**{**vars(args), key: value}) for value in values]
-        for key, values in varied.items()
-        if len(values) > 1
-    }
+    varied = {"rows": args.all_rows, "epochs": args.all_epochs, "rank": args.all_ranks, "rates": args.all_rates}
+
+    def with_value(key: str, value: float) -> argparse.Namespace:
+        rates = {name: getattr(args, name) * value for name in RATES} if key == "rates" else {}
+        return argparse.Namespace(**{**vars(args), **rates, key: value})
+
+    return {key: [with_value(key, value) for value in values] for key, values in varied.items() if len(values) > 1}
 
 
 def measure_point(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,11 +72,12 @@ def main() -> None:
     """Capture, run every point, print and draw."""
     parser = build_parser()
     parser.description = __doc__
-    for name, kind, values in (("rows", int, ROWS), ("epochs", float, EPOCHS), ("ranks", int, RANKS)):
+    all_values = ("rows", int, ROWS), ("epochs", float, EPOCHS), ("ranks", int, RANKS), ("rates", float, (1.0,))
+    for name, kind, values in all_values:
         parser.add_argument(f"--all_{name}", type=kind, nargs="+", default=values, help="to vary, the others at base")
     args = parse(parser)
     if not list_points(args):
-        parser.error("Nothing varies; expected two values or more of --all_rows, --all_epochs or --all_ranks.")
+        parser.error("Nothing varies; expected two values or more of one of --all_rows, _epochs, _ranks and _rates.")
     args.capture_rows = max(args.capture_rows, args.rows, *args.all_rows)
     capture_sets(args)
     points = {

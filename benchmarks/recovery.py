@@ -87,17 +87,20 @@ OF_TRAINING = ("epochs", "batch_size", "learning_rate", "scales_learning_rate")
 
 def question_prompts(args: argparse.Namespace, name: str) -> list[str]:
     """The prompts of the training or of the held-out set."""
-    count = count_rows(args, name)
+    count, trained = count_rows(args, name), count_rows(args, "train")
+    is_train = name == "train"
     if args.domain == "python_docs":
         prompts: list[str] = runpy.run_path(str(EXAMPLE))["collect_prompts"]()
-        if len(prompts) < (needed := count_rows(args, "train") + count_rows(args, "held_out")):
+        if len(prompts) < (needed := trained + 2 * args.held_out_rows):
             raise SystemExit(f"{needed} functions were asked for, and the standard library has {len(prompts)}.")
-        return prompts[:count] if name == "train" else prompts[-count:]
+        return prompts[:trained] if is_train else prompts[trained:][:count] if args.choose else prompts[-count:]
     if args.domain == "arithmetic":
-        train = generate_problems(count_rows(args, "train"), seed=0)
-        rows = train if name == "train" else generate_problems(count, seed=1, exclude=train)
+        train = generate_problems(trained, seed=0)
+        rows = train if is_train else generate_problems(count, seed=2 if args.choose else 1, exclude=train)
+    elif args.choose and not is_train:
+        rows = load_gsm8k(find_gsm8k(args.gsm8k), "train", trained + count)[trained:]
     else:
-        rows = load_gsm8k(find_gsm8k(args.gsm8k), "train" if name == "train" else "test", count)
+        rows = load_gsm8k(find_gsm8k(args.gsm8k), "train" if is_train else "test", count)
     return [build_prompt(row["question"]) for row in rows]
 
 
@@ -108,7 +111,8 @@ def count_rows(args: argparse.Namespace, name: str) -> int:
 
 def set_folder(args: argparse.Namespace, name: str) -> Path:
     """Where the answers to the training or the held-out questions are kept."""
-    return Path(args.cache) / f"{name}-{count_rows(args, name)}-{args.max_new_tokens}-{args.storage_mass}"
+    kind = f"choosing-{count_rows(args, 'train')}" if args.choose and name == "held_out" else name
+    return Path(args.cache) / f"{kind}-{count_rows(args, name)}-{args.max_new_tokens}-{args.storage_mass}"
 
 
 def open_train(args: argparse.Namespace) -> TransferSet:
@@ -295,11 +299,12 @@ def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     without = OF_TRAINING if name in STARTS else (*OF_TRAINING, "rows", "rank") if name in LOADED else ()
     settings = {key: str(getattr(args, key)) for key in SETTINGS if key not in without} | {"name": name}
     settings |= {} if without else {"learning_rate": str(choose_rate(args, name))}
+    settings |= {"measured on": str(set_folder(args, "held_out"))} if args.choose else {}
 
     def run() -> dict[str, Any]:
         keys = (*SETTINGS, "cache", "capture_rows")
         given = [f"--{key}={value}" for key, value in vars(args).items() if key in keys and value]
-        command = [sys.executable, __file__, "--only", name, *given]
+        command = [sys.executable, __file__, "--only", name, *given, *(["--choose"] if args.choose else [])]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
         return found
@@ -396,6 +401,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--scales_learning_rate", type=float, default=3e-4, help="of block constants and norms")
     parser.add_argument("--seeds", type=int, default=3, help="runs from the calibrated start")
+    parser.add_argument(
+        "--choose", action="store_true", help="measure on other training questions, which no table reports"
+    )
     parser.add_argument("--quick", action="store_true", help="16 rows, 8 held out, rank 8: for a look at the figures")
     parser.add_argument("--arms", nargs="+", help="run these alone; the figures need all")
     parser.add_argument("--only", help="this arm alone, in this process; the sets and its start must be there")

@@ -135,6 +135,30 @@ def test_curves_vary_one_setting_at_a_time(sources, monkeypatch, tmp_path, capsy
     sys.argv.pop()
     with pytest.raises(SystemExit):
         curves.main()
+    tried = []
+    monkeypatch.setattr(curves, "cached_arm", lambda name, args: tried.append(args) or measure(name, args))
+    sys.argv += ["--all_rates", "0.5", "1", "--scales_learning_rate", "4", "--choose"]
+    curves.main()
+    assert {(args.learning_rate, args.scales_learning_rate, args.choose) for args in tried} == {
+        (5e-5, 2.0, True), (1e-4, 4.0, True),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("domain", ["gsm8k", "arithmetic", "python_docs"])
+def test_settings_are_chosen_on_questions_that_no_student_and_no_table_sees(sources, tmp_path, domain):
+    import recovery
+
+    for name in ("train", "test"):
+        rows = [{"question": f"{name} {number}?", "answer": f"#### {number}"} for number in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--domain", domain, "--gsm8k", str(tmp_path), "--rows", "6", "--held_out_rows", "5"]
+    args, choosing = (recovery.build_parser().parse_args([*words, *more]) for more in ([], ["--choose"]))
+    trained, reported = (recovery.question_prompts(args, name) for name in ("train", "held_out"))
+    chosen_by = recovery.question_prompts(choosing, "held_out")
+    assert recovery.question_prompts(choosing, "train") == trained and len(chosen_by) == len(reported) == 5
+    assert len({*trained, *reported, *chosen_by}) == 16
+    assert recovery.set_folder(choosing, "held_out") != recovery.set_folder(args, "held_out")
+    assert recovery.set_folder(choosing, "train") == recovery.set_folder(args, "train")
 
 
 def test_every_student_is_measured_on_both_domains(sources, training_set, monkeypatch, tmp_path, capsys):
