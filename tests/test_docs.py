@@ -29,6 +29,16 @@ from quantkd.models.student import load_student
 from quantkd.names import load_tokenizer
 
 
+def test_what_a_page_imports_is_described_in_the_api():
+    text = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    described, missing = set(re.findall(r"\w+", text)), []
+    for block in (block for page in PAGES for block in read_blocks(page) if block.language == "python"):
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("quantkd"):
+                missing += [(block.place, each.name) for each in node.names if each.name not in described]
+    assert missing == []
+
+
 @pytest.fixture(scope="module")
 def page_model_path(tiny_tokenizer, tmp_path_factory):
     """The tiny model with a context for eight shots and answers that end soon."""

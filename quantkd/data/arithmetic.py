@@ -116,7 +116,20 @@ _RESULT = re.compile(r"\[(\$?)(\w+) = ([^\]]*)\]")
 def generate_problems(
     n: int, seed: int, *, exclude: Iterable[Mapping[str, str]] = (), max_steps: int = 3
 ) -> list[dict[str, str]]:
-    """Word problems of one to three steps with whole answers, their solutions written out; none of `exclude`."""
+    """Word problems with whole answers, their solutions written out as GSM8K's are.
+
+    Args:
+        n: how many.
+        seed: the same seed gives the same problems.
+        exclude: problems of which none is made again.
+        max_steps: of a solution, 1 to 3.
+
+    Returns:
+        A `question` and an `answer` each; the answer ends in `#### ` and the number.
+
+    Raises:
+        DataError: arguments outside their range, or more problems than there are.
+    """
     if n < 1:
         raise DataError(f"{n} problems were asked for; expected at least 1.")
     if max_steps not in (1, 2, 3):

@@ -54,7 +54,19 @@ def load_examples(
     split: str | None = None,
     limit: int | None = None,
 ) -> list[Example]:
-    """Read prompts, and completions where there are any, from a file, a folder, the Hub or memory."""
+    """Read prompts, and completions where there are any.
+
+    Args:
+        source: a .jsonl, .json, .parquet or .csv file, a folder of splits, a `datasets` name, or an iterable of
+            strings, message lists, dicts or `Example`s.
+        prompt_column: where the prompt is, a text or messages.
+        completion_column: where the answer is, if there is one.
+        split: of a source that has splits; "train" if None.
+        limit: at most this many, from the front.
+
+    Raises:
+        DataError: rows that are missing, empty or malformed.
+    """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; expected at least 1, or None for all rows.")
     name = str(source) if isinstance(source, (str, Path)) else f"The given {type(source).__name__}"
@@ -99,7 +111,16 @@ def naming_row(number: int) -> Iterator[None]:
 def with_context(
     examples: Sequence[Example], *, system_prompt: str | None = None, few_shot: Sequence[Example] = ()
 ) -> list[Example]:
-    """The examples with a system prompt and solved examples before them, as turns of the same chat."""
+    """The examples with a system prompt and solved examples before them, as turns of the same chat.
+
+    Args:
+        examples: as `load_examples` reads them.
+        system_prompt: the first turn of all that do not have one.
+        few_shot: prompts with their completions, none of them among the examples.
+
+    Raises:
+        DataError: solved examples without a completion or among the questions, or before a whole conversation.
+    """
     turns: list[Message] = []
     check_shots([each.turns[-1]["content"] for each in examples], [each.turns[-1]["content"] for each in few_shot])
     for index, shot in enumerate(few_shot):

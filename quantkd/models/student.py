@@ -152,7 +152,17 @@ def load_student(
     dtype: str | torch.dtype | None = None,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a model quantized, on this process's own device: as stored, by a config or a name of `STUDENT_FORMATS`."""
+    """Load a model quantized, on this process's own device.
+
+    Args:
+        name_or_path: a Hub name or a checkpoint folder; one that is stored quantized is taken as it is.
+        quantization_config: nf4, fp4 or int8, or any quantization config of transformers; NF4 if None.
+        dtype: what the quantized layers compute in; bfloat16 where the hardware has it, else float32, if None.
+        **model_init_kwargs: further arguments of `from_pretrained`, such as `gguf_file` and `revision`.
+
+    Raises:
+        ConfigError: a format that cannot be loaded, that is not the stored one, or that does not fit the launcher.
+    """
     file = find_gguf(name_or_path, quantization_config=quantization_config, **model_init_kwargs)
     model_init_kwargs = {"trust_remote_code": False, **model_init_kwargs}
     if not shares_weights():

@@ -41,7 +41,26 @@ def collect_divergence(
     student_name: str = "student",
     adapter_name: str = "adapter",
 ) -> Divergence:
-    """Compare a student with the stored teacher at every target, without and with its adapter, teacher-forced."""
+    """Compare a student with the stored teacher at every target, without and with its adapter, teacher-forced.
+
+    Args:
+        model: the student with its adapter.
+        transfer_set: held-out rows.
+        tokenizer: the student's.
+        rows: how many to show, from the front.
+        alternatives: the teacher's most probable tokens per position.
+        batch_size: rows per forward pass.
+        student_name: what the page calls the student.
+        adapter_name: what the page calls the adapter.
+
+    Returns:
+        What `write_page` writes: KL in nats per token, and tokens with their probabilities.
+
+    Raises:
+        ConfigError: a model without an adapter.
+        DataError: a set without rows.
+        TransferSetError: a set that another tokenizer wrote.
+    """
     if not isinstance(model, PeftModel):
         raise ConfigError(f"The model is a {type(model).__name__}; expected a PeftModel. Load the adapter onto it.")
     if not len(transfer_set):

@@ -21,7 +21,11 @@ _SCRIPTS = ("data.js", "details.js", "rows.js", "page.js")
 
 
 def write_page(divergence: Divergence, path: str | Path) -> Path:
-    """Write the page; a file of that name is replaced once the new one is whole."""
+    """Write the page, one HTML file that loads nothing else; a file of that name is replaced once the new one is whole.
+
+    Raises:
+        ConfigError: the path is a folder.
+    """
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file name such as {path / 'page.html'}.")
