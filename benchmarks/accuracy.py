@@ -8,12 +8,12 @@
    many steps on the same answers by cross-entropy alone (`control`).
 4. All solve the same test problems, greedily; the last number must stand after `####`.
 
-The three sets of problems share no question. The figures: `teacher`, `before`, `codes` and `after` are shares of test
-problems solved; `bits_per_weight` counts codes, constants and adapters of the linear layers; `p_value` is McNemar's
-exact test of teacher against before; `accuracy_gap_recovered` is (after - before) / (teacher - before), with a paired
-bootstrap interval over problems, and `codes.accuracy_gap_recovered` the same of the codes. `answer_agreement` is the
-share of answers that end in the teacher's own number, right or wrong, and `agreement.only_after_vs_*` counts the
-problems on which only `after` agrees with the teacher, and only the other arm.
+The three sets of problems share no question. The figures: `teacher`, `before`, `codes`, `start`, `after` and `control`
+are shares of test problems solved; `bits_per_weight` counts codes, constants and adapters of the linear layers;
+`p_value` is McNemar's exact test of teacher against before; `accuracy_gap_recovered` is (after - before) / (teacher -
+before), with a paired bootstrap interval over problems, and `codes.`, `start.` and `control.accuracy_gap_recovered` the
+same of these. `answer_agreement` is the share of answers that end in the teacher's own number, right or wrong, and
+`agreement.only_after_vs_*` counts the problems on which only `after` agrees with the teacher, and only the other arm.
 
     python benchmarks/accuracy.py --cache runs/accuracy
 

@@ -34,7 +34,19 @@ _FLEXIBLE = re.compile(r"-?[$\d.,]{2,}|-?\d+", re.ASCII)
 
 
 def load_gsm8k(path: str | Path | None, split: str | None, limit: int | None = None) -> list[dict[str, str]]:
-    """Read GSM8K rows, or rows of any set in its format; a single file has no split."""
+    """Read GSM8K rows, or rows of any set in its format.
+
+    Args:
+        path: a folder with `train.jsonl` and `test.jsonl`, or a file; the Hub's openai/gsm8k if None.
+        split: "train" or "test"; None for a single file, which has none.
+        limit: at most this many, from the front.
+
+    Returns:
+        A `question` and an `answer` each; the answer ends in `#### ` and the number.
+
+    Raises:
+        DataError: rows that are missing, or that do not end so.
+    """
     source = "openai/gsm8k:main" if path is None else path
     examples = load_examples(source, prompt_column="question", completion_column="answer", split=split, limit=limit)
     rows = []
@@ -50,7 +62,12 @@ def load_gsm8k(path: str | Path | None, split: str | None, limit: int | None = N
 
 
 def build_prompt(question: str, shots: Sequence[Mapping[str, str]] = ()) -> str:
-    """The instruction, the solved examples and the question as one message; what all share comes first."""
+    """The instruction, the solved examples and the question as one message; what all share comes first.
+
+    Args:
+        question: a row's.
+        shots: rows of `load_gsm8k`, shown with their answers.
+    """
     solved = [f"Question: {shot['question']}\nAnswer: {remove_calculator_marks(shot['answer'])}" for shot in shots]
     return "\n\n".join([INSTRUCTION, *solved, f"Question: {question}\nAnswer:"])
 
