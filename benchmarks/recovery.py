@@ -91,7 +91,7 @@ def question_prompts(args: argparse.Namespace, name: str) -> list[str]:
     is_train = name == "train"
     if args.domain == "python_docs":
         prompts: list[str] = runpy.run_path(str(EXAMPLE))["collect_prompts"]()
-        if len(prompts) < (needed := trained + 2 * args.held_out_rows):
+        if len(prompts) < (needed := trained + (1 + args.choose) * args.held_out_rows):
             raise SystemExit(f"{needed} functions were asked for, and the standard library has {len(prompts)}.")
         return prompts[:trained] if is_train else prompts[trained:][:count] if args.choose else prompts[-count:]
     if args.domain == "arithmetic":

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from quantkd import QuantizedDistillationConfig
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.network import run_model, why_not_fusable
-from quantkd.training.checkpoints import check_resumable, find_checkpoint
 from tests.conftest import refused
 
 RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -66,32 +66,69 @@ def test_the_best_checkpoint_is_the_one_nearest_to_the_teacher(make_trainer, tra
     assert trainer.state.best_metric == best(entry[name] for entry in trainer.state.log_history if name in entry)
 
 
-@pytest.mark.parametrize("scales", [False, True])
-def test_the_start_can_be_the_best_checkpoint(make_trainer, training_set, tmp_path, caplog, scales):
-    def trained(**options):
-        trainer = make_trainer(
-            eval_dataset=training_set, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-            metric_for_best_model="kl", eval_on_start=True, save_total_limit=1, max_steps=2, train_scales=scales,
-            **options,
-        )  # fmt: skip
-        before = {name: each.detach().clone() for name, each in trainer.model.named_parameters() if each.requires_grad}
-        trainer.train()
-        own = dict(trainer.model.named_parameters())
-        return trainer, [name for name, each in before.items() if not torch.equal(own[name], each)]
+class EvaluateEachStep(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = True
 
-    rates = {"scales_learning_rate": 0.5} if scales else {}
-    trainer, moved = trained(load_best_model_at_end=True, learning_rate=0.5, **rates)
-    history = [entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry]
-    assert len(history) == 3 and trainer.state.best_metric == history[0] < min(history[1:]) and not moved
-    assert trainer.evaluate()["eval_kl"] == pytest.approx(history[0])
-    folder = Path(trainer.args.output_dir)
-    assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-0")
-    assert not [*folder.rglob("training_args.bin")] and "raised the KL" not in caplog.text
-    check_resumable(find_checkpoint("true", folder), trainer.model)
-    _, moved = trained(load_best_model_at_end=False, learning_rate=0.5, **rates)
-    assert moved and "Training raised the KL on the held-out rows from" in caplog.text
-    trainer, moved = trained(load_best_model_at_end=True, learning_rate=1e-5)  # which lowers it
-    assert moved and trainer.state.best_model_checkpoint != str(folder / "checkpoint-0")
+
+def train_from(make_trainer, training_set, **options):
+    """A trainer after training, its KL by evaluation, and whether it left its start."""
+    options = {
+        "eval_dataset": training_set, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "metric_for_best_model": "kl", "eval_on_start": True,
+        "load_best_model_at_end": True, "max_steps": 2, **options,
+    }  # fmt: skip
+    trainer = make_trainer(**options)
+    before = {name: each.detach().clone() for name, each in trainer.model.named_parameters() if each.requires_grad}
+    trainer.train(trainer.args.resume_from_checkpoint)
+    own = dict(trainer.model.named_parameters())
+    kls = [entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry]
+    return trainer, kls, any(not torch.equal(own[name], each) for name, each in before.items())
+
+
+WORSE, BETTER = {"learning_rate": 0.5}, {"learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"train_scales": True, "scales_learning_rate": 0.5}, {"save_strategy": "no"}, {"save_total_limit": 1},
+    {"save_strategy": "best"}, {"save_steps": 2},
+], ids=str)  # fmt: skip
+def test_the_start_is_kept_where_training_makes_it_worse(make_trainer, training_set, caplog, options):
+    if options.get("save_strategy") == "no":  # which transformers takes with eval_strategy alone
+        options = {**options, "eval_strategy": "no", "callbacks": [EvaluateEachStep()]}
+    trainer, kls, has_moved = train_from(make_trainer, training_set, **WORSE, **options)
+    assert len(kls) == 3 and kls[0] < min(kls[1:]) and not has_moved and trainer.state.best_metric == kls[0]
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(kls[0]) and "The start is kept: eval_kl is" in caplog.text
+    assert not (Path(trainer.args.output_dir) / "start").exists() and "raised" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [
+    BETTER,
+    {**BETTER, "eval_strategy": "no", "save_strategy": "no"}, {**WORSE, "eval_delay": 9},  # what is left is not known
+    {**BETTER, "max_steps": 4, "save_steps": 3},
+], ids=str)  # fmt: skip
+def test_what_is_trained_is_kept_where_it_is_better_or_not_evaluated(make_trainer, training_set, caplog, options):
+    trainer, _, has_moved = train_from(make_trainer, training_set, **options)
+    assert has_moved and not caplog.text and not (Path(trainer.args.output_dir) / "start").exists()
+
+
+def test_a_start_is_found_again_by_a_run_that_resumes(make_trainer, training_set):
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_from(make_trainer, training_set, **WORSE, callbacks=[Stop()])
+    _, _, has_moved = train_from(make_trainer, training_set, **WORSE, resume_from_checkpoint="true")
+    assert not has_moved
+
+
+def test_a_kl_that_training_raises_is_said(make_trainer, training_set, caplog):
+    plain = {"load_best_model_at_end": False, "save_strategy": "no"}
+    for options in (BETTER, {**WORSE, "eval_on_start": False}, {**WORSE, "alpha": 0.0}):
+        assert train_from(make_trainer, training_set, **plain, **options)[2] and "raised" not in caplog.text
+    _, kls, _ = train_from(make_trainer, training_set, **plain, **WORSE)
+    assert f"Training raised the KL on the held-out rows from {kls[0]:.4f} to {kls[-1]:.4f}." in caplog.text
 
 
 def test_options_that_only_a_later_step_reads_are_one_line_too(make_trainer, training_set, tiny_model, tiny_tokenizer):

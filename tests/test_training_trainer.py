@@ -234,7 +234,7 @@ def test_a_loaded_model_is_taken_as_it_is(make_trainer, tiny_model, tiny_tokeniz
     assert trainer.model is tiny_model and all(p.requires_grad for p in tiny_model.parameters())
     adapted = make_trainer(model=load_student(str(tiny_model_path), dtype="float32")).model
     assert isinstance(adapted, PeftModel) and make_trainer(model=adapted).model is adapted
-    for name, value in (("init", "loftq"), ("init_rows", 4), ("init_from", "m")):  # its adapters are where they are
+    for name, value in (("init_rows", 4), ("init_from", "m")):  # its adapters are where they are
         options = {"init": "covariance", name: value}
         refused(ConfigError, f"{name} has no effect here", make_trainer, model=adapted, **options)
     args = QuantizedDistillationConfig(make_trainer().args.output_dir, report_to="none")

@@ -162,7 +162,7 @@ def prepare_student(
             "is. Pass the name, or load the model in the way that is meant and leave both out."
         )
     if isinstance(model, PeftModel):  # whose adapters are where they are
-        refuse_unused(args, {"": "init_rows init_from" + " init" * (args.init == "loftq")})
+        refuse_unused(args, {"": "init_rows init_from"})
     revision = commit_of(model.config) or init_kwargs.get("revision")
     if args.adapter_budget is not None:
         peft_config = _with_budget(model, peft_config, args, train_dataset, name, revision)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -58,6 +60,7 @@ from quantkd.transfer_set.topk import TopKLogprobs
 logger = logging.getLogger(__name__)
 
 
+_SHARED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _METRICS = ("loss", "kl", "ce", "perplexity", "top1_agreement")
 
 
@@ -154,7 +157,7 @@ class QuantizedDistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.uses_fused_loss: bool | None = None if args.use_fused_loss else False  # None: still to be tried
         # Where processes share the weights, only the wrapper's forward pass has them whole: tried at the first one.
-        shared = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        shared = self.accelerator.distributed_type in _SHARED
         if self.uses_fused_loss is None and not shared:
             self._try_fused_loss(model, None)
         # While they are whole: where processes share them, no save has all of them.
@@ -315,25 +318,56 @@ class QuantizedDistillationTrainer(Trainer):
             check_resumable(checkpoint, self.model)
         with row_attention(self.model) if self.args.packing else nullcontext():
             output = super().train(checkpoint, *args, **kwargs)
-        kls = [entry["eval_kl"] for entry in self.state.log_history if "eval_kl" in entry]
-        if kls and kls[-1] > kls[0] and not self.args.load_best_model_at_end:
-            logger.warning(
-                "Training raised the KL on the held-out rows from %.4f to %.4f. Lower learning_rate, or keep the best "
-                "state: load_best_model_at_end=True, with eval_on_start=True for that before the first step.",
-                kls[0],
-                kls[-1],
-            )
+        self._compare_with_start()
         return output
 
-    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's; with `eval_on_start`, the start can be the best model."""
-        metrics: dict[str, float] = super()._evaluate(trial, *args, **kwargs)
-        if self.state.global_step == 0 and self.args.load_best_model_at_end:
-            self._determine_best_metric(metrics, trial)
-            self.state.best_model_checkpoint = str(Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-0"))
-            self._save_checkpoint(self.model, trial)  # type: ignore[arg-type]  # as the Trainer types it
-            self.callback_handler.on_save(self.args, self.state, self.control)
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; with `eval_on_start` and `load_best_model_at_end`, the start is kept for the comparison."""
+        metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        if self.state.global_step == 0 and self._keeps_start:
+            self._is_checkpoint = True
+            try:
+                self.save_model(str(self._start), _internal_call=True)
+            finally:
+                self._is_checkpoint = False
         return metrics
+
+    @property
+    def _start(self) -> Path:
+        return Path(str(self.args.output_dir), "start")
+
+    @property
+    def _keeps_start(self) -> bool:
+        asked = self.args.eval_on_start and self.args.load_best_model_at_end
+        return asked and self.accelerator.distributed_type not in _SHARED
+
+    def _compare_with_start(self) -> None:
+        """Put the student back to its start, if that is better than what training leaves; or say that it is."""
+        steps: dict[float, dict[str, Any]] = {}
+        for entry in self.state.log_history:
+            steps.setdefault(entry["step"], {}).update(entry)
+        best = Path(self.state.best_model_checkpoint or "").name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        is_loaded = self.args.load_best_model_at_end and best.isdecimal()
+        start, left = (steps.get(step, {}) for step in (0, int(best) if is_loaded else self.state.global_step))
+        metric = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if self._keeps_start and self._start.is_dir():
+            if metric in start and metric in left:
+                before, after = start[metric], left[metric]
+                if not (after >= before if self.args.greater_is_better else after <= before):  # so also if it is NaN
+                    logger.warning("The start is kept: %s is %.4f, and %.4f after training.", metric, before, after)
+                    self.state.best_metric, self.state.best_model_checkpoint = before, str(self._start)
+                    self._load_best_model()
+                    self.state.best_model_checkpoint = None  # it is removed
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(self._start)
+        elif self.args.alpha and self.args.should_save and left.get("eval_kl", 0.0) > start.get("eval_kl", math.inf):
+            logger.warning(
+                "Training raised the KL on the held-out rows from %.4f to %.4f. Lower learning_rate, or keep the start "
+                "where it is better: load_best_model_at_end=True.",
+                start["eval_kl"],
+                left["eval_kl"],
+            )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
