@@ -99,7 +99,7 @@ def test_the_start_is_kept_where_training_makes_it_worse(make_trainer, training_
     trainer, kls, has_moved = train_from(make_trainer, training_set, **WORSE, **options)
     assert len(kls) == 3 and kls[0] < min(kls[1:]) and not has_moved and trainer.state.best_metric == kls[0]
     assert trainer.evaluate()["eval_kl"] == pytest.approx(kls[0]) and "The start is kept: eval_kl is" in caplog.text
-    assert not (Path(trainer.args.output_dir) / "start").exists() and "raised" not in caplog.text
+    assert not (Path(trainer.args.output_dir) / "quantkd-start").exists() and "raised" not in caplog.text
 
 
 @pytest.mark.parametrize("options", [
@@ -109,7 +109,7 @@ def test_the_start_is_kept_where_training_makes_it_worse(make_trainer, training_
 ], ids=str)  # fmt: skip
 def test_what_is_trained_is_kept_where_it_is_better_or_not_evaluated(make_trainer, training_set, caplog, options):
     trainer, _, has_moved = train_from(make_trainer, training_set, **options)
-    assert has_moved and not caplog.text and not (Path(trainer.args.output_dir) / "start").exists()
+    assert has_moved and not caplog.text and not (Path(trainer.args.output_dir) / "quantkd-start").exists()
 
 
 def test_a_start_is_found_again_by_a_run_that_resumes(make_trainer, training_set):

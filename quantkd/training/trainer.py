@@ -334,7 +334,7 @@ class QuantizedDistillationTrainer(Trainer):
 
     @property
     def _start(self) -> Path:
-        return Path(str(self.args.output_dir), "start")
+        return Path(str(self.args.output_dir), "quantkd-start")
 
     @property
     def _keeps_start(self) -> bool:
