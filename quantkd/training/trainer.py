@@ -325,15 +325,20 @@ class QuantizedDistillationTrainer(Trainer):
         """The Trainer's; with `eval_on_start` and `load_best_model_at_end`, the start is kept for the comparison."""
         metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
         if self.state.global_step == 0 and self._keeps_start:
-            self._is_checkpoint = True
-            try:
-                self.save_model(str(self._start), _internal_call=True)
-            finally:
-                self._is_checkpoint = False
+            with self._saving_checkpoint():
+                self.save_model(str(self._start_folder), _internal_call=True)
         return metrics
 
+    @contextmanager
+    def _saving_checkpoint(self) -> Iterator[None]:
+        self._is_checkpoint = True
+        try:
+            yield
+        finally:
+            self._is_checkpoint = False
+
     @property
-    def _start(self) -> Path:
+    def _start_folder(self) -> Path:
         return Path(str(self.args.output_dir), "quantkd-start")
 
     @property
@@ -350,17 +355,17 @@ class QuantizedDistillationTrainer(Trainer):
         is_loaded = self.args.load_best_model_at_end and best.isdecimal()
         start, left = (steps.get(step, {}) for step in (0, int(best) if is_loaded else self.state.global_step))
         metric = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        if self._keeps_start and self._start.is_dir():
-            if metric in start and metric in left:
+        if self._keeps_start:
+            if metric in start and metric in left and self._start_folder.is_dir():
                 before, after = start[metric], left[metric]
                 if not (after >= before if self.args.greater_is_better else after <= before):  # so also if it is NaN
                     logger.warning("The start is kept: %s is %.4f, and %.4f after training.", metric, before, after)
-                    self.state.best_metric, self.state.best_model_checkpoint = before, str(self._start)
+                    self.state.best_metric, self.state.best_model_checkpoint = before, str(self._start_folder)
                     self._load_best_model()
                     self.state.best_model_checkpoint = None  # it is removed
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                shutil.rmtree(self._start)
+                shutil.rmtree(self._start_folder, ignore_errors=True)  # the student is not saved yet
         elif self.args.alpha and self.args.should_save and left.get("eval_kl", 0.0) > start.get("eval_kl", math.inf):
             logger.warning(
                 "Training raised the KL on the held-out rows from %.4f to %.4f. Lower learning_rate, or keep the start "
@@ -409,11 +414,8 @@ class QuantizedDistillationTrainer(Trainer):
         if self.args.should_save:
             place = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (place / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        self._is_checkpoint = True
-        try:
+        with self._saving_checkpoint():
             super()._save_checkpoint(model, trial)
-        finally:
-            self._is_checkpoint = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.args.train_scales or isinstance(self.model, PeftModel):
