@@ -9,7 +9,7 @@ from quantkd.cli.arguments import StudentArguments, load_base_from, peft_config_
 from quantkd.cli.format import say
 from quantkd.cli.parsing import option, parse_options
 from quantkd.cli.train import DataArguments, open_rows
-from quantkd.errors import ConfigError
+from quantkd.errors import ConfigError, refuse_unused
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.sweep import check_sweep, parse_space, run_sweep
 
@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> None:
     kinds = [SweepArguments, DataArguments, StudentArguments, QuantizedDistillationConfig]
     sweep, data, student, config = parse_options(kinds, argv, prog="quantkd sweep", examples=_EXAMPLES)
     (rows, held_out), space, lora = open_rows(data, config), parse_space(sweep.space), peft_config_from(student)
-    if data.control or config.push_to_hub or config.resume_from_checkpoint:
-        raise ConfigError("A sweep takes no --control, --push_to_hub and --resume_from_checkpoint. Leave them out.")
+    refuse_unused(data, {"": "control"})
     if held_out is None:
         raise ConfigError("A sweep needs held-out rows: give --eval_transfer_set or --eval_fraction.")
     check_sweep(config, space, rows)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from quantkd.transfer_set import TransferSet
 
 _FLOATS = "alpha beta learning_rate lora_dropout max_grad_norm num_train_epochs temperature weight_decay"
 _INTS = "gradient_accumulation_steps lora_alpha lora_r max_steps per_device_train_batch_size"
-_TYPES: dict[str, type] = {**dict.fromkeys(_FLOATS.split(), float), **dict.fromkeys(_INTS.split(), int)}
+_TYPES: dict[str, type] = {each: kind for kind, names in ((float, _FLOATS), (int, _INTS)) for each in names.split()}
 _TYPES |= {"divergence": str, "lr_scheduler_type": str}
+_REFUSED = ("train_scales", "adapter_budget", "push_to_hub", "resume_from_checkpoint")
 
 
 def parse_space(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -51,15 +53,13 @@ def check_sweep(
         import optuna  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("A sweep needs the package optuna: `pip install optuna`.") from error
-    if args.train_scales:
-        raise ConfigError("A sweep tries adapters on one student, which train_scales would change. Leave it off.")
+    if unfit := [name for name in _REFUSED if getattr(args, name)]:
+        raise ConfigError(f"A sweep tries adapters of one rank on one student and saves none. Leave {unfit[0]} out.")
     if args.world_size > 1:
         raise ConfigError("A sweep runs in one process, and several were launched. Start it without a launcher.")
-    captured = train_dataset.info.temperatures
     if "num_train_epochs" in space and ("max_steps" in space or args.max_steps > 0):
         raise ConfigError("max_steps overrides num_train_epochs; search one of them, and leave the other out.")
-    if args.adapter_budget is not None:
-        raise ConfigError("adapter_budget is not searched with: it would measure ranks anew in each trial. Use lora_r.")
+    captured = train_dataset.info.temperatures
     if "temperature" in space and not set(space["temperature"].get("choices", [None])) <= set(captured):
         raise ConfigError(f"temperature takes choices of the captured ones, {', '.join(map(str, captured))}.")
     if "beta" in space and "jsd" not in space.get("divergence", {"choices": [args.divergence]})["choices"]:
@@ -83,11 +83,10 @@ def run_sweep(
     check_sweep(args, space, train_dataset)
     import optuna
 
-    follows = args.follows_start
-    args = replace(args, save_strategy="no", eval_strategy="no", load_best_model_at_end=False, push_to_hub=False)
-    args.follows_start = follows  # `replace` takes every value for one that was given
+    args = copy(args)
+    args.save_strategy = args.eval_strategy = "no"
     # The Trainer casts what a trial tries to the type of what it finds.
-    args.resume_from_checkpoint, args.num_train_epochs = None, float(args.num_train_epochs)
+    args.load_best_model_at_end, args.num_train_epochs = False, float(args.num_train_epochs)
     fixed = {name: str(getattr(args, name)) for name in ("seed", "init", *_TYPES) if hasattr(args, name)}
     search = [fixed, space, train_dataset.digest, eval_dataset.digest, lora.r, lora.lora_alpha]
     name = "quantkd-" + hashlib.sha256(json.dumps(search).encode()).hexdigest()[:16]  # another search, another study
