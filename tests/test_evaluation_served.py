@@ -2,7 +2,6 @@
 
 import json
 from contextlib import ExitStack
-from functools import partial
 
 import numpy as np
 import pytest
@@ -153,26 +152,22 @@ def test_llama_cpp_is_asked_for_more_and_goes_on_inside_a_character(serve, evalu
     refused(TeacherError, r"gave no log-probabilities after \d+ tokens of a row", evaluate, server, rows)
 
 
-def cut_prompt(body):
-    body["choices"][0]["prompt_logprobs"].pop()
-    return body
+def in_prompt(change):
+    """What changes the log-probabilities of a prompt in an answer, place by place."""
+
+    def mangle(body):
+        change(body["choices"][0]["prompt_logprobs"])
+        return body
+
+    return mangle
 
 
-def put(body, token, logprob):
-    body["choices"][0]["prompt_logprobs"][-1][str(token)] = {"logprob": logprob}
-    return body
+def put(token, logprob):
+    return in_prompt(lambda listed: listed[-1].update({str(token): {"logprob": logprob}}))
 
 
-def shift(body):
-    body["choices"][0]["prompt_logprobs"].insert(0, None)  # as one that adds a token in front
-    return body
-
-
-def other(body):
-    body["choices"][0]["prompt_logprobs"][1:] = [{"319": {"logprob": -0.01}}] * (
-        len(body["choices"][0]["prompt_logprobs"]) - 1
-    )
-    return body
+def replace_all(listed):
+    listed[1:] = [{"319": {"logprob": -0.01}}] * (len(listed) - 1)
 
 
 def between(body):
@@ -188,18 +183,19 @@ def flatten(body):
 
 
 @pytest.mark.parametrize(("kind", "mangle", "message"), [
-    *(("vllm", each, r"another shape.*zip\(\) argument 2") for each in (cut_prompt, shift)),
-    ("vllm", other, "prompt_logprobs are those of other tokens"),
-    ("vllm", partial(put, token=5, logprob=float("nan")), "row 0 with the log-probability nan"),
-    ("vllm", partial(put, token=5, logprob=0.5), r"log-probability 0\.5; expected"),
-    ("vllm", partial(put, token=999, logprob=-1.0), "the token id 999, and the vocabulary ends at 320"),
-    ("vllm", partial(put, token=-1, logprob=-1.0), "the token id -1"),
+    *(("vllm", in_prompt(each), r"another shape.*zip\(\) argument 2")
+      for each in (list.pop, lambda listed: listed.insert(0, None))),  # one too few, and one more in front
+    ("vllm", in_prompt(replace_all), "prompt_logprobs are those of other tokens"),
+    ("vllm", put(token=5, logprob=float("nan")), "row 0 with the log-probability nan"),
+    ("vllm", put(token=5, logprob=0.5), r"log-probability 0\.5; expected"),
+    ("vllm", put(token=999, logprob=-1.0), "the token id 999, and the vocabulary ends at 320"),
+    ("vllm", put(token=-1, logprob=-1.0), "the token id -1"),
     ("llama.cpp", lambda body: {**body, "tokens_evaluated": 1}, r"another shape.*it read 1 tokens of a prompt"),
     ("llama.cpp", lambda body: {**body, "completion_probabilities": "none"}, "another shape"),
     ("llama.cpp", flatten, r"of total probability \d+\.\d+ at target 0; expected"),
     ("sglang", lambda body: {**body, "meta_info": {}}, "another shape"),
-    *(("vllm", partial(put, token=5, logprob=each), "is not a log-probability") for each in (False, "-1.0", None)),
-    *(("vllm", partial(put, token=each, logprob=-1.0), "is not a token id") for each in (" 5", "05", "5.9")),
+    *(("vllm", put(token=5, logprob=each), "is not a log-probability") for each in (False, "-1.0", None)),
+    *(("vllm", put(token=each, logprob=-1.0), "is not a token id") for each in (" 5", "05", "5.9")),
     ("sglang", between, "is not a token id"),
 ])  # fmt: skip
 def test_a_server_that_lies_is_refused(serve, evaluate, kind, mangle, message):
