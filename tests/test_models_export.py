@@ -41,11 +41,8 @@ adapter = pytest.fixture(lambda saved_adapter, tmp_path: Path(shutil.copytree(sa
 
 @pytest.fixture(scope="module")
 def bases(tiny_model_path, tmp_path_factory):
-    folder, config = tmp_path_factory.mktemp("bases"), AutoConfig.from_pretrained(tiny_model_path)
-    config.tie_word_embeddings = True
-    tied = AutoModelForCausalLM.from_config(config)
-    tied.load_state_dict(AutoModelForCausalLM.from_pretrained(tiny_model_path).state_dict())
-    tied.save_pretrained(folder / "tied")
+    folder = tmp_path_factory.mktemp("bases")
+    build("Llama, tied", 320).save_pretrained(folder / "tied")
     assert "lm_head.weight" not in load_file(folder / "tied" / "model.safetensors")
     build("GPT-2", 320, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).save_pretrained(folder / "GPT-2")
     return {"untied": tiny_model_path, "tied": folder / "tied", "GPT-2": folder / "GPT-2"}
