@@ -80,17 +80,15 @@ def test_the_weights_are_what_the_file_dequantizes_to(family, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), theirs.parameters(), strict=True))
 
 
-def random_tensor(kind, rows=12, blocks=2, seed=0):
+def random_tensor(kind):
     """A tensor of random codes and constants, and weights from which it could have been rounded."""
     number = gguf.GGMLQuantizationType[kind]
-    values = np.random.default_rng(seed).normal(size=(rows, blocks * gguf.GGML_QUANT_SIZES[number][0]))
-    stored = encode(values.astype(np.float32), number)
-    if kind.endswith("K"):  # not rounded from the values, so these are made from it
-        tensor = GgufTensor("blk.0.ffn_up.weight", number, values.shape, stored)
-        exact = tensor.dequantize()
-        noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
-        return tensor, exact + 0.05 * exact.std() * noise
-    return GgufTensor("blk.0.ffn_up.weight", number, values.shape, stored), torch.from_numpy(values).float()
+    values = np.random.default_rng(0).normal(size=(12, 2 * gguf.GGML_QUANT_SIZES[number][0]))
+    tensor = GgufTensor("blk.0.ffn_up.weight", number, values.shape, encode(values.astype(np.float32), number))
+    if not kind.endswith("K"):
+        return tensor, torch.from_numpy(values).float()
+    exact = tensor.dequantize()  # not rounded from the values, so these are made from it
+    return tensor, exact + 0.05 * exact.std() * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
