@@ -285,9 +285,8 @@ raise [ValueError, KeyboardInterrupt][state.process_index]("the end")
 
 
 def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
-    rows = generate_problems(7, seed=0)
-    assert len({len(row["question"]) for row in rows}) > 3  # or changed places would not show
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len({len(row["question"]) for row in ROWS}) > 3  # or changed places would not show
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     words = f"-m quantkd evaluate --arm before --model_name_or_path {tiny_model_path} --full_precision --dtype float32"
     words = f"{words} --held_out {held_out.sources[0]} --gsm8k {tmp_path}/test.jsonl --shots 0 --batch_size 2"
     words = [*words.split(), "--max_new_tokens", 6, "--run_dir"]
