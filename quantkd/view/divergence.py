@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,13 +122,6 @@ def _encode_logprobs(logprobs: NDArray[np.float64]) -> list[int]:
     numbers = np.maximum(np.rint(-10_000 * logprobs), 0)
     encoded: list[int] = np.where(np.isnan(logprobs), NOT_STORED, numbers).astype(np.int64).tolist()
     return encoded
-
-
-def escape_script_json(value: Any) -> str:
-    """JSON in ASCII that no HTML parser can take for a tag, an entity or the end of its element."""
-    # ensure_ascii escapes U+2028, U+2029, lone surrogates and everything else that an encoding could turn into another.
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _mean(values: NDArray[Any]) -> float:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from quantkd.errors import ConfigError, printable
 from quantkd.files import write_file
 from quantkd.report.page import make_environment
-from quantkd.view.divergence import KL_EDGES, Divergence, encode_divergence, escape_script_json
+from quantkd.view.divergence import KL_EDGES, Divergence, encode_divergence
 
 _SCRIPTS = ("data.js", "details.js", "rows.js", "page.js")
 
@@ -47,12 +47,14 @@ def render_page(divergence: Divergence) -> str:
         "form-action": "'none'",
     }
     environment = make_environment("view", _escape)
+    # In ASCII, so that U+2028, lone surrogates and the like stay what they are in every encoding.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": True, "allow_nan": False, "separators": (",", ":")}
     return environment.get_template("page.html.j2").render(
         divergence=divergence,
         policy="; ".join(f"{name} {source}" for name, source in policy.items()),
         style=Markup(style),
         script=Markup(script),
-        data=Markup(escape_script_json(encode_divergence(divergence))),
+        data=encode_divergence(divergence),
         measures=_summarize(divergence),
         classes=_describe_classes(divergence),
     )
