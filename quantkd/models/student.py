@@ -181,7 +181,13 @@ def load_student(
         refuse_adapter(name_or_path, **model_init_kwargs)
         stored = stored_quantization(name_or_path, **model_init_kwargs)
         config = _choose_config(name_or_path, quantization_config, stored, compute_dtype)
-        _check_format(stored or config)
+        kind = format_of(stored or config)
+        _check_shared(kind)
+        if kind == "hqq":  # transformers 5 reads an HqqConfig, and leaves out the quantizing that it asks for
+            raise ConfigError(
+                "The student is in HQQ, which transformers 5 neither quantizes nor reads. Quantize the model with "
+                "hqq's own library and pass it loaded, or use nf4."
+            )
         if shares_weights():
             _check_storage(stored or config, shard_dtype(compute_dtype), is_stored=stored is not None)
         if config is not None:
@@ -243,18 +249,6 @@ def choose_kernel(stored: dict[str, Any], device: torch.device) -> GPTQConfig | 
     if method == "gptq":
         return GPTQConfig(bits=bits, backend=kernel)
     return AwqConfig(bits=bits, backend=kernel) if method == "awq" else None
-
-
-def _check_format(quantization_config: Any) -> None:
-    """Refuse a format that cannot be loaded or shared out, before any weight is read."""
-    name = format_of(quantization_config)
-    _check_shared(name)
-    if name == "hqq":
-        # transformers 5 reads an HqqConfig, and leaves out the quantizing that it asks for.
-        raise ConfigError(
-            "The student is in HQQ, which transformers 5 neither quantizes nor reads. Quantize the model with hqq's "
-            "own library and pass it loaded, or use nf4."
-        )
 
 
 def _check_shared(name: str) -> None:
