@@ -100,7 +100,7 @@ def find_file(name_or_path: str, file: str, **download_kwargs: Any) -> Path | No
 
 def refuse_adapter(name_or_path: str, **model_init_kwargs: Any) -> None:
     """Refuse an adapter where a model is expected: transformers would load the base model that its author names."""
-    where = {key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs}
+    where = hub_arguments(model_init_kwargs)
     files = (find_file(name_or_path, file, **where) for file in ("adapter_config.json", "config.json"))
     if next(files) is not None and next(files) is None:
         raise ConfigError(

@@ -155,6 +155,7 @@ def test_bad_rows(evaluate, tiny_model, tiny_tokenizer):
     for text in (*texts, "TWO CAF\xc9S 2 OR “3” ."):
         with pytest.raises(DataError, match="Few-shot example 0 is the question of row 0"):
             Questions([alike], [{"question": text, "answer": "#### 2"}], shots=(1,))
+    refused(ConfigError, r"shots are \[0, -3\]; expected numbers from 0", Questions, ROWS, SHOTS, shots=(0, -3))
     assert Questions(ROWS[:1], [*SHOTS, ROWS[0]], shots=(0, 1)).shots == (0, 1)  # only what is shown counts
     sums = [{"question": f"Is 6 {sign} 2 = C#?", "answer": "#### 2"} for sign in "*/-+"]
     assert Questions(sums[:1], sums[1:], shots=(3,)).shots == (3,)

@@ -18,6 +18,7 @@ from quantkd.errors import ConfigError, DataError, HubError
 from quantkd.hub import load_adapter, push_adapter
 from quantkd.models.export import export_adapter
 from quantkd.models.student import load_student
+from quantkd.names import refuse_adapter
 from quantkd.teacher import load_teacher
 from tests.conftest import build_tiny_model, refused, save_adapter
 
@@ -120,6 +121,12 @@ def test_an_adapter_s_own_base_model_is_not_followed(hub, files, load_model):
     assert not [path for verb, path in hub.requests if "maker/tiny" in path]
 
 
+def test_a_model_in_a_subfolder_is_none_of_the_adapter_beside_it(hub, files):
+    hub.make("model", "user/both", {**files, "model/config.json": b"{}"})
+    refuse_adapter("user/both", subfolder="model")
+    refused(ConfigError, "user/both holds an adapter and no model", refuse_adapter, "user/both")
+
+
 @pytest.mark.parametrize("way", ["hub", "folder", "push"])
 def test_an_adapter_that_is_a_pickle_is_refused(hub, files, watch, tiny_model, tmp_path, way):
     trapped = {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": PICKLE}
@@ -212,6 +219,8 @@ def test_weights_that_cannot_be_are_refused(attach, files, tiny_model, tiny_toke
     ):
         refused(DataError, rf"lora_A.weight of .* holds {found}; expected floating-point numbers", load_or_export)
     assert not (tmp_path / "export").exists()
+    empty = {"adapter_model.safetensors": save({})}
+    refused(DataError, "holds no tensor; expected factors", attach, empty)
 
 
 def test_a_checkpoint_is_checked_before_it_is_resumed(make_trainer, caplog):

@@ -76,7 +76,7 @@ def test_tensors_are_those_of_llama_cpps_converter(bases, tmp_path, family, rank
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("config", [
     {}, {"use_rslora": True}, {"target_modules": ["o_proj"], "layers_to_transform": [1]},
-    {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"k_proj": 3, "up_proj": 11}},
+    {"rank_pattern": {"q_proj": 2, r".*\.down_proj": 7}, "alpha_pattern": {r".*\.k_proj": 3, "up_proj": 11}},
 ], ids=["plain", "rslora", "one layer", "patterns"])  # fmt: skip
 def test_the_file_holds_pefts_product(bases, tmp_path, family, config):
     folder, model = bases[family]

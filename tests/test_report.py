@@ -22,6 +22,7 @@ from quantkd.evaluation.stats import RowSums, bootstrap_interval, wilson_interva
 from quantkd.report import build_report, format_table
 from quantkd.report.figures import draw_bits, save_figure
 from quantkd.report.histograms import compute_histograms
+from quantkd.report.page import list_told_apart
 from tests.conftest import refused
 from tests.report_arms import (
     LEVELS,
@@ -439,6 +440,27 @@ def test_sparse_bins_are_shown_where_an_arm_has_no_others(tmp_path, binned):
     results, page = build(tmp_path, binned)
     assert "## KL by position" not in page and not (tmp_path / "kl_bins.png").exists()
     assert "ece" not in results["metric_order"]
+
+
+def test_a_bin_of_one_arm_alone_is_a_gap_for_the_others(pictures, tmp_path, binned):
+    """Each arm's run of the teacher bins by its own entropy, so a token near an edge can change places."""
+    for kind in ("entropy", "dense_entropy"):
+        bins = binned["after"]["fidelity"]["bins"][kind]
+        for key in ("tokens", "kl_sum"):
+            bins[key] = [[sum(row), *[0] * (len(row) - 1)] for row in bins[key]]
+    for arms in (binned, dict(reversed(binned.items()))):
+        page = build(tmp_path, arms)[1]
+        assert re.search(r"\n\| 0.01 to 0.1 \|.*\| no token \|", page) and (tmp_path / "kl_bins.png").is_file()
+
+
+def test_a_task_s_filter_called_strict_is_no_grader_of_ours(tmp_path, arms):
+    for arm in arms.values():
+        verdicts = {"lm-eval t, acc, strict": make_verdicts(LEVELS[arm["arm"]][1])["correct_flexible"]}
+        arm["tasks"] = {"t": {"settings": {}, "figures": {}, "verdicts": verdicts}}
+    results, page = build(tmp_path, arms)
+    told = list_told_apart(results)
+    assert told["accuracy_lm_eval_t_acc_strict_2"] and "accuracy_8_shot_strict" not in told
+    assert "Accuracy, lm-eval t, acc, strict" in page.partition("\n|")[0]
 
 
 def test_questions_needed(tmp_path, binned):

@@ -126,6 +126,8 @@ def test_rows_are_limited_and_the_model_is_as_it_was(held_out, student, frozen):
 
 def test_what_cannot_be_shown_is_refused(held_out, student):
     refused(ConfigError, "expected a PeftModel", collect_divergence, student.get_base_model(), held_out, BYTE_LEVEL)
+    for wrong in ({"rows": 0}, {"rows": -1}, {"alternatives": 0}):
+        refused(ConfigError, "expected at least 1", collect_divergence, student, held_out, BYTE_LEVEL, **wrong)
     refused(DataError, "no rows to show", collect_divergence, student, held_out[:0], BYTE_LEVEL)
     other = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL._tokenizer, eos_token="<|pad|>")
     refused(TransferSetError, "tokenizer", collect_divergence, student, held_out, other)

@@ -96,6 +96,8 @@ class Questions:
     shots: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
+        if min(self.shots, default=0) < 0:
+            raise ConfigError(f"shots are {list(self.shots)}; expected numbers from 0 on.")
         if max(self.shots, default=0) > len(self.few_shot):
             raise ConfigError(f"{max(self.shots)} shots need as many training rows, found {len(self.few_shot)}.")
         shown = self.few_shot[: max(self.shots, default=0)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -118,6 +119,8 @@ def read_weights(path: Path, place: str, config: LoraConfig | None = None) -> di
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{WEIGHTS} of {place} does not open: {error}. Get the adapter anew.") from error
+    if not weights:
+        raise DataError(f"{WEIGHTS} of {place} holds no tensor; expected factors of adapters. Get it anew.")
     for name, weight in weights.items():
         found: Any = weight.dtype
         if weight.is_floating_point():
@@ -129,9 +132,9 @@ def read_weights(path: Path, place: str, config: LoraConfig | None = None) -> di
             )
         # Of experts in one parameter, the ranks of all stand in one tensor.
         if config is not None and not config.target_parameters and (match := _ADAPTED.fullmatch(name)):
-            own = [rank for key, rank in (config.rank_pattern or {}).items() if f".{match[1]}".endswith(f".{key}")]
+            ranks: Any = config.rank_pattern or {}
             found = weight.shape["AB".index(match[2])] if weight.ndim > 1 else 0  # A is (r, in), and B (out, r)
-            if found != (rank := [*own, config.r][0]):
+            if found != (rank := ranks.get(get_pattern_key(ranks, match[1]), config.r)):
                 raise DataError(
                     f"The adapter {place} does not fit its own configuration: {name} has rank {found}, and {CONFIG} "
                     f"says {rank}. Get it anew."

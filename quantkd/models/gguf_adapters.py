@@ -196,6 +196,6 @@ def _read_layers(config: LoraConfig, weights: dict[str, Tensor], base_config: An
         alpha = float(alphas.get(get_pattern_key(alphas, module), config.lora_alpha))
         scale = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
         yield _Factors(name, a, b if order is None else b[order], scale)
-    if found or not names:
-        listed = ", ".join(list(found)[:3]) or "nothing"
+    if found:
+        listed = ", ".join(list(found)[:3])
         raise DataError(f"The adapter {place} has {listed} beside the factors of linear layers. Use --form merged.")

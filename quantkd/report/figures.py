@@ -208,8 +208,9 @@ def _label_points(panel: Axes, points: list[tuple[float, float, str]]) -> None:
 
 def _scale_intervals(measured: list[dict[str, Any]], scale: float = 1) -> tuple[list[float], list[list[float]]]:
     """Values, and how far their intervals reach below and above them."""
-    values = [scale * one["value"] for one in measured]
-    bounds = [[scale * bound for bound in one["interval"] or (one["value"],) * 2] for one in measured]
+    values = [math.nan if one["value"] is None else scale * one["value"] for one in measured]  # a gap in the line
+    intervals = [one["interval"] and [scale * bound for bound in one["interval"]] for one in measured]
+    bounds = [found or (value, value) for value, found in zip(values, intervals, strict=True)]
     below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
     return values, [below, [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]]
 

@@ -177,7 +177,8 @@ def tabulate_breakdown(results: Mapping[str, Any], kind: str) -> dict[str, Any] 
         return None
     title, label = _TITLES[kind]
     first = next(iter(arms.values()))
-    held = [place for place, one in enumerate(first) if one["tokens"]]
+    # By entropy an arm can have a token in another bin: each computes the teacher anew.
+    held = [place for place, bins in enumerate(zip(*arms.values(), strict=True)) if any(one["tokens"] for one in bins)]
     return {
         "title": title + (", whole vocabulary" if dense else ""),
         "label": label,
@@ -197,7 +198,9 @@ def _name_bin(found: Mapping[str, Any], *, whole: bool) -> str:
 
 def _tabulate_bins(arms: dict[str, Any], table: dict[str, Any]) -> list[list[Any]]:
     head = [f"{table['title']}: {table['label'].lower()}", "Tokens", *(arms[name]["title"] for name in table["arms"])]
-    columns = [[_format_figure("kl", one) for one in bins] for bins in table["arms"].values()]
+    columns = [
+        [_format_figure("kl", one) if one["tokens"] else "no token" for one in bins] for bins in table["arms"].values()
+    ]
     return [head, *map(list, zip(table["names"], table["tokens"], *columns, strict=True))]
 
 

@@ -120,7 +120,8 @@ def list_metrics(arms: list[Arm]) -> list[Metric]:
         plain = "accuracy_" + re.sub(r"\W+", "_", setting)
         # Settings may differ in their punctuation alone.
         names = (f"{plain}_{place}" if place > 1 else plain for place in itertools.count(1))
-        name = next(name for name in names if name + grader not in accuracy)
+        # A task's own filter may be called so.
+        name = next(name for name in names if name + grader not in accuracy and not name.endswith("_strict"))
         title = f"Accuracy, {setting}" + ", strict" * (grader == "_strict")
         accuracy[name + grader] = Metric(name + grader, title, True, setting, grader)
     agreement = [

@@ -57,12 +57,14 @@ def collect_divergence(
         What `write_page` writes: KL in nats per token, and tokens with their probabilities.
 
     Raises:
-        ConfigError: a model without an adapter.
+        ConfigError: a model without an adapter, or less than one row or alternative.
         DataError: a set without rows.
         TransferSetError: a set that another tokenizer wrote.
     """
     if not isinstance(model, PeftModel):
         raise ConfigError(f"The model is a {type(model).__name__}; expected a PeftModel. Load the adapter onto it.")
+    if rows < 1 or alternatives < 1:
+        raise ConfigError(f"rows and alternatives are {rows} and {alternatives}; expected at least 1.")
     if not len(transfer_set):
         raise DataError("The transfer set has no rows to show; capture at least one held-out prompt.")
     check_fingerprint(transfer_set.info.tokenizer_fingerprint, tokenizer, what="The transfer set")
