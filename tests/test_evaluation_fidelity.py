@@ -101,7 +101,7 @@ def test_a_chunk_a_batch_and_a_wrapped_head_change_nothing(student, held_out, te
             np.testing.assert_allclose(sums, expected.columns[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
     monkeypatch.setattr("quantkd.loss.metrics.chunk_bytes", lambda device: 4 * 320 * 3)  # three positions
-    monkeypatch.setattr("quantkd.loss.metrics._CPU_BLOCK_BYTES", 4 * 320 * 2)
+    monkeypatch.setattr("quantkd.loss.fused._CPU_BLOCK_BYTES", 4 * 320 * 2)
     check(evaluate_fidelity(student, held_out, teacher=teacher, batch_size=1, progress=False))
     monkeypatch.setattr("quantkd.models.network.why_not_fusable", lambda model: "a test says so")
     check(evaluate_fidelity(student, held_out, teacher=teacher, batch_size=2, progress=False))

@@ -38,8 +38,7 @@ def make_states(softcap, dtype, *shape):
 def device(request, monkeypatch):
     for name in ("fused.chunk_bytes", "metrics.chunk_bytes"):
         monkeypatch.setattr(f"quantkd.loss.{name}", lambda device: BUDGET)
-    for name in ("fused", "metrics"):
-        monkeypatch.setattr(f"quantkd.loss.{name}._CPU_BLOCK_BYTES", 4 * V)  # a position
+    monkeypatch.setattr("quantkd.loss.fused._CPU_BLOCK_BYTES", 4 * V)  # a position
     torch.manual_seed(0)
     with pretended_device() if request.param == "cuda" else nullcontext():
         yield request.param

@@ -31,7 +31,7 @@ from quantkd.loss.reference import Objective, PositionTerms, check_positions, co
 from quantkd.loss.states import TargetStates
 from quantkd.transfer_set.topk import TopKLogprobs
 
-# On a CPU the passes between the two products run over this much at a time, which stays in the cache.
+# On a CPU the passes over logits run over this much at a time, which stays in the cache.
 _CPU_BLOCK_BYTES = 2 * 2**20
 
 
@@ -102,7 +102,12 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
         weights = None if weights is None else weights.detach().to(dtype)
         states = states.map(Tensor.detach).for_products()
-        sides = _TeacherSides(teacher, objective.temperature, dtype)
+        beside: TargetStates | _Entries
+        if isinstance(teacher, TargetStates):
+            beside = teacher.map(Tensor.detach).for_products()
+        else:
+            log_p, p_tail = (each.to(dtype) for each in teacher.at_temperature(objective.temperature))
+            beside = _Entries(teacher.positions, teacher.token_ids, log_p, p_tail, teacher.borders)
         head = states.head
 
         def run(chunk: slice) -> None:  # a function, so that no name keeps a chunk's logits beside the next one's
@@ -110,12 +115,15 @@ class _FusedLoss(torch.autograd.Function):
             slope = None
             if head is not None and head.softcap is not None and wants_gradient:
                 slope = (logits / head.softcap).square_().neg_().add_(1)
-            for block, side in sides.blocks(chunk, logits):
-                own = logits[block.start - chunk.start : block.stop - chunk.start], labels[block]
+            side = beside.logits(chunk).to(dtype) if isinstance(beside, TargetStates) else beside
+            for block in cut_blocks(chunk, logits):
+                part = slice(block.start - chunk.start, block.stop - chunk.start)
+                own = logits[part], labels[block]
                 if isinstance(side, Tensor):
-                    ce[block], kl[block] = _differentiate_dense(*own, side, objective, wants_gradient)
+                    ce[block], kl[block] = _differentiate_dense(*own, side[part], objective, wants_gradient)
                 else:
-                    ce[block], kl[block] = _differentiate_entries(*own, side, objective, wants_gradient)
+                    ce[block], kl[block] = _differentiate_entries(*own, side.select(block), objective, wants_gradient)
+            del side  # before the products, which need memory of their own
             if not wants_gradient:
                 return
             # From here on `logits` holds the gradient.
@@ -171,34 +179,21 @@ class _Entries(NamedTuple):
     token_ids: Tensor  # (E,) int64
     log_p: Tensor  # (E,)
     p_tail: Tensor  # (n,)
+    borders: list[int]  # of the entries of each position among those of all
+
+    def select(self, block: slice) -> _Entries:
+        """The side of a block of positions."""
+        part = slice(self.borders[block.start], self.borders[block.stop])
+        positions = self.positions[part] - block.start
+        return _Entries(positions, self.token_ids[part], self.log_p[part], self.p_tail[block], [])
 
 
-class _TeacherSides:
-    """What each block of positions is compared with: stored entries, or the logits of a teacher in memory."""
-
-    def __init__(self, teacher: TopKLogprobs | TargetStates, temperature: float, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.states: TargetStates | None = None
-        if isinstance(teacher, TargetStates):
-            self.states = teacher.map(Tensor.detach).for_products()
-            return
-        log_p, p_tail = teacher.at_temperature(temperature)
-        self.entries = _Entries(teacher.positions, teacher.token_ids, log_p.to(dtype), p_tail.to(dtype))
-        self.borders = teacher.borders
-
-    def blocks(self, chunk: slice, logits: Tensor) -> Iterator[tuple[slice, _Entries | Tensor]]:
-        """The positions of each block of a chunk, and its entries or logits (n, V)."""
-        size = len(logits)  # on a GPU the chunk is one block
-        if logits.device.type == "cpu":  # pragma: no branch  # the tests run without a GPU
-            size = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
-        dense = None if self.states is None else self.states.logits(chunk).to(self.dtype)
-        for block in _cut(chunk.start, chunk.stop, size):
-            if dense is not None:
-                yield block, dense[block.start - chunk.start : block.stop - chunk.start]
-                continue
-            part = slice(self.borders[block.start], self.borders[block.stop])
-            positions, token_ids, log_p, p_tail = self.entries
-            yield block, _Entries(positions[part] - block.start, token_ids[part], log_p[part], p_tail[block])
+def cut_blocks(chunk: slice, logits: Tensor) -> Iterator[slice]:
+    """The positions of a chunk, whose logits (n, V) are given, in parts that stay in the cache."""
+    size = max(1, len(logits))  # on a GPU the chunk is one block
+    if logits.device.type == "cpu":  # pragma: no branch  # the tests run without a GPU
+        size = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
+    return _cut(chunk.start, chunk.stop, size)
 
 
 def _scale_for(dtype: torch.dtype, gradient: Tensor) -> Tensor | None:

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkd.hardware import chunk_bytes, wide_dtype
-from quantkd.loss.fused import compute_fused_loss
+from quantkd.loss.fused import compute_fused_loss, cut_blocks
 from quantkd.loss.reference import Objective, PositionTerms, check_positions, compute_divergence, merge_classes
 from quantkd.loss.states import TargetStates
 from quantkd.transfer_set.batch import find_targets
 from quantkd.transfer_set.topk import TopKLogprobs
 
 ROW_COLUMNS = ("tokens", "kl_sum", "ce_sum", "agree", "loss_sum")
-
-# On a CPU the passes over two models' logits run over this much at a time, which stays in the cache.
-_CPU_BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,9 @@ def compare_with_entries(logits: Tensor, predictions: Predictions, teacher: TopK
 
 def compare_with_logits(logits: Tensor, predictions: Predictions, teacher_logits: Tensor) -> Comparison:
     """Compare two models' logits (N, V) over the whole vocabulary."""
-    rows = len(logits)
-    if logits.device.type == "cpu":  # pragma: no branch  # the tests run without a GPU
-        rows = max(1, _CPU_BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
     kl, reverse_kl, entropy = (torch.empty_like(predictions.ce) for _ in range(3))
     top_ids = torch.empty_like(predictions.top_ids)
-    for start in range(0, len(logits), max(rows, 1)):
-        block = slice(start, start + rows)
+    for block in cut_blocks(slice(0, len(logits)), logits):
         log_q = logits[block] - predictions.log_z[block].unsqueeze(-1)
         # As for the model, not by log_softmax: of equal logits the divergence is then 0 to the last bit.
         log_p = teacher_logits[block] - teacher_logits[block].logsumexp(-1, keepdim=True)
