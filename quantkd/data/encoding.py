@@ -64,7 +64,7 @@ class PromptTable:
         self.examples: list[Example] = []
         self.numbers: list[int] = []  # the place of each in the data
         self._tokens = array.array("i")
-        self._ends = array.array("q")  # of the prompt, then of the completion
+        self._edges = array.array("q", [0])  # after each prompt, and after its completion
         self._spans: dict[int, Spans] = {}
         self._digest = hashlib.sha256()
 
@@ -81,7 +81,7 @@ class PromptTable:
         self._digest.update(json.dumps([prompt_ids, completion_ids, spans] if spans else row[:2]).encode())
         for ids in (prompt_ids, completion_ids or ()):
             self._tokens.extend(ids)
-            self._ends.append(len(self._tokens))
+            self._edges.append(len(self._tokens))
         self.is_given |= completion_ids is not None
         self.examples.append(example)
         self.numbers.append(number)
@@ -92,8 +92,7 @@ class PromptTable:
 
     def lengths(self) -> NDArray[np.int64]:
         """(prompts, 2): tokens of each prompt and of its given answer."""
-        ends: NDArray[np.int64] = np.asarray([0, *self._ends], dtype=np.int64)
-        return (ends[1:] - ends[:-1]).reshape(-1, 2)
+        return np.diff(np.asarray(self._edges)).reshape(-1, 2)
 
     def count_tokens(self, max_new_tokens: int) -> tuple[int, int]:
         """Tokens of the prompts and of the answers of all rows; of answers that are not given, at most."""
@@ -131,8 +130,7 @@ class PromptTable:
     def row(self, row: int) -> EncodedPrompt:
         """A row of the plan."""
         prompt = row // self.num_samples
-        start = self._ends[2 * prompt - 1] if prompt else 0
-        middle, stop = self._ends[2 * prompt], self._ends[2 * prompt + 1]
+        start, middle, stop = self._edges[2 * prompt : 2 * prompt + 3]
         return EncodedPrompt(
             index=row,
             prompt_ids=self._tokens[start:middle].tolist(),

@@ -32,10 +32,6 @@ class Head:
             logits = self.softcap * logits
         return logits
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Head:
-        """The same head with its tensors changed."""
-        return replace(self, weight=function(self.weight), bias=None if self.bias is None else function(self.bias))
-
 
 @dataclass(frozen=True)
 class TargetStates:
@@ -93,8 +89,11 @@ class TargetStates:
         return replace(self, values=self.values[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TargetStates:
-        """The same states with all tensors changed."""
-        return TargetStates(function(self.values), None if self.head is None else self.head.map(function))
+        """The same states with all tensors changed, those of the head, too."""
+        head = self.head
+        if head is not None:
+            head = replace(head, weight=function(head.weight), bias=None if head.bias is None else function(head.bias))
+        return TargetStates(function(self.values), head)
 
     def to(self, target: torch.device | torch.dtype) -> TargetStates:
         """The same states on a device or in a dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class Sampled:
 
 
 StorageRule = TopK | Nucleus | Sampled
-_KINDS: dict[str, type] = {"topk": TopK, "nucleus": Nucleus, "sampled": Sampled}
+_KINDS: dict[str, Callable[..., StorageRule]] = {"topk": TopK, "nucleus": Nucleus, "sampled": Sampled}
 
 
 def storage_rule_to_dict(rule: StorageRule) -> dict[str, Any]:
@@ -85,13 +85,12 @@ def storage_rule_from_dict(value: Any) -> StorageRule:
     """The inverse of `storage_rule_to_dict`, of what a stranger may have written."""
     try:
         fields = dict(value)
-        rule: StorageRule = _KINDS[fields.pop("kind")](**fields)
+        return _KINDS[fields.pop("kind")](**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise TransferSetError(
             f"The storage rule is {value!a:.200}: {error!a:.200}. Expected one of the kinds {', '.join(_KINDS)}. "
             "Get the set again."
         ) from error
-    return rule
 
 
 def parse_storage_rule(text: str) -> StorageRule:
@@ -99,14 +98,13 @@ def parse_storage_rule(text: str) -> StorageRule:
     kind, _, rest = text.partition(":")
     try:
         numbers = [float(part) if "." in part or "e" in part else int(part) for part in rest.split(":")]
-        rule: StorageRule = _KINDS[kind](*numbers)
+        return _KINDS[kind](*numbers)
+    except ConfigError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
             f"Cannot read the storage rule {text!r}; write topk:50, nucleus:0.95, nucleus:0.95:64 or sampled:50."
         ) from error
-    return rule
 
 
 def max_entries(rule: StorageRule, vocab_size: int) -> int:
