@@ -16,6 +16,7 @@ from quantkd.loss.reference import Objective, compute_distillation_loss, compute
 from quantkd.loss.states import TargetStates
 from quantkd.transfer_set.rules import Nucleus, Sampled, TopK, select_entries
 from quantkd.transfer_set.topk import TopKLogprobs
+from tests.conftest import refused
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -161,22 +162,14 @@ def test_sampled_entries_estimate_the_dense_gradient_without_bias():
     ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
     ({"temperature": 4.0}, r"known for temperatures \[1.0, 2.0\]; 4.0 was asked for.*--temperatures 4.0"),
     ({"divergence": "jsd", "beta": 1.0}, "beta is 1.0; jsd needs 0 < beta < 1"),
+    ({"labels": torch.tensor([[-100, 1, -100]])}, "each of 1 target positions, found 2"),
+    ({"logits": torch.zeros(1, 3, 9)}, "reach id 29, the student's vocabulary ends at 8"),
+    ({"labels": torch.tensor([[-100, 1]])}, r"states of \(1, 3\) positions for labels of \(1, 2\)"),
 ])  # fmt: skip
 def test_refusals_say_what_to_do(change, message):
-    entries = select_entries(torch.randn(1, 9), TopK(3), (1.0, 2.0))
-    with pytest.raises(ConfigError, match=message):
-        compute_distillation_loss(torch.randn(1, 2, 9), torch.tensor([[-100, 1]]), entries, **{"alpha": 0.5, **change})
-
-
-def test_mismatched_positions_and_vocabularies_are_refused():
-    entries = select_entries(torch.randn(2, 30), TopK(30), (1.0,))
-    for shape, labels, message in (
-        ((1, 2, 30), [-100, 1], "each of 1 target positions, found 2"),
-        ((1, 3, 9), [-100, 1, 2], "reach id 29, the student's vocabulary ends at 8"),
-        ((1, 3, 30), [-100, 1], r"states of \(1, 3\) positions for labels of \(1, 2\)"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            compute_distillation_loss(torch.randn(shape), torch.tensor([labels]), entries, alpha=0.5)
+    teacher = select_entries(torch.randn(2, 30), TopK(30), (1.0, 2.0))
+    fine = {"logits": torch.randn(1, 3, 30), "labels": torch.tensor([[-100, 1, 2]]), "teacher": teacher, "alpha": 0.5}
+    refused(ConfigError, message, compute_distillation_loss, **{**fine, **change})
 
 
 def test_positions_are_cut_into_parts_that_fit_and_there_is_one_at_least():

@@ -42,12 +42,6 @@ def start(*args, processes=1, **kwargs):
     return launch
 
 
-def kill(launch):
-    for process in launch:
-        process.kill()
-        end(process)
-
-
 @pytest.mark.parametrize("step", [*STEPS, "cleanup:started"])
 def test_sigkill_at_every_named_step(tmp_path, reference, step):
     (process,) = start(tmp_path / "set", disk=DyingDisk(step, 2 if step[0] in "sr" else 1))
@@ -83,7 +77,9 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, killed, processe
     capture_slowly(tmp_path / "reference")
     first = start(tmp_path / "set", 0.01, processes=killed)
     time.sleep(0.06 if killed else 0)
-    kill(first)
+    for process in first:
+        process.kill()
+        end(process)
     launch = start(tmp_path / "set", 0.002, processes=processes)
     rows, deadline = [0], time.monotonic() + 120
     while any(process.is_alive() for process in launch):  # a reader meanwhile finds whole rows, or none
