@@ -73,6 +73,8 @@ def test_values_in_memory_and_sources_that_can_be_read_once():
     assert load_examples(datasets.IterableDatasetDict({"train": streamed}), limit=2) == EXPECTED
     assert load_examples(map(str, ["one", "two"])) == [Example("one"), Example("two")]
     assert load_examples(pandas.DataFrame(ROWS)) == EXPECTED
+    uneven = [{"prompt": "a", "completion": "1", "tools": [{"name": "x"}]}, {"prompt": "b"}]
+    assert load_examples(pandas.DataFrame(uneven)) == load_examples(uneven)
     for source in (None, 3):
         refused(DataError, "expected rows, a file, a folder or a Hub name", load_examples, source)
 

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from quantkd import QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import ConfigError, DataError
+from quantkd.files import read_object
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.hub.adapters import list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
+from quantkd.models.export import export_adapter
 from quantkd.models.quantize import find_origin
 from tests.conftest import refused
 from tests.report_arms import read_tables
@@ -45,7 +47,7 @@ def test_pushed_and_loaded_back_it_gives_the_same_logits(hub, run, load_base, tr
     assert any(parameter.requires_grad for parameter in trainable.parameters())
 
 
-def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, training_set):
+def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, training_set, cli):
     build_trainer(run / "student", calibrate=True).save_model()
     config = run / "student" / "tokenizer_config.json"
     kept = config.read_text()
@@ -67,11 +69,30 @@ def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, trai
     listed = [name for name, _ in list_adapter_files(run / "student")]
     assert {"adapter_model.safetensors", "NAME-4bit/model.safetensors"} < set(listed)
     made = run / "student" / "quantized"
+    cli.fails("full precision was asked for", "selftest", made)
     (made / "model.safetensors").rename(made / "model-00001-of-00001.safetensors")
     (made / "model.safetensors.index.json").write_text("{}")
     push_checkpoint(made, "user/student-4bit")
     there = set(hub.files("model", "user/student-4bit"))
     assert "model.safetensors" not in there and "model.safetensors.index.json" in there
+
+
+def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(hub, run, build_trainer, tiny_tokenizer, tmp_path):
+    build_trainer(run / "student", calibrate=True).save_model()
+    alone = export_adapter(str(run / "student"), tiny_tokenizer, tmp_path / "alone", base="org/model")
+    assert read_object(alone / "adapter_config.json")["base_model_name_or_path"] == "quantized"
+    refused(DataError, "its run wrote, and that is not beside it", push_adapter, alone, "user/alone")
+    refused(DataError, "its run wrote, and that is not beside it", list_adapter_files, alone)
+    hub.make("model", "user/full", {"config.json": b"{}"}, private=True)
+    refused(ConfigError, "user/full holds config.json, and no adapter", push_adapter, run / "student", "user/full")
+    assert not [name for _, name in hub.repositories if "4bit" in name]
+    push_adapter(run / "student", "user/student", revision="v2")
+    base = hub.repositories["model", "user/student-4bit"].commits[-1].sha
+    files = hub.files("model", "user/student")
+    assert f'"user/student-4bit", revision="{base}",\n' in files["README.md"].decode()
+    assert json.loads(files["adapter_config.json"])["revision"] == base
+    push_adapter(alone, "user/alone", base_model="user/student-4bit")
+    assert json.loads(hub.files("model", "user/alone")["adapter_config.json"])["revision"] is None
 
 
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import struct
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from families import build
 from gguf_files import encode, stored_weights, write_gguf
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, GgufConfig
 
 from quantkd import quantize
 from quantkd.cli.arguments import StudentArguments, load_student_from
@@ -122,8 +123,16 @@ def test_codes_are_where_the_format_has_them_and_chosen_ones_have_less_error(kin
     assert torch.equal(split_blocks(tensor)["constants"], own["constants"])
 
 
-def test_a_student_trains_and_is_described_by_its_file(q4_0, tiny_model_path, make_trainer, tmp_path, held_out, cli):
-    options = {"model_init_kwargs": {"gguf_file": str(q4_0)}, "init_from": str(tiny_model_path), "max_steps": 1}
+def test_a_student_trains_and_is_described_by_its_file(
+    q4_0, tiny_model_path, make_trainer, tmp_path, held_out, cli, monkeypatch
+):
+    given = {"gguf_file": str(q4_0)}
+    options = {"model_init_kwargs": given, "init_from": str(tiny_model_path), "max_steps": 1, "save_strategy": "steps"}
+    message = "no 4-bit layer of bitsandbytes"  # said before the start is computed
+    with monkeypatch.context() as patched:
+        patched.setattr("quantkd.training.preparation.initialize_from_rows", lambda *_, **__: pytest.fail("computed"))
+        both = {"train_scales": True, "peft_config": default_lora_config(2)}
+        refused(ConfigError, message, make_trainer, init="covariance", **both, **options)
     trainer = make_trainer(init="covariance", **options)
     student = trainer.model
     assert name_format(student) == "q4_0"
@@ -147,7 +156,9 @@ def test_a_student_trains_and_is_described_by_its_file(q4_0, tiny_model_path, ma
     cli.ok(*words, q4_0)
     arm = json.loads((tmp_path / "run" / "evaluation" / "after.json").read_text(encoding="utf-8"))
     assert arm["title"] == "q4_0, distilled"
-    cli.fails("quantized weights of digest", *words, other)
+    cli.fails("Name the GGUF file that it was trained on", *words, other)
+    resumed = {"resume_from_checkpoint": str(folder / "checkpoint-1"), "model": str(tiny_model_path), "calibrate": True}
+    refused(ConfigError, "trained on a GGUF file. Name it again", make_trainer, init="covariance", **resumed)
     cli.ok("export", "--form", "merged", "--output_dir", tmp_path / "merged", *common, q4_0)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(merged(IDS).logits.float(), student(IDS).logits.float(), atol=0.5)
@@ -255,7 +266,10 @@ def test_quantize_writes_the_same_file_with_other_codes(
     assert facts.weights == describe_weights(student)
     for file, rate in ((q4_0, 3e-5), (new.path, 1e-4)):
         options = {"model_init_kwargs": {"gguf_file": str(file)}, "init_from": str(tiny_model_path)}
-        assert make_trainer(init="covariance", learning_rate=None, **options).args.learning_rate == rate
+        trainer = make_trainer(init="covariance", learning_rate=None, **options)
+        trainer.save_model(str(tmp_path / "adapter"))
+        page = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+        assert trainer.args.learning_rate == rate and ("of that name worse" in page) is (file is not q4_0)
     again = quantize(tiny_model_path, training_set, tmp_path / "again", gguf_file=str(q4_0))
     assert (again / "tiny-Q4_0.gguf").read_bytes() == new.path.read_bytes()
 
@@ -279,6 +293,17 @@ def test_a_file_of_another_model_is_refused(q4_0, tiny_model_path, tiny_tokenize
         (tiny_model_path, "missing.gguf", "which is no file here and none of"),
     ):  # fmt: skip
         refused(ConfigError, message, load_student, str(place), gguf_file=str(file))
+    own, changed = build("Llama", 320), build("Llama", 320)
+    own.save_pretrained(tmp_path / "own")
+    tied = write_gguf(own, tmp_path / "tied.gguf", leave_out="output.weight")
+    refused(ConfigError, "tied.gguf has no output.weight", load_student, str(tmp_path / "own"), gguf_file=str(tied))
+    changed.save_pretrained(tmp_path / "changed")
+    with torch.no_grad():
+        changed.model.layers[-1].mlp.down_proj.weight.normal_()
+    last = write_gguf(changed, tmp_path / "last.gguf")
+    refused(ConfigError, "last.gguf does not fit", load_student, str(tmp_path / "changed"), gguf_file=str(last))
+    Gemma3Config().save_pretrained(tmp_path / "pictures")
+    refused(ConfigError, "is of more than text", load_student, str(tmp_path / "pictures"), gguf_file=str(q4_0))
     odd = GgufTensor("odd", gguf.GGMLQuantizationType.Q8_1, (1, 32), np.zeros((1, 40), np.uint8))
     refused(ConfigError, "odd is stored in Q8_1, which the package gguf does not read", odd.dequantize)
     named = {"gguf_file": str(q4_0), "quantization_config": "nf4"}
@@ -286,6 +311,17 @@ def test_a_file_of_another_model_is_refused(q4_0, tiny_model_path, tiny_tokenize
     words = (tiny_model_path, training_set, tmp_path / "no")
     refused(ConfigError, "it is stored as F16", quantize, *words, gguf_file=str(half))
     assert not (tmp_path / "no").exists()
+
+
+def test_metadata_that_the_checkpoint_has_otherwise_are_said(tmp_path, caplog):
+    """llama.cpp goes by the file: with another base of rotation its log-probabilities differ by up to 6.6."""
+    for place, config in (("a", {}), ("b", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})):
+        build("Llama", 320, **config).save_pretrained(tmp_path / place)
+    file = write_gguf(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), tmp_path / "b.gguf", "F32")
+    load_student(str(tmp_path / "b"), gguf_file=str(file))
+    assert "llama.cpp goes by the file" not in caplog.text
+    load_student(str(tmp_path / "a"), gguf_file=str(file))
+    assert re.search(r"b.gguf has llama.rope.freq_base of 500000, and .*/a of 10000. llama.cpp goes by", caplog.text)
 
 
 def number(value, code="Q"):

@@ -117,10 +117,13 @@ def test_what_has_no_budget_is_refused(build, options, message):
     refused(ConfigError, message, build, **options)
 
 
-def test_models_that_have_adapters_or_full_precision_are_refused(build, tiny_model, tiny_model_path, tiny_tokenizer):
+def test_models_that_have_adapters_or_full_precision_are_refused(
+    build, tiny_model, tiny_model_path, tiny_tokenizer, tmp_path
+):
     build = partial(build, processing_class=tiny_tokenizer)
     refused(ConfigError, "a model that is not quantized", build, model=tiny_model)
     adapted = get_peft_model(load_student(str(tiny_model_path)), default_lora_config(2))
     refused(ConfigError, "a model with adapters", build, model=adapted, peft_config=None)
-    missing = {"init_from": "nowhere", "model": load_student(str(tiny_model_path))}
+    tiny_model.config.save_pretrained(tmp_path / "nowhere")  # without weights
+    missing = {"init_from": str(tmp_path / "nowhere"), "model": load_student(str(tiny_model_path))}
     refused(ConfigError, "adapter_budget cannot be allotted: .*nowhere", build, **missing)

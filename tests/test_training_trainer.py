@@ -122,6 +122,15 @@ def test_it_learns_and_the_saved_adapter_gives_the_same_logits(make_trainer, tra
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_originals_that_are_not_there_are_refused_before_codes_are_chosen(make_calibrated, tmp_path):
+    for missing, said in (
+        (str(tmp_path / "nowhere"), "There is no folder"), (str(tmp_path), "holds no config.json"),
+        ("nowhere", "of which no config.json was found"), ("no name", "of which no config.json was found"),
+    ):  # fmt: skip
+        refused(ConfigError, said, make_calibrated, init="covariance", init_from=missing)
+    assert not list(tmp_path.rglob("quantized"))
+
+
 def test_a_name_is_trained_on_calibrated_codes(make_calibrated, training_set, one_layer_path, caplog):
     options = {"init": "covariance", "save_strategy": "steps", "save_steps": 1}
     trainer = make_calibrated(init_from=None, **options)

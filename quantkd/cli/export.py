@@ -23,8 +23,8 @@ from quantkd.hub.adapters import fetch_adapter
 from quantkd.models.adapter_files import CONFIG, read_fields
 from quantkd.models.export import check_output_dir, export_adapter, export_checkpoint, load_exported
 from quantkd.models.gguf_adapters import export_gguf_adapter
-from quantkd.models.provenance import Provenance
-from quantkd.names import load_tokenizer, names_gguf
+from quantkd.models.provenance import Provenance, find_base
+from quantkd.names import hide_home, load_tokenizer, names_gguf
 from quantkd.transfer_set import TransferSet
 from quantkd.transfer_set.fingerprint import check_fingerprint
 
@@ -95,6 +95,8 @@ def main(argv: Sequence[str]) -> None:
 
     if args.form == "adapter":
         path = export_adapter(adapter, tokenizer, args.output_dir, base=student.model_name_or_path)
+        if (own := find_base(Path(adapter))) is not None:
+            say(f"It fits the 4-bit checkpoint {hide_home(str(own))} alone, and is pushed from the folder of its run.")
         if held_out is not None:
             score("after", load_adapted_from(student, Path(adapter)))
     else:

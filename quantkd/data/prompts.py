@@ -282,7 +282,10 @@ def _iterate_rows(source: str | Path | Iterable[Any], split: str) -> Iterator[An
             raise DataError(f"The data set has the splits {sorted(source)}; {split!r} was asked for.")
         return iter(source[split])
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a table of pandas or polars
-        return iter(source.to_dicts() if hasattr(source, "to_dicts") else source.to_dict("records"))
+        if hasattr(source, "to_dicts"):
+            return iter(source.to_dicts())
+        table: Any = source.astype(object)  # type: ignore[union-attr]  # of pandas, which fills empty cells with NaN
+        return iter(table.where(table.notna(), None).to_dict("records"))
     if not isinstance(source, Iterable):
         raise DataError(f"The prompts are a {type(source).__name__}; expected rows, a file, a folder or a Hub name.")
     return iter(source)

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance, find_base
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, require_folder, split_revision
-from quantkd.remote import RemoteFiles, logger as revisions
+from quantkd.remote import RemoteFiles, logger as revisions, retry
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def push_adapter(
     """
     check_license(license)
     folder = find_adapter(path)
-    made = None if base_model else find_base(folder)
+    made = None if base_model else find_base(folder, needed=True)
     base = f"{repo_id}-4bit"
     files, values = _gather(folder, base_model if made is None else base, run_dir)
 
@@ -72,14 +73,17 @@ def push_adapter(
         return {CARD_NAME: render_adapter_card(name, license=license, **values).encode(), **files}
 
     refuse_secrets(make(repo_id), _VOCABULARIES, token)
+    repository = HubRepository(repo_id, "model", private, token, revision)
     if made is not None:
+        retry(partial(repository.begin, CONFIG, "adapter"), attempts)  # before gigabytes go to the other one
         pushed = push_checkpoint(made, base, private, license, token, revision, attempts)
-        base = pushed.repo_id  # with the owner's name
-        files, values = _gather(folder, base, run_dir)
+        # With the owner's name, and as it is now: a later push may bring other codes.
+        files, values = _gather(folder, pushed.repo_id, run_dir, pushed.commit)
     base = values["adapter"]["base_model_name_or_path"]
     if not is_repository_name(base):
         logger.warning("The page names the base model %r, a local folder: name it with --base_model user/model.", base)
-    repository = HubRepository(repo_id, "model", private, token, revision)
+    if values["facts"].has_chosen_codes:
+        logger.warning("The GGUF file of this adapter has chosen codes, and no other of its name fits: upload it, too.")
     return repository.replace(make, "adapter", (CONFIG, *_OPTIONAL), commit_message, attempts)
 
 
@@ -88,7 +92,7 @@ def list_adapter_files(
 ) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload, those of the base's repository after NAME-4bit/."""
     folder = find_adapter(path)
-    made = None if base_model else find_base(folder)
+    made = None if base_model else find_base(folder, needed=True)
     files, values = _gather(folder, base_model, run_dir)
     files[CARD_NAME] = render_adapter_card("user/name", license=None, **values).encode()
     refuse_secrets(files, _VOCABULARIES, None)
@@ -130,11 +134,11 @@ def _find_report(folder: Path) -> Path | None:
 
 
 def _gather(
-    folder: Path, base_model: str | None, run_dir: str | Path | None
+    folder: Path, base_model: str | None, run_dir: str | Path | None, commit: str | None = None
 ) -> tuple[dict[str, Path | bytes], dict[str, Any]]:
     """The files of a push without the page, and the values that the page is rendered from."""
     check_files(str(folder), lambda name: (folder / name).is_file())
-    values = _describe(folder, base_model)
+    values = _describe(folder, base_model, commit)
     if not values["adapter"]["base_model_name_or_path"]:
         raise DataError(f"{folder / CONFIG} names no base model; pass base_model (--base_model).")
     files: dict[str, Path | bytes] = {CONFIG: _to_json(values["adapter"]), WEIGHTS: folder / WEIGHTS}
@@ -155,10 +159,11 @@ def _gather(
     return files, values
 
 
-def _describe(folder: Path, base_model: str | None) -> dict[str, Any]:
+def _describe(folder: Path, base_model: str | None, commit: str | None = None) -> dict[str, Any]:
     """What the page of an adapter says without a report: its configuration and provenance, without local paths."""
     adapter = read_object(folder / CONFIG)
     adapter["base_model_name_or_path"] = public_name(base_model or str(adapter.get("base_model_name_or_path") or ""))
+    adapter["revision"] = commit if base_model else adapter.get("revision")  # of the base model
     tokenizer = read_object(folder / _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     has_template = bool(tokenizer.get("chat_template")) or (folder / _CHAT_TEMPLATE).is_file()
     return {

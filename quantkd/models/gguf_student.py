@@ -117,6 +117,11 @@ def _read_config(checkpoint: str | None, file: GgufFile, options: dict[str, Any]
     if checkpoint is not None:
         with naming(checkpoint):
             config = AutoConfig.from_pretrained(checkpoint, **options)
+        if config.get_text_config() is not config:
+            raise ConfigError(
+                f"{checkpoint} is of more than text ({config.model_type}), and students in GGUF are text models. Save "
+                "its language model as a checkpoint of its own, and name that."
+            )
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(
                 f"{checkpoint} is quantized, and the student is {file.path.name}. Name the full-precision checkpoint "
@@ -142,9 +147,35 @@ def _read_config(checkpoint: str | None, file: GgufFile, options: dict[str, Any]
             f"{file.path.name} has the architecture {file.architecture}; expected {expected}, that of the model "
             f"{checkpoint or config.model_type}. Name the checkpoint that the file was made from."
         )
-    for each in (config, config.get_text_config()):
-        each.tie_word_embeddings = "output.weight" not in file.tensors  # llama.cpp knows it by that alone
+    is_tied = "output.weight" not in file.tensors  # llama.cpp knows it by that alone
+    if checkpoint is not None:
+        if is_tied and not config.tie_word_embeddings:
+            raise ConfigError(f"{file.path.name} has no output.weight, the head of {checkpoint}. {_REMEDY}")
+        _compare_metadata(config, file, checkpoint)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = is_tied
     return config
+
+
+def _compare_metadata(config: Any, file: GgufFile, checkpoint: str) -> None:
+    """Say what the file's metadata, which llama.cpp goes by, have otherwise than the config that is trained with."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    own = {
+        "rope.freq_base": rope.get("full_attention", rope).get("rope_theta"),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+    }
+    for key, value in own.items():
+        found = file.metadata.get(name := f"{file.architecture}.{key}")
+        if not value or not isinstance(found, (int, float)) or name in file.arrays:
+            continue
+        if not math.isclose(found, value, rel_tol=1e-4):
+            logger.warning(
+                "%s has %s of %g, and %s of %g. llama.cpp goes by the file, and the student is trained with the "
+                "latter: name the checkpoint that the file was made from.",
+                file.path.name, name, found, checkpoint, value,
+            )  # fmt: skip
 
 
 def _check_alone(file: GgufFile) -> None:
@@ -206,7 +237,7 @@ _REMEDY = "Name the checkpoint that the file was made from, or get the file anew
 
 
 def check_origin(checkpoint: str, student: Any, revision: str | None = None) -> None:
-    """Refuse a student of a GGUF file that was not made from a checkpoint, by its first layer."""
+    """Refuse a student of a GGUF file that was not made from a checkpoint, by its first and its last layer."""
     network = base_network(student)
     named = network.named_modules()
     layers = [(name.replace(".base_layer", ""), each) for name, each in named if hasattr(each, "gguf_tensor")]
@@ -216,11 +247,12 @@ def check_origin(checkpoint: str, student: Any, revision: str | None = None) -> 
         weights = OriginalWeights(checkpoint, network, revision)
     except (ConfigError, OSError):
         return  # without weights in full precision
-    try:
-        read_original(weights, *layers[0])
-    except ConfigError as error:
-        file, name = network.gguf_file.path.name, layers[0][0]
-        raise ConfigError(f"{file} does not fit {checkpoint}. {name}: {error} {_REMEDY}") from error
+    for name, layer in (layers[0], layers[-1]):
+        try:
+            read_original(weights, name, layer)
+        except ConfigError as error:
+            file = network.gguf_file.path.name
+            raise ConfigError(f"{file} does not fit {checkpoint}. {name}: {error} {_REMEDY}") from error
 
 
 def _is_checkpoint(name_or_path: str, file: GgufFile, model_init_kwargs: dict[str, Any]) -> bool:

@@ -88,6 +88,12 @@ class Provenance:
             raise DataError(f"weights in {path} is {weights!r:.80}; expected a sha256 and sums. Remove the file.")
         return cls(**{**found, "teacher": found["teacher"] and public_name(found["teacher"])})
 
+    @property
+    def has_chosen_codes(self) -> bool:
+        """Whether it is for a GGUF file whose codes `quantize` chose, which keeps the name of the file before."""
+        is_file = (self.quantization or {}).get("quant_method") == "gguf"
+        return is_file and (self.training or {}).get("codes") == "calibrated"
+
     def check_weights(self, model: Any, place: str) -> None:
         """Refuse a base model with other quantized weights than those that the adapter at `place` corrects."""
         if self.weights is None:
@@ -103,10 +109,15 @@ class Provenance:
             logger.info("The base model's quantized weights differ by rounding from what %s was trained on.", place)
             return
         digest = "no quantized weights" if found is None else f"quantized weights of digest {found['sha256']:.12}"
+        where = (
+            "Load the checkpoint that it was trained on, in the same format and dtype; `train` writes it to "
+            "OUTPUT_DIR/quantized, an experiment to RUN_DIR/quantized, and `push` to the Hub as NAME-4bit."
+        )
+        if (self.quantization or {}).get("quant_method") == "gguf":
+            where = "Name the GGUF file that it was trained on as gguf_file."
         raise DataError(
             f"The base model has {digest}; expected for the adapter {place}: {expected}. It corrects the errors of "
-            "exactly those. Load the checkpoint that it was trained on, in the same format and dtype; `train` "
-            "writes it to OUTPUT_DIR/quantized, an experiment to RUN_DIR/quantized, and `push` to the Hub as NAME-4bit."
+            f"exactly those. {where}"
         )
 
     def to_json(self) -> str:
@@ -119,14 +130,22 @@ class Provenance:
         write_file(folder / PROVENANCE_NAME, self.to_json())
 
 
-def find_base(adapter: Path, name: str | None = None) -> Path | None:
+def find_base(adapter: Path, name: str | None = None, *, needed: bool = False) -> Path | None:
     """The 4-bit checkpoint, of the model `name`, that a run made and trained an adapter on, if it is beside that."""
-    weights = (Provenance.read(adapter).weights or {}).get("sha256")
+    made = Provenance.read(adapter)
+    weights, training = (made.weights or {}).get("sha256"), made.training or {}
     for place in (adapter / "scaled", adapter / "quantized", adapter.parent / "quantized"):
         facts = Provenance.read(place) if weights and (place / "config.json").is_file() else Provenance()
         is_it = weights is not None and (facts.weights or {}).get("sha256") == weights
         if is_it and (name is None or (facts.export or {}).get("quantized_from") == public_name(name)):
             return place
+    is_own = training.get("codes") == "calibrated" or training.get("train_scales")
+    if needed and weights and is_own and not made.has_chosen_codes:
+        raise DataError(
+            f"{adapter} holds an adapter for a 4-bit checkpoint that its run wrote, and that is not beside it; expected"
+            f" {adapter}/scaled or {adapter}/quantized. Push the folder that training wrote, or name the checkpoint's "
+            "place on the Hub with base_model (--base_model)."
+        )
     return None
 
 

@@ -37,8 +37,8 @@ _LEAST_SCALE = 0.01  # of a norm that is all zeros, as a bias
 _MAX_PIECE = 2**23  # weights that the backward pass holds dequantized at a time
 
 
-def attach_scales(model: Any) -> None:
-    """Make the block constants of a model's 4-bit layers and its norms trainable, in place; the head stays as it is."""
+def list_scaled_layers(model: Any) -> list[Any]:
+    """The 4-bit layers whose block constants can be trained: all but the head; refused where there are none."""
     network = base_network(model)
     if shares_weights():
         raise ConfigError(
@@ -55,7 +55,12 @@ def attach_scales(model: Any) -> None:
         raise ConfigError(
             "train_scales is on, and the student has no 4-bit layer of bitsandbytes. Train nf4 or fp4, or leave it off."
         )
-    for layer in layers:
+    return layers
+
+
+def attach_scales(model: Any) -> None:
+    """Make the block constants of a model's 4-bit layers and its norms trainable, in place; the head stays as it is."""
+    for layer in list_scaled_layers(model):
         if isinstance(layer, ScaledLinear4bit):
             continue  # a model that is trained on
         restore_weight(layer)
@@ -65,7 +70,7 @@ def attach_scales(model: Any) -> None:
         layer.scales = nn.Parameter(torch.ones(count, device=layer.weight.device))
     for parameter in scale_parameters(model).values():
         parameter.requires_grad_(True)
-    keep_saveable(network)
+    keep_saveable(base_network(model))
 
 
 def refuse_dora(is_used: bool) -> None:

@@ -169,7 +169,10 @@ class ServerClient:
         if code < 400:
             advice = "It redirects, which is not followed; name the final address as base_url"
         elif "logprobs" in detail:
-            advice = "Raise the server's limit (vLLM: --max-logprobs), or choose a smaller storage rule"
+            advice = (
+                "Raise the server's limit (vLLM: --max-logprobs), or ask for fewer: by the storage rule in capture, "
+            )
+            advice += "by --top_logprobs in evaluate"
         elif code in (401, 403):
             advice = f"Set {_API_KEY}"
         elif code == 404:

@@ -16,6 +16,7 @@ from quantkd.data.encoding import check_ids
 from quantkd.errors import ConfigError, DataError, refuse_unused
 from quantkd.files import parse_object
 from quantkd.foreign import commit_of, shares_weights, use_one_gpu
+from quantkd.hardware import process_state
 from quantkd.models.adapter_files import CONFIG, read_fields
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.gguf_student import check_origin
@@ -25,7 +26,7 @@ from quantkd.models.packing import row_attention, why_not_packable
 from quantkd.models.provenance import Provenance, find_base
 from quantkd.models.quantize import find_origin, quantize_once, read_origin
 from quantkd.models.ranks import allot_ranks, with_ranks
-from quantkd.models.scales import attach_scales, refuse_dora
+from quantkd.models.scales import attach_scales, list_scaled_layers, refuse_dora
 from quantkd.models.student import (
     attach_lora,
     check_adapters,
@@ -37,7 +38,7 @@ from quantkd.models.student import (
     stored_quantization,
 )
 from quantkd.models.weights import head_width
-from quantkd.names import HUB_ARGUMENTS, load_tokenizer, names_gguf
+from quantkd.names import HUB_ARGUMENTS, find_file, load_tokenizer, names_gguf, naming
 from quantkd.training.checkpoints import find_checkpoint
 from quantkd.training.config import CALIBRATED_RATE, LEARNING_RATES, QuantizedDistillationConfig
 from quantkd.transfer_set import IGNORE_INDEX, TransferSet
@@ -104,7 +105,10 @@ def choose_base(
     if names_gguf(name, **kwargs) or kind not in ("nf4", "fp4") or stored_quantization(name, **kwargs):
         return name
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
-    before = (Provenance.read(checkpoint).training or {}).get("codes") if checkpoint else None
+    facts = Provenance.read(checkpoint) if checkpoint else Provenance()
+    before = (facts.training or {}).get("codes")
+    if (facts.quantization or {}).get("quant_method") == "gguf":
+        raise ConfigError(f"The run of {checkpoint} trained on a GGUF file. Name it again as gguf_file to go on.")
     if before == ("nearest" if args.calibrate else "calibrated") and isinstance(dataset, TransferSet):
         raise ConfigError(
             f"The run of {checkpoint} trained on the {before} codes, and its adapters fit no others; calibrate is "
@@ -151,6 +155,13 @@ def prepare_student(
     """The student that the trainer trains."""
     init_kwargs = dict(parse_object("model_init_kwargs", args.model_init_kwargs))
     name = model if isinstance(model, str) else model.config.name_or_path or ""
+    if args.init_from and not isinstance(model, PeftModel) and process_state().is_main_process:  # which alone reads it
+        with naming(args.init_from):
+            if find_file(args.init_from, "config.json") is None:
+                raise ConfigError(
+                    f"init_from is {args.init_from!r}, of which no config.json was found; expected a full-precision "
+                    "checkpoint, here or on the Hub."
+                )
     if isinstance(model, str):
         if (name := choose_base(model, args, train_dataset, quantization_config, peft_config, **init_kwargs)) != model:
             quantization_config = None
@@ -179,10 +190,14 @@ def prepare_student(
                 f"packing=True would let rows see each other: {reason}. Leave packing off; rows of similar length "
                 "still share a batch with train_sampling_strategy='group_by_length'."
             )
+    if args.train_scales:
+        list_scaled_layers(adapted)  # which are refused before the start is computed
     if is_new and is_quantized(adapted):
         _start(adapted, args, train_dataset, name, revision)
     file = getattr(base_network(adapted), "gguf_file", None)
     made = read_origin(str(file.path) if file else name) if isinstance(adapted, PeftModel) else {}
+    if file is not None:
+        args.codes = made.get("codes")
     _note_start(adapted, args, is_calibrated=made.get("codes") == "calibrated")
     if args.train_scales:
         attach_scales(adapted)
