@@ -24,6 +24,7 @@ RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     ({"weight_decay": math.nan}, "weight_decay is nan; expected at least 0"),
     ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; expected at least 0"),
     ({"accelerator_config": {"foo": 1}}, "An option cannot be read: .* unexpected keyword argument 'foo'"),
+    ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True, which cuts all tensors"),
     ({"init": "zero", "init_from": "m"}, "init_from has no effect without init=covariance or init=loftq"),
     ({"init": "loftq", "init_rows": 4}, "init_rows has no effect without init=covariance"),
     ({"num_train_epochs": -1}, "Nothing would be trained: num_train_epochs is -1, max_steps -1"),

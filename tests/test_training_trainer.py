@@ -12,12 +12,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, Sampled
+from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, Sampled, TransferSet
 from quantkd.errors import ConfigError, DataError, TransferSetError
 from quantkd.evaluation.fidelity import evaluate_fidelity
+from quantkd.loss.metrics import compute_row_metrics
 from quantkd.loss.reference import compute_distillation_loss
+from quantkd.loss.states import TargetStates
 from quantkd.models import quantize as quantize_module
 from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
@@ -282,8 +285,47 @@ def test_what_does_not_fit_is_refused_before_the_first_step(make_trainer, tiny_m
 def test_sampled_sets_refuse_reverse_kl(make_trainer, tiny_model_path, tmp_path):
     options = {"storage": Sampled(10), "max_new_tokens": 4}
     sampled = capture_set(tiny_model_path, TRAINING_PROMPTS, tmp_path / "s", **options)
-    refused(ConfigError, "reverse KL is infinite", make_trainer, train_dataset=sampled, divergence="reverse_kl")
+    alike = {"temperatures": (1.0,), "max_new_tokens": 4}
+    plain = capture_set(tiny_model_path, TRAINING_PROMPTS[:2], tmp_path / "p", **alike)
+    for rows in (sampled, TransferSet.concatenate([plain, sampled])):
+        refused(ConfigError, "reverse KL is infinite", make_trainer, train_dataset=rows, divergence="reverse_kl")
+    make_trainer(train_dataset=TransferSet.concatenate([sampled, plain])[len(sampled) :], divergence="reverse_kl")
     make_trainer(train_dataset=sampled, max_steps=1).train()
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter([self.rows[place] for place in range(len(self.rows))])
+
+
+def test_a_stream_of_rows_trains_and_is_evaluated_as_they_are(make_trainer, training_set):
+    """accelerate would cut the tensors of its batches to their number of rows, and the targets with them."""
+    kl, weights = [], []
+    for rows in (Stream(training_set), training_set):
+        trainer = make_trainer(train_dataset=rows, max_steps=2, train_sampling_strategy="sequential")
+        kl.append(trainer.evaluate(rows)["eval_kl"])
+        trainer.train()
+        weights.append([each.detach().clone() for each in trainer.model.parameters() if each.requires_grad])
+    assert kl[0] == pytest.approx(kl[1], rel=1e-6)
+    torch.testing.assert_close(*weights)
+    batch = trainer.data_collator([training_set[0], training_set[1]])
+    cut = batch["labels"].clone()
+    cut[0] = -100
+    states = TargetStates(torch.zeros(*cut.shape, training_set.info.vocab_size))
+    with pytest.raises(ConfigError, match="one teacher distribution and one label for each"):
+        compute_row_metrics(states, cut, batch["teacher"], trainer.args.objective())
+
+
+def test_outputs_beside_the_loss_have_logits_or_none(make_trainer, training_set):
+    for use_fused_loss in (True, False):
+        trainer = make_trainer(use_fused_loss=use_fused_loss)
+        batch = trainer.data_collator([training_set[0]])
+        _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        shape = None if use_fused_loss else (*batch["labels"].shape, training_set.info.vocab_size)
+        assert (None if outputs.logits is None else tuple(outputs.logits.shape)) == shape
 
 
 def test_what_the_trainer_overrides_is_still_called_by_transformers():

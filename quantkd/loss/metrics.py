@@ -127,6 +127,7 @@ def compute_row_metrics(
     """
     places = find_targets(labels) if places is None else places
     states, targets = states.at_targets(labels, places)
+    check_positions(len(states), states.vocab_size, targets, teacher)
     states, teacher = states.for_products(), teacher.for_products() if isinstance(teacher, TargetStates) else teacher
     found = measure_positions(states, targets, {"": teacher})
     ce, kl, agree = (found[name].to(wide_dtype(states.device)) for name in ("ce", "kl", "agree"))

@@ -152,6 +152,13 @@ class QuantizedDistillationConfig(TrainingArguments):
             super().__post_init__()  # type: ignore[no-untyped-call]
         except TypeError as error:  # a nested option that is none, as in accelerator_config
             raise ConfigError(f"An option cannot be read: {error}. Leave it out, or see transformers' docs.") from error
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches:
+            raise ConfigError(
+                "accelerator_config has dispatch_batches=True, which cuts all tensors of a batch to its number of rows, "
+                "and targets are not by row. Leave it out."
+            )
+        accelerator.dispatch_batches = False  # None would dispatch an IterableDataset's
         if self.push_to_hub and self.train_scales:
             raise ConfigError(
                 "push_to_hub uploads an adapter, and train_scales changes the student below it. Leave one of them off; "
@@ -181,8 +188,7 @@ class QuantizedDistillationConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it in every epoch
         elif copies_from_pinned_memory(self.device):
-            config: Any = self.accelerator_config
-            config.non_blocking |= self.dataloader_pin_memory  # or each batch waits for the steps before it
+            accelerator.non_blocking |= self.dataloader_pin_memory  # or each batch waits for the steps before it
         if self.adapter_budget is not None and (self.adapter_budget is True or not 0 < self.adapter_budget <= 16):
             raise ConfigError(
                 f"adapter_budget is {self.adapter_budget}; expected a share above 0 and of at most 16, such as 0.1."

@@ -180,7 +180,8 @@ class QuantizedDistillationTrainer(Trainer):
         Args:
             model: the student, wrapped or not.
             inputs: a batch of `DistillationCollator`.
-            return_outputs: also return the model's outputs.
+            return_outputs: also return the model's outputs; under the fused loss they have no logits
+                (`use_fused_loss=False` keeps them).
             num_items_in_batch: targets in all accumulated micro-batches of all processes; those here if None.
 
         Returns:
@@ -203,6 +204,8 @@ class QuantizedDistillationTrainer(Trainer):
             self._train_terms = self._train_terms.to(step.device)
             self._train_terms[:2] += step
             self._train_terms[2] += float(self.accelerator.sync_gradients)
+        if return_outputs and self.uses_fused_loss:  # in place of the logits there are hidden states
+            outputs = type(outputs)(**{key: value for key, value in outputs.items() if key != "logits"})
         return (loss, outputs) if return_outputs else loss
 
     @contextmanager

@@ -21,7 +21,7 @@ def check_transfer_set(
             f"{what} holds log-normalizers for temperatures {', '.join(map(str, info.temperatures))}; training asked "
             f"for {temperature}. Train with one of those, or capture again with --temperatures {temperature}."
         )
-    if info.storage["kind"] == "sampled" and divergence == "reverse_kl":
+    if divergence == "reverse_kl" and any(rule["kind"] == "sampled" for rule in transfer_set.storage_rules):
         raise ConfigError(
             f"{what} stores sampled entries, which leave no mass to the tail, so reverse KL is infinite. "
             "Use forward_kl or jsd, or capture Nucleus or TopK entries."

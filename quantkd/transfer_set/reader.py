@@ -273,6 +273,12 @@ class TransferSet(Dataset[dict[str, Any]]):
         return tuple(store.source for store, _ in self._sources)
 
     @property
+    def storage_rules(self) -> list[dict[str, Any]]:
+        """The storage rule of each source that has rows at hand."""
+        used = np.unique(np.searchsorted(self._starts, np.asarray(self._rows, dtype=np.int64), side="right") - 1)
+        return [self._sources[number][0].index.plan.storage for number in used.tolist()]
+
+    @property
     def _table(self) -> NDArray[np.int64]:
         return np.concatenate([store.table() for store, _ in self._sources])[np.asarray(self._rows, dtype=np.int64)]
 
