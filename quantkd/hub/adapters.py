@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,7 @@ def push_adapter(
     check_license(license)
     folder = find_adapter(path)
     made = None if base_model else find_base(folder, needed=True)
-    base = f"{repo_id}-4bit"
-    files, values = _gather(folder, base_model if made is None else base, run_dir)
+    files, values = _gather(folder, base_model if made is None else f"{repo_id}-4bit", run_dir)
 
     def make(name: str) -> Files:
         return {CARD_NAME: render_adapter_card(name, license=license, **values).encode(), **files}
@@ -75,8 +73,9 @@ def push_adapter(
     refuse_secrets(make(repo_id), _VOCABULARIES, token)
     repository = HubRepository(repo_id, "model", private, token, revision)
     if made is not None:
-        retry(partial(repository.begin, CONFIG, "adapter"), attempts)  # before gigabytes go to the other one
-        pushed = push_checkpoint(made, base, private, license, token, revision, attempts)
+        retry(repository.ensure, attempts)  # and looked at before gigabytes go to the other one
+        retry(lambda: repository.read(CONFIG.__eq__, "adapter"), attempts)
+        pushed = push_checkpoint(made, f"{repo_id}-4bit", private, license, token, revision, attempts)
         # With the owner's name, and as it is now: a later push may bring other codes.
         files, values = _gather(folder, pushed.repo_id, run_dir, pushed.commit)
     base = values["adapter"]["base_model_name_or_path"]

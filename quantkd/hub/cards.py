@@ -87,8 +87,7 @@ def render_adapter_card(
     return _render(
         "adapter_card", metadata, repo_id=repo_id, base=base, base_is_named=is_named,
         bits=f"{bits}-bit" if bits else str((recorded or {}).get("format") or "quantized"),
-        gguf=(recorded or {}).get("gguf_file"),
-        revision=adapter.get("revision"),
+        gguf=(recorded or {}).get("gguf_file"), revision=adapter.get("revision"),
         kind="LoRA" if adapter.get("peft_type") == "LORA" else adapter.get("peft_type"),
         adapter=described, facts=facts, recorded=recorded, settings=settings,
         bitsandbytes={name: value for name, value in (recorded or _NF4).items() if re.fullmatch(snippet, name)},

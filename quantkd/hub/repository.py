@@ -86,18 +86,14 @@ class HubRepository:
             done = self._api.create_commit(self.repo_id, list(operations), commit_message=message, **where)
         return self.pushed(done.oid)
 
-    def begin(self, owner: str, what: str) -> tuple[str, dict[str, RepoSibling]]:
-        """`ensure` and `read`, of a repository that the file `owner` tells from others."""
-        self.ensure()
-        return self.read(owner.__eq__, what)
-
     def replace(
         self, make: Callable[[str], Files], what: str, owned: Sequence[str], message: str, attempts: int
     ) -> PushedRepository:
         """Push the files that `make` gives for the full name, in one commit, in place of what is there of `owned`."""
 
         def attempt() -> PushedRepository:
-            commit, there = self.begin(owned[0], what)
+            self.ensure()
+            commit, there = self.read(owned[0].__eq__, what)
             files = make(self.repo_id)
             # What an earlier push left and this one does not bring would describe other weights, or be loaded as such.
             stale = [name for name in there if name not in files and any(fnmatch(name, each) for each in owned)]

@@ -155,8 +155,8 @@ class QuantizedDistillationConfig(TrainingArguments):
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches:
             raise ConfigError(
-                "accelerator_config has dispatch_batches=True, which cuts all tensors of a batch to its number of rows, "
-                "and targets are not by row. Leave it out."
+                "accelerator_config has dispatch_batches=True, which cuts all tensors of a batch to its number of "
+                "rows; a batch has more targets than rows. Leave it out."
             )
         accelerator.dispatch_batches = False  # None would dispatch an IterableDataset's
         if self.push_to_hub and self.train_scales:
