@@ -121,6 +121,11 @@ def open_train(args: argparse.Namespace) -> TransferSet:
     return found[: args.rows] if len(found) > args.rows else found
 
 
+def open_trained(args: argparse.Namespace) -> TransferSet:
+    """The answers that students are trained on; with `--unseen` those that codes and start did not see."""
+    return open_train(args)[ROWS:] if args.unseen else open_train(args)
+
+
 def limit_rows(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments of codes and starts, which see no more rows than `quantize` takes."""
     if args.rows <= ROWS:
@@ -150,7 +155,7 @@ def student_folder(args: argparse.Namespace, name: str) -> Path:
     """Where a start is kept, or what an arm trained."""
     if name in STARTS:
         return rows_folder(limit_rows(args)) / f"{name}-{args.rank}"
-    return rows_folder(args) / f"{name}-{args.rank}-{args.epochs:g}"
+    return rows_folder(args) / f"{name}-{args.rank}-{args.epochs:g}{'-unseen' * args.unseen}"
 
 
 def choose_base(args: argparse.Namespace, kind: str) -> str:
@@ -199,7 +204,7 @@ def build_quantkd(name: str, args: argparse.Namespace, base: str, start: Path | 
     student = load_base(base, start)
     return QuantizedDistillationTrainer(
         student if start is None else PeftModel.from_pretrained(student, start, is_trainable=True), arguments,
-        train_dataset=open_train(args), processing_class=AutoTokenizer.from_pretrained(base),
+        train_dataset=open_trained(args), processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=default_lora_config(args.rank) if start is None else None,
     )  # fmt: skip
 
@@ -221,7 +226,7 @@ def build_gkd(name: str, args: argparse.Namespace, base: str, start: Path | None
             "completion_mask": (row["labels"] != -100).int().tolist(),
             "prompt": "",  # asked for, and not used where there are ids and a mask
         }
-        for row in open_train(args)
+        for row in open_trained(args)
     ]
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=native_compute_dtype()).eval().to(default_device())
     arguments = GKDConfig(
@@ -300,11 +305,13 @@ def cached_arm(name: str, args: argparse.Namespace) -> dict[str, Any]:
     settings = {key: str(getattr(args, key)) for key in SETTINGS if key not in without} | {"name": name}
     settings |= {} if without else {"learning_rate": str(choose_rate(args, name))}
     settings |= {"measured on": str(set_folder(args, "held_out"))} if args.choose else {}
+    settings |= {"unseen": "True"} if args.unseen and name not in (*LOADED, *STARTS) else {}
 
     def run() -> dict[str, Any]:
         keys = (*SETTINGS, "cache", "capture_rows")
         given = [f"--{key}={value}" for key, value in vars(args).items() if key in keys and value]
         command = [sys.executable, __file__, "--only", name, *given, *(["--choose"] if args.choose else [])]
+        command += ["--unseen"] if args.unseen and name not in STARTS else []
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
         return found
@@ -404,6 +411,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--choose", action="store_true", help="measure on other training questions, which no table reports"
     )
+    parser.add_argument(
+        "--unseen", action="store_true", help=f"train without the first {ROWS} rows, which codes and start see"
+    )
     parser.add_argument("--quick", action="store_true", help="16 rows, 8 held out, rank 8: for a look at the figures")
     parser.add_argument("--arms", nargs="+", help="run these alone; the figures need all")
     parser.add_argument("--only", help="this arm alone, in this process; the sets and its start must be there")
@@ -422,6 +432,8 @@ def main() -> None:
         args.rows, args.held_out_rows, args.max_new_tokens, args.rank, args.seeds = 16, 8, 64, 8, 1
     if args.domain != "gsm8k" and not args.only:
         args.cache = f"{args.cache}-{args.domain}"
+    if args.unseen and args.rows <= ROWS:
+        parser.error(f"--rows is {args.rows}; --unseen leaves out the first {ROWS}.")
     if args.seeds < 1:
         parser.error(f"--seeds is {args.seeds}; expected at least 1.")
     everything = (*LOADED, *STARTS, *(f"quantkd-{seed}" for seed in range(args.seeds)), *OTHERS)
