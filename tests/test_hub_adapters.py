@@ -16,10 +16,12 @@ from quantkd import QuantizedDistillationTrainer, TransferSet
 from quantkd.errors import ConfigError, DataError
 from quantkd.files import read_object
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
-from quantkd.hub.adapters import list_adapter_files
+from quantkd.hub.adapters import fetch_adapter, list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
 from quantkd.models.export import export_adapter
-from quantkd.models.quantize import find_origin
+from quantkd.models.provenance import find_base
+from quantkd.models.quantize import find_origin, quantize
+from quantkd.models.student import default_lora_config, load_student
 from tests.conftest import refused
 from tests.report_arms import read_tables
 
@@ -81,8 +83,13 @@ def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(hub, run, build_
     build_trainer(run / "student", calibrate=True).save_model()
     alone = export_adapter(str(run / "student"), tiny_tokenizer, tmp_path / "alone", base="org/model")
     assert read_object(alone / "adapter_config.json")["base_model_name_or_path"] == "quantized"
-    refused(DataError, "its run wrote, and that is not beside it", push_adapter, alone, "user/alone")
-    refused(DataError, "its run wrote, and that is not beside it", list_adapter_files, alone)
+    lost = "the 4-bit checkpoint 'quantized' with codes or scales of its own, which is not beside it"
+    refused(DataError, lost, push_adapter, alone, "user/alone")
+    refused(DataError, lost, list_adapter_files, alone)
+    refused(DataError, lost, export_adapter, str(alone), tiny_tokenizer, tmp_path / "again", base="org/model")
+    (tmp_path / "made").symlink_to(run / "student" / "quantized")
+    again = export_adapter(str(alone), tiny_tokenizer, tmp_path / "again", base=str(tmp_path / "made"))
+    assert read_object(again / "adapter_config.json")["base_model_name_or_path"] == "quantized"
     hub.make("model", "user/full", {"config.json": b"{}"}, private=True)
     refused(ConfigError, "user/full holds config.json, and no adapter", push_adapter, run / "student", "user/full")
     assert not [name for _, name in hub.repositories if "4bit" in name]
@@ -91,8 +98,37 @@ def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(hub, run, build_
     files = hub.files("model", "user/student")
     assert f'"user/student-4bit", revision="{base}",\n' in files["README.md"].decode()
     assert json.loads(files["adapter_config.json"])["revision"] == base
-    push_adapter(alone, "user/alone", base_model="user/student-4bit")
-    assert json.loads(hub.files("model", "user/alone")["adapter_config.json"])["revision"] is None
+    for folder, name, revision in ((alone, "user/student-4bit", None), (fetch_adapter("user/student@v2"), None, base)):
+        push_adapter(folder, "user/alone", base_model=name)  # the latter says itself where its base is
+        assert json.loads(hub.files("model", "user/alone")["adapter_config.json"])["revision"] == revision
+    push_adapter(fetch_adapter("user/student@v2"), "user/alone", base_model="user/student-4bit")
+    assert json.loads(hub.files("model", "user/alone")["adapter_config.json"])["revision"] == base
+    moved = export_adapter(str(fetch_adapter("user/student@v2")), tiny_tokenizer, tmp_path / "moved", base="user/other")
+    assert read_object(moved / "adapter_config.json")["revision"] is None
+
+
+def test_a_checkpoint_of_trained_scales_is_not_an_adapter_on_the_codes_before(hub, run, build_trainer, tiny_tokenizer):
+    options = {"calibrate": True, "train_scales": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    shutil.rmtree(run / "student")
+    trainer = build_trainer(run / "student", peft_config=default_lora_config(2), **options)
+    trainer.train()
+    trainer.save_model()
+    part = run / "student" / "checkpoint-1"
+    lost = "codes or scales of its own, which is not beside it. Take the folder that training wrote"
+    refused(DataError, lost, push_adapter, part, "user/part")
+    refused(DataError, lost, export_adapter, str(part), tiny_tokenizer, run / "out", base="org/model")
+    assert find_base(part, needed=False) == run / "student" / "quantized"  # from which training goes on
+    assert find_base(run / "student", needed=True) == run / "student" / "scaled"
+
+
+def test_an_experiment_s_adapter_stays_with_its_codes(hub, run, tiny_model_path, training_set, make_trainer, tmp_path):
+    quantize(tiny_model_path, training_set, tmp_path / "my4")
+    trainer = make_trainer(load_student(str(tmp_path / "my4")), init="zero", peft_config=default_lora_config(2))
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert trainer.args.codes == "calibrated"
+    refused(DataError, "the 4-bit checkpoint 'my4' with codes", push_adapter, tmp_path / "adapter", "user/lost")
+    trainer = make_trainer(load_student(str(tiny_model_path)), init="zero", peft_config=default_lora_config(2))
+    assert trainer.args.codes is None
 
 
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import ConcatDataset, IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from quantkd import QuantizedDistillationConfig, QuantizedDistillationTrainer, Sampled, TransferSet
@@ -125,13 +125,19 @@ def test_it_learns_and_the_saved_adapter_gives_the_same_logits(make_trainer, tra
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_originals_that_are_not_there_are_refused_before_codes_are_chosen(make_calibrated, tmp_path):
+def test_originals_that_are_not_there_are_refused_before_codes_are_chosen(make_calibrated, one_layer_path, tmp_path):
     for missing, said in (
         (str(tmp_path / "nowhere"), "There is no folder"), (str(tmp_path), "holds no config.json"),
         ("nowhere", "of which no config.json was found"), ("no name", "of which no config.json was found"),
     ):  # fmt: skip
         refused(ConfigError, said, make_calibrated, init="covariance", init_from=missing)
     assert not list(tmp_path.rglob("quantized"))
+    original = shutil.copytree(one_layer_path, tmp_path / "original")
+    options = {"init": "covariance", "init_from": str(original), "save_strategy": "steps", "save_steps": 1}
+    make_calibrated(max_steps=1, **options).train()
+    shutil.rmtree(original)  # which a run that goes on does not read again
+    checkpoint = str(next(tmp_path.rglob("checkpoint-1")))
+    make_calibrated(max_steps=2, resume_from_checkpoint=checkpoint, **options).train(checkpoint)
 
 
 def test_a_name_is_trained_on_calibrated_codes(make_calibrated, training_set, one_layer_path, caplog):
@@ -304,6 +310,10 @@ class Stream(IterableDataset):
 def test_a_stream_of_rows_trains_and_is_evaluated_as_they_are(make_trainer, training_set):
     """accelerate would cut the tensors of its batches to their number of rows, and the targets with them."""
     kl, weights = [], []
+    make_trainer(train_dataset=ConcatDataset([training_set]), max_steps=1)
+    assert not hasattr(Stream, "__len__")
+    Sized = type("Sized", (Stream,), {"__len__": lambda self: len(self.rows)})
+    make_trainer(train_dataset=Sized(training_set), max_steps=1).train()
     for rows in (Stream(training_set), training_set):
         trainer = make_trainer(train_dataset=rows, max_steps=2, train_sampling_strategy="sequential")
         kl.append(trainer.evaluate(rows)["eval_kl"])

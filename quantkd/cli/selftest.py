@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from quantkd.cli.format import say
 from quantkd.cli.parsing import plain_parser
 from quantkd.models.student import refuse_quantized
+from quantkd.names import naming
 from quantkd.teacher import load_teacher
 from quantkd.training.selftest import run_selftest
 
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code from the model's repository")
     args = parser.parse_args(argv)
     kwargs = {"revision": args.revision} if args.revision else {}
-    refuse_quantized(args.model, **kwargs)
+    with naming(args.model):
+        refuse_quantized(args.model, **kwargs)
     model, tokenizer = load_teacher(args.model, dtype="float32", trust_remote_code=args.trust_remote_code, **kwargs)
     failed = 0
     for check in run_selftest(model, tokenizer, chat_template=not args.plain_prompts):

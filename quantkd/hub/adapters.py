@@ -161,8 +161,9 @@ def _gather(
 def _describe(folder: Path, base_model: str | None, commit: str | None = None) -> dict[str, Any]:
     """What the page of an adapter says without a report: its configuration and provenance, without local paths."""
     adapter = read_object(folder / CONFIG)
+    if commit or base_model not in (None, adapter.get("base_model_name_or_path")):
+        adapter["revision"] = commit  # of the base model
     adapter["base_model_name_or_path"] = public_name(base_model or str(adapter.get("base_model_name_or_path") or ""))
-    adapter["revision"] = commit if base_model else adapter.get("revision")  # of the base model
     tokenizer = read_object(folder / _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     has_template = bool(tokenizer.get("chat_template")) or (folder / _CHAT_TEMPLATE).is_file()
     return {

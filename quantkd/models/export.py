@@ -86,7 +86,7 @@ def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir:
     path = check_output_dir(output_dir)
     source = Path(adapter)
     check_files(adapter, lambda name: (source / name).is_file())
-    base = str(find_base(source) or base)  # the codes or scales that a run made for its adapter are no other model's
+    base = str(find_base(source, given=base, needed=True) or base)
     check_adapter(source, base)
     with new_folder(path) as folder:
         for name in (CONFIG, WEIGHTS, "README.md"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from quantkd.foreign import commit_of
 from quantkd.models.network import base_network
 from quantkd.models.stored_weights import are_close, describe_weights
 from quantkd.models.student import describe_quantization, is_quantized
-from quantkd.names import __version__, find_file, public_name
+from quantkd.names import __version__, find_file, is_repository_name, public_name
 from quantkd.transfer_set import TransferSet
 
 logger = logging.getLogger(__name__)
@@ -130,21 +131,31 @@ class Provenance:
         write_file(folder / PROVENANCE_NAME, self.to_json())
 
 
-def find_base(adapter: Path, name: str | None = None, *, needed: bool = False) -> Path | None:
-    """The 4-bit checkpoint, of the model `name`, that a run made and trained an adapter on, if it is beside that."""
+def find_base(adapter: Path, name: str | None = None, *, given: str | None = None, needed: bool = False) -> Path | None:
+    """The 4-bit checkpoint, of the model `name`, that an adapter was trained on: beside it, or `given` if that is it.
+
+    With `needed`, an adapter whose base has codes or scales of its own is refused without it.
+    """
     made = Provenance.read(adapter)
     weights, training = (made.weights or {}).get("sha256"), made.training or {}
-    for place in (adapter / "scaled", adapter / "quantized", adapter.parent / "quantized"):
-        facts = Provenance.read(place) if weights and (place / "config.json").is_file() else Provenance()
-        is_it = weights is not None and (facts.weights or {}).get("sha256") == weights
-        if is_it and (name is None or (facts.export or {}).get("quantized_from") == public_name(name)):
-            return place
+    places = [adapter / "scaled"]
+    if not (needed and training.get("train_scales")):  # whose checkpoints stand beside the codes without their scales
+        places += [adapter / "quantized", adapter.parent / "quantized"]
+    places = [place for place in places if weights and (place / "config.json").is_file()]
+    for place in [*places, *([Path(given)] if given and weights else [])]:
+        with suppress(OSError):  # of a name on the Hub that is not there, or cannot be asked for
+            facts = Provenance.read(place)
+            is_it = (facts.weights or {}).get("sha256") == weights
+            if is_it and (name is None or (facts.export or {}).get("quantized_from") == public_name(name)):
+                return place
+    config = adapter / "adapter_config.json"
+    named = str(read_object(config).get("base_model_name_or_path") or "") if config.is_file() else ""
     is_own = training.get("codes") == "calibrated" or training.get("train_scales")
-    if needed and weights and is_own and not made.has_chosen_codes:
+    if needed and weights and is_own and not made.has_chosen_codes and not is_repository_name(named):
         raise DataError(
-            f"{adapter} holds an adapter for a 4-bit checkpoint that its run wrote, and that is not beside it; expected"
-            f" {adapter}/scaled or {adapter}/quantized. Push the folder that training wrote, or name the checkpoint's "
-            "place on the Hub with base_model (--base_model)."
+            f"{adapter} holds an adapter for the 4-bit checkpoint {printable(public_name(named))!r:.80} with codes or "
+            "scales of its own, which is not beside it. Take the folder that training wrote, or name that checkpoint: "
+            "with base_model (--base_model) in a push, as the model in an export."
         )
     return None
 
@@ -157,6 +168,8 @@ def name_base_model(folder: Path, base: str | None = None) -> None:
     config = read_object(file)
     written = config.get("base_model_name_or_path") or ""
     config["base_model_name_or_path"] = public_name(base or written)
+    if config["base_model_name_or_path"] != public_name(written):
+        config["revision"] = None  # is of the other
     write_file(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if card.is_file() and public_name(written) != written:
         text = card.read_text(encoding="utf-8")

@@ -170,9 +170,9 @@ class ServerClient:
             advice = "It redirects, which is not followed; name the final address as base_url"
         elif "logprobs" in detail:
             advice = (
-                "Raise the server's limit (vLLM: --max-logprobs), or ask for fewer: by the storage rule in capture, "
+                "Raise the server's limit (vLLM: --max-logprobs), or choose a smaller storage rule (--storage) or, "
             )
-            advice += "by --top_logprobs in evaluate"
+            advice += "to evaluate, fewer --top_logprobs"
         elif code in (401, 403):
             advice = f"Set {_API_KEY}"
         elif code == 404:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +153,8 @@ class QuantizedDistillationConfig(TrainingArguments):
             super().__post_init__()  # type: ignore[no-untyped-call]
         except TypeError as error:  # a nested option that is none, as in accelerator_config
             raise ConfigError(f"An option cannot be read: {error}. Leave it out, or see transformers' docs.") from error
-        accelerator: Any = self.accelerator_config
+        accelerator: Any = copy(self.accelerator_config)  # which may be the caller's
+        self.accelerator_config = accelerator
         if accelerator.dispatch_batches:
             raise ConfigError(
                 "accelerator_config has dispatch_batches=True, which cuts all tensors of a batch to its number of "

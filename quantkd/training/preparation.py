@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
 from quantkd.data.encoding import check_ids
@@ -79,6 +80,12 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
 
 def check_evaluation(args: QuantizedDistillationConfig, eval_dataset: Any) -> None:
     """Refuse to evaluate during training without rows to evaluate on."""
+    sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if args.world_size > 1 and any(isinstance(each, IterableDataset) for each in sets):
+        raise ConfigError(
+            "eval_dataset is an IterableDataset, of which several processes count some rows twice. Give rows with a "
+            "length, such as list(rows)."
+        )
     strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
     asked = {"eval_strategy": strategy, "eval_on_start": args.eval_on_start}
     for name, value in asked.items():
@@ -155,7 +162,8 @@ def prepare_student(
     """The student that the trainer trains."""
     init_kwargs = dict(parse_object("model_init_kwargs", args.model_init_kwargs))
     name = model if isinstance(model, str) else model.config.name_or_path or ""
-    if args.init_from and not isinstance(model, PeftModel) and process_state().is_main_process:  # which alone reads it
+    is_named, is_read = isinstance(model, str), not isinstance(model, PeftModel) and not args.resume_from_checkpoint
+    if args.init_from and is_read and process_state().is_main_process:  # which alone reads it
         with naming(args.init_from):
             if find_file(args.init_from, "config.json") is None:
                 raise ConfigError(
@@ -196,8 +204,7 @@ def prepare_student(
         _start(adapted, args, train_dataset, name, revision)
     file = getattr(base_network(adapted), "gguf_file", None)
     made = read_origin(str(file.path) if file else name) if isinstance(adapted, PeftModel) else {}
-    if file is not None:
-        args.codes = made.get("codes")
+    args.codes = made.get("codes") or (args.codes if is_named else None)
     _note_start(adapted, args, is_calibrated=made.get("codes") == "calibrated")
     if args.train_scales:
         attach_scales(adapted)
@@ -294,7 +301,8 @@ def _with_budget(
 
 
 def _can_be_indexed(dataset: Any) -> bool:
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    is_stream = isinstance(dataset, IterableDataset)  # which inherits what it lacks
+    return not is_stream and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
 
 
 def _with_adapters(

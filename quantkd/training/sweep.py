@@ -54,7 +54,7 @@ def check_sweep(
     except ImportError as error:
         raise MissingDependencyError("A sweep needs the package optuna: `pip install optuna`.") from error
     if unfit := [name for name in _REFUSED if getattr(args, name)]:
-        raise ConfigError(f"A sweep tries adapters of one rank on one student and saves none. Leave {unfit[0]} out.")
+        raise ConfigError(f"A sweep tries adapters on one student as it is, and saves none. Leave {unfit[0]} out.")
     if args.world_size > 1:
         raise ConfigError("A sweep runs in one process, and several were launched. Start it without a launcher.")
     if "num_train_epochs" in space and ("max_steps" in space or args.max_steps > 0):
