@@ -329,6 +329,12 @@ def test_a_stream_of_rows_trains_and_is_evaluated_as_they_are(make_trainer, trai
         compute_row_metrics(states, cut, batch["teacher"], trainer.args.objective())
 
 
+def test_a_stream_is_not_evaluated_by_several_processes(make_trainer, training_set, monkeypatch):
+    monkeypatch.setattr(QuantizedDistillationConfig, "world_size", 2)
+    streams = {"held": Stream(training_set)}
+    refused(ConfigError, "is an IterableDataset, of which several processes", make_trainer, eval_dataset=streams)
+
+
 def test_outputs_beside_the_loss_have_logits_or_none(make_trainer, training_set):
     for use_fused_loss in (True, False):
         trainer = make_trainer(use_fused_loss=use_fused_loss)

@@ -81,7 +81,7 @@ def take_one_gpu(args: QuantizedDistillationConfig) -> None:
 def check_evaluation(args: QuantizedDistillationConfig, eval_dataset: Any) -> None:
     """Refuse to evaluate during training without rows to evaluate on."""
     sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    if args.world_size > 1 and any(isinstance(each, IterableDataset) for each in sets):
+    if any(isinstance(each, IterableDataset) for each in sets) and args.world_size > 1:
         raise ConfigError(
             "eval_dataset is an IterableDataset, of which several processes count some rows twice. Give rows with a "
             "length, such as list(rows)."
