@@ -148,10 +148,11 @@ def find_base(adapter: Path, name: str | None = None, *, given: str | None = Non
             is_it = (facts.weights or {}).get("sha256") == weights
             if is_it and (name is None or (facts.export or {}).get("quantized_from") == public_name(name)):
                 return place
-    config = adapter / "adapter_config.json"
-    named = str(read_object(config).get("base_model_name_or_path") or "") if config.is_file() else ""
     is_own = training.get("codes") == "calibrated" or training.get("train_scales")
-    if needed and weights and is_own and not made.has_chosen_codes and not is_repository_name(named):
+    if not (needed and weights and is_own) or made.has_chosen_codes:
+        return None
+    named = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    if not is_repository_name(named):
         raise DataError(
             f"{adapter} holds an adapter for the 4-bit checkpoint {printable(public_name(named))!r:.80} with codes or "
             "scales of its own, which is not beside it. Take the folder that training wrote, or name that checkpoint: "

@@ -169,10 +169,7 @@ class ServerClient:
         if code < 400:
             advice = "It redirects, which is not followed; name the final address as base_url"
         elif "logprobs" in detail:
-            advice = (
-                "Raise the server's limit (vLLM: --max-logprobs), or choose a smaller storage rule (--storage) or, "
-            )
-            advice += "to evaluate, fewer --top_logprobs"
+            advice = "Raise the server's limit (vLLM: --max-logprobs), or ask for fewer by --storage or --top_logprobs"
         elif code in (401, 403):
             advice = f"Set {_API_KEY}"
         elif code == 404:
