@@ -19,7 +19,7 @@ from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.hub.adapters import fetch_adapter, list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
 from quantkd.models.export import export_adapter
-from quantkd.models.provenance import find_base
+from quantkd.models.provenance import find_base, require_base
 from quantkd.models.quantize import find_origin, quantize
 from quantkd.models.student import default_lora_config, load_student
 from tests.conftest import refused
@@ -117,8 +117,8 @@ def test_a_checkpoint_of_trained_scales_is_not_an_adapter_on_the_codes_before(hu
     lost = "codes or scales of its own, which is not beside it. Take the folder that training wrote"
     refused(DataError, lost, push_adapter, part, "user/part")
     refused(DataError, lost, export_adapter, str(part), tiny_tokenizer, run / "out", base="org/model")
-    assert find_base(part, needed=False) == run / "student" / "quantized"  # from which training goes on
-    assert find_base(run / "student", needed=True) == run / "student" / "scaled"
+    assert find_base(part) == run / "student" / "quantized"  # from which training goes on
+    assert require_base(run / "student") == run / "student" / "scaled"
 
 
 def test_an_experiment_s_adapter_stays_with_its_codes(hub, run, tiny_model_path, training_set, make_trainer, tmp_path):

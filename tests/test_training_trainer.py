@@ -310,10 +310,6 @@ class Stream(IterableDataset):
 def test_a_stream_of_rows_trains_and_is_evaluated_as_they_are(make_trainer, training_set):
     """accelerate would cut the tensors of its batches to their number of rows, and the targets with them."""
     kl, weights = [], []
-    make_trainer(train_dataset=ConcatDataset([training_set]), max_steps=1)
-    assert not hasattr(Stream, "__len__")
-    Sized = type("Sized", (Stream,), {"__len__": lambda self: len(self.rows)})
-    make_trainer(train_dataset=Sized(training_set), max_steps=1).train()
     for rows in (Stream(training_set), training_set):
         trainer = make_trainer(train_dataset=rows, max_steps=2, train_sampling_strategy="sequential")
         kl.append(trainer.evaluate(rows)["eval_kl"])
@@ -327,6 +323,13 @@ def test_a_stream_of_rows_trains_and_is_evaluated_as_they_are(make_trainer, trai
     states = TargetStates(torch.zeros(*cut.shape, training_set.info.vocab_size))
     with pytest.raises(ConfigError, match="one teacher distribution and one label for each"):
         compute_row_metrics(states, cut, batch["teacher"], trainer.args.objective())
+
+
+def test_rows_that_are_no_transfer_set_are_trained_on(make_trainer, training_set):
+    Sized = type("Sized", (Stream,), {"__len__": lambda self: len(self.rows)})
+    for rows in (ConcatDataset([training_set]), Sized(training_set)):
+        trainer = make_trainer(train_dataset=rows, max_steps=1)
+        assert math.isfinite(trainer.train().training_loss) and trainer.state.global_step == 1
 
 
 def test_a_stream_is_not_evaluated_by_several_processes(make_trainer, training_set, monkeypatch):

@@ -22,7 +22,7 @@ from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRe
 from quantkd.models import adapter_files
 from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
-from quantkd.models.provenance import PROVENANCE_NAME, Provenance, find_base
+from quantkd.models.provenance import PROVENANCE_NAME, Provenance, require_base
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, require_folder, split_revision
 from quantkd.remote import RemoteFiles, logger as revisions, retry
@@ -64,7 +64,7 @@ def push_adapter(
     """
     check_license(license)
     folder = find_adapter(path)
-    made = None if base_model else find_base(folder, needed=True)
+    made = None if base_model else require_base(folder)
     files, values = _gather(folder, base_model if made is None else f"{repo_id}-4bit", run_dir)
 
     def make(name: str) -> Files:
@@ -91,7 +91,7 @@ def list_adapter_files(
 ) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload, those of the base's repository after NAME-4bit/."""
     folder = find_adapter(path)
-    made = None if base_model else find_base(folder, needed=True)
+    made = None if base_model else require_base(folder)
     files, values = _gather(folder, base_model, run_dir)
     files[CARD_NAME] = render_adapter_card("user/name", license=None, **values).encode()
     refuse_secrets(files, _VOCABULARIES, None)

@@ -22,7 +22,7 @@ from quantkd.models.adapter_files import CONFIG, WEIGHTS, check_adapter, check_f
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
 from quantkd.models.generation import find_end_tokens
 from quantkd.models.merging import merge_adapters
-from quantkd.models.provenance import Provenance, find_base, name_base_model
+from quantkd.models.provenance import Provenance, name_base_model, require_base
 from quantkd.models.stored_weights import describe_weights
 from quantkd.models.student import default_quantization_config, describe_quantization
 from quantkd.names import __version__, naming
@@ -86,7 +86,7 @@ def export_adapter(adapter: str, tokenizer: PreTrainedTokenizerBase, output_dir:
     path = check_output_dir(output_dir)
     source = Path(adapter)
     check_files(adapter, lambda name: (source / name).is_file())
-    base = str(find_base(source, given=base, needed=True) or base)
+    base = str(require_base(source, base) or base)
     check_adapter(source, base)
     with new_folder(path) as folder:
         for name in (CONFIG, WEIGHTS, "README.md"):

@@ -131,16 +131,13 @@ class Provenance:
         write_file(folder / PROVENANCE_NAME, self.to_json())
 
 
-def find_base(adapter: Path, name: str | None = None, *, given: str | None = None, needed: bool = False) -> Path | None:
+def find_base(adapter: Path, name: str | None = None, *, given: str | None = None, scaled: bool = False) -> Path | None:
     """The 4-bit checkpoint, of the model `name`, that an adapter was trained on: beside it, or `given` if that is it.
 
-    With `needed`, an adapter whose base has codes or scales of its own is refused without it.
+    With `scaled`, the codes without their trained scales, which a checkpoint stands beside, are not it.
     """
-    made = Provenance.read(adapter)
-    weights, training = (made.weights or {}).get("sha256"), made.training or {}
-    places = [adapter / "scaled"]
-    if not (needed and training.get("train_scales")):  # whose checkpoints stand beside the codes without their scales
-        places += [adapter / "quantized", adapter.parent / "quantized"]
+    weights = (Provenance.read(adapter).weights or {}).get("sha256")
+    places = [adapter / "scaled", *([] if scaled else [adapter / "quantized", adapter.parent / "quantized"])]
     places = [place for place in places if weights and (place / "config.json").is_file()]
     for place in [*places, *([Path(given)] if given and weights else [])]:
         with suppress(OSError):  # of a name on the Hub that is not there, or cannot be asked for
@@ -148,9 +145,18 @@ def find_base(adapter: Path, name: str | None = None, *, given: str | None = Non
             is_it = (facts.weights or {}).get("sha256") == weights
             if is_it and (name is None or (facts.export or {}).get("quantized_from") == public_name(name)):
                 return place
-    is_own = training.get("codes") == "calibrated" or training.get("train_scales")
-    if not (needed and weights and is_own) or made.has_chosen_codes:
-        return None
+    return None
+
+
+def require_base(adapter: Path, given: str | None = None) -> Path | None:
+    """`find_base`, where one is needed: an adapter whose base has codes or scales of its own is refused without it."""
+    made = Provenance.read(adapter)
+    training = made.training or {}
+    has_scales = bool(training.get("train_scales"))
+    found = find_base(adapter, given=given, scaled=has_scales)
+    is_own = has_scales or training.get("codes") == "calibrated"
+    if found or not (made.weights and is_own) or made.has_chosen_codes:
+        return found
     named = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
     if not is_repository_name(named):
         raise DataError(
