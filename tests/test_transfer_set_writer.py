@@ -173,6 +173,14 @@ def test_what_commit_and_finalize_refuse(open_writer, tmp_path, monkeypatch):
             refused(TransferSetError, message, first.finalize)
 
 
+def test_counters_that_a_reader_would_refuse_are_not_finished(open_writer, tmp_path):
+    with open_writer() as writer:
+        for task in writer.claim():
+            writer.commit(task, [], {f"{task.index}-{number}": 1 for number in range(100)})
+        refused(TransferSetError, "at most 256 names", writer.finalize)
+    assert not (tmp_path / "set" / "index.json").exists()
+
+
 def test_convert_to_fewer_entries(tmp_path):
     write_set(tmp_path / "set", make_plan(num_prompts=40, rows_per_shard=40, vocab_size=5000))
     digest = convert(tmp_path / "set", tmp_path / "small", Nucleus(0.7))

@@ -70,7 +70,7 @@ class Index:
         total: Counter[str] = Counter()
         for record in records:
             total.update(record.counters)
-        return cls(plan, tuple(records), dict(total), complete=len(records) == plan.num_shards)
+        return cls(plan, tuple(records), check_counters(total), complete=len(records) == plan.num_shards)
 
     def _content(self) -> dict[str, Any]:
         shards = [record.to_json() for record in self.shards]
