@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from quantkd.errors import ConfigError, DataError
 from quantkd.models.student import load_student
@@ -72,10 +73,14 @@ def test_it_starts_from_the_error_trains_and_evaluates(make_live, rows, training
     assert other.training_loss == pytest.approx(one.training_loss, rel=1e-6)
 
 
-def test_what_cannot_teach_is_refused(make_live, make_trainer, rows, tiny_model_path, tiny_model, monkeypatch):
+def test_what_cannot_teach_is_refused(
+    make_live, make_trainer, rows, tiny_model_path, tiny_model, tmp_path, monkeypatch
+):
+    LoraConfig(base_model_name_or_path=str(tiny_model_path)).save_pretrained(str(tmp_path))
     tiny_model.resize_token_embeddings(tiny_model.vocab_size + 8)
     for teacher, message in (
         ("adapter_disabled", "is the 4-bit model itself"),
+        (str(tmp_path), "holds no config.json"),  # transformers would load the base model that it names
         (load_student(str(tiny_model_path), dtype="float32"), "teacher_model is quantized"),
         (tiny_model, r"vocabulary has \d+ ids, the teacher_model's"),
     ):

@@ -126,9 +126,10 @@ def test_a_lock_that_a_killed_launch_left_stops_no_two_who_look_at_it_at_once(op
     assert sorted(hashes(tmp_path / "set")) == ["plan.json"]
 
 
+@pytest.mark.parametrize("process", [0, 1])
 @pytest.mark.parametrize("has_plan", [True, False])
-def test_a_set_that_is_finished_while_another_process_starts(open_writer, tmp_path, monkeypatch, has_plan):
-    """Before or between its look for the plan and its reading, process 0 finishes and removes the plan."""
+def test_a_set_that_is_finished_while_another_process_starts(open_writer, tmp_path, monkeypatch, has_plan, process):
+    """Before or between its look for the plan and its reading, another process 0 finishes and removes the plan."""
     write_set(tmp_path / "done")
     begin(open_writer, process=(0, 2))
     acquire = FileLock.acquire
@@ -139,7 +140,7 @@ def test_a_set_that_is_finished_while_another_process_starts(open_writer, tmp_pa
         return acquire(lock)
 
     monkeypatch.setattr(FileLock, "acquire", finish_meanwhile)
-    with open_writer(process=(1, 2)) as late:
+    with open_writer(process=(process, 2)) as late:
         assert late.is_complete
 
 

@@ -13,6 +13,7 @@ from quantkd.hardware import default_device, parse_dtype
 from quantkd.models.network import Runner
 from quantkd.models.student import is_quantized
 from quantkd.models.weights import head_width
+from quantkd.names import naming, refuse_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ def load_live_teacher(model: str | PreTrainedModel, student: Any, **model_init_k
     if isinstance(model, str):
         kwargs = {"device_map": {"": default_device()}, "trust_remote_code": False, **model_init_kwargs}
         kwargs["dtype"] = parse_dtype(kwargs.get("dtype"))
-        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        with naming(model):
+            refuse_adapter(model, **model_init_kwargs)
+            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     if is_quantized(model):
         raise ConfigError(
             "The teacher_model is quantized, so its errors would be taught. Load it in 16 or 32 bits, or train on "

@@ -165,7 +165,7 @@ class TransferSetWriter:
             except TransferSetError:
                 if not (self.path / INDEX_NAME).exists():  # else process 0 finished just now, and removed the plan
                     raise
-        elif not self._process:
+        elif not self._process and not (self.path / INDEX_NAME).exists():
             strays = sorted(entry.name for entry in os.scandir(self.path) if entry.name.startswith("shard-"))
             if strays:
                 raise TransferSetError(
