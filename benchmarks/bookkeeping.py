@@ -38,8 +38,6 @@ from quantkd.transfer_set import TransferRow, TransferSetWriter
 class ReadyTeacher(Teacher):
     """Answers with rows that are computed from nothing but the row's number, and counts the time it takes for that."""
 
-    batch_invariant = True
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int, entries: int) -> None:
         settings, size = GenerationSettings(), len(tokenizer)
         super().__init__("ready", tokenizer, Nucleus(0.95), (1.0, 2.0), settings, vocab_size=size, dtype="float32")

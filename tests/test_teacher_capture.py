@@ -107,16 +107,12 @@ def test_duplicate_prompts_and_answers_are_dropped(tiny_model, tiny_tokenizer, t
     assert len(sampled) == 2 and sampled.info.counters["filtered_duplicate"] == 6
 
 
-def test_a_batch_is_halved_where_the_bytes_stay_and_a_probe_is_asked_once(tiny_tokenizer, tmp_path):
-    expected = run(FakeTeacher(tiny_tokenizer), tmp_path / "plain").digest
-    invariant = FakeTeacher(tiny_tokenizer, fits=1)
-    invariant.batch_invariant = True
-    assert run(invariant, tmp_path / "halved").digest == expected and invariant.failures > 0
+def test_a_batch_too_large_is_refused_and_a_probe_is_asked_once(tiny_tokenizer, tmp_path):
     two, said = FakeTeacher(tiny_tokenizer, fits=2), r"Memory ran out twice in a batch of 4 prompts.*--batch_size 2"
     refused(TeacherError, said, run, two, tmp_path / "other")
-    invariant.fits, said = 0, r"in a batch of 1 prompts, first prompt 0 of 28 tokens.*Shorten it"
-    refused(TeacherError, said, run, invariant, tmp_path / "none")
     teacher, again, none = (FakeTeacher(tiny_tokenizer, fits=fits) for fits in (5, 5, 0))
+    said = r"in a batch of 1 prompts, first prompt 0 of 28 tokens.*Shorten it"
+    refused(TeacherError, said, run, none, tmp_path / "none", batch_size=1)
     found = {"auto_find_batch_size": True, "batch_size": 8}  # the default, which is not used
     for each in (teacher, again):
         run(each, tmp_path / "s", rows_per_shard=None, **found)

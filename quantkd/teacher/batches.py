@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,8 +11,6 @@ from quantkd.data.encoding import EncodedPrompt
 from quantkd.errors import TeacherError
 from quantkd.hardware import has_accelerator
 from quantkd.transfer_set import Plan, TransferRow
-
-logger = logging.getLogger(__name__)
 
 Run = Callable[[Sequence[EncodedPrompt]], list[TransferRow]]
 
@@ -46,35 +43,28 @@ def find_batch_size(score: Run, take_rows: Callable[[int], Sequence[EncodedPromp
         ) from error
 
 
-def retry_out_of_memory(run: Run, batch_invariant: bool) -> Run:
-    """`run`, tried again where memory runs out, and in halves if that does not change the bytes."""
-    # The shape of a batch changes the last bits of the logits, and with them stored codes and, at times, tokens.
-
-    def run_batch(batch: Sequence[EncodedPrompt]) -> list[TransferRow]:
-        half = len(batch) // 2
-        for is_last in (False, True):  # memory may only have been fragmented
-            try:
-                return run(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if is_last:
-                    advice, reason = "Shorten it or max_new_tokens, or load the teacher in 16 bit", str(error)[:200]
-                    if half:
-                        advice = "Half the batch could give other last bits, so it is not halved here: free memory and "
-                        advice += f"run the same command again, or start a new folder with --batch_size {half}"
-                    raise TeacherError(
-                        f"Memory ran out twice in a batch of {len(batch)} prompts, first prompt {batch[0].index} of "
-                        f"{len(batch[0].prompt_ids)} tokens ({reason}). {advice}."
-                    ) from error
-            # Outside the handler, whose traceback holds the tensors of the failed pass.
-            release_memory()
-            if batch_invariant and half:
-                break
-        logger.warning("Memory ran out in a batch of %d prompts; it is halved, with the same bytes.", len(batch))
-        return [*run_batch(batch[:half]), *run_batch(batch[half:])]
-
-    return run_batch
+def run_twice(run: Run, batch: Sequence[EncodedPrompt]) -> list[TransferRow]:
+    """What `run` makes of a batch; where memory runs out, which may only have been fragmented, it is tried again."""
+    try:
+        return run(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()  # outside the handler, whose traceback holds the tensors of the failed pass
+    try:
+        return run(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # The shape of a batch changes the last bits of the logits, and with them stored codes and, at times, tokens.
+        advice, reason = "Shorten it or max_new_tokens, or load the teacher in 16 bit", str(error)[:200]
+        if half := len(batch) // 2:
+            advice = "Half the batch could give other last bits, so it is not halved here: free memory and run the "
+            advice += f"same command again, or start a new folder with --batch_size {half}"
+        raise TeacherError(
+            f"Memory ran out twice in a batch of {len(batch)} prompts, first prompt {batch[0].index} of "
+            f"{len(batch[0].prompt_ids)} tokens ({reason}). {advice}."
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A row that is to be judged, and the example that it comes from."""
-
-    example: Example
-    row: TransferRow
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def text(self) -> str:
-        """The answer, without special tokens."""
-        ids = np.concatenate([self.row.input_ids[start:stop] for start, stop in self.row.spans.tolist()])
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-
-
 class Filter(ABC):
     """Keeps or rejects a row; must depend on nothing but the row, its example and earlier samples of its prompt."""
 
@@ -48,8 +33,8 @@ class Filter(ABC):
         return {"kind": self.kind, **vars(self)}
 
     @abstractmethod
-    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        """Why a row is left out; None to keep it."""
+    def reject(self, example: Example, row: TransferRow, text: str, earlier: Sequence[TransferRow]) -> str | None:
+        """Why a row, whose answer is `text` without special tokens, is left out; None to keep it."""
 
     def check_reference(self, reference: str) -> None:
         """Refuse a reference that answers cannot be compared with, before any work is spent."""
@@ -62,8 +47,8 @@ class FinishedOnly(Filter):
 
     kind = "finished_only"
 
-    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        return None if answered.row.finished else "unfinished"
+    def reject(self, example: Example, row: TransferRow, text: str, earlier: Sequence[TransferRow]) -> str | None:
+        return None if row.finished else "unfinished"
 
 
 @dataclass(frozen=True)
@@ -81,11 +66,10 @@ class ResponseLength(Filter):
                 "1 <= min_response_tokens <= max_response_tokens."
             )
 
-    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        length = len(answered.row.counts)
-        if length < self.minimum:
+    def reject(self, example: Example, row: TransferRow, text: str, earlier: Sequence[TransferRow]) -> str | None:
+        if len(row.counts) < self.minimum:
             return "short"
-        return "long" if self.maximum is not None and length > self.maximum else None
+        return "long" if self.maximum is not None and len(row.counts) > self.maximum else None
 
 
 @dataclass(frozen=True)
@@ -97,9 +81,8 @@ class DropDuplicates(Filter):
     kind = "drop_duplicates"
     across_rows = True
 
-    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        ids = answered.row.input_ids
-        return "duplicate" if any(np.array_equal(ids, other.input_ids) for other in earlier) else None
+    def reject(self, example: Example, row: TransferRow, text: str, earlier: Sequence[TransferRow]) -> str | None:
+        return "duplicate" if any(np.array_equal(row.input_ids, other.input_ids) for other in earlier) else None
 
 
 @dataclass(frozen=True)
@@ -113,10 +96,9 @@ class CorrectOnly(Filter):
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "verifier": "gsm8k" if self.verifier is None else _name_of(self.verifier)}
 
-    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        reference = answered.example.completion or ""
+    def reject(self, example: Example, row: TransferRow, text: str, earlier: Sequence[TransferRow]) -> str | None:
         verifier = self.verifier or partial(is_correct, mode="strict")
-        return None if verifier(answered.text, reference) else "incorrect"
+        return None if verifier(text, example.completion or "") else "incorrect"
 
     def check_reference(self, reference: str) -> None:
         if self.verifier is None:  # GSM8K's grader needs a number after `####`
@@ -136,8 +118,8 @@ class UserFilter(Filter):
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": _name_of(self.function)}
 
-    def reject(self, answered: Answered, earlier: Sequence[TransferRow]) -> str | None:
-        return None if self.function(answered.example, answered.text) else _name_of(self.function)
+    def reject(self, example: Example, row: TransferRow, text: str, earlier: Sequence[TransferRow]) -> str | None:
+        return None if self.function(example, text) else _name_of(self.function)
 
 
 def as_filters(filters: Sequence[Filter | Callable[[Example, str], bool]]) -> list[Filter]:
@@ -164,8 +146,9 @@ def sift(
     for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
         if place and example is not examples[place - 1]:
             earlier = []
-        answered = Answered(example, row, tokenizer)
-        reason = next((found for each in filters if (found := each.reject(answered, earlier)) is not None), None)
+        ids = row.input_ids[row.targets].tolist()
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)) if filters else ""
+        reason = next((why for each in filters if (why := each.reject(example, row, text, earlier)) is not None), None)
         if reason is None:
             earlier.append(row)
             kept.append(row)

@@ -154,7 +154,6 @@ class Teacher(ABC):
     A teacher of your own calls this constructor and implements the three methods.
     """
 
-    batch_invariant: bool = False  # whether a row has the same bits in any batch, so that a batch may be halved
     preferred_batch_size: int | None = None  # of an engine that forms its own batches: the prompts that keep it busy
 
     def __init__(
