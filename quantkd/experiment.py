@@ -180,7 +180,7 @@ def run_experiment(experiment: Experiment, args: QuantizedDistillationConfig) ->
         folder = run_dir / form
         if state.is_main_process:
             _log(f"exporting {form}")
-            if Provenance.read(folder).export is not None:  # that of an earlier run of the same experiment
+            if folder.exists() and Provenance.read(folder).export is not None:  # of an earlier run of the experiment
                 shutil.rmtree(folder)
             student = _load_trained(experiment, base, str(args.output_dir))
             facts = Provenance.read(str(args.output_dir))

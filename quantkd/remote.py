@@ -45,10 +45,12 @@ def find_secrets(token: str | None = None) -> dict[str, str]:
     for name, value in os.environ.items():
         # A switch, a number or a path is not a secret.
         is_word = len(value) < 8 or value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
-        if _SECRET_VARIABLE.search(name) and not is_word and not value.startswith(("/", "~", ".")):
+        is_path = name.endswith(("FILE", "PATH", "DIR")) or os.path.exists(os.path.expanduser(value))
+        if _SECRET_VARIABLE.search(name) and not is_word and not is_path:
             secrets[value] = f"the value of {name}"
     tokens = ((huggingface_hub.get_token(), "the Hub's token"), (token, "the token that was passed"))
-    return secrets | {secret: what for secret, what in tokens if secret}
+    secrets |= {secret: what for secret, what in tokens if secret}
+    return secrets | {json.dumps(secret)[1:-1]: what for secret, what in secrets.items()}  # as it stands in JSON
 
 
 def redact(text: str, secrets: Mapping[str, str]) -> str:
@@ -67,6 +69,7 @@ def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths
     if found is not None:
         raise ConfigError(f"{name} holds {found}; expected no secret in what is pushed. Remove it from the file.")
     homes = {str(Path.home()), os.path.expanduser("~")} - {"/"}
+    homes |= {json.dumps(home)[1:-1] for home in homes}
     if paths and any(re.search(re.escape(home) + r"(?![\w.-])", text) for home in homes):
         raise ConfigError(f"{name} names your home folder; expected no local path in what is pushed. Remove it there.")
 

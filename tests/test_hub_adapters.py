@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import processes
 import pytest
@@ -13,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from quantkd import QuantizedDistillationTrainer, TransferSet
+from quantkd.cli.arguments import StudentArguments, load_adapted_from
 from quantkd.errors import ConfigError, DataError
 from quantkd.files import read_object
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
@@ -20,7 +22,7 @@ from quantkd.hub.adapters import fetch_adapter, list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
 from quantkd.models.export import export_adapter
 from quantkd.models.provenance import find_base, require_base
-from quantkd.models.quantize import find_origin, quantize
+from quantkd.models.quantize import find_origin, quantize, read_origin
 from quantkd.models.student import default_lora_config, load_student
 from tests.conftest import refused
 from tests.report_arms import read_tables
@@ -98,12 +100,18 @@ def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(hub, run, build_
     files = hub.files("model", "user/student")
     assert f'"user/student-4bit", revision="{base}",\n' in files["README.md"].decode()
     assert json.loads(files["adapter_config.json"])["revision"] == base
+    other = {"base_model": "user/student-4bit"}  # it is on the branch alone
+    refused(DataError, "and user/student-4bit is not known to be it", push_adapter, alone, "user/alone", **other)
+    push_adapter(run / "student", "user/student")
     for folder, name, revision in ((alone, "user/student-4bit", None), (fetch_adapter("user/student@v2"), None, base)):
         push_adapter(folder, "user/alone", base_model=name)  # the latter says itself where its base is
         assert json.loads(hub.files("model", "user/alone")["adapter_config.json"])["revision"] == revision
     push_adapter(fetch_adapter("user/student@v2"), "user/alone", base_model="user/student-4bit")
     assert json.loads(hub.files("model", "user/alone")["adapter_config.json"])["revision"] == base
-    moved = export_adapter(str(fetch_adapter("user/student@v2")), tiny_tokenizer, tmp_path / "moved", base="user/other")
+    fetched = str(fetch_adapter("user/student@v2"))
+    lost = "user/other is not known"
+    refused(DataError, lost, export_adapter, fetched, tiny_tokenizer, tmp_path / "lost", base="user/other")
+    moved = export_adapter(fetched, tiny_tokenizer, tmp_path / "moved", base=str(tmp_path / "made"))
     assert read_object(moved / "adapter_config.json")["revision"] is None
 
 
@@ -114,21 +122,59 @@ def test_a_checkpoint_of_trained_scales_is_not_an_adapter_on_the_codes_before(hu
     trainer.train()
     trainer.save_model()
     part = run / "student" / "checkpoint-1"
-    lost = "codes or scales of its own, which is not beside it. Take the folder that training wrote"
-    refused(DataError, lost, push_adapter, part, "user/part")
-    refused(DataError, lost, export_adapter, str(part), tiny_tokenizer, run / "out", base="org/model")
+    said, codes = "is a training checkpoint, and its trained scales are in", run / "student" / "quantized"
+    for base in (str(codes), "org/model"):
+        refused(DataError, said, export_adapter, str(part), tiny_tokenizer, run / "out", base=base)
+        refused(DataError, "codes or scales of its own, which is not beside it", require_base, part, base)
+    refused(DataError, said, load_adapter, str(codes), part)
+    refused(DataError, "which is not beside it", push_adapter, part, "user/part")
     assert find_base(part) == run / "student" / "quantized"  # from which training goes on
     assert require_base(run / "student") == run / "student" / "scaled"
 
 
-def test_an_experiment_s_adapter_stays_with_its_codes(hub, run, tiny_model_path, training_set, make_trainer, tmp_path):
+def test_an_experiment_s_adapter_stays_with_its_codes(
+    hub, tiny_model_path, training_set, make_trainer, tmp_path, caplog
+):
     quantize(tiny_model_path, training_set, tmp_path / "my4")
     trainer = make_trainer(load_student(str(tmp_path / "my4")), init="zero", peft_config=default_lora_config(2))
     trainer.save_model(str(tmp_path / "adapter"))
     assert trainer.args.codes == "calibrated"
     refused(DataError, "the 4-bit checkpoint 'my4' with codes", push_adapter, tmp_path / "adapter", "user/lost")
+    pushed = {"push_to_hub": True, "hub_model_id": "user/lost", "save_strategy": "steps", "save_steps": 1}
+    options = {"max_steps": 2, "peft_config": default_lora_config(2), "init": "zero", **pushed}
+    trainer = make_trainer(load_student(str(tmp_path / "my4")), **options)
+    trainer.train()  # a push that is refused does not end it
+    assert trainer.state.global_step == 2 and "with codes or scales of its own" in caplog.text
     trainer = make_trainer(load_student(str(tiny_model_path)), init="zero", peft_config=default_lora_config(2))
     assert trainer.args.codes is None
+
+
+def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatch):
+    build_trainer(run / "student", calibrate=True).save_model()
+    made = run / "student" / "quantized"
+    shutil.copytree(run / "student", part := run / "other" / "student" / "checkpoint-1")
+    (part / "quantized").rename(run / "other" / "quantized")
+    assert find_base(part) == run / "other" / "quantized"  # of an experiment
+    shutil.rmtree(run / "other")
+    monkeypatch.chdir(run / "student")
+    assert find_base(Path()) == made
+    hub.make("model", "user/student-4bit", {"config.json": b"{}", "model.safetensors": b"x"}, private=True)
+    said = "holds config.json, model.safetensors, and no checkpoint"
+    refused(ConfigError, said, push_checkpoint, made, "user/student-4bit")
+    (run / "student" / "results.json").write_text('{"a": 1}')
+    refused(DataError, "is not of `quantkd report`", push_adapter, run / "student", "user/new")
+    (run / "student" / "results.json").unlink()
+    (made / "generation_config.json").write_text('{"a": "hf_abcdefghijklmnopqrst"}')
+    refused(ConfigError, "generation_config.json holds", push_adapter, run / "student", "user/new")
+    (made / "generation_config.json").unlink()
+    (made / "model.safetensors").rename(kept := run / "kept")
+    refused(DataError, r"holds no model\*.safetensors", push_adapter, run / "student", "user/new")
+    assert ("model", "user/new") not in hub.repositories
+    kept.rename(made / "model.safetensors")
+    load, seen, origin = "quantkd.cli.arguments.load_student", [], read_origin(str(made))["quantized_from"]
+    monkeypatch.setattr(load, lambda name, **given: seen.append(given) or load_student(name))
+    load_adapted_from(StudentArguments(origin, trust_remote_code=True), run / "student")
+    assert seen[0]["trust_remote_code"] is False  # the model that is named is trusted, and not this folder
 
 
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):

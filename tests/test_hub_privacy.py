@@ -15,7 +15,7 @@ from quantkd.errors import ConfigError, HubError
 from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.models.provenance import name_base_model
 from quantkd.names import public_name
-from quantkd.remote import find_secrets
+from quantkd.remote import check_shareable, find_secrets
 from tests.conftest import refused
 
 pytest_plugins = ["hub_runs"]
@@ -81,11 +81,18 @@ def test_a_canary_token_is_found_nowhere(
     ("MY_CREDENTIALS", "abcdef123456", True), ("DEPLOY_KEY", "abcdef123456", True), ("GH_PAT", "abcdef123456", True),
     ("DB_PASSWORD", "correcthorsebatterystaple", True), ("TOKENIZERS_PARALLELISM", "abcdef123456", False),
     ("MAX_TOKENS", "1000000000", False), ("TOKEN_STYLE", "capitalised", False), ("KEYBOARD", "abcdef123456", False),
-    ("API_KEY_FILE", "/run/secrets/key", False),
+    ("API_KEY_FILE", "/run/secrets/key", False), ("AWS_SECRET_ACCESS_KEY", "/wJalrXUtnFEMI", True),
 ])  # fmt: skip
 def test_which_variables_hold_a_secret(monkeypatch, name, value, is_secret):
     monkeypatch.setenv(name, value)
     assert (value in find_secrets()) == is_secret
+
+
+def test_a_secret_and_a_home_folder_are_found_as_json_spells_them(monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", 'caf\u00e9"horse')
+    monkeypatch.setenv("HOME", "/home/j\u00fcrgen")
+    for value, said in (('caf\u00e9"horse', "the value of DB_PASSWORD"), ("/home/j\u00fcrgen/x", "names your home")):
+        refused(ConfigError, said, check_shareable, "a.json", json.dumps({"a": value}).encode(), find_secrets())
 
 
 @pytest.mark.parametrize(("name", "public"), [

@@ -18,7 +18,8 @@ from quantkd.hub.adapters import load_adapter
 from quantkd.models.gguf_student import load_student_tokenizer
 from quantkd.models.provenance import find_base
 from quantkd.models.student import STUDENT_FORMATS, load_student, stored_quantization
-from quantkd.names import names_gguf, naming
+from quantkd.names import hide_home, names_gguf, naming
+from quantkd.remote import logger as revisions
 from quantkd.training.config import QuantizedDistillationConfig
 from quantkd.training.preparation import choose_base
 from quantkd.transfer_set import TransferSet
@@ -112,7 +113,10 @@ def load_base_from(
 
 def load_adapted_from(args: StudentArguments, adapter: Path) -> PeftModel:
     """The student with an adapter, on the checkpoint of the run that trained it if that is beside it."""
-    return load_adapter(load_student_from(args, find_base(adapter, args.model_name_or_path)), adapter)
+    if (base := find_base(adapter, args.model_name_or_path)) is not None:
+        revisions.info("Student %s, which is beside the adapter", hide_home(str(base)))
+        args = replace(args, trust_remote_code=False)  # the caller trusts the model that is named, not this folder
+    return load_adapter(load_student_from(args, base), adapter)
 
 
 def load_tokenizer_from(args: StudentArguments) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME
 
 _EXAMPLES = """examples:
   quantkd push runs/student user/name --license apache-2.0         an adapter, with its page and its run's report
-  quantkd push runs/mine user/name --base_model HuggingFaceTB/SmolLM2-135M-Instruct
+  quantkd push runs/mine user/name --base_model user/model         for a run on a folder: where its base is on the Hub
   quantkd push runs/set user/name-set                              a transfer set
   quantkd push runs/set user/name-set --public --license mit
   quantkd push runs/set user/name-set --dry_run                    list what would go, and stop
@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> None:
     if is_set and (args.base_model or args.run_dir):
         raise ConfigError(f"{folder} is a transfer set; --base_model and --run_dir describe adapters. Leave them out.")
     from quantkd.hub import adapters, sets
+    from quantkd.hub.cards import check_license
 
+    check_license(args.license)
     options = {"private": args.private, "license": args.license, "revision": args.revision}
     described = {} if is_set else {"base_model": args.base_model, "run_dir": args.run_dir}
     source: Any = TransferSet(folder) if is_set else folder

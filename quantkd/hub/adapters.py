@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from quantkd.errors import DataError, HubError
 from quantkd.files import read_object, write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card, render_checkpoint_card
-from quantkd.hub.checkpoints import push_checkpoint, read_checkpoint
+from quantkd.hub.checkpoints import VOCABULARIES, push_checkpoint, read_checkpoint
 from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models import adapter_files
 from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
@@ -30,14 +30,10 @@ from quantkd.remote import RemoteFiles, logger as revisions, retry
 logger = logging.getLogger(__name__)
 
 _CHART, _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "gap.png", "tokenizer_config.json", "chat_template.jinja"
-# In these "/root" is a token like any other.
-_VOCABULARIES = (
-    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
-)  # fmt: skip
 # With the page, configuration and weights all that is ever pushed: training_args.bin can hold a token, and nobody knows
 # what the next library leaves behind.
-_OPTIONAL = (_CHART, PROVENANCE_NAME, _TOKENIZER_CONFIG, _CHAT_TEMPLATE, *_VOCABULARIES)
+_OPTIONAL = (_CHART, PROVENANCE_NAME, _TOKENIZER_CONFIG, _CHAT_TEMPLATE, *VOCABULARIES)
+_TOKENIZER_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
 _MAX_WEIGHTS_BYTES = 2**36
 
 
@@ -64,13 +60,15 @@ def push_adapter(
     """
     check_license(license)
     folder = find_adapter(path)
-    made = None if base_model else require_base(folder)
+    made = _find_made(folder, base_model)
     files, values = _gather(folder, base_model if made is None else f"{repo_id}-4bit", run_dir)
 
     def make(name: str) -> Files:
-        return {CARD_NAME: render_adapter_card(name, license=license, **values).encode(), **files}
+        return {**files, CARD_NAME: render_adapter_card(name, license=license, **values).encode()}
 
-    refuse_secrets(make(repo_id), _VOCABULARIES, token)
+    refuse_secrets(make(repo_id), VOCABULARIES, token)
+    if made is not None:
+        read_checkpoint(made, token)
     repository = HubRepository(repo_id, "model", private, token, revision)
     if made is not None:
         retry(repository.ensure, attempts)  # and looked at before gigabytes go to the other one
@@ -91,15 +89,21 @@ def list_adapter_files(
 ) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload, those of the base's repository after NAME-4bit/."""
     folder = find_adapter(path)
-    made = None if base_model else require_base(folder)
+    made = _find_made(folder, base_model)
     files, values = _gather(folder, base_model, run_dir)
     files[CARD_NAME] = render_adapter_card("user/name", license=None, **values).encode()
-    refuse_secrets(files, _VOCABULARIES, None)
+    refuse_secrets(files, VOCABULARIES, None)
     if made is not None:
         page = render_checkpoint_card("user/name-4bit", Provenance.read(made), license=None).encode()
         base: Files = {CARD_NAME: page, **read_checkpoint(made, None)}
         files |= {f"NAME-4bit/{name}": content for name, content in base.items()}
     return sorted((name, CommitOperationAdd(name, content).upload_info.size) for name, content in files.items())
+
+
+def _find_made(folder: Path, base_model: str | None) -> Path | None:
+    """The 4-bit checkpoint that is to be pushed with an adapter; None if there is none, or if it is on the Hub."""
+    made = require_base(folder, base_model)
+    return made if made is not None and made.is_dir() and not (base_model and is_repository_name(base_model)) else None
 
 
 def write_card(folder: Path, repo_id: str, license: str | None = None) -> None:
@@ -143,16 +147,18 @@ def _gather(
     files: dict[str, Path | bytes] = {CONFIG: _to_json(values["adapter"]), WEIGHTS: folder / WEIGHTS}
     if values["facts"] != Provenance():
         files[PROVENANCE_NAME] = values["facts"].to_json().encode()
-    files |= {name: folder / name for name in (*_VOCABULARIES, _CHAT_TEMPLATE) if (folder / name).is_file()}
+    files |= {name: folder / name for name in (*VOCABULARIES, _CHAT_TEMPLATE) if (folder / name).is_file()}
     if (folder / _TOKENIZER_CONFIG).is_file():
         config = read_object(folder / _TOKENIZER_CONFIG)
-        paths = {key: config[key] for key in ("name_or_path", "tokenizer_file", "vocab_file") if config.get(key)}
-        files[_TOKENIZER_CONFIG] = _to_json({**config, **{key: public_name(str(path)) for key, path in paths.items()}})
+        paths = {key: public_name(str(config[key])) for key in _TOKENIZER_PATHS if config.get(key)}
+        files[_TOKENIZER_CONFIG] = _to_json({**config, **paths})
     report = _find_report(folder) if run_dir is None else Path(run_dir)
     if report is not None:
         if not (report / "results.json").is_file():
             raise DataError(f"{report} holds no results.json; build it with `quantkd report {report}`.")
         values["results"] = read_object(report / "results.json")
+        if values["results"].get("format_version") != 1:
+            raise DataError(f"{report / 'results.json'} is not of `quantkd report`. Name the run's folder as run_dir.")
         if (report / _CHART).is_file():
             files[_CHART], values["chart"] = report / _CHART, True
     return files, values
@@ -229,7 +235,7 @@ def fetch_adapter(adapter: str) -> Path:
 def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, Path, RemoteFiles | None]:
     """Where an adapter is, as it is printed; the folder of its two files; and the repository if it is on the Hub."""
     name, revision = split_revision(adapter, revision)
-    folder = Path(adapter)
+    folder = Path(adapter).expanduser()
     if name is None:
         require_folder(adapter)
         check_files(adapter, lambda file: (folder / file).is_file())

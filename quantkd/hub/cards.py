@@ -14,7 +14,7 @@ from quantkd.errors import ConfigError, printable
 from quantkd.models.provenance import Provenance
 from quantkd.models.student import bits_of
 from quantkd.names import is_repository_name, public_name
-from quantkd.report.page import describe_held_out, list_measured, list_notes, make_environment, tabulate
+from quantkd.report.page import describe_held_out, list_notes, make_environment, tabulate
 from quantkd.transfer_set.info import TransferSetInfo
 
 CARD_NAME = "README.md"
@@ -99,11 +99,11 @@ def render_adapter_card(
 
 def _list_measured(results: dict[str, Any]) -> list[EvalResult]:
     """The metrics of the distilled arm as the Hub reads them."""
-    held_out, found = describe_held_out(results), []
-    for key, name, value in list_measured(results, "after"):
-        asked = key.startswith(("accuracy_", "agreement_"))
+    held_out, found, measured = describe_held_out(results), [], results["arms"].get("after", {}).get("metrics", {})
+    for key in (key for key in results["metric_order"] if key in measured):
+        asked, name = key.startswith(("accuracy_", "agreement_")), results["metrics"][key]
         data, kind = ("questions of the evaluation", key.split("_")[0]) if asked else (held_out, key)
-        found.append(EvalResult("text-generation", "quantkd", data, kind, value, metric_name=name))
+        found.append(EvalResult("text-generation", "quantkd", data, kind, measured[key]["value"], metric_name=name))
     return found
 
 

@@ -9,11 +9,16 @@ from quantkd.hub.cards import CARD_NAME, render_checkpoint_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance
 
+# The first tells a repository of ours.
 _FILES = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja", PROVENANCE_NAME,
-    "model*.safetensors",
+    PROVENANCE_NAME, "config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja",
+    "tokenizer_config.json", "model*.safetensors",
 )  # fmt: skip
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# In these "/root" is a token like any other.
+VOCABULARIES = (
+    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 def push_checkpoint(
@@ -30,7 +35,7 @@ def push_checkpoint(
     repository = HubRepository(repo_id, "model", private, token, revision)
 
     def make(name: str) -> Files:
-        return {CARD_NAME: render_checkpoint_card(name, facts, license=license).encode(), **files}
+        return {**files, CARD_NAME: render_checkpoint_card(name, facts, license=license).encode()}
 
     return repository.replace(make, "checkpoint", _FILES, "Upload 4-bit checkpoint", attempts)
 
@@ -39,6 +44,8 @@ def read_checkpoint(folder: Path, token: str | None) -> dict[str, Path]:
     """The files of a push without the page; refuses a secret or a local path in them, and other folders."""
     if "quantized_from" not in (Provenance.read(folder).export or {}):
         raise DataError(f"{folder} is not a checkpoint of `quantkd quantize`; expected one with {PROVENANCE_NAME}.")
-    files = {path.name: path for each in (*_FILES, *_TOKENIZER) for path in sorted(folder.glob(each))}
-    refuse_secrets(files, _TOKENIZER, token)
+    files = {path.name: path for each in (*_FILES, *VOCABULARIES) for path in sorted(folder.glob(each))}
+    if not any(name.endswith(".safetensors") for name in files):
+        raise DataError(f"{folder} holds no model*.safetensors. Take the folder that `quantkd quantize` wrote.")
+    refuse_secrets(files, VOCABULARIES, token)
     return files

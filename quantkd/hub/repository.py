@@ -120,10 +120,3 @@ def refuse_secrets(files: Files, vocabularies: Collection[str], token: str | Non
         else:
             data = content if isinstance(content, bytes) else content.read_bytes()
         check_shareable(name, data, find_secrets(token), paths=name not in vocabularies)
-
-
-def create_repository(name: str, *, private: bool, token: str | None) -> str:
-    """Create a model repository, or find it; returns its name with the owner's."""
-    repository = HubRepository(name, "model", private, token)
-    retry(repository.ensure, PUSH_ATTEMPTS)
-    return repository.repo_id

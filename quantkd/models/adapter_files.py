@@ -22,6 +22,7 @@ from quantkd.names import is_repository_name, public_name
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+SCALES_NAME = "scales.safetensors"  # in a training checkpoint: the factors and norms as they are trained
 MAX_CONFIG_BYTES = 2**20
 _MAX_NAMES = 4096  # PEFT shortens longer lists when it saves them
 _MAX_RANK = 2**14
@@ -78,7 +79,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_files(place: str, holds: Callable[[str], bool]) -> None:
-    """Refuse an adapter without its two files."""
+    """Refuse an adapter without its two files, or with more of it in a third."""
     missing = [name for name in (CONFIG, WEIGHTS) if not holds(name)]
     if WEIGHTS in missing and holds(PICKLE):
         raise DataError(
@@ -87,6 +88,11 @@ def check_files(place: str, holds: Callable[[str], bool]) -> None:
         )
     if missing:
         raise DataError(f"{place} holds no {missing[0]}; expected an adapter that PEFT saved. Check the name.")
+    if holds(SCALES_NAME):
+        raise DataError(
+            f"{place} is a training checkpoint, and its trained scales are in {SCALES_NAME}. Name the folder that "
+            "training wrote at its end, or go on with --resume_from_checkpoint."
+        )
 
 
 def check_adapter(folder: Path, base: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ class Provenance:
         """Of a checkpoint whose block constants were trained; what its codes were made from, it keeps saying."""
         config = base_network(model).config
         name, version = config.name_or_path or "", __version__
-        before = Provenance.read(name).export if Path(name).is_dir() else None
+        before = Provenance.read(name).export if name and Path(name).is_dir() else None
         made = {"form": "quantized", "quantized_from": public_name(name), "commit": commit_of(config), **(before or {})}
         facts = {"scales": "trained", "quantization": self.quantization, "quantkd_version": version}
         return replace(self, export={**made, **facts})
@@ -83,10 +84,10 @@ class Provenance:
         for name, value in found.items():
             expected = str if name in ("quantkd_version", "transfer_set", "transfer_set_digest", "teacher") else dict
             if value is not None and not isinstance(value, expected):
-                raise DataError(f"{name} in {path} is {value!r:.80}; expected a {expected.__name__}. Remove the file.")
+                raise DataError(f"{name} in {path} is {value!r:.80}; expected a {expected.__name__}. Get it again.")
         weights = found["weights"] or {"sha256": "", "sums": []}
         if not isinstance(weights.get("sha256"), str) or not isinstance(weights.get("sums"), list):
-            raise DataError(f"weights in {path} is {weights!r:.80}; expected a sha256 and sums. Remove the file.")
+            raise DataError(f"weights in {path} is {weights!r:.80}; expected a sha256 and sums. Get it again.")
         return cls(**{**found, "teacher": found["teacher"] and public_name(found["teacher"])})
 
     @property
@@ -111,8 +112,8 @@ class Provenance:
             return
         digest = "no quantized weights" if found is None else f"quantized weights of digest {found['sha256']:.12}"
         where = (
-            "Load the checkpoint that it was trained on, in the same format and dtype; `train` writes it to "
-            "OUTPUT_DIR/quantized, an experiment to RUN_DIR/quantized, and `push` to the Hub as NAME-4bit."
+            "Load the checkpoint that it was trained on, in the same format and dtype; `train` writes it to OUTPUT_DIR/"
+            "quantized, with train_scales OUTPUT_DIR/scaled, an experiment to RUN_DIR/quantized, `push` to NAME-4bit."
         )
         if (self.quantization or {}).get("quant_method") == "gguf":
             where = "Name the GGUF file that it was trained on as gguf_file."
@@ -134,22 +135,27 @@ class Provenance:
 def find_base(adapter: Path, name: str | None = None, *, given: str | None = None, scaled: bool = False) -> Path | None:
     """The 4-bit checkpoint, of the model `name`, that an adapter was trained on: beside it, or `given` if that is it.
 
-    With `scaled`, the codes without their trained scales, which a checkpoint stands beside, are not it.
+    With `scaled`, the codes without their trained scales, which a training checkpoint stands beside, are not it.
     """
-    weights = (Provenance.read(adapter).weights or {}).get("sha256")
-    places = [adapter / "scaled", *([] if scaled else [adapter / "quantized", adapter.parent / "quantized"])]
+    weights, folder = (Provenance.read(adapter).weights or {}).get("sha256"), Path(os.path.abspath(adapter))
+    # An experiment's stands above the folder of its training.
+    places = [folder / "scaled", *(each / "quantized" for each in (folder, *folder.parents[:2]))]
     places = [place for place in places if weights and (place / "config.json").is_file()]
     for place in [*places, *([Path(given)] if given and weights else [])]:
         with suppress(OSError):  # of a name on the Hub that is not there, or cannot be asked for
             facts = Provenance.read(place)
-            is_it = (facts.weights or {}).get("sha256") == weights
-            if is_it and (name is None or (facts.export or {}).get("quantized_from") == public_name(name)):
+            made = facts.export or {}
+            is_it = (facts.weights or {}).get("sha256") == weights and (not scaled or made.get("scales") == "trained")
+            if is_it and (name is None or made.get("quantized_from") == public_name(name)):
                 return place
     return None
 
 
 def require_base(adapter: Path, given: str | None = None) -> Path | None:
-    """`find_base`, where one is needed: an adapter whose base has codes or scales of its own is refused without it."""
+    """`find_base`, where one is needed: an adapter whose base has codes or scales of its own is refused without it.
+
+    None where none is needed, or where the adapter names one on the Hub and `given` is no other.
+    """
     made = Provenance.read(adapter)
     training = made.training or {}
     has_scales = bool(training.get("train_scales"))
@@ -158,13 +164,14 @@ def require_base(adapter: Path, given: str | None = None) -> Path | None:
     if found or not (made.weights and is_own) or made.has_chosen_codes:
         return found
     named = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
-    if not is_repository_name(named):
-        raise DataError(
-            f"{adapter} holds an adapter for the 4-bit checkpoint {printable(public_name(named))!r:.80} with codes or "
-            "scales of its own, which is not beside it. Take the folder that training wrote, or name that checkpoint: "
-            "with base_model (--base_model) in a push, as the model in an export."
-        )
-    return None
+    if is_repository_name(named) and given in (None, named):
+        return None
+    other = "" if given is None else f", and {given} is not known to be it"
+    raise DataError(
+        f"{adapter} holds an adapter for the 4-bit checkpoint {printable(public_name(named))!r:.80} with codes or "
+        f"scales of its own, which is not beside it{other}. Take the folder that training wrote, or name that "
+        "checkpoint: with base_model (--base_model) in a push, as the model in an export."
+    )
 
 
 def name_base_model(folder: Path, base: str | None = None) -> None:

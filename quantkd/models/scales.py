@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from quantkd.errors import ConfigError
 from quantkd.foreign import float32_modules, keep_saveable, lora_variant_of, shares_weights
 from quantkd.hardware import parse_dtype
+from quantkd.models.adapter_files import SCALES_NAME
 from quantkd.models.codes import read_constants
 from quantkd.models.cpu_repacking import restore_weight
 from quantkd.models.network import base_network
 
 SCALED_NAME = "scaled"  # beside an adapter: the folder of the folded checkpoint that it belongs to
-SCALES_NAME = "scales.safetensors"  # in a training checkpoint: the factors and norms as they are trained
 _LEAST_SCALE = 0.01  # of a norm that is all zeros, as a bias
 _MAX_PIECE = 2**23  # weights that the backward pass holds dequantized at a time
 

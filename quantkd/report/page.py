@@ -65,12 +65,6 @@ def list_notes(results: dict[str, Any]) -> list[str]:
     return [f"Brackets: {results['confidence']:.0%} intervals.", *reasons, *results["missing"]]
 
 
-def list_measured(results: dict[str, Any], arm: str) -> list[tuple[str, str, float]]:
-    """The key, the title and the value of each metric that an arm has; none without that arm."""
-    found = results["arms"][arm]["metrics"] if arm in results["arms"] else {}
-    return [(key, results["metrics"][key], found[key]["value"]) for key in results["metric_order"] if key in found]
-
-
 def describe_held_out(results: dict[str, Any]) -> str:
     """The rows that fidelity was measured on."""
     rows, tokens = max((arm["num_rows"], arm["num_tokens"]) for arm in results["arms"].values())

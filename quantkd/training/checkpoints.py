@@ -12,10 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from quantkd.errors import ConfigError
 from quantkd.files import read_object
-from quantkd.models.adapter_files import check_adapter
+from quantkd.models.adapter_files import SCALES_NAME, check_adapter
 from quantkd.models.network import base_network
 from quantkd.models.provenance import Provenance
-from quantkd.models.scales import SCALES_NAME, scaled_layers
+from quantkd.models.scales import scaled_layers
 
 # What decides an adapter's shape and scale.
 _ADAPTER_FIELDS = (

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 
-from quantkd.errors import ConfigError, DataError, HubError, refuse_unused
+from quantkd.errors import ConfigError, DataError, QuantKDError, refuse_unused
 from quantkd.files import parse_object
 from quantkd.foreign import trainable_without_adapters
 from quantkd.loss.fused import compute_fused_loss
@@ -485,12 +485,12 @@ class QuantizedDistillationTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository of `args.hub_model_id`, private unless `args.hub_private_repo` is False."""
         if self.is_world_process_zero():
-            from quantkd.hub.repository import create_repository
+            from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, retry
 
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name
-            private = self._is_private(private)
-            token = token or self.args.hub_token
-            self.hub_model_id = create_repository(name, private=private, token=token)  # type: ignore[assignment]
+            repository = HubRepository(name, "model", self._is_private(private), token or self.args.hub_token)
+            retry(repository.ensure, PUSH_ATTEMPTS)
+            self.hub_model_id = repository.repo_id  # type: ignore[assignment]
             self.push_in_progress = None  # the Trainer waits for it at the end; pushes here are done when they return
 
     def push_to_hub(
@@ -541,7 +541,7 @@ class QuantizedDistillationTrainer(Trainer):
         progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         try:
             self._push(checkpoint_folder, commit_message=f"Training in progress, {progress}", attempts=2)
-        except HubError as error:
+        except QuantKDError as error:
             logger.warning("The adapter of %s was not pushed. %s Training goes on.", progress, error)
 
     def _push(self, folder: str, private: bool | None = None, token: str | None = None, **options: Any) -> Any:
