@@ -175,6 +175,10 @@ def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatc
     monkeypatch.setattr(load, lambda name, **given: seen.append(given) or load_student(name))
     load_adapted_from(StudentArguments(origin, trust_remote_code=True), run / "student")
     assert seen[0]["trust_remote_code"] is False  # the model that is named is trusted, and not this folder
+    config = made / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoConfig": "evil.Config"}}))
+    arguments = StudentArguments(origin, trust_remote_code=True)
+    refused(ConfigError, "has code of its own.*name it as the model", load_adapted_from, arguments, run / "student")
 
 
 def test_a_report_above_two_adapters_belongs_to_neither(hub, run):

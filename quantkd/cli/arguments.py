@@ -13,6 +13,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from quantkd.cli.parsing import option
 from quantkd.errors import ConfigError, refuse_unused
+from quantkd.files import read_object
 from quantkd.hardware import parse_dtype
 from quantkd.hub.adapters import load_adapter
 from quantkd.models.gguf_student import load_student_tokenizer
@@ -115,7 +116,12 @@ def load_adapted_from(args: StudentArguments, adapter: Path) -> PeftModel:
     """The student with an adapter, on the checkpoint of the run that trained it if that is beside it."""
     if (base := find_base(adapter, args.model_name_or_path)) is not None:
         revisions.info("Student %s, which is beside the adapter", hide_home(str(base)))
-        args = replace(args, trust_remote_code=False)  # the caller trusts the model that is named, not this folder
+        if args.trust_remote_code and "auto_map" in read_object(base / "config.json"):
+            raise ConfigError(
+                f"{base}, which is beside the adapter, has code of its own; trust_remote_code is for the model that "
+                "is named. If you trust that folder, name it as the model."
+            )
+        args = replace(args, trust_remote_code=False)
     return load_adapter(load_student_from(args, base), adapter)
 
 
