@@ -1,10 +1,7 @@
 """Commands that are stopped end in one line; stopped or killed, they go on to what they would have given anyway."""
 
-import itertools
 import json
-import multiprocessing
 import os
-import shutil
 import signal
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,11 +11,8 @@ import pytest
 from transformers import Trainer
 
 from quantkd.errors import ConfigError
-from quantkd.files import COMMIT_STEPS, DISK
-from quantkd.report import build_report
 from quantkd.training.checkpoints import find_checkpoint
 from tests.conftest import capture_set, refused
-from tests.report_arms import build, make_arm, make_arms
 from tests.transfer_sets import hashes
 
 PROMPTS = [f"What is {number} + 3?" for number in range(32)]
@@ -105,30 +99,6 @@ def test_a_worker_that_dies_ends_the_others_with_a_message(folder, train):
     code, said = processes.end(family[0], 60), Path("output").read_text()
     assert code == 1 and "quantkd train: another process of this launch ended, and its own" in said, said
     assert "Traceback" not in said
-
-
-@pytest.mark.usefixtures("no_pictures", "few_draws")
-def test_a_killed_report_leaves_each_file_as_it_was_or_as_it_will_be(folder):
-    def report_until(run, step):  # and die at the n-th step of writing its files
-        steps = itertools.count(1)
-        DISK.reach = lambda name: next(steps) == step and os.kill(os.getpid(), signal.SIGKILL)
-        build_report(run)
-
-    names, arms = ("results.json", "report.md"), make_arms()
-    build(folder / "old", arms)
-    build(folder / "new", {**arms, "after": make_arm("after", 0.2, 70)})
-    old, new = ([(folder / run / name).read_bytes() for name in names] for run in ("old", "new"))
-    for step in range(1, 2 * len(COMMIT_STEPS) + 1):
-        run = shutil.copytree(folder / "old", folder / str(step))
-        shutil.copy(folder / "new" / "evaluation" / "after.json", run / "evaluation")
-        process = multiprocessing.get_context("fork").Process(target=report_until, args=(run, step), daemon=True)
-        process.start()
-        assert processes.end(process, 60) == -signal.SIGKILL
-        for name, *either in zip(names, old, new, strict=True):
-            assert (run / name).read_bytes() in either, step
-    for run in (folder / "1", folder / str(step)):
-        build_report(run)
-        assert [(run / name).read_bytes() for name in names] == new and not list(run.glob("*.tmp"))
 
 
 def test_what_only_reads_says_that_nothing_was_changed(cli, monkeypatch):

@@ -111,9 +111,7 @@ def test_records_of_another_evaluation_are_refused(tmp_path, tiny_model, evaluat
     (b'{"id": 0, "quest\n', "Unterminated string"), (b'{"id": 1}\n', "an object with the keys"),
     (b'{"question": "?"}\n', "an object with the keys"), (b"[0]\n", "expected an object"), (b"\n", "Expecting value"),
     (b"FIRST", "id is 0, .* 0 to 1 at most once"), (b'{"id": 1, "q": "\xc3"}\n', "can't decode byte 0xc3"),
-    (b'{"id": 1, "q": NaN}\n', "NaN is not a JSON number"), (b"[" * 100_000 + b"\n", "nested too deeply"),
     (b'SECOND "id": 1 -> "id": 7', "id is 7, expected each"), (b'SECOND "id": 1 -> "id": true', "id is True, .* int"),
-    (b'SECOND "output": " -> "output": "\\ud83d', "surrogates not allowed"),
     (b'SECOND "correct_strict": false -> "correct_strict": 0', "correct_strict is 0, expected bool"),
     (b'SECOND "id": 1 -> "id": 1, "id": 1', "the key 'id' is there twice"),
     (b'SECOND "output_tokens": 8 -> "output_tokens": -8', "output_tokens is -8, expected 8"),
@@ -122,7 +120,6 @@ def test_records_of_another_evaluation_are_refused(tmp_path, tiny_model, evaluat
     (b'SECOND "prediction_flexible": null -> "prediction_flexible": "7"', "prediction_flexible is '7', expected None"),
     (b'SECOND "question": " -> "question": "x', "question is 'x.*, expected '"),
     (b'SECOND "prompt": " -> "prompt": "x', "prompt is 'x.*, expected '"),
-    (b'SECOND "id": 1 -> "id": 1' + b"0" * 5000, "Exceeds the limit"),
 ])  # fmt: skip
 def test_damaged_records_are_refused_by_file_and_line(tmp_path, evaluate, line, message):
     path = tmp_path / "records.jsonl"

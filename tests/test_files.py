@@ -9,7 +9,7 @@ import pytest
 from transfer_sets import FaultyDisk
 
 from quantkd.errors import ConfigError, DataError
-from quantkd.files import COMMIT_STEPS, FileLock, FileSystem, new_folder, read_regular, write_file
+from quantkd.files import COMMIT_STEPS, FileLock, FileSystem, new_folder, parse_json, read_regular, write_file
 from tests.conftest import refused
 
 
@@ -82,6 +82,17 @@ def test_only_plain_files_within_the_limit_are_read(tmp_path):
     ):  # fmt: skip
         refused(DataError, message, read_regular, path, 4)
         refused(ConfigError, message, read_regular, path, 4, error=ConfigError)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"", "line 1 column 1"), (b"{", "line 1 column 2"), (b'"\xff"', "can't decode byte 0xff"),
+    (b"[" * 10**5, "nested too deeply"), (b'{"a":' * 10**5, "nested too deeply"), (b"NaN", "NaN is not a JSON number"),
+    (b"[-Infinity]", "-Infinity is not a JSON number"), (b"1e999", "1e999 is not a JSON number"),
+    (b"1" + b"0" * 5000, "Exceeds the limit"), (b'"\\ud83d"', "surrogates not allowed"),
+    (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' is there twice in one object"),
+])  # fmt: skip
+def test_what_could_not_be_written_again_is_no_json(content, said):
+    refused(ValueError, said, parse_json, content)
 
 
 def test_a_lock_is_held_once_and_its_file_goes_with_it(tmp_path, monkeypatch):
