@@ -17,8 +17,6 @@ FILES = {
     "p.jsonl": ROWS,
     "shots.jsonl": [{"prompt": "One and one?", "completion": "Two"}],
     "twice.jsonl": [*ROWS, *ROWS[:2]],
-    "assistant.jsonl": [{"prompt": [*turn("user", "a"), *turn("assistant", "b")]}],
-    "unsolved.jsonl": [{"prompt": "One and one?"}],
 }
 
 
@@ -26,7 +24,6 @@ FILES = {
 def files(tmp_path):
     for name, rows in FILES.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "empty").mkdir()
     return tmp_path
 
 
@@ -86,14 +83,11 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(run, files, tiny_t
     ("--limit 0", "limit is 0"), ("--prompt_column question", "'question' was asked"),
     ("--responses given --completion_column answer", "'answer' was asked for"),
     ("--answer_column completion", "answer_column has no effect without correct_only"),
-    ("--responses given --max_new_tokens 5", "max_new_tokens has no effect here"),
-    ("--auto_find_batch_size --batch_size 4", "batch_size has no effect here"),
     ("--completion_column answer", "no effect without responses=given or correct_only or few_shot"),
     ("--do_sample --responses given", "is not sampled. Leave both out"),
     ("--engine vllm --attn_implementation sdpa", "no effect without engine=transformers"),
     ("--min_response_tokens 5 --max_response_tokens 2", "5 to 2 tokens"),
-    ("--correct_only --responses given", "Leave one of them out"), ("--engine vllm --engine_kwargs {}x", "is not JSON"),
-    ("--few_shot UNSOLVED", "a prompt in text and its completion"), ("--few_shot no.jsonl", "no.jsonl"),
+    ("--engine vllm --engine_kwargs {}x", "is not JSON"), ("--few_shot no.jsonl", "no.jsonl"),
     ("--few_shot P", "example 0 is the question of row 0 with its answer: 'What is 0"),
     ("--split test", "p.jsonl has no splits, and the split 'test' was asked for. Leave split out, or give"),
     ("--plain_prompts --system_prompt Brief.", "found 2 chat messages"), ("--max_new_tokens 600", "context of 512"),
@@ -104,15 +98,9 @@ def test_system_prompt_and_few_shot_stand_before_every_prompt(run, files, tiny_t
     ("--engine vllm --teacher_adapter x", "adapter has no effect without"),
     ("--engine vllm --storage sampled:50", "the whole distribution"),
     ("--engine vllm --temperatures 2.0", "at temperature 1.0 alone"),
-    ("--teacher_adapter EMPTY", "adapter_config.json"), ("--prompts ASSISTANT", "ends in an assistant turn"),
-    ("--prompts ASSISTANT --responses given --plain_prompts", "plain prompts were"),
-    ("--prompts UNSOLVED --responses given", "Row 0 has no completion, and responses='given' was asked"),
-    ("--prompts UNSOLVED --correct_only", "completion"),
 ])  # fmt: skip
 def test_refusals_are_one_line(run, files, words, said):
-    stands_for = {name.upper(): files / f"{name}.jsonl" for name in ("unsolved", "assistant", "p")}
-    stands_for["EMPTY"] = files / "empty"
-    code, _, err = run(*(stands_for.get(word, word) for word in words.split()))
+    code, _, err = run(*(files / "p.jsonl" if word == "P" else word for word in words.split()))
     last = [line for line in err.splitlines() if "quantkd capture: " in line or "error: " in line][-1]
     assert code == 1 and said in last, last
     assert not list(files.glob("s/*.safetensors"))

@@ -119,7 +119,8 @@ def test_a_template_that_forgets_thoughts_is_refused_and_named_by_turn(with_temp
 @pytest.mark.parametrize(("template", "example", "message"), [
     (None, Example(CONVERSATION), r"Row 0: The tokenizer of .* has no chat template"),
     (None, Example("One?", "1"), r"Row 0: The tokenizer of .* has no chat template"),
-    (MARKED, Example(CONVERSATION[:-1]), "Row 0 has no completion"), (MARKED, Example("1?", " "), "has no completion"),
+    (MARKED, Example(CONVERSATION[:-1]), "Row 0 has no completion, and responses='given' was asked"),
+    (MARKED, Example("1?", " "), "has no completion"),
     (MARKED.replace("== 'assistant'", "== 'model'"), Example(CONVERSATION), "mark no token of the conversation"),
     (
         FORGETFUL.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), Example(CONVERSATION),

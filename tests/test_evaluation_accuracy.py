@@ -25,7 +25,7 @@ from quantkd.evaluation import accuracy, metric
 from quantkd.evaluation.accuracy import Generated, Questions, evaluate_prompts, find_shared_prefix, generate_greedy
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.metric import GSM8KAccuracy
-from quantkd.evaluation.sharing import deal_batches, gather_rounds
+from quantkd.evaluation.sharing import deal_batches
 from quantkd.evaluation.stats import wilson_interval
 from quantkd.models.network import base_network
 from tests.conftest import refused
@@ -188,6 +188,10 @@ def answer(model, tokenizer, prompts, batch_size=8, max_new_tokens=12, stop=None
     return sorted((one for batch in found for one in batch), key=lambda one: one.index)
 
 
+def test_batches_are_of_like_lengths_the_longest_first():
+    assert deal_batches([5, 9, 1, 9, 7], 2, share=False) == [[1, 3], [4, 0], [2]]
+
+
 def assert_greedy(found, model, tokenizer, prompts, max_new_tokens, ends=()):
     """As the reference: no cache, no batch, no padding, the whole sequence through the model for every token."""
     ends = {tokenizer.eos_token_id, *ends}
@@ -283,8 +287,10 @@ raise [ValueError, KeyboardInterrupt][state.process_index]("the end")
 
 
 def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
-    assert len({len(row["question"]) for row in ROWS}) > 3  # or changed places would not show
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    """Of 3 and of 5 batches, so that one process joins the last round with nothing."""
+    rows = generate_problems(9, seed=0)
+    assert len({len(row["question"]) for row in rows}) > 3  # or changed places would not show
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = f"-m quantkd evaluate --arm before --model_name_or_path {tiny_model_path} --full_precision --dtype float32"
     words = f"{words} --held_out {held_out.sources[0]} --gsm8k {tmp_path}/test.jsonl --shots 0 --batch_size 2"
     words = [*words.split(), "--max_new_tokens", 6, "--run_dir"]
@@ -293,7 +299,7 @@ def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
         assert said.count("before.json: KL ") == 1
     arms = [json.loads((tmp_path / name / "evaluation" / "before.json").read_text()) for name in ("1", "2")]
     sizes = len(arms[0]["fidelity"]["rows"]["tokens"]), len(arms[0]["questions"]["0-shot"]["correct_strict"])
-    assert arms[0] == arms[1] and sizes == (5, 7)
+    assert arms[0] == arms[1] and sizes == (5, 9)
     answers = [(tmp_path / name / "evaluation" / "before-0-shot.jsonl") for name in ("1", "2")]
     assert answers[0].read_text() == answers[1].read_text()
     # What one process left behind, two go on from: the answers that are there are not made again.
@@ -305,24 +311,6 @@ def test_two_processes_give_what_one_gives(tiny_model_path, held_out, tmp_path):
     after = [json.loads(line) for line in answers[1].read_text().splitlines()]
     outputs = [json.loads(line)["output"] for line in lines]
     assert [record["output"] for record in after] == [*outputs[:3], f"{outputs[3]} kept", *outputs[4:]]
-
-
-def test_batches_are_dealt_in_turn(monkeypatch):
-    lengths = [5, 9, 1, 9, 7]
-    assert deal_batches(lengths, 2, share=False) == [[1, 3], [4, 0], [2]]
-
-    class State:
-        num_processes, process_index = 2, 0
-
-    monkeypatch.setattr("quantkd.evaluation.sharing.process_state", State)
-    assert deal_batches(lengths, 2, share=True) == [[1, 3], [2]]
-    monkeypatch.setattr(State, "process_index", 1)
-    assert deal_batches(lengths, 2, share=True) == [[4, 0]] and deal_batches([], 2, share=True) == []
-    refused(ConfigError, "batch_size is -2", deal_batches, lengths, -2, share=False)
-    # The process with fewer batches joins the last round with nothing, so that nobody waits for it.
-    rounds: list[list[str]] = []
-    monkeypatch.setattr("quantkd.evaluation.sharing.gather_object", lambda mine: rounds.append(mine) or mine)
-    assert list(gather_rounds(iter([["a", "b"]]), 3, share=True)) == [["a", "b"], []] == rounds
 
 
 def test_processes_leave_their_group_after_an_error_and_after_ctrl_c(tmp_path):

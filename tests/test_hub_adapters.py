@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 from fake_hub import TOKEN
@@ -271,19 +270,6 @@ def test_every_saved_folder_has_its_own_page_and_no_pickle(build_trainer, traini
     trainer.train()
     assert (tmp_path / "other" / "checkpoint-2" / "adapter_model.safetensors").exists()
     assert not list((tmp_path / "other").rglob("training_args.bin"))
-
-
-def test_training_loads_neither_the_hub_s_nor_the_report_s_modules(tmp_path):
-    """In a process that has other libraries, and imports quantkd anew."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "for name in [name for name in sys.modules if name.startswith('quantkd')]:\n    del sys.modules[name]\n"
-        "import quantkd.training.trainer\nprint(*(name for name in sys.modules if name.startswith('quantkd.')))"
-    )
-    loaded = processes.run([script], tmp_path / "loaded").split()
-    assert "quantkd.training.trainer" in loaded
-    assert [name for name in loaded if name.startswith(("quantkd.hub", "quantkd.report"))] == []
 
 
 def test_the_page_and_its_snippet(hub, run, training_set, load_base, tiny_model_path, monkeypatch):

@@ -84,14 +84,6 @@ def test_inputs_without_a_preference_give_the_nearest_codes(kind, nested):
     assert torch.equal(layers[1].weight, layers[2].weight)
 
 
-def test_the_error_is_far_less_on_correlated_inputs():
-    weight, inputs = random_problem(32, 128, 4000)
-    layer = quantized(weight)
-    before = output_errors(weight, layer, inputs).sum()
-    calibrate_layer(layer, weight, moments_of(inputs)[0])
-    assert output_errors(weight, layer, inputs).sum() < before / 2
-
-
 def test_feedback_is_that_of_the_textbook():
     """Optimal brain quantization, which forms the inverse of what is left at every column."""
     weight, inputs = random_problem(3, 40, 200)

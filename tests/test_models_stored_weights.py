@@ -1,6 +1,5 @@
 """What a model is stored as: its bytes against plain arithmetic, and a digest that an adapter is bound to."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from packed_checkpoints import load_in
-from peft import PeftModel
 from safetensors.torch import load_file
 
 from quantkd.errors import DataError
-from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.hub import load_adapter
 from quantkd.models.provenance import Provenance
 from quantkd.models.stored_weights import compute_size, describe_weights
@@ -73,7 +70,7 @@ def test_a_digest_tells_formats_codes_and_constants_apart(tiny_model, tiny_model
 
 
 @pytest.fixture(scope="module")
-def trained(build_trainer, held_out, tmp_path_factory):
+def trained(build_trainer, tmp_path_factory):
     """A saved adapter, with a checkpoint of the step before."""
     folder = tmp_path_factory.mktemp("trained")
     trainer = build_trainer(folder, save_strategy="steps", save_steps=1, lr_scheduler_type="linear")
@@ -133,18 +130,13 @@ def test_commands_and_a_resumed_run_refuse_others(cli, build_trainer, tiny_model
         trainer.train(resume_from_checkpoint=str(adapter / "checkpoint-1"))
 
 
-def test_an_adapter_is_saved_in_16_bit_and_measured_so(trained, tiny_model_path, held_out, cli, tmp_path):
+def test_an_adapter_is_saved_in_16_bit(trained):
     files = [trained / name / "adapter_model.safetensors" for name in ("", "checkpoint-2")]
     saved, full = map(load_file, files)
     assert {each.dtype for each in full.values()} == {torch.float32}  # training goes on from it
     assert saved.keys() == full.keys() and all(torch.equal(saved[name], full[name].bfloat16()) for name in full)
     sizes = [file.stat().st_size - int.from_bytes(file.read_bytes()[:8], "little") - 8 for file in files]
     assert 2 * sizes[0] == sizes[1]  # less the headers
-    words = f"evaluate --arm after --model_name_or_path {tiny_model_path} --dtype float32 --adapter {trained} "
-    cli.ok(*f"{words}--held_out {held_out.sources[0]} --run_dir {tmp_path}".split())
-    reported = json.loads((tmp_path / "evaluation" / "after.json").read_text())["fidelity"]["rows"]
-    plain = PeftModel.from_pretrained(load(tiny_model_path), trained)
-    assert reported == evaluate_fidelity(plain, held_out, progress=False).to_json()["rows"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -36,6 +36,7 @@ SETUP.read(REPOSITORY / "setup.cfg", encoding="utf-8")
 
 @pytest.mark.parametrize(("module", "heavy"), [
     ("", HEAVY), (".data.gsm8k", ["datasets", "torch", "transformers"]), (".report", ["accelerate", *HEAVY]),
+    (".training.trainer", ["quantkd.hub", "quantkd.report"]),
 ])  # fmt: skip
 def test_import_is_light(module, heavy):
     code = f"import sys, quantkd{module}; print([name for name in {heavy} if name in sys.modules])"

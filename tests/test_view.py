@@ -150,8 +150,6 @@ def test_the_command_writes_the_page(cli, tmp_path, held_out, tiny_model_path, s
     assert str(tmp_path) not in text and str(Path.home()) not in text  # no local path
     cli.fails("expected a file name that ends in .html", *words, "--output", "page.txt", *adapter)
     cli.fails("--rows is 0; expected at least 1", *words, "--output", page, "--rows", 0, *adapter)
-    for folder, said in ((tmp_path, "adapter_config.json"), (tmp_path / "nowhere", "nowhere")):
-        cli.fails(said, *words, "--output", page, "--adapter", folder)
     assert page.read_text(encoding="utf-8") == text
 
 
