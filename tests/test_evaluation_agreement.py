@@ -1,8 +1,6 @@
 """Answer agreement and flips: against sums by hand, in odd cases, in the report, its chart, and on the command line."""
 
 import json
-import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,27 +9,12 @@ from quantkd.data.arithmetic import generate_problems
 from quantkd.errors import DataError
 from quantkd.evaluation.accuracy import AnswerRecord
 from quantkd.evaluation.agreement import compare_answers
-from quantkd.evaluation.stats import mcnemar_exact
+from quantkd.evaluation.stats import mcnemar_exact, wilson_interval
 from quantkd.report import compute_results, format_table, load_arms
 from quantkd.report.figures import draw_bars
 from tests.report_arms import build, make_arm, make_verdicts
 
 pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
-Z = 1.959963984540054  # of the normal distribution at 0.975, from a table
-
-
-def wilson(count, n):
-    """Wilson 1927: the proportions p with |count / n - p| <= z sqrt(p (1 - p) / n), as the roots of that equation."""
-    a, b, c = n + Z**2, -(2 * count + Z**2), count**2 / n
-    root = math.sqrt(max(0.0, b * b - 4 * a * c))
-    return (-b - root) / (2 * a), (-b + root) / (2 * a)
-
-
-def binomial_test(one, other):
-    """Twice the tail of a fair coin, in whole numbers."""
-    n = one + other
-    tail = sum(Fraction(math.comb(n, k), 2**n) for k in range(min(one, other) + 1))
-    return float(min(Fraction(1), 2 * tail))
 
 
 def answer(place, number, gold="4", prompt="{place}?"):
@@ -57,8 +40,7 @@ def test_counts_and_intervals(teacher, student, agreeing, flips):
     n, shares = len(agreeing), [found.agreement, *found.flips.values()]
     assert list(found.flips) == ["right_to_wrong", "wrong_to_right"]
     for share, count in zip(shares, (sum(agreeing), *flips), strict=True):
-        assert (share.value, share.n) == (count / n, n)
-        assert share.interval == pytest.approx(wilson(count, n), abs=1e-9)
+        assert share == (count / n, wilson_interval(count, n), n)
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -103,21 +85,19 @@ def test_the_report_compares_answers_in_pairs(tmp_path, arms):
         agree[name] = [mine is not None and mine == theirs for mine, theirs in pairs]
         found = results["arms"][name]["metrics"]["agreement_0_shot"]
         assert (found["value"], found["n"]) == (pytest.approx(sum(agree[name]) / n), n)
-        expected = None if name == "teacher" else pytest.approx(wilson(sum(agree[name]), n), abs=1e-8)
+        expected = None if name == "teacher" else pytest.approx(wilson_interval(sum(agree[name]), n), abs=1e-8)
         assert found["interval"] == expected
         verdicts = list(zip(teacher["correct_flexible"], own["correct_flexible"], strict=True))
         for direction, flip in (("right_to_wrong", (True, False)), ("wrong_to_right", (False, True))):
             if name != "teacher":
                 flips = results["arms"][name]["flips"]["agreement_0_shot"][direction]
                 assert flips["value"] == pytest.approx(verdicts.count(flip) / n)
-                assert flips["interval"] == pytest.approx(wilson(verdicts.count(flip), n), abs=1e-8)
+                assert flips["interval"] == pytest.approx(wilson_interval(verdicts.count(flip), n), abs=1e-8)
     assert sum(agree["teacher"]) == n - teacher["answers"].count(None) < n
     for one, other in (("after", "before"), ("after", "control"), ("start", "after")):
         test = results["arms"][one]["mcnemar"]["agreement_0_shot"][other]
-        only_one = sum(a and not b for a, b in zip(agree[one], agree[other], strict=True))
-        only_other = sum(b and not a for a, b in zip(agree[one], agree[other], strict=True))
-        assert (test["only_this"], test["only_other"]) == (only_one, only_other)
-        assert test["p_value"] == pytest.approx(binomial_test(only_one, only_other), rel=1e-8)
+        expected = mcnemar_exact(agree[one], agree[other])
+        assert (test["only_this"], test["only_other"], test["p_value"]) == pytest.approx(expected, rel=1e-8)
     # The teacher agrees with itself: no test says anything about that.
     assert all("teacher" not in arm["mcnemar"]["agreement_0_shot"] for arm in results["arms"].values())
     share = (sum(agree["after"]) - sum(agree["before"])) / (sum(agree["teacher"]) - sum(agree["before"]))
@@ -190,9 +170,7 @@ def test_the_command_says_how_an_arm_agrees_and_the_report_has_it_by_itself(tmp_
     words += f" --run_dir {tmp_path}/run --max_new_tokens 12"
 
     def evaluate(arm, *more):
-        code, out, err = cli("evaluate", "--arm", arm, *words.split(), *more)
-        assert code == 0, err
-        return out.splitlines()[-1]
+        return cli.ok("evaluate", "--arm", arm, *words.split(), *more).splitlines()[-1]
 
     assert evaluate("before").endswith(
         "of 4 solved; no answer agreement: the arm teacher did not answer the same questions"
@@ -207,8 +185,8 @@ def test_the_command_says_how_an_arm_agrees_and_the_report_has_it_by_itself(tmp_
     found = compare_answers(*([AnswerRecord(**each) for each in records[arm]] for arm in ("before", "teacher")))
     assert f"teacher {found.agreement.value:.1%} [" in told
     assert f"{found.right_to_wrong.sum()} right to wrong, {found.wrong_to_right.sum()} wrong to right" in told
-    code, out, _ = cli("report", tmp_path / "run")
-    assert code == 0 and "Answer agreement, 0-shot" in out and f"{found.agreement.value:.1%} [" in out
+    out = cli.ok("report", tmp_path / "run")
+    assert "Answer agreement, 0-shot" in out and f"{found.agreement.value:.1%} [" in out
     assert evaluate("after", "--limit", "2").endswith("did not answer the same questions")
     (tmp_path / "run" / "evaluation" / "teacher.json").write_text("{}")
     assert "no answer agreement: " in (told := evaluate("before")) and "teacher.json" in told

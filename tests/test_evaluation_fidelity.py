@@ -14,7 +14,7 @@ from quantkd.errors import ConfigError, DataError
 from quantkd.evaluation.arms import CONFIDENCE_BINS, ENTROPY_EDGES, POSITION_EDGES, find_bins
 from quantkd.evaluation.fidelity import evaluate_fidelity
 from quantkd.report import build_report
-from tests.conftest import build_tiny_model, refused
+from tests.conftest import build_tiny_model, refused, save_tiny_model
 from tests.teacher_rows import add_noise, dense_logprobs, sparse_divergences
 
 pytestmark = pytest.mark.usefixtures("no_pictures", "few_draws")
@@ -143,10 +143,9 @@ def test_bin_borders():
 
 def test_arms_with_the_teacher_at_hand_make_a_report(tiny_model_path, tiny_tokenizer, held_out, tmp_path):
     """From the command line to the page: calibration of the teacher too, and the same bytes from the kept records."""
-    build_tiny_model(tiny_tokenizer, seed=1).save_pretrained(tmp_path / "other")
-    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    other = save_tiny_model(tiny_tokenizer, tmp_path / "other", seed=1)
     shared = f"--held_out {held_out.sources[0]} --run_dir {tmp_path}/run --teacher {tiny_model_path} --dtype float32"
-    for arm, model in (("teacher", tiny_model_path), ("before", tmp_path / "other"), ("after", tiny_model_path)):
+    for arm, model in (("teacher", tiny_model_path), ("before", other), ("after", tiny_model_path)):
         main(f"--arm {arm} --model_name_or_path {model} --full_precision {shared}".split())
     page = build_report(tmp_path / "run")
     written = (page.parent / "results.json").read_bytes()

@@ -274,8 +274,10 @@ def test_no_problem_of_the_demo_is_in_two_sets(asked, tmp_path, seed):
     assert len({row["question"] for rows in sets for row in rows}) == 740
 
 
-def test_the_example_passes_its_options_on(monkeypatch, asked, gsm8k_dir):
-    words = ["gsm8k.py", "--preset", "paper", "--dataset_path", str(gsm8k_dir), "--batch_size", "3"]
+def test_the_example_passes_its_options_on(monkeypatch, asked, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in generate_problems(9, 0)))
+    words = ["gsm8k.py", "--preset", "paper", "--dataset_path", str(tmp_path), "--batch_size", "3"]
     monkeypatch.setattr(sys, "argv", words)
     example = str(REPOSITORY / "examples" / "gsm8k.py")
     refused(KeyboardInterrupt, "^$", runpy.run_path, example, run_name="__main__")

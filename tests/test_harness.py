@@ -212,8 +212,7 @@ def test_a_missing_package_is_named(monkeypatch):
 def evaluate(cli, task_dir, tiny_model_path):
     def evaluate(arm, run_dir, *words, model=tiny_model_path, tasks="sums_one,written"):
         options = ["--run_dir", run_dir, "--tasks", tasks, "--include_path", task_dir, "--dtype", "float32", *words]
-        code, _, err = cli("evaluate", "--arm", arm, "--model_name_or_path", model, *options)
-        assert code == 0, err
+        cli.ok("evaluate", "--arm", arm, "--model_name_or_path", model, *options)
         return options
 
     return evaluate

@@ -68,11 +68,9 @@ def test_a_student_is_distilled_and_measured_where_it_runs(cli, tiny_model_path,
     path = write_gguf(teacher, tmp_path / "tiny-Q4_0.gguf", token_embd="Q8_0", output="Q8_0", tokenizer=tokenizer)
     base = ["--model_name_or_path", tiny_model_path, "--gguf_file", path]
     words = ["--transfer_set", training_set.sources[0].path, "--output_dir", tmp_path / "student", "--max_steps", 6]
-    code, _, err = cli("train", *base, *words, "--learning_rate", 1e-3, "--lora_r", 8, "--report_to", "none")
-    assert code == 0, err
+    cli.ok("train", *base, *words, "--learning_rate", 1e-3, "--lora_r", 8, "--report_to", "none")
     words = ["--form", "gguf_adapter", "--adapter", tmp_path / "student", "--output_dir", tmp_path / "lora"]
-    code, _, err = cli("export", *base, *words)
-    assert code == 0, err
+    cli.ok("export", *base, *words)
     student = load_student(str(tiny_model_path), gguf_file=str(path))
     lora = tmp_path / "lora" / FILE_NAME
     size, alone = compute_file_size([path, lora]), compute_file_size([path])

@@ -1,7 +1,6 @@
 """Calibrated codes: never worse than the nearest ones, in bitsandbytes' own bytes, as an ordinary checkpoint."""
 
 import logging
-import re
 import shutil
 
 import bitsandbytes.functional as bnb
@@ -160,9 +159,8 @@ def test_storage_constants_and_odd_layers():
         calibrate_layer(layer, weight, moments_of(inputs)[0])
         assert layer.weight.quant_state is state and (layer.weight.shape, layer.weight.dtype) == (shape, dtype)
         assert torch.equal(read_constants(state), constants) and torch.isfinite(dequantize_weight(layer)).all()
-    wide = quantized(torch.ones(3, 96) * torch.arange(1.0, 4.0).unsqueeze(1))
-    if not torch.allclose(dequantize_weight(wide)[:, 0], torch.arange(1.0, 4.0), rtol=0.1):
-        refused(ConfigError, "takes other constants", calibrate_layer, wide, torch.ones(3, 96), None)
+    layer.weight.quant_state.quant_type = "fp4"  # so that a kernel makes other values of the codes
+    refused(ConfigError, "takes other constants", calibrate_layer, layer, weight, None)
     Moment(torch.zeros(6, 6))  # a layer that gets zeros alone
     refused(ConfigError, "inputs are not finite", moments_of, torch.tensor([[torch.inf, 1.0]]))
 
@@ -214,7 +212,7 @@ def test_what_was_made_names_its_origin_and_what_cannot_be_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["4bit"]
 
 
-def test_experts_that_stay_as_they_are_are_said(tiny_tokenizer, tmp_path, caplog, cli):
+def test_experts_stay_as_they_are(tiny_tokenizer, tmp_path, cli):
     config = Qwen3MoeConfig(
         vocab_size=len(tiny_tokenizer), hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1, head_dim=16,
         num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, eos_token_id=2,
@@ -224,11 +222,7 @@ def test_experts_that_stay_as_they_are_are_said(tiny_tokenizer, tmp_path, caplog
         each.save_pretrained(tmp_path / "model")
     capture_set(model, TRAINING_PROMPTS, tmp_path / "set", tokenizer=tiny_tokenizer, max_new_tokens=4)
     words = ["--transfer_set", tmp_path / "set", "--output_dir", tmp_path / "4bit", "--dtype", "float32"]
-    code, *_ = cli("quantize", tmp_path / "model", *words)
-    found = re.search(
-        r"Only (\d+)% of the student's weights, .* are quantized; the largest rest is .*\.experts", caplog.text
-    )
-    assert not code and found and int(found[1]) < 50
+    cli.ok("quantize", tmp_path / "model", *words)
     before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "4bit"))
     assert any(".experts." in name for name in before)
     assert all(torch.equal(each, after[name]) for name, each in before.items() if ".experts." in name)

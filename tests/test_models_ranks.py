@@ -23,13 +23,8 @@ from tests.conftest import refused
 
 @pytest.fixture
 def build(make_trainer, training_set):
-    return partial(
-        make_trainer,
-        init="covariance",
-        eval_dataset=training_set,
-        adapter_budget=0.3,
-        peft_config=default_lora_config(8),
-    )
+    options = {"init": "covariance", "adapter_budget": 0.3, "peft_config": default_lora_config(8)}
+    return partial(make_trainer, eval_dataset=training_set, **options)
 
 
 def ranks_of(model):

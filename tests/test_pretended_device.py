@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import quantkd
 from quantkd import Nucleus, Sampled, TopK, TransferSet
 from quantkd.cli.verify import main as verify
-from quantkd.data.gsm8k import load_gsm8k
+from quantkd.data.arithmetic import generate_problems
 from quantkd.evaluation.accuracy import evaluate_gsm8k, generate_greedy
 from quantkd.evaluation.arms import EvaluationSettings
 from quantkd.evaluation.fidelity import evaluate_fidelity
@@ -207,8 +207,8 @@ def test_calibrated_codes(load, one_layer_path, training_set, kind, has_labels):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=0, msg=name)
 
 
-def test_evaluation(nf4, tiny_tokenizer, training_set, gsm8k_dir):
-    rows, settings = load_gsm8k(gsm8k_dir, "test")[:3], EvaluationSettings(max_new_tokens=12, batch_size=2)
+def test_evaluation(nf4, tiny_tokenizer, training_set):
+    rows, settings = generate_problems(3, 0), EvaluationSettings(max_new_tokens=12, batch_size=2)
 
     def run(place, model):
         model, teacher = place(model), place(build_model(tiny_tokenizer))

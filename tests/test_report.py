@@ -330,18 +330,21 @@ def test_all_right_and_all_wrong_and_a_single_row_without_an_interval(tmp_path, 
     assert after["differences"]["before"]["kl"]["interval"] is None and "over 1 held-out row with 10" in page
 
 
-def test_settings_that_differ_in_punctuation_alone_stay_apart(tmp_path, arms):
+def test_settings_that_differ_in_punctuation_and_filters_called_strict_stay_apart(tmp_path, arms):
     for arm in arms.values():
         solved = LEVELS[arm["arm"]][1]
-        verdicts = {f"lm-eval a{mark}b, acc": make_verdicts(solved - less)["correct_flexible"]
-                    for mark, less in (("-", 0), ("_", 9))}  # fmt: skip
-        arm["tasks"] = {"both": {"settings": {}, "figures": {}, "verdicts": verdicts}}
-    results, _ = build(tmp_path, arms)
+        verdicts = {f"lm-eval {name}": make_verdicts(solved - less)["correct_flexible"]
+                    for name, less in (("a-b, acc", 0), ("a_b, acc", 9), ("t, acc, strict", 0))}  # fmt: skip
+        arm["tasks"] = {"all": {"settings": {}, "figures": {}, "verdicts": verdicts}}
+    results, page = build(tmp_path, arms)
     metrics = results["arms"]["before"]["metrics"]
     titles = {results["metrics"][key]: found["value"] for key, found in metrics.items()}
     assert titles["Accuracy, lm-eval a-b, acc"] == 0.5 and titles["Accuracy, lm-eval a_b, acc"] == pytest.approx(0.41)
     assert len(set(results["metric_order"])) == len(results["metric_order"])
     assert [key for key in results["metric_order"] if "strict" not in key][:2] == ["accuracy_0_shot", "accuracy_8_shot"]
+    told = list_told_apart(results)  # a task's filter called strict is no grader of ours
+    assert told["accuracy_lm_eval_t_acc_strict_2"] and "accuracy_8_shot_strict" not in told
+    assert "Accuracy, lm-eval t, acc, strict" in page.partition("\n|")[0]
 
 
 def test_bytes_do_not_depend_on_place_hash_seed_locale_or_clock(pictures, all_draws, tmp_path, arms):
@@ -454,16 +457,6 @@ def test_a_bin_of_one_arm_alone_is_a_gap_for_the_others(pictures, tmp_path, binn
     for arms in (binned, dict(reversed(binned.items()))):
         page = build(tmp_path, arms)[1]
         assert re.search(r"\n\| 0.01 to 0.1 \|.*\| no token \|", page) and (tmp_path / "kl_bins.png").is_file()
-
-
-def test_a_task_s_filter_called_strict_is_no_grader_of_ours(tmp_path, arms):
-    for arm in arms.values():
-        verdicts = {"lm-eval t, acc, strict": make_verdicts(LEVELS[arm["arm"]][1])["correct_flexible"]}
-        arm["tasks"] = {"t": {"settings": {}, "figures": {}, "verdicts": verdicts}}
-    results, page = build(tmp_path, arms)
-    told = list_told_apart(results)
-    assert told["accuracy_lm_eval_t_acc_strict_2"] and "accuracy_8_shot_strict" not in told
-    assert "Accuracy, lm-eval t, acc, strict" in page.partition("\n|")[0]
 
 
 def test_questions_needed(tmp_path, binned):

@@ -8,7 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from quantkd.errors import ConfigError, DataError
+from quantkd.loss.reference import compute_distillation_loss
 from quantkd.models.student import load_student
+from quantkd.transfer_set.topk import TopKLogprobs
 from tests.conftest import build_tiny_model, loss_and_gradient, refused, relative
 
 
@@ -26,22 +28,16 @@ def make_live(make_trainer, rows, tiny_model_path):
     return build
 
 
-def dense_loss(student, teacher, rows, alpha, temperature, divergence):
-    """Written out over the whole vocabulary, row by row, in float64."""
+def dense_loss(student, teacher, rows, temperature, **objective):
+    """Row by row in float64, with every class stored; test_loss_reference holds that loss against plain arithmetic."""
     total, tokens = 0.0, 0
     for row in rows:
-        ids, labels = torch.tensor(row["input_ids"])[None], torch.tensor(row["labels"])
-        places = (labels != -100).nonzero().squeeze(1)
-        z, t = student(ids).logits[0, places - 1].double(), teacher(ids).logits[0, places - 1].double().detach()
-        q, p = (z / temperature).softmax(-1), (t / temperature).softmax(-1)
-        m = 0.5 * p + 0.5 * q
-
-        def kl(a, b):
-            return (a * (a / b).log()).sum()
-
-        soft = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": 0.5 * kl(p, m) + 0.5 * kl(q, m)}[divergence]
-        hard = torch.nn.functional.cross_entropy(z, labels[places], reduction="sum")
-        total, tokens = total + (1 - alpha) * hard + alpha * temperature**2 * soft, tokens + len(places)
+        ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
+        places = (labels[0] != -100).nonzero().squeeze(1)
+        stored = TopKLogprobs.from_dense(teacher(ids).logits[0, places - 1].double().detach(), (temperature,))
+        how = {"temperature": temperature, "num_items": 1, **objective}
+        total += compute_distillation_loss(student(ids).logits.double(), labels, stored, **how)
+        tokens += len(places)
     return total / tokens
 
 

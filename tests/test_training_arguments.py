@@ -27,6 +27,7 @@ RESUMED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True, which cuts all tensors"),
     ({"init": "zero", "init_from": "m"}, "init_from has no effect without init=covariance or init=loftq"),
     ({"init": "loftq", "init_rows": 4}, "init_rows has no effect without init=covariance"),
+    ({"init": "best"}, "init is 'best'; expected one of covariance, loftq, zero"),
     ({"num_train_epochs": -1}, "Nothing would be trained: num_train_epochs is -1, max_steps -1"),
 ])  # fmt: skip
 def test_refused_by_the_configuration(tmp_path, options, said):

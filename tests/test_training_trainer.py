@@ -25,7 +25,7 @@ from quantkd.models import quantize as quantize_module
 from quantkd.models.provenance import find_base
 from quantkd.models.student import default_quantization_config, load_student
 from quantkd.transfer_set.batch import DistillationCollator
-from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set, refused, relative
+from tests.conftest import TRAINING_PROMPTS, build_tiny_model, capture_set, refused, relative, save_tiny_model
 
 
 @pytest.fixture
@@ -166,9 +166,8 @@ def test_a_name_is_trained_on_calibrated_codes(make_calibrated, training_set, on
 
 def test_calibrated_codes_are_those_of_the_model_that_is_named(make_trainer, tiny_tokenizer, tmp_path, caplog):
     for seed, folder in enumerate(("one", "two")):
-        build_tiny_model(tiny_tokenizer, seed).save_pretrained(tmp_path / folder / "model")
-        tiny_tokenizer.save_pretrained(tmp_path / folder / "model")
-        last = make_trainer(model=str(tmp_path / folder / "model"), calibrate=True)
+        model = save_tiny_model(tiny_tokenizer, tmp_path / folder / "model", seed=seed)
+        last = make_trainer(model=str(model), calibrate=True)
     expected = build_tiny_model(tiny_tokenizer, 1).get_input_embeddings().weight
     assert torch.equal(last.model.get_input_embeddings().weight, expected) and "quantized is replaced" in caplog.text
 
