@@ -114,6 +114,7 @@ def naming(name_or_path: str, file: str = "config.json") -> Iterator[None]:
     """Turn what transformers and PEFT say of a model that they cannot find into one line that names it."""
     require_folder(name_or_path)
     if (path := Path(name_or_path).expanduser()).exists() and not (path / file).is_file():
+        refuse_adapter(str(path))
         remedy = " Write the model's tokenizer there: tokenizer.save_pretrained(FOLDER)." * file.startswith("tokenizer")
         raise ConfigError(
             f"{name_or_path} holds no {file}; expected what `save_pretrained` wrote, or a Hub name.{remedy}"

@@ -45,7 +45,8 @@ def find_secrets(token: str | None = None) -> dict[str, str]:
     for name, value in os.environ.items():
         # A switch, a number or a path is not a secret.
         is_word = len(value) < 8 or value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
-        is_path = name.endswith(("FILE", "PATH", "DIR")) or os.path.exists(os.path.expanduser(value))
+        is_named_so = name.endswith(("FILE", "PATH", "DIR")) and value.startswith(("/", "~", "."))
+        is_path = is_named_so or os.path.exists(os.path.expanduser(value))
         if _SECRET_VARIABLE.search(name) and not is_word and not is_path:
             secrets[value] = f"the value of {name}"
     tokens = ((huggingface_hub.get_token(), "the Hub's token"), (token, "the token that was passed"))

@@ -80,14 +80,19 @@ def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, trai
     assert "model.safetensors" not in there and "model.safetensors.index.json" in there
 
 
-def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(hub, run, build_trainer, tiny_tokenizer, tmp_path):
+def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(
+    hub, run, build_trainer, tiny_tokenizer, tmp_path, monkeypatch
+):
     build_trainer(run / "student", calibrate=True).save_model()
     alone = export_adapter(str(run / "student"), tiny_tokenizer, tmp_path / "alone", base="org/model")
     assert read_object(alone / "adapter_config.json")["base_model_name_or_path"] == "quantized"
-    lost = "the 4-bit checkpoint 'quantized' with codes or scales of its own, which is not beside it"
-    refused(DataError, lost, push_adapter, alone, "user/alone")
-    refused(DataError, lost, list_adapter_files, alone)
-    refused(DataError, lost, export_adapter, str(alone), tiny_tokenizer, tmp_path / "again", base="org/model")
+    lost = "the 4-bit checkpoint 'quantized' with codes or scales of its own, "
+    refused(DataError, f"{lost}which is not beside it", push_adapter, alone, "user/alone")
+    refused(DataError, f"{lost}which is not beside it", list_adapter_files, alone)
+    other = f"{lost}and org/model is not known to be it"
+    refused(DataError, other, export_adapter, str(alone), tiny_tokenizer, tmp_path / "again", base="org/model")
+    hub.make("model", "org/model", {"config.json": b"{}"})
+    refused(DataError, other, push_adapter, run / "student", "user/wrong", base_model="org/model")
     (tmp_path / "made").symlink_to(run / "student" / "quantized")
     again = export_adapter(str(alone), tiny_tokenizer, tmp_path / "again", base=str(tmp_path / "made"))
     assert read_object(again / "adapter_config.json")["base_model_name_or_path"] == "quantized"
@@ -100,8 +105,14 @@ def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(hub, run, build_
     assert f'"user/student-4bit", revision="{base}",\n' in files["README.md"].decode()
     assert json.loads(files["adapter_config.json"])["revision"] == base
     other = {"base_model": "user/student-4bit"}  # it is on the branch alone
+    monkeypatch.chdir(run)
+    assert ("NAME-4bit/model.safetensors") in dict(list_adapter_files(alone, base_model="student/quantized"))
     refused(DataError, "and user/student-4bit is not known to be it", push_adapter, alone, "user/alone", **other)
     push_adapter(run / "student", "user/student")
+    with monkeypatch.context() as patched:
+        patched.delenv("HF_TOKEN")  # a private base is asked for with the token, and twice
+        hub.fail("503")
+        push_adapter(alone, "user/alone", token=TOKEN, **other)
     for folder, name, revision in ((alone, "user/student-4bit", None), (fetch_adapter("user/student@v2"), None, base)):
         push_adapter(folder, "user/alone", base_model=name)  # the latter says itself where its base is
         assert json.loads(hub.files("model", "user/alone")["adapter_config.json"])["revision"] == revision
@@ -124,9 +135,11 @@ def test_a_checkpoint_of_trained_scales_is_not_an_adapter_on_the_codes_before(hu
     said, codes = "is a training checkpoint, and its trained scales are in", run / "student" / "quantized"
     for base in (str(codes), "org/model"):
         refused(DataError, said, export_adapter, str(part), tiny_tokenizer, run / "out", base=base)
-        refused(DataError, "codes or scales of its own, which is not beside it", require_base, part, base)
+        refused(DataError, f"codes or scales of its own, and {base} is not known to be it", require_base, part, base)
     refused(DataError, said, load_adapter, str(codes), part)
-    refused(DataError, "which is not beside it", push_adapter, part, "user/part")
+    refused(DataError, said, push_adapter, part, "user/part")
+    hub.make("model", "user/part", {each.name: each.read_bytes() for each in part.iterdir()}, private=True)
+    refused(DataError, said, load_adapter, str(codes), "user/part")
     assert find_base(part) == run / "student" / "quantized"  # from which training goes on
     assert require_base(run / "student") == run / "student" / "scaled"
 
@@ -148,7 +161,7 @@ def test_an_experiment_s_adapter_stays_with_its_codes(
     assert trainer.args.codes is None
 
 
-def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatch):
+def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatch, caplog):
     build_trainer(run / "student", calibrate=True).save_model()
     made = run / "student" / "quantized"
     shutil.copytree(run / "student", part := run / "other" / "student" / "checkpoint-1")
@@ -158,8 +171,13 @@ def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatc
     monkeypatch.chdir(run / "student")
     assert find_base(Path()) == made
     hub.make("model", "user/student-4bit", {"config.json": b"{}", "model.safetensors": b"x"}, private=True)
-    said = "holds config.json, model.safetensors, and no checkpoint"
-    refused(ConfigError, said, push_checkpoint, made, "user/student-4bit")
+    own = {name: b"{}" for name in ("adapter_config.json", "quantkd.json")}
+    hub.make("model", "user/adapter", own, private=True)
+    for name, said in (
+        ("student-4bit", "config.json, model.safetensors"),
+        ("adapter", "adapter_config.json, quantkd.json"),
+    ):
+        refused(ConfigError, f"holds {said}, and no checkpoint", push_checkpoint, made, f"user/{name}")
     (run / "student" / "results.json").write_text('{"a": 1}')
     refused(DataError, "is not of `quantkd report`", push_adapter, run / "student", "user/new")
     (run / "student" / "results.json").unlink()
@@ -167,12 +185,17 @@ def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatc
     refused(ConfigError, "generation_config.json holds", push_adapter, run / "student", "user/new")
     (made / "generation_config.json").unlink()
     (made / "model.safetensors").rename(kept := run / "kept")
-    refused(DataError, r"holds no model\*.safetensors", push_adapter, run / "student", "user/new")
+    refused(DataError, "holds no model.safetensors", push_adapter, run / "student", "user/new")
+    (made / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    refused(DataError, "holds no model-2.safetensors", push_adapter, run / "student", "user/new")
+    (made / "model.safetensors.index.json").unlink()
     assert ("model", "user/new") not in hub.repositories
     kept.rename(made / "model.safetensors")
     load, seen, origin = "quantkd.cli.arguments.load_student", [], read_origin(str(made))["quantized_from"]
     monkeypatch.setattr(load, lambda name, **given: seen.append(given) or load_student(name))
-    load_adapted_from(StudentArguments(origin, trust_remote_code=True), run / "student")
+    with caplog.at_level("INFO", logger="quantkd.remote"):
+        load_adapted_from(StudentArguments(origin, trust_remote_code=True), run / "student")
+    assert "student/quantized, which is beside the adapter" in caplog.text
     assert seen[0]["trust_remote_code"] is False  # the model that is named is trusted, and not this folder
     config = made / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoConfig": "evil.Config"}}))

@@ -82,6 +82,7 @@ def test_a_canary_token_is_found_nowhere(
     ("DB_PASSWORD", "correcthorsebatterystaple", True), ("TOKENIZERS_PARALLELISM", "abcdef123456", False),
     ("MAX_TOKENS", "1000000000", False), ("TOKEN_STYLE", "capitalised", False), ("KEYBOARD", "abcdef123456", False),
     ("API_KEY_FILE", "/run/secrets/key", False), ("AWS_SECRET_ACCESS_KEY", "/wJalrXUtnFEMI", True),
+    ("SLACK_SECRET_PATH", "T000aaaa/B000bbbb", True), ("MY_CREDENTIALS", "/usr/lib", False),
 ])  # fmt: skip
 def test_which_variables_hold_a_secret(monkeypatch, name, value, is_secret):
     monkeypatch.setenv(name, value)

@@ -76,7 +76,7 @@ def test_what_cannot_teach_is_refused(
     tiny_model.resize_token_embeddings(tiny_model.vocab_size + 8)
     for teacher, message in (
         ("adapter_disabled", "is the 4-bit model itself"),
-        (str(tmp_path), "holds no config.json"),  # transformers would load the base model that it names
+        (str(tmp_path), "holds an adapter and no model"),  # transformers would load the base model that it names
         (load_student(str(tiny_model_path), dtype="float32"), "teacher_model is quantized"),
         (tiny_model, r"vocabulary has \d+ ids, the teacher_model's"),
     ):

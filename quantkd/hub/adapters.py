@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -30,11 +29,10 @@ from quantkd.remote import RemoteFiles, logger as revisions, retry
 logger = logging.getLogger(__name__)
 
 _CHART, _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "gap.png", "tokenizer_config.json", "chat_template.jinja"
-# With the page, configuration and weights all that is ever pushed: training_args.bin can hold a token, and nobody knows
-# what the next library leaves behind.
-_OPTIONAL = (_CHART, PROVENANCE_NAME, _TOKENIZER_CONFIG, _CHAT_TEMPLATE, *VOCABULARIES)
+# With the page and the weights all that is ever pushed: training_args.bin can hold a token, and nobody knows what the
+# next library leaves behind.
+_OWNED = (CONFIG, _CHART, PROVENANCE_NAME, _TOKENIZER_CONFIG, _CHAT_TEMPLATE, *VOCABULARIES)
 _TOKENIZER_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
-_MAX_WEIGHTS_BYTES = 2**36
 
 
 def push_adapter(
@@ -60,19 +58,18 @@ def push_adapter(
     """
     check_license(license)
     folder = find_adapter(path)
-    made = _find_made(folder, base_model)
+    made = _find_made(folder, base_model, token, attempts)
     files, values = _gather(folder, base_model if made is None else f"{repo_id}-4bit", run_dir)
 
     def make(name: str) -> Files:
         return {**files, CARD_NAME: render_adapter_card(name, license=license, **values).encode()}
 
     refuse_secrets(make(repo_id), VOCABULARIES, token)
-    if made is not None:
-        read_checkpoint(made, token)
     repository = HubRepository(repo_id, "model", private, token, revision)
     if made is not None:
+        read_checkpoint(made, token)
         retry(repository.ensure, attempts)  # and looked at before gigabytes go to the other one
-        retry(lambda: repository.read(CONFIG.__eq__, "adapter"), attempts)
+        retry(lambda: repository.read(lambda names: CONFIG in names, "adapter"), attempts)
         pushed = push_checkpoint(made, f"{repo_id}-4bit", private, license, token, revision, attempts)
         # With the owner's name, and as it is now: a later push may bring other codes.
         files, values = _gather(folder, pushed.repo_id, run_dir, pushed.commit)
@@ -81,7 +78,7 @@ def push_adapter(
         logger.warning("The page names the base model %r, a local folder: name it with --base_model user/model.", base)
     if values["facts"].has_chosen_codes:
         logger.warning("The GGUF file of this adapter has chosen codes, and no other of its name fits: upload it, too.")
-    return repository.replace(make, "adapter", (CONFIG, *_OPTIONAL), commit_message, attempts)
+    return repository.replace(make, lambda names: CONFIG in names, "adapter", _OWNED, commit_message, attempts)
 
 
 def list_adapter_files(
@@ -97,13 +94,20 @@ def list_adapter_files(
         page = render_checkpoint_card("user/name-4bit", Provenance.read(made), license=None).encode()
         base: Files = {CARD_NAME: page, **read_checkpoint(made, None)}
         files |= {f"NAME-4bit/{name}": content for name, content in base.items()}
-    return sorted((name, CommitOperationAdd(name, content).upload_info.size) for name, content in files.items())
+    return sorted((name, len(each) if isinstance(each, bytes) else each.stat().st_size) for name, each in files.items())
 
 
-def _find_made(folder: Path, base_model: str | None) -> Path | None:
+def _find_made(folder: Path, base_model: str | None, token: str | None = None, attempts: int = 1) -> Path | None:
     """The 4-bit checkpoint that is to be pushed with an adapter; None if there is none, or if it is on the Hub."""
-    made = require_base(folder, base_model)
-    return made if made is not None and made.is_dir() and not (base_model and is_repository_name(base_model)) else None
+    check_files(str(folder), lambda name: (folder / name).is_file())
+    facts, given = Provenance.read(folder), base_model
+    is_elsewhere = base_model is not None and not Path(base_model).is_dir()
+    if base_model and is_elsewhere and facts.has_own_base and is_repository_name(base_model):
+        files = RemoteFiles(base_model, "model", None, token)
+        path = retry(lambda: files.fetch(PROVENANCE_NAME, adapter_files.MAX_CONFIG_BYTES), attempts)
+        given = base_model if path is None else str(path.parent)
+    made = require_base(folder, given, beside=base_model is None)
+    return None if is_elsewhere or facts.has_chosen_codes else made
 
 
 def write_card(folder: Path, repo_id: str, license: str | None = None) -> None:
@@ -140,7 +144,6 @@ def _gather(
     folder: Path, base_model: str | None, run_dir: str | Path | None, commit: str | None = None
 ) -> tuple[dict[str, Path | bytes], dict[str, Any]]:
     """The files of a push without the page, and the values that the page is rendered from."""
-    check_files(str(folder), lambda name: (folder / name).is_file())
     values = _describe(folder, base_model, commit)
     if not values["adapter"]["base_model_name_or_path"]:
         raise DataError(f"{folder / CONFIG} names no base model; pass base_model (--base_model).")
@@ -235,19 +238,21 @@ def fetch_adapter(adapter: str) -> Path:
 def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, Path, RemoteFiles | None]:
     """Where an adapter is, as it is printed; the folder of its two files; and the repository if it is on the Hub."""
     name, revision = split_revision(adapter, revision)
-    folder = Path(adapter).expanduser()
+    folder = Path(adapter)
     if name is None:
         require_folder(adapter)
         check_files(adapter, lambda file: (folder / file).is_file())
         return adapter, folder, None
     files = RemoteFiles(name, "model", revision, token)
     # Files of one commit share a folder of the cache.
-    limits = {CONFIG: adapter_files.MAX_CONFIG_BYTES, WEIGHTS: _MAX_WEIGHTS_BYTES}
+    limits = {CONFIG: adapter_files.MAX_CONFIG_BYTES, WEIGHTS: 2**36}
     fetched = {file: path for file, limit in limits.items() if (path := files.fetch(file, limit)) is not None}
     check_files(str(files), lambda file: file in fetched or (file == PICKLE and files.holds(file)))
     revisions.info("Adapter %s", files)
     try:
         files.fetch(PROVENANCE_NAME, adapter_files.MAX_CONFIG_BYTES)
+        if (Provenance.read(fetched[CONFIG].parent).training or {}).get("train_scales"):
+            check_files(str(files), lambda file: file in fetched or files.holds(file))
     except HubError as error:  # it may not be there, and without a network nobody knows
         logger.warning("%s Whether the base model is the one that the adapter corrects is not checked.", error)
     return str(files), fetched[CONFIG].parent, files

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from quantkd.errors import DataError
+from quantkd.files import read_object
 from quantkd.hub.cards import CARD_NAME, render_checkpoint_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance
 
-# The first tells a repository of ours.
+_INDEX = "model.safetensors.index.json"
 _FILES = (
-    PROVENANCE_NAME, "config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja",
-    "tokenizer_config.json", "model*.safetensors",
+    "config.json", "generation_config.json", _INDEX, "chat_template.jinja", "tokenizer_config.json", PROVENANCE_NAME,
+    "model*.safetensors",
 )  # fmt: skip
 # In these "/root" is a token like any other.
 VOCABULARIES = (
@@ -37,7 +39,11 @@ def push_checkpoint(
     def make(name: str) -> Files:
         return {**files, CARD_NAME: render_checkpoint_card(name, facts, license=license).encode()}
 
-    return repository.replace(make, "checkpoint", _FILES, "Upload 4-bit checkpoint", attempts)
+    return repository.replace(make, _is_ours, "checkpoint", _FILES, "Upload 4-bit checkpoint", attempts)
+
+
+def _is_ours(names: Collection[str]) -> bool:
+    return PROVENANCE_NAME in names and "adapter_config.json" not in names
 
 
 def read_checkpoint(folder: Path, token: str | None) -> dict[str, Path]:
@@ -45,7 +51,8 @@ def read_checkpoint(folder: Path, token: str | None) -> dict[str, Path]:
     if "quantized_from" not in (Provenance.read(folder).export or {}):
         raise DataError(f"{folder} is not a checkpoint of `quantkd quantize`; expected one with {PROVENANCE_NAME}.")
     files = {path.name: path for each in (*_FILES, *VOCABULARIES) for path in sorted(folder.glob(each))}
-    if not any(name.endswith(".safetensors") for name in files):
-        raise DataError(f"{folder} holds no model*.safetensors. Take the folder that `quantkd quantize` wrote.")
+    parts = (read_object(files[_INDEX]).get("weight_map") or {}).values() if _INDEX in files else ["model.safetensors"]
+    if lacking := set(parts) - set(files):
+        raise DataError(f"{folder} holds no {min(lacking)}. Take the folder that `quantkd quantize` wrote.")
     refuse_secrets(files, VOCABULARIES, token)
     return files

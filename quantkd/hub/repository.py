@@ -19,6 +19,8 @@ from quantkd.remote import RepositoryType, check_shareable, find_secrets, hub_er
 
 Operation = CommitOperationAdd | CommitOperationDelete
 Files = Mapping[str, bytes | Path]
+Make = Callable[[str], Files]  # from the repository's full name
+IsOurs = Callable[[Collection[str]], bool]  # whether these are the names of a repository that may be pushed to
 PUSH_ATTEMPTS = 8
 # What the Hub's form for a new repository creates.
 _BLANK = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "README.md")
@@ -66,13 +68,13 @@ class HubRepository:
         with hub_errors(f"create the branch {self._branch} of {self.repo_id}", self._token):
             self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True, **self._kind)
 
-    def read(self, is_ours: Callable[[str], bool], what: str) -> tuple[str, dict[str, RepoSibling]]:
+    def read(self, is_ours: IsOurs, what: str) -> tuple[str, dict[str, RepoSibling]]:
         """The newest commit and its files. A repository made for something else is refused: its page would go."""
         with hub_errors(f"list {self.repo_id}", self._token):
             found: Any = self._api.repo_info(self.repo_id, revision=self._branch, files_metadata=True, **self._kind)
         files = {file.rfilename: file for file in found.siblings or ()}
         others = [name for name in files if name not in _BLANK]
-        if others and not any(map(is_ours, others)):
+        if others and not is_ours(others):
             raise ConfigError(
                 f"{self.repo_id} holds {', '.join(others[:4])}{' and others' if len(others) > 4 else ''}, and no "
                 f"{what}; this push would replace its page. Choose another name, or empty that repository first."
@@ -87,13 +89,13 @@ class HubRepository:
         return self.pushed(done.oid)
 
     def replace(
-        self, make: Callable[[str], Files], what: str, owned: Sequence[str], message: str, attempts: int
+        self, make: Make, is_ours: IsOurs, what: str, owned: Sequence[str], message: str, attempts: int
     ) -> PushedRepository:
         """Push the files that `make` gives for the full name, in one commit, in place of what is there of `owned`."""
 
         def attempt() -> PushedRepository:
             self.ensure()
-            commit, there = self.read(owned[0].__eq__, what)
+            commit, there = self.read(is_ours, what)
             files = make(self.repo_id)
             # What an earlier push left and this one does not bring would describe other weights, or be loaded as such.
             stale = [name for name in there if name not in files and any(fnmatch(name, each) for each in owned)]

@@ -46,8 +46,9 @@ def push_transfer_set(
 
 def list_set_files(transfer_set: TransferSet) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload."""
-    wanted = _wanted_files(transfer_set, "user/name", None, None)
-    return [(name, file.upload_info.size) for name, file in wanted.items()]
+    return [
+        (name, file.upload_info.size) for name, file in _wanted_files(transfer_set, "user/name", None, None).items()
+    ]
 
 
 def _wanted_files(
@@ -81,7 +82,7 @@ def _card(transfer_set: TransferSet, repo_id: str, license: str | None) -> bytes
 def _advance(target: HubRepository, wanted: dict[str, CommitOperationAdd], max_bytes: int) -> PushedRepository | None:
     """Commit the next step; the repository as it is pushed, if it holds the set already."""
     # Files are listed anew each time: what the Hub holds decides, so a push that was cut off goes on where it stopped.
-    commit, there = target.read(_is_shard, "transfer set")
+    commit, there = target.read(lambda names: any(map(_is_shard, names)), "transfer set")
     message, operations = _next_step(there, wanted, max_bytes)
     if not operations:
         return target.pushed(commit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -96,6 +95,13 @@ class Provenance:
         is_file = (self.quantization or {}).get("quant_method") == "gguf"
         return is_file and (self.training or {}).get("codes") == "calibrated"
 
+    @property
+    def has_own_base(self) -> bool:
+        """Whether no checkpoint that `load_student` makes fits: its base has calibrated codes or trained scales."""
+        made = self.training or {}
+        is_own = bool(made.get("train_scales")) or made.get("codes") == "calibrated"
+        return bool(self.weights) and is_own and not self.has_chosen_codes
+
     def check_weights(self, model: Any, place: str) -> None:
         """Refuse a base model with other quantized weights than those that the adapter at `place` corrects."""
         if self.weights is None:
@@ -132,15 +138,17 @@ class Provenance:
         write_file(folder / PROVENANCE_NAME, self.to_json())
 
 
-def find_base(adapter: Path, name: str | None = None, *, given: str | None = None, scaled: bool = False) -> Path | None:
+def find_base(
+    adapter: Path, name: str | None = None, *, given: str | None = None, scaled: bool = False, beside: bool = True
+) -> Path | None:
     """The 4-bit checkpoint, of the model `name`, that an adapter was trained on: beside it, or `given` if that is it.
 
     With `scaled`, the codes without their trained scales, which a training checkpoint stands beside, are not it.
     """
-    weights, folder = (Provenance.read(adapter).weights or {}).get("sha256"), Path(os.path.abspath(adapter))
+    weights, folder = (Provenance.read(adapter).weights or {}).get("sha256"), adapter.resolve()
     # An experiment's stands above the folder of its training.
     places = [folder / "scaled", *(each / "quantized" for each in (folder, *folder.parents[:2]))]
-    places = [place for place in places if weights and (place / "config.json").is_file()]
+    places = [place for place in places if beside and weights and (place / "config.json").is_file()]
     for place in [*places, *([Path(given)] if given and weights else [])]:
         with suppress(OSError):  # of a name on the Hub that is not there, or cannot be asked for
             facts = Provenance.read(place)
@@ -151,26 +159,24 @@ def find_base(adapter: Path, name: str | None = None, *, given: str | None = Non
     return None
 
 
-def require_base(adapter: Path, given: str | None = None) -> Path | None:
+def require_base(adapter: Path, given: str | None = None, *, beside: bool = True) -> Path | None:
     """`find_base`, where one is needed: an adapter whose base has codes or scales of its own is refused without it.
 
     None where none is needed, or where the adapter names one on the Hub and `given` is no other.
     """
     made = Provenance.read(adapter)
-    training = made.training or {}
-    has_scales = bool(training.get("train_scales"))
-    found = find_base(adapter, given=given, scaled=has_scales)
-    is_own = has_scales or training.get("codes") == "calibrated"
-    if found or not (made.weights and is_own) or made.has_chosen_codes:
+    has_scales = bool((made.training or {}).get("train_scales"))
+    found = find_base(adapter, given=given, scaled=has_scales, beside=beside)
+    if found or not made.has_own_base:
         return found
     named = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
     if is_repository_name(named) and given in (None, named):
         return None
-    other = "" if given is None else f", and {given} is not known to be it"
+    lacking = "which is not beside it" if given is None else f"and {given} is not known to be it"
     raise DataError(
         f"{adapter} holds an adapter for the 4-bit checkpoint {printable(public_name(named))!r:.80} with codes or "
-        f"scales of its own, which is not beside it{other}. Take the folder that training wrote, or name that "
-        "checkpoint: with base_model (--base_model) in a push, as the model in an export."
+        f"scales of its own, {lacking}. Take the folder that training wrote, or name that checkpoint: with base_model "
+        "(--base_model) in a push, as the model in an export."
     )
 
 

@@ -485,7 +485,8 @@ class QuantizedDistillationTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository of `args.hub_model_id`, private unless `args.hub_private_repo` is False."""
         if self.is_world_process_zero():
-            from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository, retry
+            from quantkd.hub.repository import PUSH_ATTEMPTS, HubRepository
+            from quantkd.remote import retry
 
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name
             repository = HubRepository(name, "model", self._is_private(private), token or self.args.hub_token)
