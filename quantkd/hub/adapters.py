@@ -73,8 +73,7 @@ def push_adapter(
         pushed = push_checkpoint(made, f"{repo_id}-4bit", private, license, token, revision, attempts)
         # With the owner's name, and as it is now: a later push may bring other codes.
         files, values = _gather(folder, pushed.repo_id, run_dir, pushed.commit)
-    base = values["adapter"]["base_model_name_or_path"]
-    if not is_repository_name(base):
+    if not is_repository_name(base := values["adapter"]["base_model_name_or_path"]):
         logger.warning("The page names the base model %r, a local folder: name it with --base_model user/model.", base)
     if values["facts"].has_chosen_codes:
         logger.warning("The GGUF file of this adapter has chosen codes, and no other of its name fits: upload it, too.")

@@ -19,7 +19,6 @@ from quantkd.remote import RepositoryType, check_shareable, find_secrets, hub_er
 
 Operation = CommitOperationAdd | CommitOperationDelete
 Files = Mapping[str, bytes | Path]
-Make = Callable[[str], Files]  # from the repository's full name
 IsOurs = Callable[[Collection[str]], bool]  # whether these are the names of a repository that may be pushed to
 PUSH_ATTEMPTS = 8
 # What the Hub's form for a new repository creates.
@@ -89,7 +88,7 @@ class HubRepository:
         return self.pushed(done.oid)
 
     def replace(
-        self, make: Make, is_ours: IsOurs, what: str, owned: Sequence[str], message: str, attempts: int
+        self, make: Callable[[str], Files], is_ours: IsOurs, what: str, owned: Sequence[str], title: str, attempts: int
     ) -> PushedRepository:
         """Push the files that `make` gives for the full name, in one commit, in place of what is there of `owned`."""
 
@@ -101,7 +100,7 @@ class HubRepository:
             stale = [name for name in there if name not in files and any(fnmatch(name, each) for each in owned)]
             added = starmap(CommitOperationAdd, files.items())
             operations: list[Operation] = [*added, *map(CommitOperationDelete, stale)]
-            return self.commit(operations, message, commit)
+            return self.commit(operations, title, commit)
 
         return retry(attempt, attempts)
 
