@@ -91,8 +91,8 @@ def test_which_variables_hold_a_secret(monkeypatch, name, value, is_secret):
 
 def test_a_secret_and_a_home_folder_are_found_as_json_spells_them(monkeypatch):
     monkeypatch.setenv("DB_PASSWORD", 'caf\u00e9"horse')
-    monkeypatch.setenv("HOME", "/home/j\u00fcrgen")
-    for value, said in (('caf\u00e9"horse', "the value of DB_PASSWORD"), ("/home/j\u00fcrgen/x", "names your home")):
+    monkeypatch.setenv("HOME", "/data/j\u00fcrgen")
+    for value, said in (('caf\u00e9"horse', "the value of DB_PASSWORD"), ("/data/j\u00fcrgen/x", "names your home")):
         refused(ConfigError, said, check_shareable, "a.json", json.dumps({"a": value}).encode(), find_secrets())
 
 
