@@ -23,6 +23,11 @@ RepositoryType = Literal["model", "dataset"]
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)  # also says which commit is read; the command line prints it
 
+# Files of tokenizers, in which "/root" is a token like any other.
+VOCABULARIES = (
+    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,})")
 _SECRET_VARIABLE = re.compile(
@@ -61,8 +66,8 @@ def redact(text: str, secrets: Mapping[str, str]) -> str:
     return _TOKEN.sub("[secret]", text)
 
 
-def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths: bool = True) -> None:
-    """Refuse a file that holds a secret or, with `paths`, names the home folder. The message holds neither."""
+def check_shareable(name: str, data: bytes, secrets: Mapping[str, str]) -> None:
+    """Refuse a file that holds a secret or, but for a vocabulary, names the home folder. The message holds neither."""
     text = data.decode("utf-8", errors="replace")
     found = next((what for secret, what in secrets.items() if secret in text), None)
     if found is None and (match := _TOKEN.search(text)):
@@ -71,7 +76,7 @@ def check_shareable(name: str, data: bytes, secrets: Mapping[str, str], *, paths
         raise ConfigError(f"{name} holds {found}; expected no secret in what is pushed. Remove it from the file.")
     homes = {str(Path.home()), os.path.expanduser("~")} - {"/"}
     homes |= {json.dumps(home)[1:-1] for home in homes}
-    if paths and any(re.search(re.escape(home) + r"(?![\w.-])", text) for home in homes):
+    if name not in VOCABULARIES and any(re.search(re.escape(home) + r"(?![\w.-])", text) for home in homes):
         raise ConfigError(f"{name} names your home folder; expected no local path in what is pushed. Remove it there.")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_hub import TOKEN
 from hub_runs import PUSHED, read_page
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -20,7 +20,7 @@ from quantkd.hub import load_adapter, push_adapter, push_transfer_set
 from quantkd.hub.adapters import fetch_adapter, list_adapter_files
 from quantkd.hub.checkpoints import push_checkpoint
 from quantkd.models.export import export_adapter
-from quantkd.models.provenance import find_base, require_base
+from quantkd.models.provenance import Provenance, find_base, require_base
 from quantkd.models.quantize import find_origin, quantize, read_origin
 from quantkd.models.student import default_lora_config, load_student
 from tests.conftest import refused
@@ -74,7 +74,7 @@ def test_the_checkpoint_that_a_run_made_goes_along(hub, run, build_trainer, trai
     made = run / "student" / "quantized"
     cli.fails("full precision was asked for", "selftest", made)
     (made / "model.safetensors").rename(made / "model-00001-of-00001.safetensors")
-    (made / "model.safetensors.index.json").write_text("{}")
+    (made / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
     push_checkpoint(made, "user/student-4bit")
     there = set(hub.files("model", "user/student-4bit"))
     assert "model.safetensors" not in there and "model.safetensors.index.json" in there
@@ -92,7 +92,9 @@ def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(
     other = f"{lost}and org/model is not known to be it"
     refused(DataError, other, export_adapter, str(alone), tiny_tokenizer, tmp_path / "again", base="org/model")
     hub.make("model", "org/model", {"config.json": b"{}"})
-    refused(DataError, other, push_adapter, run / "student", "user/wrong", base_model="org/model")
+    found = f"{other}. It is .*student/quantized, and is found if base_model is left out"
+    refused(DataError, found, push_adapter, run / "student", "user/wrong", base_model="org/model")
+    assert "NAME-4bit/model.safetensors" in dict(list_adapter_files(run / "student", base_model=""))  # a shell's
     (tmp_path / "made").symlink_to(run / "student" / "quantized")
     again = export_adapter(str(alone), tiny_tokenizer, tmp_path / "again", base=str(tmp_path / "made"))
     assert read_object(again / "adapter_config.json")["base_model_name_or_path"] == "quantized"
@@ -106,7 +108,7 @@ def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(
     assert json.loads(files["adapter_config.json"])["revision"] == base
     other = {"base_model": "user/student-4bit"}  # it is on the branch alone
     monkeypatch.chdir(run)
-    assert ("NAME-4bit/model.safetensors") in dict(list_adapter_files(alone, base_model="student/quantized"))
+    assert "NAME-4bit/model.safetensors" in dict(list_adapter_files(alone, base_model="student/quantized"))
     refused(DataError, "and user/student-4bit is not known to be it", push_adapter, alone, "user/alone", **other)
     push_adapter(run / "student", "user/student")
     with monkeypatch.context() as patched:
@@ -125,7 +127,9 @@ def test_an_adapter_stays_with_the_checkpoint_that_its_run_made(
     assert read_object(moved / "adapter_config.json")["revision"] is None
 
 
-def test_a_checkpoint_of_trained_scales_is_not_an_adapter_on_the_codes_before(hub, run, build_trainer, tiny_tokenizer):
+def test_a_checkpoint_of_trained_scales_is_not_an_adapter_on_the_codes_before(
+    hub, run, build_trainer, tiny_tokenizer, monkeypatch
+):
     options = {"calibrate": True, "train_scales": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     shutil.rmtree(run / "student")
     trainer = build_trainer(run / "student", peft_config=default_lora_config(2), **options)
@@ -139,9 +143,15 @@ def test_a_checkpoint_of_trained_scales_is_not_an_adapter_on_the_codes_before(hu
     refused(DataError, said, load_adapter, str(codes), part)
     refused(DataError, said, push_adapter, part, "user/part")
     hub.make("model", "user/part", {each.name: each.read_bytes() for each in part.iterdir()}, private=True)
-    refused(DataError, said, load_adapter, str(codes), "user/part")
+    for _ in range(2):
+        refused(DataError, said, load_adapter, str(codes), "user/part")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_base(part) == run / "student" / "quantized"  # from which training goes on
     assert require_base(run / "student") == run / "student" / "scaled"
+    (codes / "quantkd.json").write_text(json.dumps({"export": {"scales": "trained"}}))  # without calibrated codes
+    next_one = build_trainer(run / "next", model=load_student(str(codes)), peft_config=default_lora_config(2))
+    next_one.save_model()
+    assert Provenance.read(run / "next").has_own_base
 
 
 def test_an_experiment_s_adapter_stays_with_its_codes(
@@ -167,7 +177,13 @@ def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatc
     shutil.copytree(run / "student", part := run / "other" / "student" / "checkpoint-1")
     (part / "quantized").rename(run / "other" / "quantized")
     assert find_base(part) == run / "other" / "quantized"  # of an experiment
+    (part.parent / "linked").symlink_to(run / "student", target_is_directory=True)
+    assert find_base(part.parent / "linked") == part.parent / "linked" / "quantized"
+    part.rename(run / "disk")  # and of a folder that is elsewhere
+    part.symlink_to(run / "disk", target_is_directory=True)
+    assert find_base(part) == run / "other" / "quantized"
     shutil.rmtree(run / "other")
+    shutil.rmtree(run / "disk")
     monkeypatch.chdir(run / "student")
     assert find_base(Path()) == made
     hub.make("model", "user/student-4bit", {"config.json": b"{}", "model.safetensors": b"x"}, private=True)
@@ -179,7 +195,7 @@ def test_what_a_push_of_a_checkpoint_refuses(hub, run, build_trainer, monkeypatc
     ):
         refused(ConfigError, f"holds {said}, and no checkpoint", push_checkpoint, made, f"user/{name}")
     (run / "student" / "results.json").write_text('{"a": 1}')
-    refused(DataError, "is not of `quantkd report`", push_adapter, run / "student", "user/new")
+    refused(DataError, "holds no results.json of `quantkd report`", push_adapter, run / "student", "user/new")
     (run / "student" / "results.json").unlink()
     (made / "generation_config.json").write_text('{"a": "hf_abcdefghijklmnopqrst"}')
     refused(ConfigError, "generation_config.json holds", push_adapter, run / "student", "user/new")

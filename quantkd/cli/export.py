@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ class ExportArguments:
 def main(argv: Sequence[str]) -> None:
     """Parse, export, score."""
     args, student = parse_options([ExportArguments, StudentArguments], argv, prog="quantkd export", examples=_EXAMPLES)
+    args.adapter = os.path.expanduser(args.adapter)
     _check(args)
     student.refuse()
     is_file = names_gguf(student.model_name_or_path, student.gguf_file)

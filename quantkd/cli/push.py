@@ -14,7 +14,7 @@ from quantkd.transfer_set.index import INDEX_NAME, PLAN_NAME
 
 _EXAMPLES = """examples:
   quantkd push runs/student user/name --license apache-2.0         an adapter, with its page and its run's report
-  quantkd push runs/mine user/name --base_model user/model         for a run on a folder: where its base is on the Hub
+  quantkd push runs/mine user/name --base_model user/model         after --no_calibrate on a folder: its name on the Hub
   quantkd push runs/set user/name-set                              a transfer set
   quantkd push runs/set user/name-set --public --license mit
   quantkd push runs/set user/name-set --dry_run                    list what would go, and stop

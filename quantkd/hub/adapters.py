@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -16,15 +18,15 @@ from transformers import PreTrainedModel
 from quantkd.errors import DataError, HubError
 from quantkd.files import read_object, write_file
 from quantkd.hub.cards import CARD_NAME, check_license, render_adapter_card, render_checkpoint_card
-from quantkd.hub.checkpoints import VOCABULARIES, push_checkpoint, read_checkpoint
+from quantkd.hub.checkpoints import push_checkpoint, read_checkpoint
 from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models import adapter_files
 from quantkd.models.adapter_files import CONFIG, PICKLE, WEIGHTS, check_files
 from quantkd.models.cpu_repacking import keep_trainable_on_cpu
-from quantkd.models.provenance import PROVENANCE_NAME, Provenance, require_base
+from quantkd.models.provenance import PROVENANCE_NAME, Provenance, find_base, require_base
 from quantkd.models.student import load_student
 from quantkd.names import is_repository_name, public_name, require_folder, split_revision
-from quantkd.remote import RemoteFiles, logger as revisions, retry
+from quantkd.remote import VOCABULARIES, RemoteFiles, logger as revisions, retry
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +60,13 @@ def push_adapter(
     """
     check_license(license)
     folder = find_adapter(path)
-    made = _find_made(folder, base_model, token, attempts)
+    made = _find_made(folder, base_model := base_model or None, token)
     files, values = _gather(folder, base_model if made is None else f"{repo_id}-4bit", run_dir)
 
     def make(name: str) -> Files:
         return {**files, CARD_NAME: render_adapter_card(name, license=license, **values).encode()}
 
-    refuse_secrets(make(repo_id), VOCABULARIES, token)
+    refuse_secrets(make(repo_id), token)
     repository = HubRepository(repo_id, "model", private, token, revision)
     if made is not None:
         read_checkpoint(made, token)
@@ -85,10 +87,10 @@ def list_adapter_files(
 ) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload, those of the base's repository after NAME-4bit/."""
     folder = find_adapter(path)
-    made = _find_made(folder, base_model)
+    made = _find_made(folder, base_model := base_model or None, None)
     files, values = _gather(folder, base_model, run_dir)
     files[CARD_NAME] = render_adapter_card("user/name", license=None, **values).encode()
-    refuse_secrets(files, VOCABULARIES, None)
+    refuse_secrets(files, None)
     if made is not None:
         page = render_checkpoint_card("user/name-4bit", Provenance.read(made), license=None).encode()
         base: Files = {CARD_NAME: page, **read_checkpoint(made, None)}
@@ -96,16 +98,16 @@ def list_adapter_files(
     return sorted((name, len(each) if isinstance(each, bytes) else each.stat().st_size) for name, each in files.items())
 
 
-def _find_made(folder: Path, base_model: str | None, token: str | None = None, attempts: int = 1) -> Path | None:
+def _find_made(folder: Path, base_model: str | None, token: str | None) -> Path | None:
     """The 4-bit checkpoint that is to be pushed with an adapter; None if there is none, or if it is on the Hub."""
     check_files(str(folder), lambda name: (folder / name).is_file())
-    facts, given = Provenance.read(folder), base_model
-    is_elsewhere = base_model is not None and not Path(base_model).is_dir()
-    if base_model and is_elsewhere and facts.has_own_base and is_repository_name(base_model):
-        files = RemoteFiles(base_model, "model", None, token)
-        path = retry(lambda: files.fetch(PROVENANCE_NAME, adapter_files.MAX_CONFIG_BYTES), attempts)
-        given = base_model if path is None else str(path.parent)
-    made = require_base(folder, given, beside=base_model is None)
+    facts, named = Provenance.read(folder), read_object(folder / CONFIG).get("base_model_name_or_path")
+    is_elsewhere = base_model is not None and not os.path.isdir(base_model)
+    if base_model and is_elsewhere and facts.has_own_base and base_model != named:
+        found = RemoteFiles(base_model, "model", None, token).fetch(PROVENANCE_NAME, adapter_files.MAX_CONFIG_BYTES)
+        if found is not None and find_base(folder, given=str(found.parent), scaled=facts.has_scales, beside=False):
+            return None
+    made = require_base(folder, base_model, beside=base_model is None)
     return None if is_elsewhere or facts.has_chosen_codes else made
 
 
@@ -156,11 +158,10 @@ def _gather(
         files[_TOKENIZER_CONFIG] = _to_json({**config, **paths})
     report = _find_report(folder) if run_dir is None else Path(run_dir)
     if report is not None:
-        if not (report / "results.json").is_file():
-            raise DataError(f"{report} holds no results.json; build it with `quantkd report {report}`.")
-        values["results"] = read_object(report / "results.json")
+        file = report / "results.json"
+        values["results"] = read_object(file) if file.is_file() else {}
         if values["results"].get("format_version") != 1:
-            raise DataError(f"{report / 'results.json'} is not of `quantkd report`. Name the run's folder as run_dir.")
+            raise DataError(f"{report} holds no results.json of `quantkd report`. Run that, or name another run_dir.")
         if (report / _CHART).is_file():
             files[_CHART], values["chart"] = report / _CHART, True
     return files, values
@@ -196,9 +197,8 @@ def load_adapter(
     """Attach a LoRA adapter from the Hub or a folder to a base model that the caller chose.
 
     The base model that the adapter names is compared and never loaded; one with other quantized weights than those that
-    `quantkd.json` records is refused. Only safetensors are read. The commit is logged,
-    and is `hub_revision` of the model. A `base` given by name is loaded by `load_student`, which takes `model_kwargs`,
-    without remote code.
+    `quantkd.json` records is refused. Only safetensors are read. The commit is logged, and is `hub_revision` of the
+    model. A `base` given by name is loaded by `load_student`, which takes `model_kwargs`, without remote code.
     """
     place, folder, _ = _find(str(adapter), revision, token)
     config, weights, named = adapter_files.read_plain_lora(folder, place)
@@ -237,7 +237,7 @@ def fetch_adapter(adapter: str) -> Path:
 def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, Path, RemoteFiles | None]:
     """Where an adapter is, as it is printed; the folder of its two files; and the repository if it is on the Hub."""
     name, revision = split_revision(adapter, revision)
-    folder = Path(adapter)
+    folder = Path(adapter).expanduser()
     if name is None:
         require_folder(adapter)
         check_files(adapter, lambda file: (folder / file).is_file())
@@ -250,8 +250,11 @@ def _find(adapter: str, revision: str | None, token: str | None) -> tuple[str, P
     revisions.info("Adapter %s", files)
     try:
         files.fetch(PROVENANCE_NAME, adapter_files.MAX_CONFIG_BYTES)
-        if (Provenance.read(fetched[CONFIG].parent).training or {}).get("train_scales"):
-            check_files(str(files), lambda file: file in fetched or files.holds(file))
     except HubError as error:  # it may not be there, and without a network nobody knows
         logger.warning("%s Whether the base model is the one that the adapter corrects is not checked.", error)
-    return str(files), fetched[CONFIG].parent, files
+    folder = fetched[CONFIG].parent
+    if Provenance.read(folder).has_scales:
+        if not is_offline_mode():
+            files.fetch(adapter_files.SCALES_NAME, 2**36)
+        check_files(str(files), lambda file: (folder / file).is_file())
+    return str(files), folder, files

@@ -10,16 +10,12 @@ from quantkd.files import read_object
 from quantkd.hub.cards import CARD_NAME, render_checkpoint_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance
+from quantkd.remote import VOCABULARIES
 
 _INDEX = "model.safetensors.index.json"
 _FILES = (
     "config.json", "generation_config.json", _INDEX, "chat_template.jinja", "tokenizer_config.json", PROVENANCE_NAME,
     "model*.safetensors",
-)  # fmt: skip
-# In these "/root" is a token like any other.
-VOCABULARIES = (
-    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
 
 
@@ -51,8 +47,8 @@ def read_checkpoint(folder: Path, token: str | None) -> dict[str, Path]:
     if "quantized_from" not in (Provenance.read(folder).export or {}):
         raise DataError(f"{folder} is not a checkpoint of `quantkd quantize`; expected one with {PROVENANCE_NAME}.")
     files = {path.name: path for each in (*_FILES, *VOCABULARIES) for path in sorted(folder.glob(each))}
-    parts = (read_object(files[_INDEX]).get("weight_map") or {}).values() if _INDEX in files else ["model.safetensors"]
-    if lacking := set(parts) - set(files):
+    shards = read_object(files[_INDEX]).get("weight_map") if _INDEX in files else None
+    if lacking := set(map(str, (shards or {"": "model.safetensors"}).values())) - set(files):
         raise DataError(f"{folder} holds no {min(lacking)}. Take the folder that `quantkd quantize` wrote.")
-    refuse_secrets(files, VOCABULARIES, token)
+    refuse_secrets(files, token)
     return files

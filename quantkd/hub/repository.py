@@ -109,7 +109,7 @@ class HubRepository:
         return PushedRepository(self.repo_id, commit, self._private, self._url)
 
 
-def refuse_secrets(files: Files, vocabularies: Collection[str], token: str | None) -> None:
+def refuse_secrets(files: Files, token: str | None) -> None:
     """Refuse to push a secret or, but in a vocabulary, a local path; of weights, their header can hold text."""
     for name, content in files.items():
         if isinstance(content, Path) and content.suffix == ".safetensors":
@@ -120,4 +120,4 @@ def refuse_secrets(files: Files, vocabularies: Collection[str], token: str | Non
                 raise DataError(f"{content} is not a safetensors file: {error}. Write it again.") from error
         else:
             data = content if isinstance(content, bytes) else content.read_bytes()
-        check_shareable(name, data, find_secrets(token), paths=name not in vocabularies)
+        check_shareable(name, data, find_secrets(token))

@@ -62,7 +62,7 @@ def _wanted_files(
     if not store.index.complete:
         raise TransferSetError(f"The transfer set at {store.source} is unfinished. Finish its capture first.")
     texts = {CARD_NAME: _card(transfer_set, repo_id, license), INDEX_NAME: store.index.to_bytes()}
-    refuse_secrets(texts, (), token)
+    refuse_secrets(texts, token)
     wanted = {name: CommitOperationAdd(name, text) for name, text in texts.items()}
     for number, record in enumerate(store.index.shards):
         path = store.locate(number).resolve()

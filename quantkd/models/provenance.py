@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from quantkd.foreign import commit_of
 from quantkd.models.network import base_network
 from quantkd.models.stored_weights import are_close, describe_weights
 from quantkd.models.student import describe_quantization, is_quantized
-from quantkd.names import __version__, find_file, is_repository_name, public_name
+from quantkd.names import __version__, find_file, hide_home, is_repository_name, public_name
 from quantkd.transfer_set import TransferSet
 
 logger = logging.getLogger(__name__)
@@ -96,10 +97,14 @@ class Provenance:
         return is_file and (self.training or {}).get("codes") == "calibrated"
 
     @property
+    def has_scales(self) -> bool:
+        """Whether block constants were trained with it."""
+        return bool((self.training or {}).get("train_scales"))
+
+    @property
     def has_own_base(self) -> bool:
         """Whether no checkpoint that `load_student` makes fits: its base has calibrated codes or trained scales."""
-        made = self.training or {}
-        is_own = bool(made.get("train_scales")) or made.get("codes") == "calibrated"
+        is_own = self.has_scales or (self.training or {}).get("codes") not in (None, "nearest")
         return bool(self.weights) and is_own and not self.has_chosen_codes
 
     def check_weights(self, model: Any, place: str) -> None:
@@ -145,9 +150,10 @@ def find_base(
 
     With `scaled`, the codes without their trained scales, which a training checkpoint stands beside, are not it.
     """
-    weights, folder = (Provenance.read(adapter).weights or {}).get("sha256"), adapter.resolve()
-    # An experiment's stands above the folder of its training.
-    places = [folder / "scaled", *(each / "quantized" for each in (folder, *folder.parents[:2]))]
+    weights, places = (Provenance.read(adapter).weights or {}).get("sha256"), list[Path]()
+    for folder in dict.fromkeys((Path(os.path.abspath(adapter)), adapter.resolve())):  # where a link is, and leads
+        # An experiment's stands above the folder of its training.
+        places += [folder / "scaled", *(each / "quantized" for each in (folder, *folder.parents[:2]))]
     places = [place for place in places if beside and weights and (place / "config.json").is_file()]
     for place in [*places, *([Path(given)] if given and weights else [])]:
         with suppress(OSError):  # of a name on the Hub that is not there, or cannot be asked for
@@ -165,18 +171,20 @@ def require_base(adapter: Path, given: str | None = None, *, beside: bool = True
     None where none is needed, or where the adapter names one on the Hub and `given` is no other.
     """
     made = Provenance.read(adapter)
-    has_scales = bool((made.training or {}).get("train_scales"))
-    found = find_base(adapter, given=given, scaled=has_scales, beside=beside)
+    found = find_base(adapter, given=given, scaled=made.has_scales, beside=beside)
     if found or not made.has_own_base:
         return found
     named = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
     if is_repository_name(named) and given in (None, named):
         return None
     lacking = "which is not beside it" if given is None else f"and {given} is not known to be it"
+    remedy = "Take the folder that training wrote, or name that checkpoint: with base_model (--base_model) in a push, "
+    remedy += "as the model in an export."
+    if not beside and (own := find_base(adapter, scaled=made.has_scales)) is not None:
+        remedy = f"It is {hide_home(str(own))}, and is found if base_model is left out."
     raise DataError(
         f"{adapter} holds an adapter for the 4-bit checkpoint {printable(public_name(named))!r:.80} with codes or "
-        f"scales of its own, {lacking}. Take the folder that training wrote, or name that checkpoint: with base_model "
-        "(--base_model) in a push, as the model in an export."
+        f"scales of its own, {lacking}. {remedy}"
     )
 
 

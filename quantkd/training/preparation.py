@@ -204,7 +204,7 @@ def prepare_student(
         _start(adapted, args, train_dataset, name, revision)
     file = getattr(base_network(adapted), "gguf_file", None)
     made = read_origin(str(file.path) if file else name) if isinstance(adapted, PeftModel) else {}
-    args.codes = made.get("codes") or (args.codes if is_named else None)
+    args.codes = made.get("codes") or made.get("scales") or (args.codes if is_named else None)
     _note_start(adapted, args, is_calibrated=made.get("codes") == "calibrated")
     if args.train_scales:
         attach_scales(adapted)
