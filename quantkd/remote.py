@@ -50,9 +50,9 @@ def find_secrets(token: str | None = None) -> dict[str, str]:
     for name, value in os.environ.items():
         # A switch, a number or a path is not a secret.
         is_word = len(value) < 8 or value.isdigit() or (value.isalpha() and len(value) <= _LONGEST_WORD)
-        is_named_so = name.endswith(("FILE", "PATH", "DIR")) and value.startswith(("/", "~", "."))
-        is_path = is_named_so or os.path.exists(os.path.expanduser(value))
-        if _SECRET_VARIABLE.search(name) and not is_word and not is_path:
+        names_path = name.endswith(("FILE", "PATH", "DIR")) and value.startswith(("/", "~", "."))
+        may_be = _SECRET_VARIABLE.search(name) and not (is_word or names_path)
+        if may_be and not os.path.exists(os.path.expanduser(value)):
             secrets[value] = f"the value of {name}"
     tokens = ((huggingface_hub.get_token(), "the Hub's token"), (token, "the token that was passed"))
     secrets |= {secret: what for secret, what in tokens if secret}

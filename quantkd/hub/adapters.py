@@ -60,7 +60,8 @@ def push_adapter(
     """
     check_license(license)
     folder = find_adapter(path)
-    made = _find_made(folder, base_model := base_model or None, token)
+    base_model = base_model or None  # of a shell's empty variable
+    made = _find_made(folder, base_model, token)
     files, values = _gather(folder, base_model if made is None else f"{repo_id}-4bit", run_dir)
 
     def make(name: str) -> Files:
@@ -69,7 +70,7 @@ def push_adapter(
     refuse_secrets(make(repo_id), token)
     repository = HubRepository(repo_id, "model", private, token, revision)
     if made is not None:
-        read_checkpoint(made, token)
+        read_checkpoint(made, token)  # refused before a repository is made
         retry(repository.ensure, attempts)  # and looked at before gigabytes go to the other one
         retry(lambda: repository.read(lambda names: CONFIG in names, "adapter"), attempts)
         pushed = push_checkpoint(made, f"{repo_id}-4bit", private, license, token, revision, attempts)
@@ -87,8 +88,8 @@ def list_adapter_files(
 ) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload, those of the base's repository after NAME-4bit/."""
     folder = find_adapter(path)
-    made = _find_made(folder, base_model := base_model or None, None)
-    files, values = _gather(folder, base_model, run_dir)
+    made = _find_made(folder, base_model or None, None)
+    files, values = _gather(folder, base_model or None, run_dir)
     files[CARD_NAME] = render_adapter_card("user/name", license=None, **values).encode()
     refuse_secrets(files, None)
     if made is not None:

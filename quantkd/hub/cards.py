@@ -100,7 +100,7 @@ def render_adapter_card(
 def _list_measured(results: dict[str, Any]) -> list[EvalResult]:
     """The metrics of the distilled arm as the Hub reads them."""
     held_out, found, measured = describe_held_out(results), [], results["arms"].get("after", {}).get("metrics", {})
-    for key in (key for key in results["metric_order"] if key in measured):
+    for key in [each for each in results["metric_order"] if each in measured]:
         asked, name = key.startswith(("accuracy_", "agreement_")), results["metrics"][key]
         data, kind = ("questions of the evaluation", key.split("_")[0]) if asked else (held_out, key)
         found.append(EvalResult("text-generation", "quantkd", data, kind, measured[key]["value"], metric_name=name))

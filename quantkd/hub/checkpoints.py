@@ -9,6 +9,7 @@ from quantkd.errors import DataError
 from quantkd.files import read_object
 from quantkd.hub.cards import CARD_NAME, render_checkpoint_card
 from quantkd.hub.repository import PUSH_ATTEMPTS, Files, HubRepository, PushedRepository, refuse_secrets
+from quantkd.models.adapter_files import CONFIG
 from quantkd.models.provenance import PROVENANCE_NAME, Provenance
 from quantkd.remote import VOCABULARIES
 
@@ -39,7 +40,7 @@ def push_checkpoint(
 
 
 def _is_ours(names: Collection[str]) -> bool:
-    return PROVENANCE_NAME in names and "adapter_config.json" not in names
+    return PROVENANCE_NAME in names and CONFIG not in names
 
 
 def read_checkpoint(folder: Path, token: str | None) -> dict[str, Path]:

@@ -46,9 +46,8 @@ def push_transfer_set(
 
 def list_set_files(transfer_set: TransferSet) -> list[tuple[str, int]]:
     """The names and sizes of what a push would upload."""
-    return [
-        (name, file.upload_info.size) for name, file in _wanted_files(transfer_set, "user/name", None, None).items()
-    ]
+    wanted = _wanted_files(transfer_set, "user/name", None, None)
+    return [(name, file.upload_info.size) for name, file in wanted.items()]
 
 
 def _wanted_files(

@@ -79,7 +79,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_files(place: str, holds: Callable[[str], bool]) -> None:
-    """Refuse an adapter without its two files, or with more of it in a third."""
+    """Refuse an adapter without its two files, and a training checkpoint whose scales are in a third."""
     missing = [name for name in (CONFIG, WEIGHTS) if not holds(name)]
     if WEIGHTS in missing and holds(PICKLE):
         raise DataError(

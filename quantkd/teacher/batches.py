@@ -43,7 +43,7 @@ def find_batch_size(score: Run, take_rows: Callable[[int], Sequence[EncodedPromp
         ) from error
 
 
-def run_twice(run: Run, batch: Sequence[EncodedPrompt]) -> list[TransferRow]:
+def retry_out_of_memory(run: Run, batch: Sequence[EncodedPrompt]) -> list[TransferRow]:
     """What `run` makes of a batch; where memory runs out, which may only have been fragmented, it is tried again."""
     try:
         return run(batch)

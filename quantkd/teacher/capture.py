@@ -23,7 +23,7 @@ from quantkd.data.prompts import Example, check_references, load_examples
 from quantkd.errors import ConfigError, TransferSetError, refuse_unused
 from quantkd.hardware import process_state
 from quantkd.names import public_name
-from quantkd.teacher.batches import find_batch_size, run_twice
+from quantkd.teacher.batches import find_batch_size, retry_out_of_memory
 from quantkd.teacher.filters import Filter, as_filters, sift
 from quantkd.teacher.loading import build_teacher
 from quantkd.teacher.teacher import GenerationSettings, RunSettings, Teacher
@@ -192,7 +192,7 @@ def capture(
         for task in writer.claim():
             rows: dict[int, TransferRow] = {}
             for batch in table.batches(task.start, task.stop, batch_size):
-                made = run_twice(answer, batch)
+                made = retry_out_of_memory(answer, batch)
                 rows |= {prompt.index: row for prompt, row in zip(batch, made, strict=True)}
                 tokens += sum(len(row.counts) for row in made)
                 bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
